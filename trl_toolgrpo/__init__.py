@@ -1,0 +1,47 @@
+"""Tool-calling GRPO on top of TRL: rollouts exact to the token, updates that are on-policy and say so."""
+
+from .config import ToolGRPOConfig
+from .errors import (
+    ChatTemplateError,
+    ConfigError,
+    DatasetError,
+    LogprobMismatchError,
+    SamplerError,
+    ToolGRPOError,
+    ToolNameError,
+    ToolRuntimeError,
+    ToolSchemaError,
+    ToolTimeoutError,
+    TrajectoryError,
+    TransientToolError,
+)
+from .tools.types import Tool, ToolCall, ToolResult
+from .trainer import ToolGRPOTrainer
+from .trajectory import Trajectory, Turn
+from .version import __version__
+
+
+
+
+__all__ = [
+    "ChatTemplateError",
+    "ConfigError",
+    "DatasetError",
+    "LogprobMismatchError",
+    "SamplerError",
+    "Tool",
+    "ToolCall",
+    "ToolGRPOConfig",
+    "ToolGRPOError",
+    "ToolGRPOTrainer",
+    "ToolNameError",
+    "ToolResult",
+    "ToolRuntimeError",
+    "ToolSchemaError",
+    "ToolTimeoutError",
+    "Trajectory",
+    "TrajectoryError",
+    "TransientToolError",
+    "Turn",
+    "__version__",
+]

@@ -1,0 +1,114 @@
+"""Checks of a trainer's arguments against each other, at construction: say what was passed, why it fails, what to do.
+
+Owns the checks that need more than the configuration: data sets, tools and the prompts that name them. Fed by the trainer.
+"""
+
+import itertools
+import json
+import logging
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from .errors import DatasetError
+from .tools.names import check_tool_columns, check_tool_mentions
+from .tools.types import Tool
+
+
+logger = logging.getLogger(__name__)
+
+ROWS_CHECKED = 2000
+"""Rows of each data set whose prompts are searched for tools that do not exist."""
+
+
+def named_datasets(train: Any, evaluation: Any) -> Iterator[tuple[str, Any]]:
+    """Every data set of a trainer with a name for messages."""
+    if train is not None:
+        yield "train_dataset", train
+    if isinstance(evaluation, dict):
+        for name, dataset in evaluation.items():
+            yield f"eval_dataset[{name!r}]", dataset
+    elif evaluation is not None:
+        yield "eval_dataset", evaluation
+
+
+def check_dataset(name: str, dataset: Any, has_tools: bool, has_environment: bool) -> None:
+    """
+    Check that a data set has prompts, and conversational ones where tools are called.
+
+    Raises:
+        DatasetError: for a data set without `prompt` where no environment gives it, or string prompts with tools.
+    """
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        return
+    columns = dataset.column_names
+    if columns is not None and "prompt" not in columns and not has_environment:
+        raise DatasetError(
+            f"You passed `{name}` with the columns {', '.join(columns) or '(none)'}, and none of them is `prompt`. Rename "
+            f"the column that holds the prompt, or pass an `environment_factory` whose `reset` returns it."
+        )
+    if not (has_tools or has_environment) or columns is None or "prompt" not in columns:
+        return
+    for row in _rows(dataset, 1):
+        if not isinstance(row["prompt"], list):
+            raise DatasetError(
+                f"You passed tools and `{name}`, whose prompts are of type {type(row['prompt']).__name__}. A tool call "
+                f"is a message, so prompts have to be conversations: "
+                f"[{{'role': 'user', 'content': {str(row['prompt'])[:60]!r}}}]."
+            )
+
+
+def check_tool_names(name: str, dataset: Any, tools: Sequence[Tool]) -> None:
+    """
+    Check that prompts name only tools that exist; what is merely suspicious is logged.
+
+    Raises:
+        ToolNameError: for a prompt or a `tools` column that names a tool which does not exist.
+    """
+    if not tools or not isinstance(dataset, Dataset):
+        return
+    names = [tool.name for tool in tools]
+    known = {*(dataset.column_names or ()), *itertools.chain.from_iterable(_parameters(tool) for tool in tools)}
+    rows = list(_rows(dataset, ROWS_CHECKED))
+    for row in rows:
+        check_tool_columns(_listed(row.get("tools")), names)
+    for warning in check_tool_mentions(_texts(rows), names, known):
+        logger.warning("`%s`: %s", name, warning)
+
+
+def _rows(dataset: Any, count: int) -> Iterable[dict[str, Any]]:
+    if isinstance(dataset, Dataset):
+        return (dataset[index] for index in range(min(count, len(dataset))))
+    return itertools.islice(iter(dataset), count) if dataset.column_names is not None else ()
+
+
+def _texts(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+    for row in rows:
+        prompt = row.get("prompt")
+        for message in prompt if isinstance(prompt, list) else ():
+            content = message.get("content")
+            if isinstance(content, str):
+                yield content
+            elif isinstance(content, list):
+                yield from (part["text"] for part in content if isinstance(part, dict) and part.get("text"))
+
+
+def _parameters(tool: Tool) -> Collection[str]:
+    return (tool.parameters.get("properties") or {}).keys()
+
+
+def _listed(tools: Any) -> list[str]:
+    """Names in a row's `tools` column: names, schemas, or either as JSON text."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            tools = [tools]
+    found = []
+    for tool in tools if isinstance(tools, list) else ():
+        if isinstance(tool, dict):
+            tool = (tool.get("function") or tool).get("name")
+        if isinstance(tool, str):
+            found.append(tool)
+    return found

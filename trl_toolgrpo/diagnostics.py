@@ -1,0 +1,228 @@
+"""What a run says about itself: ratio statistics, the log-prob self-check, tool and rollout figures, the console line.
+
+Owns every figure that is logged beside TRL's own. Pure functions and small accumulators; fed by the trainer.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import LogprobMismatchError
+from .trajectory import STOP_REASONS, Trajectory, locate
+
+
+class RatioStatistics:
+    """
+    Mean, spread and extremes of r = exp(log π_θ − log π_sample) over every sampled token since the last reset, and the
+    gap between the two log-probs where the policy is still the one that sampled.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._sums: Tensor | None = None
+        self._extremes: Tensor | None = None
+
+    @property
+    def filled(self) -> bool:
+        """Whether anything was added since the last reset."""
+        return self._sums is not None
+
+    def add(self, logps: Tensor, recorded: Tensor, mask: Tensor, fresh: bool) -> None:
+        """
+        Add a micro-batch.
+
+        Args:
+            logps (`Tensor`):
+                Log-probs of the policy now, shape (B, T), nats.
+            recorded (`Tensor`):
+                Log-probs recorded when the tokens were sampled, shape (B, T), nats.
+            mask (`Tensor`):
+                1 for tokens the policy sampled, shape (B, T).
+            fresh (`bool`):
+                Whether no optimizer step was taken since the tokens were sampled.
+        """
+        difference = (logps - recorded)[mask.bool()].double()
+        ratio = torch.exp(difference)
+        gap = difference.abs() if fresh else difference[:0]
+        k3 = ratio - 1 - difference if fresh else difference[:0]
+        count = torch.tensor([ratio.numel(), gap.numel()], dtype=torch.float64, device=ratio.device)
+        sums = torch.cat([count, torch.stack([ratio.sum(), ratio.square().sum(), gap.sum(), k3.sum()])])
+        nothing = difference.new_full((1,), -math.inf)
+        extremes = torch.stack([torch.cat([nothing, x]).max() for x in (ratio, -ratio, gap)])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._extremes = extremes if self._extremes is None else torch.maximum(self._extremes, extremes)
+
+    def metrics(self, reduce_sum: Any = lambda x: x, gather: Any = lambda x: x) -> dict[str, float]:
+        """
+        The metrics over all processes: `ratio/*`, and `sampling/*` if any micro-batch was fresh.
+
+        Args:
+            reduce_sum (`Callable`, *optional*):
+                Adds a tensor over processes.
+            gather (`Callable`, *optional*):
+                Concatenates a tensor of shape (1, n) over processes.
+        """
+        if self._sums is None or self._extremes is None:
+            return {}
+        count, fresh, total, squares, gap, k3 = reduce_sum(self._sums).tolist()
+        highest, lowest, widest = gather(self._extremes[None]).amax(dim=0).tolist()
+        found: dict[str, float] = {}
+        if count:
+            mean = total / count
+            found["ratio/mean"] = mean
+            found["ratio/std"] = math.sqrt(max(squares / count - mean * mean, 0.0))
+            found["ratio/min"], found["ratio/max"] = -lowest, highest
+        if fresh:
+            found["sampling/logp_diff_mean"], found["sampling/logp_diff_max"] = gap / fresh, widest
+            found["sampling/kl_k3"] = k3 / fresh  # http://joschu.net/blog/kl-approx.html
+        return found
+
+
+def check_tolerance(dtype: torch.dtype, given: float | None) -> tuple[float, float]:
+    """Largest and mean difference in nats the self-check accepts for a compute dtype."""
+    if given is not None:
+        return given, given
+    return (0.15, 0.02) if dtype in (torch.bfloat16, torch.float16) else (1e-3, 1e-3)
+
+
+def check_logprobs(
+    recomputed: Tensor, trajectories: Sequence[Trajectory], tolerance: tuple[float, float], source: str
+) -> None:
+    """
+    Compare recorded log-probs with recomputed ones, token by token, through tool boundaries.
+
+    Args:
+        recomputed (`Tensor`):
+            The trainer's log-probs, shape (B, T), nats, right-padded.
+        trajectories (`Sequence[Trajectory]`):
+            The rollouts, in the order of the rows.
+        tolerance (`tuple[float, float]`):
+            Largest and mean difference accepted, in nats.
+        source (`str`):
+            What sampled, for the message.
+
+    Raises:
+        LogprobMismatchError: naming the rollout, the turn, the token and both values.
+    """
+    recomputed = recomputed.float().cpu()
+    worst, where, total, count = 0.0, (0, 0), 0.0, 0
+    for row, trajectory in enumerate(trajectories):
+        mask = torch.tensor(trajectory.trainable_mask, dtype=torch.bool)
+        if not bool(mask.any()):
+            continue
+        gap = (recomputed[row, : len(mask)] - torch.tensor(trajectory.logprobs)).abs()
+        gap = torch.where(mask, gap.nan_to_num(nan=math.inf), 0.0)
+        total, count = total + float(gap.sum()), count + int(mask.sum())
+        if float(gap.max()) > worst:
+            worst, where = float(gap.max()), (row, int(gap.argmax()))
+    if count == 0 or (worst <= tolerance[0] and total / count <= tolerance[1]):
+        return
+    row, place = where
+    trajectory = trajectories[row]
+    raise LogprobMismatchError(
+        f"The log-probs recorded by the {source} sampler are not those the trainer computes. Rollout {row}, turn "
+        f"{locate(trajectory, place)}, completion token {place} (id {trajectory.completion_ids[place]}): recorded "
+        f"{trajectory.logprobs[place]:.6f}, recomputed {float(recomputed[row, place]):.6f}; mean difference "
+        f"{total / count:.2e} over {count} tokens, accepted {tolerance[0]:g} at most and {tolerance[1]:g} on average. "
+        f"Every ratio would be wrong by as much. Check that sampling and training use the same weights, dtype and "
+        f"temperature; raise `logprob_check_tolerance` only if the difference is known rounding."
+    )
+
+
+def rollout_counts(trajectories: Sequence[Trajectory], seconds: float, tool_wait: float, invalid: int) -> dict[str, Any]:
+    """Figures of one process's rollouts that can be added up over processes; see [`rollout_metrics`]."""
+    stops = dict.fromkeys(STOP_REASONS, 0)
+    tools: dict[str, dict[str, Any]] = {}
+    unknown = malformed = sampled = forced = turns = 0
+    for trajectory in trajectories:
+        stops[trajectory.stop_reason] += 1
+        turns += len(trajectory.turns)
+        forced += sum(trajectory.forced_mask)
+        sampled += sum(trajectory.tool_mask) - sum(trajectory.forced_mask)
+        for turn in trajectory.turns:
+            if turn.stop_reason == "stop":  # a call cut off by the token budget is not the policy's mistake
+                malformed += sum(call.error is not None for call in turn.tool_calls)
+            for call, result in zip(turn.tool_calls, turn.tool_results, strict=False):
+                if result.error_type == "unknown_tool":
+                    unknown += 1
+                elif call.error is None:
+                    figures = tools.setdefault(call.name, {"calls": 0, "errors": 0, "timeouts": 0, "truncated": 0})
+                    figures["calls"] += 1
+                    figures["errors"] += result.is_error
+                    figures["timeouts"] += result.error_type == "timeout"
+                    figures["truncated"] += result.truncated
+                    figures.setdefault("latencies", []).append(result.seconds)
+    return {
+        "rollouts": len(trajectories),
+        "turns": turns,
+        "stops": stops,
+        "sampled": sampled,
+        "forced": forced,
+        "seconds": seconds,
+        "tool_wait": tool_wait,
+        "tools": tools,
+        "unknown": unknown,
+        "malformed": malformed,
+        "invalid": invalid,
+    }
+
+
+def rollout_metrics(counts: Sequence[dict[str, Any]], with_tools: bool) -> dict[str, float]:
+    """
+    The `forced/*`, `rollout/*` and `tools/*` metrics of a rollout batch.
+
+    Args:
+        counts (`Sequence[dict]`):
+            [`rollout_counts`] of every process.
+        with_tools (`bool`):
+            Whether the rollouts have tools.
+    """
+
+    def total(name: str) -> float:
+        return sum(part[name] for part in counts)
+
+    rollouts, tokens = max(total("rollouts"), 1), total("sampled") + total("forced")
+    seconds = max(part["seconds"] for part in counts)
+    found: dict[str, float] = {
+        "forced/fraction": total("forced") / tokens if tokens else 0.0,
+        "rollout/turns_mean": total("turns") / rollouts,
+        "rollout/tokens_per_second": tokens / seconds if seconds else 0.0,
+        "rollout/tool_wait_fraction": total("tool_wait") / max(total("seconds"), 1e-9),
+    }
+    for reason in STOP_REASONS:
+        found[f"rollout/stop/{reason}"] = sum(part["stops"][reason] for part in counts) / rollouts
+    if total("invalid"):
+        found["rollout/invalid"] = total("invalid")
+    if not with_tools:
+        return found
+    found["tools/unknown_calls"], found["tools/malformed_calls"] = total("unknown"), total("malformed")
+    for name in sorted({name for part in counts for name in part["tools"]}):
+        parts = [part["tools"][name] for part in counts if name in part["tools"]]
+        for figure in ("calls", "errors", "timeouts", "truncated"):
+            found[f"tools/{name}/{figure}"] = sum(part[figure] for part in parts)
+        latencies = np.array([value for part in parts for value in part["latencies"]])
+        found[f"tools/{name}/latency_p50"] = float(np.percentile(latencies, 50))
+        found[f"tools/{name}/latency_p95"] = float(np.percentile(latencies, 95))
+    return found
+
+
+def console_line(logs: dict[str, Any]) -> str | None:
+    """The one-line summary of a logged training step, or `None` if the step has no ratio."""
+    if logs.get("ratio/mean") is None:
+        return None
+    parts = [f"ratio {logs['ratio/mean']:.3f}±{logs['ratio/std']:.3f}"]
+    if logs.get("forced/fraction") is not None:
+        parts.append(f"forced {logs['forced/fraction']:.1%}")
+    if logs.get("kl") is not None:
+        parts.append(f"kl {logs['kl']:.3f}")
+    if logs.get("tools/call_frequency") is not None:
+        failed = logs.get("tools/failure_frequency") or 0.0
+        parts.append(f"tools {logs['tools/call_frequency']:.1f} calls, {failed:.0%} failed")
+    return " | ".join(parts)

@@ -1,0 +1,52 @@
+"""One exception type per boundary. Fed by every module; imports nothing of the package.
+
+Each type is also a standard-library type, so `except ValueError` and `except TimeoutError` keep working.
+"""
+
+
+class ToolGRPOError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(ToolGRPOError, ValueError):
+    """A combination of arguments that cannot work, found at construction."""
+
+
+class DatasetError(ToolGRPOError, ValueError):
+    """A dataset that cannot feed the trainer, found at construction."""
+
+
+class ChatTemplateError(ToolGRPOError, ValueError):
+    """A chat template that cannot carry a tool-calling conversation token by token."""
+
+
+class ToolSchemaError(ToolGRPOError, ValueError):
+    """A tool without a usable JSON schema, or with a name or schema that cannot be used."""
+
+
+class ToolNameError(ToolGRPOError, ValueError):
+    """Two tools of one name, or a prompt that names a tool that does not exist."""
+
+
+class ToolTimeoutError(ToolGRPOError, TimeoutError):
+    """A tool or environment call that did not return within its time limit."""
+
+
+class ToolRuntimeError(ToolGRPOError, RuntimeError):
+    """The tool runtime as a whole cannot go on, for example because too many tools hang."""
+
+
+class TransientToolError(ToolGRPOError, RuntimeError):
+    """Raised by a tool to say that the same call may work if it is tried again."""
+
+
+class SamplerError(ToolGRPOError, RuntimeError):
+    """A sampler that broke its protocol or cannot hold the rollouts it was given."""
+
+
+class TrajectoryError(ToolGRPOError, ValueError):
+    """A trajectory record with a missing, short, non-finite or misnamed field."""
+
+
+class LogprobMismatchError(ToolGRPOError, ArithmeticError):
+    """Log-probs recorded by the sampler and recomputed by the trainer differ beyond the tolerance."""

@@ -1,0 +1,92 @@
+"""Which sampler a model gets.
+
+Owns the choice between the default sampler and the plain one: by what the model declares, and by a trial on a handful of
+tokens that has to agree with the model's own forward pass. Fed by the trainer.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .generate_sampler import GenerateSampler
+from .model_sampler import ModelSampler
+
+
+logger = logging.getLogger(__name__)
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_TRIAL_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+
+
+def unsupported_reason(model: Any, token_ids: Sequence[int]) -> str | None:
+    """
+    Why the default sampler cannot handle a model, or `None` if it can.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The policy, unwrapped.
+        token_ids (`Sequence[int]`):
+            A few valid token ids for the trial.
+    """
+    if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:
+        return f"{model.active_peft_config.peft_type.value} puts learned tokens before the prompt"
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = base.config.get_text_config()
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder"
+    if not getattr(base, "_supports_attention_backend", False):
+        return "its attention does not go through transformers' attention interface"
+    layers = set(getattr(config, "layer_types", None) or ())
+    if not layers <= _LAYER_TYPES:
+        return f"it has {', '.join(sorted(layers - _LAYER_TYPES))} layers"
+    return _trial(base, list(token_ids))
+
+
+def make_sampler(model: Any, supported: bool, **options: Any) -> ModelSampler | GenerateSampler:
+    """The default sampler if the model is supported, else the plain one; `options` as for [`ModelSampler`]."""
+    return ModelSampler(model, **options) if supported else GenerateSampler(model, **options)
+
+
+def _trial(model: Any, tokens: list[int]) -> str | None:
+    """Sample a few tokens and compare their log-probs with the model's own forward pass over the same text."""
+    prompts = [tokens[:5], tokens[:5], tokens[2:4]]
+    histories = [list(prompt) for prompt in prompts]
+    recorded: list[list[tuple[int, float]]] = [[] for _ in prompts]
+    turns = [0] * len(prompts)
+    state = torch.get_rng_state()  # the trial must not shift the run's random numbers
+    try:
+        with ModelSampler(model, stop_ids=(), pad_id=tokens[0]).open(prompts, 16) as session:
+            for row in range(len(prompts)):
+                session.extend(row, [], 2 + row)
+            while session.busy:
+                for sampled in session.step():
+                    row = sampled.row
+                    recorded[row] += zip(range(len(histories[row]), 1 << 30), sampled.logprobs, strict=False)
+                    histories[row] += sampled.token_ids
+                    turns[row] += 1
+                    if turns[row] == 1:
+                        histories[row] += tokens[: 2 + row]
+                        session.extend(row, tokens[: 2 + row], 2)
+        worst = max(_gap(model, h, r) for h, r in zip(histories, recorded, strict=True))
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
+        logger.debug("The trial of the default sampler failed.", exc_info=True)
+        return f"the trial failed with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    finally:
+        torch.set_rng_state(state)
+    limit = _TRIAL_TOLERANCE.get(model.dtype, 0.15)
+    return None if worst <= limit else f"its log-probs in the trial were off by {worst:.3g} nats"
+
+
+@torch.no_grad()
+def _gap(model: Any, history: list[int], recorded: list[tuple[int, float]]) -> float:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        ids = torch.tensor([history], device=next(model.parameters()).device)
+        scores = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0].float(), dim=-1)
+    finally:
+        for module in training:
+            module.training = True
+    return max(abs(float(scores[place - 1, history[place]]) - value) for place, value in recorded)

@@ -1,0 +1,234 @@
+"""Token-exact chat: tokens in, tokens out, the history is never tokenized again.
+
+Owns what stands between the tokens of two assistant turns: the template's closing of a turn, tool results, and the opening
+of the next turn. Tool output is encoded so that none of it can become a control token. Works for every chat template that
+can render a tool conversation, by rendering a small dummy conversation and cutting it at the end of the assistant's turn.
+"""
+
+import functools
+import itertools
+import json
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import regex
+
+from ..errors import ChatTemplateError
+from ..tools.types import ToolCall
+from .parsing import ParsedTurn, parse_turn
+
+
+TRUNCATION_MARKER = "\n[... truncated: the output was longer than {limit} tokens]"
+
+
+class ToolChat:
+    """
+    Chat handling of one tokenizer and template.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`):
+            Tokenizer with a tool-capable chat template and a response template.
+        stop_ids (`Sequence[int]`):
+            Tokens that end an assistant turn.
+        chat_template (`str`, *optional*):
+            Template used instead of the tokenizer's own (TRL's training templates).
+        template_kwargs (`dict`, *optional*):
+            Extra arguments of the template.
+
+    Raises:
+        ChatTemplateError: if the template cannot render a tool conversation so that earlier messages stay as they are,
+            or no response template tells how calls are written.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop_ids: Sequence[int],
+        chat_template: str | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.stop_ids = frozenset(stop_ids)
+        self.chat_template = chat_template
+        self.template_kwargs = template_kwargs or {}
+        if getattr(tokenizer, "response_template", None) is None:
+            raise ChatTemplateError(
+                "The tokenizer has tools to parse but no `response_template` that says how its chat template writes "
+                "calls. Use a chat template TRL ships (trl/chat_templates, byte for byte), or set "
+                "`tokenizer.response_template` (see transformers' docs on response parsing)."
+            )
+        self._mark = f"x{secrets.token_hex(8)}"
+        added = tokenizer.get_added_vocab()
+        # Added tokens that are only whitespace (newline runs of Gemma) are text, not control
+        self.control_ids = frozenset(id for text, id in added.items() if text.strip()) | self.stop_ids
+        names = sorted((text for text, id in added.items() if id in self.control_ids and text), key=len, reverse=True)
+        self._control = regex.compile("|".join(regex.escape(name) for name in names)) if names else None
+        self._trims = not self._keeps_whitespace()
+
+    # Reading a turn
+
+    def parse(self, ids: Sequence[int], prefix: str, tools: Sequence[dict], number: int) -> ParsedTurn:
+        """
+        Parse the tokens of one assistant turn.
+
+        Args:
+            ids (`Sequence[int]`):
+                Tokens of the turn.
+            prefix (`str`):
+                Text before the turn, at least from the assistant's header on.
+            tools (`Sequence[dict]`):
+                Schemas of the rollout's tools.
+            number (`int`):
+                Index of the turn in its rollout.
+        """
+        eos = self.tokenizer.eos_token or ""
+        text = self.tokenizer.decode(ids)
+        turn = parse_turn(text, self.tokenizer.response_template, prefix, tools, eos, number)
+        if turn is None:
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            return ParsedTurn({"role": "assistant", "content": text}, [])
+        return turn
+
+    # Writing what follows it
+
+    def truncate(self, text: str, limit: int) -> tuple[str, bool]:
+        """Cut `text` to `limit` tokens with a visible marker; returns the text and whether it was cut."""
+        head = text[: 64 * limit + 64]  # far more than any `limit` tokens hold, so that 50 MB are never tokenized
+        ids = self._encode_inert(head)
+        if len(ids) <= limit and len(head) == len(text):
+            return text, False
+        kept = self.tokenizer.decode(ids[:limit]).rstrip("\N{REPLACEMENT CHARACTER}")
+        return kept + TRUNCATION_MARKER.format(limit=limit), True
+
+    def tool_suffix(self, last_id: int, messages: Sequence[dict[str, Any]]) -> tuple[list[int], str]:
+        """
+        Tokens between the end of an assistant turn and the start of the next.
+
+        Args:
+            last_id (`int`):
+                Last token of the turn. If it is not the template's own end of turn, that is put first.
+            messages (`Sequence[dict]`):
+                Tool messages, in call order.
+
+        Returns:
+            `tuple[list[int], str]`: the tokens; the text after the last tool result, which opens the next turn.
+        """
+        contents = [str(message["content"]) for message in messages]
+        wrapped = []
+        for message, content in zip(messages, contents, strict=True):
+            inner = content.strip() if self._trims else content
+            wrapped.append({**message, "content": f"{self._mark}a{inner}{self._mark}z"})
+        rendered = self._render(wrapped)
+        start = rendered.rindex(f"{self._mark}arg") + len(f"{self._mark}arg")
+        pieces = rendered[start:].split(f"{self._mark}a")
+        # pieces[0] is what follows the call; each later piece is a content, its end mark, and template text
+        head, context = self._after_turn(pieces[0], last_id)
+        segments: list[tuple[str, bool]] = [(head, False)]
+        for piece in pieces[1:]:
+            content, _, template = piece.partition(f"{self._mark}z")
+            segments += [(content, True), (template, False)]
+        return self._encode_segments(segments, context), segments[-1][0]
+
+    def _after_turn(self, zone: str, last_id: int) -> tuple[str, str]:
+        """The part of `zone` (text from the call's last argument to the first result) still to be written, and the
+        control token just before it, which decides how its first characters are tokenized."""
+        stop = self.tokenizer.decode([last_id])
+        if last_id in self.stop_ids and stop in zone:
+            return zone[zone.index(stop) + len(stop) :], stop
+        ends = [zone.index(text) for text in self._stop_texts if text in zone]
+        if ends:
+            return zone[min(ends) :], ""
+        closing = self._call_close.search(zone)
+        return (zone[closing.end() :], "") if closing else (zone, "")
+
+    @functools.cached_property
+    def _stop_texts(self) -> list[str]:
+        return [self.tokenizer.decode([id]) for id in sorted(self.stop_ids)]
+
+    @functools.cached_property
+    def _call_close(self) -> Any:
+        calls = self.tokenizer.response_template.get("fields", {}).get("tool_calls", {})
+        pattern = calls.get("close_pattern") or regex.escape(calls.get("close", "")) or r"(?!)"
+        return regex.compile(pattern.removesuffix(r"\s*"), regex.DOTALL)
+
+    # Encoding
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    def _encode_segments(self, segments: Sequence[tuple[str, bool]], context: str) -> list[int]:
+        """Encode template text and contents as one text if no control token comes of a content, else piece by piece."""
+        whole = context + "".join(text for text, _ in segments)
+        ids = self._encode(whole)[len(self._encode(context)) :]
+        expected = [id for text, content in segments if not content for id in self._encode(text)]
+        if [i for i in ids if i in self.control_ids] == [i for i in expected if i in self.control_ids]:
+            return ids
+        ids = self._encode(context + segments[0][0])[len(self._encode(context)) :]
+        for text, content in segments[1:]:
+            ids += self._encode_inert(text) if content else self._encode(text)
+        return ids
+
+    def _encode_inert(self, text: str) -> list[int]:
+        """Encode text so that no control token comes of it; it decodes to the same text."""
+        ids: list[int] = []
+        todo = [text]
+        while todo:
+            part = todo.pop()
+            encoded = self._encode(part)
+            if self.control_ids.isdisjoint(encoded):
+                ids += encoded
+                continue
+            matches = self._control.finditer(part) if self._control else ()
+            cuts = [0, *(match.start() + 1 for match in matches if match.end() - match.start() > 1), len(part)]
+            if len(cuts) > 2:  # a control token cut in two is no control token
+                todo += [part[start:stop] for start, stop in itertools.pairwise(cuts)][::-1]
+            else:  # what is left comes of normalization: a character that is a control token by itself is dropped
+                for character in part:
+                    piece = self._encode(character)
+                    ids += piece if self.control_ids.isdisjoint(piece) else []
+        return ids
+
+    # Rendering
+
+    def _render(self, tool_messages: Sequence[dict[str, Any]]) -> str:
+        name = tool_messages[0].get("name") or "tool"
+        arguments: Any = {"argument": f"{self._mark}arg"}
+        try:
+            return self._render_with(name, arguments, tool_messages)
+        except TypeError:  # templates that concatenate the arguments as text (DeepSeek-V3)
+            return self._render_with(name, json.dumps(arguments), tool_messages)
+
+    def _render_with(self, name: str, arguments: Any, tool_messages: Sequence[dict[str, Any]]) -> str:
+        call = {"type": "function", "id": "call_0_0", "function": {"name": name, "arguments": arguments}}
+        messages = [
+            {"role": "user", "content": "dummy"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            *({**message, "tool_call_id": "call_0_0"} for message in tool_messages),
+        ]
+        return self.tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=True,
+            chat_template=self.chat_template,
+            **self.template_kwargs,
+        )
+
+    def _keeps_whitespace(self) -> bool:
+        """Whether the template leaves white space around a tool result as it is; also proves that it renders one."""
+        inner = f"{self._mark}i"
+        try:
+            rendered = self._render([{"role": "tool", "name": "tool", "content": f"  {inner}  "}])
+            place = rendered.index(inner)
+            rendered.rindex(f"{self._mark}arg")
+        except Exception as error:
+            raise ChatTemplateError(
+                f"The chat template cannot render a tool conversation (user, assistant with a call, tool result): "
+                f"{type(error).__name__}: {error}. Use a tool-capable chat template, such as one of trl/chat_templates."
+            ) from error
+        return rendered[:place].endswith("  ")
+
+
+def tool_message(call: ToolCall, content: str) -> dict[str, Any]:
+    """The message that answers a call."""
+    return {"role": "tool", "name": call.name, "content": content, "tool_call_id": call.id}

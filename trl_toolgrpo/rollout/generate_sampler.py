@@ -1,0 +1,151 @@
+"""The plain sampler: `model.generate` over whole histories, for models whose attention the default sampler cannot handle.
+
+Owns `GenerateSampler`. It prefills the history again at every turn and keeps rows in lockstep, so it is slow; but it asks
+nothing of the model beyond `generate`, and records the same log-probs. Fed with token ids by the rollout loop.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from ..errors import SamplerError
+from .sampler import SampledTokens
+
+
+class _Temperature(LogitsProcessor):
+    """Divides by the temperature and keeps the log-softmax the next token is drawn from."""
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+        self.log_softmax: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scaled = scores.float() / self.temperature
+        self.log_softmax = torch.log_softmax(scaled, dim=-1)
+        return scaled
+
+
+class _Recorder(StoppingCriteria):
+    """Called right after each token is drawn: records its log-prob; ends a row at its own budget."""
+
+    def __init__(self, source: _Temperature, start: int, budgets: Tensor):
+        self.source, self.start, self.budgets = source, start, budgets
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        if self.source.log_softmax is None:
+            raise SamplerError("`generate` drew a token without calling the logits processor.")
+        self.logprobs.append(self.source.log_softmax.gather(-1, input_ids[:, -1:])[:, 0].clamp(max=0.0))
+        return self.budgets <= input_ids.shape[1] - self.start
+
+
+class GenerateSampler:
+    """
+    Samples with `model.generate`.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The policy, unwrapped.
+        stop_ids (`Sequence[int]`):
+            Tokens that end a turn.
+        pad_id (`int`):
+            Padding token id.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of sampling and of the recorded log-probs.
+        autocast (`Callable`, *optional*):
+            Gives the autocast context the trainer scores under.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        stop_ids: Sequence[int],
+        pad_id: int,
+        temperature: float = 1.0,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.model = model
+        self.stop_ids = frozenset(stop_ids)
+        self.pad_id = pad_id
+        self.temperature = temperature
+        self.autocast = autocast
+
+    @contextmanager
+    def open(self, prompts: Sequence[Sequence[int]], max_length: int) -> Iterator["GenerateSession"]:
+        """See [`Sampler.open`]. The model is in evaluation mode, without gradients, while the session is open."""
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.autocast():
+                yield GenerateSession(self, prompts)
+        finally:
+            for module in training:
+                module.training = True
+
+
+class GenerateSession:
+    """A running batch of a [`GenerateSampler`]; see [`SamplerSession`] for the protocol."""
+
+    def __init__(self, sampler: GenerateSampler, prompts: Sequence[Sequence[int]]):
+        self.sampler = sampler
+        self.histories = [list(prompt) for prompt in prompts]
+        self.budgets: dict[int, int] = {}
+
+    @property
+    def busy(self) -> bool:
+        """See [`SamplerSession.busy`]."""
+        return bool(self.budgets)
+
+    def extend(self, row: int, token_ids: Sequence[int], max_new_tokens: int) -> None:
+        """See [`SamplerSession.extend`]."""
+        if row in self.budgets:
+            raise SamplerError(f"Row {row} was extended while it is still being sampled.")
+        self.histories[row] += token_ids
+        self.budgets[row] = max_new_tokens
+
+    def finish(self, row: int) -> None:
+        """See [`SamplerSession.finish`]."""
+        self.histories[row] = []
+
+    def step(self) -> list[SampledTokens]:
+        """See [`SamplerSession.step`]: here one step samples the whole turn of every queued row."""
+        rows, limits = list(self.budgets), list(self.budgets.values())
+        self.budgets = {}
+        device = next(self.sampler.model.parameters()).device
+        width = max(len(self.histories[row]) for row in rows)
+        padding = [width - len(self.histories[row]) for row in rows]
+        ids = [[self.sampler.pad_id] * p + self.histories[r] for p, r in zip(padding, rows, strict=True)]
+        mask = [[0] * p + [1] * (width - p) for p in padding]
+        source = _Temperature(self.sampler.temperature)
+        recorder = _Recorder(source, width, torch.tensor(limits, device=device))
+        output = self.sampler.model.generate(
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=self._generation_config(max(limits)),
+            logits_processor=LogitsProcessorList([source]),
+            stopping_criteria=StoppingCriteriaList([recorder]),
+        )
+        logprobs = torch.stack(recorder.logprobs, dim=1).tolist()
+        results = []
+        for row, limit, tokens, values in zip(rows, limits, output[:, width:].tolist(), logprobs, strict=True):
+            end = next((i + 1 for i, token in enumerate(tokens) if token in self.sampler.stop_ids), len(tokens))
+            end = min(end, limit)
+            self.histories[row] += tokens[:end]
+            results.append(SampledTokens(row, tokens[:end], values[:end], tokens[end - 1] in self.sampler.stop_ids))
+        return results
+
+    def _generation_config(self, max_new_tokens: int) -> GenerationConfig:
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            pad_token_id=self.sampler.pad_id,
+            eos_token_id=sorted(self.sampler.stop_ids),
+            disable_compile=True,
+        )

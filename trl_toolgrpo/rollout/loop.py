@@ -1,0 +1,255 @@
+"""The rollout loop: one state machine per rollout, all driven together.
+
+Owns what happens between "here are the prompts" and "here are the trajectories": a turn is sampled, its calls run off the
+decode path, their results are appended as tokens, the next turn is sampled. Rows that wait for a tool never hold up rows
+that can be decoded. Fed by a sampler session, the chat handling and the tool executor.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..tools.execute import ToolExecutor, result_text
+from ..tools.types import Tool, ToolCall, ToolResult
+from ..trajectory import Trajectory, Turn
+from .chat import ToolChat, tool_message
+from .sampler import SampledTokens, SamplerSession
+
+
+@dataclass
+class RolloutLimits:
+    """
+    When a rollout ends.
+
+    Args:
+        max_completion_length (`int`):
+            Most tokens after the prompt, tool results included.
+        max_tool_calling_iterations (`int`):
+            Most turns whose calls are answered.
+        max_tool_output_tokens (`int`):
+            Most tokens of one tool result.
+        parse_error_budget (`int`):
+            Malformed calls that are answered before the rollout stops.
+    """
+
+    max_completion_length: int
+    max_tool_calling_iterations: int
+    max_tool_output_tokens: int
+    parse_error_budget: int
+
+
+@dataclass
+class RolloutRequest:
+    """
+    What a rollout starts from.
+
+    Args:
+        prompt_ids (`list[int]`):
+            Prompt tokens.
+        tools (`dict[str, Tool]`, *optional*):
+            Tools of this rollout, by name; without any the rollout is one turn.
+        environment (`object`, *optional*):
+            Environment some of the tools belong to.
+        owned (`frozenset[str]`, *optional*):
+            Names of the tools that belong to the environment: their calls run in order, on the environment's own thread.
+    """
+
+    prompt_ids: list[int]
+    tools: dict[str, Tool] = field(default_factory=dict)
+    environment: object | None = None
+    owned: frozenset[str] = frozenset()
+
+
+@dataclass
+class Rollout:
+    """
+    A finished rollout.
+
+    Args:
+        trajectory (`Trajectory`):
+            Every token with its provenance.
+        messages (`list[dict]`):
+            Assistant and tool messages, as reward functions get them; empty without tools.
+    """
+
+    trajectory: Trajectory
+    messages: list[dict[str, Any]]
+
+
+@dataclass
+class RolloutStats:
+    """Time spent by a batch, in seconds: in all, and waiting for tools with nothing to decode."""
+
+    seconds: float = 0.0
+    tool_wait_seconds: float = 0.0
+
+
+class _State:
+    """A rollout on its way."""
+
+    def __init__(self, request: RolloutRequest, opening: Callable[[], str]):
+        self.request = request
+        self.schemas = [tool.schema for tool in request.tools.values()]
+        self.trajectory = Trajectory(request.prompt_ids, [], [], [], [], [], "stop")
+        self.messages: list[dict[str, Any]] = []
+        self.opening = opening
+        self.futures: list[Future[ToolResult]] = []
+        self.answered = 0
+        self.malformed = 0
+        self.since = time.perf_counter()
+        self.done = False
+
+
+class RolloutLoop:
+    """
+    Drives a batch of rollouts to their end.
+
+    Args:
+        session (`SamplerSession`):
+            Open session; row `i` holds the prompt of `requests[i]`.
+        requests (`Sequence[RolloutRequest]`):
+            One for each rollout.
+        limits (`RolloutLimits`):
+            When a rollout ends.
+        chat (`ToolChat`, *optional*):
+            Needed if any request has tools.
+        executor (`ToolExecutor`, *optional*):
+            Needed if any request has tools.
+    """
+
+    def __init__(
+        self,
+        session: SamplerSession,
+        requests: Sequence[RolloutRequest],
+        limits: RolloutLimits,
+        chat: ToolChat | None = None,
+        executor: ToolExecutor | None = None,
+    ):
+        self.session = session
+        self.limits = limits
+        self.chat = chat
+        self.executor = executor
+        self.stats = RolloutStats()
+        decoded: dict[tuple[int, ...], str] = {}
+
+        def opening(ids: list[int]) -> Callable[[], str]:
+            def decode() -> str:
+                key = tuple(ids)
+                if key not in decoded:
+                    decoded[key] = self._chat().tokenizer.decode(ids)
+                return decoded[key]
+
+            return decode
+
+        self.states = [_State(request, opening(request.prompt_ids)) for request in requests]
+
+    def run(self) -> list[Rollout]:
+        """Sample, call tools and go on until every rollout has ended; rollouts are in the order of the requests."""
+        started = time.perf_counter()
+        for row in range(len(self.states)):
+            self.session.extend(row, [], self.limits.max_completion_length)
+        while True:
+            for row in self._answered():
+                self._continue(row)
+            if self.session.busy:
+                for sampled in self.session.step():
+                    self._end_turn(sampled)
+            elif not self._wait():
+                break
+        self.stats.seconds = time.perf_counter() - started
+        return [Rollout(state.trajectory, state.messages) for state in self.states]
+
+    # Waiting
+
+    def _answered(self) -> Iterator[int]:
+        for row, state in enumerate(self.states):
+            if state.futures and all(future.done() for future in state.futures):
+                yield row
+
+    def _wait(self) -> bool:
+        """Wait for any tool; returns whether there was one to wait for."""
+        futures = [future for state in self.states for future in state.futures if not future.done()]
+        if not futures:
+            return any(state.futures for state in self.states)
+        started = time.perf_counter()
+        wait(futures, timeout=1.0, return_when=FIRST_COMPLETED)
+        self.stats.tool_wait_seconds += time.perf_counter() - started
+        return True
+
+    # One rollout
+
+    def _end_turn(self, sampled: SampledTokens) -> None:
+        state = self.states[sampled.row]
+        trajectory = state.trajectory
+        now = time.perf_counter()
+        start = len(trajectory.completion_ids)
+        count = len(sampled.token_ids)
+        trajectory.completion_ids += sampled.token_ids
+        trajectory.logprobs += sampled.logprobs
+        trajectory.tool_mask += [1] * count
+        trajectory.forced_mask += [0] * count
+        turn = Turn(start, start + count, "stop" if sampled.stopped else "length", sample_seconds=now - state.since)
+        trajectory.turns.append(turn)
+        if not state.request.tools:
+            return self._finish(sampled.row, turn.stop_reason)
+        number = len(trajectory.turns) - 1
+        parsed = self._chat().parse(sampled.token_ids, state.opening(), state.schemas, number)
+        state.messages.append(parsed.message)
+        turn.tool_calls = parsed.calls
+        if not sampled.stopped:
+            return self._finish(sampled.row, "length")
+        state.malformed += sum(call.error is not None for call in parsed.calls)
+        if not parsed.calls:
+            self._finish(sampled.row, "stop")
+        elif state.malformed > self.limits.parse_error_budget:
+            self._finish(sampled.row, "parse_errors")
+        elif state.answered >= self.limits.max_tool_calling_iterations:
+            self._finish(sampled.row, "tool_limit")
+        else:
+            state.since = now
+            state.answered += 1
+            state.futures = [self._submit(state, call) for call in parsed.calls]
+
+    def _submit(self, state: _State, call: ToolCall) -> "Future[ToolResult]":
+        if self.executor is None:
+            raise RuntimeError("A rollout with tools needs a ToolExecutor.")
+        request = state.request
+        owner = request.environment if call.name in request.owned else None
+        return self.executor.submit(call, request.tools.get(call.name), owner=owner, available=list(request.tools))
+
+    def _continue(self, row: int) -> None:
+        """Append the results of a turn's calls and queue the next turn."""
+        state = self.states[row]
+        trajectory, turn = state.trajectory, state.trajectory.turns[-1]
+        turn.tool_results = [future.result() for future in state.futures]
+        state.futures = []
+        now = time.perf_counter()
+        turn.tool_seconds, state.since = now - state.since, now
+        chat = self._chat()
+        messages = []
+        for call, result in zip(turn.tool_calls, turn.tool_results, strict=True):
+            text, result.truncated = chat.truncate(result_text(result), self.limits.max_tool_output_tokens)
+            messages.append(tool_message(call, text))
+        suffix, opening = chat.tool_suffix(trajectory.completion_ids[-1], messages)
+        room = self.limits.max_completion_length - len(trajectory.completion_ids) - len(suffix)
+        if room < 1:
+            return self._finish(row, "tool_overflow")
+        trajectory.completion_ids += suffix
+        trajectory.logprobs += [0.0] * len(suffix)
+        trajectory.tool_mask += [0] * len(suffix)
+        trajectory.forced_mask += [0] * len(suffix)
+        state.messages += messages
+        state.opening = lambda: opening
+        self.session.extend(row, suffix, room)
+
+    def _finish(self, row: int, reason: str) -> None:
+        self.states[row].trajectory.stop_reason = reason
+        self.states[row].done = True
+        self.session.finish(row)
+
+    def _chat(self) -> ToolChat:
+        if self.chat is None:
+            raise RuntimeError("A rollout with tools needs a ToolChat.")
+        return self.chat

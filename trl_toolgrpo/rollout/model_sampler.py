@@ -1,0 +1,307 @@
+"""The default sampler: rollouts on the training model itself, on a CPU, one GPU or many.
+
+Owns `ModelSampler`. Rows join, wait and leave without a barrier; the prompt of a group is prefilled and kept once; a row's
+keys and values stay across its turns; tokens the row has to read (tool results) are prefilled in batches; a log-prob is
+recorded with every sampled token, from the full softmax of `logits / temperature`. Fed with token ids by the rollout loop.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SamplerError
+from .sampler import SampledTokens
+from .shared_prefix import KeyValueStore, PromptCache, RowCache, Span, shared_prefix_attention
+
+
+PREFILL_TOKENS = 8192
+"""Most tokens, padding included, of one prompt-prefill pass."""
+JOIN_AFTER = 4
+"""Steps a row with tokens to read waits, at most, for others to be prefilled with it while rows are decoded."""
+
+
+def sample_tokens(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Sample by inverting the cumulative distribution, one uniform number a row.
+
+    Args:
+        logits (`Tensor`):
+            Logits of shape (B, V), any float dtype.
+        temperature (`float`):
+            Temperature the logits are divided by.
+        noise (`Tensor`):
+            Uniform numbers in [0, 1), float32, shape (B,).
+
+    Returns:
+        `tuple[Tensor, Tensor]`: token ids, int64, shape (B,); their log-probs in nats, float32, shape (B,).
+    """
+    scores = logits.float()
+    if temperature != 1.0:
+        scores = scores / temperature
+    log_z = torch.logsumexp(scores, dim=-1, keepdim=True)
+    cumulative = torch.exp(scores - log_z).cumsum(dim=-1)
+    threshold = noise.to(cumulative.device)[:, None] * cumulative[:, -1:]
+    # The first token whose cumulative mass exceeds the threshold always has mass of its own
+    tokens = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1)
+    logprobs = (scores.gather(-1, tokens) - log_z).clamp_(max=0.0)  # rounding alone can pass 0
+    return tokens[:, 0], logprobs[:, 0]
+
+
+class ModelSampler:
+    """
+    Samples from a causal language model whose attention goes through transformers' attention interface.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The policy, unwrapped.
+        stop_ids (`Sequence[int]`):
+            Tokens that end a turn.
+        pad_id (`int`):
+            Any valid token id, used where nothing is read.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of sampling and of the recorded log-probs.
+        autocast (`Callable`, *optional*):
+            Gives the autocast context the trainer scores under.
+        noise (`Callable[[list[int]], Tensor]`, *optional*):
+            Gives one uniform number for each of the given rows; defaults to torch's global generator.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        stop_ids: Sequence[int],
+        pad_id: int,
+        temperature: float = 1.0,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        noise: Callable[[list[int]], Tensor] | None = None,
+    ):
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.stop_ids = frozenset(stop_ids)
+        self.pad_id = pad_id
+        self.temperature = temperature
+        self.autocast = autocast
+        self.noise = noise or (lambda rows: torch.rand(len(rows)))
+
+    @contextmanager
+    def open(self, prompts: Sequence[Sequence[int]], max_length: int) -> Iterator["ModelSession"]:
+        """See [`Sampler.open`]. The model is in evaluation mode, without gradients, while the session is open."""
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.autocast():
+                session = ModelSession(self, prompts, max_length)
+                with shared_prefix_attention(self.model, session.store):
+                    session.prefill_prompts()
+                    yield session
+        finally:
+            for module in training:
+                module.training = True
+
+
+@dataclass
+class _Row:
+    """State of one row: `length` own tokens are in the store, `pending` ones are known and not yet read."""
+
+    prompt: int
+    slot: int
+    pending: list[int]
+    length: int = 0
+    budget: int = 0
+    waited: int = 0
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class ModelSession:
+    """A running batch of a [`ModelSampler`]; see [`SamplerSession`] for the protocol."""
+
+    def __init__(self, sampler: ModelSampler, prompts: Sequence[Sequence[int]], max_length: int):
+        self.sampler = sampler
+        self.device = next(sampler.model.parameters()).device
+        distinct: dict[tuple[int, ...], int] = {}
+        self.rows: list[_Row] = []
+        for row, prompt in enumerate(prompts):
+            if len(prompt) == 0:
+                raise SamplerError(f"The prompt of row {row} has no tokens; a prompt needs at least one.")
+            # The last prompt token is read by each row itself, so that its logits come with the first decode step
+            group = distinct.setdefault(tuple(prompt), len(distinct))
+            self.rows.append(_Row(prompt=group, slot=row, pending=[prompt[-1]]))
+        self.prompts = [list(prompt[:-1]) for prompt in distinct]
+        lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=self.device)
+        self.store = KeyValueStore(lengths, len(prompts), max_length + 1)
+        self.slots = list(range(len(prompts)))  # row in each slot; decoding rows come first
+        self.running = 0  # slots [0, running) are being decoded
+        self.queued: list[int] = []
+        self.cache = RowCache(self.store)
+        self._layout: tuple[tuple[int, ...], int] | None = None
+        self._groups: dict[str, Any] = {}
+
+    @property
+    def busy(self) -> bool:
+        """See [`SamplerSession.busy`]."""
+        return self.running > 0 or bool(self.queued)
+
+    def extend(self, row: int, token_ids: Sequence[int], max_new_tokens: int) -> None:
+        """See [`SamplerSession.extend`]."""
+        state = self.rows[row]
+        if row in self.queued or state.slot < self.running and self.slots[state.slot] == row:
+            raise SamplerError(f"Row {row} was extended while it is still being sampled.")
+        if max_new_tokens < 1:
+            raise SamplerError(f"Row {row} was given a budget of {max_new_tokens} tokens, expected at least 1.")
+        state.pending.extend(token_ids)
+        state.budget, state.waited = max_new_tokens, 0
+        state.tokens, state.logprobs = [], []
+        self.queued.append(row)
+
+    def finish(self, row: int) -> None:
+        """See [`SamplerSession.finish`]. The memory of a row is freed with the session."""
+
+    def step(self) -> list[SampledTokens]:
+        """See [`SamplerSession.step`]: reads queued tokens when it pays, then decodes one token for each row."""
+        if self.queued and self._should_join():
+            self._join()
+        return self._decode() if self.running else []
+
+    # Reading
+
+    def prefill_prompts(self) -> None:
+        """Read every distinct prompt but its last token, in batches of similar length."""
+        order = sorted(range(len(self.prompts)), key=lambda index: len(self.prompts[index]))
+        # Prompts are stored in order of length, so that a batch is a slice
+        position = {index: place for place, index in enumerate(order)}
+        self.prompts = [self.prompts[index] for index in order]
+        for state in self.rows:
+            state.prompt = position[state.prompt]
+        self.store.prompt_lengths = self.store.prompt_lengths[torch.tensor(order, device=self.device)]
+        first = 0
+        while first < len(self.prompts):
+            stop = first + 1
+            while stop < len(self.prompts) and (stop + 1 - first) * len(self.prompts[stop]) <= PREFILL_TOKENS:
+                stop += 1
+            batch = self._padded(self.prompts[first:stop])
+            self._forward(batch, torch.arange(batch.shape[1], device=self.device)[None], PromptCache(self.store, first))
+            first = stop
+
+    def _should_join(self) -> bool:
+        """Whether to stop decoding for a moment and read what queued rows have to read."""
+        waiting = [self.rows[row] for row in self.queued]
+        for state in waiting:
+            state.waited += 1
+        if not self.running or max(state.waited for state in waiting) > JOIN_AFTER:
+            return True
+        return all(len(state.pending) == 1 for state in waiting) or 4 * len(waiting) >= self.running
+
+    def _join(self) -> None:
+        joining, self.queued = self.queued, []
+        first = self.running
+        for row in joining:
+            self._swap(self.rows[row].slot, self.running)
+            self.running += 1
+        longest = max(len(self.rows[row].pending) for row in joining)
+        if longest > 1:
+            self._read(joining, first)
+
+    def _read(self, rows: list[int], first: int) -> None:
+        """Read all but the last pending token of rows that sit in slots `first, first + 1, ...`."""
+        states = [self.rows[row] for row in rows]
+        tokens = self._padded([state.pending[:-1] for state in states])
+        span = self._span(states, first, tokens.shape[1])
+        prompt_lengths = self.store.prompt_lengths[span.groups]
+        offset = torch.arange(tokens.shape[1], device=self.device)
+        self.store.begin(span)
+        self._forward(tokens, (prompt_lengths + span.lengths)[:, None] + offset, self.cache)
+        for state in states:
+            state.length += len(state.pending) - 1
+            state.pending = state.pending[-1:]
+
+    # Decoding
+
+    def _decode(self) -> list[SampledTokens]:
+        rows = self.slots[: self.running]
+        states = [self.rows[row] for row in rows]
+        span = self._span(states, 0, 1)
+        tokens = torch.tensor([[state.pending[0]] for state in states], device=self.device)
+        self.store.begin(span)
+        positions = (self.store.prompt_lengths[span.groups] + span.lengths)[:, None]
+        logits = self._forward(tokens, positions, self.cache)
+        sampled, logprobs = sample_tokens(logits, self.sampler.temperature, self.sampler.noise(rows))
+        finished = []
+        for row, token, logprob in zip(rows, sampled.tolist(), logprobs.tolist(), strict=True):
+            state = self.rows[row]
+            state.length += 1
+            state.pending = [token]
+            state.tokens.append(token)
+            state.logprobs.append(logprob)
+            stopped = token in self.sampler.stop_ids
+            if stopped or len(state.tokens) == state.budget:
+                finished.append(SampledTokens(row, state.tokens, state.logprobs, stopped))
+        for result in finished:
+            self.running -= 1
+            self._swap(self.rows[result.row].slot, self.running)
+        return finished
+
+    def _forward(self, tokens: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        """Run the model over (B, T) tokens; returns the logits after the last one, shape (B, V)."""
+        if isinstance(cache, PromptCache):
+            self.store.span = None
+        output = self.sampler.model(
+            input_ids=tokens,
+            position_ids=positions.expand(tokens.shape[0], -1),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
+
+    # Slots
+
+    def _swap(self, one: int, other: int) -> None:
+        if one == other:
+            return
+        first, second = self.rows[self.slots[one]], self.rows[self.slots[other]]
+        self.store.swap(one, other, max(first.length, second.length))
+        self.slots[one], self.slots[other] = self.slots[other], self.slots[one]
+        first.slot, second.slot = other, one
+
+    def _span(self, states: list[_Row], first: int, query_length: int) -> Span:
+        prompts = tuple(state.prompt for state in states)
+        if self._layout != (prompts, first):
+            self._layout = (prompts, first)
+            self._groups = self._group(prompts)
+        lengths = [state.length for state in states]
+        return Span(
+            slots=first,
+            lengths=torch.tensor(lengths, device=self.device),
+            query_length=query_length,
+            longest=max(lengths),
+            **self._groups,
+        )
+
+    def _group(self, prompts: tuple[int, ...]) -> dict[str, Any]:
+        """How rows share prompts, for as long as the same rows run."""
+        rows_of: dict[int, list[int]] = {}
+        ranks = []
+        for row, prompt in enumerate(prompts):
+            members = rows_of.setdefault(prompt, [])
+            ranks.append(len(members))
+            members.append(row)
+        sizes = [len(prompt) for prompt in self.prompts]
+        everyone = len(rows_of) == len(self.prompts)
+        return {
+            "groups": torch.tensor(prompts, device=self.device),
+            "ranks": torch.tensor(ranks, device=self.device),
+            "width": max(ranks) + 1,
+            "members": [(p, sizes[p], torch.tensor(rows, device=self.device)) for p, rows in rows_of.items()],
+            # One product over all prompts saves launches on an accelerator; on a CPU padding costs more than it saves
+            "batched": everyone and (self.device.type != "cpu" or len(set(sizes)) == 1),
+        }
+
+    def _padded(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        width = max(1, *(len(sequence) for sequence in sequences))
+        pad = self.sampler.pad_id
+        rows = [list(sequence) + [pad] * (width - len(sequence)) for sequence in sequences]
+        return torch.tensor(rows, device=self.device)

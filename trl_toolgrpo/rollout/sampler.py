@@ -1,0 +1,67 @@
+"""The sampler protocol: extend these token sequences, return tokens and sample-time log-probs.
+
+Owns the records that pass between the rollout loop and a sampler. A sampler knows tokens only: no chat, no tools.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass
+class SampledTokens:
+    """
+    What a sampler wrote for one row since it was last extended.
+
+    Args:
+        row (`int`):
+            Row that was extended.
+        token_ids (`list[int]`):
+            Sampled tokens in order, the stop token included.
+        logprobs (`list[float]`):
+            Log-prob in nats of each token under the full softmax of `logits / temperature`, recorded when the token
+            was sampled.
+        stopped (`bool`):
+            `True` if the last token is a stop token, `False` if the token budget ran out.
+    """
+
+    row: int
+    token_ids: list[int]
+    logprobs: list[float]
+    stopped: bool
+
+
+class SamplerSession(Protocol):
+    """A batch of rows that are extended again and again, each at its own pace, keeping their history."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether any row is queued or being sampled, so that [`SamplerSession.step`] has work to do."""
+        ...
+
+    def extend(self, row: int, token_ids: Sequence[int], max_new_tokens: int) -> None:
+        """Append known tokens to a row, then sample up to `max_new_tokens` more. Returns at once."""
+        ...
+
+    def step(self) -> list[SampledTokens]:
+        """Do a bounded piece of work (about one token for every running row); returns the rows that finished."""
+        ...
+
+    def finish(self, row: int) -> None:
+        """Say that a row will not be extended again, so that its memory can be used."""
+        ...
+
+
+class Sampler(Protocol):
+    """Opens a session over a batch of prompts; rows with equal prompts share their prompt's work."""
+
+    def open(self, prompts: Sequence[Sequence[int]], max_length: int) -> AbstractContextManager[SamplerSession]:
+        """
+        Args:
+            prompts (`Sequence[Sequence[int]]`):
+                Prompt tokens of each row.
+            max_length (`int`):
+                Upper bound on the tokens a row can hold after its prompt.
+        """
+        ...

@@ -1,0 +1,360 @@
+"""Attention over a shared prompt and a row's own tokens, without copying either.
+
+Owns the key-value store of a sampling session and the attention function registered with transformers. Rows of one
+prompt attend to a single copy of its keys and values, all rows of a group in one matrix product; each row's own tokens
+are attended to apart; the two parts are merged by their log-sum-exp (as in "Hydragen", arXiv 2402.05099, and
+FlashDecoding). Fed by `model_sampler.py`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+ATTENTION_NAME = "toolgrpo_shared_prefix"
+_CURRENT: ContextVar["KeyValueStore"] = ContextVar("toolgrpo_key_value_store")
+
+
+@dataclass
+class Span:
+    """
+    Which rows a forward pass extends, and where.
+
+    Args:
+        slots (`int`):
+            First slot of the rows in the store; the rows are `slots, slots + 1, ...`.
+        lengths (`Tensor`):
+            Own tokens of each row before this pass, int64, shape (B,).
+        query_length (`int`):
+            New tokens of each row, padding included.
+        longest (`int`):
+            Largest of `lengths`.
+        groups (`Tensor`):
+            Prompt of each row, int64, shape (B,).
+        ranks (`Tensor`):
+            Position of each row among the rows of its prompt, int64, shape (B,).
+        width (`int`):
+            Most rows any prompt has.
+        members (`list[tuple[int, int, Tensor]]`):
+            For each prompt with rows in this pass: its index, its length and its rows.
+        batched (`bool`):
+            Whether all prompts are attended to in one product (padded to the longest) or one after the other.
+    """
+
+    slots: int
+    lengths: Tensor
+    query_length: int
+    longest: int
+    groups: Tensor
+    ranks: Tensor
+    width: int
+    members: list[tuple[int, int, Tensor]]
+    batched: bool
+
+
+class KeyValueStore:
+    """
+    Keys and values of every prompt, once, and of every row's own tokens.
+
+    Args:
+        prompt_lengths (`Tensor`):
+            Stored tokens of each prompt, int64, shape (G,).
+        rows (`int`):
+            Rows of the session.
+        max_length (`int`):
+            Upper bound on the own tokens of a row.
+    """
+
+    def __init__(self, prompt_lengths: Tensor, rows: int, max_length: int):
+        self.prompt_lengths = prompt_lengths
+        self.rows = rows
+        self.max_length = max_length
+        self.capacity = 0
+        self.prompt_keys: list[Tensor] = []
+        self.prompt_values: list[Tensor] = []
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.span: Span | None = None
+        self._own_positions: Tensor | None = None
+        self._biases: dict[tuple[str, int | None], Tensor | None] = {}
+
+    # Prompts
+
+    def store_prompts(self, layer: int, first: int, key: Tensor, value: Tensor) -> None:
+        """Keep keys and values of prompts `first, first + 1, ...`; `key` and `value` have shape (B, H_kv, T, D)."""
+        if layer == len(self.prompt_keys):
+            shape = (len(self.prompt_lengths), key.shape[1], max(1, int(self.prompt_lengths.max())))
+            self.prompt_keys.append(key.new_zeros(*shape, key.shape[3]))
+            self.prompt_values.append(value.new_zeros(*shape, value.shape[3]))
+        self.prompt_keys[layer][first : first + key.shape[0], :, : key.shape[2]] = key
+        self.prompt_values[layer][first : first + key.shape[0], :, : key.shape[2]] = value
+
+    # Own tokens
+
+    def begin(self, span: Span) -> None:
+        """Prepare a forward pass over `span`: room for its tokens, and no stale masks."""
+        self.span = span
+        self._biases = {}
+        needed = span.longest + span.query_length
+        self._own_positions = span.lengths[:, None] + torch.arange(span.query_length, device=span.lengths.device)
+        if needed > self.capacity:
+            # Grown by half at a time, so that the copies add up to a few times the final size at most.
+            self.capacity = max(needed, min(int(self.capacity * 1.5) + 32, self.max_length))
+            self.keys = [self._grown(x) for x in self.keys]
+            self.values = [self._grown(x) for x in self.values]
+
+    def _grown(self, old: Tensor) -> Tensor:
+        new = old.new_zeros(*old.shape[:2], self.capacity, old.shape[3])
+        new[:, :, : old.shape[2]] = old
+        return new
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values of the current span; returns views of its rows, (B, H_kv, L, D) each."""
+        span = self.span
+        if span is None or self._own_positions is None:
+            raise RuntimeError("KeyValueStore.begin was not called before the forward pass.")
+        if layer == len(self.keys):
+            self.keys.append(key.new_zeros(self.rows, key.shape[1], self.capacity, key.shape[3]))
+            self.values.append(value.new_zeros(self.rows, value.shape[1], self.capacity, value.shape[3]))
+        stop = span.slots + key.shape[0]
+        length = span.longest + span.query_length
+        own_keys, own_values = self.keys[layer][span.slots : stop], self.values[layer][span.slots : stop]
+        rows = torch.arange(key.shape[0], device=key.device)[:, None]
+        own_keys[rows, :, self._own_positions] = key.transpose(1, 2)
+        own_values[rows, :, self._own_positions] = value.transpose(1, 2)
+        return own_keys[:, :, :length], own_values[:, :, :length]
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Exchange the first `length` own tokens of two slots."""
+        pair, swapped = [one, other], [other, one]
+        for store in (*self.keys, *self.values):
+            store[pair, :, :length] = store[swapped, :, :length]
+
+    # Masks
+
+    def bias(self, part: str, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """
+        Additive mask of the current span against the prompts (`"prompt"`, shape (G, width, T, P)) or against the rows'
+        own tokens (`"own"`, shape (B, T, L)); `None` where every key may be seen.
+        """
+        if (part, window) not in self._biases:
+            visible = self._prompt_visible(window) if part == "prompt" else self._own_visible(window)
+            bias = None
+            if not bool(visible.all()):
+                bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+                bias.masked_fill_(~visible, torch.finfo(dtype).min)
+            self._biases[part, window] = bias
+        return self._biases[part, window]
+
+    def _prompt_visible(self, window: int | None) -> Tensor:
+        span, lengths = self._span()
+        key = torch.arange(max(1, int(self.prompt_lengths.max())), device=lengths.device)
+        visible = key < self.prompt_lengths[:, None, None, None]
+        if window is None:
+            return visible
+        distance = self.prompt_lengths[span.groups][:, None] + self._positions()  # (B, T) absolute query positions
+        near = lengths.new_zeros(len(self.prompt_lengths), span.width, span.query_length)
+        near[span.groups, span.ranks] = distance
+        return visible & (key > near[..., None] - window)
+
+    def prompt_bias(self, prompt: int, size: int, rows: Tensor, window: int | None) -> Tensor | None:
+        """Additive mask of some rows against their one prompt, shape (n, T, P); `None` where all of it is seen."""
+        if size == 0:
+            nothing = self._positions()[rows][..., None]
+            return torch.full(nothing.shape, torch.finfo(torch.float32).min, device=rows.device)
+        if window is None:
+            return None
+        name = (f"prompt {prompt}", window)
+        if name not in self._biases:
+            key = torch.arange(size, device=rows.device)
+            visible = key > size + self._positions()[rows][..., None] - window
+            bias = torch.zeros(visible.shape, device=rows.device)
+            self._biases[name] = bias.masked_fill_(~visible, torch.finfo(torch.float32).min)
+        return self._biases[name]
+
+    def _own_visible(self, window: int | None) -> Tensor:
+        span, lengths = self._span()
+        key = torch.arange(span.longest + span.query_length, device=lengths.device)
+        query = self._positions()[..., None]
+        visible = key <= query
+        return visible if window is None else visible & (key > query - window)
+
+    def _positions(self) -> Tensor:
+        if self._own_positions is None:
+            raise RuntimeError("KeyValueStore.begin was not called before the forward pass.")
+        return self._own_positions
+
+    def _span(self) -> tuple[Span, Tensor]:
+        if self.span is None:
+            raise RuntimeError("KeyValueStore.begin was not called before the forward pass.")
+        return self.span, self.span.lengths
+
+
+class PromptCache(DynamicCache):
+    """Cache of a prompt prefill: hands each layer's keys and values to the store."""
+
+    def __init__(self, store: KeyValueStore, first: int):
+        super().__init__()
+        self.store, self.first = store, first
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+        self.store.store_prompts(layer_idx, self.first, key_states, value_states)
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+class RowCache(DynamicCache):
+    """Cache of a pass over rows: appends to the store and returns views of it."""
+
+    def __init__(self, store: KeyValueStore):
+        super().__init__()
+        self.store = store
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+        return self.store.append(layer_idx, key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.store.span.longest if self.store.span is not None else 0
+
+
+@contextmanager
+def shared_prefix_attention(model: torch.nn.Module, store: KeyValueStore) -> Iterator[None]:
+    """Run `model` with the shared-prefix attention over `store`; the model's own attention is put back at the end."""
+    config: Any = model.config
+    before = config._attn_implementation
+    token = _CURRENT.set(store)
+    config._attn_implementation = ATTENTION_NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        _CURRENT.reset(token)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None, softcap: float | None):
+    """Attention and its log-sum-exp in float32; query (..., Q, D), key and value (..., K, D)."""
+    if query.dtype == torch.float32:
+        scores = torch.matmul(query * scale, key.transpose(-1, -2))
+    else:  # products of low-precision inputs, accumulated and kept in float32
+        scores = torch.matmul(query.float() * scale, key.float().transpose(-1, -2))
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
+    lse = torch.logsumexp(scores, dim=-1, keepdim=True)
+    out = torch.matmul(torch.exp(scores - lse).to(value.dtype), value)
+    return out.float(), lse
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None):
+    """Causal attention of a right-padded prompt batch; all (B, H_kv, G, T, D) for the query, (B, H_kv, T, D) else."""
+    length = key.shape[2]
+    if softcap is None and (window is None or window >= length):
+        batch, heads, groups = query.shape[:3]
+        out = F.scaled_dot_product_attention(
+            query.reshape(batch, heads * groups, length, -1), key, value, is_causal=True, scale=scale, enable_gqa=True
+        )
+        return out.view(query.shape[:4] + value.shape[3:]), None
+    position = torch.arange(length, device=key.device)
+    visible = position[None] <= position[:, None]
+    if window is not None:
+        visible &= position[None] > position[:, None] - window
+    bias = torch.zeros(length, length, device=key.device).masked_fill(~visible, torch.finfo(torch.float32).min)
+    return _attend(query, key[:, :, None], value[:, :, None], scale, bias, softcap)
+
+
+def _rows(store: KeyValueStore, layer: int, query: Tensor, own_key: Tensor, own_value: Tensor, options: dict[str, Any]):
+    """Attention of rows (B, H_kv, G, T, D) to their prompts and to their own tokens, merged by log-sum-exp."""
+    span = store.span
+    if span is None:
+        raise RuntimeError("KeyValueStore.begin was not called before the forward pass.")
+    scale, window, softcap = options["scale"], options["window"], options["softcap"]
+    batch, heads, groups, length, dim = query.shape
+    own_bias = store.bias("own", window, torch.float32)
+    if own_bias is not None:  # (B, T, L) -> (B, 1, G * T, L)
+        own_bias = own_bias[:, None].expand(-1, groups, -1, -1).reshape(batch, 1, groups * length, -1)
+    flat = query.reshape(batch, heads, groups * length, dim)
+    own, own_lse = _attend(flat, own_key, own_value, scale, own_bias, softcap)
+
+    if span.batched:
+        shared, shared_lse = _batched_prompts(store, layer, flat, groups, options)
+    else:
+        shared, shared_lse = torch.empty_like(own), torch.empty_like(own_lse)
+        for prompt, size, rows in span.members:
+            shared[rows], shared_lse[rows] = _one_prompt(store, layer, flat, groups, prompt, size, rows, options)
+    weight = torch.sigmoid(shared_lse - own_lse)
+    out = own + weight * (shared - own)
+    lse = torch.logaddexp(own_lse, shared_lse)
+    shape = (batch, heads, groups, length, -1)
+    return out.view(*shape), lse.view(*shape)
+
+
+def _one_prompt(store, layer, flat, groups, prompt, size, rows, options):
+    """Attention of the rows of one prompt to it: one product over all of them."""
+    key = store.prompt_keys[layer][prompt : prompt + 1, :, : max(1, size)]
+    value = store.prompt_values[layer][prompt : prompt + 1, :, : max(1, size)]
+    mine = flat[rows].transpose(0, 1)  # (H_kv, n, G * T, D)
+    heads, count, queries, dim = mine.shape
+    bias = store.prompt_bias(prompt, size, rows, options["window"])
+    if bias is not None:  # (n, T, P) -> (1, 1, n * G * T, P)
+        bias = bias[:, None].expand(-1, groups, -1, -1).reshape(1, 1, count * queries, -1)
+    packed = mine.reshape(1, heads, count * queries, dim)
+    out, lse = _attend(packed, key, value, options["scale"], bias, options["softcap"])
+    out = out.view(heads, count, queries, -1).transpose(0, 1)
+    return out, lse.view(heads, count, queries, 1).transpose(0, 1)
+
+
+def _batched_prompts(store, layer, flat, groups, options):
+    """Attention of all rows to their prompts in one product, padded to the longest prompt and the fullest group."""
+    span = store.span
+    prompts, width = len(store.prompt_lengths), span.width
+    batch, heads, queries, dim = flat.shape
+    packed = flat.new_zeros(prompts, width, heads, queries, dim)
+    packed[span.groups, span.ranks] = flat
+    packed = packed.transpose(1, 2).reshape(prompts, heads, width * queries, dim)
+    bias = store.bias("prompt", options["window"], torch.float32)
+    if bias is not None and bias.shape[1] > 1:  # (G, width, T, P) -> (G, 1, width * groups * T, P)
+        bias = bias[:, :, None].expand(-1, -1, groups, -1, -1).reshape(prompts, 1, width * queries, -1)
+    keys, values = store.prompt_keys[layer], store.prompt_values[layer]
+    out, lse = _attend(packed, keys, values, options["scale"], bias, options["softcap"])
+    shape = (prompts, heads, width, queries, -1)
+    rows = (span.groups, span.ranks)
+    return out.view(*shape).transpose(1, 2)[rows], lse.view(*shape).transpose(1, 2)[rows]
+
+
+def _attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, s_aux=None,
+               **kwargs):
+    """Attention function in transformers' interface: (B, H, T, D) in, (B, T, H, D) out."""
+    store = _CURRENT.get()
+    batch, all_heads, length, dim = query.shape
+    heads = key.shape[1]
+    grouped = query.view(batch, heads, all_heads // heads, length, dim)
+    scale = dim**-0.5 if scaling is None else scaling
+    if store.span is None:
+        out, lse = _causal(grouped, key, value, scale, sliding_window, softcap)
+        if s_aux is not None and lse is None:
+            bias = torch.full((length, length), torch.finfo(torch.float32).min, device=key.device).triu(1)
+            out, lse = _attend(grouped, key[:, :, None], value[:, :, None], scale, bias, softcap)
+    else:
+        options = {"scale": scale, "window": sliding_window, "softcap": softcap}
+        out, lse = _rows(store, module.layer_idx, grouped, key, value, options)
+    if s_aux is not None:  # an attention sink: a logit per head that takes part in the softmax and has no value
+        sink = s_aux.view(1, heads, -1, 1, 1).to(lse.dtype)
+        out = out * torch.sigmoid(lse - sink)
+    out = out.reshape(batch, all_heads, length, -1).transpose(1, 2).to(query.dtype)
+    return out.contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention)
+
+__all__ = ["ATTENTION_NAME", "Cache", "KeyValueStore", "PromptCache", "RowCache", "Span", "shared_prefix_attention"]

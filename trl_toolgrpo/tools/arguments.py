@@ -1,0 +1,176 @@
+"""Arguments of a call against the tool's JSON schema.
+
+Owns the compiled validators and the words of a refusal; fed by `Tool.parameters` and by what the policy wrote.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+from jsonschema.exceptions import SchemaError, ValidationError, best_match  # type: ignore[import-untyped]
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
+
+from ..errors import ToolSchemaError
+from .types import Tool
+
+
+# Where JSON Schema 2020-12 (and the older `definitions`) keeps schemas; anything else in a schema is data.
+_ONE = (
+    *("items", "contains", "unevaluatedItems"),
+    *("additionalProperties", "unevaluatedProperties", "propertyNames"),
+    *("not", "if", "then", "else", "contentSchema"),
+)
+_MANY = ("anyOf", "oneOf", "allOf", "prefixItems")
+_NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+# With one of these, adding "null" to `type` would not let null through.
+_BLOCKS_NULL = frozenset({*_MANY[:3], "const", "not", "if", "$ref", "$dynamicRef"})
+
+_SHOWN_ERRORS = 3
+_SHOWN_CHARS = 80
+
+
+def check_schema(tool: Tool) -> None:
+    """
+    Compiles the schema of a tool, so that a broken one is found at construction and not in the middle of a run.
+
+    Args:
+        tool ([`Tool`]):
+            The tool.
+
+    Raises:
+        ToolSchemaError: if the parameters are no valid JSON schema (draft 2020-12) or refer to a schema they do not
+            hold; nothing is ever fetched.
+    """
+    _validator(tool)
+
+
+def validate_arguments(tool: Tool, arguments: Any) -> str | None:
+    """
+    Checks what the policy wrote.
+
+    Args:
+        tool ([`Tool`]):
+            The tool that is called.
+        arguments (`Any`):
+            The arguments as parsed from JSON. A whole float such as `3.0` is a valid integer, and is passed on as is.
+
+    Returns:
+        `str` or `None`: What is wrong, in words for the policy; `None` if the arguments fit.
+
+    Raises:
+        ToolSchemaError: if the schema of the tool is not valid.
+    """
+    if not isinstance(arguments, dict):
+        return f"the arguments must be a JSON object, not {_shown(arguments)}"
+    validator = _validator(tool)
+    try:
+        errors = sorted(validator.iter_errors(arguments), key=lambda error: list(map(str, error.absolute_path)))
+    except RecursionError:
+        return "the arguments are nested too deeply"
+    if not errors:
+        return None
+    sentences = list(dict.fromkeys(_sentence(best_match([error])) for error in errors))
+    return "; ".join(sentences[:_SHOWN_ERRORS])
+
+
+def _validator(tool: Tool) -> Draft202012Validator:
+    try:
+        return _compiled(json.dumps(tool.parameters))
+    except SchemaError as error:
+        reason = f"at {error.json_path}: {error.message}"
+    except Unresolvable as error:
+        reason = f"it refers to {error.ref!r}, which it does not hold, and references are never fetched"
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = str(error)
+    raise ToolSchemaError(
+        f"The parameters of tool {tool.name!r} are not a valid JSON schema (draft 2020-12): {reason}. "
+        f"Correct the schema."
+    )
+
+
+@lru_cache(maxsize=1024)
+def _compiled(text: str) -> Draft202012Validator:
+    """Cached by text, since each environment instance brings its own `Tool` objects with equal schemas."""
+    schema = json.loads(text)
+    # Every schema is read as draft 2020-12, whatever dialect it claims, as chat templates render it regardless.
+    schema.pop("$schema", None)
+    schema.pop("nullable", None)
+    Draft202012Validator.check_schema(schema)
+    registry: Registry[Any] = Registry()
+    _resolve_references(schema, registry.resolver_with_root(DRAFT202012.create_resource(schema)))
+    return Draft202012Validator(_without_nullable(schema), registry=registry)
+
+
+def _subschemas(schema: dict[str, Any]) -> Iterator[Any]:
+    for keyword in _ONE:
+        if keyword in schema:
+            yield schema[keyword]
+    for keyword in _MANY:
+        yield from schema.get(keyword, ())
+    for keyword in _NAMED:
+        yield from schema.get(keyword, {}).values()
+
+
+def _resolve_references(schema: Any, resolver: Any) -> None:
+    if not isinstance(schema, dict):
+        return
+    resolver = resolver.in_subresource(DRAFT202012.create_resource(schema))
+    for keyword in ("$ref", "$dynamicRef"):
+        if keyword in schema:
+            resolver.lookup(schema[keyword])
+    for inner in _subschemas(schema):
+        _resolve_references(inner, resolver)
+
+
+def _without_nullable(schema: Any) -> Any:
+    """OpenAPI's `nullable`, which `transformers` writes for `X | None`, as a union with null."""
+    if not isinstance(schema, dict):
+        return schema
+    result = dict(schema)
+    for keyword, value in schema.items():
+        if keyword in _ONE:
+            result[keyword] = _without_nullable(value)
+        elif keyword in _MANY:
+            result[keyword] = [_without_nullable(inner) for inner in value]
+        elif keyword in _NAMED:
+            result[keyword] = {name: _without_nullable(inner) for name, inner in value.items()}
+    return _or_null(result) if result.pop("nullable", False) is True else result
+
+
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    if _BLOCKS_NULL.intersection(schema):
+        return {"anyOf": [schema, {"type": "null"}]}
+    if "type" in schema:
+        types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+        schema["type"] = types if "null" in types else [*types, "null"]
+    if "enum" in schema:
+        schema["enum"] = [*schema["enum"], None]
+    return schema
+
+
+def _sentence(error: ValidationError) -> str:
+    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in error.absolute_path).lstrip(".")
+    where = f"`{path}`: " if path else ""
+    if error.validator == "required":
+        # jsonschema reports each missing name on its own, and only its message says which.
+        missing = next(name for name in error.validator_value if error.message.startswith(f"{name!r} is "))
+        return f"`{path}.{missing}` is a required property" if path else f"`{missing}` is a required property"
+    if error.validator == "type":
+        types = error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
+        return f"{where}{_shown(error.instance)} is not of type {' or '.join(types)}"
+    if error.validator == "enum":
+        return f"{where}{_shown(error.instance)} is not one of {_shown(error.validator_value, 4 * _SHOWN_CHARS)}"
+    return where + _cut(error.message, 4 * _SHOWN_CHARS)
+
+
+def _shown(value: Any, limit: int = _SHOWN_CHARS) -> str:
+    """The value as the policy wrote it, in JSON, and not so long that it fills the context."""
+    return _cut(json.dumps(value, ensure_ascii=False, default=str), limit)
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}..."

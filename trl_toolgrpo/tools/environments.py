@@ -1,0 +1,99 @@
+"""Environments that live on threads of their own, seen from the training thread as if they lived there.
+
+Owns `on_own_thread`. TRL constructs, resets and scores environments on the training thread; tools run off it, and a
+`sqlite3` connection refuses every thread but the one that opened it. So an environment is constructed on its own thread,
+and what the training thread asks of it (`reset`, `get_reward`, any attribute) is run there. Fed by the trainer.
+"""
+
+import functools
+import inspect
+import sqlite3
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from .execute import ToolExecutor
+
+
+def on_own_thread(factory: Callable[[], Any], executor: ToolExecutor) -> Callable[[], Any]:
+    """
+    Wrap an environment factory so that each instance belongs to a thread of its own.
+
+    The instances are of a subclass of the environment's class with the same name. From the thread that called
+    `on_own_thread`, attributes are read and methods run on the environment's thread; `sqlite3` connections and cursors
+    come back as stand-ins that do the same. From any other thread they are plain objects.
+
+    Args:
+        factory (`Callable`):
+            Gives a new environment.
+        executor ([`ToolExecutor`]):
+            Runs the environment's threads.
+    """
+    home = threading.get_ident()
+    classes: dict[type, type] = {}
+
+    def make() -> Any:
+        environment = executor.construct_on_own_thread(factory)
+        kind = type(environment)
+        if kind in classes.values():  # a factory that hands out the same instance again
+            return environment
+        if kind not in classes:
+            classes[kind] = _threaded(kind, executor, home)
+        environment.__class__ = classes[kind]
+        return environment
+
+    return functools.update_wrapper(make, factory) if inspect.isroutine(factory) else make
+
+
+def _threaded(kind: type, executor: ToolExecutor, home: int) -> type:
+    def look_up(self: Any, name: str) -> Any:
+        if name.startswith("__") or threading.get_ident() != home:
+            return kind.__getattribute__(self, name)
+        if executor.is_abandoned(self):  # its thread hangs: its state is read from here, and it earns nothing
+            return (lambda: None) if name == "get_reward" else kind.__getattribute__(self, name)
+        return _stand_in(executor.run_on_owner(self, getattr, self, name), self, executor)
+
+    body = {"__getattribute__": look_up, "__slots__": (), "__doc__": kind.__doc__, "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), body)
+
+
+def _stand_in(value: Any, owner: Any, executor: ToolExecutor) -> Any:
+    """What the training thread gets to see of something that lives on the owner's thread."""
+    if isinstance(value, (sqlite3.Connection, sqlite3.Cursor)):
+        return _ThreadBound(value, owner, executor)
+    if inspect.ismethod(value) and value.__self__ is owner and not inspect.iscoroutinefunction(value):
+
+        @functools.wraps(value)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return _stand_in(executor.run_on_owner(owner, value, *args, **kwargs), owner, executor)
+
+        return method
+    return value
+
+
+class _ThreadBound:
+    """A `sqlite3` object whose methods run on the thread that opened it."""
+
+    def __init__(self, target: Any, owner: Any, executor: ToolExecutor):
+        self._target, self._owner, self._executor = target, owner, executor
+
+    def __getattr__(self, name: str) -> Any:
+        value = self._executor.run_on_owner(self._owner, getattr, self._target, name)
+        if not callable(value):
+            return value
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            result = self._executor.run_on_owner(self._owner, value, *args, **kwargs)
+            return self if result is self._target else _stand_in(result, self._owner, self._executor)
+
+        return method
+
+    def __iter__(self) -> Any:
+        return iter(self._executor.run_on_owner(self._owner, list, self._target))
+
+    def __enter__(self) -> "_ThreadBound":
+        self._executor.run_on_owner(self._owner, self._target.__enter__)
+        return self
+
+    def __exit__(self, *error: Any) -> Any:
+        return self._executor.run_on_owner(self._owner, self._target.__exit__, *error)

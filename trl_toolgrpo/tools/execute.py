@@ -1,0 +1,384 @@
+"""Calls of tools, run off the decode path: many at a time, each within its time limit.
+
+Owns the order, the limits and the failures of calls; fed by the rollout loop. What a tool raises is that tool's
+failure, and comes back as data. All threads are daemons: a hung tool delays neither the run nor its exit.
+"""
+
+import asyncio
+import inspect
+import threading
+import time
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+from ..errors import ConfigError, ToolRuntimeError, ToolTimeoutError
+from .arguments import validate_arguments
+from .attempts import call_with_copy, run_on_loop, run_on_thread
+from .lanes import Admission, Job, Lane
+from .loops import LoopRun, LoopThread
+from .owners import Owners, construct, wait
+from .results import malformed, raised, refused, unknown_tool
+from .results import result_text as result_text
+from .threads import Watchdog, Worker
+from .types import Tool, ToolCall, ToolResult
+
+
+T = TypeVar("T")
+
+# How long a cancelled coroutine may take to end before it counts as stuck.
+_GRACE = 1.0
+_OWNER_BUSY = "The environment is still busy with an earlier call."
+_TOOL_BUSY = "The tool is still busy with an earlier call."
+
+
+class ToolExecutor:
+    """
+    Runs tool calls concurrently and resolves each to a [`ToolResult`].
+
+    Args:
+        max_concurrent (`int`, *optional*, defaults to `64`):
+            How many calls may run at the same time; further calls wait, and their time limit starts when they run.
+        timeout (`float`, *optional*, defaults to `30.0`):
+            Time limit of one call in seconds, retries included; `None` for no limit. `Tool.timeout` comes first.
+        retries (`int`, *optional*, defaults to `0`):
+            How often a call that failed transiently is tried again.
+        event_loop (`Callable`, *optional*):
+            Gives a running event loop for coroutines. By default the executor has one of its own, which also survives
+            a `SystemExit` in a task that a tool has spawned.
+        max_abandoned (`int`, *optional*, defaults to `64`):
+            How many calls may be stuck past their limit at the same time before the runtime gives up.
+
+    Raises:
+        ConfigError: if a limit is out of range.
+    """
+
+    def __init__(
+        self,
+        max_concurrent: int = 64,
+        timeout: float | None = 30.0,
+        retries: int = 0,
+        event_loop: Callable[[], asyncio.AbstractEventLoop] | None = None,
+        max_abandoned: int = 64,
+    ) -> None:
+        if max_concurrent < 1 or retries < 0 or max_abandoned < 0 or (timeout is not None and timeout <= 0):
+            raise ConfigError(
+                f"You passed max_concurrent={max_concurrent}, timeout={timeout}, retries={retries}, "
+                f"max_abandoned={max_abandoned}. Calls need at least one slot and a positive time limit (or None), "
+                f"and the counts cannot be negative."
+            )
+        self.timeout = timeout
+        self.retries = retries
+        self.max_abandoned = max_abandoned
+        self._lock = threading.Lock()
+        self._admission = Admission(max_concurrent)
+        self._idle: list[Worker] = []
+        self._owners = Owners()
+        self._exclusive: dict[str, Lane] = {}
+        self._stuck: set[Job] = set()
+        self._abandoned = 0
+        self._closed = False
+        self._watchdog = Watchdog()
+        self._loop = LoopThread(event_loop)
+
+    @property
+    def abandoned(self) -> int:
+        """How many calls have been given up so far because they ignored their time limit."""
+        return self._abandoned
+
+    @property
+    def stuck(self) -> int:
+        """How many of the calls that were given up still run."""
+        return len(self._stuck)
+
+    def submit(
+        self, call: ToolCall, tool: Tool | None, owner: object | None = None, *, available: Collection[str] = ()
+    ) -> Future[ToolResult]:
+        """
+        Starts a call, or queues it.
+
+        Args:
+            call ([`ToolCall`]):
+                What the policy wrote.
+            tool ([`Tool`], *optional*):
+                The tool of that name; `None` if there is none.
+            owner (`object`, *optional*):
+                Environment instance the tool belongs to. The calls on one owner run on that owner's own thread, one at
+                a time and in the order submitted.
+            available (`Collection[str]`, *optional*, defaults to `()`):
+                Names of the rollout's tools, for the answer to a call of an unknown one.
+
+        Returns:
+            `Future[ToolResult]`: Always resolves to a result, never to an exception, and cannot be cancelled.
+            Callbacks on it run on the runtime's threads and must be quick.
+
+        Raises:
+            ToolRuntimeError: if more than `max_abandoned` calls are stuck, or the executor is shut down.
+            ToolSchemaError: if the tool's schema is not valid.
+        """
+        self._check_stuck()
+        future: Future[ToolResult] = Future()
+        future.set_running_or_notify_cancel()
+        refusal = _refusal(call, tool, available)
+        if tool is None or refusal is not None:
+            future.set_result(refusal or unknown_tool(call, available))
+        else:
+            function = partial(call_with_copy, tool.function, call.arguments)
+            self._enqueue(Job(future, function, tool, keep=owner), owner)
+        return future
+
+    def run_on_owner(self, owner: object, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """
+        Runs something on an owner's thread, after the calls submitted on it before, and waits without a time limit.
+
+        Args:
+            owner (`object`):
+                The environment instance.
+            function (`Callable`):
+                What to run, such as its `reset`; a coroutine is awaited on the event loop.
+            args, kwargs:
+                Its arguments.
+
+        Returns:
+            What the function returns.
+
+        Raises:
+            ToolTimeoutError: if an earlier call on the owner ignored its time limit.
+        """
+        lane = self._owners.find(owner)
+        if lane is not None and lane.worker is not None and lane.worker.is_current:
+            return self._resolved(function(*args, **kwargs))
+        job = Job(Future(), partial(function, *args, **kwargs), keep=owner)
+        self._enqueue(job, owner)
+        return wait(job.future)
+
+    def construct_on_own_thread(self, factory: Callable[[], T]) -> T:
+        """
+        Constructs an environment on the thread that will own it, as `sqlite3` connections and browsers need.
+
+        Args:
+            factory (`Callable`):
+                Makes the instance.
+
+        Returns:
+            `object`: The instance; all its calls run on that thread.
+        """
+        worker = Worker("tool-owner")
+        owner = construct(factory, worker)
+        if self._owners.lane(owner, worker).worker is not worker:
+            # The factory gave out an instance that has a thread already.
+            worker.stop()
+        return owner
+
+    def is_abandoned(self, owner: object) -> bool:
+        """
+        Whether an owner is lost, because a call on it did not keep its time limit.
+
+        Args:
+            owner (`object`):
+                The environment instance.
+
+        Returns:
+            `bool`: True until the owner is released.
+        """
+        lane = self._owners.find(owner)
+        return lane is not None and lane.abandoned
+
+    def release(self, owner: object) -> None:
+        """
+        Forgets an owner and ends its thread after the call that runs; calls that wait are answered as abandoned.
+
+        Args:
+            owner (`object`):
+                The environment instance.
+        """
+        lane = self._owners.remove(owner)
+        with self._lock:
+            dropped = self._admission.drop(lambda job: lane is not None and job.owner is lane)
+        _answer(dropped, "The environment was released before the call ran.")
+
+    def shutdown(self) -> None:
+        """Ends idle threads and the event loop, and answers calls that wait as abandoned; waits for nothing."""
+        with self._lock:
+            self._closed = True
+            dropped = self._admission.drop(lambda job: True)
+            workers, self._idle = self._idle, []
+        for worker in workers:
+            worker.stop()
+        _answer(dropped, "The tool runtime was shut down before the call ran.")
+        self._owners.clear()
+        self._loop.stop()
+        self._watchdog.stop()
+
+    def _check_stuck(self) -> None:
+        with self._lock:
+            names = sorted({job.tool.name for job in self._stuck if job.tool is not None})
+            count = len(self._stuck)
+        if count > self.max_abandoned:
+            raise ToolRuntimeError(
+                f"{count} tool calls are stuck past their time limit, more than max_abandoned={self.max_abandoned}. "
+                f"The tools that hang: {', '.join(names)}. Make them give up by themselves, or allow more time."
+            )
+
+    def _enqueue(self, job: Job, owner: object | None) -> None:
+        if self._closed:
+            raise ToolRuntimeError("You used a `ToolExecutor` after its `shutdown`. Make a new one.")
+        job.owner = None if owner is None else self._owners.lane(owner)
+        with self._lock:
+            if job.tool is not None and not job.tool.thread_safe:
+                job.exclusive = self._exclusive.setdefault(job.tool.name, Lane())
+            lost = any(lane.abandoned for lane in job.lanes)
+            if not lost:
+                self._admission.add(job)
+        if lost:
+            _answer([job])
+        else:
+            self._dispatch()
+
+    def _dispatch(self) -> None:
+        with self._lock:
+            jobs = self._admission.start()
+        for job in jobs:
+            self._start(job)
+
+    def _start(self, job: Job) -> None:
+        job.started = time.monotonic()
+        try:
+            if job.owner is not None and job.owner.worker is not None:
+                job.owner.worker.run(partial(self._run, job))
+            elif job.tool is not None and job.tool.is_async:
+                coroutine = run_on_loop(job, self.retries)
+                job.on_loop = LoopRun(self._loop.get(), coroutine, partial(self._finish_task, job))
+            else:
+                with self._lock:
+                    job.worker = self._idle.pop() if self._idle else None
+                job.worker = job.worker or Worker("tool-worker")
+                job.worker.run(partial(self._run, job))
+        except RuntimeError as error:
+            # The system has no more threads, or a shared event loop is closed.
+            self._finish(job, raised(error))
+            return
+        limit = None if job.tool is None else job.tool.timeout or self.timeout
+        if limit is not None:
+            alarm = job.alarm = self._watchdog.schedule(limit, partial(self._expire, job, limit))
+            if job.settled:
+                alarm.cancel()
+
+    def _run(self, job: Job) -> None:
+        if job.tool is not None:
+            self._finish(job, run_on_thread(job, self.retries, partial(self._resolved, job=job)))
+            return
+        try:
+            value = self._resolved(job.function())
+        except BaseException as error:
+            # Not a tool's failure: it is raised again in the caller of `run_on_owner`.
+            job.future.set_exception(error)
+        else:
+            job.future.set_result(value)
+        self._release(job)
+
+    def _resolved(self, value: Any, job: Job | None = None) -> Any:
+        """Waits on this thread for a coroutine that runs on the event loop; other values are passed through."""
+        if not inspect.isawaitable(value):
+            return value
+
+        def started(run: LoopRun) -> None:
+            if job is not None:
+                job.on_loop = run
+                if job.expired:
+                    run.cancel()
+
+        return self._loop.wait_for(value, started)
+
+    def _finish_task(self, job: Job, task: "asyncio.Task[ToolResult]") -> None:
+        self._finish(job, raised(asyncio.CancelledError()) if task.cancelled() else task.result())
+
+    def _finish(self, job: Job, result: ToolResult) -> None:
+        with self._lock:
+            late, job.settled = job.settled, True
+        if not late:
+            if job.alarm is not None:
+                job.alarm.cancel()
+            job.future.set_result(replace(result, seconds=time.monotonic() - job.started))
+        self._release(job)
+
+    def _release(self, job: Job) -> None:
+        with self._lock:
+            job.finished = True
+            job.on_loop = None
+            if job.expired:
+                self._stuck.discard(job)
+            else:
+                self._admission.free_slot(job)
+            if job.owner is not None:
+                job.owner.busy = job.owner.abandoned
+            if job.exclusive is not None:
+                job.exclusive.busy = job.exclusive.abandoned = False
+            if job.worker is not None:
+                # A worker that was given up has been replaced.
+                if job.expired or self._closed:
+                    job.worker.stop()
+                else:
+                    self._idle.append(job.worker)
+        self._dispatch()
+
+    def _expire(self, job: Job, limit: float) -> None:
+        with self._lock:
+            if job.settled:
+                return
+            job.settled = job.expired = True
+            self._admission.free_slot(job)
+            if job.owner is not None:
+                job.owner.abandoned = True
+            run = job.on_loop
+            dropped = self._give_up(job) if run is None else self._drop_lost()
+        name = job.tool.name if job.tool is not None else ""
+        result = refused("timeout", f"Tool `{name}` did not return within {limit:g} seconds.")
+        job.future.set_result(replace(result, seconds=time.monotonic() - job.started))
+        _answer(dropped)
+        if run is not None:
+            run.cancel()
+            self._watchdog.schedule(_GRACE, partial(self._check_cancelled, job, run))
+        self._dispatch()
+
+    def _check_cancelled(self, job: Job, run: LoopRun) -> None:
+        with self._lock:
+            if job.finished:
+                return
+            dropped = self._give_up(job)
+        _answer(dropped)
+        if not run.responded:
+            self._loop.replace(run.loop)
+
+    def _give_up(self, job: Job) -> list[Job]:
+        self._stuck.add(job)
+        self._abandoned += 1
+        if job.exclusive is not None:
+            job.exclusive.abandoned = True
+        return self._drop_lost()
+
+    def _drop_lost(self) -> list[Job]:
+        return self._admission.drop(lambda job: any(lane.abandoned for lane in job.lanes))
+
+
+def _refusal(call: ToolCall, tool: Tool | None, available: Collection[str]) -> ToolResult | None:
+    if call.error is not None:
+        return malformed(call)
+    if tool is None:
+        return unknown_tool(call, available)
+    problem = validate_arguments(tool, call.arguments)
+    if problem is None:
+        return None
+    return refused("invalid_arguments", f"Invalid arguments for tool `{tool.name}`: {problem}.")
+
+
+def _answer(jobs: list[Job], reason: str | None = None) -> None:
+    """Resolves jobs that will not run."""
+    for job in jobs:
+        busy = _OWNER_BUSY if job.owner is not None and job.owner.abandoned else _TOOL_BUSY
+        if job.tool is None:
+            job.future.set_exception(ToolTimeoutError(reason or busy))
+        else:
+            job.future.set_result(refused("abandoned", reason or busy))

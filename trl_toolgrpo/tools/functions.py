@@ -1,0 +1,189 @@
+"""Python callables and environment methods as `Tool`s.
+
+Owns how a callable becomes a schema; fed by the trainer's `tools` and by environment instances. Plain functions and
+methods go through `transformers.utils.get_json_schema` untouched, so a prompt has the very tokens TRL renders.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, get_type_hints
+
+from transformers.utils import get_json_schema
+
+from ..errors import ToolNameError, ToolSchemaError
+from .types import Tool
+
+
+_SECTIONS = ("Args:", "Returns:", "Raises:")
+
+
+def as_tool(function_or_tool: Callable[..., Any] | Tool) -> Tool:
+    """
+    Describes a callable to the policy. A `Tool` is passed through.
+
+    Args:
+        function_or_tool (`Callable` or [`Tool`]):
+            Function, coroutine function, bound method, `functools.partial` (the arguments it binds are hidden from the
+            policy) or an object with `__call__`, with type hints and a Google-style docstring.
+
+    Returns:
+        [`Tool`]: The tool; its `schema` is what `apply_chat_template(tools=[function])` renders.
+
+    Raises:
+        ToolSchemaError: if it cannot be called, its schema cannot be derived, or it cannot be called by keyword.
+    """
+    if isinstance(function_or_tool, Tool):
+        return function_or_tool
+    if not callable(function_or_tool):
+        raise ToolSchemaError(
+            f"You passed {function_or_tool!r} as a tool, which cannot be called. Pass a function, a method, a "
+            f"callable object or a `Tool`."
+        )
+    name = _name(function_or_tool)
+    try:
+        function = _plain(function_or_tool)
+        parameters = inspect.signature(function).parameters.values()
+        described = get_json_schema(function)["function"]
+    except Exception as error:
+        raise ToolSchemaError(
+            f"The tool {name!r} cannot be described to the policy: {error} Add type hints and a Google-style "
+            f"docstring with an `Args:` section that names every argument, or pass "
+            f"Tool(name=..., description=..., parameters=..., function=...)."
+        ) from error
+    for parameter in parameters:
+        if parameter.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL):
+            raise ToolSchemaError(
+                f"The argument {parameter.name!r} of tool {name!r} can only be given by position, and tools are "
+                f"called by keyword. Make it a plain argument."
+            )
+    return Tool(
+        name=described["name"],
+        description=described["description"],
+        parameters=described["parameters"],
+        function=function,
+        returns=described.get("return"),
+    )
+
+
+def environment_tools(environment: object) -> list[Tool]:
+    """
+    Tools of one environment instance: the public methods of its class, as TRL chooses them, then those of its own.
+
+    An environment whose attribute or property `tools` is a list of callables or [`Tool`]s gives each rollout its own
+    tools, decided at `reset`. A `tools` that holds nothing callable is the environment's own business.
+
+    Args:
+        environment (`object`):
+            The environment instance.
+
+    Returns:
+        `list[Tool]`: The tools, bound to the instance.
+
+    Raises:
+        ToolSchemaError: if one of them has no usable schema.
+    """
+    tools = []
+    # On the class, as TRL does: on the instance it would evaluate properties.
+    for name, _ in inspect.getmembers(type(environment), predicate=inspect.isfunction):
+        if not name.startswith("_") and name not in ("reset", "get_reward"):
+            tools.append(as_tool(getattr(environment, name)))
+    own = getattr(environment, "tools", None)
+    if isinstance(own, list) and any(callable(entry) or isinstance(entry, Tool) for entry in own):
+        methods = [tool.function for tool in tools]
+        tools += [as_tool(entry) for entry in own if entry not in methods]
+    return tools
+
+
+def index_tools(tools: Iterable[Callable[..., Any] | Tool]) -> dict[str, Tool]:
+    """
+    Tools by name.
+
+    Args:
+        tools (`Iterable[Callable or Tool]`):
+            The tools one rollout can call.
+
+    Returns:
+        `dict[str, Tool]`: The tools by name, in the order given.
+
+    Raises:
+        ToolNameError: if two of them share a name.
+    """
+    index: dict[str, Tool] = {}
+    for entry in tools:
+        tool = as_tool(entry)
+        if tool.name in index:
+            raise ToolNameError(
+                f"Two tools are named {tool.name!r}: {_origin(index[tool.name])} and {_origin(tool)}. The policy "
+                f"cannot tell them apart. Rename or remove one."
+            )
+        index[tool.name] = tool
+    return index
+
+
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Something `get_json_schema` can read: the callable itself, or an adapter for partials and callable objects."""
+    if isinstance(function, functools.partial):
+        inner = _plain(function.func)
+        bound = inspect.signature(functools.partial(inner, *function.args, **function.keywords))
+        signature = bound.replace(parameters=[p for n, p in bound.parameters.items() if n not in function.keywords])
+        doc = vars(function).get("__doc__") or inspect.getdoc(inner)
+        return _adapter(function, inner, _name(function), doc, signature, frozenset(function.keywords))
+    if inspect.isroutine(function) or inspect.isclass(function) or hasattr(function, "__wrapped__"):
+        return function
+    call = type(function).__call__.__get__(function)
+    return _adapter(function, call, _name(function), _object_doc(function, call), inspect.signature(call), frozenset())
+
+
+def _adapter(
+    function: Callable[..., Any],
+    like: Callable[..., Any],
+    name: str,
+    doc: str | None,
+    signature: inspect.Signature,
+    hidden: frozenset[str],
+) -> Callable[..., Any]:
+    """A real function that calls `function`, with the hints of `like` for the arguments that `signature` has left."""
+
+    def refuse_hidden(arguments: dict[str, Any]) -> None:
+        # A keyword would silently override what the partial binds.
+        for argument in hidden.intersection(arguments):
+            raise TypeError(f"{name}() got an unexpected keyword argument {argument!r}")
+
+    def adapted(**arguments: Any) -> Any:
+        refuse_hidden(arguments)
+        return function(**arguments)
+
+    async def adapted_async(**arguments: Any) -> Any:
+        refuse_hidden(arguments)
+        return await function(**arguments)
+
+    adapter: Any = adapted_async if inspect.iscoroutinefunction(like) else adapted
+    hints = get_type_hints(like)
+    adapter.__name__ = name
+    adapter.__qualname__ = getattr(like, "__qualname__", name)
+    adapter.__module__ = getattr(like, "__module__", None)
+    adapter.__doc__ = doc
+    adapter.__signature__ = signature
+    adapter.__annotations__ = {key: hints[key] for key in hints if key in signature.parameters or key == "return"}
+    result: Callable[..., Any] = adapter
+    return result
+
+
+def _name(function: Any) -> str:
+    if isinstance(function, functools.partial):
+        return vars(function).get("__name__") or _name(function.func)
+    return getattr(function, "__name__", None) or type(function).__name__
+
+
+def _object_doc(function: Any, call: Callable[..., Any]) -> str | None:
+    of_class = inspect.getdoc(type(function))
+    of_call = inspect.getdoc(call)
+    if of_call and of_class and of_call.lstrip().startswith(_SECTIONS):
+        return f"{of_class.strip().splitlines()[0]}\n\n{of_call}"
+    return of_call or of_class
+
+
+def _origin(tool: Tool) -> str:
+    function = tool.function
+    return f"{getattr(function, '__module__', None)}.{getattr(function, '__qualname__', _name(function))}"

@@ -1,0 +1,135 @@
+"""The records of a tool call: what can be called, what was called, what came back.
+
+Owns `Tool`, `ToolCall` and `ToolResult`; fed by `functions.py` (and later by MCP servers), read by the rollout loop.
+"""
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import ToolSchemaError
+
+
+_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_.\-]*$")
+
+
+@dataclass(frozen=True)
+class Tool:
+    """
+    Something the policy can call.
+
+    Args:
+        name (`str`):
+            The one name of the tool: in the prompt, in the call and in the environment.
+        description (`str`):
+            What the tool does, in words the policy reads.
+        parameters (`dict`):
+            JSON schema of the arguments, an `"object"` schema.
+        function (`Callable`):
+            Function or coroutine function, called with the arguments as keywords.
+        thread_safe (`bool`, *optional*, defaults to `True`):
+            `False` runs one call of this tool at a time over the whole batch.
+        timeout (`float`, *optional*):
+            Time limit of one call in seconds, instead of `ToolGRPOConfig.tool_timeout`.
+        returns (`dict`, *optional*):
+            JSON schema of the return value, for the chat templates that render one.
+
+    Raises:
+        ToolSchemaError: if the name is empty or not an identifier, the parameters are no object schema, or the
+            function cannot be called.
+    """
+
+    name: str
+    description: str
+    parameters: dict[str, Any]
+    function: Callable[..., Any]
+    thread_safe: bool = True
+    timeout: float | None = None
+    returns: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _NAME.match(self.name):
+            raise ToolSchemaError(
+                f"You passed a tool named {self.name!r}. A tool name starts with a letter or underscore and holds "
+                f"only letters, digits, '_', '-' and '.'. Rename the tool."
+            )
+        if not isinstance(self.parameters, dict) or self.parameters.get("type", "object") != "object":
+            raise ToolSchemaError(
+                f"The parameters of tool {self.name!r} are {self.parameters!r}, which is not a JSON schema of type "
+                f"'object'. Pass a schema such as {{'type': 'object', 'properties': {{...}}, 'required': [...]}}."
+            )
+        if not callable(self.function):
+            raise ToolSchemaError(f"The function of tool {self.name!r} is {self.function!r}, which cannot be called.")
+
+    @property
+    def is_async(self) -> bool:
+        """Whether calling the tool gives an awaitable to run on the event loop."""
+        function: Any = self.function
+        while hasattr(function, "func"):  # functools.partial
+            function = function.func
+        return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+            getattr(function, "__call__", None)  # noqa: B004
+        )
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """The tool as chat templates expect it: `{"type": "function", "function": {...}}`."""
+        function: dict[str, Any] = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        if self.returns is not None:
+            function["return"] = self.returns
+        return {"type": "function", "function": function}
+
+
+@dataclass
+class ToolCall:
+    """
+    One call the policy wrote.
+
+    Args:
+        id (`str`):
+            Identifier of the call within its rollout; the tool message that answers it carries it as `tool_call_id`.
+        name (`str`):
+            Name the policy wrote (empty if it could not be read).
+        arguments (`dict`):
+            Arguments the policy wrote, by name.
+        error (`str`, *optional*):
+            Why the call is malformed; `None` for a call that can be tried.
+    """
+
+    id: str
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+
+@dataclass
+class ToolResult:
+    """
+    What came back from a call. A tool may return one itself, to set a reward or to mark an error as data.
+
+    Args:
+        content (`Any`):
+            Text, or anything JSON can hold; dicts and lists reach the policy as JSON.
+        is_error (`bool`, *optional*, defaults to `False`):
+            Whether the call failed.
+        error_type (`str`, *optional*):
+            `"error"`, `"timeout"`, `"unknown_tool"`, `"malformed"`, `"invalid_arguments"` or `"abandoned"`.
+        reward (`float`, *optional*):
+            Reward of the turn that made the call.
+        transient (`bool`, *optional*, defaults to `False`):
+            Whether the same call may work if it is tried again.
+        truncated (`bool`, *optional*, defaults to `False`):
+            Whether the text was cut to `max_tool_output_tokens`.
+        seconds (`float`, *optional*, defaults to `0.0`):
+            Wall-clock time of the call, retries included.
+    """
+
+    content: Any
+    is_error: bool = False
+    error_type: str | None = None
+    reward: float | None = None
+    transient: bool = False
+    truncated: bool = False
+    seconds: float = 0.0

@@ -1,0 +1,237 @@
+"""Rollout records: every token with its provenance and the log-prob recorded when it was sampled.
+
+Owns `Turn` and `Trajectory`, their strict readers and the table they become for TRL. Fed by the rollout loop; read by the
+trainer, reward functions and diagnostics.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .errors import TrajectoryError
+from .tools.types import ToolCall, ToolResult
+
+
+STOP_REASONS = ("stop", "length", "tool_limit", "parse_errors", "tool_overflow")
+"""Why a rollout ended. All but `"stop"` count as truncated."""
+
+_ALIASES = {
+    "old_log_probs": "logprobs",
+    "old_logprobs": "logprobs",
+    "old_per_token_logps": "logprobs",
+    "sampling_per_token_logps": "logprobs",
+    "log_probs": "logprobs",
+    "env_mask": "tool_mask",
+    "response_ids": "completion_ids",
+}
+
+
+@dataclass
+class Turn:
+    """
+    One assistant turn and the tool results that answered it.
+
+    Args:
+        start (`int`):
+            Index into `completion_ids` of the first token of the turn.
+        end (`int`):
+            Index after the last token of the turn; tool-result tokens follow it.
+        stop_reason (`str`, *optional*, defaults to `"stop"`):
+            `"stop"` if the policy ended the turn, `"length"` if the token budget did.
+        tool_calls (`list[ToolCall]`, *optional*):
+            Calls in the order the policy wrote them, malformed ones included.
+        tool_results (`list[ToolResult]`, *optional*):
+            Results in call order; empty if the calls were not answered.
+        sample_seconds (`float`, *optional*, defaults to `0.0`):
+            Wall-clock time from queueing the turn to its last token, in seconds.
+        tool_seconds (`float`, *optional*, defaults to `0.0`):
+            Wall-clock time from the first call to the last result, in seconds.
+    """
+
+    start: int
+    end: int
+    stop_reason: str = "stop"
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    tool_results: list[ToolResult] = field(default_factory=list)
+    sample_seconds: float = 0.0
+    tool_seconds: float = 0.0
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any], rollout: Any = None) -> "Turn":
+        """Read a turn strictly; raises [`TrajectoryError`] for a missing or unknown field."""
+        _check_keys(record, cls, {"start", "end"}, rollout, "turns[]")
+        values = dict(record)
+        for name, kind in (("tool_calls", ToolCall), ("tool_results", ToolResult)):
+            items = values.get(name, [])
+            for item in items:
+                if isinstance(item, dict):
+                    required = {"id", "name"} if kind is ToolCall else {"content"}
+                    _check_keys(item, kind, required, rollout, f"turns[].{name}[]")
+            values[name] = [kind(**item) if isinstance(item, dict) else item for item in items]
+        return cls(**values)
+
+
+@dataclass
+class Trajectory:
+    """
+    One rollout, token by token.
+
+    Args:
+        prompt_ids (`list[int]`):
+            Prompt tokens, shape (P,).
+        completion_ids (`list[int]`):
+            Everything after the prompt, tool results included, shape (C,).
+        logprobs (`list[float]`):
+            Log-prob in nats of each completion token under `logits / temperature` when it was sampled, shape (C,);
+            0.0 where the policy did not write the token.
+        tool_mask (`list[int]`):
+            1 for assistant tokens, 0 for tool results and template text between turns, shape (C,).
+        forced_mask (`list[int]`):
+            1 for assistant tokens that were forced rather than sampled, shape (C,).
+        turns (`list[Turn]`):
+            Assistant turns in order.
+        stop_reason (`str`):
+            One of `STOP_REASONS`.
+
+    Raises:
+        TrajectoryError: from [`Trajectory.validate`] and [`Trajectory.from_dict`].
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    logprobs: list[float]
+    tool_mask: list[int]
+    forced_mask: list[int]
+    turns: list[Turn]
+    stop_reason: str
+
+    @property
+    def trainable_mask(self) -> list[int]:
+        """1 where the policy sampled the token, shape (C,)."""
+        return [t * (1 - f) for t, f in zip(self.tool_mask, self.forced_mask, strict=True)]
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the rollout ended for any reason but the policy's own stop."""
+        return self.stop_reason != "stop"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain Python values; [`Trajectory.from_dict`] reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any], rollout: Any = None) -> "Trajectory":
+        """
+        Read a record strictly: nothing is filled in, renamed or dropped.
+
+        Args:
+            record (`dict`):
+                Fields of the trajectory.
+            rollout (*optional*):
+                Name of the rollout for error messages.
+
+        Raises:
+            TrajectoryError: for an unknown, missing, short, non-finite or positive-log-prob field; the message names
+                the rollout, the field, what was expected and what was got.
+        """
+        if not isinstance(record, dict):
+            raise TrajectoryError(f"{_where(rollout)}: expected a dict of fields, got {type(record).__name__}.")
+        _check_keys(record, cls, {f.name for f in fields(cls)}, rollout)
+        values = dict(record)
+        if not isinstance(values["turns"], (list, tuple)):
+            raise TrajectoryError(
+                f"{_where(rollout)}: field `turns` expected a list, got {type(values['turns']).__name__}."
+            )
+        values["turns"] = [Turn.from_dict(t, rollout) if isinstance(t, dict) else t for t in values["turns"]]
+        trajectory = cls(**values)
+        trajectory.validate(rollout)
+        return trajectory
+
+    def validate(self, rollout: Any = None) -> None:
+        """Check lengths, values and spans; raises [`TrajectoryError`] at the first fault."""
+        where = _where(rollout)
+        for name in ("prompt_ids", "completion_ids", "logprobs", "tool_mask", "forced_mask"):
+            if not isinstance(getattr(self, name), (list, tuple)):
+                kind = type(getattr(self, name)).__name__
+                raise TrajectoryError(f"{where}: field `{name}` expected a list, got {kind}.")
+        expected = len(self.completion_ids)
+        for name in ("logprobs", "tool_mask", "forced_mask"):
+            got = len(getattr(self, name))
+            if got != expected:
+                raise TrajectoryError(
+                    f"{where}: field `{name}` has {got} values, expected {expected}, one per completion token."
+                )
+        for name in ("prompt_ids", "completion_ids"):
+            for position, token in enumerate(getattr(self, name)):
+                if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                    raise TrajectoryError(
+                        f"{where}: field `{name}` expected token ids, got {token!r} at position {position}."
+                    )
+        _check_mask(self.tool_mask, "tool_mask", where)
+        _check_mask(self.forced_mask, "forced_mask", where)
+        for position, (forced, assistant) in enumerate(zip(self.forced_mask, self.tool_mask, strict=True)):
+            if forced and not assistant:
+                raise TrajectoryError(
+                    f"{where}: field `forced_mask` marks token {position}, which `tool_mask` says no assistant wrote."
+                )
+        for position, value in enumerate(self.logprobs):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value > 0:
+                raise TrajectoryError(
+                    f"{where}: field `logprobs` expected finite values of at most 0, got {value!r} at position {position}."
+                )
+        if self.stop_reason not in STOP_REASONS:
+            raise TrajectoryError(
+                f"{where}: field `stop_reason` expected one of {STOP_REASONS}, got {self.stop_reason!r}."
+            )
+        _check_turns(self.turns, expected, where)
+
+
+def truncated_rows(trajectories: Iterable[Trajectory]) -> list[bool]:
+    """Whether each rollout counts as truncated, in order."""
+    return [trajectory.truncated for trajectory in trajectories]
+
+
+def locate(trajectory: Trajectory, position: int) -> int:
+    """Index of the turn that holds completion token `position` (the last turn that starts at or before it)."""
+    turns = [index for index, turn in enumerate(trajectory.turns) if turn.start <= position]
+    return turns[-1] if turns else 0
+
+
+def _where(rollout: Any) -> str:
+    return "Trajectory" if rollout is None else f"Rollout {rollout}"
+
+
+def _check_keys(record: dict, kind: type, required: set[str], rollout: Any, path: str = "") -> None:
+    known = [f.name for f in fields(kind)]
+    prefix = f"{path}." if path else ""
+    for name in record:
+        if name not in known:
+            close = _ALIASES.get(name) or next(iter(difflib.get_close_matches(str(name), known, n=1)), None)
+            hint = f" Did you mean `{close}`?" if close in known else ""
+            raise TrajectoryError(
+                f"{_where(rollout)}: unknown field `{prefix}{name}`, expected {', '.join(known)}.{hint}"
+            )
+    for name in known:
+        if name in required and name not in record:
+            raise TrajectoryError(f"{_where(rollout)}: field `{prefix}{name}` is missing; got {', '.join(record)}.")
+
+
+def _check_mask(mask: Sequence[int], name: str, where: str) -> None:
+    for position, value in enumerate(mask):
+        if value not in (0, 1):
+            raise TrajectoryError(f"{where}: field `{name}` expected 0 or 1, got {value!r} at position {position}.")
+
+
+def _check_turns(turns: Sequence[Turn], length: int, where: str) -> None:
+    last = 0
+    for index, turn in enumerate(turns):
+        if not isinstance(turn, Turn):
+            raise TrajectoryError(f"{where}: field `turns` expected Turn records, got {type(turn).__name__}.")
+        if not last <= turn.start <= turn.end <= length:
+            raise TrajectoryError(
+                f"{where}: field `turns` expected ordered spans within {length} completion tokens, got "
+                f"[{turn.start}, {turn.end}) for turn {index}."
+            )
+        last = turn.end

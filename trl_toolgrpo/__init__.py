@@ -21,8 +21,6 @@ from .trajectory import Trajectory, Turn
 from .version import __version__
 
 
-
-
 __all__ = [
     "ChatTemplateError",
     "ConfigError",

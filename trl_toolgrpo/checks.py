@@ -1,6 +1,7 @@
 """Checks of a trainer's arguments against each other, at construction: say what was passed, why it fails, what to do.
 
-Owns the checks that need more than the configuration: data sets, tools and the prompts that name them. Fed by the trainer.
+Owns the checks that need more than the configuration: data sets, tools and the prompts that name them. Fed by the
+trainer.
 """
 
 import itertools
@@ -9,6 +10,7 @@ import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 
 from .errors import DatasetError
@@ -45,16 +47,16 @@ def check_dataset(name: str, dataset: Any, has_tools: bool, has_environment: boo
     columns = dataset.column_names
     if columns is not None and "prompt" not in columns and not has_environment:
         raise DatasetError(
-            f"You passed `{name}` with the columns {', '.join(columns) or '(none)'}, and none of them is `prompt`. Rename "
-            f"the column that holds the prompt, or pass an `environment_factory` whose `reset` returns it."
+            f"You passed `{name}` with the columns {', '.join(columns) or '(none)'}, and none of them is `prompt`. "
+            f"Rename the column that holds the prompt, or pass an `environment_factory` whose `reset` returns it."
         )
     if not (has_tools or has_environment) or columns is None or "prompt" not in columns:
         return
     for row in _rows(dataset, 1):
         if not isinstance(row["prompt"], list):
             raise DatasetError(
-                f"You passed tools and `{name}`, whose prompts are of type {type(row['prompt']).__name__}. A tool call "
-                f"is a message, so prompts have to be conversations: "
+                f"You passed tools and `{name}`, whose prompts are of type {type(row['prompt']).__name__}. A tool "
+                f"call is a message, so prompts have to be conversations: "
                 f"[{{'role': 'user', 'content': {str(row['prompt'])[:60]!r}}}]."
             )
 
@@ -75,6 +77,15 @@ def check_tool_names(name: str, dataset: Any, tools: Sequence[Tool]) -> None:
         check_tool_columns(_listed(row.get("tools")), names)
     for warning in check_tool_mentions(_texts(rows), names, known):
         logger.warning("`%s`: %s", name, warning)
+
+
+def warn_of_dropout(model: torch.nn.Module, disabled: bool) -> None:
+    """Warn where the policy is trained with dropout, without which its tokens are sampled."""
+    if not disabled and any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()):
+        logger.warning(
+            "The policy has active dropout. Tokens are sampled without it and trained with it, so the ratio is not 1 "
+            "even before the first update. Set `disable_dropout=True`."
+        )
 
 
 def _rows(dataset: Any, count: int) -> Iterable[dict[str, Any]]:

@@ -117,7 +117,7 @@ class ToolGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check()
+        check_fields(self)
 
     @classmethod
     def from_grpo_config(cls, args: GRPOConfig) -> "ToolGRPOConfig":
@@ -136,66 +136,69 @@ class ToolGRPOConfig(GRPOConfig):
         for f in fields(cls):
             if f.name not in own:
                 setattr(config, f.name, f.default)
-        config.__class__ = type(cls.__name__, (cls, type(args)), {}) if type(args) is not GRPOConfig else cls
-        config.check()  # type: ignore[attr-defined]
+        if type(args) is GRPOConfig:
+            config.__class__ = cls
+        check_fields(config)  # type: ignore[arg-type]
         return config  # type: ignore[return-value]
 
-    def check(self) -> None:
-        """Check the added fields, alone and against TRL's; raises [`ConfigError`]."""
-        self._check_choice("logprob_check", LOGPROB_CHECKS)
-        self._check_choice("rollout_backend", ROLLOUT_BACKENDS)
-        for name, least in (
-            ("max_concurrent_tools", 1),
-            ("tool_retries", 0),
-            ("max_tool_output_tokens", 1),
-            ("parse_error_budget", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ConfigError(f"You passed `{name}={getattr(self, name)}`; it must be at least {least}.")
-        for name in ("tool_timeout", "logprob_check_tolerance"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"You passed `{name}={value}`; it must be a positive number or None.")
-        if self.rollout_backend == "vllm":
-            raise ConfigError(
-                "You passed `rollout_backend='vllm'`, which this version does not have yet. Use "
-                "`rollout_backend='transformers'`, or TRL's own rollouts with `use_vllm=True`."
-            )
-        if self.record_sample_logprobs:
-            self._check_recording()
 
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        if getattr(self, name) not in choices:
-            raise ConfigError(f"You passed `{name}={getattr(self, name)!r}`. Choose one of {', '.join(choices)}.")
+def check_fields(config: ToolGRPOConfig) -> None:
+    """Check the added fields, alone and against TRL's; raises [`ConfigError`]."""
+    _check_choice(config, "logprob_check", LOGPROB_CHECKS)
+    _check_choice(config, "rollout_backend", ROLLOUT_BACKENDS)
+    for name, least in (
+        ("max_concurrent_tools", 1),
+        ("tool_retries", 0),
+        ("max_tool_output_tokens", 1),
+        ("parse_error_budget", 0),
+    ):
+        if getattr(config, name) < least:
+            raise ConfigError(f"You passed `{name}={getattr(config, name)}`; it must be at least {least}.")
+    for name in ("tool_timeout", "logprob_check_tolerance"):
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"You passed `{name}={value}`; it must be a positive number or None.")
+    if config.rollout_backend == "vllm":
+        raise ConfigError(
+            "You passed `rollout_backend='vllm'`, which this version does not have yet. Use "
+            "`rollout_backend='transformers'`, or TRL's own rollouts with `use_vllm=True`."
+        )
+    if config.record_sample_logprobs and not config.use_vllm:  # with vLLM the rollouts are TRL's own
+        _check_recording(config)
 
-    def _check_recording(self) -> None:
-        """Recorded log-probs are those of the full softmax of logits / temperature: nothing may reshape it."""
-        if not self.temperature > 0:
+
+def _check_choice(config: ToolGRPOConfig, name: str, choices: tuple[str, ...]) -> None:
+    if getattr(config, name) not in choices:
+        raise ConfigError(f"You passed `{name}={getattr(config, name)!r}`. Choose one of {', '.join(choices)}.")
+
+
+def _check_recording(config: ToolGRPOConfig) -> None:
+    """Recorded log-probs are those of the full softmax of logits / temperature: nothing may reshape it."""
+    if not config.temperature > 0:
+        raise ConfigError(
+            f"You passed `temperature={config.temperature}` while `record_sample_logprobs=True`. Tokens are sampled "
+            f"and scored under the softmax of logits / temperature, which needs a temperature above 0."
+        )
+    extra = config.generation_kwargs if isinstance(config.generation_kwargs, dict) else {}
+    options = {name: getattr(config, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
+    for source, given in (("", options), ("generation_kwargs: ", extra)):
+        for name, value in given.items():
+            if name in _NEUTRAL and value not in _NEUTRAL[name]:
+                raise ConfigError(
+                    f"You passed `{source}{name}={value}` while `record_sample_logprobs=True`. The trainer scores "
+                    f"the full softmax of logits / temperature, so a sampler that truncates or reshapes it biases "
+                    f"every ratio by the mass it cuts off. Leave `{name}` at its neutral value "
+                    f"({_NEUTRAL[name][-1]}), or set `record_sample_logprobs=False` for TRL's own path."
+                )
+    for name, value in extra.items():
+        if name == "temperature" and value != config.temperature:
             raise ConfigError(
-                f"You passed `temperature={self.temperature}` while `record_sample_logprobs=True`. Tokens are sampled "
-                f"and scored under the softmax of logits / temperature, which needs a temperature above 0."
+                f"You passed `generation_kwargs: temperature={value}` while `temperature={config.temperature}`. "
+                f"Tokens have to be sampled at the temperature they are scored at. Set `temperature` alone."
             )
-        extra = self.generation_kwargs or {}
-        if self.use_vllm:  # TRL's own rollouts: vLLM truncates by its own options
-            extra = {}
-        options = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
-        for source, given in (("", options), ("generation_kwargs: ", extra)):
-            for name, value in given.items():
-                if name in _NEUTRAL and value not in _NEUTRAL[name]:
-                    raise ConfigError(
-                        f"You passed `{source}{name}={value}` while `record_sample_logprobs=True`. The trainer scores "
-                        f"the full softmax of logits / temperature, so a sampler that truncates or reshapes it biases "
-                        f"every ratio by the mass it cuts off. Leave `{name}` at its neutral value "
-                        f"({_NEUTRAL[name][-1]}), or set `record_sample_logprobs=False` for TRL's own path."
-                    )
-        for name, value in extra.items():
-            if name == "temperature" and value != self.temperature:
-                raise ConfigError(
-                    f"You passed `generation_kwargs: temperature={value}` while `temperature={self.temperature}`. "
-                    f"Tokens have to be sampled at the temperature they are scored at. Set `temperature` alone."
-                )
-            if name not in _NEUTRAL and name not in ("temperature", "cache_implementation"):
-                raise ConfigError(
-                    f"You passed `generation_kwargs: {name}={value}` while `record_sample_logprobs=True`. The recording "
-                    f"sampler does not read it. Remove it, or set `record_sample_logprobs=False` for TRL's own path."
-                )
+        if name not in _NEUTRAL and name not in ("temperature", "cache_implementation"):
+            raise ConfigError(
+                f"You passed `generation_kwargs: {name}={value}` while `record_sample_logprobs=True`. The "
+                f"recording sampler does not read it. Remove it, or set `record_sample_logprobs=False` for TRL's "
+                f"own path."
+            )

@@ -136,7 +136,9 @@ def check_logprobs(
     )
 
 
-def rollout_counts(trajectories: Sequence[Trajectory], seconds: float, tool_wait: float, invalid: int) -> dict[str, Any]:
+def rollout_counts(
+    trajectories: Sequence[Trajectory], seconds: float, tool_wait: float, invalid: int
+) -> dict[str, Any]:
     """Figures of one process's rollouts that can be added up over processes; see [`rollout_metrics`]."""
     stops = dict.fromkeys(STOP_REASONS, 0)
     tools: dict[str, dict[str, Any]] = {}

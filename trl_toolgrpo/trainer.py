@@ -1,7 +1,8 @@
-"""`ToolGRPOTrainer`: TRL's `GRPOTrainer` with rollouts that are exact to the token and updates that are what they claim.
+"""`ToolGRPOTrainer`: TRL's `GRPOTrainer` with rollouts that are exact to the token and updates that are what they
+claim.
 
-Owns the wiring of all stages into TRL's hooks, and no algorithm. TRL builds prompts, scores, computes the loss and logs;
-this class replaces how text is produced, keeps the log-probs recorded while it was, and adds figures and checks.
+Owns the wiring of all stages into TRL's hooks, and no algorithm. TRL builds prompts, scores, computes the loss and
+logs; this class replaces how text is produced, keeps the log-probs recorded while it was, and adds figures and checks.
 """
 
 import logging
@@ -22,9 +23,9 @@ from trl.chat_template_utils import (
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import get_config_model_id, start_event_loop_in_daemon
+from trl.trainer.utils import get_config_model_id
 
-from .checks import check_dataset, check_tool_names, named_datasets
+from .checks import check_dataset, check_tool_names, named_datasets, warn_of_dropout
 from .config import ToolGRPOConfig
 from .diagnostics import (
     RatioStatistics,
@@ -34,21 +35,21 @@ from .diagnostics import (
     rollout_counts,
     rollout_metrics,
 )
-from .errors import ConfigError, TrajectoryError
-from .rollout.backends import make_sampler, unsupported_reason
 from .rollout.chat import ToolChat
-from .rollout.loop import Rollout, RolloutLimits, RolloutLoop, RolloutRequest
+from .rollout.engine import RolloutBatch, RolloutEngine
+from .rollout.loop import RolloutRequest
 from .rollout.parsing import add_missing_response_template
-from .tools.arguments import check_schema
 from .tools.environments import on_own_thread
 from .tools.execute import ToolExecutor
-from .tools.functions import environment_tools, index_tools
 from .tools.prompt import PromptTool
+from .tools.toolset import ToolSet
 from .tools.types import Tool
-from .trajectory import Trajectory
 
 
 logger = logging.getLogger(__name__)
+
+_NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}}
+_TOOL_OF_RESET = Tool("tool", "Known once the environment is reset.", _NO_ARGUMENTS, lambda: None)
 
 
 class ToolGRPOTrainer(GRPOTrainer):
@@ -56,7 +57,8 @@ class ToolGRPOTrainer(GRPOTrainer):
     Drop-in for TRL's [`~trl.GRPOTrainer`] (arXiv 2402.03300) that trains a policy to call tools.
 
     Rollouts run on a sampler of its own: the log-prob of every token is recorded as it is sampled and used as the old
-    log-prob of the ratio, tools run concurrently off the decode path, and tool output can never become a control token.
+    log-prob of the ratio, tools run concurrently off the decode path, and tool output can never become a control
+    token.
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`), reward_funcs, train_dataset, eval_dataset, processing_class,
@@ -67,18 +69,22 @@ class ToolGRPOTrainer(GRPOTrainer):
         tools (`list[Callable | Tool]`, *optional*):
             Functions, coroutine functions, `functools.partial`s, callable objects and [`Tool`]s.
         environment_factory (`Callable` or `dict[str, Callable]`, *optional*):
-            As in TRL. Each environment lives on a thread of its own; an attribute `tools` (a list, set by `reset`) gives
-            a rollout tools of its own.
+            As in TRL. Each environment lives on a thread of its own. An environment with an attribute `tools` (a list,
+            which `reset` may change) gives each rollout tools of its own.
 
     Raises:
-        ConfigError, DatasetError, ToolSchemaError, ToolNameError, ChatTemplateError: at construction, for arguments that
+        ConfigError, DatasetError, ToolSchemaError, ToolNameError, ChatTemplateError: at construction, for arguments
+        that
             cannot work together.
         LogprobMismatchError: while training, if recorded and recomputed log-probs differ beyond the tolerance.
         TrajectoryError: while training, for a rollout record that breaks its contract.
     """
 
-    _tag_names = ["trl", "grpo", "trl_toolgrpo"]
+    _tag_names = ["trl", "grpo", "trl_toolgrpo"]  # noqa: RUF012
     _name = "ToolGRPO"
+    args: ToolGRPOConfig
+    model: Any
+    processing_class: Any
 
     def __init__(
         self,
@@ -103,20 +109,23 @@ class ToolGRPOTrainer(GRPOTrainer):
         args = ToolGRPOConfig.from_grpo_config(args)
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             check_dataset(name, dataset, bool(tools), environment_factory is not None)
-        own = list(index_tools(tools or []).values())
-        for tool in own:
-            check_schema(tool)
-        # Whether rollouts are this package's; vLLM, a `rollout_func` and multimodal models take TRL's way
+        # Whether rollouts are this package's own; vLLM, a `rollout_func` and multimodal models take TRL's way
         self._recording = args.record_sample_logprobs and not args.use_vllm and rollout_func is None
-        self._own_tools = own
-        self._executor: ToolExecutor | None = None
+        self._toolset = ToolSet(tools)
+        executor = None
+        trl_tools: list[Any] = [PromptTool(tool) if isinstance(tool, Tool) else tool for tool in tools or []]
         if self._recording:
-            self._executor = ToolExecutor(
-                args.max_concurrent_tools, args.tool_timeout, args.tool_retries, event_loop=self._event_loop
+            # Coroutines share TRL's event loop if it has one, so that tools and reward functions can share clients
+            executor = ToolExecutor(
+                args.max_concurrent_tools,
+                args.tool_timeout,
+                args.tool_retries,
+                event_loop=lambda: self.async_loop if getattr(self, "_has_async_funcs", False) else None,
             )
-            environment_factory = _with_threads(environment_factory, self._executor)
-        if (own or environment_factory is not None) and processing_class is not None:
-            add_missing_response_template(getattr(processing_class, "tokenizer", processing_class))
+            environment_factory = on_own_thread(environment_factory, executor)
+            trl_tools = list(self._toolset.prompt_tools())
+        if tools or environment_factory is not None:
+            add_missing_response_template(processing_class)
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -129,114 +138,68 @@ class ToolGRPOTrainer(GRPOTrainer):
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
-            tools=self._tools_for_trl(tools, own),
+            tools=trl_tools or None,
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
-        self._prepare_recording()
+        self._prepare_recording(executor)
         for name, dataset in named_datasets(train_dataset, eval_dataset):
-            if self.environment_factories is None or not self._environments_bring_tools:
-                check_tool_names(name, dataset, [*own, *self._environment_tools])
+            if not self._toolset.decided_at_reset:
+                check_tool_names(name, dataset, self._toolset.known)
 
-    def _tools_for_trl(self, tools: list[Callable | Tool] | None, own: list[Tool]) -> list[Any] | None:
-        """Schemas while recording, so that every kind of tool renders alike; else what was passed, as far as TRL can."""
-        if not self._recording:
-            return [PromptTool(tool) if isinstance(tool, Tool) else tool for tool in tools or []] or None
-        return [PromptTool(tool) for tool in own] or None
-
-    def _prepare_recording(self) -> None:
+    def _prepare_recording(self, executor: ToolExecutor | None) -> None:
         """Everything recording needs that TRL's constructor had to make first."""
-        self._environment_tools: list[Tool] = []
-        self._environments_bring_tools = False
-        self._chat: ToolChat | None = None
-        self._sampler_supported: bool | None = None
-        self._rollouts: list[Rollout] | None = None
-        self._invalid: list[bool] = []
-        self._skip_scoring = False
+        self._batch: RolloutBatch | None = None
+        self._skip_scoring = self._capturing = False
         self._captured: Tensor | None = None
-        self._capturing = False
         self._ratio = RatioStatistics()
         self._sampled_at = -1
         self._carried: dict[str, float] = {}  # figures of the current rollout batch, for steps that reuse it
         self._checked = self.args.logprob_check == "off"
         if self._recording and self._is_vlm:
             self._recording = False
-            logger.warning(
-                "%s is multimodal: its rollouts run on TRL's own path, and log-probs are not recorded while sampling.",
-                type(self.model).__name__,
-            )
+            logger.warning("The model is multimodal: its rollouts take TRL's path, and no log-prob is recorded.")
         if not self._recording:
             return
         if self.use_transformers_continuous_batching:
-            logger.warning("`use_transformers_continuous_batching` has no effect: the recording sampler batches itself.")
-        self._warn_of_dropout()
+            logger.warning("`use_transformers_continuous_batching` has no effect: the sampler batches by itself.")
+        warn_of_dropout(self.model, self.args.disable_dropout)
         if self.environment_factories is not None:
             self._read_environments()
         self._standalone_tools: list[Any] = []  # called by the executor, not by TRL's loop
+        chat = None
         if self.tools:
-            self._chat = ToolChat(
-                self._tokenizer, self.eos_token_ids, self.chat_template, dict(self.chat_template_kwargs)
-            )
+            kwargs: Any = self.chat_template_kwargs
+            chat = ToolChat(self._tokenizer, self.eos_token_ids, self.chat_template, kwargs)
+        self._executor = executor
+        self._engine = RolloutEngine(self.args, self.eos_token_ids, self._tokenizer.pad_token_id, chat, executor)
 
     def _read_environments(self) -> None:
-        """Hold the methods of environments as schemas too, and refuse names that a standalone tool has."""
-        own = [PromptTool(tool) for tool in self._own_tools]
-        for name, pool in self._environment_pool.items():
-            methods = environment_tools(pool[0])
-            index_tools([*self._own_tools, *methods])
-            for tool in methods:
-                check_schema(tool)
-            self._env_tools[name] = own + [PromptTool(tool) for tool in methods]
-            self._environment_tools += methods
-            self._environments_bring_tools |= hasattr(pool[0], "tools")
+        """Hold the methods of environments as schemas too, and prepare for tools that only a reset one knows."""
         had_tools = bool(self.tools)
-        self.tools = own + [PromptTool(tool) for tool in self._environment_tools]
-        if not had_tools and self._environments_bring_tools:
-            self._expect_tools()
-
-    def _expect_tools(self) -> None:
-        """What TRL does for tools it knows at construction, for tools that only a reset environment knows."""
-        unknown = Tool("tool", "Known at reset.", {"type": "object", "properties": {}}, lambda: None)
-        self.tools = [PromptTool(unknown)]
+        self._env_tools = self._toolset.add_environments({n: pool[0] for n, pool in self._environment_pool.items()})
+        self.tools: list[Any] = [PromptTool(tool) for tool in self._toolset.known]
+        if had_tools or not self._toolset.decided_at_reset:
+            return
+        self.tools = [PromptTool(_TOOL_OF_RESET)]
         if getattr(self._tokenizer, "response_template", None) is None:
             add_response_schema(self.processing_class)
         if not is_chat_template_prefix_preserving(self.processing_class):
             self.chat_template = get_training_chat_template(self.processing_class)
 
-    def _warn_of_dropout(self) -> None:
-        active = {type(m).__name__ for m in self.model.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0}
-        if active and not self.args.disable_dropout:
-            logger.warning(
-                "The policy has active dropout. Tokens are sampled without it and trained with it, so the ratio is not 1 "
-                "even before the first update. Set `disable_dropout=True`."
-            )
-
-    def _event_loop(self) -> Any:
-        """TRL's loop for coroutines, so that tools and reward functions share clients; started if TRL had no need."""
-        if not self._has_async_funcs:
-            started = start_event_loop_in_daemon(name="ToolGRPOTrainer-AsyncLoop")
-            self.async_loop_thread, self.async_loop, self.async_loop_ready_event = started
-            self.async_loop_ready_event.wait()
-            self._has_async_funcs = True
-        return self.async_loop
-
     # Rollouts
 
     def _tokenize_prompts(self, prompts: list) -> Any:
         """TRL's rendering, each prompt with the tools of its own environment where environments bring some."""
-        if not self._recording or self.environments is None or not self._environments_bring_tools:
+        if not self._recording or self.environments is None or not self._toolset.decided_at_reset:
             return super()._tokenize_prompts(prompts)
-        own = [PromptTool(tool) for tool in self._own_tools]
-        environments, tools = self._batch_environments, self._env_tools
-        self._env_tools = {
-            row: own + [PromptTool(tool) for tool in environment_tools(environment)]
-            for row, environment in enumerate(self.environments)
-        }
+        kept = self._batch_environments, self._env_tools
+        self._env_tools = {row: self._toolset.prompt_tools(e) for row, e in enumerate(self.environments)}
         self._batch_environments = list(range(len(prompts)))
         try:
             return super()._tokenize_prompts(prompts)
         finally:
-            self._batch_environments, self._env_tools = environments, tools
+            self._batch_environments, self._env_tools = kept
 
     def _generate_single_turn(self, prompt_ids: list, images: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL's first turn. With tools a rollout is one state machine, run as a whole in `_tool_call_loop`."""
@@ -244,19 +207,19 @@ class ToolGRPOTrainer(GRPOTrainer):
             return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
         if self.tools:
             return [[self._tokenizer.eos_token_id] for _ in prompt_ids], None
-        trajectories = [rollout.trajectory for rollout in self._roll_out(prompt_ids)]
+        trajectories = self._roll_out(prompt_ids).trajectories
         return [t.completion_ids for t in trajectories], [t.logprobs for t in trajectories]
 
     def _tool_call_loop(self, prompts: list, prompt_ids: list, *args: Any) -> Any:
         """TRL's tool loop, which here is the whole rollout."""
         if not self._recording:
             return super()._tool_call_loop(prompts, prompt_ids, *args)
-        rollouts = self._roll_out(prompt_ids)
-        trajectories = [rollout.trajectory for rollout in rollouts]
+        batch = self._roll_out(prompt_ids)
+        trajectories = batch.trajectories
         results = [result for t in trajectories for turn in t.turns for result in turn.tool_results]
         return (
             [t.tool_mask for t in trajectories],
-            [rollout.messages for rollout in rollouts],
+            [rollout.messages for rollout in batch.rollouts],
             [t.completion_ids for t in trajectories],
             [t.logprobs for t in trajectories],
             len(results),
@@ -264,113 +227,57 @@ class ToolGRPOTrainer(GRPOTrainer):
             [[] for _ in trajectories],
         )
 
-    def _roll_out(self, prompt_ids: list[list[int]]) -> list[Rollout]:
+    def _roll_out(self, prompt_ids: list[list[int]]) -> RolloutBatch:
         """Sample every rollout of this process to its end; no step of it waits for another process."""
-        requests = self._requests(prompt_ids)
-        limits = RolloutLimits(
-            max_completion_length=self.max_completion_length,
-            max_tool_calling_iterations=self.max_tool_calling_iterations,
-            max_tool_output_tokens=self.args.max_tool_output_tokens,
-            parse_error_budget=self.args.parse_error_budget,
-        )
-        with profiling_context(self, "rollout"), self._policy() as policy:
-            sampler = make_sampler(
-                policy,
-                self._is_supported(policy),
-                stop_ids=self.eos_token_ids,
-                pad_id=self._tokenizer.pad_token_id,
-                temperature=self.temperature,
-                autocast=self.accelerator.autocast,
-            )
-            with sampler.open(prompt_ids, self.max_completion_length) as session:
-                loop = RolloutLoop(session, requests, limits, self._chat, self._executor)
-                rollouts = loop.run()
-        self._rollout_stats = loop.stats
-        self._validate(rollouts)
-        self._rollouts = rollouts
-        return rollouts
-
-    def _requests(self, prompt_ids: list[list[int]]) -> list[RolloutRequest]:
-        if not self.tools:
-            return [RolloutRequest(ids) for ids in prompt_ids]
-        if not self.environments:
-            tools = index_tools(self._own_tools)
-            return [RolloutRequest(ids, tools) for ids in prompt_ids]
+        environments = self.environments or [None] * len(prompt_ids)
         requests = []
-        for ids, environment in zip(prompt_ids, self.environments, strict=True):
-            owned = environment_tools(environment)
-            tools = index_tools([*self._own_tools, *owned])
-            requests.append(RolloutRequest(ids, tools, environment, frozenset(tool.name for tool in owned)))
-        return requests
+        for ids, environment in zip(prompt_ids, environments, strict=True):
+            tools, owned = self._toolset.of_rollout(environment) if self.tools else ({}, frozenset())
+            requests.append(RolloutRequest(ids, tools, environment, owned))
+        with profiling_context(self, "rollout"), self._policy() as policy:
+            self._batch = self._engine.run(policy, requests, self.accelerator.autocast)
+        return self._batch
 
     @contextmanager
     def _policy(self) -> Iterator[Any]:
         """The unwrapped policy with its parameters gathered, as TRL prepares it for generation."""
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
                 self.accelerator,
                 gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+                gradient_checkpointing_kwargs=checkpointing,
             ) as policy,
             torch.no_grad(),
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
             yield policy
 
-    def _is_supported(self, policy: Any) -> bool:
-        if self._sampler_supported is None:
-            size = policy.get_input_embeddings().weight.shape[0]
-            reason = unsupported_reason(policy, [(index * 7 + 3) % size for index in range(8)])
-            self._sampler_supported = reason is None
-            if reason is not None:
-                logger.warning("Sampling falls back to `model.generate` for this model: %s.", reason)
-        return self._sampler_supported
-
-    def _validate(self, rollouts: list[Rollout]) -> None:
-        """Raise for a broken record, or mask it out where `strict_trajectories=False`."""
-        self._invalid = [False] * len(rollouts)
-        for row, rollout in enumerate(rollouts):
-            try:
-                rollout.trajectory.validate(row)
-            except TrajectoryError as error:
-                if self.args.strict_trajectories:
-                    raise
-                logger.warning("Masked out of the update: %s", error)
-                self._invalid[row] = True
-                self._mask_out(rollout.trajectory)
-
-    @staticmethod
-    def _mask_out(trajectory: Trajectory) -> None:
-        """Leave nothing to train on; the log-probs of masked tokens are 0.0 by convention."""
-        count = len(trajectory.completion_ids)
-        trajectory.logprobs, trajectory.tool_mask = [0.0] * count, [0] * count
-        trajectory.forced_mask = [0] * count
-
     def _generate(self, prompts: list) -> Any:
         output = super()._generate(prompts)
-        if not self._recording or self._rollouts is None:
+        if not self._recording or self._batch is None:
             return output
-        trajectories = [rollout.trajectory for rollout in self._rollouts]
-        self._log_rollouts(trajectories)
+        self._log_rollouts(self._batch)
         *rest, extra_fields, images, tool_images = output
-        return (*rest, {**extra_fields, "trajectories": trajectories}, images, tool_images)
+        return (*rest, {**extra_fields, "trajectories": self._batch.trajectories}, images, tool_images)
 
-    def _log_rollouts(self, trajectories: list[Trajectory]) -> None:
+    def _log_rollouts(self, batch: RolloutBatch) -> None:
         """Add this package's figures, and correct TRL's where it takes the last token for the stop reason."""
         metrics = self._metrics["train" if self.model.training else "eval"]
-        stats = self._rollout_stats
-        counts = rollout_counts(trajectories, stats.seconds, stats.tool_wait_seconds, sum(self._invalid))
+        trajectories, stats = batch.trajectories, batch.stats
+        counts = rollout_counts(trajectories, stats.seconds, stats.tool_wait_seconds, sum(batch.invalid))
         for name, value in rollout_metrics(gather_object([counts]), bool(self.tools)).items():
             metrics[name].append(value)
-        device = self.accelerator.device
-        lengths = torch.tensor([sum(t.tool_mask) for t in trajectories], device=device, dtype=torch.float32)
-        truncated = self.accelerator.gather(torch.tensor([t.truncated for t in trajectories], device=device))
+        lengths = torch.tensor([float(sum(t.tool_mask)) for t in trajectories], device=self.accelerator.device)
+        truncated = torch.tensor([t.truncated for t in trajectories], device=self.accelerator.device)
+        truncated = self.accelerator.gather(truncated)
         ended = self.accelerator.gather(lengths)[~truncated]
-        ended = ended if len(ended) else torch.zeros(1, device=device)
+        ended = ended if len(ended) else torch.zeros(1, device=ended.device)
         metrics["completions/clipped_ratio"][-1] = truncated.float().mean().item()
-        for name, value in (("mean", ended.mean()), ("min", ended.min()), ("max", ended.max())):
-            metrics[f"completions/{name}_terminated_length"][-1] = value.item()
+        metrics["completions/mean_terminated_length"][-1] = ended.mean().item()
+        metrics["completions/min_terminated_length"][-1] = ended.min().item()
+        metrics["completions/max_terminated_length"][-1] = ended.max().item()
 
     # Scoring
 
@@ -378,84 +285,76 @@ class ToolGRPOTrainer(GRPOTrainer):
         if not self._recording:
             return super()._generate_and_score_completions(inputs)
         self._skip_scoring = True  # the old log-probs are known: TRL's pass for them is not run
-        self._rollouts = None
+        self._batch = None
         try:
             output = super()._generate_and_score_completions([dict(row) for row in inputs])
         finally:
             self._skip_scoring = False
         self._drop_stuck_environments()
-        trajectories = [rollout.trajectory for rollout in self._rollouts or []]
+        if self._batch is None:
+            raise RuntimeError("TRL scored completions without generating them; the installed TRL is not supported.")
         output["old_per_token_logps"] = output["sampling_per_token_logps"]
-        self._correct_masks(output, trajectories)
+        self._correct_masks(output, self._batch)
         if self.model.training:
             self._sampled_at = self.state.global_step
-            self._check_recorded(output, trajectories)
+            self._check_recorded(output, self._batch)
         return output
 
-    def _correct_masks(self, output: dict[str, Any], trajectories: list[Trajectory]) -> None:
+    def _correct_masks(self, output: dict[str, Any], batch: RolloutBatch) -> None:
         """Mask rollouts that ended early although their last token is a stop token, and those that were invalid."""
-        if not self.mask_truncated_completions and self.args.strict_trajectories:
-            return
-        drop = [
-            bad or (self.mask_truncated_completions and t.truncated)
-            for bad, t in zip(self._invalid, trajectories, strict=True)
-        ]
-        keep = ~torch.tensor(drop, device=output["completion_mask"].device)[:, None]
-        output["completion_mask"] = output["completion_mask"] * keep
-        mask = output["completion_mask"]
-        if "tool_mask" in output:
-            output["tool_mask"] = output["tool_mask"] * keep
-            mask = mask * output["tool_mask"]
-        output["num_items_in_batch"] = self.accelerator.gather(mask.sum()).sum()
+        if self.mask_truncated_completions or not self.args.strict_trajectories:
+            batch.mask_dropped(output, self.mask_truncated_completions)
+            mask = output["completion_mask"] * output.get("tool_mask", 1)
+            output["num_items_in_batch"] = self.accelerator.gather(mask.sum()).sum()
 
     def _drop_stuck_environments(self) -> None:
         """Environments whose thread hangs are not handed out again."""
         if self.environments and self._executor is not None:
             for name, pool in self._environment_pool.items():
-                stuck = [environment for environment in pool if self._executor.is_abandoned(environment)]
-                self._environment_pool[name] = [environment for environment in pool if environment not in stuck]
+                self._environment_pool[name] = [e for e in pool if not self._executor.is_abandoned(e)]
 
-    def _check_recorded(self, output: dict[str, Any], trajectories: list[Trajectory]) -> None:
+    def _check_recorded(self, output: dict[str, Any], batch: RolloutBatch) -> None:
         """The self-check: the trainer's own log-probs of the batch against those that were recorded."""
         if self._checked:
             return
         self._checked = self.args.logprob_check == "first"
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
-        completion_mask = torch.zeros_like(output["completion_mask"])
-        for row, trajectory in enumerate(trajectories):
-            completion_mask[row, : len(trajectory.completion_ids)] = 1
-        attention_mask = torch.cat([output["prompt_mask"], completion_mask], dim=1)
+        mask = torch.zeros_like(output["completion_ids"])  # TRL's own mask leaves out truncated completions
+        for row, trajectory in enumerate(batch.trajectories):
+            mask[row, : len(trajectory.completion_ids)] = 1
+        mask = torch.cat([output["prompt_mask"], mask], dim=1)
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
         try:
-            with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            with torch.no_grad(), disable_gradient_checkpointing(self.model, checkpointing):
                 logps, _, _ = super()._get_per_token_logps_and_entropies(
                     self.model,
                     ids,
-                    attention_mask,
-                    completion_mask.size(1),
+                    mask,
+                    output["completion_ids"].size(1),
                     batch_size=self.args.per_device_train_batch_size,
                 )
         finally:
             for module in training:
                 module.training = True
         tolerance = check_tolerance(self._compute_dtype, self.args.logprob_check_tolerance)
-        check_logprobs(logps, trajectories, tolerance, self.args.rollout_backend)
+        check_logprobs(logps, batch.trajectories, tolerance, self.args.rollout_backend)
 
     @property
     def _compute_dtype(self) -> torch.dtype:
         """Dtype the policy computes in, autocast and low-precision bases included."""
         if self.args.bf16 or self.args.fp16:
             return torch.bfloat16 if self.args.bf16 else torch.float16
-        dtypes = {p.dtype for p in self.model.parameters()} - {torch.uint8, torch.int8}
-        return torch.bfloat16 if dtypes & {torch.bfloat16, torch.float16} else torch.float32
+        low = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.model.parameters())
+        return torch.bfloat16 if low else torch.float32
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
     ) -> Any:
-        if self._skip_scoring and model is self.model and self._scores_old_logprobs():
+        if self._skip_scoring and self._batch is not None and model is self.model and self._scores_old_logprobs():
             self._skip_scoring = False  # the next pass over the policy is the reference's, with its own adapter
-            return self._recorded_logps(input_ids.device, logits_to_keep), None, None
+            return self._batch.logprobs(logits_to_keep, input_ids.device), None, None
         output = super()._get_per_token_logps_and_entropies(
             model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
@@ -464,15 +363,9 @@ class ToolGRPOTrainer(GRPOTrainer):
         return output
 
     def _scores_old_logprobs(self) -> bool:
-        """Whether TRL's first pass of this batch is the one for old log-probs: when steps and batches are not aligned."""
-        return self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) != 0
-
-    def _recorded_logps(self, device: torch.device, width: int) -> Tensor:
-        rollouts = self._rollouts or []
-        recorded = torch.zeros(len(rollouts), width)
-        for row, rollout in enumerate(rollouts):
-            recorded[row, : len(rollout.trajectory.logprobs)] = torch.tensor(rollout.trajectory.logprobs)
-        return recorded.to(device)
+        """Whether TRL's first pass of a batch is the one for old log-probs: when steps and batches are not aligned."""
+        generate_every = (self.args.steps_per_generation or 1) * self.num_iterations
+        return self.args.gradient_accumulation_steps % generate_every != 0
 
     # Updates
 
@@ -495,9 +388,8 @@ class ToolGRPOTrainer(GRPOTrainer):
         training = self._recording and self.model.training
         if training:
             self._carry_over()
-            reduce_sum = lambda x: self.accelerator.reduce(x, reduction="sum")  # noqa: E731
-            for name, value in self._ratio.metrics(reduce_sum, self.accelerator.gather).items():
-                self._metrics["train"][name] = [value]
+            found = self._ratio.metrics(lambda x: self.accelerator.reduce(x, reduction="sum"), self.accelerator.gather)
+            self._metrics["train"].update({name: [value] for name, value in found.items()})
             self._ratio.reset()
         super().log(logs, start_time)
         line = console_line({**self._carried, **logs}) if training else None
@@ -512,11 +404,3 @@ class ToolGRPOTrainer(GRPOTrainer):
                 self._carried[name] = sum(metrics[name]) / len(metrics[name])
         if "forced/fraction" in self._carried and self._ratio.filled:
             metrics["forced/fraction"] = [self._carried["forced/fraction"]]
-
-
-def _with_threads(factory: Any, executor: ToolExecutor) -> Any:
-    if isinstance(factory, dict):
-        return {name: on_own_thread(make, executor) for name, make in factory.items()}
-    if factory is not None and not callable(factory):
-        raise ConfigError(f"You passed `environment_factory={factory!r}`, which cannot be called. Pass a class.")
-    return None if factory is None else on_own_thread(factory, executor)

@@ -1,7 +1,7 @@
 """Rollout records: every token with its provenance and the log-prob recorded when it was sampled.
 
-Owns `Turn` and `Trajectory`, their strict readers and the table they become for TRL. Fed by the rollout loop; read by the
-trainer, reward functions and diagnostics.
+Owns `Turn` and `Trajectory`, their strict readers and the table they become for TRL. Fed by the rollout loop; read by
+the trainer, reward functions and diagnostics.
 """
 
 import difflib
@@ -171,16 +171,7 @@ class Trajectory:
                     )
         _check_mask(self.tool_mask, "tool_mask", where)
         _check_mask(self.forced_mask, "forced_mask", where)
-        for position, (forced, assistant) in enumerate(zip(self.forced_mask, self.tool_mask, strict=True)):
-            if forced and not assistant:
-                raise TrajectoryError(
-                    f"{where}: field `forced_mask` marks token {position}, which `tool_mask` says no assistant wrote."
-                )
-        for position, value in enumerate(self.logprobs):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value > 0:
-                raise TrajectoryError(
-                    f"{where}: field `logprobs` expected finite values of at most 0, got {value!r} at position {position}."
-                )
+        _check_values(self.forced_mask, self.tool_mask, self.logprobs, where)
         if self.stop_reason not in STOP_REASONS:
             raise TrajectoryError(
                 f"{where}: field `stop_reason` expected one of {STOP_REASONS}, got {self.stop_reason!r}."
@@ -222,6 +213,19 @@ def _check_mask(mask: Sequence[int], name: str, where: str) -> None:
     for position, value in enumerate(mask):
         if value not in (0, 1):
             raise TrajectoryError(f"{where}: field `{name}` expected 0 or 1, got {value!r} at position {position}.")
+
+
+def _check_values(forced_mask: Sequence[int], tool_mask: Sequence[int], logprobs: Sequence[float], where: str) -> None:
+    for position, (forced, assistant) in enumerate(zip(forced_mask, tool_mask, strict=True)):
+        if forced and not assistant:
+            raise TrajectoryError(
+                f"{where}: field `forced_mask` marks token {position}, which `tool_mask` says no assistant wrote."
+            )
+    for position, value in enumerate(logprobs):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value > 0:
+            raise TrajectoryError(
+                f"{where}: field `logprobs` expected finite values of at most 0, got {value!r} at position {position}."
+            )
 
 
 def _check_turns(turns: Sequence[Turn], length: int, where: str) -> None:

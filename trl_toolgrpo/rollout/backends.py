@@ -1,7 +1,7 @@
 """Which sampler a model gets.
 
-Owns the choice between the default sampler and the plain one: by what the model declares, and by a trial on a handful of
-tokens that has to agree with the model's own forward pass. Fed by the trainer.
+Owns the choice between the default sampler and the plain one: by what the model declares, and by a trial on a handful
+of tokens that has to agree with the model's own forward pass. Fed by the trainer.
 """
 
 import logging

@@ -1,8 +1,9 @@
 """Token-exact chat: tokens in, tokens out, the history is never tokenized again.
 
-Owns what stands between the tokens of two assistant turns: the template's closing of a turn, tool results, and the opening
-of the next turn. Tool output is encoded so that none of it can become a control token. Works for every chat template that
-can render a tool conversation, by rendering a small dummy conversation and cutting it at the end of the assistant's turn.
+Owns what stands between the tokens of two assistant turns: the template's closing of a turn, tool results, and the
+opening of the next turn. Tool output is encoded so that none of it can become a control token. Works for every chat
+template that can render a tool conversation, by rendering a small dummy conversation and cutting it at the end of the
+assistant's turn.
 """
 
 import functools
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import regex
+from jinja2 import TemplateError
 
 from ..errors import ChatTemplateError
 from ..tools.types import ToolCall
@@ -85,9 +87,11 @@ class ToolChat:
         eos = self.tokenizer.eos_token or ""
         text = self.tokenizer.decode(ids)
         turn = parse_turn(text, self.tokenizer.response_template, prefix, tools, eos, number)
-        if turn is None:
+        calls = [] if turn is None else turn.calls
+        if turn is None or (calls and all(call.error is not None for call in calls)):
+            # As in TRL, a turn of which no call can be read is text, so that reward functions see what was written
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            return ParsedTurn({"role": "assistant", "content": text}, [])
+            return ParsedTurn({"role": "assistant", "content": text}, calls)
         return turn
 
     # Writing what follows it
@@ -158,7 +162,8 @@ class ToolChat:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def _encode_segments(self, segments: Sequence[tuple[str, bool]], context: str) -> list[int]:
-        """Encode template text and contents as one text if no control token comes of a content, else piece by piece."""
+        """Encode template text and contents as one text if no control token comes of a content, else piece by
+        piece."""
         whole = context + "".join(text for text, _ in segments)
         ids = self._encode(whole)[len(self._encode(context)) :]
         expected = [id for text, content in segments if not content for id in self._encode(text)]
@@ -191,23 +196,38 @@ class ToolChat:
 
     # Rendering
 
-    def _render(self, tool_messages: Sequence[dict[str, Any]]) -> str:
-        name = tool_messages[0].get("name") or "tool"
-        arguments: Any = {"argument": f"{self._mark}arg"}
+    def _render(self, results: Sequence[dict[str, Any]]) -> str:
+        """The text of a dummy conversation with these results."""
+        names = [_header_name(result.get("name")) for result in results]
+        results = [
+            {**result, "name": name, "tool_call_id": f"call_0_{index}"}
+            for index, (result, name) in enumerate(zip(results, names, strict=True))
+        ]
         try:
-            return self._render_with(name, arguments, tool_messages)
-        except TypeError:  # templates that concatenate the arguments as text (DeepSeek-V3)
-            return self._render_with(name, json.dumps(arguments), tool_messages)
+            # A call for each result: Gemma 4 takes the name of a result from the call of its id
+            return self._render_calls(names, results)
+        except TemplateError:
+            # Llama 3.1 refuses parallel calls, and renders several results all the same
+            return self._render_calls(names[:1], results)
 
-    def _render_with(self, name: str, arguments: Any, tool_messages: Sequence[dict[str, Any]]) -> str:
-        call = {"type": "function", "id": "call_0_0", "function": {"name": name, "arguments": arguments}}
-        messages = [
-            {"role": "user", "content": "dummy"},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            *({**message, "tool_call_id": "call_0_0"} for message in tool_messages),
+    def _render_calls(self, names: Sequence[str], results: Sequence[dict[str, Any]]) -> str:
+        arguments = {"argument": f"{self._mark}arg"}
+        try:
+            return self._apply_template(names, arguments, results)
+        except TypeError:  # templates that concatenate the arguments as text (DeepSeek-V3)
+            return self._apply_template(names, json.dumps(arguments), results)
+
+    def _apply_template(self, names: Sequence[str], arguments: Any, results: Sequence[dict[str, Any]]) -> str:
+        calls = [
+            {"type": "function", "id": f"call_0_{index}", "function": {"name": name, "arguments": arguments}}
+            for index, name in enumerate(names)
         ]
         return self.tokenizer.apply_chat_template(
-            messages,
+            [
+                {"role": "user", "content": "dummy"},
+                {"role": "assistant", "content": "", "tool_calls": calls},
+                *results,
+            ],
             tokenize=False,
             add_generation_prompt=True,
             chat_template=self.chat_template,
@@ -224,9 +244,17 @@ class ToolChat:
         except Exception as error:
             raise ChatTemplateError(
                 f"The chat template cannot render a tool conversation (user, assistant with a call, tool result): "
-                f"{type(error).__name__}: {error}. Use a tool-capable chat template, such as one of trl/chat_templates."
+                f"{type(error).__name__}: {error}. Use a tool-capable template, such as one of trl/chat_templates."
             ) from error
         return rendered[:place].endswith("  ")
+
+
+def _header_name(name: Any) -> str:
+    """
+    The name a result is rendered with. Some templates put it between control tokens, and the policy may have written
+    anything for it; what cannot be the name of a tool is not repeated there.
+    """
+    return name if isinstance(name, str) and regex.fullmatch(r"[\w.\-]+", name) else "tool"
 
 
 def tool_message(call: ToolCall, content: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""The plain sampler: `model.generate` over whole histories, for models whose attention the default sampler cannot handle.
+"""The plain sampler: `model.generate` over whole histories, for models whose attention the default sampler cannot
+handle.
 
-Owns `GenerateSampler`. It prefills the history again at every turn and keeps rows in lockstep, so it is slow; but it asks
-nothing of the model beyond `generate`, and records the same log-probs. Fed with token ids by the rollout loop.
+Owns `GenerateSampler`. It prefills the history again at every turn and keeps rows in lockstep, so it is slow; but it
+asks nothing of the model beyond `generate`, and records the same log-probs. Fed with token ids by the rollout loop.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +37,7 @@ class _Recorder(StoppingCriteria):
         self.source, self.start, self.budgets = source, start, budgets
         self.logprobs: list[Tensor] = []
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         if self.source.log_softmax is None:
             raise SamplerError("`generate` drew a token without calling the logits processor.")
         self.logprobs.append(self.source.log_softmax.gather(-1, input_ids[:, -1:])[:, 0].clamp(max=0.0))

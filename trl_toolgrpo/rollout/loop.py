@@ -1,8 +1,8 @@
 """The rollout loop: one state machine per rollout, all driven together.
 
-Owns what happens between "here are the prompts" and "here are the trajectories": a turn is sampled, its calls run off the
-decode path, their results are appended as tokens, the next turn is sampled. Rows that wait for a tool never hold up rows
-that can be decoded. Fed by a sampler session, the chat handling and the tool executor.
+Owns what happens between "here are the prompts" and "here are the trajectories": a turn is sampled, its calls run off
+the decode path, their results are appended as tokens, the next turn is sampled. Rows that wait for a tool never hold
+up rows that can be decoded. Fed by a sampler session, the chat handling and the tool executor.
 """
 
 import time
@@ -53,7 +53,8 @@ class RolloutRequest:
         environment (`object`, *optional*):
             Environment some of the tools belong to.
         owned (`frozenset[str]`, *optional*):
-            Names of the tools that belong to the environment: their calls run in order, on the environment's own thread.
+            Names of the tools that belong to the environment: their calls run in order, on the environment's own
+            thread.
     """
 
     prompt_ids: list[int]

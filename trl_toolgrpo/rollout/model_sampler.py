@@ -1,8 +1,9 @@
 """The default sampler: rollouts on the training model itself, on a CPU, one GPU or many.
 
-Owns `ModelSampler`. Rows join, wait and leave without a barrier; the prompt of a group is prefilled and kept once; a row's
-keys and values stay across its turns; tokens the row has to read (tool results) are prefilled in batches; a log-prob is
-recorded with every sampled token, from the full softmax of `logits / temperature`. Fed with token ids by the rollout loop.
+Owns `ModelSampler`. Rows join, wait and leave without a barrier; the prompt of a group is prefilled and kept once; a
+row's keys and values stay across its turns; tokens the row has to read (tool results) are prefilled in batches; a
+log-prob is recorded with every sampled token, from the full softmax of `logits / temperature`. Fed with token ids by
+the rollout loop.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -148,7 +149,7 @@ class ModelSession:
     def extend(self, row: int, token_ids: Sequence[int], max_new_tokens: int) -> None:
         """See [`SamplerSession.extend`]."""
         state = self.rows[row]
-        if row in self.queued or state.slot < self.running and self.slots[state.slot] == row:
+        if row in self.queued or (state.slot < self.running and self.slots[state.slot] == row):
             raise SamplerError(f"Row {row} was extended while it is still being sampled.")
         if max_new_tokens < 1:
             raise SamplerError(f"Row {row} was given a budget of {max_new_tokens} tokens, expected at least 1.")
@@ -183,7 +184,8 @@ class ModelSession:
             while stop < len(self.prompts) and (stop + 1 - first) * len(self.prompts[stop]) <= PREFILL_TOKENS:
                 stop += 1
             batch = self._padded(self.prompts[first:stop])
-            self._forward(batch, torch.arange(batch.shape[1], device=self.device)[None], PromptCache(self.store, first))
+            positions = torch.arange(batch.shape[1], device=self.device)[None]
+            self._forward(batch, positions, PromptCache(self.store, first))
             first = stop
 
     def _should_join(self) -> bool:

@@ -1,7 +1,7 @@
 """Assistant turns as text: which calls the policy wrote, and which of them cannot be read.
 
-Owns the tolerant parser and response templates for chat templates that TRL renders but cannot parse. transformers' parser
-gives up on a whole turn at the first malformed call; here each call stands for itself. Fed by `chat.py`.
+Owns the tolerant parser and response templates for chat templates that TRL renders but cannot parse. transformers'
+parser gives up on a whole turn at the first malformed call; here each call stands for itself. Fed by `chat.py`.
 """
 
 import copy
@@ -24,6 +24,9 @@ from trl.chat_template_utils import (
 from ..tools.types import ToolCall
 
 
+# What the response parser raises for text it cannot read; JSON nested too deep ends in a RecursionError
+_UNREADABLE = (ValueError, TypeError, KeyError, RecursionError)
+
 _FUNCTION = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
 
 _DEEPSEEKV3_RESPONSE = {
@@ -32,7 +35,8 @@ _DEEPSEEKV3_RESPONSE = {
     "fields": {
         "reasoning_content": {"open": "<think>", "close_pattern": r"</think>\s*", "content": "text"},
         "tool_calls": {
-            "open_pattern": r"(?:<｜tool▁calls▁begin｜>)?<｜tool▁call▁begin｜>function<｜tool▁sep｜>(?P<name>[^\n]+)\n```json\n",
+            "open_pattern": r"(?:<｜tool▁calls▁begin｜>)?<｜tool▁call▁begin｜>function<｜tool▁sep｜>"
+            r"(?P<name>[^\n]+)\n```json\n",
             "close_pattern": r"\n```<｜tool▁call▁end｜>\s*(?:<｜tool▁calls▁end｜>)?",
             "repeats": True,
             "content": "json",
@@ -52,7 +56,8 @@ _MUSE_GLIMMER_RESPONSE = {
             "content": "text",
         },
         "tool_calls": {
-            "open_pattern": r'(?: to=[^<\s]+<\|message\|>)?(?:<atem:function_calls>\s*)?<atem:invoke name="(?P<name>[^"]+)">',
+            "open_pattern": r"(?: to=[^<\s]+<\|message\|>)?(?:<atem:function_calls>\s*)?"
+            r'<atem:invoke name="(?P<name>[^"]+)">',
             "close_pattern": r"</atem:invoke>\s*(?:</atem:function_calls>)?(?:<\|eom\|><\|start\|>assistant)?",
             "repeats": True,
             "content": "xml-inline",
@@ -77,8 +82,12 @@ _RESPONSE_TEMPLATES = {
 
 
 def add_missing_response_template(tokenizer: Any) -> None:
-    """Give `tokenizer` a response template if it has none and its chat template is one TRL renders but cannot parse."""
-    if getattr(tokenizer, "response_template", None) is None and isinstance(tokenizer.chat_template, str):
+    """Give `tokenizer` a response template if it has none and its chat template is one TRL renders but cannot
+    parse."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    if tokenizer is None or not isinstance(tokenizer.chat_template, str):
+        return
+    if getattr(tokenizer, "response_template", None) is None:
         template = _RESPONSE_TEMPLATES.get(tokenizer.chat_template)
         if template is not None:
             tokenizer.response_template = copy.deepcopy(template)
@@ -113,7 +122,7 @@ class _TolerantParser(ResponseParser):
         field = self._current
         try:
             super()._close_current(events)
-        except (ValueError, TypeError, KeyError) as error:
+        except _UNREADABLE as error:
             if field != "tool_calls":
                 raise
             reason = str(error).splitlines()[-1].removeprefix("Error: ")
@@ -147,7 +156,7 @@ def parse_turn(text: str, response_template: dict, prefix: str, tools: Sequence[
     try:
         parser.feed(text)
         message, _ = parser.finalize()
-    except (ValueError, TypeError, KeyError):
+    except _UNREADABLE:
         return None
     if isinstance(message.get("content"), str):
         message["content"] = message["content"].removesuffix(eos_token)
@@ -171,7 +180,7 @@ def _read_call(item: Any, identifier: str) -> ToolCall:
     """A call from what the response template made of it, or from the reason why it could make nothing of it."""
     if isinstance(item, str):
         return ToolCall(identifier, "", error=item)
-    function = item.get("function", item) if isinstance(item, dict) else None
+    function: Any = item.get("function", item) if isinstance(item, dict) else {}
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name:
         return ToolCall(identifier, "", error=f"a call needs a \"name\", got {json.dumps(item, default=str)[:200]}")

@@ -241,8 +241,17 @@ def shared_prefix_attention(model: torch.nn.Module, store: KeyValueStore) -> Ite
         _CURRENT.reset(token)
 
 
+# torch's own attention kernel for CPUs gives the log-sum-exp too, in float32 and without materializing the scores
+_CPU_KERNEL = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None, softcap: float | None):
-    """Attention and its log-sum-exp in float32; query (..., Q, D), key and value (..., K, D)."""
+    """Attention and its log-sum-exp; query (B, H, Q, D), key and value (B, H, K, D). The log-sum-exp is float32."""
+    if _CPU_KERNEL is not None and query.device.type == "cpu" and softcap is None and key.shape == value.shape:
+        if bias is not None:
+            bias = bias.expand(query.shape[0], 1, query.shape[2], key.shape[2])
+        out, lse = _CPU_KERNEL(query, key, value, 0.0, False, attn_mask=bias, scale=scale)
+        return out, lse[..., None].float()
     if query.dtype == torch.float32:
         scores = torch.matmul(query * scale, key.transpose(-1, -2))
     else:  # products of low-precision inputs, accumulated and kept in float32
@@ -253,13 +262,13 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tenso
         scores = scores + bias
     lse = torch.logsumexp(scores, dim=-1, keepdim=True)
     out = torch.matmul(torch.exp(scores - lse).to(value.dtype), value)
-    return out.float(), lse
+    return out, lse
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None):
-    """Causal attention of a right-padded prompt batch; all (B, H_kv, G, T, D) for the query, (B, H_kv, T, D) else."""
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window, softcap, with_lse: bool = False):
+    """Causal attention of a right-padded prompt batch: query (B, H_kv, G, T, D), key and value (B, H_kv, T, D)."""
     length = key.shape[2]
-    if softcap is None and (window is None or window >= length):
+    if not with_lse and softcap is None and (window is None or window >= length):
         batch, heads, groups = query.shape[:3]
         out = F.scaled_dot_product_attention(
             query.reshape(batch, heads * groups, length, -1), key, value, is_causal=True, scale=scale, enable_gqa=True
@@ -270,10 +279,13 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
     if window is not None:
         visible &= position[None] > position[:, None] - window
     bias = torch.zeros(length, length, device=key.device).masked_fill(~visible, torch.finfo(torch.float32).min)
-    return _attend(query, key[:, :, None], value[:, :, None], scale, bias, softcap)
+    batch, heads, groups = query.shape[:3]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    out, lse = _attend(query.flatten(1, 2), key, value, scale, bias, softcap)
+    return out.unflatten(1, (heads, groups)), lse.unflatten(1, (heads, groups))
 
 
-def _rows(store: KeyValueStore, layer: int, query: Tensor, own_key: Tensor, own_value: Tensor, options: dict[str, Any]):
+def _rows(store: KeyValueStore, layer: int, query: Tensor, own_key: Tensor, own_value: Tensor, options: dict):
     """Attention of rows (B, H_kv, G, T, D) to their prompts and to their own tokens, merged by log-sum-exp."""
     span = store.span
     if span is None:
@@ -292,8 +304,7 @@ def _rows(store: KeyValueStore, layer: int, query: Tensor, own_key: Tensor, own_
         shared, shared_lse = torch.empty_like(own), torch.empty_like(own_lse)
         for prompt, size, rows in span.members:
             shared[rows], shared_lse[rows] = _one_prompt(store, layer, flat, groups, prompt, size, rows, options)
-    weight = torch.sigmoid(shared_lse - own_lse)
-    out = own + weight * (shared - own)
+    out = torch.lerp(own.float(), shared.float(), torch.sigmoid(shared_lse - own_lse))
     lse = torch.logaddexp(own_lse, shared_lse)
     shape = (batch, heads, groups, length, -1)
     return out.view(*shape), lse.view(*shape)
@@ -318,7 +329,7 @@ def _batched_prompts(store, layer, flat, groups, options):
     """Attention of all rows to their prompts in one product, padded to the longest prompt and the fullest group."""
     span = store.span
     prompts, width = len(store.prompt_lengths), span.width
-    batch, heads, queries, dim = flat.shape
+    _, heads, queries, dim = flat.shape
     packed = flat.new_zeros(prompts, width, heads, queries, dim)
     packed[span.groups, span.ranks] = flat
     packed = packed.transpose(1, 2).reshape(prompts, heads, width * queries, dim)
@@ -343,8 +354,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, sliding_
     if store.span is None:
         out, lse = _causal(grouped, key, value, scale, sliding_window, softcap)
         if s_aux is not None and lse is None:
-            bias = torch.full((length, length), torch.finfo(torch.float32).min, device=key.device).triu(1)
-            out, lse = _attend(grouped, key[:, :, None], value[:, :, None], scale, bias, softcap)
+            out, lse = _causal(grouped, key, value, scale, length, softcap, with_lse=True)
     else:
         options = {"scale": scale, "window": sliding_window, "softcap": softcap}
         out, lse = _rows(store, module.layer_idx, grouped, key, value, options)

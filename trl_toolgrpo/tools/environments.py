@@ -1,8 +1,9 @@
 """Environments that live on threads of their own, seen from the training thread as if they lived there.
 
 Owns `on_own_thread`. TRL constructs, resets and scores environments on the training thread; tools run off it, and a
-`sqlite3` connection refuses every thread but the one that opened it. So an environment is constructed on its own thread,
-and what the training thread asks of it (`reset`, `get_reward`, any attribute) is run there. Fed by the trainer.
+`sqlite3` connection refuses every thread but the one that opened it. So an environment is constructed on its own
+thread, and what the training thread asks of it (`reset`, `get_reward`, any attribute) is run there. Fed by the
+trainer.
 """
 
 import functools
@@ -12,23 +13,37 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from ..errors import ConfigError
 from .execute import ToolExecutor
 
 
-def on_own_thread(factory: Callable[[], Any], executor: ToolExecutor) -> Callable[[], Any]:
+def on_own_thread(factory: Any, executor: ToolExecutor) -> Any:
     """
-    Wrap an environment factory so that each instance belongs to a thread of its own.
+    Wrap an environment factory, or a dict of them, so that each instance belongs to a thread of its own.
 
     The instances are of a subclass of the environment's class with the same name. From the thread that called
     `on_own_thread`, attributes are read and methods run on the environment's thread; `sqlite3` connections and cursors
     come back as stand-ins that do the same. From any other thread they are plain objects.
 
     Args:
-        factory (`Callable`):
-            Gives a new environment.
+        factory (`Callable` or `dict[str, Callable]`, *optional*):
+            Gives a new environment; `None` is passed through.
         executor ([`ToolExecutor`]):
             Runs the environment's threads.
+
+    Raises:
+        ConfigError: if a factory cannot be called.
     """
+    if factory is None:
+        return None
+    if isinstance(factory, dict):
+        return {name: on_own_thread(make, executor) for name, make in factory.items()}
+    if not callable(factory):
+        raise ConfigError(f"You passed the environment factory {factory!r}, which cannot be called. Pass a class.")
+    return _factory(factory, executor)
+
+
+def _factory(factory: Callable[[], Any], executor: ToolExecutor) -> Callable[[], Any]:
     home = threading.get_ident()
     classes: dict[type, type] = {}
 
@@ -46,11 +61,13 @@ def on_own_thread(factory: Callable[[], Any], executor: ToolExecutor) -> Callabl
 
 
 def _threaded(kind: type, executor: ToolExecutor, home: int) -> type:
+    plain: Any = kind.__getattribute__
+
     def look_up(self: Any, name: str) -> Any:
         if name.startswith("__") or threading.get_ident() != home:
-            return kind.__getattribute__(self, name)
+            return plain(self, name)
         if executor.is_abandoned(self):  # its thread hangs: its state is read from here, and it earns nothing
-            return (lambda: None) if name == "get_reward" else kind.__getattribute__(self, name)
+            return (lambda: None) if name == "get_reward" else plain(self, name)
         return _stand_in(executor.run_on_owner(self, getattr, self, name), self, executor)
 
     body = {"__getattribute__": look_up, "__slots__": (), "__doc__": kind.__doc__, "__module__": kind.__module__}

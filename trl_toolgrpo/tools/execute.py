@@ -46,8 +46,8 @@ class ToolExecutor:
         retries (`int`, *optional*, defaults to `0`):
             How often a call that failed transiently is tried again.
         event_loop (`Callable`, *optional*):
-            Gives a running event loop for coroutines. By default the executor has one of its own, which also survives
-            a `SystemExit` in a task that a tool has spawned.
+            Gives a running event loop for coroutines, or `None`. By default the executor has one of its own, which
+            also survives a `SystemExit` in a task that a tool has spawned.
         max_abandoned (`int`, *optional*, defaults to `64`):
             How many calls may be stuck past their limit at the same time before the runtime gives up.
 
@@ -60,7 +60,7 @@ class ToolExecutor:
         max_concurrent: int = 64,
         timeout: float | None = 30.0,
         retries: int = 0,
-        event_loop: Callable[[], asyncio.AbstractEventLoop] | None = None,
+        event_loop: Callable[[], asyncio.AbstractEventLoop | None] | None = None,
         max_abandoned: int = 64,
     ) -> None:
         if max_concurrent < 1 or retries < 0 or max_abandoned < 0 or (timeout is not None and timeout <= 0):

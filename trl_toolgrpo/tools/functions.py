@@ -90,8 +90,9 @@ def environment_tools(environment: object) -> list[Tool]:
             tools.append(as_tool(getattr(environment, name)))
     own = getattr(environment, "tools", None)
     if isinstance(own, list) and any(callable(entry) or isinstance(entry, Tool) for entry in own):
-        methods = [tool.function for tool in tools]
-        tools += [as_tool(entry) for entry in own if entry not in methods]
+        # One method of the instance may come wrapped here and bare there.
+        methods = [inspect.unwrap(tool.function) for tool in tools]
+        tools += [as_tool(entry) for entry in own if not callable(entry) or inspect.unwrap(entry) not in methods]
     return tools
 
 

@@ -1,7 +1,7 @@
 """Tools as TRL wants to hold them: something it renders as a schema, names and could call.
 
-Owns `PromptTool`. TRL keeps its tools in lists it passes to `apply_chat_template` and asks for `__name__`; a `Tool` of any
-origin takes part in that as a schema that can be called. Fed by the trainer.
+Owns `PromptTool`. TRL keeps its tools in lists it passes to `apply_chat_template` and asks for `__name__`; a `Tool` of
+any origin takes part in that as a schema that can be called. Fed by the trainer.
 """
 
 import asyncio

@@ -1,0 +1,228 @@
+"""Callables as tools: the schema TRL renders, adapters, environments and duplicate names."""
+
+import asyncio
+import functools
+import json
+
+import pytest
+from transformers.utils import get_json_schema
+
+from trl_toolgrpo.errors import ToolNameError, ToolSchemaError
+from trl_toolgrpo.tools import Tool, as_tool, environment_tools, index_tools
+
+
+def add(a: int, b: int = 0) -> int:
+    """
+    Adds two numbers.
+
+    Args:
+        a: First number.
+        b: Second number.
+
+    Returns:
+        The sum.
+    """
+    return a + b
+
+
+async def find(query: str, kinds: list[str] | None = None) -> dict:
+    """Finds things.
+
+    Args:
+        query: What to find (choices: ["cat", "dog"])
+        kinds: Kinds to keep.
+    """
+    return {"query": query, "kinds": kinds}
+
+
+def ping():
+    """Answers."""
+
+
+class Shelf:
+    """A shelf."""
+
+    def __init__(self, own=None):
+        self.items = []
+        if own is not None:
+            self.tools = own
+
+    def reset(self, **kwargs):
+        self.items = []
+
+    def get_reward(self) -> float:
+        return float(len(self.items))
+
+    def put(self, item: str) -> str:
+        """
+        Puts an item.
+
+        Args:
+            item: The item.
+        """
+        self.items.append(item)
+        return item
+
+    def _hidden(self):
+        raise NotImplementedError
+
+    @property
+    def broken(self):
+        raise RuntimeError("properties are not evaluated")
+
+
+class Scaler:
+    """Scales a number."""
+
+    def __init__(self, factor: int):
+        self.factor = factor
+
+    def __call__(self, value: int) -> int:
+        """
+        Args:
+            value: The number.
+        """
+        return self.factor * value
+
+
+class AsyncEcho:
+    async def __call__(self, text: "str") -> str:
+        """
+        Echoes.
+
+        Args:
+            text: The text.
+        """
+        return text
+
+
+@pytest.mark.parametrize("function", [add, find, ping, Shelf().put, functools.lru_cache(add)])
+def test_schema_is_the_one_transformers_renders(function):
+    # As text: the order of keys decides the tokens of the prompt.
+    assert json.dumps(as_tool(function).schema) == json.dumps(get_json_schema(function))
+
+
+def test_return_description_is_kept():
+    assert as_tool(add).schema["function"]["return"] == {"type": "integer", "description": "The sum."}
+    assert "return" not in as_tool(ping).schema["function"]
+
+
+def test_tool_passes_through():
+    tool = Tool("t", "d", {"type": "object", "properties": {}}, print)
+    assert as_tool(tool) is tool
+
+
+def test_partial_hides_bound_arguments_and_protects_them():
+    tool = as_tool(functools.partial(add, b=10))
+    assert tool.name == "add"
+    assert tool.parameters == {
+        "type": "object",
+        "properties": {"a": {"type": "integer", "description": "First number."}},
+        "required": ["a"],
+    }
+    assert tool.function(a=1) == 11
+    with pytest.raises(TypeError, match="'b'"):
+        tool.function(a=1, b=2)
+
+
+def test_partial_binds_by_position_nested_and_renamed():
+    inner = functools.partial(add, 5)
+    inner.__name__ = "add_five"  # attributes keep functools from flattening
+    assert list(as_tool(inner).parameters["properties"]) == ["b"]
+    tool = as_tool(functools.partial(inner, b=1))
+    assert tool.name == "add_five"
+    assert tool.parameters["properties"] == {}
+    assert tool.function() == 6
+
+
+def test_partial_of_method_callable_object_and_coroutine():
+    shelf = Shelf()
+    assert as_tool(functools.partial(shelf.put, item="x")).function() == "x"
+    assert shelf.items == ["x"]
+    assert as_tool(functools.partial(Scaler(3), value=2)).function() == 6
+    tool = as_tool(functools.partial(find, kinds=["a"]))
+    assert tool.is_async and list(tool.parameters["properties"]) == ["query"]
+    assert tool.parameters["properties"]["query"]["enum"] == ["cat", "dog"]
+    assert asyncio.run(tool.function(query="cat")) == {"query": "cat", "kinds": ["a"]}
+
+
+def test_callable_objects():
+    tool = as_tool(Scaler(3))
+    assert (tool.name, tool.description, tool.is_async) == ("Scaler", "Scales a number.", False)
+    assert tool.parameters["required"] == ["value"]
+    assert tool.function(value=2) == 6
+    named = Scaler(2)
+    named.__name__ = "double"
+    assert as_tool(named).name == "double"
+    echo = as_tool(AsyncEcho())
+    assert echo.is_async and echo.description == "Echoes."
+    assert asyncio.run(echo.function(text="hi")) == "hi"
+
+
+def untyped(a):
+    """Doc.
+
+    Args:
+        a: A.
+    """
+
+
+def undocumented(a: int): ...
+
+
+def by_position(a: int, /):
+    """Doc.
+
+    Args:
+        a: A.
+    """
+
+
+def star(*args: int):
+    """Doc.
+
+    Args:
+        args: A.
+    """
+
+
+@pytest.mark.parametrize(
+    ("thing", "words"),
+    [
+        (untyped, "untyped.*type hint.*Args"),
+        (undocumented, "undocumented.*docstring.*Tool\\("),
+        (by_position, "by position"),
+        (star, "by position"),
+        (len, "len"),
+        (lambda: 1, "lambda"),
+        (3, "cannot be called"),
+        ("add", "cannot be called"),
+    ],
+)
+def test_unusable_callables_are_refused(thing, words):
+    with pytest.raises(ToolSchemaError, match=words):
+        as_tool(thing)
+
+
+def test_environment_tools_are_those_of_trl():
+    shelf = Shelf()
+    tools = environment_tools(shelf)
+    assert [tool.name for tool in tools] == ["put"]
+    tools[0].function(item="book")
+    assert shelf.items == ["book"]
+
+
+def test_environment_may_bring_tools_of_its_own():
+    shelf = Shelf(own=[add, Tool("look", "Looks.", {"type": "object", "properties": {}}, ping)])
+    shelf.tools.append(shelf.put)  # already a tool
+    shelf.tools.append(functools.wraps(shelf.put)(lambda item: shelf.put(item)))
+    assert [tool.name for tool in environment_tools(shelf)] == ["put", "add", "look"]
+    for unrelated in (["hammer"], [], None, "add"):
+        assert [tool.name for tool in environment_tools(Shelf(own=unrelated))] == ["put"]
+
+
+def test_index_by_name_and_duplicates():
+    assert list(index_tools([add, find])) == ["add", "find"]
+    other = Tool("add", "d", {"type": "object", "properties": {}}, Shelf.reset)
+    with pytest.raises(ToolNameError, match=r"'add': \S*test_functions\.add and \S*test_functions\.Shelf\.reset"):
+        index_tools([add, other])

@@ -1,0 +1,162 @@
+"""A rollout batch from prompts to checked trajectories.
+
+Owns `RolloutEngine`, which puts sampler, chat, tool runtime and loop together, and `RolloutBatch`, what comes out of
+it. Fed by the trainer, which owns the policy.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import ToolGRPOConfig
+from ..errors import TrajectoryError
+from ..tools.execute import ToolExecutor
+from ..trajectory import Trajectory
+from .backends import make_sampler, unsupported_reason
+from .chat import ToolChat
+from .loop import Rollout, RolloutLimits, RolloutLoop, RolloutRequest, RolloutStats
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RolloutBatch:
+    """
+    The rollouts of one process.
+
+    Args:
+        rollouts (`list[Rollout]`):
+            In the order of their prompts.
+        stats (`RolloutStats`):
+            Where the time went.
+        invalid (`list[bool]`):
+            Rollouts whose record broke its contract and that were masked out.
+    """
+
+    rollouts: list[Rollout]
+    stats: RolloutStats
+    invalid: list[bool] = field(default_factory=list)
+
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        """The trajectories, in order."""
+        return [rollout.trajectory for rollout in self.rollouts]
+
+    def logprobs(self, width: int, device: torch.device) -> Tensor:
+        """Recorded log-probs, nats, float32, shape (B, `width`), right-padded with 0.0."""
+        recorded = torch.zeros(len(self.rollouts), width)
+        for row, trajectory in enumerate(self.trajectories):
+            recorded[row, : len(trajectory.logprobs)] = torch.tensor(trajectory.logprobs)
+        return recorded.to(device)
+
+    def mask_dropped(self, output: dict[str, Tensor], truncated: bool) -> None:
+        """Zero the masks (B, T) of rollouts that take no part in the update: invalid ones, and `truncated` ones."""
+        dropped = [
+            invalid or (truncated and trajectory.truncated)
+            for invalid, trajectory in zip(self.invalid, self.trajectories, strict=True)
+        ]
+        keep = ~torch.tensor(dropped, device=output["completion_mask"].device)[:, None]
+        for name in ("completion_mask", "tool_mask"):
+            if name in output:
+                output[name] = output[name] * keep
+
+
+class RolloutEngine:
+    """
+    Runs rollout batches.
+
+    Args:
+        args ([`ToolGRPOConfig`]):
+            Limits and temperature.
+        stop_ids (`Sequence[int]`):
+            Tokens that end a turn.
+        pad_id (`int`):
+            Padding token id.
+        chat (`ToolChat`, *optional*):
+            Needed if rollouts have tools.
+        executor (`ToolExecutor`, *optional*):
+            Needed if rollouts have tools.
+    """
+
+    def __init__(
+        self,
+        args: ToolGRPOConfig,
+        stop_ids: Sequence[int],
+        pad_id: int,
+        chat: ToolChat | None = None,
+        executor: ToolExecutor | None = None,
+    ):
+        self.args = args
+        self.stop_ids = list(stop_ids)
+        self.pad_id = pad_id
+        self.chat = chat
+        self.executor = executor
+        iterations = args.max_tool_calling_iterations
+        self.limits = RolloutLimits(
+            max_completion_length=args.max_completion_length or 1,
+            max_tool_calling_iterations=2**31 if iterations is None else iterations,
+            max_tool_output_tokens=args.max_tool_output_tokens,
+            parse_error_budget=args.parse_error_budget,
+        )
+        self._supported: bool | None = None
+
+    def run(
+        self, policy: Any, requests: Sequence[RolloutRequest], autocast: Callable[[], AbstractContextManager]
+    ) -> RolloutBatch:
+        """
+        Sample every rollout to its end.
+
+        Args:
+            policy (`PreTrainedModel` or `PeftModel`):
+                The unwrapped policy, its parameters gathered.
+            requests (`Sequence[RolloutRequest]`):
+                Prompts and tools.
+            autocast (`Callable`):
+                Gives the autocast context the trainer scores under.
+
+        Raises:
+            TrajectoryError: for a record that breaks its contract, unless `strict_trajectories=False`.
+        """
+        sampler = make_sampler(
+            policy,
+            self._is_supported(policy),
+            stop_ids=self.stop_ids,
+            pad_id=self.pad_id,
+            temperature=self.args.temperature,
+            autocast=autocast,
+        )
+        prompts = [request.prompt_ids for request in requests]
+        with sampler.open(prompts, self.limits.max_completion_length) as session:
+            loop = RolloutLoop(session, requests, self.limits, self.chat, self.executor)
+            batch = RolloutBatch(loop.run(), loop.stats)
+        batch.invalid = [self._is_invalid(row, trajectory) for row, trajectory in enumerate(batch.trajectories)]
+        return batch
+
+    def _is_supported(self, policy: Any) -> bool:
+        if self._supported is None:
+            size = policy.get_input_embeddings().weight.shape[0]
+            reason = unsupported_reason(policy, [(index * 7 + 3) % size for index in range(8)])
+            self._supported = reason is None
+            if reason is not None:
+                logger.warning("Sampling falls back to `model.generate` for this model: %s.", reason)
+        return self._supported
+
+    def _is_invalid(self, row: int, trajectory: Trajectory) -> bool:
+        """Raise for a broken record; where that is not wanted, leave nothing of it to train on."""
+        try:
+            trajectory.validate(row)
+        except TrajectoryError as error:
+            if self.args.strict_trajectories:
+                raise
+            logger.warning("Masked out of the update: %s", error)
+            count = len(trajectory.completion_ids)
+            trajectory.logprobs, trajectory.tool_mask = [0.0] * count, [0] * count
+            trajectory.forced_mask = [0] * count
+            return True
+        return False

@@ -118,7 +118,7 @@ def check_logprobs(
         if not bool(mask.any()):
             continue
         gap = (recomputed[row, : len(mask)] - torch.tensor(trajectory.logprobs)).abs()
-        gap = torch.where(mask, gap.nan_to_num(nan=math.inf), 0.0)
+        gap = torch.where(mask, gap.nan_to_num(nan=math.inf, posinf=math.inf), 0.0)
         total, count = total + float(gap.sum()), count + int(mask.sum())
         if float(gap.max()) > worst:
             worst, where = float(gap.max()), (row, int(gap.argmax()))

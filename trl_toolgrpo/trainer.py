@@ -39,6 +39,7 @@ from .rollout.chat import ToolChat
 from .rollout.engine import RolloutBatch, RolloutEngine
 from .rollout.loop import RolloutRequest
 from .rollout.parsing import add_missing_response_template
+from .rollout.sampler import scoring_mode
 from .tools.environments import on_own_thread
 from .tools.execute import ToolExecutor
 from .tools.prompt import PromptTool
@@ -301,11 +302,10 @@ class ToolGRPOTrainer(GRPOTrainer):
         return output
 
     def _correct_masks(self, output: dict[str, Any], batch: RolloutBatch) -> None:
-        """Mask rollouts that ended early although their last token is a stop token, and those that were invalid."""
-        if self.mask_truncated_completions or not self.args.strict_trajectories:
-            batch.mask_dropped(output, self.mask_truncated_completions)
-            mask = output["completion_mask"] * output.get("tool_mask", 1)
-            output["num_items_in_batch"] = self.accelerator.gather(mask.sum()).sum()
+        """Mask rollouts that ended early although their last token is a stop token, and those without a record."""
+        batch.mask_dropped(output, self.mask_truncated_completions)
+        mask = output["completion_mask"] * output.get("tool_mask", 1)
+        output["num_items_in_batch"] = self.accelerator.gather(mask.sum()).sum()
 
     def _drop_stuck_environments(self) -> None:
         """Environments whose thread hangs are not handed out again."""
@@ -323,21 +323,15 @@ class ToolGRPOTrainer(GRPOTrainer):
         for row, trajectory in enumerate(batch.trajectories):
             mask[row, : len(trajectory.completion_ids)] = 1
         mask = torch.cat([output["prompt_mask"], mask], dim=1)
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
         checkpointing: Any = self.args.gradient_checkpointing_kwargs
-        try:
-            with torch.no_grad(), disable_gradient_checkpointing(self.model, checkpointing):
-                logps, _, _ = super()._get_per_token_logps_and_entropies(
-                    self.model,
-                    ids,
-                    mask,
-                    output["completion_ids"].size(1),
-                    batch_size=self.args.per_device_train_batch_size,
-                )
-        finally:
-            for module in training:
-                module.training = True
+        with scoring_mode(self.model), disable_gradient_checkpointing(self.model, checkpointing):
+            logps, _, _ = super()._get_per_token_logps_and_entropies(
+                self.model,
+                ids,
+                mask,
+                output["completion_ids"].size(1),
+                batch_size=self.args.per_device_train_batch_size,
+            )
         tolerance = check_tolerance(self._compute_dtype, self.args.logprob_check_tolerance)
         check_logprobs(logps, batch.trajectories, tolerance, self.args.rollout_backend)
 

@@ -5,7 +5,7 @@ the trainer, reward functions and diagnostics.
 """
 
 import difflib
-import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -16,6 +16,8 @@ from .tools.types import ToolCall, ToolResult
 
 STOP_REASONS = ("stop", "length", "tool_limit", "parse_errors", "tool_overflow")
 """Why a rollout ended. All but `"stop"` count as truncated."""
+TURN_STOP_REASONS = ("stop", "length")
+"""Why a turn ended: the policy wrote a stop token, or its token budget ran out."""
 
 _ALIASES = {
     "old_log_probs": "logprobs",
@@ -65,6 +67,8 @@ class Turn:
         values = dict(record)
         for name, kind in (("tool_calls", ToolCall), ("tool_results", ToolResult)):
             items = values.get(name, [])
+            if not isinstance(items, (list, tuple)):
+                continue  # for `Trajectory.validate` to report
             for item in items:
                 if isinstance(item, dict):
                     required = {"id", "name"} if kind is ToolCall else {"content"}
@@ -140,10 +144,7 @@ class Trajectory:
             raise TrajectoryError(f"{_where(rollout)}: expected a dict of fields, got {type(record).__name__}.")
         _check_keys(record, cls, {f.name for f in fields(cls)}, rollout)
         values = dict(record)
-        if not isinstance(values["turns"], (list, tuple)):
-            raise TrajectoryError(
-                f"{_where(rollout)}: field `turns` expected a list, got {type(values['turns']).__name__}."
-            )
+        _check_list(values["turns"], "turns", _where(rollout))
         values["turns"] = [Turn.from_dict(t, rollout) if isinstance(t, dict) else t for t in values["turns"]]
         trajectory = cls(**values)
         trajectory.validate(rollout)
@@ -152,10 +153,8 @@ class Trajectory:
     def validate(self, rollout: Any = None) -> None:
         """Check lengths, values and spans; raises [`TrajectoryError`] at the first fault."""
         where = _where(rollout)
-        for name in ("prompt_ids", "completion_ids", "logprobs", "tool_mask", "forced_mask"):
-            if not isinstance(getattr(self, name), (list, tuple)):
-                kind = type(getattr(self, name)).__name__
-                raise TrajectoryError(f"{where}: field `{name}` expected a list, got {kind}.")
+        for name in ("prompt_ids", "completion_ids", "logprobs", "tool_mask", "forced_mask", "turns"):
+            _check_list(getattr(self, name), name, where)
         expected = len(self.completion_ids)
         for name in ("logprobs", "tool_mask", "forced_mask"):
             got = len(getattr(self, name))
@@ -209,9 +208,19 @@ def _check_keys(record: dict, kind: type, required: set[str], rollout: Any, path
             raise TrajectoryError(f"{_where(rollout)}: field `{prefix}{name}` is missing; got {', '.join(record)}.")
 
 
+def _check_list(value: Any, name: str, where: str) -> None:
+    if not isinstance(value, (list, tuple)):
+        raise TrajectoryError(f"{where}: field `{name}` expected a list, got {type(value).__name__}.")
+
+
+def _is_number(value: Any) -> bool:
+    # By comparison: `math.isfinite` overflows for huge integers
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def _check_mask(mask: Sequence[int], name: str, where: str) -> None:
     for position, value in enumerate(mask):
-        if value not in (0, 1):
+        if type(value) is not int or value not in (0, 1):
             raise TrajectoryError(f"{where}: field `{name}` expected 0 or 1, got {value!r} at position {position}.")
 
 
@@ -222,7 +231,7 @@ def _check_values(forced_mask: Sequence[int], tool_mask: Sequence[int], logprobs
                 f"{where}: field `forced_mask` marks token {position}, which `tool_mask` says no assistant wrote."
             )
     for position, value in enumerate(logprobs):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value > 0:
+        if not _is_number(value) or value > 0:
             raise TrajectoryError(
                 f"{where}: field `logprobs` expected finite values of at most 0, got {value!r} at position {position}."
             )
@@ -233,9 +242,34 @@ def _check_turns(turns: Sequence[Turn], length: int, where: str) -> None:
     for index, turn in enumerate(turns):
         if not isinstance(turn, Turn):
             raise TrajectoryError(f"{where}: field `turns` expected Turn records, got {type(turn).__name__}.")
+        _check_turn(turn, f"turns[{index}]", where)
         if not last <= turn.start <= turn.end <= length:
             raise TrajectoryError(
                 f"{where}: field `turns` expected ordered spans within {length} completion tokens, got "
                 f"[{turn.start}, {turn.end}) for turn {index}."
             )
         last = turn.end
+
+
+def _check_turn(turn: Turn, name: str, where: str) -> None:
+    """Check the type of every field of a turn."""
+    for field_name in ("start", "end"):
+        value = getattr(turn, field_name)
+        if type(value) is not int:
+            raise TrajectoryError(f"{where}: field `{name}.{field_name}` expected an index, got {value!r}.")
+    if turn.stop_reason not in TURN_STOP_REASONS:
+        raise TrajectoryError(
+            f"{where}: field `{name}.stop_reason` expected one of {TURN_STOP_REASONS}, got {turn.stop_reason!r}."
+        )
+    for field_name, kind in (("tool_calls", ToolCall), ("tool_results", ToolResult)):
+        items = getattr(turn, field_name)
+        _check_list(items, f"{name}.{field_name}", where)
+        for item in items:
+            if not isinstance(item, kind):
+                raise TrajectoryError(
+                    f"{where}: field `{name}.{field_name}` expected {kind.__name__} records, got {type(item).__name__}."
+                )
+    for field_name in ("sample_seconds", "tool_seconds"):
+        value = getattr(turn, field_name)
+        if not _is_number(value) or value < 0:
+            raise TrajectoryError(f"{where}: field `{name}.{field_name}` expected seconds, got {value!r}.")

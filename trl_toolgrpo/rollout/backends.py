@@ -12,6 +12,7 @@ import torch
 
 from .generate_sampler import GenerateSampler
 from .model_sampler import ModelSampler
+from .sampler import scoring_mode
 
 
 logger = logging.getLogger(__name__)
@@ -79,14 +80,8 @@ def _trial(model: Any, tokens: list[int]) -> str | None:
     return None if worst <= limit else f"its log-probs in the trial were off by {worst:.3g} nats"
 
 
-@torch.no_grad()
 def _gap(model: Any, history: list[int], recorded: list[tuple[int, float]]) -> float:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with scoring_mode(model):
         ids = torch.tensor([history], device=next(model.parameters()).device)
         scores = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0].float(), dim=-1)
-    finally:
-        for module in training:
-            module.training = True
     return max(abs(float(scores[place - 1, history[place]]) - value) for place, value in recorded)

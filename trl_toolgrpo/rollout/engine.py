@@ -56,9 +56,10 @@ class RolloutBatch:
         return recorded.to(device)
 
     def mask_dropped(self, output: dict[str, Tensor], truncated: bool) -> None:
-        """Zero the masks (B, T) of rollouts that take no part in the update: invalid ones, and `truncated` ones."""
+        """Zero the masks (B, T) of rollouts that take no part in the update: invalid and empty ones, and, if asked
+        for, `truncated` ones."""
         dropped = [
-            invalid or (truncated and trajectory.truncated)
+            invalid or not any(trajectory.tool_mask) or (truncated and trajectory.truncated)
             for invalid, trajectory in zip(self.invalid, self.trajectories, strict=True)
         ]
         keep = ~torch.tensor(dropped, device=output["completion_mask"].device)[:, None]
@@ -135,6 +136,10 @@ class RolloutEngine:
         with sampler.open(prompts, self.limits.max_completion_length) as session:
             loop = RolloutLoop(session, requests, self.limits, self.chat, self.executor)
             batch = RolloutBatch(loop.run(), loop.stats)
+        for trajectory in batch.trajectories:
+            if not trajectory.completion_ids:  # TRL needs one token; nobody wrote this one, so nothing trains on it
+                trajectory.completion_ids, trajectory.logprobs = [self.pad_id], [0.0]
+                trajectory.tool_mask, trajectory.forced_mask = [0], [0]
         batch.invalid = [self._is_invalid(row, trajectory) for row, trajectory in enumerate(batch.trajectories)]
         return batch
 

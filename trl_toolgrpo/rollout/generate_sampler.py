@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ..errors import SamplerError
-from .sampler import SampledTokens
+from .sampler import SampledTokens, scoring_mode
 
 
 class _Temperature(LogitsProcessor):
@@ -78,14 +78,8 @@ class GenerateSampler:
     @contextmanager
     def open(self, prompts: Sequence[Sequence[int]], max_length: int) -> Iterator["GenerateSession"]:
         """See [`Sampler.open`]. The model is in evaluation mode, without gradients, while the session is open."""
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
-            with torch.no_grad(), self.autocast():
-                yield GenerateSession(self, prompts)
-        finally:
-            for module in training:
-                module.training = True
+        with scoring_mode(self.model), self.autocast():
+            yield GenerateSession(self, prompts)
 
 
 class GenerateSession:

@@ -193,7 +193,7 @@ class RolloutLoop:
         trajectory.forced_mask += [0] * count
         turn = Turn(start, start + count, "stop" if sampled.stopped else "length", sample_seconds=now - state.since)
         trajectory.turns.append(turn)
-        if not state.request.tools:
+        if not state.request.tools or not sampled.token_ids:
             return self._finish(sampled.row, turn.stop_reason)
         number = len(trajectory.turns) - 1
         parsed = self._chat().parse(sampled.token_ids, state.opening(), state.schemas, number)
@@ -235,13 +235,15 @@ class RolloutLoop:
             messages.append(tool_message(call, text))
         suffix, opening = chat.tool_suffix(trajectory.completion_ids[-1], messages)
         room = self.limits.max_completion_length - len(trajectory.completion_ids) - len(suffix)
-        if room < 1:
+        if room < 0:
             return self._finish(row, "tool_overflow")
         trajectory.completion_ids += suffix
         trajectory.logprobs += [0.0] * len(suffix)
         trajectory.tool_mask += [0] * len(suffix)
         trajectory.forced_mask += [0] * len(suffix)
         state.messages += messages
+        if room == 0:  # the results fit, and leave the policy no token to answer with
+            return self._finish(row, "length")
         state.opening = lambda: opening
         self.session.extend(row, suffix, room)
 

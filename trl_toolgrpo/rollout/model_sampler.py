@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SamplerError
-from .sampler import SampledTokens
+from .sampler import SampledTokens, scoring_mode
 from .shared_prefix import KeyValueStore, PromptCache, RowCache, Span, shared_prefix_attention
 
 
@@ -90,17 +90,11 @@ class ModelSampler:
     @contextmanager
     def open(self, prompts: Sequence[Sequence[int]], max_length: int) -> Iterator["ModelSession"]:
         """See [`Sampler.open`]. The model is in evaluation mode, without gradients, while the session is open."""
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
-            with torch.no_grad(), self.autocast():
-                session = ModelSession(self, prompts, max_length)
-                with shared_prefix_attention(self.model, session.store):
-                    session.prefill_prompts()
-                    yield session
-        finally:
-            for module in training:
-                module.training = True
+        with scoring_mode(self.model), self.autocast():
+            session = ModelSession(self, prompts, max_length)
+            with shared_prefix_attention(self.model, session.store):
+                session.prefill_prompts()
+                yield session
 
 
 @dataclass

@@ -1,10 +1,14 @@
 """Shared parts of the tests: tokenizers for every chat template, tiny models, a sampler that follows a script."""
 
+import copy
 import itertools
+import json
 import os
 import re
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,11 +23,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from trl_toolgrpo import ToolGRPOConfig
+from trl_toolgrpo import ToolGRPOConfig, ToolGRPOTrainer
+from trl_toolgrpo.rollout import model_sampler
 from trl_toolgrpo.rollout.sampler import SampledTokens
 
 
 torch.set_num_threads(1)
+
+MAKE_SAMPLER = "trl_toolgrpo.rollout.engine.make_sampler"
+"""Where a test puts a sampler of its own."""
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 
@@ -55,7 +63,9 @@ def chat_tokenizer(template: str = "qwen3") -> PreTrainedTokenizerFast:
         vocab_size=320, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
     backend.train_from_iterator(["the name of the employee is in the answer of the tool; the sum is"], trainer)
-    found = sorted({*_CONTROL.findall(text), "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool_call>"})
+    found = sorted(
+        {*_CONTROL.findall(text), "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool_call>"}
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", pad_token="<|endoftext|>")
     tokenizer.add_tokens(found, special_tokens=False)
     family = next((stops for name, stops in _FAMILY_STOPS.items() if template.startswith(name)), None)
@@ -114,8 +124,8 @@ class ScriptedSampler:
     A sampler that writes a given text for each turn of each row, with log-prob -0.5 for every token.
 
     Args:
-        tokenizer: encodes the texts.
-        script (`list[list[str]]`): texts of the turns of each row. A text that does not end in a stop token ends on the
+        tokenizer: encodes the texts. script (`list[list[str]]`): texts of the turns of each row. A text that does not
+        end in a stop token ends on the
             token budget.
         stop_ids: tokens that end a turn.
     """
@@ -159,3 +169,160 @@ def tokenizer():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+class _Row(list):
+    """Token ids that remember which rollout they belong to, through the concatenations of TRL's loop."""
+
+    def __init__(self, ids, row):
+        super().__init__(ids)
+        self.row = row
+
+    def __add__(self, other):
+        return _Row([*self, *other], self.row)
+
+
+def script_trl(trainer, tokenizer, script):
+    """
+    Make TRL's own trainer write `script`, a text for each turn of each row, as [`ScriptedSampler`] does for ours.
+
+    Each turn is cut to `max_completion_length`, as TRL's generation cuts it. Returns the list of prompts TRL asked to
+    have continued, one entry for each generation call.
+    """
+    turns, calls = [], []
+
+    def generate(prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        if not isinstance(prompt_ids[0], _Row):
+            turns[:] = [iter(script[row % len(script)]) for row in range(len(prompt_ids))]
+            prompt_ids[:] = [_Row(ids, row) for row, ids in enumerate(prompt_ids)]
+        calls.append([list(ids) for ids in prompt_ids])
+        texts = [next(turns[ids.row]) for ids in prompt_ids]
+        limit = trainer.max_completion_length
+        return [tokenizer(text, add_special_tokens=False)["input_ids"][:limit] for text in texts], None
+
+    trainer._generate_single_turn = generate
+    return calls
+
+
+def script_ours(monkeypatch, tokenizer, script):
+    """Make a recording trainer write `script`; returns the samplers that were made, the last one last."""
+    made = []
+
+    def make(policy, supported, stop_ids, **options):
+        made.append(ScriptedSampler(tokenizer, script, stop_ids))
+        return made[-1]
+
+    monkeypatch.setattr(MAKE_SAMPLER, make)
+    return made
+
+
+def tool_call(name, **arguments):
+    """A call as Qwen3 writes it."""
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+@dataclass
+class Scripted:
+    """What a trainer made of a batch: its tensors, and for each row what a reward function got to see."""
+
+    trainer: Any
+    batch: dict[str, torch.Tensor]
+    seen: list[dict[str, Any]]
+
+    @property
+    def completions(self):
+        return [row["completion"] for row in self.seen]
+
+    @property
+    def trajectories(self):
+        return [row["trajectory"] for row in self.seen]
+
+    def metric(self, name):
+        return self.trainer._metrics["train" if self.trainer.model.training else "eval"][name][-1]
+
+    def text(self, row):
+        """Everything after the prompt, decoded."""
+        return self.trainer._tokenizer.decode(self.seen[row]["ids"])
+
+    def tool_ids(self, row):
+        """Tokens of a rollout that the policy did not write."""
+        mask = self.batch["tool_mask"][row].tolist()
+        return [id for id, mine in zip(self.seen[row]["ids"], mask, strict=False) if not mine]
+
+
+def telling_reward(seen):
+    """A reward that tells rollouts apart, and keeps in `seen` what it was given for each."""
+
+    def length_reward(prompts, completions, completion_ids, **kwargs):
+        trajectories = kwargs.get("trajectories") or [None] * len(prompts)
+        for prompt, completion, ids, trajectory in zip(
+            prompts, completions, completion_ids, trajectories, strict=True
+        ):
+            row = {"prompt": prompt, "completion": copy.deepcopy(completion), "ids": list(ids)}
+            seen.append({**row, "trajectory": trajectory})
+        return [float((7 * len(ids) + sum(ids)) % 11) for ids in completion_ids]
+
+    return length_reward
+
+
+def run_script(
+    kind,
+    monkeypatch,
+    path,
+    script,
+    *,
+    rows=None,
+    tools=None,
+    environment_factory=None,
+    tokenizer=None,
+    template="qwen3",
+    eos=None,
+    rewards=(),
+    training=True,
+    model_options=None,
+    make_sampler=None,
+    **changes,
+):
+    """Rollouts and scores of one batch, sampled as `script` says, by our trainer or by TRL's."""
+    rows = rows or [{"prompt": [{"role": "user", "content": "hello"}]}] * 4
+    tokenizer = tokenizer or chat_tokenizer(template)
+    model = tiny_model(tokenizer, **(model_options or {}))
+    if eos is not None:
+        model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(eos))
+    seen = []
+    trainer = kind(
+        model,
+        [telling_reward(seen), *rewards],
+        config(path, **{"max_completion_length": 600, "logprob_check": "off", **changes}),
+        Dataset.from_list(rows),
+        processing_class=tokenizer,
+        tools=tools,
+        environment_factory=environment_factory,
+    )
+    if make_sampler is not None:
+        monkeypatch.setattr(MAKE_SAMPLER, make_sampler)
+    elif issubclass(kind, ToolGRPOTrainer):
+        script_ours(monkeypatch, tokenizer, script)
+    else:
+        script_trl(trainer, tokenizer, script)
+    trainer.model.train(training)
+    return Scripted(trainer, trainer._generate_and_score_completions(copy.deepcopy(rows)), seen)
+
+
+def scripted_model_sampler(monkeypatch, tokenizer, script):
+    """The default sampler, but the tokens it draws are those of `script`, with the model's own log-probs for them."""
+
+    def make(policy, supported, **options):
+        assert supported
+        texts = ["".join(turns) for turns in script]
+        streams = [iter(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+
+        def draw(logits, temperature, rows):
+            tokens = torch.tensor([next(streams[row]) for row in rows.tolist()])
+            logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
+            return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+        monkeypatch.setattr(model_sampler, "sample_tokens", draw)
+        return model_sampler.ModelSampler(policy, noise=torch.tensor, **options)
+
+    monkeypatch.setattr(MAKE_SAMPLER, make)

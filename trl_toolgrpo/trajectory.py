@@ -266,8 +266,9 @@ def _check_turn(turn: Turn, name: str, where: str) -> None:
         _check_list(items, f"{name}.{field_name}", where)
         for item in items:
             if not isinstance(item, kind):
+                got = type(item).__name__
                 raise TrajectoryError(
-                    f"{where}: field `{name}.{field_name}` expected {kind.__name__} records, got {type(item).__name__}."
+                    f"{where}: field `{name}.{field_name}` expected {kind.__name__} records, got {got}."
                 )
     for field_name in ("sample_seconds", "tool_seconds"):
         value = getattr(turn, field_name)

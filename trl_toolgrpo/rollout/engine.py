@@ -5,6 +5,7 @@ it. Fed by the trainer, which owns the policy.
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -132,6 +133,8 @@ class RolloutEngine:
             temperature=self.args.temperature,
             autocast=autocast,
         )
+        positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+        self.limits.max_sequence_length = positions or math.inf
         prompts = [request.prompt_ids for request in requests]
         with sampler.open(prompts, self.limits.max_completion_length) as session:
             loop = RolloutLoop(session, requests, self.limits, self.chat, self.executor)

@@ -44,6 +44,20 @@ class _Recorder(StoppingCriteria):
         return self.budgets <= input_ids.shape[1] - self.start
 
 
+@contextmanager
+def _no_generation_settings(model: Any) -> Iterator[None]:
+    """
+    Without the model's own generation settings. `generate` fills them in wherever it is given none, and many a chat
+    model brings a repetition penalty, which would reshape the distribution the trainer scores.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    settings, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = settings
+
+
 class GenerateSampler:
     """
     Samples with `model.generate`.
@@ -78,7 +92,7 @@ class GenerateSampler:
     @contextmanager
     def open(self, prompts: Sequence[Sequence[int]], max_length: int) -> Iterator["GenerateSession"]:
         """See [`Sampler.open`]. The model is in evaluation mode, without gradients, while the session is open."""
-        with scoring_mode(self.model), self.autocast():
+        with scoring_mode(self.model), _no_generation_settings(self.model), self.autocast():
             yield GenerateSession(self, prompts)
 
 

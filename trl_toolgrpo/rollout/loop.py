@@ -5,6 +5,7 @@ the decode path, their results are appended as tokens, the next turn is sampled.
 up rows that can be decoded. Fed by a sampler session, the chat handling and the tool executor.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -32,12 +33,15 @@ class RolloutLimits:
             Most tokens of one tool result.
         parse_error_budget (`int`):
             Malformed calls that are answered before the rollout stops.
+        max_sequence_length (`float`, *optional*):
+            Positions the model has, prompt included; a tool result that reaches the last of them does not fit.
     """
 
     max_completion_length: int
     max_tool_calling_iterations: int
     max_tool_output_tokens: int
     parse_error_budget: int
+    max_sequence_length: float = math.inf
 
 
 @dataclass
@@ -193,7 +197,10 @@ class RolloutLoop:
         trajectory.forced_mask += [0] * count
         turn = Turn(start, start + count, "stop" if sampled.stopped else "length", sample_seconds=now - state.since)
         trajectory.turns.append(turn)
-        if not state.request.tools or not sampled.token_ids:
+        if not state.request.tools:
+            return self._finish(sampled.row, turn.stop_reason)
+        if not sampled.token_ids:  # reward functions still get an assistant message
+            state.messages = state.messages or [{"role": "assistant", "content": ""}]
             return self._finish(sampled.row, turn.stop_reason)
         number = len(trajectory.turns) - 1
         parsed = self._chat().parse(sampled.token_ids, state.opening(), state.schemas, number)
@@ -235,7 +242,8 @@ class RolloutLoop:
             messages.append(tool_message(call, text))
         suffix, opening = chat.tool_suffix(trajectory.completion_ids[-1], messages)
         room = self.limits.max_completion_length - len(trajectory.completion_ids) - len(suffix)
-        if room < 0:
+        total = len(state.request.prompt_ids) + len(trajectory.completion_ids) + len(suffix)
+        if room < 0 or total >= self.limits.max_sequence_length:
             return self._finish(row, "tool_overflow")
         trajectory.completion_ids += suffix
         trajectory.logprobs += [0.0] * len(suffix)

@@ -1,0 +1,508 @@
+"""
+What this package relies on in TRL and transformers beyond their public interfaces.
+
+A failure here means that a new release moved something we override, call or assume. The message says what, and which
+module of ours to look at; every other failing test is likely to follow from it.
+"""
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+
+import pytest
+import torch
+import transformers
+import trl
+from conftest import chat_tokenizer, config, prompts, tiny_model
+from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.chat_parsing.response_parser import ResponseParser
+from trl import GRPOConfig, GRPOTrainer
+from trl.chat_template_utils import add_response_schema
+
+
+def parameters(function):
+    return list(inspect.signature(function).parameters)
+
+
+def source(function):
+    return textwrap.dedent(inspect.getsource(function))
+
+
+SIGNATURES = {
+    # method: (its parameters, what of ours stands on it)
+    "_generate": (["self", "prompts"], "trainer.ToolGRPOTrainer._generate adds `trajectories` to its result"),
+    "_generate_single_turn": (
+        ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
+        "trainer.ToolGRPOTrainer._generate_single_turn replaces it",
+    ),
+    "_tool_call_loop": (
+        [
+            "self",
+            "prompts",
+            "prompt_ids",
+            "completion_ids",
+            "completions",
+            "logprobs",
+            "images",
+            "multimodal_fields",
+        ],
+        "trainer.ToolGRPOTrainer._tool_call_loop replaces it",
+    ),
+    "_tokenize_prompts": (
+        ["self", "prompts"],
+        "trainer.ToolGRPOTrainer._tokenize_prompts renders each prompt with its own tools",
+    ),
+    "_generate_and_score_completions": (
+        ["self", "inputs"],
+        "trainer.ToolGRPOTrainer._generate_and_score_completions sets the old log-probs",
+    ),
+    "_compute_loss": (["self", "model", "inputs"], "trainer.ToolGRPOTrainer._compute_loss reads the ratio"),
+    "log": (["self", "logs", "start_time"], "trainer.ToolGRPOTrainer.log adds metrics"),
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_we_override(name):
+    expected, use = SIGNATURES[name]
+    assert hasattr(GRPOTrainer, name), f"TRL {trl.__version__} has no GRPOTrainer.{name}; {use}."
+    found = parameters(getattr(GRPOTrainer, name))
+    assert found == expected, f"TRL changed the parameters of GRPOTrainer.{name} from {expected} to {found}; {use}."
+
+
+def test_signature_of_the_scoring_pass():
+    found = parameters(GRPOTrainer._get_per_token_logps_and_entropies)
+    expected = ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
+    assert found[:6] == expected, (
+        f"GRPOTrainer._get_per_token_logps_and_entropies starts with {found[:6]}, no longer {expected}; "
+        f"trainer.ToolGRPOTrainer._get_per_token_logps_and_entropies and ._check_recorded pass these."
+    )
+
+
+def test_constructor_takes_what_ours_passes_on():
+    from trl_toolgrpo import ToolGRPOTrainer
+
+    theirs, ours = parameters(GRPOTrainer.__init__), parameters(ToolGRPOTrainer.__init__)
+    assert ours[: len(theirs)] == theirs, (
+        f"The parameters of GRPOTrainer.__init__ are {theirs}, ours start {ours[: len(theirs)]}: a script that passes "
+        f"them by position or by a new name breaks; see trainer.ToolGRPOTrainer.__init__."
+    )
+
+
+# What methods return and read, in order
+
+
+def returned_names(function):
+    """Names in the last `return a, b, c` of a function."""
+    tree = ast.parse(source(function))
+    values = [n.value for n in ast.walk(tree) if isinstance(n, ast.Return) and isinstance(n.value, ast.Tuple)]
+    return [getattr(element, "id", None) for element in values[-1].elts]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "_generate",
+            [
+                "prompt_ids",
+                "completion_ids",
+                "tool_mask",
+                "completions",
+                "logprobs",
+                "extra_fields",
+                "images",
+                "tool_images",
+            ],
+        ),
+        (
+            "_tool_call_loop",
+            [
+                "tool_mask",
+                "completions",
+                "completion_ids",
+                "logprobs",
+                "tool_call_count",
+                "tool_failure_count",
+                "tool_images",
+            ],
+        ),
+        ("_generate_single_turn", ["completion_ids", "logprobs"]),
+        ("_tokenize_prompts", ["prompt_ids", "images", "multimodal_fields"]),
+    ],
+)
+def test_results_of_what_we_override(name, expected):
+    found = returned_names(getattr(GRPOTrainer, name))
+    assert found == expected, (
+        f"GRPOTrainer.{name} returns {found}, no longer {expected}; trainer.ToolGRPOTrainer.{name} returns or unpacks "
+        f"the same."
+    )
+
+
+READ_IN = {
+    # expression in TRL's source: (method, what of ours stands on it)
+    "gradient_accumulation_steps % generate_every": (
+        "_generate_and_score_completions",
+        "trainer._scores_old_logprobs repeats it, to know when TRL's first scoring pass is the one to skip",
+    ),
+    "generate_every = self.args.steps_per_generation * self.num_iterations": (
+        "_generate_and_score_completions",
+        "trainer._scores_old_logprobs repeats it",
+    ),
+    'output["sampling_per_token_logps"] = sampling_per_token_logps': (
+        "_generate_and_score_completions",
+        "trainer._generate_and_score_completions takes the old log-probs from there",
+    ),
+    'output["tool_mask"] = tool_mask': (
+        "_generate_and_score_completions",
+        "trainer._correct_masks corrects it",
+    ),
+    '"num_items_in_batch": num_items_in_batch': (
+        "_generate_and_score_completions",
+        "trainer._correct_masks corrects it",
+    ),
+    "for tool in self._standalone_tools + methods": (
+        "_generate_and_score_completions",
+        "trainer._prepare_recording empties `_standalone_tools`, since the executor calls tools, not TRL",
+    ),
+    "self._environment_pool[name]": (
+        "_generate_and_score_completions",
+        "trainer._drop_stuck_environments takes environments out of the pool",
+    ),
+    "pool.append(self.environment_factories[name]())": (
+        "_generate_and_score_completions",
+        "tools/environments.on_own_thread wraps the factory, so that new environments get a thread",
+    ),
+    "observation = environment.reset(": (
+        "_generate_and_score_completions",
+        "tools/environments runs `reset` on the environment's thread",
+    ),
+    "self._env_tools[name]": (
+        "_tokenize_prompts",
+        "trainer._tokenize_prompts swaps it for the tools of each row",
+    ),
+    "zip(prompts, self._batch_environments": (
+        "_tokenize_prompts",
+        "trainer._tokenize_prompts swaps it for row numbers",
+    ),
+    "if self.tools:": ("_generate", "trainer._prepare_recording relies on TRL calling `_tool_call_loop` with tools"),
+    "self._generate_single_turn(": ("_generate", "trainer._generate_single_turn is the rollout without tools"),
+    "self._tool_call_loop(": ("_generate", "trainer._tool_call_loop is the rollout with tools"),
+    '["completions/clipped_ratio"].append(': ("_generate", "trainer._log_rollouts corrects the last value"),
+    '["completions/mean_terminated_length"].append(': ("_generate", "trainer._log_rollouts corrects the last value"),
+    'inputs.get("old_per_token_logps")': ("_compute_loss", "the recorded log-probs are the old ones of the ratio"),
+    "self._get_per_token_logps_and_entropies(": (
+        "_compute_loss",
+        "trainer._compute_loss takes the policy's log-probs from this call",
+    ),
+}
+
+
+@pytest.mark.parametrize("expression", READ_IN)
+def test_source_we_rely_on(expression):
+    method, use = READ_IN[expression]
+    assert expression in source(getattr(GRPOTrainer, method)), (
+        f"GRPOTrainer.{method} of TRL {trl.__version__} no longer holds `{expression}`; {use}."
+    )
+
+
+def test_scoring_passes_come_in_the_order_we_assume():
+    """The pass for old log-probs is the first over the policy; the reference's comes after it."""
+    tree = ast.parse(source(GRPOTrainer._generate_and_score_completions))
+    in_order = sorted(
+        (node.lineno, ast.unparse(node.args[0]))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "self._get_per_token_logps_and_entropies"
+    )
+    assert [model for _, model in in_order] == ["self.model", "self.ref_model", "self.model"], (
+        f"GRPOTrainer._generate_and_score_completions scores {in_order}, not the policy, the reference, and the "
+        f"policy with its adapter off; trainer.py skips the first pass over `self.model`."
+    )
+
+
+ATTRIBUTES = {
+    "_tokenizer": "trainer._prepare_recording and ._generate_single_turn",
+    "_is_vlm": "trainer._prepare_recording leaves multimodal models to TRL",
+    "_metrics": "trainer._log_rollouts and .log",
+    "_dist": "trainer._policy gathers parameters",
+    "_has_async_funcs": "trainer.__init__ shares TRL's event loop with tools if it has one",
+    "_standalone_tools": "trainer._prepare_recording",
+    "_environment_pool": "trainer._read_environments and ._drop_stuck_environments",
+    "_env_tools": "trainer._read_environments and ._tokenize_prompts",
+    "environments": "trainer._roll_out",
+    "environment_factories": "trainer._prepare_recording",
+    "tools": "trainer._prepare_recording and ._roll_out",
+    "chat_template": "trainer._prepare_recording",
+    "chat_template_kwargs": "trainer._prepare_recording",
+    "eos_token_ids": "trainer._prepare_recording: rollout/engine.py stops there",
+    "mask_truncated_completions": "trainer._correct_masks",
+    "num_iterations": "trainer._scores_old_logprobs",
+    "model_wrapped": "trainer._policy",
+    "use_transformers_continuous_batching": "trainer._prepare_recording",
+}
+
+
+class Box:
+    """An environment with one tool."""
+
+    def reset(self, **kwargs):
+        pass
+
+    def open(self, key: str) -> str:
+        """
+        Open it.
+
+        Args:
+            key: The key.
+        """
+        return key
+
+    def get_reward(self):
+        return 0.0
+
+
+@pytest.fixture(scope="module")
+def trl_trainer(tmp_path_factory):
+    async def fetch(key: str) -> str:
+        """
+        Fetch.
+
+        Args:
+            key: What.
+        """
+        return key
+
+    tokenizer = chat_tokenizer()
+    return GRPOTrainer(
+        tiny_model(tokenizer),
+        args=config(tmp_path_factory.mktemp("contract")),
+        train_dataset=prompts(),
+        processing_class=tokenizer,
+        tools=[fetch],
+        environment_factory=Box,
+    )
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_attributes_of_trls_trainer(trl_trainer, name):
+    assert hasattr(trl_trainer, name), (
+        f"TRL {trl.__version__} sets no GRPOTrainer.{name} at construction; {ATTRIBUTES[name]} reads it."
+    )
+
+
+def test_batch_environments_is_set_for_each_batch():
+    assert "self._batch_environments = " in source(GRPOTrainer._generate_and_score_completions), (
+        "GRPOTrainer._generate_and_score_completions no longer sets `_batch_environments`; trainer._tokenize_prompts "
+        "swaps it."
+    )
+
+
+def test_shapes_of_those_attributes(trl_trainer):
+    assert set(trl_trainer._metrics) == {"train", "eval"}, "GRPOTrainer._metrics changed; see trainer._log_rollouts."
+    assert list(trl_trainer._environment_pool) == [None] and isinstance(trl_trainer._environment_pool[None], list), (
+        "GRPOTrainer._environment_pool is no longer {name: [instances]} with None for a single environment; see "
+        "trainer._read_environments."
+    )
+    assert isinstance(trl_trainer._environment_pool[None][0], Box), (
+        "GRPOTrainer no longer makes a first environment at construction; trainer._read_environments reads its "
+        "methods."
+    )
+    names = [tool.__name__ for tool in trl_trainer._env_tools[None]]
+    assert names == ["fetch", "open"], (
+        f"GRPOTrainer._env_tools holds {names} for an environment, not the functions and then its methods; see "
+        f"trainer._read_environments."
+    )
+    assert [tool.__name__ for tool in trl_trainer._standalone_tools] == ["fetch"], (
+        "GRPOTrainer._standalone_tools is no longer the functions alone; trainer._prepare_recording empties it."
+    )
+    assert isinstance(trl_trainer.eos_token_ids, list), "GRPOTrainer.eos_token_ids is no list; see trainer._roll_out."
+
+
+def test_event_loop_for_coroutines(trl_trainer):
+    assert trl_trainer._has_async_funcs is True, (
+        "GRPOTrainer._has_async_funcs is not set for coroutine tools; trainer.__init__ asks it for TRL's event loop."
+    )
+    assert hasattr(trl_trainer, "async_loop") and trl_trainer.async_loop.is_running(), (
+        "GRPOTrainer with coroutines has no running `async_loop`; trainer.__init__ shares it with tools."
+    )
+
+
+def test_context_managers_for_generation(trl_trainer):
+    from trl.models import unwrap_model_for_generation
+    from trl.models.utils import disable_gradient_checkpointing
+
+    found = parameters(unwrap_model_for_generation)
+    assert found[:3] == ["model", "accelerator", "gather_deepspeed3_params"] and (
+        "gradient_checkpointing_kwargs" in found
+    ), f"trl.models.unwrap_model_for_generation takes {found}; trainer._policy calls it."
+    assert parameters(disable_gradient_checkpointing) == ["model", "gradient_checkpointing_kwargs"], (
+        "trl.models.utils.disable_gradient_checkpointing has other parameters; trainer._check_recorded calls it."
+    )
+    with (
+        unwrap_model_for_generation(trl_trainer.model_wrapped, trl_trainer.accelerator) as policy,
+        trl_trainer._dist.summon_full_params(trl_trainer.model_wrapped, recurse=False),
+    ):
+        assert policy is trl_trainer.model, "unwrap_model_for_generation gives no policy; see trainer._policy."
+
+
+def test_what_else_the_trainer_imports():
+    from trl.chat_template_utils import get_training_chat_template, is_chat_template_prefix_preserving
+    from trl.extras.profiling import profiling_context
+    from trl.trainer.utils import get_config_model_id
+
+    for function, expected, use in (
+        (add_response_schema, "processing_class", "trainer._read_environments"),
+        (get_training_chat_template, "processing_class", "trainer._read_environments"),
+        (is_chat_template_prefix_preserving, "processing_class", "trainer._read_environments"),
+        (get_config_model_id, "config", "trainer.__init__"),
+        (profiling_context, "trainer", "trainer._roll_out"),
+    ):
+        assert parameters(function)[0] == expected, (
+            f"{function.__module__}.{function.__name__} takes {parameters(function)}; {use} passes a {expected}."
+        )
+
+
+def test_config_is_derived_as_we_assume():
+    names = {field.name for field in dataclasses.fields(GRPOConfig)}
+    for name in (
+        "disable_dropout",
+        "ds3_gather_for_generation",
+        "generation_kwargs",
+        "gradient_checkpointing_kwargs",
+        "max_completion_length",
+        "max_tool_calling_iterations",
+        "min_p",
+        "repetition_penalty",
+        "steps_per_generation",
+        "temperature",
+        "top_k",
+        "top_p",
+        "use_vllm",
+    ):
+        assert name in names, (
+            f"GRPOConfig has no `{name}` any more; config.py, trainer.py or rollout/engine.py reads it."
+        )
+
+
+# transformers
+
+
+def test_response_parser_can_be_made_tolerant():
+    members = {
+        "_close_current": "it is overridden",
+        "_reset_to_implicit": "it is called where a call cannot be read",
+    }
+    for name, use in members.items():
+        assert callable(getattr(ResponseParser, name, None)), (
+            f"transformers {transformers.__version__} has no ResponseParser.{name}; in rollout/parsing.py {use}."
+        )
+    assert parameters(ResponseParser._close_current) == ["self", "events"], (
+        "ResponseParser._close_current has other parameters; rollout/parsing._TolerantParser overrides it."
+    )
+    template = add_response_schema(chat_tokenizer()).response_template
+    parser = ResponseParser(template, prefix="", tools=[])
+    for name in ("_body", "_current", "_output"):
+        assert hasattr(parser, name), f"ResponseParser has no `{name}`; rollout/parsing._TolerantParser reads it."
+    parser.feed('<tool_call>\n{"name": "a"')
+    assert parser._current == "tool_calls" and parser._body.strip() == '{"name": "a"', (
+        f"While in a call ResponseParser has _current={parser._current!r}, _body={parser._body!r}; "
+        f"rollout/parsing._TolerantParser takes the text of an unreadable call from there."
+    )
+    with pytest.raises((ValueError, TypeError, KeyError)):
+        parser.finalize()
+
+
+def test_reset_to_implicit_leaves_the_current_call():
+    parser = ResponseParser(add_response_schema(chat_tokenizer()).response_template, prefix="", tools=[])
+    parser.feed("<tool_call>\nnothing")
+    parser._reset_to_implicit()
+    assert parser._current != "tool_calls" and not parser._body, (
+        "ResponseParser._reset_to_implicit no longer drops the current call; rollout/parsing.py relies on it."
+    )
+
+
+def test_attention_functions_can_be_registered():
+    from trl_toolgrpo.rollout.shared_prefix import ATTENTION_NAME
+
+    assert callable(getattr(ALL_ATTENTION_FUNCTIONS, "register", None)), (
+        "ALL_ATTENTION_FUNCTIONS of transformers has no `register`; rollout/shared_prefix.py registers with it."
+    )
+    assert ATTENTION_NAME in ALL_ATTENTION_FUNCTIONS.valid_keys(), (
+        "The attention function of rollout/shared_prefix.py is not among the registered ones."
+    )
+
+
+def test_attention_is_chosen_by_the_configuration_at_each_call():
+    """`config._attn_implementation` decides in the forward pass, and no mask is made for a function without one."""
+    calls = []
+
+    def spy(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        calls.append((attention_mask, module.layer_idx, tuple(query.shape), tuple(key.shape), scaling))
+        return query.transpose(1, 2).contiguous(), None
+
+    ALL_ATTENTION_FUNCTIONS.register("contract_spy", spy)
+    tokenizer = chat_tokenizer()
+    model = tiny_model(tokenizer).eval()
+    before = model.config._attn_implementation
+    model.config._attn_implementation = "contract_spy"
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+    model.config._attn_implementation = before
+    assert len(calls) == 2, (
+        "A model no longer looks up `config._attn_implementation` in ALL_ATTENTION_FUNCTIONS at each call; "
+        "rollout/shared_prefix.shared_prefix_attention switches it there."
+    )
+    mask, layer, query, key, scaling = calls[1]
+    assert (layer, query, key, scaling) == (1, (1, 4, 3, 8), (1, 2, 3, 8), pytest.approx(8**-0.5)), (
+        "Attention functions are called with other shapes; see rollout/shared_prefix._attention."
+    )
+    assert mask is None, (
+        "transformers makes an attention mask for a registered attention function that has no mask function; "
+        "rollout/shared_prefix.py has masks of its own."
+    )
+
+
+def test_cache_update():
+    found = parameters(DynamicCache.update)
+    assert found[:4] == ["self", "key_states", "value_states", "layer_idx"], (
+        f"DynamicCache.update takes {found}; rollout/shared_prefix.PromptCache and RowCache override it."
+    )
+    assert "layer_idx" in parameters(DynamicCache.get_seq_length), (
+        "DynamicCache.get_seq_length has other parameters; rollout/shared_prefix.PromptCache and RowCache override it."
+    )
+
+
+def test_models_have_what_the_default_sampler_asks_for():
+    model = tiny_model(chat_tokenizer())
+    assert model._supports_attention_backend is True, (
+        "Models no longer have `_supports_attention_backend`; rollout/backends.unsupported_reason reads it."
+    )
+    assert list(model.config.layer_types) == ["full_attention"] * 2, (
+        "transformers names layer types otherwise; rollout/backends.unsupported_reason knows two."
+    )
+    assert "logits_to_keep" in parameters(model.forward), (
+        "Models no longer take `logits_to_keep`; rollout/model_sampler.ModelSession._forward passes it."
+    )
+
+
+def test_templates_that_get_a_response_template():
+    import trl.chat_template_utils as templates
+
+    for name in (
+        "deepseekv3_chat_template",
+        "deepseekv3_training_chat_template",
+        "diffusion_gemma_chat_template",
+        "diffusion_gemma_training_chat_template",
+        "gemma4_template",
+        "muse_glimmer_chat_template",
+        "muse_glimmer_training_chat_template",
+    ):
+        assert hasattr(templates, name), f"trl.chat_template_utils has no `{name}`; rollout/parsing.py imports it."
+
+
+def test_version_is_the_one_this_was_written_for():
+    assert trl.__version__.startswith("1.16."), (
+        f"TRL is {trl.__version__}; setup.cfg allows 1.16 only. Read trainer.py against the new grpo_trainer.py, and "
+        f"adjust this file and setup.cfg together."
+    )

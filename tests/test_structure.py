@@ -1,0 +1,159 @@
+"""The house rules that a machine can check: imports go one way, files and functions stay short, public names are
+described."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import trl_toolgrpo
+
+
+PACKAGE = Path(trl_toolgrpo.__file__).parent
+
+# A module imports only from modules before it. The stages: records, tools, rollout, diagnostics and checks, trainer.
+ORDER = [
+    "version",
+    "errors",
+    "config",
+    "tools.types",
+    "trajectory",
+    "tools.names",
+    "tools.arguments",
+    "tools.functions",
+    "tools.prompt",
+    "tools.results",
+    "tools.threads",
+    "tools.loops",
+    "tools.lanes",
+    "tools.attempts",
+    "tools.owners",
+    "tools.execute",
+    "tools.environments",
+    "tools.toolset",
+    "tools",
+    "rollout.parsing",
+    "rollout.chat",
+    "rollout.sampler",
+    "rollout.shared_prefix",
+    "rollout.model_sampler",
+    "rollout.generate_sampler",
+    "rollout.backends",
+    "rollout.loop",
+    "rollout.engine",
+    "rollout",
+    "diagnostics",
+    "checks",
+    "trainer",
+    "",
+]
+
+
+def module_name(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imported(name, path):
+    """Modules of this package that a module imports, anywhere in it, by their name in `FILES`."""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    package = [part for part in package if part]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names if alias.name.split(".")[0] == PACKAGE.name]
+            yield from (".".join(target.split(".")[1:]) for target in targets)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                base = package[: len(package) - node.level + 1]
+            elif (node.module or "").split(".")[0] == PACKAGE.name:
+                base = []
+            else:
+                continue
+            module = (node.module or "").split(".")
+            base = [*base, *(module if node.level else module[1:])]
+            base = [part for part in base if part]
+            for alias in node.names:  # `from . import errors` names a module, `from .errors import X` does not
+                inner = ".".join([*base, alias.name])
+                yield inner if inner in FILES else ".".join(base)
+
+
+def test_every_module_has_a_place():
+    assert sorted(ORDER) == sorted(FILES), "A module was added or removed: give it a place in ORDER."
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_imports_go_one_way(name):
+    found = set(imported(name, FILES[name]))
+    assert found <= set(FILES)
+    for other in found:
+        assert ORDER.index(other) < ORDER.index(name), (
+            f"`{name or '__init__'}` imports `{other}`, which is to its right."
+        )
+
+
+def test_the_check_of_imports_sees_them():
+    assert {"errors", "config", "tools.types", "trainer", "trajectory", "version"} <= set(imported("", FILES[""]))
+    assert "tools.execute" in set(imported("rollout.loop", FILES["rollout.loop"]))
+    assert "tools.types" in set(imported("tools.execute", FILES["tools.execute"]))
+
+
+def test_only_the_trainer_wires_stages_together():
+    for name in FILES:
+        if name not in ("trainer", ""):
+            assert "trainer" not in set(imported(name, FILES[name]))
+    for name in ("errors", "version"):
+        assert not set(imported(name, FILES[name])), f"`{name}` imports nothing of the package."
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_files_and_functions_stay_short(name):
+    text = FILES[name].read_text(encoding="utf-8")
+    lines = len(text.splitlines())
+    assert lines <= 400, f"{FILES[name].name} has {lines} lines, 400 at most: split it by idea."
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = node.end_lineno - node.lineno + 1
+            limit = 60 if node.name == "__init__" else 80
+            assert length <= limit, (
+                f"{FILES[name].name}:{node.lineno} `{node.name}` has {length} lines, {limit} at most."
+            )
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_modules_say_what_they_own(name):
+    text = FILES[name].read_text(encoding="utf-8")
+    assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{FILES[name]} has no docstring."
+
+
+@pytest.mark.parametrize("name", sorted(set(trl_toolgrpo.__all__) - {"__version__"}))
+def test_public_names_are_described(name):
+    thing = getattr(trl_toolgrpo, name)
+    doc = vars(thing).get("__doc__") or ""
+    # A dataclass without a docstring gets its signature for one
+    assert doc.strip() and not doc.startswith(f"{name}("), f"`{name}` has no docstring of its own."
+    for attribute, value in vars(thing).items():
+        if attribute.startswith("_") or not (callable(value) or isinstance(value, (property, classmethod))):
+            continue
+        inherited = any(hasattr(base, attribute) for base in thing.__mro__[1:])
+        function = getattr(value, "__func__", getattr(value, "fget", value))
+        assert inherited or (function.__doc__ or "").strip(), f"`{name}.{attribute}` has no docstring."
+
+
+def test_public_names_are_sorted_and_complete():
+    names = [name for name in trl_toolgrpo.__all__ if name != "__version__"]
+    assert names == sorted(names)
+    imported_names = {
+        alias.asname or alias.name
+        for node in ast.walk(ast.parse(FILES[""].read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert imported_names == set(trl_toolgrpo.__all__)
+
+
+@pytest.mark.parametrize("word", ["utils", "helpers", "manager", "misc", "common"])
+def test_no_module_is_a_drawer(word):
+    assert not [name for name in FILES if word in name.split(".")[-1]]

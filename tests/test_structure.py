@@ -34,6 +34,7 @@ ORDER = [
     "tools",
     "rollout.parsing",
     "rollout.chat",
+    "rollout.forcing",
     "rollout.sampler",
     "rollout.shared_prefix",
     "rollout.model_sampler",
@@ -42,8 +43,10 @@ ORDER = [
     "rollout.loop",
     "rollout.engine",
     "rollout",
+    "losses",
     "diagnostics",
     "checks",
+    "assist",
     "trainer",
     "",
 ]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 
-from .errors import DatasetError
+from .errors import ConfigError, DatasetError
 from .tools.names import check_tool_columns, check_tool_mentions
 from .tools.types import Tool
 
@@ -77,6 +77,25 @@ def check_tool_names(name: str, dataset: Any, tools: Sequence[Tool]) -> None:
         check_tool_columns(_listed(row.get("tools")), names)
     for warning in check_tool_mentions(_texts(rows), names, known):
         logger.warning("`%s`: %s", name, warning)
+
+
+def check_forcing(args: Any, recording: bool, has_tools: bool) -> None:
+    """
+    Check that forcing, where asked for, can act.
+
+    Raises:
+        ConfigError: for `force_rate` above 0 without tools, or on a path that is not this package's.
+    """
+    if args.force_rate > 0 and not has_tools:
+        raise ConfigError(
+            f"You passed `force_rate={args.force_rate}` without tools, so there is no call to force. Pass `tools` or "
+            f"an `environment_factory`, or leave `force_rate` at 0."
+        )
+    if (args.force_rate > 0 or args.assist_warmup_steps > 0) and not recording:
+        raise ConfigError(
+            "You passed `force_rate` or `assist_warmup_steps` with rollouts of TRL's own (`use_vllm`, `rollout_func` "
+            "or `record_sample_logprobs=False`), which do not know which tokens were forced. Leave them out."
+        )
 
 
 def warn_of_dropout(model: torch.nn.Module, disabled: bool) -> None:

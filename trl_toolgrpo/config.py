@@ -14,6 +14,7 @@ from .errors import ConfigError
 
 
 ROLLOUT_BACKENDS = ("transformers", "vllm")
+FORCE_LEVELS = ("call", "name")
 LOGPROB_CHECKS = ("first", "always", "off")
 
 # Values at which a sampling option leaves the full softmax of logits / temperature as it is
@@ -60,6 +61,19 @@ class ToolGRPOConfig(GRPOConfig):
             Tokens after which a tool result is cut, with a visible marker.
         parse_error_budget (`int`, *optional*, defaults to `1`):
             Malformed calls answered with a corrective tool message before the rollout stops.
+        force_rate (`float`, *optional*, defaults to `0.0`):
+            Share of assistant turns that are made to begin with a tool call, where forcing is allowed at all.
+        force_level (`str`, *optional*, defaults to `"call"`):
+            What is forced: `"call"`, the template's call-opening marker alone; `"name"`, everything through a tool's
+            name.
+        assist_warmup_steps (`int`, *optional*, defaults to `0`):
+            The first optimizer steps are assisted: forcing is on, the loss is supervised on the calls of the better
+            rollouts, and there is no policy gradient. A multiple of the optimizer steps per rollout batch.
+        disable_forcing_in_updates (`bool`, *optional*, defaults to `True`):
+            No rollout that feeds a policy-gradient update is ever forced. `False` admits forced rollouts with their
+            forced tokens masked.
+        forced_loss_coef (`float`, *optional*, defaults to `1.0`):
+            Weight of the supervised loss in assisted steps.
 
     Raises:
         ConfigError: for a combination that cannot work.
@@ -115,6 +129,32 @@ class ToolGRPOConfig(GRPOConfig):
         metadata={"help": "Malformed calls answered with a corrective tool message before the rollout stops."},
     )
 
+    force_rate: float = field(
+        default=0.0,
+        metadata={"help": "Share of assistant turns that begin with a forced tool call, where forcing is allowed."},
+    )
+    force_level: str = field(
+        default="call",
+        metadata={
+            "help": "What is forced: the call-opening marker alone, or everything through a tool's name.",
+            "choices": list(FORCE_LEVELS),
+        },
+    )
+    assist_warmup_steps: int = field(
+        default=0,
+        metadata={
+            "help": "The first optimizer steps are assisted: forcing on, supervised loss on rewarded calls, no policy "
+            "gradient. A multiple of the optimizer steps per rollout batch."
+        },
+    )
+    disable_forcing_in_updates: bool = field(
+        default=True,
+        metadata={"help": "No rollout that feeds a policy-gradient update is ever forced."},
+    )
+    forced_loss_coef: float = field(
+        default=1.0, metadata={"help": "Weight of the supervised loss in assisted steps."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields(self)
@@ -158,6 +198,7 @@ def check_fields(config: ToolGRPOConfig) -> None:
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ConfigError(f"You passed `{name}={value}`; it must be a positive number or None.")
+    _check_forcing(config)
     if config.rollout_backend == "vllm":
         raise ConfigError(
             "You passed `rollout_backend='vllm'`, which this version does not have yet. Use "
@@ -170,6 +211,36 @@ def check_fields(config: ToolGRPOConfig) -> None:
 def _check_choice(config: ToolGRPOConfig, name: str, choices: tuple[str, ...]) -> None:
     if getattr(config, name) not in choices:
         raise ConfigError(f"You passed `{name}={getattr(config, name)!r}`. Choose one of {', '.join(choices)}.")
+
+
+def _check_forcing(config: ToolGRPOConfig) -> None:
+    """Forcing is a share, and the assisted steps end where a rollout batch ends."""
+    _check_choice(config, "force_level", FORCE_LEVELS)
+    if not 0 <= config.force_rate <= 1:
+        raise ConfigError(f"You passed `force_rate={config.force_rate}`; it is a share of turns, between 0 and 1.")
+    if config.force_rate > 0 and not config.record_sample_logprobs:
+        raise ConfigError(
+            "You passed `force_rate` above 0 while `record_sample_logprobs=False`. Only rollouts of this package know "
+            "which tokens were forced. Set `record_sample_logprobs=True` or `force_rate=0`."
+        )
+    steps = config.assist_warmup_steps
+    if steps < 0 or config.forced_loss_coef < 0:
+        raise ConfigError(
+            f"You passed `assist_warmup_steps={steps}` and `forced_loss_coef={config.forced_loss_coef}`; neither can "
+            f"be negative."
+        )
+    if 0 < config.max_steps < steps:
+        raise ConfigError(
+            f"You passed `assist_warmup_steps={steps}` while `max_steps={config.max_steps}`: the warm-up would be "
+            f"longer than training. Lower it, or train longer."
+        )
+    generate_every = (config.steps_per_generation or 1) * config.num_iterations
+    if steps * config.gradient_accumulation_steps % generate_every:
+        per_batch = generate_every // math.gcd(generate_every, config.gradient_accumulation_steps)
+        raise ConfigError(
+            f"You passed `assist_warmup_steps={steps}`, but a rollout batch feeds {per_batch} optimizer steps, and "
+            f"one batch cannot be half assisted. Use a multiple of {per_batch}."
+        )
 
 
 def _check_recording(config: ToolGRPOConfig) -> None:

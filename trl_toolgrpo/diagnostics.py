@@ -85,6 +85,33 @@ class RatioStatistics:
         return found
 
 
+def compute_dtype(args: Any, model: torch.nn.Module) -> torch.dtype:
+    """Dtype a policy computes in, autocast and low-precision bases included."""
+    if args.bf16 or args.fp16:
+        return torch.bfloat16 if args.bf16 else torch.float16
+    low = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+    return torch.bfloat16 if low else torch.float32
+
+
+def length_metrics(lengths: Tensor, truncated: Tensor) -> dict[str, float]:
+    """
+    TRL's `completions/*` metrics that depend on what counts as truncated, by stop reason instead of last token.
+
+    Args:
+        lengths (`Tensor`):
+            Assistant tokens of each rollout, shape (N,).
+        truncated (`Tensor`):
+            Whether it was truncated, bool, shape (N,).
+    """
+    ended = lengths[~truncated] if bool((~truncated).any()) else lengths.new_zeros(1)
+    return {
+        "completions/clipped_ratio": truncated.float().mean().item(),
+        "completions/mean_terminated_length": ended.mean().item(),
+        "completions/min_terminated_length": ended.min().item(),
+        "completions/max_terminated_length": ended.max().item(),
+    }
+
+
 def check_tolerance(dtype: torch.dtype, given: float | None) -> tuple[float, float]:
     """Largest and mean difference in nats the self-check accepts for a compute dtype."""
     if given is not None:

@@ -6,8 +6,7 @@ logs; this class replaces how text is produced, keeps the log-probs recorded whi
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,22 +20,25 @@ from trl.chat_template_utils import (
     is_chat_template_prefix_preserving,
 )
 from trl.extras.profiling import profiling_context
-from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id
 
-from .checks import check_dataset, check_tool_names, named_datasets, warn_of_dropout
+from .assist import AssistedWarmup
+from .checks import check_dataset, check_forcing, check_tool_names, named_datasets, warn_of_dropout
 from .config import ToolGRPOConfig
 from .diagnostics import (
     RatioStatistics,
     check_logprobs,
     check_tolerance,
+    compute_dtype,
     console_line,
+    length_metrics,
     rollout_counts,
     rollout_metrics,
 )
 from .rollout.chat import ToolChat
-from .rollout.engine import RolloutBatch, RolloutEngine
+from .rollout.engine import RolloutBatch, RolloutEngine, unwrapped_policy
+from .rollout.forcing import ForcePolicy
 from .rollout.loop import RolloutRequest
 from .rollout.parsing import add_missing_response_template
 from .rollout.sampler import scoring_mode
@@ -53,7 +55,7 @@ _NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}}
 _TOOL_OF_RESET = Tool("tool", "Known once the environment is reset.", _NO_ARGUMENTS, lambda: None)
 
 
-class ToolGRPOTrainer(GRPOTrainer):
+class ToolGRPOTrainer(AssistedWarmup, GRPOTrainer):
     """
     Drop-in for TRL's [`~trl.GRPOTrainer`] (arXiv 2402.03300) that trains a policy to call tools.
 
@@ -72,6 +74,8 @@ class ToolGRPOTrainer(GRPOTrainer):
         environment_factory (`Callable` or `dict[str, Callable]`, *optional*):
             As in TRL. Each environment lives on a thread of its own. An environment with an attribute `tools` (a list,
             which `reset` may change) gives each rollout tools of its own.
+        force_policy (`Callable`, *optional*):
+            `force_policy(trajectory, tools)` names the tool of a forced call; uniform by default.
 
     Raises:
         ConfigError, DatasetError, ToolSchemaError, ToolNameError, ChatTemplateError: at construction, for arguments
@@ -103,6 +107,7 @@ class ToolGRPOTrainer(GRPOTrainer):
         tools: list[Callable | Tool] | None = None,
         rollout_func: Any = None,
         environment_factory: Any = None,
+        force_policy: ForcePolicy | None = None,
     ):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -112,17 +117,14 @@ class ToolGRPOTrainer(GRPOTrainer):
             check_dataset(name, dataset, bool(tools), environment_factory is not None)
         # Whether rollouts are this package's own; vLLM, a `rollout_func` and multimodal models take TRL's way
         self._recording = args.record_sample_logprobs and not args.use_vllm and rollout_func is None
+        check_forcing(args, self._recording, bool(tools or environment_factory))
         self._toolset = ToolSet(tools)
         executor = None
         trl_tools: list[Any] = [PromptTool(tool) if isinstance(tool, Tool) else tool for tool in tools or []]
         if self._recording:
             # Coroutines share TRL's event loop if it has one, so that tools and reward functions can share clients
-            executor = ToolExecutor(
-                args.max_concurrent_tools,
-                args.tool_timeout,
-                args.tool_retries,
-                event_loop=lambda: self.async_loop if getattr(self, "_has_async_funcs", False) else None,
-            )
+            loop = lambda: self.async_loop if getattr(self, "_has_async_funcs", False) else None  # noqa: E731
+            executor = ToolExecutor(args.max_concurrent_tools, args.tool_timeout, args.tool_retries, loop)
             environment_factory = on_own_thread(environment_factory, executor)
             trl_tools = list(self._toolset.prompt_tools())
         if tools or environment_factory is not None:
@@ -143,12 +145,12 @@ class ToolGRPOTrainer(GRPOTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
-        self._prepare_recording(executor)
+        self._prepare_recording(executor, force_policy)
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             if not self._toolset.decided_at_reset:
                 check_tool_names(name, dataset, self._toolset.known)
 
-    def _prepare_recording(self, executor: ToolExecutor | None) -> None:
+    def _prepare_recording(self, executor: ToolExecutor | None, force_policy: ForcePolicy | None) -> None:
         """Everything recording needs that TRL's constructor had to make first."""
         self._batch: RolloutBatch | None = None
         self._skip_scoring = self._capturing = False
@@ -173,7 +175,8 @@ class ToolGRPOTrainer(GRPOTrainer):
             kwargs: Any = self.chat_template_kwargs
             chat = ToolChat(self._tokenizer, self.eos_token_ids, self.chat_template, kwargs)
         self._executor = executor
-        self._engine = RolloutEngine(self.args, self.eos_token_ids, self._tokenizer.pad_token_id, chat, executor)
+        pad_id = self._tokenizer.pad_token_id
+        self._engine = RolloutEngine(self.args, self.eos_token_ids, pad_id, chat, executor, force_policy)
 
     def _read_environments(self) -> None:
         """Hold the methods of environments as schemas too, and prepare for tools that only a reset one knows."""
@@ -219,7 +222,7 @@ class ToolGRPOTrainer(GRPOTrainer):
         trajectories = batch.trajectories
         results = [result for t in trajectories for turn in t.turns for result in turn.tool_results]
         return (
-            [t.tool_mask for t in trajectories],
+            [t.trainable_mask for t in trajectories],
             [rollout.messages for rollout in batch.rollouts],
             [t.completion_ids for t in trajectories],
             [t.logprobs for t in trajectories],
@@ -235,25 +238,9 @@ class ToolGRPOTrainer(GRPOTrainer):
         for ids, environment in zip(prompt_ids, environments, strict=True):
             tools, owned = self._toolset.of_rollout(environment) if self.tools else ({}, frozenset())
             requests.append(RolloutRequest(ids, tools, environment, owned))
-        with profiling_context(self, "rollout"), self._policy() as policy:
-            self._batch = self._engine.run(policy, requests, self.accelerator.autocast)
+        with profiling_context(self, "rollout"), unwrapped_policy(self) as policy:
+            self._batch = self._engine.run(policy, requests, self.accelerator.autocast, self._may_force)
         return self._batch
-
-    @contextmanager
-    def _policy(self) -> Iterator[Any]:
-        """The unwrapped policy with its parameters gathered, as TRL prepares it for generation."""
-        checkpointing: Any = self.args.gradient_checkpointing_kwargs
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=checkpointing,
-            ) as policy,
-            torch.no_grad(),
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
-        ):
-            yield policy
 
     def _generate(self, prompts: list) -> Any:
         output = super()._generate(prompts)
@@ -270,15 +257,10 @@ class ToolGRPOTrainer(GRPOTrainer):
         counts = rollout_counts(trajectories, stats.seconds, stats.tool_wait_seconds, sum(batch.invalid))
         for name, value in rollout_metrics(gather_object([counts]), bool(self.tools)).items():
             metrics[name].append(value)
-        lengths = torch.tensor([float(sum(t.tool_mask)) for t in trajectories], device=self.accelerator.device)
-        truncated = torch.tensor([t.truncated for t in trajectories], device=self.accelerator.device)
-        truncated = self.accelerator.gather(truncated)
-        ended = self.accelerator.gather(lengths)[~truncated]
-        ended = ended if len(ended) else torch.zeros(1, device=ended.device)
-        metrics["completions/clipped_ratio"][-1] = truncated.float().mean().item()
-        metrics["completions/mean_terminated_length"][-1] = ended.mean().item()
-        metrics["completions/min_terminated_length"][-1] = ended.min().item()
-        metrics["completions/max_terminated_length"][-1] = ended.max().item()
+        found = torch.tensor([[float(sum(t.tool_mask)), t.truncated] for t in trajectories])
+        lengths, truncated = self.accelerator.gather(found.to(self.accelerator.device)).unbind(dim=1)
+        for name, value in length_metrics(lengths, truncated.bool()).items():
+            metrics[name][-1] = value
 
     # Scoring
 
@@ -299,6 +281,8 @@ class ToolGRPOTrainer(GRPOTrainer):
         if self.model.training:
             self._sampled_at = self.state.global_step
             self._check_recorded(output, self._batch)
+        if self._assisted:
+            self._assist(output, self._batch)
         return output
 
     def _correct_masks(self, output: dict[str, Any], batch: RolloutBatch) -> None:
@@ -332,16 +316,8 @@ class ToolGRPOTrainer(GRPOTrainer):
                 output["completion_ids"].size(1),
                 batch_size=self.args.per_device_train_batch_size,
             )
-        tolerance = check_tolerance(self._compute_dtype, self.args.logprob_check_tolerance)
+        tolerance = check_tolerance(compute_dtype(self.args, self.model), self.args.logprob_check_tolerance)
         check_logprobs(logps, batch.trajectories, tolerance, self.args.rollout_backend)
-
-    @property
-    def _compute_dtype(self) -> torch.dtype:
-        """Dtype the policy computes in, autocast and low-precision bases included."""
-        if self.args.bf16 or self.args.fp16:
-            return torch.bfloat16 if self.args.bf16 else torch.float16
-        low = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.model.parameters())
-        return torch.bfloat16 if low else torch.float32
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
@@ -366,6 +342,8 @@ class ToolGRPOTrainer(GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if not self._recording:
             return super()._compute_loss(model, inputs)
+        if "assist_mask" in inputs:
+            return self._assisted_loss(model, inputs)
         self._capturing = True
         try:
             loss = super()._compute_loss(model, inputs)
@@ -396,5 +374,5 @@ class ToolGRPOTrainer(GRPOTrainer):
         for name in ("forced/fraction", "tools/call_frequency", "tools/failure_frequency"):
             if metrics.get(name):
                 self._carried[name] = sum(metrics[name]) / len(metrics[name])
-        if "forced/fraction" in self._carried and self._ratio.filled:
+        if "forced/fraction" in self._carried and (self._ratio.filled or metrics.get("forced/loss")):
             metrics["forced/fraction"] = [self._carried["forced/fraction"]]

@@ -158,6 +158,10 @@ class ToolChat:
 
     # Encoding
 
+    def encode(self, text: str) -> list[int]:
+        """Tokens of template text, control tokens included."""
+        return self._encode(text)
+
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
@@ -222,14 +226,15 @@ class ToolChat:
             {"type": "function", "id": f"call_0_{index}", "function": {"name": name, "arguments": arguments}}
             for index, name in enumerate(names)
         ]
+        assistant: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": calls}
+        return self.render([{"role": "user", "content": "dummy"}, assistant, *results], add_generation_prompt=True)
+
+    def render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        """Text of a conversation under the template and its arguments."""
         return self.tokenizer.apply_chat_template(
-            [
-                {"role": "user", "content": "dummy"},
-                {"role": "assistant", "content": "", "tool_calls": calls},
-                *results,
-            ],
+            list(messages),
             tokenize=False,
-            add_generation_prompt=True,
+            add_generation_prompt=add_generation_prompt,
             chat_template=self.chat_template,
             **self.template_kwargs,
         )

@@ -6,13 +6,14 @@ it. Fed by the trainer, which owns the policy.
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from trl.models import unwrap_model_for_generation
 
 from ..config import ToolGRPOConfig
 from ..errors import TrajectoryError
@@ -20,10 +21,27 @@ from ..tools.execute import ToolExecutor
 from ..trajectory import Trajectory
 from .backends import make_sampler, unsupported_reason
 from .chat import ToolChat
+from .forcing import CallPrefixes, ForcePolicy, Forcing
 from .loop import Rollout, RolloutLimits, RolloutLoop, RolloutRequest, RolloutStats
 
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def unwrapped_policy(trainer: Any) -> Iterator[Any]:
+    """The policy of a TRL trainer, unwrapped and with its parameters gathered, as TRL prepares it for generation."""
+    with (
+        unwrap_model_for_generation(
+            trainer.model_wrapped,
+            trainer.accelerator,
+            gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
+            gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+        ) as policy,
+        torch.no_grad(),
+        trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
+    ):
+        yield policy
 
 
 @dataclass
@@ -84,6 +102,8 @@ class RolloutEngine:
             Needed if rollouts have tools.
         executor (`ToolExecutor`, *optional*):
             Needed if rollouts have tools.
+        force_policy (`Callable`, *optional*):
+            Names the tool of a forced call; uniform by default.
     """
 
     def __init__(
@@ -93,6 +113,7 @@ class RolloutEngine:
         pad_id: int,
         chat: ToolChat | None = None,
         executor: ToolExecutor | None = None,
+        force_policy: ForcePolicy | None = None,
     ):
         self.args = args
         self.stop_ids = list(stop_ids)
@@ -107,9 +128,16 @@ class RolloutEngine:
             parse_error_budget=args.parse_error_budget,
         )
         self._supported: bool | None = None
+        self._force_policy = force_policy
+        forces = args.force_rate > 0 and chat is not None
+        self._prefixes = CallPrefixes(chat) if forces and chat is not None else None
 
     def run(
-        self, policy: Any, requests: Sequence[RolloutRequest], autocast: Callable[[], AbstractContextManager]
+        self,
+        policy: Any,
+        requests: Sequence[RolloutRequest],
+        autocast: Callable[[], AbstractContextManager],
+        force: bool = False,
     ) -> RolloutBatch:
         """
         Sample every rollout to its end.
@@ -121,6 +149,8 @@ class RolloutEngine:
                 Prompts and tools.
             autocast (`Callable`):
                 Gives the autocast context the trainer scores under.
+            force (`bool`, *optional*, defaults to `False`):
+                Whether turns may be forced, at `force_rate`.
 
         Raises:
             TrajectoryError: for a record that breaks its contract, unless `strict_trajectories=False`.
@@ -137,7 +167,8 @@ class RolloutEngine:
         self.limits.max_sequence_length = positions or math.inf
         prompts = [request.prompt_ids for request in requests]
         with sampler.open(prompts, self.limits.max_completion_length) as session:
-            loop = RolloutLoop(session, requests, self.limits, self.chat, self.executor)
+            forcing = self._forcing() if force else None
+            loop = RolloutLoop(session, requests, self.limits, self.chat, self.executor, forcing)
             batch = RolloutBatch(loop.run(), loop.stats)
         for trajectory in batch.trajectories:
             if not trajectory.completion_ids:  # TRL needs one token; nobody wrote this one, so nothing trains on it
@@ -145,6 +176,12 @@ class RolloutEngine:
                 trajectory.tool_mask, trajectory.forced_mask = [0], [0]
         batch.invalid = [self._is_invalid(row, trajectory) for row, trajectory in enumerate(batch.trajectories)]
         return batch
+
+    def _forcing(self) -> Forcing | None:
+        if self._prefixes is None:
+            return None
+        seed = int(torch.randint(2**31, ()).item())
+        return Forcing(self._prefixes, self.args.force_rate, self.args.force_level, seed, self._force_policy)
 
     def _is_supported(self, policy: Any) -> bool:
         if self._supported is None:

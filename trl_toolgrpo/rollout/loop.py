@@ -16,6 +16,7 @@ from ..tools.execute import ToolExecutor, result_text
 from ..tools.types import Tool, ToolCall, ToolResult
 from ..trajectory import Trajectory, Turn
 from .chat import ToolChat, tool_message
+from .forcing import Forcing
 from .sampler import SampledTokens, SamplerSession
 
 
@@ -103,6 +104,7 @@ class _State:
         self.futures: list[Future[ToolResult]] = []
         self.answered = 0
         self.malformed = 0
+        self.forced: list[int] = []
         self.since = time.perf_counter()
         self.done = False
 
@@ -122,6 +124,8 @@ class RolloutLoop:
             Needed if any request has tools.
         executor (`ToolExecutor`, *optional*):
             Needed if any request has tools.
+        forcing ([`Forcing`], *optional*):
+            Makes turns begin with a tool call.
     """
 
     def __init__(
@@ -131,11 +135,13 @@ class RolloutLoop:
         limits: RolloutLimits,
         chat: ToolChat | None = None,
         executor: ToolExecutor | None = None,
+        forcing: Forcing | None = None,
     ):
         self.session = session
         self.limits = limits
         self.chat = chat
         self.executor = executor
+        self.forcing = forcing
         self.stats = RolloutStats()
         decoded: dict[tuple[int, ...], str] = {}
 
@@ -154,7 +160,7 @@ class RolloutLoop:
         """Sample, call tools and go on until every rollout has ended; rollouts are in the order of the requests."""
         started = time.perf_counter()
         for row in range(len(self.states)):
-            self.session.extend(row, [], self.limits.max_completion_length)
+            self._begin_turn(row, [], self.limits.max_completion_length)
         while True:
             for row in self._answered():
                 self._continue(row)
@@ -190,20 +196,20 @@ class RolloutLoop:
         trajectory = state.trajectory
         now = time.perf_counter()
         start = len(trajectory.completion_ids)
-        count = len(sampled.token_ids)
-        trajectory.completion_ids += sampled.token_ids
-        trajectory.logprobs += sampled.logprobs
+        forced, count = len(state.forced), len(state.forced) + len(sampled.token_ids)
+        trajectory.completion_ids += [*state.forced, *sampled.token_ids]
+        trajectory.logprobs += [*([0.0] * forced), *sampled.logprobs]
         trajectory.tool_mask += [1] * count
-        trajectory.forced_mask += [0] * count
+        trajectory.forced_mask += [1] * forced + [0] * (count - forced)
         turn = Turn(start, start + count, "stop" if sampled.stopped else "length", sample_seconds=now - state.since)
         trajectory.turns.append(turn)
         if not state.request.tools:
             return self._finish(sampled.row, turn.stop_reason)
-        if not sampled.token_ids:  # reward functions still get an assistant message
+        if count == 0:  # reward functions still get an assistant message
             state.messages = state.messages or [{"role": "assistant", "content": ""}]
             return self._finish(sampled.row, turn.stop_reason)
         number = len(trajectory.turns) - 1
-        parsed = self._chat().parse(sampled.token_ids, state.opening(), state.schemas, number)
+        parsed = self._chat().parse(trajectory.completion_ids[start:], state.opening(), state.schemas, number)
         state.messages.append(parsed.message)
         turn.tool_calls = parsed.calls
         if not sampled.stopped:
@@ -253,7 +259,16 @@ class RolloutLoop:
         if room == 0:  # the results fit, and leave the policy no token to answer with
             return self._finish(row, "length")
         state.opening = lambda: opening
-        self.session.extend(row, suffix, room)
+        self._begin_turn(row, suffix, room)
+
+    def _begin_turn(self, row: int, known: list[int], room: int) -> None:
+        """Queue a turn behind known tokens, with a forced beginning where one is drawn and leaves room for a token."""
+        state = self.states[row]
+        state.forced = []
+        if self.forcing is not None:
+            forced = self.forcing.begin_turn(state.trajectory, state.request.tools)
+            state.forced = forced if len(forced) < room else []
+        self.session.extend(row, [*known, *state.forced], room - len(state.forced))
 
     def _finish(self, row: int, reason: str) -> None:
         self.states[row].trajectory.stop_reason = reason

@@ -1,0 +1,63 @@
+"""The assisted warm-up: the first optimizer steps learn the calls of the better rollouts, without a policy gradient.
+
+Owns the schedule of forcing and the supervised step, as a mixin of the trainer, which wires it into TRL's hooks.
+Whether a rollout batch is assisted is decided when it is generated and kept with it, so that a batch never straddles
+the border.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+
+from .config import ToolGRPOConfig
+from .losses import assisted_loss, assisted_rows, calling_tokens
+from .rollout.engine import RolloutBatch
+
+
+class AssistedWarmup(GRPOTrainer):
+    """Part of [`ToolGRPOTrainer`]; see `assist_warmup_steps` and `force_rate` of [`ToolGRPOConfig`]."""
+
+    args: ToolGRPOConfig
+    model: Any
+
+    @property
+    def _assisted(self) -> bool:
+        """Whether the rollout batch that is generated now feeds assisted steps."""
+        return self.model.training and self.state.global_step < self.args.assist_warmup_steps
+
+    @property
+    def _may_force(self) -> bool:
+        return self._assisted or (self.model.training and not self.args.disable_forcing_in_updates)
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        rewards = super()._calculate_rewards(*args, **kwargs)
+        weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        self._rewards = weighted.masked_fill(rewards.isnan().all(dim=1), torch.nan)  # of all processes
+        return rewards
+
+    def _assist(self, output: dict[str, Any], batch: RolloutBatch) -> None:
+        """Turn the batch into one of assisted steps: what to learn, and over how many tokens the mean is taken."""
+        count = len(batch.rollouts)
+        mine = self._rewards[self.accelerator.process_index * count :][:count]
+        mask = torch.zeros_like(output["completion_ids"])
+        for row, learned in enumerate(assisted_rows(mine, self._rewards).tolist()):
+            if learned:
+                tokens = calling_tokens(batch.trajectories[row])
+                mask[row, : len(tokens)] = torch.tensor(tokens)
+        output["assist_mask"] = mask
+        output["assist_count"] = self.accelerator.gather(mask.sum()).sum()
+
+    def _assisted_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """Supervised loss of a micro-batch; the micro-batches of an accumulation window add up to its token mean."""
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        completion_mask = torch.maximum(inputs["completion_mask"], inputs["assist_mask"])
+        mask = torch.cat([inputs["prompt_mask"], completion_mask], dim=1)
+        width = inputs["completion_ids"].size(1)
+        logps, _, _ = self._get_per_token_logps_and_entropies(model, ids, mask, width)
+        window = self.current_gradient_accumulation_steps / (self.args.steps_per_generation or 1)
+        count = inputs["assist_count"].clamp(min=1) * window / self.accelerator.num_processes
+        loss = assisted_loss(logps, inputs["assist_mask"], count)
+        self._metrics["train"]["forced/loss"].append(self.accelerator.reduce(loss.detach(), reduction="mean").item())
+        return self.args.forced_loss_coef * loss

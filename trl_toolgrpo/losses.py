@@ -1,0 +1,54 @@
+"""Losses beside TRL's policy loss. Pure functions: tensors in, tensors out.
+
+Owns the supervised loss of assisted steps; fed by the trainer with log-probs it computed under its own autocast.
+"""
+
+from torch import Tensor
+
+from .trajectory import Trajectory
+
+
+def assisted_rows(rewards: Tensor, all_rewards: Tensor) -> Tensor:
+    """
+    Which rollouts an assisted step learns from: those above the mean of the generation batch.
+
+    Args:
+        rewards (`Tensor`):
+            Raw reward of each rollout of this process, shape (B,); NaN where it was not scored.
+        all_rewards (`Tensor`):
+            Raw rewards of the generation batch over all processes, shape (N,).
+
+    Returns:
+        `Tensor`: bool, shape (B,). All rollouts when all rewards are equal and positive, none when they are equal and
+        not; a rollout that was not scored is left out.
+    """
+    scored = all_rewards[~all_rewards.isnan()]
+    if scored.numel() == 0:
+        return rewards > rewards  # nothing was scored
+    if bool((scored == scored[0]).all()):
+        return ~rewards.isnan() & (rewards > 0)
+    return rewards > scored.mean()
+
+
+def calling_tokens(trajectory: Trajectory) -> list[int]:
+    """1 for every assistant token, forced or sampled, of the turns that call a tool; shape (C,)."""
+    mask = [0] * len(trajectory.completion_ids)
+    for turn in trajectory.turns:
+        if any(call.error is None for call in turn.tool_calls):
+            mask[turn.start : turn.end] = [1] * (turn.end - turn.start)
+    return mask
+
+
+def assisted_loss(logps: Tensor, mask: Tensor, count: Tensor | float) -> Tensor:
+    """
+    Cross-entropy in nats, summed over the tokens of `mask` and divided by `count`.
+
+    Args:
+        logps (`Tensor`):
+            Log-probs of the completion tokens, shape (B, T), nats.
+        mask (`Tensor`):
+            1 for the tokens to learn, shape (B, T).
+        count (`Tensor` or `float`):
+            Number of such tokens the mean is taken over, at least 1.
+    """
+    return -(logps * mask).sum() / count

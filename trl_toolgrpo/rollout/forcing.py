@@ -1,0 +1,132 @@
+"""Forced tool calls: when a turn begins with one, and with which tokens.
+
+Owns the call prefixes of a chat template and the draw that decides whether a turn is forced. Forced tokens were not
+sampled from the policy, so every one of them is marked in `Trajectory.forced_mask` and weighs nothing in a
+policy-gradient update. Fed by the rollout loop at the start of each assistant turn.
+"""
+
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import regex
+
+from ..errors import ChatTemplateError, ToolNameError
+from ..tools.types import Tool
+from ..trajectory import Trajectory
+from .chat import ToolChat
+
+
+ForcePolicy = Callable[[Trajectory, list[Tool]], str]
+
+_NAME = "forced_name_7c1e"
+_MARKUP = regex.compile(r"\s*(?:<\|[^|>]+\|>|<[^\s<>]+>|<\|[^|>\s]+>)")
+
+
+class CallPrefixes:
+    """
+    How a chat template opens a tool call.
+
+    Args:
+        chat (`ToolChat`):
+            Chat handling of the tokenizer and template.
+
+    Raises:
+        ChatTemplateError: if the opening cannot be read off the template.
+    """
+
+    def __init__(self, chat: ToolChat):
+        self._chat = chat
+        start = chat.render([{"role": "user", "content": "dummy"}], add_generation_prompt=True)
+        rendered = self._render_call()
+        opening = self._opening(rendered)
+        self._until_name = self._closing_of_thought(start, rendered) + opening
+        markup = _MARKUP.match(opening)
+        self._marker = self._until_name[: len(self._until_name) - len(opening)] + (
+            markup.group() if markup else opening.rstrip("\" \n")
+        )
+        self._tokens: dict[str | None, list[int]] = {}
+
+    def tokens(self, name: str | None = None) -> list[int]:
+        """Tokens of the call-opening marker, or of everything through the tool's `name`."""
+        if name not in self._tokens:
+            self._tokens[name] = self._chat.encode(self._marker if name is None else self._until_name + name)
+        return self._tokens[name]
+
+    def _render_call(self) -> str:
+        function: dict[str, Any] = {"name": _NAME, "arguments": {}}
+        messages: list[dict[str, Any]] = [
+            {"role": "user", "content": "dummy"},
+            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]},
+        ]
+        try:
+            return self._chat.render(messages)
+        except TypeError:  # templates that concatenate the arguments as text (DeepSeek-V3)
+            function["arguments"] = "{}"
+            return self._chat.render(messages)
+
+    def _opening(self, rendered: str) -> str:
+        """Text from the start of the call to its name."""
+        calls = self._chat.tokenizer.response_template.get("fields", {}).get("tool_calls", {})
+        pattern = calls.get("open_pattern") or regex.escape(calls.get("open") or "")
+        end = rendered.rfind(_NAME)
+        starts = [match.start() for match in regex.finditer(pattern, rendered, regex.DOTALL) if match.start() < end]
+        if not pattern or end < 0 or not starts:
+            raise ChatTemplateError(
+                "You passed `force_rate` above 0, but the opening of a tool call cannot be read off the chat template "
+                "and its response template. Use a chat template TRL ships, or leave `force_rate` at 0."
+            )
+        return rendered[starts[-1] : end]
+
+    @staticmethod
+    def _closing_of_thought(start: str, rendered: str) -> str:
+        """What closes a thought that the generation prompt itself has opened."""
+        if "<think>" not in start or "</think>" in start[start.rindex("<think>") :]:
+            return ""
+        closing = rendered[rendered.rindex("</think>") :] if "</think>" in rendered else "</think>\n\n"
+        return regex.match(r"</think>\s*", closing).group()
+
+
+class Forcing:
+    """
+    Decides turn by turn.
+
+    Args:
+        prefixes (`CallPrefixes`):
+            Openings of the template.
+        rate (`float`):
+            Probability that a turn is forced.
+        level (`str`):
+            `"call"` for the opening marker alone, `"name"` for everything through the tool's name.
+        seed (`int`):
+            Seed of the draws.
+        policy (`Callable`, *optional*):
+            `policy(trajectory, tools)` names the tool to force; uniform by default.
+    """
+
+    def __init__(
+        self, prefixes: CallPrefixes, rate: float, level: str, seed: int, policy: ForcePolicy | None = None
+    ):
+        self.prefixes, self.rate, self.level, self.policy = prefixes, rate, level, policy
+        self._random = random.Random(seed)
+
+    def begin_turn(self, trajectory: Trajectory, tools: Mapping[str, Tool]) -> list[int]:
+        """
+        Tokens a turn is made to begin with; none if it is left alone.
+
+        Raises:
+            ToolNameError: if the policy names a tool the rollout does not have.
+        """
+        if not tools or self._random.random() >= self.rate:
+            return []
+        if self.level == "call":
+            return list(self.prefixes.tokens())
+        name: Any = self._random.choice(sorted(tools))
+        if self.policy is not None:
+            name = self.policy(trajectory, list(tools.values()))
+            if name not in tools:
+                raise ToolNameError(
+                    f"Your `force_policy` named the tool {name!r}, which this rollout does not have. Return one of "
+                    f"{', '.join(sorted(tools))}."
+                )
+        return list(self.prefixes.tokens(name))

@@ -12,16 +12,19 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from trl.chat_template_utils import supports_tool_calling
 
-from .errors import ConfigError, DatasetError
+from .errors import ChatTemplateError, ConfigError, DatasetError
 from .tools.names import check_tool_columns, check_tool_mentions
 from .tools.types import Tool
 
 
 logger = logging.getLogger(__name__)
 
-ROWS_CHECKED = 2000
+ROWS_CHECKED = 20_000
 """Rows of each data set whose prompts are searched for tools that do not exist."""
+STREAMED_ROWS_CHECKED = 100
+"""The same for a data set that is streamed, where each row may cost a download."""
 
 
 def named_datasets(train: Any, evaluation: Any) -> Iterator[tuple[str, Any]]:
@@ -44,13 +47,13 @@ def check_dataset(name: str, dataset: Any, has_tools: bool, has_environment: boo
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return
-    columns = dataset.column_names
-    if columns is not None and "prompt" not in columns and not has_environment:
+    columns = dataset.column_names or list(next(iter(_rows(dataset, 1)), {}))
+    if "prompt" not in columns and not has_environment:
         raise DatasetError(
             f"You passed `{name}` with the columns {', '.join(columns) or '(none)'}, and none of them is `prompt`. "
             f"Rename the column that holds the prompt, or pass an `environment_factory` whose `reset` returns it."
         )
-    if not (has_tools or has_environment) or columns is None or "prompt" not in columns:
+    if not (has_tools or has_environment) or "prompt" not in columns:
         return
     for row in _rows(dataset, 1):
         if not isinstance(row["prompt"], list):
@@ -68,7 +71,7 @@ def check_tool_names(name: str, dataset: Any, tools: Sequence[Tool]) -> None:
     Raises:
         ToolNameError: for a prompt or a `tools` column that names a tool which does not exist.
     """
-    if not tools or not isinstance(dataset, Dataset):
+    if not tools or not isinstance(dataset, (Dataset, IterableDataset)):
         return
     names = [tool.name for tool in tools]
     known = {*(dataset.column_names or ()), *itertools.chain.from_iterable(_parameters(tool) for tool in tools)}
@@ -100,17 +103,38 @@ def check_forcing(args: Any, recording: bool, has_tools: bool) -> None:
 
 def warn_of_dropout(model: torch.nn.Module, disabled: bool) -> None:
     """Warn where the policy is trained with dropout, without which its tokens are sampled."""
-    if not disabled and any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()):
+    text_config = getattr(model, "config", None)
+    text_config = text_config.get_text_config() if text_config is not None else None
+    functional = any(getattr(text_config, name, 0) for name in ("attention_dropout", "attn_pdrop", "resid_pdrop"))
+    active = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
+    if functional or (active and not disabled):
         logger.warning(
             "The policy has active dropout. Tokens are sampled without it and trained with it, so the ratio is not 1 "
-            "even before the first update. Set `disable_dropout=True`."
+            "even before the first update. Set `disable_dropout=True`, and `attention_dropout` of the model's "
+            "configuration to 0, which it does not reach."
         )
 
 
 def _rows(dataset: Any, count: int) -> Iterable[dict[str, Any]]:
     if isinstance(dataset, Dataset):
         return (dataset[index] for index in range(min(count, len(dataset))))
-    return itertools.islice(iter(dataset), count) if dataset.column_names is not None else ()
+    return itertools.islice(iter(dataset), min(count, STREAMED_ROWS_CHECKED))
+
+
+def check_template(processing_class: Any) -> None:
+    """
+    Check that a chat template can render a tool conversation.
+
+    Raises:
+        ChatTemplateError: if it cannot, or if there is none.
+    """
+    if processing_class is not None and not supports_tool_calling(processing_class):
+        name = getattr(processing_class, "name_or_path", "") or type(processing_class).__name__
+        raise ChatTemplateError(
+            f"You passed tools and the tokenizer {name!r}, whose chat template does not support tool calling: it has "
+            f"to render a user message, an assistant message with a call and the tool's result. Set "
+            f"`tokenizer.chat_template` to one that does, such as trl/chat_templates/qwen3.jinja."
+        )
 
 
 def _texts(rows: Iterable[dict[str, Any]]) -> Iterator[str]:

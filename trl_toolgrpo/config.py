@@ -156,6 +156,11 @@ class ToolGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        if (self.num_generations or 0) < 2:
+            raise ConfigError(
+                f"You passed `num_generations={self.num_generations}`. GRPO compares the rollouts of a prompt with "
+                f"each other and requires at least 2 generations. Set `num_generations` to 2 or more."
+            )
         super().__post_init__()
         check_fields(self)
 
@@ -192,12 +197,12 @@ def check_fields(config: ToolGRPOConfig) -> None:
         ("max_tool_output_tokens", 1),
         ("parse_error_budget", 0),
     ):
-        if getattr(config, name) < least:
-            raise ConfigError(f"You passed `{name}={getattr(config, name)}`; it must be at least {least}.")
+        if not isinstance(getattr(config, name), int) or getattr(config, name) < least:
+            raise ConfigError(f"You passed `{name}={getattr(config, name)!r}`; it must be at least {least}.")
     for name in ("tool_timeout", "logprob_check_tolerance"):
         value = getattr(config, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"You passed `{name}={value}`; it must be a positive number or None.")
+        if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+            raise ConfigError(f"You passed `{name}={value!r}`; it must be a positive number or None.")
     _check_forcing(config)
     if config.rollout_backend == "vllm":
         raise ConfigError(
@@ -245,6 +250,11 @@ def _check_forcing(config: ToolGRPOConfig) -> None:
 
 def _check_recording(config: ToolGRPOConfig) -> None:
     """Recorded log-probs are those of the full softmax of logits / temperature: nothing may reshape it."""
+    if not (config.max_completion_length or 0) >= 1:
+        raise ConfigError(
+            f"You passed `max_completion_length={config.max_completion_length}` while `record_sample_logprobs=True`. "
+            f"The recording sampler needs a budget of at least 1 token. Set a number."
+        )
     if not config.temperature > 0:
         raise ConfigError(
             f"You passed `temperature={config.temperature}` while `record_sample_logprobs=True`. Tokens are sampled "

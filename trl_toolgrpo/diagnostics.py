@@ -77,7 +77,8 @@ class RatioStatistics:
         if count:
             mean = total / count
             found["ratio/mean"] = mean
-            found["ratio/std"] = math.sqrt(max(squares / count - mean * mean, 0.0))
+            spread = squares / count - mean * mean
+            found["ratio/std"] = math.sqrt(max(spread, 0.0)) if math.isfinite(spread) else math.inf
             found["ratio/min"], found["ratio/max"] = -lowest, highest
         if fresh:
             found["sampling/logp_diff_mean"], found["sampling/logp_diff_max"] = gap / fresh, widest
@@ -164,11 +165,23 @@ def check_logprobs(
 
 
 def rollout_counts(
-    trajectories: Sequence[Trajectory], seconds: float, tool_wait: float, invalid: int
+    trajectories: Sequence[Trajectory], seconds: float, tool_wait: float, invalid: int, tool_names: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Figures of one process's rollouts that can be added up over processes; see [`rollout_metrics`]."""
+    """
+    Figures of one process's rollouts that can be added up over processes; see [`rollout_metrics`].
+
+    Args:
+        trajectories (`Sequence[Trajectory]`):
+            The rollouts.
+        seconds, tool_wait (`float`):
+            Wall-clock time in all, and waiting for tools with nothing to decode.
+        invalid (`int`):
+            Rollouts whose record broke its contract.
+        tool_names (`Sequence[str]`, *optional*):
+            Tools that are reported even if nobody called them.
+    """
     stops = dict.fromkeys(STOP_REASONS, 0)
-    tools: dict[str, dict[str, Any]] = {}
+    tools: dict[str, dict[str, Any]] = {name: _no_calls() for name in tool_names}
     unknown = malformed = sampled = forced = turns = 0
     for trajectory in trajectories:
         stops[trajectory.stop_reason] += 1
@@ -182,12 +195,12 @@ def rollout_counts(
                 if result.error_type == "unknown_tool":
                     unknown += 1
                 elif call.error is None:
-                    figures = tools.setdefault(call.name, {"calls": 0, "errors": 0, "timeouts": 0, "truncated": 0})
+                    figures = tools.setdefault(call.name, _no_calls())
                     figures["calls"] += 1
                     figures["errors"] += result.is_error
                     figures["timeouts"] += result.error_type == "timeout"
                     figures["truncated"] += result.truncated
-                    figures.setdefault("latencies", []).append(result.seconds)
+                    figures["latencies"].append(result.seconds)
     return {
         "rollouts": len(trajectories),
         "turns": turns,
@@ -201,6 +214,10 @@ def rollout_counts(
         "malformed": malformed,
         "invalid": invalid,
     }
+
+
+def _no_calls() -> dict[str, Any]:
+    return {"calls": 0, "errors": 0, "timeouts": 0, "truncated": 0, "latencies": []}
 
 
 def rollout_metrics(counts: Sequence[dict[str, Any]], with_tools: bool) -> dict[str, float]:
@@ -236,17 +253,27 @@ def rollout_metrics(counts: Sequence[dict[str, Any]], with_tools: bool) -> dict[
         parts = [part["tools"][name] for part in counts if name in part["tools"]]
         for figure in ("calls", "errors", "timeouts", "truncated"):
             found[f"tools/{name}/{figure}"] = sum(part[figure] for part in parts)
-        latencies = np.array([value for part in parts for value in part["latencies"]])
+        latencies = np.array([value for part in parts for value in part["latencies"]] or [0.0])
         found[f"tools/{name}/latency_p50"] = float(np.percentile(latencies, 50))
         found[f"tools/{name}/latency_p95"] = float(np.percentile(latencies, 95))
     return found
 
 
 def console_line(logs: dict[str, Any]) -> str | None:
-    """The one-line summary of a logged training step, or `None` if the step has no ratio."""
-    if logs.get("ratio/mean") is None:
+    """
+    The one-line summary of a logged training step.
+
+    Args:
+        logs (`dict`):
+            What was logged.
+
+    Returns:
+        `str` or `None`: the line; `None` if this is no training step. A ratio is `n/a` where no token takes part.
+    """
+    if logs.get("ratio/mean") is None and "loss" not in logs:
         return None
-    parts = [f"ratio {logs['ratio/mean']:.3f}±{logs['ratio/std']:.3f}"]
+    ratio = f"{_shown(logs, 'ratio/mean')}±{_shown(logs, 'ratio/std')}" if "ratio/mean" in logs else "n/a"
+    parts = [f"ratio {ratio}"]
     if logs.get("forced/fraction") is not None:
         parts.append(f"forced {logs['forced/fraction']:.1%}")
     if logs.get("kl") is not None:
@@ -255,3 +282,8 @@ def console_line(logs: dict[str, Any]) -> str | None:
         failed = logs.get("tools/failure_frequency") or 0.0
         parts.append(f"tools {logs['tools/call_frequency']:.1f} calls, {failed:.0%} failed")
     return " | ".join(parts)
+
+
+def _shown(logs: dict[str, Any], name: str) -> str:
+    value = logs.get(name)
+    return "nan" if value is None else f"{value:.3f}"

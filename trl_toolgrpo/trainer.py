@@ -6,6 +6,7 @@ logs; this class replaces how text is produced, keeps the log-probs recorded whi
 """
 
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id
 
 from .assist import AssistedWarmup
-from .checks import check_dataset, check_forcing, check_tool_names, named_datasets, warn_of_dropout
+from .checks import check_dataset, check_forcing, check_template, check_tool_names, named_datasets, warn_of_dropout
 from .config import ToolGRPOConfig
 from .diagnostics import (
     RatioStatistics,
@@ -122,12 +123,13 @@ class ToolGRPOTrainer(AssistedWarmup, GRPOTrainer):
         executor = None
         trl_tools: list[Any] = [PromptTool(tool) if isinstance(tool, Tool) else tool for tool in tools or []]
         if self._recording:
-            # Coroutines share TRL's event loop if it has one, so that tools and reward functions can share clients
-            loop = lambda: self.async_loop if getattr(self, "_has_async_funcs", False) else None  # noqa: E731
-            executor = ToolExecutor(args.max_concurrent_tools, args.tool_timeout, args.tool_retries, loop)
+            # Not on TRL's event loop: a tool that blocks it or ends its thread would take the reward functions along
+            executor = ToolExecutor(args.max_concurrent_tools, args.tool_timeout, args.tool_retries)
+            weakref.finalize(self, executor.shutdown)
             environment_factory = on_own_thread(environment_factory, executor)
             trl_tools = list(self._toolset.prompt_tools())
         if tools or environment_factory is not None:
+            check_template(processing_class)
             add_missing_response_template(processing_class)
         super().__init__(
             model=model,
@@ -254,7 +256,8 @@ class ToolGRPOTrainer(AssistedWarmup, GRPOTrainer):
         """Add this package's figures, and correct TRL's where it takes the last token for the stop reason."""
         metrics = self._metrics["train" if self.model.training else "eval"]
         trajectories, stats = batch.trajectories, batch.stats
-        counts = rollout_counts(trajectories, stats.seconds, stats.tool_wait_seconds, sum(batch.invalid))
+        names = [tool.name for tool in self._toolset.known]
+        counts = rollout_counts(trajectories, stats.seconds, stats.tool_wait_seconds, sum(batch.invalid), names)
         for name, value in rollout_metrics(gather_object([counts]), bool(self.tools)).items():
             metrics[name].append(value)
         found = torch.tensor([[float(sum(t.tool_mask)), t.truncated] for t in trajectories])

@@ -18,7 +18,6 @@ from .sampler import scoring_mode
 logger = logging.getLogger(__name__)
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-_TRIAL_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 
 
 def unsupported_reason(model: Any, token_ids: Sequence[int]) -> str | None:
@@ -76,7 +75,8 @@ def _trial(model: Any, tokens: list[int]) -> str | None:
         return f"the trial failed with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     finally:
         torch.set_rng_state(state)
-    limit = _TRIAL_TOLERANCE.get(model.dtype, 0.15)
+    exact = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
+    limit = 1e-3 if exact else 0.15
     return None if worst <= limit else f"its log-probs in the trial were off by {worst:.3g} nats"
 
 

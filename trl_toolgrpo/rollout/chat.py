@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import regex
-from jinja2 import TemplateError
 
 from ..errors import ChatTemplateError
 from ..tools.types import ToolCall
@@ -201,32 +200,22 @@ class ToolChat:
     # Rendering
 
     def _render(self, results: Sequence[dict[str, Any]]) -> str:
-        """The text of a dummy conversation with these results."""
-        names = [_header_name(result.get("name")) for result in results]
+        """The text of a dummy conversation with these results, after one call (Llama 3.1 refuses parallel ones)."""
+        # Ids of their own, as Gemma 4 names a result after the call of its id, and after itself if there is none
         results = [
-            {**result, "name": name, "tool_call_id": f"call_0_{index}"}
-            for index, (result, name) in enumerate(zip(results, names, strict=True))
+            {**result, "name": _header_name(result.get("name")), "tool_call_id": f"call_0_{index}"}
+            for index, result in enumerate(results)
         ]
-        try:
-            # A call for each result: Gemma 4 takes the name of a result from the call of its id
-            return self._render_calls(names, results)
-        except TemplateError:
-            # Llama 3.1 refuses parallel calls, and renders several results all the same
-            return self._render_calls(names[:1], results)
-
-    def _render_calls(self, names: Sequence[str], results: Sequence[dict[str, Any]]) -> str:
         arguments = {"argument": f"{self._mark}arg"}
         try:
-            return self._apply_template(names, arguments, results)
+            return self._render_with(arguments, results)
         except TypeError:  # templates that concatenate the arguments as text (DeepSeek-V3)
-            return self._apply_template(names, json.dumps(arguments), results)
+            return self._render_with(json.dumps(arguments), results)
 
-    def _apply_template(self, names: Sequence[str], arguments: Any, results: Sequence[dict[str, Any]]) -> str:
-        calls = [
-            {"type": "function", "id": f"call_0_{index}", "function": {"name": name, "arguments": arguments}}
-            for index, name in enumerate(names)
-        ]
-        assistant: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": calls}
+    def _render_with(self, arguments: Any, results: Sequence[dict[str, Any]]) -> str:
+        function = {"name": results[0]["name"], "arguments": arguments}
+        call = {"type": "function", "id": results[0]["tool_call_id"], "function": function}
+        assistant: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
         return self.render([{"role": "user", "content": "dummy"}, assistant, *results], add_generation_prompt=True)
 
     def render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from trl.models import unwrap_model_for_generation
 
 from ..config import ToolGRPOConfig
@@ -40,8 +41,33 @@ def unwrapped_policy(trainer: Any) -> Iterator[Any]:
         ) as policy,
         torch.no_grad(),
         trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
+        gathered_parameters(policy),
     ):
         yield policy
+
+
+@contextmanager
+def gathered_parameters(model: torch.nn.Module) -> Iterator[None]:
+    """
+    Gather the parameters that FSDP2 has sharded, once for a whole rollout batch.
+
+    Otherwise every forward pass is a collective, and processes whose rollouts differ in length wait for each other for
+    ever. Does nothing for a model that is not sharded.
+
+    Args:
+        model (`nn.Module`):
+            The policy.
+    """
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for index, module in enumerate(sharded):
+            module.set_reshard_after_forward(index > 0, recurse=False)  # FSDP2 leaves the root gathered by itself
+            module.reshard()
 
 
 @dataclass

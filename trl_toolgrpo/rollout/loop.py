@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ..tools.execute import ToolExecutor, result_text
@@ -144,23 +145,16 @@ class RolloutLoop:
         self.forcing = forcing
         self.stats = RolloutStats()
         decoded: dict[tuple[int, ...], str] = {}
-
-        def opening(ids: list[int]) -> Callable[[], str]:
-            def decode() -> str:
-                key = tuple(ids)
-                if key not in decoded:
-                    decoded[key] = self._chat().tokenizer.decode(ids)
-                return decoded[key]
-
-            return decode
-
-        self.states = [_State(request, opening(request.prompt_ids)) for request in requests]
+        # Not through `self`: a cycle would keep the session, and with it the keys and values, into the backward pass
+        self.states = [_State(request, partial(_decoded, chat, request.prompt_ids, decoded)) for request in requests]
 
     def run(self) -> list[Rollout]:
         """Sample, call tools and go on until every rollout has ended; rollouts are in the order of the requests."""
         started = time.perf_counter()
-        for row in range(len(self.states)):
-            self._begin_turn(row, [], self.limits.max_completion_length)
+        for row, state in enumerate(self.states):
+            left = self.limits.max_sequence_length - len(state.request.prompt_ids)
+            room = self.limits.max_completion_length
+            self._begin_turn(row, [], int(min(room, left)) if left >= 1 else room)
         while True:
             for row in self._answered():
                 self._continue(row)
@@ -259,7 +253,7 @@ class RolloutLoop:
         if room == 0:  # the results fit, and leave the policy no token to answer with
             return self._finish(row, "length")
         state.opening = lambda: opening
-        self._begin_turn(row, suffix, room)
+        self._begin_turn(row, suffix, int(min(room, self.limits.max_sequence_length - total)))
 
     def _begin_turn(self, row: int, known: list[int], room: int) -> None:
         """Queue a turn behind known tokens, with a forced beginning where one is drawn and leaves room for a token."""
@@ -279,3 +273,11 @@ class RolloutLoop:
         if self.chat is None:
             raise RuntimeError("A rollout with tools needs a ToolChat.")
         return self.chat
+
+
+def _decoded(chat: ToolChat | None, ids: list[int], known: dict[tuple[int, ...], str]) -> str:
+    """Text of a prompt; rollouts of a group share it."""
+    key = tuple(ids)
+    if key not in known:
+        known[key] = chat.tokenizer.decode(ids) if chat is not None else ""
+    return known[key]

@@ -13,11 +13,14 @@ import torch
 
 @contextmanager
 def scoring_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's training flag is put back at the end."""
+    """
+    Evaluation mode without gradients, and without `torch.compile`, which would compile anew for every length; every
+    module's training flag is put back at the end.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module in training:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from .lanes import Job
-from .results import raised
+from .results import plain_content, raised
 from .types import ToolResult
 
 
@@ -83,8 +83,10 @@ async def run_on_loop(job: Job, retries: int) -> ToolResult:
 
 def _as_result(value: Any) -> ToolResult:
     if not isinstance(value, ToolResult):
-        return ToolResult(value)
-    return replace(value, error_type=value.error_type or "error") if value.is_error else value
+        return ToolResult(plain_content(value))
+    failed = bool(value.is_error)
+    kind = (value.error_type or "error") if failed else None
+    return replace(value, content=plain_content(value.content), is_error=failed, error_type=kind)
 
 
 def _is_final(result: ToolResult, retries_left: int, job: Job) -> bool:

@@ -106,6 +106,28 @@ def malformed(call: ToolCall) -> ToolResult:
     )
 
 
+def plain_content(content: Any) -> Any:
+    """
+    What a tool returned as plain data of its own: later changes to the tool's objects do not reach it.
+
+    Args:
+        content (`Any`):
+            Whatever a tool returned.
+
+    Returns:
+        `Any`: JSON scalars as they are, dicts and lists as JSON holds them, anything else as its text. Nothing is
+        raised.
+    """
+    if content is None or isinstance(content, (str, bool, int, float)):
+        return content
+    if isinstance(content, (dict, list, tuple)):
+        try:
+            return json.loads(json.dumps(content, ensure_ascii=False, default=_safe_str))
+        except BaseException:
+            return _safe_str(content)
+    return _safe_str(content)
+
+
 def _plain_text(content: Any) -> str:
     if isinstance(content, str):
         return content
@@ -114,7 +136,7 @@ def _plain_text(content: Any) -> str:
     if isinstance(content, (dict, list, tuple)):
         try:
             return json.dumps(content, ensure_ascii=False, default=str)
-        except Exception:
+        except BaseException:
             # Cyclic, too deep, exotic keys, or an object inside whose `str` fails.
             return _safe_str(content)
     return _safe_str(content)
@@ -132,5 +154,5 @@ def _is_text_block(block: Any) -> bool:
 def _safe_str(value: Any) -> str:
     try:
         return str(value)
-    except Exception:
+    except BaseException:  # this runs at the tool's boundary
         return f"<{type(value).__name__}>"

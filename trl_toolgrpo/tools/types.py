@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import ToolSchemaError
 
 
-_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_.\-]*$")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]*")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Tool:
     returns: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not _NAME.match(self.name):
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise ToolSchemaError(
                 f"You passed a tool named {self.name!r}. A tool name starts with a letter or underscore and holds "
                 f"only letters, digits, '_', '-' and '.'. Rename the tool."

@@ -1,0 +1,208 @@
+"""Chat handling over every tool-capable template TRL ships: what follows a turn, and how much a tool may say."""
+
+import re
+import time
+from types import SimpleNamespace
+
+import pytest
+from conftest import chat_tokenizer
+from families import ALL, CALLS, GEMMA4, USER, Family, calls_of, controls, family, shown, tool_messages
+from trl import GRPOTrainer
+
+from trl_toolgrpo.errors import ChatTemplateError
+from trl_toolgrpo.rollout.chat import TRUNCATION_MARKER, ToolChat
+
+
+def whole(fam, count, contents=("Ada earns 10.", "Grace, too.")):
+    """The whole conversation by the template, cut before and after its own end of turn; the tool messages."""
+    calls, answered = calls_of(fam.name, count)
+    messages = tool_messages(answered, contents[:count])
+    text = fam.render([USER, fam.assistant(calls), *messages], generation_prompt=True)
+    start = text.index(fam.end_of_turn, len(fam.render([USER])))
+    return text, start, start + len(fam.end_of_turn), messages
+
+
+def test_every_tool_capable_family_is_covered():
+    families = {re.match(r"diffusion_gemma|[a-z]+", name)[0] for name in ALL}
+    expected = {"deepseekv", "diffusion_gemma", "gemma", "glm", "gptoss", "lfm", "llama", "muse", "nemotron", "qwen"}
+    assert families >= expected and len(ALL) >= 28
+
+
+# What follows a turn
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", ALL)
+def test_suffix_is_what_the_template_renders(name, count):
+    fam = family(name)
+    text, _, end, messages = whole(fam, count)
+    turn = fam.encode(text[:end])
+    assert turn[-1] == fam.id(fam.end_of_turn)
+    suffix, opening = fam.chat.tool_suffix(turn[-1], messages)
+    assert fam.decode(turn + suffix) == text
+    assert turn + suffix == fam.encode(text)
+    assert text.endswith(opening) and text[: -len(opening)].endswith(("Ada earns 10.", "Grace, too.")[count - 1])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", ALL)
+def test_a_turn_that_ends_otherwise_gets_the_templates_own_end_first(name, count):
+    fam = family(name)
+    text, start, _, messages = whole(fam, count)
+    others = [id for id in [*fam.stops, fam.id("<|endoftext|>")] if id != fam.id(fam.end_of_turn)]
+    assert others
+    for stop in others:
+        suffix, _ = fam.chat.tool_suffix(stop, messages)
+        assert suffix[0] == fam.id(fam.end_of_turn)
+        assert fam.encode(text[:start]) + suffix == fam.encode(text)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_end_of_text_among_the_stop_tokens_is_not_taken_for_the_end_of_a_turn(name):
+    own = family(name)
+    fam = Family(name, [*own.tokenizer.stop_texts, "<|endoftext|>"])
+    text, start, _, messages = whole(fam, 1)
+    suffix, _ = fam.chat.tool_suffix(fam.id("<|endoftext|>"), messages)
+    assert fam.encode(text[:start]) + suffix == fam.encode(text)
+
+
+@pytest.mark.parametrize(("name", "stop"), [*((name, "<turn|>") for name in GEMMA4), ("glm4moe", "<|user|>")])
+def test_templates_own_end_of_turn_need_not_be_a_stop_token(name, stop):
+    fam = Family(name, [stop])
+    text, start, _, messages = whole(fam, 2)
+    suffix, _ = fam.chat.tool_suffix(fam.id(stop), messages)
+    assert fam.encode(text[:start]) + suffix == fam.encode(text)
+
+
+def _trl_suffix(fam, messages):
+    trainer = SimpleNamespace(
+        _is_vlm=False,
+        processing_class=fam.tokenizer,
+        _tokenizer=fam.tokenizer,
+        chat_template=fam.template,
+        chat_template_kwargs={},
+    )
+    return GRPOTrainer._get_tool_suffix_ids(trainer, messages)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", ALL)
+def test_suffix_equals_trls_where_trl_is_right(name, count):
+    fam = family(name)
+    _, answered = calls_of(name, count)
+    messages = tool_messages([answered[0]] * count, ["Ada earns 10.", "Grace, too."][:count])
+    suffix, _ = fam.chat.tool_suffix(fam.id(fam.end_of_turn), messages)
+    if name == "deepseekv3":  # TRL renders a call with a mapping as arguments, which this template cannot join to text
+        with pytest.raises(TypeError):
+            _trl_suffix(fam, messages)
+    elif name == "glm4moe":  # the template puts no end after a call, so TRL writes the policy's stop token once more
+        assert _trl_suffix(fam, messages) == [fam.id("<|observation|>"), *suffix]
+    elif name in GEMMA4:  # a call ends without `<turn|>`, so TRL cuts after the user's and writes the call once more
+        again = fam.decode(_trl_suffix(fam, messages)[: -len(suffix)])
+        assert again == "\n<|turn>model\n<|tool_call>call:get_salary{}<tool_call|><|tool_response>"
+        assert _trl_suffix(fam, messages)[-len(suffix) :] == suffix
+    else:
+        assert _trl_suffix(fam, messages) == suffix
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("written", ["", "<|im_end|><|start|><|turn>", "a b\n", None])
+def test_name_that_cannot_be_one_is_not_repeated_between_control_tokens(name, written):
+    fam = family(name)
+    message = {"role": "tool", "name": written, "content": "No such tool.", "tool_call_id": "call_0_0"}
+    other = {**message, "name": "tool"}
+    stop = fam.id(fam.end_of_turn)
+    assert fam.chat.tool_suffix(stop, [message]) == fam.chat.tool_suffix(stop, [other])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_white_space_around_a_result_is_the_templates_business(name):
+    fam = family(name)
+    text, _, end, messages = whole(fam, 2, contents=(" \n 1 2\n", "\t"))
+    suffix, _ = fam.chat.tool_suffix(fam.id(fam.end_of_turn), messages)
+    assert text[:end] + fam.decode(suffix) == text
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_empty_result(name):
+    fam = family(name)
+    text, _, end, messages = whole(fam, 2, contents=("", ""))
+    suffix, _ = fam.chat.tool_suffix(fam.id(fam.end_of_turn), messages)
+    assert text[:end] + fam.decode(suffix) == text
+
+
+def test_template_arguments_reach_the_suffix():
+    fam = Family("qwen3_5_think")
+    chat = ToolChat(fam.tokenizer, fam.stops, fam.template, {"enable_thinking": False})
+    messages = tool_messages(CALLS[:1], ["10"])
+    assert fam.decode(chat.tool_suffix(fam.stops[0], messages)[0]).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert fam.decode(fam.chat.tool_suffix(fam.stops[0], messages)[0]).endswith("assistant\n<think>\n")
+
+
+def test_template_without_tools_is_refused():
+    tokenizer = chat_tokenizer("llama3")
+    tokenizer.response_template = chat_tokenizer("qwen3").response_template or {"fields": {}}
+    with pytest.raises(ChatTemplateError, match="cannot render a tool conversation"):
+        ToolChat(tokenizer, [tokenizer.eos_token_id])
+
+
+def test_tokenizer_without_response_template_is_refused():
+    tokenizer = chat_tokenizer("qwen3")
+    with pytest.raises(ChatTemplateError, match="response_template"):
+        ToolChat(tokenizer, [tokenizer.eos_token_id])
+
+
+# How much a tool may say
+
+
+def test_short_text_is_left_alone():
+    chat = family("qwen3").chat
+    for text in ("", "abc", " the name\n", "<|im_end|>"):
+        assert chat.truncate(text, 200) == (text, False)
+
+
+def test_text_of_exactly_the_limit_is_left_alone_and_one_token_more_is_cut():
+    fam = family("qwen3")
+    text = "zqxj" * 5  # nothing merges: one token a letter
+    assert len(fam.encode(text)) == 20
+    assert fam.chat.truncate(text, 20) == (text, False)
+    assert fam.chat.truncate(text, 19) == (text[:19] + "\n[... truncated: the output was longer than 19 tokens]", True)
+    assert fam.chat.truncate(text, 1) == ("z" + TRUNCATION_MARKER.format(limit=1), True)
+
+
+def test_half_a_character_is_not_left_over():
+    fam = family("qwen3")
+    text = "\N{GRINNING FACE}" * 3
+    assert len(fam.encode(text)) == 12
+    for limit, kept in ((4, 1), (5, 1), (7, 1), (8, 2), (11, 2), (3, 0)):
+        assert fam.chat.truncate(text, limit) == (
+            "\N{GRINNING FACE}" * kept + TRUNCATION_MARKER.format(limit=limit),
+            True,
+        )
+
+
+def test_control_tokens_count_as_the_text_they_are():
+    fam = family("qwen3")
+    cut, truncated = fam.chat.truncate("<|im_end|>" * 50, 30)
+    assert truncated and cut.startswith("<|im_end|><|im") and controls(fam, fam.chat._encode_inert(cut)) == []
+    assert len(fam.chat._encode_inert(cut.split("\n[...")[0])) <= 31
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 5_000_000, "<|im_end|>" * 500_000, " " * 5_000_000, "the name is \n" * 400_000]
+)
+def test_five_megabytes_are_cut_fast(text):
+    chat = family("qwen3").chat
+    started = time.process_time()
+    cut, truncated = chat.truncate(text, 512)
+    assert time.process_time() - started < 2
+    assert truncated and cut.endswith(TRUNCATION_MARKER.format(limit=512))
+    assert text.startswith(cut.removesuffix(TRUNCATION_MARKER.format(limit=512))) and len(cut) < 64 * 512 + 200
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_truncated_result_shows_its_marker(name):
+    fam = family(name)
+    content, _ = fam.chat.truncate("  " + "zq " * 100, 20)
+    suffix, _ = fam.chat.tool_suffix(fam.id(fam.end_of_turn), tool_messages(CALLS[:1], [content]))
+    assert shown(fam, content) in fam.decode(suffix) and "longer than 20 tokens" in fam.decode(suffix)

@@ -1,0 +1,202 @@
+"""BFCL `simple_python`: 400 real questions of the Berkeley Function Calling Leaderboard, each with a function of its
+own.
+
+Owns the reading of the questions, the mapping of the leaderboard's schemas to JSON Schema and the judgement of a
+rollout; the comparison with the published answers is in `bfcl_answers.py`. The questions come from the installed
+`bfcl-eval` package, which is not imported, or from a data set on the Hub. Feeds `qwen3_tools.py`.
+"""
+
+import importlib.util
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+from bfcl_answers import matches, share_matched
+from datasets import Dataset, load_dataset
+from task import Task, Verdict
+
+from trl_toolgrpo import Tool
+
+
+QUESTIONS = "BFCL_v4_simple_python.json"
+HUB_QUESTIONS = "BFCL_v3_simple.json"  # name of the same file in the leaderboard's data set on the Hub
+SYSTEM_PROMPT = "Answer with one call of the function you are given, with all arguments it needs."
+
+# The leaderboard writes types as Python does; `any` says nothing about a value
+TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": None}
+
+
+class BFCLEnvironment:
+    """
+    A rollout of one question: its function is the only tool, and a call of it is put on record.
+
+    Attributes:
+        tools (`list[Tool]`):
+            The function of the current question, set by `reset`.
+        calls (`list[dict]`):
+            Arguments of every call that matched the schema, in order.
+    """
+
+    def __init__(self) -> None:
+        self.tools: list[Tool] = []
+        self.calls: list[dict[str, Any]] = []
+
+    def reset(self, function: str, **row: Any) -> None:
+        """
+        Take up a question.
+
+        Args:
+            function (`str`):
+                JSON text of the function as the leaderboard writes it.
+            row (`dict`):
+                The other columns of the dataset, not needed here.
+        """
+        self.calls = []
+        described = json.loads(function)
+        parameters = to_json_schema(described["parameters"])
+        name = identifier(described["name"])
+        self.tools = [Tool(name, described["description"], parameters, self._record)]
+
+    def _record(self, **arguments: Any) -> str:
+        self.calls.append(arguments)
+        return "Done."
+
+
+def build_bfcl(train_size: int, held_out_size: int, seed: int = 0, dataset_name: str | None = None) -> Task:
+    """
+    Build the task.
+
+    Args:
+        train_size, held_out_size (`int`):
+            Number of questions in each split, at most 400 together; the splits are disjoint.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the split.
+        dataset_name (`str`, *optional*):
+            The leaderboard's data set on the Hub, for when the `bfcl-eval` package is not installed.
+
+    Returns:
+        [`Task`]: the task. Beside the columns every task has, its rows hold `function` and `answer`, both JSON text,
+        since the schemas of different rows have different shapes.
+
+    Raises:
+        ImportError: if there is neither the package nor a data set.
+        ValueError: if the splits ask for more questions than there are.
+    """
+    rows = [_row(question, answer) for question, answer in read_questions(dataset_name)]
+    if train_size + held_out_size > len(rows):
+        raise ValueError(
+            f"You asked for {train_size} training and {held_out_size} held-out questions, but there are {len(rows)}. "
+            f"Lower --train_size or --held_out_size."
+        )
+    order = random.Random(seed).sample(rows, len(rows))
+    held_out, train = order[:held_out_size], order[held_out_size : held_out_size + train_size]
+    return Task(
+        Dataset.from_list([{**row, "split": "train"} for row in train]),
+        Dataset.from_list([{**row, "split": "held_out"} for row in held_out]),
+        BFCLEnvironment,
+        judge,
+    )
+
+
+def read_questions(dataset_name: str | None = None) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """
+    The questions and their published answers, as the leaderboard writes them.
+
+    Args:
+        dataset_name (`str`, *optional*):
+            Data set on the Hub to read when the package is not installed.
+
+    Returns:
+        `list[tuple[dict, dict]]`: questions (`id`, `question`, `function`) with their answers (`id`, `ground_truth`).
+
+    Raises:
+        ImportError: if there is neither the package nor a data set.
+    """
+    spec = importlib.util.find_spec("bfcl_eval")
+    if spec is not None and spec.submodule_search_locations:
+        data = Path(spec.submodule_search_locations[0]) / "data"
+        files = [data / QUESTIONS, data / "possible_answer" / QUESTIONS]
+        texts = [file.read_text(encoding="utf-8").splitlines() for file in files]
+    elif dataset_name is not None:
+        # As text: the schemas of different questions have different shapes, which a table would merge
+        parts = [f"hf://datasets/{dataset_name}/{part}{HUB_QUESTIONS}" for part in ("", "possible_answer/")]
+        texts = [load_dataset("text", data_files=part, split="train")["text"] for part in parts]
+    else:
+        raise ImportError(
+            "The questions come from the package bfcl-eval, which is not installed. Run "
+            "`pip install --no-deps bfcl-eval`, or pass --dataset_name with the leaderboard's data set on the Hub."
+        )
+    questions, answers = ([json.loads(line) for line in lines if line.strip()] for lines in texts)
+    by_id = {answer["id"]: answer for answer in answers}
+    return [(question, by_id[question["id"]]) for question in questions]
+
+
+def _row(question: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+    """A row of the task, without its split. Difficulty is the number of required arguments, from 1 to 3."""
+    (function,) = question["function"]
+    (messages,) = question["question"]
+    (truth,) = answer["ground_truth"]
+    return {
+        "row_id": question["id"],
+        "prompt": [{"role": "system", "content": SYSTEM_PROMPT}, *messages],
+        "difficulty": min(max(len(function["parameters"].get("required", ())), 1), 3),
+        "function": json.dumps(function),
+        "answer": json.dumps(truth),
+    }
+
+
+def identifier(name: str) -> str:
+    """A function's name as an identifier: `math.factorial` is `math_factorial`."""
+    return re.sub(r"\W", "_", name)
+
+
+def to_json_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """
+    One of the leaderboard's schemas as JSON Schema, nested ones included.
+
+    Args:
+        schema (`dict`):
+            A schema with types such as `dict`, `float`, `tuple` and `any`.
+
+    Returns:
+        `dict`: the schema with the types JSON Schema has; `any` has none. The mark `optional` is left out.
+    """
+    mapped: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key == "type":
+            kind = TYPES.get(value, value)
+            mapped.update({} if kind is None else {"type": kind})
+        elif key == "properties":
+            mapped[key] = {name: to_json_schema(inner) for name, inner in value.items()}
+        elif key == "items":
+            mapped[key] = to_json_schema(value)
+        elif key != "optional":
+            mapped[key] = value
+    return mapped
+
+
+def judge(completion: list[dict[str, Any]], environment: BFCLEnvironment, row: dict[str, Any]) -> Verdict:
+    """
+    Judge a rollout by its calls.
+
+    Args:
+        completion (`list[dict]`):
+            Its messages after the prompt.
+        environment ([`BFCLEnvironment`]):
+            Its environment.
+        row (`dict`):
+            Row of the dataset.
+
+    Returns:
+        [`Verdict`]: a success is one call with the published arguments. Short of that, 0.2 for a first call that
+        matches the schema, and up to 0.4 more for the share of its arguments that are right.
+    """
+    if not environment.calls:
+        return Verdict(False, 0.0)
+    parameters = json.loads(row["function"])["parameters"]
+    ((_, accepted),) = json.loads(row["answer"]).items()
+    arguments = environment.calls[0]
+    success = len(environment.calls) == 1 and matches(arguments, accepted, parameters)
+    return Verdict(success, 1.0 if success else 0.2 + 0.4 * share_matched(arguments, accepted, parameters))

@@ -1,0 +1,142 @@
+"""Whether a call answers a question of the Berkeley Function Calling Leaderboard, by its published answers.
+
+Owns the comparison of arguments with accepted values, by the rules of the leaderboard's own AST checker for Python
+(https://gorilla.cs.berkeley.edu/blogs/8_berkeley_function_calling_leaderboard.html); pure functions, fed by `bfcl.py`.
+
+A published answer lists for each parameter the values that are accepted; an empty string among them says that the
+parameter may be left out. A float takes an integer too, an integer no float. Strings are compared without case, spaces
+and most punctuation. Lists are compared element by element. The fields of a dict have lists of accepted values of
+their own. A value of the accepted values' type passes for the declared type, since some answers are names of
+variables.
+"""
+
+import re
+from typing import Any
+
+
+TYPES: dict[str, type] = {
+    "string": str,
+    "integer": int,
+    "float": float,
+    "boolean": bool,
+    "array": list,
+    "tuple": list,
+    "dict": dict,
+    "any": str,
+}
+
+_IGNORED = re.compile(r"[ ,./\-_*^]")
+
+
+def matches(arguments: dict[str, Any], accepted: dict[str, list], parameters: dict[str, Any]) -> bool:
+    """
+    Whether the arguments of a call are right.
+
+    Args:
+        arguments (`dict`):
+            Arguments of the call.
+        accepted (`dict[str, list]`):
+            Accepted values of each parameter.
+        parameters (`dict`):
+            Schema of the function as the leaderboard writes it.
+
+    Returns:
+        `bool`: whether every argument is accepted, and none is missing that has to be there.
+    """
+    if any(name not in arguments for name in parameters.get("required", [])):
+        return False
+    if any("" not in values for name, values in accepted.items() if name not in arguments):
+        return False
+    return share_matched(arguments, accepted, parameters) == 1.0
+
+
+def share_matched(arguments: dict[str, Any], accepted: dict[str, list], parameters: dict[str, Any]) -> float:
+    """
+    Share of the arguments that are right, of those given and those missing.
+
+    Args:
+        arguments, accepted, parameters:
+            As in [`matches`].
+
+    Returns:
+        `float`: between 0 and 1; 1 for a call without arguments of a function that needs none.
+    """
+    properties = parameters["properties"]
+    missing = [name for name, values in accepted.items() if name not in arguments and "" not in values]
+    right = [
+        name in properties and name in accepted and value_matches(value, accepted[name], properties[name])
+        for name, value in arguments.items()
+    ]
+    return sum(right) / max(len(right) + len(missing), 1) if right or missing else 1.0
+
+
+def value_matches(value: Any, accepted: list, schema: dict[str, Any]) -> bool:
+    """
+    Whether an argument has one of the accepted values.
+
+    Args:
+        value (`Any`):
+            The argument.
+        accepted (`list`):
+            Accepted values.
+        schema (`dict`):
+            Schema of the parameter as the leaderboard writes it.
+
+    Returns:
+        `bool`: whether it is accepted.
+    """
+    declared = TYPES[schema["type"]]
+    inner = TYPES[schema["items"]["type"]] if declared is list and "items" in schema else None
+    if schema["type"] == "float" and type(value) is int:
+        value = float(value)
+    if not _has_type(value, accepted, declared, inner):
+        return False
+    written_otherwise = _type_of(accepted) not in (None, declared)
+    if written_otherwise or declared in (int, float, bool):
+        return value in accepted
+    if declared is str:
+        return _plain(value) in [_plain(entry) for entry in accepted if isinstance(entry, str)]
+    if declared is dict:
+        return any(_dict_matches(value, entry) for entry in accepted if entry != "")
+    if inner is dict:
+        return any(_dicts_match(value, entry) for entry in accepted)
+    return _plain_all(value) in [_plain_all(entry) for entry in accepted]
+
+
+def _has_type(value: Any, accepted: list, declared: type, inner: type | None) -> bool:
+    if type(value) is not declared:
+        return type(value) is _type_of(accepted)
+    if inner is None:
+        return True
+    return any(
+        not isinstance(entry, list) or all(type(item) in (inner, _type_of(entry)) for item in value)
+        for entry in accepted
+    )
+
+
+def _type_of(accepted: list) -> type | None:
+    """Type of the accepted values, by the first that does not merely say "optional"."""
+    return next((type(entry) for entry in accepted if entry != ""), None)
+
+
+def _plain(value: Any) -> Any:
+    return _IGNORED.sub("", value).lower().replace("'", '"') if isinstance(value, str) else value
+
+
+def _plain_all(values: Any) -> list:
+    return [_plain(value) for value in values]
+
+
+def _dict_matches(value: dict[str, Any], accepted: dict[str, list]) -> bool:
+    if any("" not in values for name, values in accepted.items() if name not in value):
+        return False
+    return all(name in accepted and _plain(entry) in _plain_all(accepted[name]) for name, entry in value.items())
+
+
+def _dicts_match(values: list[dict[str, Any]], accepted: list[dict[str, list]]) -> bool:
+    if len(values) != len(accepted):
+        return False
+    return all(
+        isinstance(entry, dict) and entry != "" and _dict_matches(value, entry)
+        for value, entry in zip(values, accepted, strict=True)
+    )

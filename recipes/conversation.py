@@ -1,0 +1,64 @@
+"""A sample conversation on the console now and then, so that a person sees what the figures mean.
+
+Owns the rendering of a conversation as text and the callback that prints one; fed by the scoreboard.
+"""
+
+import json
+from typing import Any
+
+from scoreboard import Scoreboard
+from task import Verdict
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+
+MAX_CHARACTERS = 400
+
+
+class SampleConversation(TrainerCallback):
+    """
+    Prints the first rollout of the last batch every so many optimizer steps, on the main process.
+
+    Args:
+        scoreboard ([`Scoreboard`]):
+            Has the rollout.
+        every (`int`):
+            Optimizer steps between two prints; 0 prints none.
+    """
+
+    def __init__(self, scoreboard: Scoreboard, every: int) -> None:
+        self._scoreboard = scoreboard
+        self._every = every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Print, if it is time."""
+        due = self._every > 0 and (state.global_step - 1) % self._every == 0
+        if due and state.is_world_process_zero and self._scoreboard.sample is not None:
+            tqdm.write(f"\nSample conversation at step {state.global_step}\n{as_text(*self._scoreboard.sample)}\n")
+
+
+def as_text(prompt: list[dict[str, Any]], completion: list[dict[str, Any]], verdict: Verdict) -> str:
+    """
+    A conversation as one line per message.
+
+    Args:
+        prompt, completion (`list[dict]`):
+            Its messages.
+        verdict ([`Verdict`]):
+            How it was judged.
+
+    Returns:
+        `str`: the text, without a newline at the end.
+    """
+    lines = [f"  {message['role']:>9}: {_one_line(message)}" for message in [*prompt, *completion]]
+    outcome = "success" if verdict.success else "failure"
+    return "\n".join([*lines, f"    verdict: {outcome}, reward {verdict.reward:.2f}"])
+
+
+def _one_line(message: dict[str, Any]) -> str:
+    parts = [str(message["content"])] if message.get("content") else []
+    for call in message.get("tool_calls") or []:
+        function = call.get("function", call)
+        parts.append(f"{function['name']}({json.dumps(function['arguments'], ensure_ascii=False)})")
+    text = " ".join(" ".join(parts).split())
+    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + "..."

@@ -1,0 +1,64 @@
+"""What a recipe trains on: questions, the world they are asked in, and the judgement of a rollout.
+
+Owns the two records every task of this folder shares; imports nothing of it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """
+    Judgement of one rollout.
+
+    Args:
+        success (`bool`):
+            Whether the rollout did all that was asked, and nothing else. This is what a recipe reports.
+        reward (`float`):
+            What the policy is trained on: 1 for a success, less for part of the way.
+    """
+
+    success: bool
+    reward: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    A task.
+
+    Args:
+        train, held_out ([`~datasets.Dataset`]):
+            Questions, with the columns `row_id`, `split` (`"train"` or `"held_out"`), `prompt`, `difficulty` and what
+            `environment_factory` and `judge` need.
+        environment_factory (`Callable`):
+            Gives a new environment; the row's columns go to its `reset`.
+        judge (`Callable`):
+            `judge(completion, environment, row)` gives the [`Verdict`] of a rollout: its messages after the prompt,
+            its environment, and its row.
+    """
+
+    train: Dataset
+    held_out: Dataset
+    environment_factory: Callable[[], Any]
+    judge: Callable[[list[dict[str, Any]], Any, dict[str, Any]], Verdict]
+
+
+def final_answer(completion: list[dict[str, Any]]) -> str:
+    """
+    Text of the final assistant message.
+
+    Args:
+        completion (`list[dict]`):
+            Messages of the rollout after the prompt.
+
+    Returns:
+        `str`: the text; empty when the rollout ends on a tool call, a tool message or nothing.
+    """
+    if not completion or completion[-1]["role"] != "assistant" or completion[-1].get("tool_calls"):
+        return ""
+    return completion[-1].get("content") or ""

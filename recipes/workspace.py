@@ -1,0 +1,295 @@
+"""The workspace task: questions about a company that only its database can answer.
+
+Owns the environment (a real SQLite database and four tools), the questions at one, two and three dependent calls, and
+the judgement of a rollout by its final answer and by the state of the database. Feeds `qwen3_tools.py` and, as the
+source of demonstrations, `tiny_model.py`.
+"""
+
+import json
+import random
+import re
+import sqlite3
+from itertools import product
+from typing import Any
+
+from datasets import Dataset
+from task import Task, Verdict, final_answer
+
+
+SYSTEM_PROMPT = "Use the tools, one call at a time. Then answer with the value alone."
+
+FIRST_NAMES = [
+    "Ada", "Boris", "Chloe", "Dario", "Elif", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Kira", "Liam", "Mira",
+    "Nadia", "Omar", "Petra", "Quinn", "Ravi",
+]
+LAST_NAMES = [
+    "Abadi", "Brandt", "Chen", "Duarte", "Egede", "Fontana", "Garcia", "Holt", "Ivanova", "Jensen", "Kato",
+    "Lund", "Moreau", "Novak", "Okafor",
+]
+
+QUESTIONS = {
+    "employee_id": (1, ["What is the employee id of {subject}?", "Which employee id does {subject} have?"]),
+    "salary": (2, ["What is the salary of {subject}?", "Which salary does {subject} have?"]),
+    "manager": (2, ["Who is the manager of {subject}?", "Which manager does {subject} have?"]),
+    "manager_salary": (
+        3,
+        ["What is the salary of the manager of {subject}?", "Which salary does the manager of {subject} have?"],
+    ),
+    "slack_salary": (
+        3,
+        [
+            "Send the salary of {subject} to {recipient} on Slack. What is it?",
+            "Slack {recipient} the salary of {subject}. What is it?",
+        ],
+    ),
+}
+
+# Out of 18 x 15 names, 9000 ids and 800 salaries, this share belongs to the held-out split alone.
+HELD_OUT_SHARE = 0.2
+COMPANY_SIZE = 6
+
+
+class WorkspaceEnvironment:
+    """
+    A company of a few people in an SQLite database, opened anew for each rollout.
+
+    The connection is used in the environment's own methods only, which all run on the rollout's thread. What a reward
+    needs is left in plain attributes.
+
+    Attributes:
+        calls (`list[tuple[str, dict]]`):
+            Name and arguments of every call that succeeded, in order.
+        outbox (`list[tuple[str, str]]`):
+            Recipient and text of every Slack message, read back from the database after each one sent.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.outbox: list[tuple[str, str]] = []
+        self._database: sqlite3.Connection | None = None
+
+    def reset(self, employees: list[dict[str, Any]], **row: Any) -> None:
+        """
+        Open a fresh database that holds the given people.
+
+        Args:
+            employees (`list[dict]`):
+                One record per person: `employee_id`, `name`, `salary`, `manager_id`.
+            row (`dict`):
+                The other columns of the dataset, not needed here.
+        """
+        self.calls, self.outbox = [], []
+        self._database = sqlite3.connect(":memory:")
+        self._database.executescript(
+            """
+            CREATE TABLE employees (
+                employee_id INTEGER PRIMARY KEY,
+                name TEXT NOT NULL UNIQUE,
+                salary INTEGER NOT NULL,
+                manager_id INTEGER NOT NULL
+            );
+            CREATE TABLE messages (
+                message_id INTEGER PRIMARY KEY,
+                recipient_id INTEGER NOT NULL REFERENCES employees (employee_id),
+                text TEXT NOT NULL
+            );
+            """
+        )
+        self._database.executemany(
+            "INSERT INTO employees VALUES (:employee_id, :name, :salary, :manager_id)", employees
+        )
+
+    def _one(self, query: str, argument: Any, missing: str) -> tuple:
+        if self._database is None:
+            raise RuntimeError("The workspace has no database yet. Call reset() first.")
+        row = self._database.execute(query, (argument,)).fetchone()
+        if row is None:
+            raise LookupError(missing)
+        return row
+
+    def find_employee(self, name: str) -> dict:
+        """
+        Look up an employee by name.
+
+        Args:
+            name: Full name.
+        """
+        (employee_id,) = self._one(
+            "SELECT employee_id FROM employees WHERE name = ?", name, f"no employee is named {name!r}"
+        )
+        self.calls.append(("find_employee", {"name": name}))
+        return {"employee_id": employee_id}
+
+    def get_salary(self, employee_id: int) -> dict:
+        """
+        Get the salary of an employee.
+
+        Args:
+            employee_id: Employee id.
+        """
+        (salary,) = self._one(
+            "SELECT salary FROM employees WHERE employee_id = ?", employee_id, f"no employee has id {employee_id}"
+        )
+        self.calls.append(("get_salary", {"employee_id": employee_id}))
+        return {"salary": salary}
+
+    def get_manager(self, employee_id: int) -> dict:
+        """
+        Get the manager of an employee.
+
+        Args:
+            employee_id: Employee id.
+        """
+        manager_id, name = self._one(
+            "SELECT boss.employee_id, boss.name FROM employees AS report "
+            "JOIN employees AS boss ON boss.employee_id = report.manager_id WHERE report.employee_id = ?",
+            employee_id,
+            f"no employee has id {employee_id}",
+        )
+        self.calls.append(("get_manager", {"employee_id": employee_id}))
+        return {"manager_id": manager_id, "name": name}
+
+    def send_slack_message(self, recipient: str, text: str) -> dict:
+        """
+        Send a Slack message.
+
+        Args:
+            recipient: Full name.
+            text: Message.
+        """
+        (recipient_id,) = self._one(
+            "SELECT employee_id FROM employees WHERE name = ?", recipient, f"no employee is named {recipient!r}"
+        )
+        self._database.execute("INSERT INTO messages (recipient_id, text) VALUES (?, ?)", (recipient_id, text))
+        self.outbox = self._database.execute(
+            "SELECT name, text FROM messages JOIN employees ON employee_id = recipient_id ORDER BY message_id"
+        ).fetchall()
+        self.calls.append(("send_slack_message", {"recipient": recipient, "text": text}))
+        return {"sent": True}
+
+
+def judge(completion: list[dict[str, Any]], environment: WorkspaceEnvironment, row: dict[str, Any]) -> Verdict:
+    """
+    Judge a rollout by its final answer and by the state it left behind.
+
+    Args:
+        completion (`list[dict]`):
+            Its messages after the prompt.
+        environment ([`WorkspaceEnvironment`]):
+            Its environment.
+        row (`dict`):
+            Row of the dataset.
+
+    Returns:
+        [`Verdict`]: a success is the right answer, and exactly the message that was asked for, or none. Short of that,
+        half the share of the dependent calls made in order.
+    """
+    plan = json.loads(row["plan"])
+    done = 0
+    for name, arguments in environment.calls:
+        if done < len(plan) and [name, arguments] == plan[done]:
+            done += 1
+    wanted = [(step[1]["recipient"], step[1]["text"]) for step in plan if step[0] == "send_slack_message"]
+    right = answers(final_answer(completion), row["answer"], row["employees"], row["subject"])
+    success = right and environment.outbox == wanted
+    return Verdict(success, 1.0 if success else 0.5 * done / len(plan))
+
+
+def answers(text: str, expected: str, employees: list[dict[str, Any]], subject: str) -> bool:
+    """
+    Whether a text gives the expected value and no other candidate.
+
+    Args:
+        text (`str`):
+            What the assistant said, from the bare value to a whole sentence.
+        expected (`str`):
+            A number or a full name.
+        employees (`list[dict]`):
+            The people of the company; naming another one than expected is a wrong answer.
+        subject (`str`):
+            Who was asked about, and may be named.
+
+    Returns:
+        `bool`: whether the answer is right.
+    """
+    if expected.isdigit():
+        return set(re.findall(r"\d+", re.sub(r"(?<=\d),(?=\d{3})", "", text))) == {expected}
+    others = {employee["name"] for employee in employees} - {expected, subject}
+    return expected in text and not any(name in text for name in others)
+
+
+def build_workspace(train_size: int, held_out_size: int, seed: int = 0) -> Task:
+    """
+    Build the questions.
+
+    Args:
+        train_size (`int`):
+            Number of training rows.
+        held_out_size (`int`):
+            Number of held-out rows; their names, ids and salaries occur in no training row.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of everything in the rows. What belongs to which split does not depend on it.
+
+    Returns:
+        [`Task`]: the task. Beside the columns every task has, its rows hold `kind`, `subject`, `answer`, `plan` (JSON,
+        the dependent calls in order) and `employees` (the rows of the database).
+    """
+    train, held_out = _rows("train", train_size, seed), _rows("held_out", held_out_size, seed)
+    return Task(Dataset.from_list(train), Dataset.from_list(held_out), WorkspaceEnvironment, judge)
+
+
+def _rows(split: str, size: int, seed: int) -> list[dict[str, Any]]:
+    pools = [
+        _share([f"{first} {last}" for first, last in product(FIRST_NAMES, LAST_NAMES)], split),
+        _share(list(range(1000, 10_000)), split),
+        _share(list(range(20_000, 100_000, 100)), split),
+    ]
+    randomness = random.Random(f"{split}-{seed}")
+    kinds = list(QUESTIONS)
+    return [_row(f"{split}-{i}", kinds[i % len(kinds)], pools, randomness) for i in range(size)]
+
+
+def _share(values: list, split: str) -> list:
+    shuffled = random.Random(len(values)).sample(values, len(values))
+    cut = round(len(values) * HELD_OUT_SHARE)
+    return shuffled[:cut] if split == "held_out" else shuffled[cut:]
+
+
+def _row(row_id: str, kind: str, pools: list[list], randomness: random.Random) -> dict[str, Any]:
+    names, ids, salaries = (randomness.sample(pool, COMPANY_SIZE) for pool in pools)
+    employees = [
+        {
+            "employee_id": ids[i],
+            "name": names[i],
+            "salary": salaries[i],
+            "manager_id": randomness.choice(ids[:i] + ids[i + 1 :]),
+        }
+        for i in range(COMPANY_SIZE)
+    ]
+    subject, recipient = employees[0], employees[1]
+    manager = next(person for person in employees if person["employee_id"] == subject["manager_id"])
+    find = ["find_employee", {"name": subject["name"]}]
+    salary = ["get_salary", {"employee_id": subject["employee_id"]}]
+    boss = ["get_manager", {"employee_id": subject["employee_id"]}]
+    boss_salary = ["get_salary", {"employee_id": manager["employee_id"]}]
+    send = ["send_slack_message", {"recipient": recipient["name"], "text": str(subject["salary"])}]
+    plan, answer = {
+        "employee_id": ([find], subject["employee_id"]),
+        "salary": ([find, salary], subject["salary"]),
+        "manager": ([find, boss], manager["name"]),
+        "manager_salary": ([find, boss, boss_salary], manager["salary"]),
+        "slack_salary": ([find, salary, send], subject["salary"]),
+    }[kind]
+    difficulty, phrasings = QUESTIONS[kind]
+    question = randomness.choice(phrasings).format(subject=subject["name"], recipient=recipient["name"])
+    return {
+        "row_id": row_id,
+        "split": row_id.partition("-")[0],
+        "prompt": [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}],
+        "difficulty": difficulty,
+        "kind": kind,
+        "subject": subject["name"],
+        "answer": str(answer),
+        "plan": json.dumps(plan),
+        "employees": randomness.sample(employees, COMPANY_SIZE),
+    }

@@ -1,0 +1,99 @@
+"""The recipes: every shipped configuration is read as a user's would be, and the tiny model is what it says."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+sys.path.insert(0, str(RECIPES))
+
+from qwen3_tools import parse_arguments, read_switches
+from tiny_model import TinyModel, build_tiny_model
+from warm_start import WarmStart
+from workspace import build_workspace
+
+from trl_toolgrpo import ToolGRPOConfig
+
+
+ON_THIS_MACHINE = ["--bf16", "false", "--use_cpu", "true"]
+
+
+def parse(tmp_path, *arguments, environment=None):
+    return parse_arguments([*arguments, "--output_dir", str(tmp_path)], environment or {})
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_is_read(path, tmp_path):
+    recipe, training, model = parse(tmp_path, "--config", str(path), *ON_THIS_MACHINE)
+    given = yaml.safe_load(path.read_text())
+    found = {**vars(recipe), **vars(model), **vars(training)}
+    for name in given:
+        assert name in found, f"{path.name} sets {name}, which no argument reads"
+    assert isinstance(training, ToolGRPOConfig)
+    assert recipe.task in ("workspace", "bfcl") and model.model_name_or_path == given["model_name_or_path"]
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES.parent / "accelerate_configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_launch_configuration_is_read(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    found = load_config_from_file(str(path))
+    assert found.num_machines == 1 and found.num_processes >= 1
+
+
+def test_the_tiny_recipe_is_the_default_and_flags_win(tmp_path):
+    recipe, training, model = parse(tmp_path)
+    assert recipe.task == "workspace" and model.model_name_or_path == "tiny"
+    given = yaml.safe_load((RECIPES / "tiny_cpu.yaml").read_text())
+    assert training.max_steps == given["max_steps"] and training.learning_rate == given["learning_rate"]
+    _, training, _ = parse(tmp_path, "--max_steps", "3", "--learning_rate", "0.5")
+    assert training.max_steps == 3 and training.learning_rate == 0.5
+
+
+def test_environment_variables_set_fields_and_flags_win(tmp_path):
+    environment = {
+        "PPO_RECORD_AT_SAMPLE": "0",
+        "STRICT_TRAJ_KEYS": "false",
+        "RL_DISABLE_FORCED": "0",
+        "FORCE_RATE": "0.25",
+        "ASSIST_WARMUP": "2",
+    }
+    assert read_switches(environment) == {
+        "record_sample_logprobs": False,
+        "strict_trajectories": False,
+        "disable_forcing_in_updates": False,
+        "force_rate": 0.25,
+        "assist_warmup_steps": 2,
+    }
+    _, training, _ = parse(tmp_path, environment={"STRICT_TRAJ_KEYS": "0", "FORCE_RATE": "0.8"})
+    assert training.strict_trajectories is False and training.force_rate == 0.8
+    _, training, _ = parse(tmp_path, "--strict_trajectories", "true", environment={"STRICT_TRAJ_KEYS": "0"})
+    assert training.strict_trajectories is True
+
+
+@pytest.mark.parametrize("variable", ["PPO_RECORD_AT_SAMPLE", "FORCE_RATE", "ASSIST_WARMUP"])
+def test_an_environment_variable_without_sense_is_refused(variable):
+    with pytest.raises(ValueError, match=f"{variable} is 'perhaps'"):
+        read_switches({variable: "perhaps"})
+
+
+def test_the_tiny_model_is_built_alike_and_kept(tmp_path):
+    settings = TinyModel(warm_start=WarmStart(demonstrations=40, steps=2, tools_every=2, batch_size=4))
+    first, second = (build_tiny_model(tmp_path / name, settings) for name in ("a", "b"))
+    assert (first / "tokenizer.json").read_text() == (second / "tokenizer.json").read_text()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    one, other = (AutoModelForCausalLM.from_pretrained(folder) for folder in (first, second))
+    for name, parameter in one.state_dict().items():
+        assert torch.equal(parameter, other.state_dict()[name]), name
+    tokenizer = AutoTokenizer.from_pretrained(first)
+    messages = build_workspace(1, 0, 0).train[0]["prompt"]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    written = (first / "model.safetensors").stat().st_mtime_ns
+    build_tiny_model(first, settings)
+    assert (first / "model.safetensors").stat().st_mtime_ns == written

@@ -1,0 +1,259 @@
+"""The workspace task: the database behind the tools, the questions, the judgement, each with answers worked by
+hand."""
+
+import json
+import sqlite3
+import sys
+from pathlib import Path
+
+import pytest
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
+from scoreboard import Rates, Scoreboard, comparison, success_rates
+from task import Verdict, final_answer
+from warm_start import demonstrate
+from workspace import WorkspaceEnvironment, answers, build_workspace, judge
+
+from trl_toolgrpo.tools.functions import environment_tools
+
+
+EMPLOYEES = [
+    {"employee_id": 101, "name": "Ada Chen", "salary": 52000, "manager_id": 103},
+    {"employee_id": 102, "name": "Hugo Lund", "salary": 48000, "manager_id": 101},
+    {"employee_id": 103, "name": "Mira Holt", "salary": 91000, "manager_id": 101},
+]
+ID = {
+    "employees": EMPLOYEES,
+    "subject": "Ada Chen",
+    "answer": "101",
+    "plan": [["find_employee", {"name": "Ada Chen"}]],
+}
+SLACK = {
+    "employees": EMPLOYEES,
+    "subject": "Ada Chen",
+    "answer": "52000",
+    "plan": [
+        ["find_employee", {"name": "Ada Chen"}],
+        ["get_salary", {"employee_id": 101}],
+        ["send_slack_message", {"recipient": "Hugo Lund", "text": "52000"}],
+    ],
+}
+
+
+@pytest.fixture
+def workspace():
+    environment = WorkspaceEnvironment()
+    environment.reset(EMPLOYEES, prompt=[], difficulty=1)
+    return environment
+
+
+def verdict(environment, row, answer):
+    """Judge a rollout that ends on this answer; None ends it on a tool message."""
+    last = {"role": "tool", "content": "x"} if answer is None else {"role": "assistant", "content": answer}
+    return judge([last], environment, {**row, "plan": json.dumps(row["plan"])})
+
+
+def test_tools_read_the_database(workspace):
+    assert workspace.find_employee("Ada Chen") == {"employee_id": 101}
+    assert workspace.get_salary(102) == {"salary": 48000}
+    assert workspace.get_manager(101) == {"manager_id": 103, "name": "Mira Holt"}
+    assert workspace.calls == [
+        ("find_employee", {"name": "Ada Chen"}),
+        ("get_salary", {"employee_id": 102}),
+        ("get_manager", {"employee_id": 101}),
+    ]
+
+
+def test_sending_writes_the_database(workspace):
+    assert workspace.send_slack_message("Hugo Lund", "52000") == {"sent": True}
+    assert workspace.send_slack_message("Mira Holt", "hi") == {"sent": True}
+    stored = workspace._database.execute("SELECT recipient_id, text FROM messages ORDER BY message_id").fetchall()
+    assert stored == [(102, "52000"), (103, "hi")]
+    assert workspace.outbox == [("Hugo Lund", "52000"), ("Mira Holt", "hi")]
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments", "message"),
+    [
+        ("find_employee", ["Ada"], "no employee is named 'Ada'"),
+        ("get_salary", [7], "no employee has id 7"),
+        ("get_manager", [7], "no employee has id 7"),
+        ("send_slack_message", ["Ada", "x"], "no employee is named 'Ada'"),
+        ("find_employee", ["' OR 1=1 --"], "no employee is named"),
+    ],
+)
+def test_what_is_not_there_is_an_error_and_no_call(workspace, call, arguments, message):
+    with pytest.raises(LookupError, match=message):
+        getattr(workspace, call)(*arguments)
+    assert workspace.calls == [] and workspace.outbox == []
+
+
+def test_reset_opens_a_fresh_database(workspace):
+    workspace.find_employee("Ada Chen")
+    workspace.send_slack_message("Ada Chen", "x")
+    workspace.reset(EMPLOYEES[1:])
+    assert workspace.calls == [] and workspace.outbox == []
+    assert isinstance(workspace._database, sqlite3.Connection)
+    assert workspace._database.execute("SELECT count(*) FROM messages").fetchone() == (0,)
+    with pytest.raises(LookupError):
+        workspace.find_employee("Ada Chen")
+    with pytest.raises(RuntimeError, match=r"Call reset\(\) first"):
+        WorkspaceEnvironment().find_employee("Ada Chen")
+
+
+def test_a_message_is_part_of_the_success(workspace):
+    workspace.find_employee("Ada Chen")
+    workspace.get_salary(101)
+    assert verdict(workspace, SLACK, "52000") == Verdict(False, pytest.approx(0.5 * 2 / 3))  # nothing was sent
+    workspace.send_slack_message("Hugo Lund", "52000")
+    assert verdict(workspace, SLACK, "52000") == Verdict(True, 1.0)
+    assert verdict(workspace, SLACK, "48000") == Verdict(False, 0.5)
+    assert verdict(workspace, SLACK, None) == Verdict(False, 0.5)
+    workspace.send_slack_message("Hugo Lund", "52000")
+    assert verdict(workspace, SLACK, "52000") == Verdict(False, 0.5)  # sent twice
+
+
+def test_a_message_to_the_wrong_person_is_a_failure(workspace):
+    workspace.send_slack_message("Mira Holt", "52000")
+    assert verdict(workspace, SLACK, "52000") == Verdict(False, 0.0)
+    workspace.find_employee("Ada Chen")
+    assert verdict(workspace, ID, "101") == Verdict(False, 0.5)  # none was to be sent
+
+
+def test_progress_counts_the_dependent_calls_in_order(workspace):
+    assert verdict(workspace, SLACK, "").reward == 0.0
+    workspace.get_salary(101)  # before the look-up it depends on
+    assert verdict(workspace, SLACK, "").reward == 0.0
+    workspace.find_employee("Ada Chen")
+    assert verdict(workspace, SLACK, "").reward == pytest.approx(0.5 / 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "right"),
+    [
+        ("52000", "52000", True),
+        ("The salary of Ada Chen is $52,000.", "52000", True),
+        ("52000 or 48000", "52000", False),
+        ("520000", "52000", False),
+        ("", "52000", False),
+        ("Mira Holt", "Mira Holt", True),
+        ("Ada Chen's manager is Mira Holt.", "Mira Holt", True),
+        ("Mira Holt or Hugo Lund", "Mira Holt", False),
+        ("Mira", "Mira Holt", False),
+    ],
+)
+def test_answers_by_hand(text, expected, right):
+    assert answers(text, expected, EMPLOYEES, "Ada Chen") is right
+
+
+def test_final_answer():
+    call = {"role": "assistant", "content": "101", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    assert final_answer([{"role": "assistant", "content": "101"}]) == "101"
+    assert final_answer([{"role": "assistant", "content": "101"}, {"role": "tool", "content": "5"}]) == ""
+    assert final_answer([call]) == final_answer([]) == final_answer([{"role": "assistant", "content": None}]) == ""
+
+
+def test_questions_are_seeded_and_the_splits_share_nothing():
+    task, again, other = build_workspace(200, 100, 0), build_workspace(200, 100, 0), build_workspace(200, 100, 1)
+    assert task.train.to_list() == again.train.to_list() != other.train.to_list()
+    values = {
+        name: {
+            field: {person[field] for row in split for person in row["employees"]}
+            for field in ("employee_id", "name", "salary")
+        }
+        for name, split in (("train", task.train), ("held_out", task.held_out), ("other", other.held_out))
+    }
+    for field in ("employee_id", "name", "salary"):
+        assert not values["train"][field] & (values["held_out"][field] | values["other"][field])
+    assert set(task.train["split"]) == {"train"} and set(task.held_out["split"]) == {"held_out"}
+    assert len(set(task.train["row_id"])) == 200
+    assert {row["kind"]: row["difficulty"] for row in task.train} == {
+        "employee_id": 1,
+        "salary": 2,
+        "manager": 2,
+        "manager_salary": 3,
+        "slack_salary": 3,
+    }
+
+
+def test_every_question_is_answered_by_its_plan_and_by_no_shorter_one():
+    for row in build_workspace(60, 0).train:
+        plan = json.loads(row["plan"])
+        assert len(plan) == row["difficulty"]
+        environment = WorkspaceEnvironment()
+        environment.reset(**row)
+        values = [row["prompt"][-1]["content"]]  # all that is known so far
+        for name, arguments in plan:
+            assert all(str(value) in " ".join(values) for value in arguments.values())
+            values.append(json.dumps(getattr(environment, name)(**arguments)))
+        assert row["answer"] in " ".join(values) and row["answer"] not in " ".join(values[: min(len(plan), 2)])
+        assert judge([{"role": "assistant", "content": row["answer"]}], environment, row) == Verdict(True, 1.0)
+
+
+def test_the_public_methods_are_the_tools():
+    tools = environment_tools(WorkspaceEnvironment())
+    assert [tool.name for tool in tools] == ["find_employee", "get_manager", "get_salary", "send_slack_message"]
+
+
+def test_demonstrations_are_right_unless_they_slip():
+    rows = list(build_workspace(100, 0).train)
+    for slip_rate, share in ((0.0, 1.0), (1.0, 0.2)):  # always slipping, only one call is made
+        successes = []
+        for row in rows:
+            messages = demonstrate(row, slip_rate)
+            environment = WorkspaceEnvironment()
+            environment.reset(**row)
+            for call in [call for message in messages for call in message.get("tool_calls", [])]:
+                getattr(environment, call["function"]["name"])(**call["function"]["arguments"])
+            successes.append(judge(messages, environment, row).success)
+        assert sum(successes) / len(rows) == share
+    assert demonstrate(rows[4], 0.5, 1) == demonstrate(rows[4], 0.5, 1)
+
+
+def test_scoreboard_rewards_records_and_reports():
+    task = build_workspace(5, 5)
+    logged = {}
+    scoreboard = Scoreboard(task)
+
+    def score(rows, right):
+        environments, completions = [], []
+        for row, good in zip(rows, right, strict=True):
+            environments.append(WorkspaceEnvironment())
+            environments[-1].reset(**row)
+            for name, arguments in json.loads(row["plan"]):
+                getattr(environments[-1], name)(**arguments)
+            completions.append([{"role": "assistant", "content": row["answer"] if good else "no"}])
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+        return scoreboard(
+            prompts=[row["prompt"] for row in rows],
+            completions=completions,
+            environments=environments,
+            log_metric=logged.__setitem__,
+            trainer_state=object(),
+            **columns,
+        )
+
+    assert score(list(task.train), [True, False, True, True, False]) == [1.0, 0.5, 1.0, 1.0, 0.5]
+    assert logged == {"success": 0.6}
+    assert scoreboard.sample[2] == Verdict(True, 1.0)
+    scoreboard.on_evaluate(None, None, None)
+    assert scoreboard.evaluations == []  # training rollouts are on no record
+    score(list(task.held_out), [True, False, True, True, False])
+    scoreboard.on_evaluate(None, None, None)
+    score(list(task.held_out), [True] * 5)
+    scoreboard.on_evaluate(None, None, None)
+    before, after = scoreboard.evaluations
+    assert before == Rates(0.6, {1: 1.0, 2: 0.5, 3: 0.5}) and after == Rates(1.0, {1: 1.0, 2: 1.0, 3: 1.0})
+    assert comparison(before, after).splitlines() == [
+        "difficulty 1: 1.00 -> 1.00",
+        "difficulty 2: 0.50 -> 1.00",
+        "difficulty 3: 0.50 -> 1.00",
+        "held-out success: 0.60 -> 1.00",
+    ]
+
+
+def test_a_row_that_two_processes_scored_counts_once():
+    rates = success_rates([("a", 1, True), ("b", 2, False), ("c", 2, True), ("a", 1, False)])
+    assert rates == Rates(pytest.approx(2 / 3), {1: 1.0, 2: 0.5})

@@ -1,8 +1,8 @@
 """Supervised training of the tiny model on scripted conversations, before any reinforcement learning.
 
 Owns the demonstrations and the training loop; fed by `workspace.py`, used by `tiny_model.py`. The demonstrator is
-careless: after any call but the last it may stop and answer with whatever the call returned. So the model starts with all
-the skills and the demonstrator's bad habit, which is what GRPO is to train away.
+careless: after any call but the last it may stop and answer with whatever the call returned. So the model starts with
+all the skills and the demonstrator's bad habit, which is what GRPO is to train away.
 """
 
 import json

@@ -41,8 +41,8 @@ class WarmStart:
     """
 
     demonstrations: int = 3000
-    slip_rate: float = 0.4
-    steps: int = 350
+    slip_rate: float = 0.55
+    steps: int = 700
     tools_every: int = 4
     batch_size: int = 16
     learning_rate: float = 3e-3

@@ -236,7 +236,8 @@ def test_fields_are_read_from_flags(tmp_path):
         *("--record_sample_logprobs", "False", "--strict_trajectories", "False", "--logprob_check", "always"),
         *("--logprob_check_tolerance", "0.02", "--max_concurrent_tools", "7", "--tool_timeout", "2.5"),
         *("--tool_retries", "2", "--max_tool_output_tokens", "99", "--parse_error_budget", "3"),
-        *("--rollout_backend", "transformers"),
+        *("--rollout_backend", "transformers", "--force_level", "name", "--assist_warmup_steps", "4"),
+        *("--disable_forcing_in_updates", "False", "--forced_loss_coef", "0.5", "--force_rate", "0.0"),
     ]
     (parsed,) = parser.parse_args_and_config(flags)
     assert isinstance(parsed, ToolGRPOConfig)
@@ -251,6 +252,11 @@ def test_fields_are_read_from_flags(tmp_path):
         "tool_retries": 2,
         "max_tool_output_tokens": 99,
         "parse_error_budget": 3,
+        "force_rate": 0.0,
+        "force_level": "name",
+        "assist_warmup_steps": 4,
+        "disable_forcing_in_updates": False,
+        "forced_loss_coef": 0.5,
     }
     assert {name: getattr(parsed, name) for name in expected} == expected and set(expected) == set(ADDED)
 

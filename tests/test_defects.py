@@ -711,7 +711,7 @@ def test_12_collectives_do_not_depend_on_the_rollouts(monkeypatch, ours, trl):
 
         monkeypatch.setattr(target, name, watched)
 
-    watch(ToolGRPOTrainer, "_policy", "gather parameters")
+    watch(our_trainer, "unwrapped_policy", "gather parameters")
     for module in (grpo_trainer, our_trainer):
         watch(module, "gather_object", "gather_object")
     watch(Accelerator, "gather", "gather")

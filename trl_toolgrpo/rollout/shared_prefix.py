@@ -206,6 +206,8 @@ class PromptCache(DynamicCache):
         self.store, self.first = store, first
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+        # Under autocast normalized keys are float32 and values are not; torch's own attention casts them alike
+        key_states = key_states.to(value_states.dtype)
         self.store.store_prompts(layer_idx, self.first, key_states, value_states)
         return key_states, value_states
 
@@ -221,7 +223,7 @@ class RowCache(DynamicCache):
         self.store = store
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
-        return self.store.append(layer_idx, key_states, value_states)
+        return self.store.append(layer_idx, key_states.to(value_states.dtype), value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.store.span.longest if self.store.span is not None else 0
@@ -334,7 +336,7 @@ def _batched_prompts(store, layer, flat, groups, options):
     packed[span.groups, span.ranks] = flat
     packed = packed.transpose(1, 2).reshape(prompts, heads, width * queries, dim)
     bias = store.bias("prompt", options["window"], torch.float32)
-    if bias is not None and bias.shape[1] > 1:  # (G, width, T, P) -> (G, 1, width * groups * T, P)
+    if bias is not None and options["window"] is not None:  # (G, width, T, P) -> (G, 1, width * groups * T, P)
         bias = bias[:, :, None].expand(-1, -1, groups, -1, -1).reshape(prompts, 1, width * queries, -1)
     keys, values = store.prompt_keys[layer], store.prompt_values[layer]
     out, lse = _attend(packed, keys, values, options["scale"], bias, options["softcap"])
@@ -347,6 +349,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, sliding_
                **kwargs):
     """Attention function in transformers' interface: (B, H, T, D) in, (B, T, H, D) out."""
     store = _CURRENT.get()
+    given, query = query.dtype, query.to(value.dtype)
     batch, all_heads, length, dim = query.shape
     heads = key.shape[1]
     grouped = query.view(batch, heads, all_heads // heads, length, dim)
@@ -361,7 +364,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, sliding_
     if s_aux is not None:  # an attention sink: a logit per head that takes part in the softmax and has no value
         sink = s_aux.view(1, heads, -1, 1, 1).to(lse.dtype)
         out = out * torch.sigmoid(lse - sink)
-    out = out.reshape(batch, all_heads, length, -1).transpose(1, 2).to(query.dtype)
+    out = out.reshape(batch, all_heads, length, -1).transpose(1, 2).to(given)
     return out.contiguous(), None
 
 

@@ -72,6 +72,17 @@ def test_properties_and_connections_can_be_used_from_the_training_thread():
         environment.connection.execute("SELECT nothing FROM nowhere")
 
 
+def test_columns_of_any_name_reach_reset():
+    class Keeps:
+        def reset(self, **row):
+            self.row = row
+
+    executor = ToolExecutor()
+    environment = on_own_thread(Keeps, executor)()
+    environment.reset(owner="ada", function="{}", args=[1], kwargs={"a": 1}, executor=2)
+    assert environment.row == {"owner": "ada", "function": "{}", "args": [1], "kwargs": {"a": 1}, "executor": 2}
+
+
 def test_instances_keep_their_class_and_share_one():
     executor = ToolExecutor()
     make = on_own_thread(Ledger, executor)

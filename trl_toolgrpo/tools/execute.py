@@ -129,7 +129,7 @@ class ToolExecutor:
             self._enqueue(Job(future, function, tool, keep=owner), owner)
         return future
 
-    def run_on_owner(self, owner: object, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run_on_owner(self, owner: object, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """
         Runs something on an owner's thread, after the calls submitted on it before, and waits without a time limit.
 

@@ -190,7 +190,7 @@ def judge(completion: list[dict[str, Any]], environment: BFCLEnvironment, row: d
             Row of the dataset.
 
     Returns:
-        [`Verdict`]: a success is one call with the published arguments. Short of that, 0.2 for a first call that
+        [`Verdict`]: a success is one call, and no other attempt, with the published arguments. Short of that, 0.2 for a first call that
         matches the schema, and up to 0.4 more for the share of its arguments that are right.
     """
     if not environment.calls:
@@ -198,5 +198,6 @@ def judge(completion: list[dict[str, Any]], environment: BFCLEnvironment, row: d
     parameters = json.loads(row["function"])["parameters"]
     ((_, accepted),) = json.loads(row["answer"]).items()
     arguments = environment.calls[0]
-    success = len(environment.calls) == 1 and matches(arguments, accepted, parameters)
+    attempts = sum(len(message.get("tool_calls") or ()) for message in completion)
+    success = attempts == 1 and matches(arguments, accepted, parameters)
     return Verdict(success, 1.0 if success else 0.2 + 0.4 * share_matched(arguments, accepted, parameters))

@@ -79,9 +79,8 @@ class ToolGRPOTrainer(AssistedWarmup, GRPOTrainer):
             `force_policy(trajectory, tools)` names the tool of a forced call; uniform by default.
 
     Raises:
-        ConfigError, DatasetError, ToolSchemaError, ToolNameError, ChatTemplateError: at construction, for arguments
-        that
-            cannot work together.
+        ConfigError, DatasetError, ToolSchemaError, ToolNameError, ChatTemplateError: at construction, for
+            arguments that cannot work together.
         LogprobMismatchError: while training, if recorded and recomputed log-probs differ beyond the tolerance.
         TrajectoryError: while training, for a rollout record that breaks its contract.
     """

@@ -190,8 +190,8 @@ def judge(completion: list[dict[str, Any]], environment: BFCLEnvironment, row: d
             Row of the dataset.
 
     Returns:
-        [`Verdict`]: a success is one call, and no other attempt, with the published arguments. Short of that, 0.2 for a first call that
-        matches the schema, and up to 0.4 more for the share of its arguments that are right.
+        [`Verdict`]: a success is one call, and no other attempt, with the published arguments. Short of that, 0.2 for
+        a first call that matches the schema, and up to 0.4 more for the share of its arguments that are right.
     """
     if not environment.calls:
         return Verdict(False, 0.0)

@@ -30,7 +30,7 @@ TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": None}
 
 class BFCLEnvironment:
     """
-    A rollout of one question: its function is the only tool, and a call of it is put on record.
+    A rollout of one question: its function is the only tool, and a call of it is put on record and ends the rollout.
 
     Attributes:
         tools (`list[Tool]`):
@@ -57,7 +57,7 @@ class BFCLEnvironment:
         described = json.loads(function)
         parameters = to_json_schema(described["parameters"])
         name = identifier(described["name"])
-        self.tools = [Tool(name, described["description"], parameters, self._record)]
+        self.tools = [Tool(name, described["description"], parameters, self._record, ends_rollout=True)]
 
     def _record(self, **arguments: Any) -> str:
         self.calls.append(arguments)
@@ -194,10 +194,11 @@ def judge(completion: list[dict[str, Any]], environment: BFCLEnvironment, row: d
         a first call that matches the schema, and up to 0.4 more for the share of its arguments that are right.
     """
     if not environment.calls:
-        return Verdict(False, 0.0)
+        return Verdict(False, 0.0, False)
     parameters = json.loads(row["function"])["parameters"]
     ((_, accepted),) = json.loads(row["answer"]).items()
     arguments = environment.calls[0]
     attempts = sum(len(message.get("tool_calls") or ()) for message in completion)
     success = attempts == 1 and matches(arguments, accepted, parameters)
-    return Verdict(success, 1.0 if success else 0.2 + 0.4 * share_matched(arguments, accepted, parameters))
+    partial = 0.2 + 0.4 * share_matched(arguments, accepted, parameters)
+    return Verdict(success, 1.0 if success else partial, True)

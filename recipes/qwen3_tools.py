@@ -29,6 +29,7 @@ from trl_toolgrpo import ToolGRPOConfig, ToolGRPOTrainer
 
 DEFAULT_CONFIG = Path(__file__).with_name("tiny_cpu.yaml")
 
+
 def read_truth(text: str) -> bool:
     """A truth value as people write it: 0, 1, true or false."""
     if text.strip().lower() not in ("0", "1", "true", "false"):
@@ -204,11 +205,14 @@ def main() -> None:
             print(f"{name}: {getattr(training, name)}", flush=True)
     trainer, scoreboard = build_trainer(build_task(recipe), recipe, training, model)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.evaluate()
+    if scoreboard.evaluations[-1].step < trainer.state.global_step:
+        trainer.evaluate()
     trainer.save_model(training.output_dir)
     trainer.end()
     if training.process_index == 0:
-        print(comparison(scoreboard.evaluations[0], scoreboard.evaluations[-1]), flush=True)
+        evaluations = scoreboard.evaluations
+        assisted = [rates for rates in evaluations[1:] if rates.step == training.assist_warmup_steps]
+        print(comparison(evaluations[0], evaluations[-1], assisted[0] if assisted else None), flush=True)
 
 
 if __name__ == "__main__":

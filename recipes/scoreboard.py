@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate.utils import gather_object
-from task import Task
+from task import Task, Verdict
 from transformers import TrainerCallback
 
 
@@ -24,10 +24,16 @@ class Rates:
             Share of the questions that succeeded.
         by_difficulty (`dict[int, float]`):
             The same for each difficulty.
+        valid_calls (`float`):
+            Share of the questions to which a call was made that matches its tool's schema.
+        step (`int`):
+            Optimizer steps taken before the evaluation.
     """
 
     overall: float
     by_difficulty: dict[int, float]
+    valid_calls: float
+    step: int = 0
 
 
 class Scoreboard(TrainerCallback):
@@ -52,7 +58,7 @@ class Scoreboard(TrainerCallback):
         self.evaluations: list[Rates] = []
         self.sample: tuple | None = None
         self._judge = task.judge
-        self._held_out: list[tuple[str, int, bool]] = []
+        self._held_out: list[tuple[str, int, Verdict]] = []
 
     def __call__(
         self, prompts: list, completions: list, environments: list, log_metric: Any, **columns: Any
@@ -67,46 +73,59 @@ class Scoreboard(TrainerCallback):
         ]
         for row, verdict in zip(rows, verdicts, strict=True):
             if row["split"] == "held_out":
-                self._held_out.append((row["row_id"], row["difficulty"], verdict.success))
+                self._held_out.append((row["row_id"], row["difficulty"], verdict))
         if rows[0]["split"] == "train":
             self.sample = prompts[0], completions[0], verdicts[0]
         log_metric("success", sum(verdict.success for verdict in verdicts) / size)
+        log_metric("valid_calls", sum(verdict.valid_call for verdict in verdicts) / size)
         return [verdict.reward for verdict in verdicts]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluate where an assisted warm-up ends."""
+        if state.global_step == args.assist_warmup_steps:
+            control.should_evaluate = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Turn what was recorded since the last evaluation into rates, over all processes."""
         records, self._held_out = gather_object(self._held_out), []
         if records:
-            self.evaluations.append(success_rates(records))
+            self.evaluations.append(success_rates(records, state.global_step))
 
 
-def success_rates(records: list[tuple[str, int, bool]]) -> Rates:
+def success_rates(records: list[tuple[str, int, Verdict]], step: int = 0) -> Rates:
     """
     Rates of the given rollouts.
 
     Args:
-        records (`list[tuple[str, int, bool]]`):
-            Row id, difficulty and success of each rollout. A row that several processes were given, because the last
+        records (`list[tuple[str, int, Verdict]]`):
+            Row id, difficulty and verdict of each rollout. A row that several processes were given, because the last
             batch was filled up, counts once.
+        step (`int`, *optional*, defaults to `0`):
+            Optimizer steps taken before.
 
     Returns:
         [`Rates`]: the rates.
     """
-    rows = {row_id: (difficulty, success) for row_id, difficulty, success in reversed(records)}
+    rows = {row_id: (difficulty, verdict) for row_id, difficulty, verdict in reversed(records)}
     groups = defaultdict(list)
-    for difficulty, success in rows.values():
-        groups[difficulty].append(success)
-    overall = sum(success for _, success in rows.values()) / len(rows)
-    return Rates(overall, {difficulty: sum(group) / len(group) for difficulty, group in sorted(groups.items())})
+    for difficulty, verdict in rows.values():
+        groups[difficulty].append(verdict.success)
+    overall = sum(verdict.success for _, verdict in rows.values()) / len(rows)
+    valid_calls = sum(verdict.valid_call for _, verdict in rows.values()) / len(rows)
+    by_difficulty = {difficulty: sum(group) / len(group) for difficulty, group in sorted(groups.items())}
+    return Rates(overall, by_difficulty, valid_calls, step)
 
 
-def comparison(before: Rates, after: Rates) -> str:
+def comparison(before: Rates, after: Rates, assisted: Rates | None = None) -> str:
     """
-    The last lines of a run: the rates by difficulty, then overall.
+    The last lines of a run: the rates by difficulty, then overall; of a run with an assisted warm-up also the rate of
+    valid calls and the accuracy before it, after it and at the end.
 
     Args:
         before, after ([`Rates`]):
             Rates before and after training.
+        assisted ([`Rates`], *optional*):
+            Rates at the end of the assisted warm-up.
 
     Returns:
         `str`: the lines, without a newline at the end.
@@ -115,4 +134,9 @@ def comparison(before: Rates, after: Rates) -> str:
         f"difficulty {difficulty}: {rate:.2f} -> {after.by_difficulty[difficulty]:.2f}"
         for difficulty, rate in before.by_difficulty.items()
     ]
-    return "\n".join([*lines, f"held-out success: {before.overall:.2f} -> {after.overall:.2f}"])
+    lines.append(f"held-out success: {before.overall:.2f} -> {after.overall:.2f}")
+    if assisted is not None:
+        stages = (before, assisted, after)
+        lines.append("valid-call rate: " + " -> ".join(f"{rates.valid_calls:.2f}" for rates in stages))
+        lines.append("accuracy: " + " -> ".join(f"{rates.overall:.2f}" for rates in stages))
+    return "\n".join(lines)

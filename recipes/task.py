@@ -20,10 +20,13 @@ class Verdict:
             Whether the rollout did all that was asked, and nothing else. This is what a recipe reports.
         reward (`float`):
             What the policy is trained on: 1 for a success, less for part of the way.
+        valid_call (`bool`):
+            Whether a call was made that matches its tool's schema, right or wrong.
     """
 
     success: bool
     reward: float
+    valid_call: bool
 
 
 @dataclass(frozen=True)

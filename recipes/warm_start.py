@@ -1,8 +1,8 @@
 """Supervised training of the tiny model on scripted conversations, before any reinforcement learning.
 
 Owns the demonstrations and the training loop; fed by `workspace.py`, used by `tiny_model.py`. The demonstrator is
-careless: after any call but the last it may stop and answer with whatever the call returned. So the model starts with
-all the skills and the demonstrator's bad habit, which is what GRPO is to train away.
+careless: often it stops before the last call and answers with whatever the one before returned. So the model starts
+with all the skills and the demonstrator's bad habit, which is what GRPO is to train away.
 """
 
 import json
@@ -28,7 +28,7 @@ class WarmStart:
         demonstrations (`int`, *optional*):
             Number of conversations.
         slip_rate (`float`, *optional*):
-            Probability that the demonstrator stops early after a call.
+            Share of the conversations of two calls and more in which the demonstrator stops early.
         steps (`int`, *optional*):
             Optimizer steps.
         tools_every (`int`, *optional*):
@@ -40,8 +40,8 @@ class WarmStart:
             Peak of the learning rate, which falls linearly to a tenth.
     """
 
-    demonstrations: int = 3000
-    slip_rate: float = 0.55
+    demonstrations: int = 6000
+    slip_rate: float = 0.68
     steps: int = 700
     tools_every: int = 4
     batch_size: int = 16
@@ -56,7 +56,7 @@ def demonstrate(row: dict[str, Any], slip_rate: float, seed: int = 0) -> list[di
         row (`dict`):
             Row of `workspace.build_workspace`.
         slip_rate (`float`):
-            Probability to stop early after each call but the last.
+            Probability to stop early, after a call chosen uniformly from all but the last.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the slips, together with the row's id.
 
@@ -67,14 +67,16 @@ def demonstrate(row: dict[str, Any], slip_rate: float, seed: int = 0) -> list[di
     environment = WorkspaceEnvironment()
     environment.reset(**row)
     messages, answer, plan = list(row["prompt"]), row["answer"], json.loads(row["plan"])
-    for number, (name, arguments) in enumerate(plan, start=1):
+    calls = len(plan)
+    if calls > 1 and randomness.random() < slip_rate:
+        calls = randomness.randint(1, calls - 1)
+    for name, arguments in plan[:calls]:
         call = {"type": "function", "function": {"name": name, "arguments": arguments}}
         messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
         result = getattr(environment, name)(**arguments)
         messages.append({"role": "tool", "name": name, "content": json.dumps(result)})
-        if number < len(plan) and randomness.random() < slip_rate:
-            answer = str(list(result.values())[-1])
-            break
+    if calls < len(plan):
+        answer = str(list(result.values())[-1])
     return [*messages, {"role": "assistant", "content": answer}]
 
 

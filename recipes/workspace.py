@@ -192,7 +192,7 @@ def judge(completion: list[dict[str, Any]], environment: WorkspaceEnvironment, r
     wanted = [(step[1]["recipient"], step[1]["text"]) for step in plan if step[0] == "send_slack_message"]
     right = answers(final_answer(completion), row["answer"], row["employees"], row["subject"])
     success = right and environment.outbox == wanted
-    return Verdict(success, 1.0 if success else 0.5 * done / len(plan))
+    return Verdict(success, 1.0 if success else 0.5 * done / len(plan), bool(environment.calls))
 
 
 def answers(text: str, expected: str, employees: list[dict[str, Any]], subject: str) -> bool:

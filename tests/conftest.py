@@ -144,7 +144,7 @@ class ScriptedSampler:
     def busy(self):
         return bool(self.queue)
 
-    def extend(self, row, token_ids, max_new_tokens):
+    def extend(self, row, token_ids, max_new_tokens, constraint=None):
         self.histories[row] += token_ids
         self.queue.append((row, max_new_tokens))
 

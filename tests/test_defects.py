@@ -449,7 +449,7 @@ class Silent:
     def busy(self):
         return bool(self.queue)
 
-    def extend(self, row, token_ids, max_new_tokens):
+    def extend(self, row, token_ids, max_new_tokens, constraint=None):
         self.queue.append(row)
 
     def step(self):

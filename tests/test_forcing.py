@@ -8,6 +8,7 @@ from conftest import MAKE_SAMPLER, TEMPLATES, ScriptedSampler, chat_tokenizer, c
 from trl.chat_template_utils import add_response_schema, supports_tool_calling
 
 from trl_toolgrpo import ChatTemplateError, ConfigError, Tool, ToolCall, ToolGRPOTrainer, ToolNameError, Turn
+from trl_toolgrpo.checks import training_steps
 from trl_toolgrpo.losses import assisted_loss, assisted_rows, calling_tokens
 from trl_toolgrpo.rollout.chat import ToolChat
 from trl_toolgrpo.rollout.forcing import CallPrefixes, Forcing
@@ -98,14 +99,15 @@ def test_the_draw_keeps_to_its_rate_and_policy():
     prefixes = CallPrefixes(chat_of("qwen3_instruct_2507"))
     trajectory = Trajectory([1], [], [], [], [], [], "stop")
     tools = {"lookup": as_tool(lookup), "other": Tool("other", "", {"type": "object", "properties": {}}, lambda: 1)}
-    drawn = [bool(Forcing(prefixes, 0.3, "call", seed, None).begin_turn(trajectory, tools)) for seed in range(2000)]
+    forcings = [Forcing(prefixes, 0.3, "call", seed, None) for seed in range(2000)]
+    drawn = [bool(forcing.begin_turn(trajectory, tools).token_ids) for forcing in forcings]
     assert sum(drawn) / len(drawn) == pytest.approx(0.3, abs=0.04)
     names = Forcing(prefixes, 1.0, "name", 0, None)
-    seen = [tuple(names.begin_turn(trajectory, tools)) for _ in range(200)]
+    seen = [tuple(names.begin_turn(trajectory, tools).token_ids) for _ in range(200)]
     assert set(seen) == {tuple(prefixes.tokens("lookup")), tuple(prefixes.tokens("other"))}
-    assert Forcing(prefixes, 1.0, "call", 0, None).begin_turn(trajectory, {}) == []
+    assert Forcing(prefixes, 1.0, "call", 0, None).begin_turn(trajectory, {}).token_ids == []
     chosen = Forcing(prefixes, 1.0, "name", 0, lambda trajectory, tools: tools[-1].name)
-    assert chosen.begin_turn(trajectory, tools) == prefixes.tokens("other")
+    assert chosen.begin_turn(trajectory, tools).token_ids == prefixes.tokens("other")
     with pytest.raises(ToolNameError, match="nobody"):
         Forcing(prefixes, 1.0, "name", 0, lambda trajectory, tools: "nobody").begin_turn(trajectory, tools)
 
@@ -159,7 +161,7 @@ GOES_ON = '\n{"name": "lookup", "arguments": {"name": "ada"}}\n</tool_call><|im_
 class GoesOn(ScriptedSampler):
     """Goes on from a forced marker with a call, and answers in words where nothing is forced."""
 
-    def extend(self, row, token_ids, max_new_tokens):
+    def extend(self, row, token_ids, max_new_tokens, constraint=None):
         marker = self.tokenizer.convert_tokens_to_ids("<tool_call>")
         text = GOES_ON if list(token_ids)[-1:] == [marker] else "I do not know.<|im_end|>"
         self.turns[row] = iter([text])
@@ -324,7 +326,7 @@ def test_evaluation_is_never_forced(tmp_path, monkeypatch):
     [
         ({"force_rate": 1.5}, "between 0 and 1"),
         ({"force_rate": 0.5, "record_sample_logprobs": False}, "record_sample_logprobs"),
-        ({"force_level": "schema"}, "force_level='schema'.*call, name"),
+        ({"force_level": "body"}, "force_level='body'.*call, name, schema"),
         ({"assist_warmup_steps": 3, "num_iterations": 2, "max_steps": 8}, "multiple of 2"),
         ({"assist_warmup_steps": 9, "max_steps": 8}, "longer than training"),
         ({"assist_warmup_steps": -1}, "negative"),
@@ -333,6 +335,39 @@ def test_evaluation_is_never_forced(tmp_path, monkeypatch):
 def test_arguments_that_cannot_work_are_refused(tmp_path, changes, words):
     with pytest.raises(ConfigError, match=words):
         config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_train_epochs": 2},
+        {"num_train_epochs": 0.5},
+        {"num_train_epochs": 3, "num_iterations": 2, "gradient_accumulation_steps": 2},
+        {"num_train_epochs": 1, "steps_per_generation": 3, "gradient_accumulation_steps": 2},
+    ],
+)
+def test_a_warm_up_longer_than_the_epochs_is_refused(tmp_path, monkeypatch, changes):
+    options = {"max_steps": -1, "gradient_accumulation_steps": 1, **changes}
+    trainer, _ = make(tmp_path, monkeypatch, **options)
+    length = len(trainer.get_train_dataloader())
+    steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    assert steps == training_steps(trainer.args, 16) and length > 0
+    batch = trainer.args.steps_per_generation * trainer.args.num_iterations
+    longer = steps * batch + batch  # a multiple of the steps of a rollout batch, and more than there are
+    with pytest.raises(ConfigError, match=rf"{longer}.*are {steps} optimizer steps"):
+        make(tmp_path, monkeypatch, assist_warmup_steps=longer, **options)
+
+
+def test_the_schedule_survives_a_resume(tmp_path, monkeypatch):
+    options = {"force_rate": 1.0, "assist_warmup_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer, _ = make(tmp_path, monkeypatch, **options)
+    trainer.train()
+    assert [log["forced/fraction"] > 0 for log in logs_of(trainer)] == [True, True, False, False]
+    for step, expected in ((1, [True, False, False]), (2, [False, False])):
+        resumed, kept = make(tmp_path, monkeypatch, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert [log["forced/fraction"] > 0 for log in logs_of(resumed)[step:]] == expected
+        assert [("assist_mask" in output) for output, _ in kept] == expected
 
 
 def test_forcing_without_tools_is_refused(tmp_path, monkeypatch):

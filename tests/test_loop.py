@@ -132,6 +132,18 @@ def test_call_is_answered_and_the_answer_is_read(executor):
     assert second.tool_calls == second.tool_results == []
 
 
+def test_a_tool_may_end_the_rollout_when_it_succeeds(executor):
+    submit = tool("submit", lambda a, b: f"took {a + b}", ADD, ends_rollout=True)
+    wrong, right = call("submit", a=1, b="two") + END, call("submit", a=1, b=2) + END
+    rollout = one(executor, [wrong, right, f"never written{END}"], tools=(submit,))
+    assert roles(rollout) == ["assistant", "tool", "assistant"]  # the call that failed is answered
+    assert rollout.trajectory.stop_reason == "stop" and not rollout.trajectory.truncated
+    assert [r.content for r in rollout.trajectory.turns[-1].tool_results] == ["took 3"]
+    assert rollout.trajectory.completion_ids[-len(encode(right)) :] == encode(right)
+    both = one(executor, [call("add", a=1, b=1) + right, f"never written{END}"], tools=(add, submit))
+    assert roles(both) == ["assistant"] and len(both.trajectory.turns[0].tool_results) == 2
+
+
 def test_nothing_but_a_stop_token_is_an_empty_answer(executor):
     rollout = one(executor, [END])
     assert rollout.trajectory.stop_reason == "stop" and rollout.messages == [{"role": "assistant", "content": ""}]

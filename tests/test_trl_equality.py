@@ -497,8 +497,19 @@ def count_scoring(monkeypatch):
         passes.append(model)
         return original(self, model, *args, **kwargs)
 
+    packed = ToolGRPOTrainer._score_packed
+
+    def counted_packed(self, model, *args):
+        passes.append(model)
+        return packed(self, model, *args)
+
     monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", counted)
+    monkeypatch.setattr(ToolGRPOTrainer, "_score_packed", counted_packed)
     return passes
+
+
+TRIAL = 2
+"""Passes that the first batch costs once: it is scored with shared prompts and without, to compare."""
 
 
 NOT_ALIGNED = {"num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 1, "max_steps": 4}
@@ -521,7 +532,7 @@ def test_no_scoring_pass(monkeypatch, tmp_path, beta, lora):
         trainer.train()
         counts.append(len(passes))
     references = int(beta > 0)
-    assert counts == [4 + references, 4 + references + 1]
+    assert counts == [4 + references + TRIAL, 4 + references + 1]
 
 
 def test_self_check_costs_one_pass(monkeypatch, tmp_path):
@@ -531,7 +542,7 @@ def test_self_check_costs_one_pass(monkeypatch, tmp_path):
         trainer = make_trainer(ToolGRPOTrainer, tmp_path, chat_tokenizer(), **options)
         passes.clear()
         trainer.train()
-        assert len(passes) == 4 + extra
+        assert len(passes) == 4 + extra + TRIAL
 
 
 @pytest.mark.parametrize("aligned", [True, False])

@@ -5,8 +5,10 @@ import json
 import sqlite3
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from transformers import TrainerControl, TrainerState
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
@@ -106,20 +108,20 @@ def test_reset_opens_a_fresh_database(workspace):
 def test_a_message_is_part_of_the_success(workspace):
     workspace.find_employee("Ada Chen")
     workspace.get_salary(101)
-    assert verdict(workspace, SLACK, "52000") == Verdict(False, pytest.approx(0.5 * 2 / 3))  # nothing was sent
+    assert verdict(workspace, SLACK, "52000") == Verdict(False, pytest.approx(0.5 * 2 / 3), True)  # nothing was sent
     workspace.send_slack_message("Hugo Lund", "52000")
-    assert verdict(workspace, SLACK, "52000") == Verdict(True, 1.0)
-    assert verdict(workspace, SLACK, "48000") == Verdict(False, 0.5)
-    assert verdict(workspace, SLACK, None) == Verdict(False, 0.5)
+    assert verdict(workspace, SLACK, "52000") == Verdict(True, 1.0, True)
+    assert verdict(workspace, SLACK, "48000") == Verdict(False, 0.5, True)
+    assert verdict(workspace, SLACK, None) == Verdict(False, 0.5, True)
     workspace.send_slack_message("Hugo Lund", "52000")
-    assert verdict(workspace, SLACK, "52000") == Verdict(False, 0.5)  # sent twice
+    assert verdict(workspace, SLACK, "52000") == Verdict(False, 0.5, True)  # sent twice
 
 
 def test_a_message_to_the_wrong_person_is_a_failure(workspace):
     workspace.send_slack_message("Mira Holt", "52000")
-    assert verdict(workspace, SLACK, "52000") == Verdict(False, 0.0)
+    assert verdict(workspace, SLACK, "52000") == Verdict(False, 0.0, True)
     workspace.find_employee("Ada Chen")
-    assert verdict(workspace, ID, "101") == Verdict(False, 0.5)  # none was to be sent
+    assert verdict(workspace, ID, "101") == Verdict(False, 0.5, True)  # none was to be sent
 
 
 def test_progress_counts_the_dependent_calls_in_order(workspace):
@@ -189,7 +191,7 @@ def test_every_question_is_answered_by_its_plan_and_by_no_shorter_one():
             assert all(str(value) in " ".join(values) for value in arguments.values())
             values.append(json.dumps(getattr(environment, name)(**arguments)))
         assert row["answer"] in " ".join(values) and row["answer"] not in " ".join(values[: min(len(plan), 2)])
-        assert judge([{"role": "assistant", "content": row["answer"]}], environment, row) == Verdict(True, 1.0)
+        assert judge([{"role": "assistant", "content": row["answer"]}], environment, row) == Verdict(True, 1.0, True)
 
 
 def test_the_public_methods_are_the_tools():
@@ -236,16 +238,17 @@ def test_scoreboard_rewards_records_and_reports():
         )
 
     assert score(list(task.train), [True, False, True, True, False]) == [1.0, 0.5, 1.0, 1.0, 0.5]
-    assert logged == {"success": 0.6}
-    assert scoreboard.sample[2] == Verdict(True, 1.0)
-    scoreboard.on_evaluate(None, None, None)
+    assert logged == {"success": 0.6, "valid_calls": 1.0}
+    assert scoreboard.sample[2] == Verdict(True, 1.0, True)
+    scoreboard.on_evaluate(None, TrainerState(), None)
     assert scoreboard.evaluations == []  # training rollouts are on no record
     score(list(task.held_out), [True, False, True, True, False])
-    scoreboard.on_evaluate(None, None, None)
+    scoreboard.on_evaluate(None, TrainerState(global_step=0), None)
     score(list(task.held_out), [True] * 5)
-    scoreboard.on_evaluate(None, None, None)
+    scoreboard.on_evaluate(None, TrainerState(global_step=4), None)
     before, after = scoreboard.evaluations
-    assert before == Rates(0.6, {1: 1.0, 2: 0.5, 3: 0.5}) and after == Rates(1.0, {1: 1.0, 2: 1.0, 3: 1.0})
+    assert before == Rates(0.6, {1: 1.0, 2: 0.5, 3: 0.5}, 1.0, 0)
+    assert after == Rates(1.0, {1: 1.0, 2: 1.0, 3: 1.0}, 1.0, 4)
     assert comparison(before, after).splitlines() == [
         "difficulty 1: 1.00 -> 1.00",
         "difficulty 2: 0.50 -> 1.00",
@@ -254,6 +257,27 @@ def test_scoreboard_rewards_records_and_reports():
     ]
 
 
+def test_an_assisted_run_also_tells_of_its_stages():
+    before, assisted, after = Rates(0.0, {1: 0.0}, 0.1), Rates(0.25, {1: 0.25}, 0.9), Rates(0.5, {1: 0.5}, 1.0)
+    assert comparison(before, after, assisted).splitlines() == [
+        "difficulty 1: 0.00 -> 0.50",
+        "held-out success: 0.00 -> 0.50",
+        "valid-call rate: 0.10 -> 0.90 -> 1.00",
+        "accuracy: 0.00 -> 0.25 -> 0.50",
+    ]
+
+
+def test_an_evaluation_falls_on_the_end_of_the_assisted_warm_up():
+    scoreboard = Scoreboard(build_workspace(5, 5))
+    asked = []
+    for step in range(1, 5):
+        control = TrainerControl()
+        scoreboard.on_step_end(SimpleNamespace(assist_warmup_steps=3), TrainerState(global_step=step), control)
+        asked.append(control.should_evaluate)
+    assert asked == [False, False, True, False]
+
+
 def test_a_row_that_two_processes_scored_counts_once():
-    rates = success_rates([("a", 1, True), ("b", 2, False), ("c", 2, True), ("a", 1, False)])
-    assert rates == Rates(pytest.approx(2 / 3), {1: 1.0, 2: 0.5})
+    right, called, silent = Verdict(True, 1.0, True), Verdict(False, 0.2, True), Verdict(False, 0.0, False)
+    rates = success_rates([("a", 1, right), ("b", 2, silent), ("c", 2, right), ("a", 1, called)], 7)
+    assert rates == Rates(pytest.approx(2 / 3), {1: 1.0, 2: 0.5}, pytest.approx(2 / 3), 7)

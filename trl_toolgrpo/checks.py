@@ -7,6 +7,7 @@ trainer.
 import itertools
 import json
 import logging
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -47,7 +48,15 @@ def check_dataset(name: str, dataset: Any, has_tools: bool, has_environment: boo
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise DatasetError(f"You passed `{name}` without a single row. Pass a data set that has prompts in it.")
     columns = dataset.column_names or list(next(iter(_rows(dataset, 1)), {}))
+    if "tools" in columns and not (has_tools or has_environment):
+        logger.warning(
+            "`%s` has a column `tools`, but you passed neither `tools` nor an `environment_factory`: no tool is shown "
+            "to the policy and none can be called.",
+            name,
+        )
     if "prompt" not in columns and not has_environment:
         raise DatasetError(
             f"You passed `{name}` with the columns {', '.join(columns) or '(none)'}, and none of them is `prompt`. "
@@ -77,17 +86,28 @@ def check_tool_names(name: str, dataset: Any, tools: Sequence[Tool]) -> None:
     known = {*(dataset.column_names or ()), *itertools.chain.from_iterable(_parameters(tool) for tool in tools)}
     rows = list(_rows(dataset, ROWS_CHECKED))
     for row in rows:
-        check_tool_columns(_listed(row.get("tools")), names)
+        check_tool_columns([*_listed(row.get("tools")), *_called(row.get("prompt"))], names)
     for warning in check_tool_mentions(_texts(rows), names, known):
         logger.warning("`%s`: %s", name, warning)
 
 
-def check_forcing(args: Any, recording: bool, has_tools: bool) -> None:
+def check_forcing(args: Any, recording: bool, has_tools: bool, train_dataset: Any = None) -> None:
     """
-    Check that forcing, where asked for, can act.
+    Check that forcing, where asked for, can act, and that training outlasts it.
+
+    Args:
+        args ([`ToolGRPOConfig`]):
+            Configuration.
+        recording (`bool`):
+            Whether rollouts are this package's own.
+        has_tools (`bool`):
+            Whether they have tools.
+        train_dataset (`Dataset`, *optional*):
+            What `num_train_epochs` counts.
 
     Raises:
-        ConfigError: for `force_rate` above 0 without tools, or on a path that is not this package's.
+        ConfigError: for `force_rate` above 0 without tools or on a path that is not this package's, and for a
+            warm-up longer than training.
     """
     if args.force_rate > 0 and not has_tools:
         raise ConfigError(
@@ -99,6 +119,29 @@ def check_forcing(args: Any, recording: bool, has_tools: bool) -> None:
             "You passed `force_rate` or `assist_warmup_steps` with rollouts of TRL's own (`use_vllm`, `rollout_func` "
             "or `record_sample_logprobs=False`), which do not know which tokens were forced. Leave them out."
         )
+    if args.assist_warmup_steps > 0 and args.max_steps < 0 and hasattr(train_dataset, "__len__"):
+        steps = training_steps(args, len(train_dataset))
+        if args.assist_warmup_steps > steps:
+            raise ConfigError(
+                f"You passed `assist_warmup_steps={args.assist_warmup_steps}`, but {args.num_train_epochs:g} epochs "
+                f"of {len(train_dataset)} rows are {steps} optimizer steps: the warm-up would be longer than "
+                f"training. Lower it, or train longer."
+            )
+
+
+def training_steps(args: Any, rows: int) -> int:
+    """
+    Optimizer steps in `num_train_epochs` epochs, as TRL counts them.
+
+    Args:
+        args (`GRPOConfig`):
+            Batch sizes and epochs.
+        rows (`int`):
+            Rows of the training dataset.
+    """
+    rollout_batches = rows // (args.generation_batch_size // args.num_generations)
+    micro_batches = rollout_batches * args.steps_per_generation * args.num_iterations
+    return math.ceil(args.num_train_epochs * max(math.ceil(micro_batches / args.gradient_accumulation_steps), 1))
 
 
 def warn_of_dropout(model: torch.nn.Module, disabled: bool) -> None:
@@ -150,6 +193,16 @@ def _texts(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 def _parameters(tool: Tool) -> Collection[str]:
     return (tool.parameters.get("properties") or {}).keys()
+
+
+def _called(prompt: Any) -> list[str]:
+    """Names of the tools that the messages of a prompt call already."""
+    calls = [
+        call
+        for message in (prompt if isinstance(prompt, list) else ())
+        for call in message.get("tool_calls") or ()
+    ]
+    return _listed(calls)
 
 
 def _listed(tools: Any) -> list[str]:

@@ -14,7 +14,7 @@ from .errors import ConfigError
 
 
 ROLLOUT_BACKENDS = ("transformers", "vllm")
-FORCE_LEVELS = ("call", "name")
+FORCE_LEVELS = ("call", "name", "schema")
 LOGPROB_CHECKS = ("first", "always", "off")
 
 # Values at which a sampling option leaves the full softmax of logits / temperature as it is
@@ -65,7 +65,8 @@ class ToolGRPOConfig(GRPOConfig):
             Share of assistant turns that are made to begin with a tool call, where forcing is allowed at all.
         force_level (`str`, *optional*, defaults to `"call"`):
             What is forced: `"call"`, the template's call-opening marker alone; `"name"`, everything through a tool's
-            name.
+            name; `"schema"`, a whole turn of one call, its arguments constrained to the tool's JSON schema (needs the
+            extra `schema`).
         assist_warmup_steps (`int`, *optional*, defaults to `0`):
             The first optimizer steps are assisted: forcing is on, the loss is supervised on the calls of the better
             rollouts, and there is no policy gradient. A multiple of the optimizer steps per rollout batch.
@@ -136,7 +137,8 @@ class ToolGRPOConfig(GRPOConfig):
     force_level: str = field(
         default="call",
         metadata={
-            "help": "What is forced: the call-opening marker alone, or everything through a tool's name.",
+            "help": "What is forced: the call-opening marker alone, everything through a tool's name, or a whole "
+            "call constrained to the tool's JSON schema.",
             "choices": list(FORCE_LEVELS),
         },
     )
@@ -199,6 +201,12 @@ def check_fields(config: ToolGRPOConfig) -> None:
     ):
         if not isinstance(getattr(config, name), int) or getattr(config, name) < least:
             raise ConfigError(f"You passed `{name}={getattr(config, name)!r}`; it must be at least {least}.")
+    iterations = config.max_tool_calling_iterations
+    if iterations is not None and iterations < 0:
+        raise ConfigError(
+            f"You passed `max_tool_calling_iterations={iterations}`; it is the number of turns whose calls are "
+            f"answered. Pass 0 or more, or None for no limit."
+        )
     for name in ("tool_timeout", "logprob_check_tolerance"):
         value = getattr(config, name)
         if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):

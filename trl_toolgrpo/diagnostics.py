@@ -165,7 +165,12 @@ def check_logprobs(
 
 
 def rollout_counts(
-    trajectories: Sequence[Trajectory], seconds: float, tool_wait: float, invalid: int, tool_names: Sequence[str] = ()
+    trajectories: Sequence[Trajectory],
+    seconds: float,
+    tool_wait: float,
+    invalid: int,
+    tool_names: Sequence[str] = (),
+    unconstrained: int = 0,
 ) -> dict[str, Any]:
     """
     Figures of one process's rollouts that can be added up over processes; see [`rollout_metrics`].
@@ -179,6 +184,8 @@ def rollout_counts(
             Rollouts whose record broke its contract.
         tool_names (`Sequence[str]`, *optional*):
             Tools that are reported even if nobody called them.
+        unconstrained (`int`, *optional*, defaults to `0`):
+            Forced bodies left free because their schema cannot be satisfied.
     """
     stops = dict.fromkeys(STOP_REASONS, 0)
     tools: dict[str, dict[str, Any]] = {name: _no_calls() for name in tool_names}
@@ -213,6 +220,7 @@ def rollout_counts(
         "unknown": unknown,
         "malformed": malformed,
         "invalid": invalid,
+        "unconstrained": unconstrained,
     }
 
 
@@ -246,6 +254,8 @@ def rollout_metrics(counts: Sequence[dict[str, Any]], with_tools: bool) -> dict[
         found[f"rollout/stop/{reason}"] = sum(part["stops"][reason] for part in counts) / rollouts
     if total("invalid"):
         found["rollout/invalid"] = total("invalid")
+    if total("unconstrained"):
+        found["forced/unconstrained"] = total("unconstrained")
     if not with_tools:
         return found
     found["tools/unknown_calls"], found["tools/malformed_calls"] = total("unknown"), total("malformed")

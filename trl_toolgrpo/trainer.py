@@ -43,6 +43,7 @@ from .rollout.forcing import ForcePolicy
 from .rollout.loop import RolloutRequest
 from .rollout.parsing import add_missing_response_template
 from .rollout.sampler import scoring_mode
+from .scoring import SharedPromptScoring
 from .tools.environments import on_own_thread
 from .tools.execute import ToolExecutor
 from .tools.prompt import PromptTool
@@ -56,7 +57,7 @@ _NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}}
 _TOOL_OF_RESET = Tool("tool", "Known once the environment is reset.", _NO_ARGUMENTS, lambda: None)
 
 
-class ToolGRPOTrainer(AssistedWarmup, GRPOTrainer):
+class ToolGRPOTrainer(AssistedWarmup, SharedPromptScoring, GRPOTrainer):
     """
     Drop-in for TRL's [`~trl.GRPOTrainer`] (arXiv 2402.03300) that trains a policy to call tools.
 
@@ -117,7 +118,7 @@ class ToolGRPOTrainer(AssistedWarmup, GRPOTrainer):
             check_dataset(name, dataset, bool(tools), environment_factory is not None)
         # Whether rollouts are this package's own; vLLM, a `rollout_func` and multimodal models take TRL's way
         self._recording = args.record_sample_logprobs and not args.use_vllm and rollout_func is None
-        check_forcing(args, self._recording, bool(tools or environment_factory))
+        check_forcing(args, self._recording, bool(tools or environment_factory), train_dataset)
         self._toolset = ToolSet(tools)
         executor = None
         trl_tools: list[Any] = [PromptTool(tool) if isinstance(tool, Tool) else tool for tool in tools or []]
@@ -164,6 +165,7 @@ class ToolGRPOTrainer(AssistedWarmup, GRPOTrainer):
             self._recording = False
             logger.warning("The model is multimodal: its rollouts take TRL's path, and no log-prob is recorded.")
         if not self._recording:
+            self._packs = False  # TRL's own path, unchanged
             return
         if self.use_transformers_continuous_batching:
             logger.warning("`use_transformers_continuous_batching` has no effect: the sampler batches by itself.")
@@ -256,7 +258,8 @@ class ToolGRPOTrainer(AssistedWarmup, GRPOTrainer):
         metrics = self._metrics["train" if self.model.training else "eval"]
         trajectories, stats = batch.trajectories, batch.stats
         names = [tool.name for tool in self._toolset.known]
-        counts = rollout_counts(trajectories, stats.seconds, stats.tool_wait_seconds, sum(batch.invalid), names)
+        times = stats.seconds, stats.tool_wait_seconds
+        counts = rollout_counts(trajectories, *times, sum(batch.invalid), names, batch.unconstrained)
         for name, value in rollout_metrics(gather_object([counts]), bool(self.tools)).items():
             metrics[name].append(value)
         found = torch.tensor([[float(sum(t.tool_mask)), t.truncated] for t in trajectories])

@@ -139,14 +139,15 @@ class ToolChat:
         stop = self.tokenizer.decode([last_id])
         if last_id in self.stop_ids and stop in zone:
             return zone[zone.index(stop) + len(stop) :], stop
-        ends = [zone.index(text) for text in self._stop_texts if text in zone]
+        ends = [zone.index(text) for text in self.stop_texts if text in zone]
         if ends:
             return zone[min(ends) :], ""
         closing = self._call_close.search(zone)
         return (zone[closing.end() :], "") if closing else (zone, "")
 
     @functools.cached_property
-    def _stop_texts(self) -> list[str]:
+    def stop_texts(self) -> list[str]:
+        """Text of the tokens that end a turn."""
         return [self.tokenizer.decode([id]) for id in sorted(self.stop_ids)]
 
     @functools.cached_property
@@ -160,6 +161,15 @@ class ToolChat:
     def encode(self, text: str) -> list[int]:
         """Tokens of template text, control tokens included."""
         return self._encode(text)
+
+    def pieces(self, text: str) -> list[str | int]:
+        """Template text in order: control tokens as their ids, the text between them as it is."""
+        found: list[str | int] = []
+        place = 0
+        for match in self._control.finditer(text) if self._control else ():
+            found += [text[place : match.start()], self.tokenizer.convert_tokens_to_ids(match.group())]
+            place = match.end()
+        return [piece for piece in (*found, text[place:]) if piece != ""]
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
@@ -217,6 +227,18 @@ class ToolChat:
         call = {"type": "function", "id": results[0]["tool_call_id"], "function": function}
         assistant: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
         return self.render([{"role": "user", "content": "dummy"}, assistant, *results], add_generation_prompt=True)
+
+    def render_call(self, name: str, arguments: dict[str, Any]) -> str:
+        """Text of a dummy conversation that ends on one call."""
+        function: dict[str, Any] = {"name": name, "arguments": arguments}
+        call = {"type": "function", "function": function}
+        assistant: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
+        messages = [{"role": "user", "content": "dummy"}, assistant]
+        try:
+            return self.render(messages)
+        except TypeError:  # templates that concatenate the arguments as text (DeepSeek-V3)
+            function["arguments"] = json.dumps(arguments)
+            return self.render(messages)
 
     def render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         """Text of a conversation under the template and its arguments."""

@@ -22,6 +22,7 @@ from ..tools.execute import ToolExecutor
 from ..trajectory import Trajectory
 from .backends import make_sampler, unsupported_reason
 from .chat import ToolChat
+from .constraint import CallConstraints
 from .forcing import CallPrefixes, ForcePolicy, Forcing
 from .loop import Rollout, RolloutLimits, RolloutLoop, RolloutRequest, RolloutStats
 
@@ -82,11 +83,14 @@ class RolloutBatch:
             Where the time went.
         invalid (`list[bool]`):
             Rollouts whose record broke its contract and that were masked out.
+        unconstrained (`int`):
+            Forced calls at level `"schema"` whose body was left free, since the schema cannot be satisfied.
     """
 
     rollouts: list[Rollout]
     stats: RolloutStats
     invalid: list[bool] = field(default_factory=list)
+    unconstrained: int = 0
 
     @property
     def trajectories(self) -> list[Trajectory]:
@@ -157,6 +161,9 @@ class RolloutEngine:
         self._force_policy = force_policy
         forces = args.force_rate > 0 and chat is not None
         self._prefixes = CallPrefixes(chat) if forces and chat is not None else None
+        self._constraints: CallConstraints | None = None
+        if self._prefixes is not None and chat is not None and args.force_level == "schema":
+            self._constraints = CallConstraints(chat)
 
     def run(
         self,
@@ -196,6 +203,8 @@ class RolloutEngine:
             forcing = self._forcing() if force else None
             loop = RolloutLoop(session, requests, self.limits, self.chat, self.executor, forcing)
             batch = RolloutBatch(loop.run(), loop.stats)
+        if self._constraints is not None:
+            batch.unconstrained, self._constraints.unsatisfiable = self._constraints.unsatisfiable, 0
         for trajectory in batch.trajectories:
             if not trajectory.completion_ids:  # TRL needs one token; nobody wrote this one, so nothing trains on it
                 trajectory.completion_ids, trajectory.logprobs = [self.pad_id], [0.0]
@@ -207,7 +216,8 @@ class RolloutEngine:
         if self._prefixes is None:
             return None
         seed = int(torch.randint(2**31, ()).item())
-        return Forcing(self._prefixes, self.args.force_rate, self.args.force_level, seed, self._force_policy)
+        level, rate = self.args.force_level, self.args.force_rate
+        return Forcing(self._prefixes, rate, level, seed, self._force_policy, self._constraints)
 
     def _is_supported(self, policy: Any) -> bool:
         if self._supported is None:

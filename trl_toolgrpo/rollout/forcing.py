@@ -7,6 +7,7 @@ policy-gradient update. Fed by the rollout loop at the start of each assistant t
 
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import regex
@@ -15,6 +16,8 @@ from ..errors import ChatTemplateError, ToolNameError
 from ..tools.types import Tool
 from ..trajectory import Trajectory
 from .chat import ToolChat
+from .constraint import CallConstraints
+from .sampler import TokenConstraint
 
 
 ForcePolicy = Callable[[Trajectory, list[Tool]], str]
@@ -38,7 +41,7 @@ class CallPrefixes:
     def __init__(self, chat: ToolChat):
         self._chat = chat
         start = chat.render([{"role": "user", "content": "dummy"}], add_generation_prompt=True)
-        rendered = self._render_call()
+        rendered = chat.render_call(_NAME, {})
         opening = self._opening(rendered)
         self._until_name = self._closing_of_thought(start, rendered) + opening
         markup = _MARKUP.match(opening)
@@ -52,18 +55,6 @@ class CallPrefixes:
         if name not in self._tokens:
             self._tokens[name] = self._chat.encode(self._marker if name is None else self._until_name + name)
         return self._tokens[name]
-
-    def _render_call(self) -> str:
-        function: dict[str, Any] = {"name": _NAME, "arguments": {}}
-        messages: list[dict[str, Any]] = [
-            {"role": "user", "content": "dummy"},
-            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]},
-        ]
-        try:
-            return self._chat.render(messages)
-        except TypeError:  # templates that concatenate the arguments as text (DeepSeek-V3)
-            function["arguments"] = "{}"
-            return self._chat.render(messages)
 
     def _opening(self, rendered: str) -> str:
         """Text from the start of the call to its name."""
@@ -87,6 +78,22 @@ class CallPrefixes:
         return regex.match(r"</think>\s*", closing).group()
 
 
+@dataclass
+class ForcedStart:
+    """
+    What a turn is made to begin with.
+
+    Args:
+        token_ids (`list[int]`):
+            Literal tokens; none if the turn is left alone.
+        constraint ([`TokenConstraint`], *optional*):
+            What the rest of the turn is constrained to.
+    """
+
+    token_ids: list[int]
+    constraint: TokenConstraint | None = None
+
+
 class Forcing:
     """
     Decides turn by turn.
@@ -97,30 +104,40 @@ class Forcing:
         rate (`float`):
             Probability that a turn is forced.
         level (`str`):
-            `"call"` for the opening marker alone, `"name"` for everything through the tool's name.
+            `"call"` for the opening marker alone, `"name"` for everything through the tool's name, `"schema"` for a
+            whole turn of one call whose arguments match the tool's schema.
         seed (`int`):
             Seed of the draws.
         policy (`Callable`, *optional*):
             `policy(trajectory, tools)` names the tool to force; uniform by default.
+        constraints ([`CallConstraints`], *optional*):
+            Needed at level `"schema"`.
     """
 
     def __init__(
-        self, prefixes: CallPrefixes, rate: float, level: str, seed: int, policy: ForcePolicy | None = None
+        self,
+        prefixes: CallPrefixes,
+        rate: float,
+        level: str,
+        seed: int,
+        policy: ForcePolicy | None = None,
+        constraints: CallConstraints | None = None,
     ):
         self.prefixes, self.rate, self.level, self.policy = prefixes, rate, level, policy
+        self.constraints = constraints
         self._random = random.Random(seed)
 
-    def begin_turn(self, trajectory: Trajectory, tools: Mapping[str, Tool]) -> list[int]:
+    def begin_turn(self, trajectory: Trajectory, tools: Mapping[str, Tool]) -> ForcedStart:
         """
-        Tokens a turn is made to begin with; none if it is left alone.
+        What a turn is made to begin with.
 
         Raises:
             ToolNameError: if the policy names a tool the rollout does not have.
         """
         if not tools or self._random.random() >= self.rate:
-            return []
+            return ForcedStart([])
         if self.level == "call":
-            return list(self.prefixes.tokens())
+            return ForcedStart(list(self.prefixes.tokens()))
         name: Any = self._random.choice(sorted(tools))
         if self.policy is not None:
             name = self.policy(trajectory, list(tools.values()))
@@ -129,4 +146,5 @@ class Forcing:
                     f"Your `force_policy` named the tool {name!r}, which this rollout does not have. Return one of "
                     f"{', '.join(sorted(tools))}."
                 )
-        return list(self.prefixes.tokens(name))
+        constraint = self.constraints.begin(tools[name]) if self.constraints is not None else None
+        return ForcedStart(list(self.prefixes.tokens(name)), constraint)

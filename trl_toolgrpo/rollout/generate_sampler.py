@@ -5,7 +5,7 @@ Owns `GenerateSampler`. It prefills the history again at every turn and keeps ro
 asks nothing of the model beyond `generate`, and records the same log-probs. Fed with token ids by the rollout loop.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -14,18 +14,19 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ..errors import SamplerError
-from .sampler import SampledTokens, scoring_mode
+from .sampler import SampledTokens, TokenConstraint, constrain, scoring_mode
 
 
 class _Temperature(LogitsProcessor):
-    """Divides by the temperature and keeps the log-softmax the next token is drawn from."""
+    """Divides by the temperature, applies constraints and keeps the log-softmax the next token is drawn from."""
 
-    def __init__(self, temperature: float):
+    def __init__(self, temperature: float, constraints: Sequence[TokenConstraint | None]):
         self.temperature = temperature
+        self.constraints = list(constraints)
         self.log_softmax: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scaled = scores.float() / self.temperature
+        scaled = constrain(scores.float() / self.temperature, self.constraints)
         self.log_softmax = torch.log_softmax(scaled, dim=-1)
         return scaled
 
@@ -33,15 +34,22 @@ class _Temperature(LogitsProcessor):
 class _Recorder(StoppingCriteria):
     """Called right after each token is drawn: records its log-prob; ends a row at its own budget."""
 
-    def __init__(self, source: _Temperature, start: int, budgets: Tensor):
-        self.source, self.start, self.budgets = source, start, budgets
+    def __init__(self, source: _Temperature, start: int, budgets: Tensor, stop_ids: Collection[int]):
+        self.source, self.start, self.budgets, self.stop_ids = source, start, budgets, stop_ids
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         if self.source.log_softmax is None:
             raise SamplerError("`generate` drew a token without calling the logits processor.")
         self.logprobs.append(self.source.log_softmax.gather(-1, input_ids[:, -1:])[:, 0].clamp(max=0.0))
-        return self.budgets <= input_ids.shape[1] - self.start
+        ended = self.budgets <= input_ids.shape[1] - self.start
+        for row, constraint in enumerate(self.source.constraints):
+            if constraint is not None:
+                token = int(input_ids[row, -1])
+                constraint.accept(token)
+                if token in self.stop_ids or bool(ended[row]):  # what is drawn behind the end is thrown away
+                    self.source.constraints[row] = None
+        return ended
 
 
 @contextmanager
@@ -103,18 +111,21 @@ class GenerateSession:
         self.sampler = sampler
         self.histories = [list(prompt) for prompt in prompts]
         self.budgets: dict[int, int] = {}
+        self.constraints: dict[int, TokenConstraint | None] = {}
 
     @property
     def busy(self) -> bool:
         """See [`SamplerSession.busy`]."""
         return bool(self.budgets)
 
-    def extend(self, row: int, token_ids: Sequence[int], max_new_tokens: int) -> None:
+    def extend(
+        self, row: int, token_ids: Sequence[int], max_new_tokens: int, constraint: TokenConstraint | None = None
+    ) -> None:
         """See [`SamplerSession.extend`]."""
         if row in self.budgets:
             raise SamplerError(f"Row {row} was extended while it is still being sampled.")
         self.histories[row] += token_ids
-        self.budgets[row] = max_new_tokens
+        self.budgets[row], self.constraints[row] = max_new_tokens, constraint
 
     def finish(self, row: int) -> None:
         """See [`SamplerSession.finish`]."""
@@ -129,8 +140,8 @@ class GenerateSession:
         padding = [width - len(self.histories[row]) for row in rows]
         ids = [[self.sampler.pad_id] * p + self.histories[r] for p, r in zip(padding, rows, strict=True)]
         mask = [[0] * p + [1] * (width - p) for p in padding]
-        source = _Temperature(self.sampler.temperature)
-        recorder = _Recorder(source, width, torch.tensor(limits, device=device))
+        source = _Temperature(self.sampler.temperature, [self.constraints[row] for row in rows])
+        recorder = _Recorder(source, width, torch.tensor(limits, device=device), self.sampler.stop_ids)
         output = self.sampler.model.generate(
             input_ids=torch.tensor(ids, device=device),
             attention_mask=torch.tensor(mask, device=device),

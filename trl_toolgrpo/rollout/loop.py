@@ -17,7 +17,7 @@ from ..tools.execute import ToolExecutor, result_text
 from ..tools.types import Tool, ToolCall, ToolResult
 from ..trajectory import Trajectory, Turn
 from .chat import ToolChat, tool_message
-from .forcing import Forcing
+from .forcing import ForcedStart, Forcing
 from .sampler import SampledTokens, SamplerSession
 
 
@@ -105,7 +105,7 @@ class _State:
         self.futures: list[Future[ToolResult]] = []
         self.answered = 0
         self.malformed = 0
-        self.forced: list[int] = []
+        self.start = ForcedStart([])
         self.since = time.perf_counter()
         self.done = False
 
@@ -190,9 +190,11 @@ class RolloutLoop:
         trajectory = state.trajectory
         now = time.perf_counter()
         start = len(trajectory.completion_ids)
-        forced, count = len(state.forced), len(state.forced) + len(sampled.token_ids)
-        trajectory.completion_ids += [*state.forced, *sampled.token_ids]
-        trajectory.logprobs += [*([0.0] * forced), *sampled.logprobs]
+        given = state.start.token_ids
+        count = len(given) + len(sampled.token_ids)
+        forced = len(given) if state.start.constraint is None else count  # not drawn from what the trainer scores
+        trajectory.completion_ids += [*given, *sampled.token_ids]
+        trajectory.logprobs += ([0.0] * len(given) + sampled.logprobs) if forced < count else [0.0] * count
         trajectory.tool_mask += [1] * count
         trajectory.forced_mask += [1] * forced + [0] * (count - forced)
         turn = Turn(start, start + count, "stop" if sampled.stopped else "length", sample_seconds=now - state.since)
@@ -235,6 +237,9 @@ class RolloutLoop:
         state.futures = []
         now = time.perf_counter()
         turn.tool_seconds, state.since = now - state.since, now
+        done = zip(turn.tool_calls, turn.tool_results, strict=True)
+        if any(not result.is_error and state.request.tools[call.name].ends_rollout for call, result in done):
+            return self._finish(row, "stop")
         chat = self._chat()
         messages = []
         for call, result in zip(turn.tool_calls, turn.tool_results, strict=True):
@@ -258,11 +263,12 @@ class RolloutLoop:
     def _begin_turn(self, row: int, known: list[int], room: int) -> None:
         """Queue a turn behind known tokens, with a forced beginning where one is drawn and leaves room for a token."""
         state = self.states[row]
-        state.forced = []
+        state.start = ForcedStart([])
         if self.forcing is not None:
-            forced = self.forcing.begin_turn(state.trajectory, state.request.tools)
-            state.forced = forced if len(forced) < room else []
-        self.session.extend(row, [*known, *state.forced], room - len(state.forced))
+            start = self.forcing.begin_turn(state.trajectory, state.request.tools)
+            state.start = start if len(start.token_ids) < room else ForcedStart([])
+        given = state.start.token_ids
+        self.session.extend(row, [*known, *given], room - len(given), state.start.constraint)
 
     def _finish(self, row: int, reason: str) -> None:
         self.states[row].trajectory.stop_reason = reason

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SamplerError
-from .sampler import SampledTokens, scoring_mode
+from .sampler import SampledTokens, TokenConstraint, constrain, scoring_mode
 from .shared_prefix import KeyValueStore, PromptCache, RowCache, Span, shared_prefix_attention
 
 
@@ -107,6 +107,7 @@ class _Row:
     length: int = 0
     budget: int = 0
     waited: int = 0
+    constraint: TokenConstraint | None = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -140,7 +141,9 @@ class ModelSession:
         """See [`SamplerSession.busy`]."""
         return self.running > 0 or bool(self.queued)
 
-    def extend(self, row: int, token_ids: Sequence[int], max_new_tokens: int) -> None:
+    def extend(
+        self, row: int, token_ids: Sequence[int], max_new_tokens: int, constraint: TokenConstraint | None = None
+    ) -> None:
         """See [`SamplerSession.extend`]."""
         state = self.rows[row]
         if row in self.queued or (state.slot < self.running and self.slots[state.slot] == row):
@@ -148,7 +151,7 @@ class ModelSession:
         if max_new_tokens < 1:
             raise SamplerError(f"Row {row} was given a budget of {max_new_tokens} tokens, expected at least 1.")
         state.pending.extend(token_ids)
-        state.budget, state.waited = max_new_tokens, 0
+        state.budget, state.waited, state.constraint = max_new_tokens, 0, constraint
         state.tokens, state.logprobs = [], []
         self.queued.append(row)
 
@@ -223,13 +226,15 @@ class ModelSession:
         tokens = torch.tensor([[state.pending[0]] for state in states], device=self.device)
         self.store.begin(span)
         positions = (self.store.prompt_lengths[span.groups] + span.lengths)[:, None]
-        logits = self._forward(tokens, positions, self.cache)
+        logits = constrain(self._forward(tokens, positions, self.cache), [state.constraint for state in states])
         sampled, logprobs = sample_tokens(logits, self.sampler.temperature, self.sampler.noise(rows))
         finished = []
         for row, token, logprob in zip(rows, sampled.tolist(), logprobs.tolist(), strict=True):
             state = self.rows[row]
             state.length += 1
             state.pending = [token]
+            if state.constraint is not None:
+                state.constraint.accept(token)
             state.tokens.append(token)
             state.logprobs.append(logprob)
             stopped = token in self.sampler.stop_ids

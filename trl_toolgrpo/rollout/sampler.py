@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -39,7 +40,7 @@ class SampledTokens:
             Sampled tokens in order, the stop token included.
         logprobs (`list[float]`):
             Log-prob in nats of each token under the full softmax of `logits / temperature`, recorded when the token
-            was sampled.
+            was sampled; without meaning under a constraint.
         stopped (`bool`):
             `True` if the last token is a stop token, `False` if the token budget ran out.
     """
@@ -50,6 +51,18 @@ class SampledTokens:
     stopped: bool
 
 
+class TokenConstraint(Protocol):
+    """What a turn may consist of, token by token. Ends with a stop token."""
+
+    def allowed(self, size: int) -> Tensor:
+        """Mask over the vocabulary, bool, shape (`size`,), on the CPU: the tokens that may come next."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Go on behind a token, one of those allowed."""
+        ...
+
+
 class SamplerSession(Protocol):
     """A batch of rows that are extended again and again, each at its own pace, keeping their history."""
 
@@ -58,8 +71,13 @@ class SamplerSession(Protocol):
         """Whether any row is queued or being sampled, so that [`SamplerSession.step`] has work to do."""
         ...
 
-    def extend(self, row: int, token_ids: Sequence[int], max_new_tokens: int) -> None:
-        """Append known tokens to a row, then sample up to `max_new_tokens` more. Returns at once."""
+    def extend(
+        self, row: int, token_ids: Sequence[int], max_new_tokens: int, constraint: TokenConstraint | None = None
+    ) -> None:
+        """
+        Append known tokens to a row, then sample up to `max_new_tokens` more, all of them under `constraint` where
+        one is given. Returns at once.
+        """
         ...
 
     def step(self) -> list[SampledTokens]:
@@ -83,3 +101,24 @@ class Sampler(Protocol):
                 Upper bound on the tokens a row can hold after its prompt.
         """
         ...
+
+
+def constrain(logits: Tensor, constraints: Sequence[TokenConstraint | None]) -> Tensor:
+    """
+    Logits with -inf for every token that a row's constraint does not allow.
+
+    Args:
+        logits (`Tensor`):
+            Shape (B, V), any float dtype; left as it is.
+        constraints (`Sequence[TokenConstraint | None]`):
+            One for each row.
+
+    Returns:
+        `Tensor`: shape (B, V).
+    """
+    rows = [row for row, constraint in enumerate(constraints) if constraint is not None]
+    if not rows:
+        return logits
+    allowed = torch.stack([c.allowed(logits.shape[-1]) for c in constraints if c is not None]).to(logits.device)
+    place = torch.tensor(rows, device=logits.device)
+    return logits.index_copy(0, place, logits[place].masked_fill(~allowed, -torch.inf))

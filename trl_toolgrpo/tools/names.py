@@ -66,7 +66,7 @@ def check_tool_mentions(
             )
             if slip is not None:
                 raise ToolNameError(
-                    f"{sentence} Correct the prompt, or pass the name in `known_identifiers` if it is not a tool."
+                    f"{sentence} Correct the prompt; if this is no tool, give it a name less like one."
                 )
             if close is not None:
                 warnings.setdefault(identifier, sentence)

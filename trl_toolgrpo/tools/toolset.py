@@ -7,6 +7,7 @@ brings along. Fed by the trainer; the same records make the prompt, are called, 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..errors import ToolSchemaError
 from .arguments import check_schema
 from .functions import environment_tools, index_tools
 from .prompt import PromptTool
@@ -26,6 +27,10 @@ class ToolSet:
     """
 
     def __init__(self, tools: list[Callable | Tool] | None):
+        if tools is not None and not isinstance(tools, (list, tuple)):
+            raise ToolSchemaError(
+                f"You passed `tools={tools!r}`, which is no list. Pass a list, `tools=[...]`, even for a single tool."
+            )
         self.own = list(index_tools(tools or []).values())
         self.of_environments: list[Tool] = []
         self.decided_at_reset = False

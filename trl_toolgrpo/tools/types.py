@@ -35,10 +35,14 @@ class Tool:
             Time limit of one call in seconds, instead of `ToolGRPOConfig.tool_timeout`.
         returns (`dict`, *optional*):
             JSON schema of the return value, for the chat templates that render one.
+        ends_rollout (`bool`, *optional*, defaults to `False`):
+            `True` for a tool such as `submit_answer`: a call of it that succeeds ends the rollout with stop reason
+            `"stop"`, and its result is on record in the trajectory but not in the conversation. A call that fails is
+            answered as any other.
 
     Raises:
-        ToolSchemaError: if the name is empty or not an identifier, the parameters are no object schema, or the
-            function cannot be called.
+        ToolSchemaError: if the name is empty or not an identifier, the parameters are no object schema, the
+            function cannot be called, or the time limit is not positive.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Tool:
     thread_safe: bool = True
     timeout: float | None = None
     returns: dict[str, Any] | None = None
+    ends_rollout: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
@@ -62,6 +67,11 @@ class Tool:
             )
         if not callable(self.function):
             raise ToolSchemaError(f"The function of tool {self.name!r} is {self.function!r}, which cannot be called.")
+        if self.timeout is not None and not self.timeout > 0:
+            raise ToolSchemaError(
+                f"You passed `timeout={self.timeout}` for the tool {self.name!r}; it must be a positive number of "
+                f"seconds, or None for the limit of the configuration."
+            )
 
     @property
     def is_async(self) -> bool:

@@ -1,0 +1,202 @@
+"""Scoring with shared prompts: what is packed where, and that log-probs and gradients are those of TRL's own pass."""
+
+import pytest
+import torch
+from conftest import chat_tokenizer, config, prompts, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from trl import GRPOTrainer
+
+from trl_toolgrpo import ToolGRPOTrainer, scoring
+from trl_toolgrpo.scoring import pack, unpackable_reason
+
+
+PAD = 0
+
+
+def batch_of(prompts, completions):
+    """Left-padded prompts and right-padded completions: ids, mask, and the width of the completions."""
+    wide, long = max(map(len, prompts)), max(1, *map(len, completions))
+    ids = [
+        [PAD] * (wide - len(p)) + p + c + [PAD] * (long - len(c)) for p, c in zip(prompts, completions, strict=True)
+    ]
+    mask = [
+        [0] * (wide - len(p)) + [1] * len(p) + [1] * len(c) + [0] * (long - len(c))
+        for p, c in zip(prompts, completions, strict=True)
+    ]
+    return torch.tensor(ids), torch.tensor(mask), long
+
+
+def test_a_packed_group_by_hand():
+    ids, mask, width = batch_of([[1, 2, 3], [1, 2, 3]], [[7, 8], [9]])
+    packed = pack(ids, mask, width)
+    assert packed.input_ids.tolist() == [[1, 2, 3, 7, 3]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 2]]
+    assert packed.labels.tolist() == [[-100, -100, 7, 8, 9]]
+    assert packed.attends[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
+    assert packed.unpack(torch.tensor([[0.0, 0.0, -7.0, -8.0, -9.0]])).tolist() == [[-7.0, -8.0], [-9.0, 0.0]]
+
+
+def test_what_gains_nothing_is_not_packed():
+    assert pack(*batch_of([[1, 2], [1, 3]], [[7], [8]])) is None  # no prompt is shared
+    ids, mask, width = batch_of([[1, 2, 3]] * 2, [[7, 8, 9], [7, 8, 9]])
+    mask[0, -2] = 0
+    assert pack(ids, mask, width) is None  # a hole in a completion
+
+
+def test_a_group_that_is_too_long_gets_several_sequences(monkeypatch):
+    monkeypatch.setattr(scoring, "PACKED_LENGTH", 8)
+    packed = pack(*batch_of([[1, 2, 3, 4]] * 4, [[7, 8], [9, 7], [8], [9, 9, 9]]))
+    assert packed.input_ids.shape == (2, 7)
+    assert packed.labels[0].tolist() == [-100, -100, -100, 7, 8, 9, 7]
+    assert packed.labels[1].tolist() == [-100, -100, -100, 8, 9, 9, 9]
+    monkeypatch.setattr(scoring, "PACKED_LENGTH", 5)
+    assert pack(*batch_of([[1, 2, 3, 4]] * 2, [[7, 8, 9], [9]])) is None  # not even one rollout fits
+
+
+BATCHES = st.lists(
+    st.tuples(st.integers(0, 2), st.lists(st.integers(1, 50), max_size=6)), min_size=2, max_size=6
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(BATCHES)
+def test_every_completion_token_has_its_place(rows):
+    shared = [[5, 6, 7, 8, 9, 10, 11, 12], [5, 6, 7, 8, 9, 10, 11], [20, 21, 22, 23, 24, 25, 26]]
+    prompts, completions = [shared[index] for index, _ in rows], [completion for _, completion in rows]
+    packed = pack(*batch_of(prompts, completions))
+    if packed is None:
+        return
+    assert packed.scored.sum() == sum(map(len, completions)) == (packed.labels != -100).sum()
+    found = packed.unpack(packed.labels)
+    inputs = packed.unpack(packed.input_ids)
+    positions = packed.unpack(packed.position_ids)
+    flat = packed.attends[:, 0]
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        count = len(completion)
+        assert found[row, :count].tolist() == completion and not found[row, count:].any()
+        assert inputs[row, :count].tolist() == ([prompt[-1], *completion])[:count]
+        assert positions[row, :count].tolist() == list(range(len(prompt) - 1, len(prompt) - 1 + count))
+        for step in range(count):  # each token sees its own history, and nothing else
+            index, place = divmod(int(packed.place[row, step]), packed.labels.shape[1])
+            seen = packed.input_ids[index][flat[index, place]].tolist()
+            assert seen == ([*prompt, *completion])[: len(prompt) + step]
+
+
+def llama(tokenizer):
+    torch.manual_seed(1)
+    options = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **options))
+    model.config._name_or_path = "tiny-llama"
+    return model
+
+
+def windowed(tokenizer):
+    torch.manual_seed(1)
+    options = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    options |= {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}
+    model = Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=len(tokenizer), **options))
+    model.config._name_or_path = "tiny-gemma3"
+    return model
+
+
+def trainer_of(tmp_path, model, tokenizer, **changes):
+    options = {"temperature": 0.7, "per_device_train_batch_size": 8, "beta": 0.0, **changes}
+    rewards = lambda completions, **kwargs: [float(i % 3) for i in range(len(completions))]  # noqa: E731
+    return ToolGRPOTrainer(model, rewards, config(tmp_path, **options), prompts(8), processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("make", [tiny_model, llama])
+def test_log_probs_entropies_and_gradients_are_those_of_trl(tmp_path, make, attention):
+    tokenizer = chat_tokenizer()
+    # transformers' eager attention masks padding with the smallest float64 and then takes a float32 softmax: NaN
+    model = make(tokenizer).to(torch.float64 if attention == "sdpa" else torch.float32)
+    exact = 1e-10 if attention == "sdpa" else 1e-5
+    model.set_attn_implementation(attention)
+    trainer = trainer_of(tmp_path, model, tokenizer)
+    draw = torch.Generator().manual_seed(2)
+    texts = [torch.randint(1, 200, (n,), generator=draw).tolist() for n in (40, 33)]
+    completions = [torch.randint(1, 200, (n,), generator=draw).tolist() for n in (5, 9, 1, 0, 7, 9)]
+    ids, mask, width = batch_of([texts[0], texts[1], texts[0], texts[0], texts[1], texts[0]], completions)
+    weights = torch.rand(6, width, generator=draw, dtype=torch.float64)
+
+    def run(score):
+        trainer.model.zero_grad()
+        logps, entropies, _ = score()
+        ((logps + 0.3 * entropies) * weights.to(logps.dtype)).sum().backward()
+        return logps.detach(), entropies.detach(), [p.grad.clone() for p in trainer.model.parameters()]
+
+    arguments = (trainer.model, ids, mask, width)
+    plain = run(lambda: GRPOTrainer._get_per_token_logps_and_entropies(trainer, *arguments, compute_entropy=True))
+    ours = run(lambda: trainer._get_per_token_logps_and_entropies(*arguments, compute_entropy=True))
+    assert trainer._packs is True
+    torch.testing.assert_close(ours[0], plain[0], atol=exact, rtol=exact)
+    torch.testing.assert_close(ours[1], plain[1], atol=exact, rtol=exact)
+    for one, other in zip(ours[2], plain[2], strict=True):  # TRL's kernel adds up gradients in float32
+        assert (one - other).norm() <= max(exact, 1e-6) * other.norm()
+    chunked = trainer._get_per_token_logps_and_entropies(*arguments, batch_size=4)[0]
+    torch.testing.assert_close(chunked, plain[0], atol=exact, rtol=exact)
+
+
+def test_training_scores_each_prompt_once(tmp_path, monkeypatch):
+    tokenizer = chat_tokenizer()
+    trainer = trainer_of(tmp_path, tiny_model(tokenizer), tokenizer, logprob_check="always", max_steps=2)
+    shapes = []
+    forward = trainer.model.forward
+
+    def watch(*args, **kwargs):
+        if kwargs.get("fused_lm_head"):
+            shapes.append((torch.is_grad_enabled(), tuple(kwargs["input_ids"].shape)))
+        return forward(*args, **kwargs)
+
+    trainer.model.forward = watch
+    trainer.train()
+    assert trainer._packs is True
+    trained = [shape for grad, shape in shapes if grad]
+    assert len(trained) == 2 and all(shape[0] == 2 for shape in trained)  # two prompts, four rollouts each
+    logs = [log for log in trainer.state.log_history if "ratio/mean" in log]
+    assert all(log["ratio/mean"] == pytest.approx(1.0, abs=1e-4) for log in logs) and len(logs) == 2
+
+
+def test_models_that_cannot_be_packed_are_scored_trls_way(tmp_path):
+    tokenizer = chat_tokenizer()
+    assert "window" in unpackable_reason(windowed(tokenizer))
+    trainer = trainer_of(tmp_path, windowed(tokenizer), tokenizer, logprob_check="off")
+    trainer.train()
+    assert trainer._packs is False
+    model = tiny_model(tokenizer)
+    assert unpackable_reason(model) is None
+    model.config._attn_implementation = "flash_attention_2"
+    assert "flash_attention_2" in unpackable_reason(model)
+
+
+def test_a_model_that_packing_would_change_is_found_out(tmp_path, monkeypatch, caplog):
+    """A model that ignores the mask it is given scores packed rollouts as one long text."""
+    tokenizer = chat_tokenizer()
+    trainer = trainer_of(tmp_path, tiny_model(tokenizer), tokenizer, logprob_check="off")
+    forward = trainer.model.forward
+
+    def deaf(*args, **kwargs):
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 4:
+            kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"])
+        return forward(*args, **kwargs)
+
+    trainer.model.forward = deaf
+    trainer.train()
+    assert trainer._packs is False and "scored one by one" in caplog.text
+
+
+def test_without_recording_trls_pass_is_untouched(tmp_path):
+    tokenizer = chat_tokenizer()
+    trainer = trainer_of(tmp_path, tiny_model(tokenizer), tokenizer, record_sample_logprobs=False)
+    trainer.train()
+    assert trainer._packs is False

@@ -1,0 +1,243 @@
+"""Scoring a batch whose rollouts share prompts: a prompt goes through the model once, not once for each rollout.
+
+Owns the packing of a group into one sequence, and the trainer's scoring pass over it, as a mixin of the trainer. The
+prompt comes first; behind it stands a segment for each rollout, which attends to the prompt and to itself alone and
+has the positions it would have by itself. Log-probs and gradients are those of separate sequences, up to rounding.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+
+from .diagnostics import check_tolerance, compute_dtype
+from .rollout.sampler import scoring_mode
+
+
+logger = logging.getLogger(__name__)
+
+PACKED_LENGTH = 4096
+"""Most tokens of a packed sequence, whose attention mask is dense; larger groups are split over several."""
+
+
+@dataclass
+class PackedBatch:
+    """
+    Rollouts packed behind the prompts they share.
+
+    Args:
+        input_ids (`Tensor`):
+            Prompt without its last token, then for each rollout that token and the completion but for its last one;
+            int64, shape (R, L).
+        position_ids (`Tensor`):
+            Positions each token has in its own sequence, int64, shape (R, L).
+        attends (`Tensor`):
+            Which tokens attend to which, bool, shape (R, 1, L, L).
+        labels (`Tensor`):
+            Token to be predicted at each position, -100 where none is, int64, shape (R, L).
+        place (`Tensor`):
+            Index into the flattened (R, L) of each completion token of the batch, int64, shape (B, T).
+        scored (`Tensor`):
+            Whether the batch has a token there, bool, shape (B, T).
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attends: Tensor
+    labels: Tensor
+    place: Tensor
+    scored: Tensor
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """Values at the packed positions, shape (R, L), as those of completion tokens, shape (B, T), 0 elsewhere."""
+        return values.reshape(-1)[self.place] * self.scored
+
+
+def pack(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> PackedBatch | None:
+    """
+    Pack the rollouts of a batch behind the prompts they share.
+
+    Args:
+        input_ids (`Tensor`):
+            Prompts, padded on the left, and completions, padded on the right, int64, shape (B, P + T).
+        attention_mask (`Tensor`):
+            1 for tokens, 0 for padding, shape (B, P + T).
+        completion_length (`int`):
+            T.
+
+    Returns:
+        [`PackedBatch`] or `None`: `None` if no prompt is shared, or there is nothing to gain.
+    """
+    prompt_mask, mask = attention_mask[:, :-completion_length], attention_mask[:, -completion_length:]
+    lengths = mask.sum(dim=1).tolist()
+    arange = torch.arange(completion_length, device=mask.device)
+    if not torch.equal(mask.bool(), arange < mask.sum(dim=1, keepdim=True)):
+        return None
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, (ids, known) in enumerate(zip(input_ids.tolist(), prompt_mask.tolist(), strict=True)):
+        prompt = tuple(token for token, keep in zip(ids[: len(known)], known, strict=True) if keep)
+        groups.setdefault(prompt, []).append(row)
+    if len(groups) == len(lengths) or not all(groups):
+        return None
+    sequences = _divide(groups, lengths)
+    length = max(len(prompt) - 1 + sum(lengths[row] for row in rows) for prompt, rows in sequences)
+    if length > PACKED_LENGTH or length * len(sequences) >= input_ids.numel():
+        return None
+    return _fill(sequences, input_ids, lengths, completion_length, max(length, 1))
+
+
+def _divide(
+    groups: dict[tuple[int, ...], list[int]], lengths: list[int]
+) -> list[tuple[tuple[int, ...], list[int]]]:
+    """Prompts with the rollouts that are packed behind them; a group too long for one sequence gets several."""
+    sequences: list[tuple[tuple[int, ...], list[int]]] = []
+    for prompt, rows in groups.items():
+        total = len(prompt)
+        sequences.append((prompt, []))
+        for row in rows:
+            if sequences[-1][1] and total + lengths[row] > PACKED_LENGTH:
+                sequences.append((prompt, []))
+                total = len(prompt)
+            sequences[-1][1].append(row)
+            total += lengths[row]
+    return sequences
+
+
+def _fill(
+    sequences: list[tuple[tuple[int, ...], list[int]]],
+    input_ids: Tensor,
+    lengths: list[int],
+    completion_length: int,
+    length: int,
+) -> PackedBatch:
+    shape, device = (len(sequences), length), input_ids.device
+    ids, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, -100)
+    attends = torch.eye(length, dtype=torch.bool).repeat(len(sequences), 1, 1)  # padding sees itself, not nothing
+    place = torch.zeros(len(lengths), completion_length, dtype=torch.long)
+    completions = input_ids[:, -completion_length:].cpu()
+    for index, (prompt, rows) in enumerate(sequences):
+        start = len(prompt) - 1
+        ids[index, :start] = torch.tensor(prompt[:-1])
+        positions[index, :start] = torch.arange(start)
+        attends[index, :start, :start] = torch.ones(start, start).tril().bool()
+        for row in rows:
+            count = lengths[row]
+            segment = slice(start, start + count)
+            if count:
+                ids[index, start] = prompt[-1]
+                ids[index, start + 1 : start + count] = completions[row, : count - 1]
+                labels[index, segment] = completions[row, :count]
+            positions[index, segment] = torch.arange(len(prompt) - 1, len(prompt) - 1 + count)
+            attends[index, segment, : len(prompt) - 1] = True
+            attends[index, segment, segment] = torch.ones(count, count).tril().bool()
+            place[row, :count] = torch.arange(start, start + count) + index * length
+            start += count
+    scored = torch.arange(completion_length) < torch.tensor(lengths)[:, None]
+    made = (ids, positions, attends[:, None], labels, place, scored)
+    return PackedBatch(*(tensor.to(device) for tensor in made))
+
+
+def unpackable_reason(model: Any) -> str | None:
+    """Why a model cannot score packed sequences; `None` if nothing is known against it."""
+    config = model.config.get_text_config()
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"its attention is `{config._attn_implementation}`, which takes no mask of its own"
+    if getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None):
+        return "its attention is limited to a window"
+    if any(getattr(adapter, "is_prompt_learning", False) for adapter in getattr(model, "peft_config", {}).values()):
+        return "its adapter puts tokens of its own before the prompt"
+    return None
+
+
+class SharedPromptScoring(GRPOTrainer):
+    """
+    Part of [`ToolGRPOTrainer`]: TRL's scoring pass, over packed sequences where rollouts of a batch share prompts.
+
+    The first batch is scored both ways. If the log-probs differ by more than rounding, the model is one that packing
+    does not suit, and TRL's way is kept for good.
+    """
+
+    _packs: bool | None = None
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **images: Any,
+    ) -> Any:
+        def plain() -> Any:
+            batch = (input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss)
+            return super(SharedPromptScoring, self)._get_per_token_logps_and_entropies(model, *batch, **images)
+
+        if self._packs is False or compute_aux_loss or any(value is not None for value in images.values()):
+            return plain()
+        size = batch_size or len(input_ids)
+        parts = [
+            pack(input_ids[start : start + size], attention_mask[start : start + size], logits_to_keep)
+            for start in range(0, len(input_ids), size)
+        ]
+        if any(part is None for part in parts) and self._packs:
+            return plain()
+        if self._packs is None and not self._try_packing(model, parts, plain):
+            return plain()
+        return self._score_packed(model, [part for part in parts if part is not None], compute_entropy)
+
+    def _score_packed(self, model: Any, parts: list[PackedBatch], compute_entropy: bool) -> Any:
+        logps, entropies = [], []
+        for part in parts:
+            mask = part.attends
+            if self.accelerator.unwrap_model(model).config.get_text_config()._attn_implementation == "eager":
+                mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+            with self.accelerator.autocast():
+                output = model(
+                    input_ids=part.input_ids,
+                    attention_mask=mask,
+                    position_ids=part.position_ids,
+                    shift_labels=part.labels,
+                    fused_lm_head=True,
+                )
+            logps.append(part.unpack(output.log_probs))
+            if compute_entropy:
+                entropies.append(part.unpack(output.entropy))
+        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+
+    def _try_packing(self, model: Any, parts: list[PackedBatch | None], plain: Any) -> bool:
+        """
+        Decide with the first batch that every process can pack. Every process takes the same decision, and runs the
+        same number of forward passes.
+        """
+        reason = unpackable_reason(self.accelerator.unwrap_model(model))
+        if reason is not None:
+            self._packs = False
+            return False
+        packed = [part for part in parts if part is not None]
+        ready = torch.tensor(float(len(packed) == len(parts)), device=self.accelerator.device)
+        if self.accelerator.reduce(ready, reduction="mean") < 1:
+            return False
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
+        with scoring_mode(model), disable_gradient_checkpointing(model, checkpointing):
+            gap = (self._score_packed(model, packed, False)[0] - plain()[0]).abs()
+        gap = gap.nan_to_num(nan=torch.inf)
+        scored = torch.cat([part.scored for part in packed])
+        found = torch.stack([gap.max(), gap.sum() / scored.sum().clamp(min=1)])
+        widest, mean = self.accelerator.gather(found[None]).amax(dim=0).tolist()
+        limits = check_tolerance(compute_dtype(self.args, model), None)
+        self._packs = widest <= limits[0] and mean <= limits[1]
+        if not self._packs:
+            logger.warning(
+                "Rollouts are scored one by one: log-probs of sequences packed behind a shared prompt differ by up to "
+                "%.2e (%.2e on average), which is more than rounding. Training is right, and slower than it could be.",
+                widest,
+                mean,
+            )
+        return self._packs

@@ -8,6 +8,8 @@ needs no download.
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/qwen3_tools.py --config recipes/bfcl.yaml
 """
 
+import ctypes
+import ctypes.util
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -59,6 +61,8 @@ class RecipeArguments:
             Number of questions in each split. For `bfcl`, at most 400 together.
         question_seed (`int`, *optional*, defaults to `0`):
             Seed of the questions, or of the split.
+        difficulty (`int`, *optional*):
+            For `workspace`: only questions that need so many calls, 1 to 3.
         dataset_name (`str`, *optional*):
             For `bfcl`: data set on the Hub that is read when the `bfcl-eval` package is not installed.
         sample_every (`int`, *optional*, defaults to `20`):
@@ -71,6 +75,9 @@ class RecipeArguments:
     train_size: int = field(default=2000, metadata={"help": "Number of training questions."})
     held_out_size: int = field(default=120, metadata={"help": "Number of held-out questions."})
     question_seed: int = field(default=0, metadata={"help": "Seed of the questions, or of the split."})
+    difficulty: int | None = field(
+        default=None, metadata={"help": "For workspace: only questions that need so many calls, 1 to 3."}
+    )
     dataset_name: str | None = field(
         default=None, metadata={"help": "For bfcl without the bfcl-eval package: a data set on the Hub."}
     )
@@ -140,7 +147,7 @@ def build_task(recipe: RecipeArguments) -> Task:
     """The task the arguments ask for."""
     if recipe.task == "bfcl":
         return build_bfcl(recipe.train_size, recipe.held_out_size, recipe.question_seed, recipe.dataset_name)
-    return build_workspace(recipe.train_size, recipe.held_out_size, recipe.question_seed)
+    return build_workspace(recipe.train_size, recipe.held_out_size, recipe.question_seed, recipe.difficulty)
 
 
 def resolve_model(model: ModelConfig, training: ToolGRPOConfig) -> str:
@@ -197,9 +204,25 @@ def build_trainer(
     return trainer, scoreboard
 
 
+def keep_freed_memory() -> None:
+    """
+    Have glibc keep memory it was given back, up to 1 GiB a piece.
+
+    By default each large tensor is mapped anew and its pages are cleared one by one, which on a CPU takes up to a
+    third of an update with a large vocabulary.
+    """
+    libc = ctypes.util.find_library("c")
+    mallopt = getattr(ctypes.CDLL(libc), "mallopt", None) if libc else None
+    if mallopt is not None:
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def main() -> None:
     """Run the recipe."""
     recipe, training, model = parse_arguments(sys.argv[1:], os.environ)
+    if training.use_cpu:
+        keep_freed_memory()
     if training.process_index == 0:
         for name, _ in SWITCHES.values():
             print(f"{name}: {getattr(training, name)}", flush=True)
@@ -208,6 +231,7 @@ def main() -> None:
     if scoreboard.evaluations[-1].step < trainer.state.global_step:
         trainer.evaluate()
     trainer.save_model(training.output_dir)
+    trainer.save_state()
     trainer.end()
     if training.process_index == 0:
         evaluations = scoreboard.evaluations

@@ -218,7 +218,7 @@ def answers(text: str, expected: str, employees: list[dict[str, Any]], subject: 
     return expected in text and not any(name in text for name in others)
 
 
-def build_workspace(train_size: int, held_out_size: int, seed: int = 0) -> Task:
+def build_workspace(train_size: int, held_out_size: int, seed: int = 0, difficulty: int | None = None) -> Task:
     """
     Build the questions.
 
@@ -229,23 +229,33 @@ def build_workspace(train_size: int, held_out_size: int, seed: int = 0) -> Task:
             Number of held-out rows; their names, ids and salaries occur in no training row.
         seed (`int`, *optional*, defaults to `0`):
             Seed of everything in the rows. What belongs to which split does not depend on it.
+        difficulty (`int`, *optional*):
+            Only questions that need so many calls.
 
     Returns:
         [`Task`]: the task. Beside the columns every task has, its rows hold `kind`, `subject`, `answer`, `plan` (JSON,
         the dependent calls in order) and `employees` (the rows of the database).
+
+    Raises:
+        ValueError: if no question needs so many calls.
     """
-    train, held_out = _rows("train", train_size, seed), _rows("held_out", held_out_size, seed)
+    kinds = [kind for kind, (calls, _) in QUESTIONS.items() if difficulty in (None, calls)]
+    if not kinds:
+        raise ValueError(
+            f"You asked for questions of difficulty {difficulty}; there are those of "
+            f"{', '.join(map(str, sorted({calls for calls, _ in QUESTIONS.values()})))} calls."
+        )
+    train, held_out = _rows("train", train_size, seed, kinds), _rows("held_out", held_out_size, seed, kinds)
     return Task(Dataset.from_list(train), Dataset.from_list(held_out), WorkspaceEnvironment, judge)
 
 
-def _rows(split: str, size: int, seed: int) -> list[dict[str, Any]]:
+def _rows(split: str, size: int, seed: int, kinds: list[str]) -> list[dict[str, Any]]:
     pools = [
         _share([f"{first} {last}" for first, last in product(FIRST_NAMES, LAST_NAMES)], split),
         _share(list(range(1000, 10_000)), split),
         _share(list(range(20_000, 100_000, 100)), split),
     ]
     randomness = random.Random(f"{split}-{seed}")
-    kinds = list(QUESTIONS)
     return [_row(f"{split}-{i}", kinds[i % len(kinds)], pools, randomness) for i in range(size)]
 
 

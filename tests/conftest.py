@@ -320,7 +320,7 @@ def scripted_model_sampler(monkeypatch, tokenizer, script):
         def draw(logits, temperature, rows):
             tokens = torch.tensor([next(streams[row]) for row in rows.tolist()])
             logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
-            return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+            return tokens, logprobs.gather(-1, tokens[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(dim=-1)
 
         monkeypatch.setattr(model_sampler, "sample_tokens", draw)
         return model_sampler.ModelSampler(policy, noise=torch.tensor, **options)

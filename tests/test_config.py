@@ -21,10 +21,19 @@ ADDED = {
     "max_tool_output_tokens": (512, [1, 100_000]),
     "parse_error_budget": (1, [0, 5]),
     "force_rate": (0.0, [0.5, 1.0]),
-    "force_level": ("call", ["name"]),
+    "force_level": ("call", ["name", "schema"]),
     "assist_warmup_steps": (0, [8]),
     "disable_forcing_in_updates": (True, [False]),
     "forced_loss_coef": (1.0, [0.5]),
+    "advantage_estimator": ("group", ["gae", "group_gae"]),
+    "gae_gamma": (1.0, [0.0, 0.9]),
+    "gae_lambda": (0.95, [0.0, 1.0]),
+    "gae_unit": ("token", ["turn"]),
+    "value_loss_coef": (0.5, [0.0, 2]),
+    "value_clip": (0.2, [None, 1.0]),
+    "value_learning_rate": (None, [1e-4]),
+    "value_warmup_steps": (0, [3]),
+    "value_detach": (True, [False]),
 }
 OURS = [f.name for f in fields(ToolGRPOConfig) if f.name not in {f.name for f in fields(GRPOConfig)}]
 
@@ -45,8 +54,9 @@ def test_every_added_field_is_tested_here():
 def test_defaults_and_other_values(name, tmp_path):
     default, others = ADDED[name]
     assert getattr(make(tmp_path), name) == default
+    critic = {"advantage_estimator": "gae"} if name.startswith(("gae_", "value_")) else {}
     for value in others:
-        assert getattr(make(tmp_path, **{name: value}), name) == value
+        assert getattr(make(tmp_path, **{**critic, name: value}), name) == value
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -239,6 +249,11 @@ def test_fields_are_read_from_flags(tmp_path):
         *("--rollout_backend", "transformers", "--force_level", "name", "--assist_warmup_steps", "4"),
         *("--disable_forcing_in_updates", "False", "--forced_loss_coef", "0.5", "--force_rate", "0.0"),
     ]
+    critic = [
+        *("--advantage_estimator", "gae", "--gae_gamma", "0.9", "--gae_lambda", "0.8", "--gae_unit", "turn"),
+        *("--value_loss_coef", "1.5", "--value_clip", "0.3", "--value_learning_rate", "0.01"),
+        *("--value_warmup_steps", "2", "--value_detach", "False"),
+    ]
     (parsed,) = parser.parse_args_and_config(flags)
     assert isinstance(parsed, ToolGRPOConfig)
     expected = {
@@ -258,7 +273,21 @@ def test_fields_are_read_from_flags(tmp_path):
         "disable_forcing_in_updates": False,
         "forced_loss_coef": 0.5,
     }
-    assert {name: getattr(parsed, name) for name in expected} == expected and set(expected) == set(ADDED)
+    assert {name: getattr(parsed, name) for name in expected} == expected
+    (parsed,) = parser.parse_args_and_config([*flags[:8], *critic])
+    expected_critic = {
+        "advantage_estimator": "gae",
+        "gae_gamma": 0.9,
+        "gae_lambda": 0.8,
+        "gae_unit": "turn",
+        "value_loss_coef": 1.5,
+        "value_clip": 0.3,
+        "value_learning_rate": 0.01,
+        "value_warmup_steps": 2,
+        "value_detach": False,
+    }
+    assert {name: getattr(parsed, name) for name in expected_critic} == expected_critic
+    assert {*expected, *expected_critic} == set(ADDED)
 
 
 def test_flags_override_yaml(tmp_path):

@@ -18,8 +18,10 @@ def test_draws_follow_the_distribution():
     count = 20_000
     noise = torch.rand(count, generator=torch.Generator().manual_seed(1))
     for temperature in (1.0, 0.5, 2.0):
-        tokens, logprobs = sample_tokens(logits.expand(count, -1), temperature, noise)
+        tokens, logprobs, entropies = sample_tokens(logits.expand(count, -1), temperature, noise)
         expected = torch.softmax(logits.double() / temperature, dim=-1)
+        entropy = torch.distributions.Categorical(probs=expected).entropy()
+        assert torch.allclose(entropies.double(), entropy, atol=1e-5)
         assert torch.allclose(logprobs.double(), expected.log()[tokens], atol=1e-6)
         seen = torch.bincount(tokens, minlength=8)
         assert seen[5] == 0
@@ -31,7 +33,7 @@ def test_draws_follow_the_distribution():
 def test_noise_is_inverted_through_the_cumulative_distribution():
     logits = torch.log(torch.tensor([[0.1, 0.2, 0.3, 0.4]]))
     for noise, token in ((0.0, 0), (0.0999, 0), (0.1001, 1), (0.2999, 1), (0.3001, 2), (0.6001, 3), (0.99999994, 3)):
-        tokens, logprobs = sample_tokens(logits, 1.0, torch.tensor([noise]))
+        tokens, logprobs, _ = sample_tokens(logits, 1.0, torch.tensor([noise]))
         assert tokens.tolist() == [token]
         assert logprobs.item() == pytest.approx(math.log([0.1, 0.2, 0.3, 0.4][token]), abs=1e-6)
 
@@ -45,7 +47,7 @@ def test_tokens_without_mass_are_never_drawn(noise):
         [-inf, -inf, -inf, -inf, 0.0],
         [0.0] + [-inf] * 4,
     ):
-        tokens, logprobs = sample_tokens(torch.tensor([logits]), 1.0, torch.tensor([noise]))
+        tokens, logprobs, _ = sample_tokens(torch.tensor([logits]), 1.0, torch.tensor([noise]))
         assert logits[tokens.item()] > -inf and math.isfinite(logprobs.item())
 
 
@@ -53,7 +55,7 @@ def test_vocabulary_of_many_tokens_keeps_its_last_draw_in_range():
     """Rounding of a long cumulative sum must not lead past the end, nor to a token without mass."""
     logits = torch.randn(4, 150_000, generator=torch.Generator().manual_seed(0)) * 4
     logits[:, -5:] = -math.inf
-    tokens, logprobs = sample_tokens(logits, 0.7, torch.tensor([0.99999994, 0.0, 0.999, 0.5]))
+    tokens, logprobs, _ = sample_tokens(logits, 0.7, torch.tensor([0.99999994, 0.0, 0.999, 0.5]))
     assert (tokens < 149_995).all() and logprobs.isfinite().all()
     expected = torch.log_softmax(logits.double() / 0.7, -1).gather(-1, tokens[:, None])[:, 0]
     assert torch.allclose(logprobs.double(), expected, atol=1e-4)
@@ -63,13 +65,13 @@ def test_vocabulary_of_many_tokens_keeps_its_last_draw_in_range():
 def test_certain_token_has_logprob_zero_and_never_above(noise):
     logits = torch.full((1, 50), -100.0)  # their mass underflows to 0
     logits[0, 7] = 60.0
-    tokens, logprobs = sample_tokens(logits, 1.0, torch.tensor([noise]))
+    tokens, logprobs, _ = sample_tokens(logits, 1.0, torch.tensor([noise]))
     assert tokens.item() == 7 and logprobs.item() == 0.0
 
 
 def test_low_precision_logits_are_scored_in_float32():
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
-    tokens, logprobs = sample_tokens(logits, 1.0, torch.tensor([0.1, 0.5, 0.9]))
+    tokens, logprobs, _ = sample_tokens(logits, 1.0, torch.tensor([0.1, 0.5, 0.9]))
     assert logprobs.dtype == torch.float32
     expected = torch.log_softmax(logits.float(), -1).gather(-1, tokens[:, None])[:, 0]
     assert torch.allclose(logprobs, expected, atol=1e-6)

@@ -41,7 +41,9 @@ def test_a_packed_group_by_hand():
         [1, 1, 1, 1, 0],
         [1, 1, 0, 0, 1],
     ]
-    assert packed.unpack(torch.tensor([[0.0, 0.0, -7.0, -8.0, -9.0]])).tolist() == [[-7.0, -8.0], [-9.0, 0.0]]
+    assert packed.labelled().tolist() == [2, 3, 4]
+    unpacked = packed.unpack(torch.tensor([[-7.0, -8.0, -9.0]]), packed.labelled())
+    assert unpacked.tolist() == [[-7.0, -8.0], [-9.0, 0.0]]
 
 
 def test_what_gains_nothing_is_not_packed():
@@ -75,9 +77,11 @@ def test_every_completion_token_has_its_place(rows):
     if packed is None:
         return
     assert packed.scored.sum() == sum(map(len, completions)) == (packed.labels != -100).sum()
-    found = packed.unpack(packed.labels)
-    inputs = packed.unpack(packed.input_ids)
-    positions = packed.unpack(packed.position_ids)
+    kept = packed.labelled()
+    found, inputs, positions = (
+        packed.unpack(tensor.reshape(1, -1)[:, kept], kept)
+        for tensor in (packed.labels, packed.input_ids, packed.position_ids)
+    )
     flat = packed.attends[:, 0]
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         count = len(completion)

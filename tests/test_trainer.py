@@ -39,10 +39,10 @@ def length_reward(completions, **kwargs):
     return [float(len(str(completion)) % 7) for completion in completions]
 
 
-def make(tmp_path, tokenizer=None, dataset=None, tools=None, reward=length_reward, args=None, **changes):
+def make(tmp_path, tokenizer=None, dataset=None, tools=None, reward=length_reward, args=None, model=None, **changes):
     tokenizer = tokenizer or chat_tokenizer()
     return ToolGRPOTrainer(
-        tiny_model(tokenizer),
+        model if model is not None else tiny_model(tokenizer),
         reward,
         args or config(tmp_path, **changes),
         dataset if dataset is not None else prompts(),
@@ -209,12 +209,41 @@ def test_evaluation_logs_under_its_own_prefix(tmp_path):
     assert not any(name.startswith("eval_ratio") for name in metrics)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_an_evaluation_uses_what_was_recorded(tmp_path, monkeypatch, beta):
+    """Entropy and loss of an evaluation are those TRL's pass over the model would give, without that pass."""
+    found = []
+    for recorded in (True, False):
+        torch.manual_seed(0)
+        model = tiny_model(chat_tokenizer())
+        model.save_pretrained(tmp_path / "model")
+        model.config._name_or_path = str(tmp_path / "model")
+        trainer = make(tmp_path, model=model, beta=beta, temperature=0.8, per_device_eval_batch_size=4)
+        if not recorded:
+            monkeypatch.setattr(engine.RolloutBatch, "entropies", lambda *args: None)
+        passes = []
+        forward = trainer.model.forward
+
+        def counted(*args, forward=forward, passes=passes, **kwargs):
+            passes.append(kwargs.get("fused_lm_head"))
+            return forward(*args, **kwargs)
+
+        trainer.model.forward = counted
+        torch.manual_seed(1)
+        found.append((trainer.evaluate(prompts(4)), passes.count(True)))
+    (ours, ours_passes), (computed, computed_passes) = found
+    assert ours_passes == 0 and computed_passes >= 1
+    for name in ("eval_entropy", "eval_loss"):
+        assert ours[name] == pytest.approx(computed[name], abs=1e-5)
+    assert ours["eval_entropy"] > 1
+
+
 def test_a_sampler_that_records_other_log_probs_is_found_out(tmp_path, monkeypatch):
     honest = model_sampler.sample_tokens
 
     def shifted(logits, temperature, noise):
-        tokens, logprobs = honest(logits, temperature, noise)
-        return tokens, logprobs - 0.01
+        tokens, logprobs, entropies = honest(logits, temperature, noise)
+        return tokens, logprobs - 0.01, entropies
 
     monkeypatch.setattr(engine, "unsupported_reason", lambda *args: None)  # its trial finds the shift too
     monkeypatch.setattr(model_sampler, "sample_tokens", shifted)

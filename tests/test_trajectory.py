@@ -60,7 +60,7 @@ def test_reading_leaves_the_record_alone():
     assert given_record == record()
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(Trajectory)])
+@pytest.mark.parametrize("name", [f.name for f in fields(Trajectory) if f.name != "values"])
 def test_missing_field_is_named(name):
     broken = record()
     del broken[name]
@@ -92,8 +92,25 @@ def test_misnamed_field_is_unknown_even_where_the_right_one_is_there(wrong, mean
     assert message_of(broken) == (f"Rollout 7: unknown field `{wrong}`, expected {expected}. Did you mean `{meant}`?")
 
 
+def test_values_are_optional_and_checked():
+    count = len(record()["completion_ids"])
+    assert Trajectory.from_dict(record()).values is None
+    given = [0.5] * count
+    assert Trajectory.from_dict(record(values=given)).values == given
+    assert f"`values` expected {count} finite values" in message_of(record(values=given[1:]))
+    assert "of which 1 are not finite" in message_of(record(values=[float("nan"), *given[1:]]))
+
+
+def test_rewards_of_a_turn_add_up_and_are_finite():
+    turn = Turn(0, 1, reward=0.5, tool_results=[ToolResult("a", reward=1.0), ToolResult("b")])
+    assert turn.total_reward == 1.5 and Turn(0, 1).total_reward == 0.0
+    broken = record()
+    broken["turns"][0]["reward"] = float("inf")
+    assert "a reward of `turns[0]` expected a finite number, got inf" in message_of(broken)
+
+
 def test_unknown_field_without_a_likeness_gets_no_hint():
-    assert message_of(record(zzz=1)).endswith(", turns, stop_reason.")
+    assert message_of(record(zzz=1)).endswith(", turns, stop_reason, values.")
     assert "unknown field `3`" in message_of({3: 1, **record()})
 
 

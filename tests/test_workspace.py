@@ -194,6 +194,13 @@ def test_every_question_is_answered_by_its_plan_and_by_no_shorter_one():
         assert judge([{"role": "assistant", "content": row["answer"]}], environment, row) == Verdict(True, 1.0, True)
 
 
+def test_questions_of_one_difficulty_alone():
+    task = build_workspace(6, 4, difficulty=3)
+    assert {row["kind"] for row in [*task.train, *task.held_out]} == {"manager_salary", "slack_salary"}
+    with pytest.raises(ValueError, match="difficulty 4; there are those of 1, 2, 3 calls"):
+        build_workspace(1, 1, difficulty=4)
+
+
 def test_the_public_methods_are_the_tools():
     tools = environment_tools(WorkspaceEnvironment())
     assert [tool.name for tool in tools] == ["find_employee", "get_manager", "get_salary", "send_slack_message"]

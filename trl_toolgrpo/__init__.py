@@ -6,6 +6,7 @@ from .errors import (
     ConfigError,
     DatasetError,
     LogprobMismatchError,
+    RewardError,
     SamplerError,
     ToolGRPOError,
     ToolNameError,
@@ -14,10 +15,12 @@ from .errors import (
     ToolTimeoutError,
     TrajectoryError,
     TransientToolError,
+    ValueHeadError,
 )
 from .tools.types import Tool, ToolCall, ToolResult
 from .trainer import ToolGRPOTrainer
 from .trajectory import Trajectory, Turn
+from .value import ValueHead
 from .version import __version__
 
 
@@ -26,6 +29,7 @@ __all__ = [
     "ConfigError",
     "DatasetError",
     "LogprobMismatchError",
+    "RewardError",
     "SamplerError",
     "Tool",
     "ToolCall",
@@ -41,5 +45,7 @@ __all__ = [
     "TrajectoryError",
     "TransientToolError",
     "Turn",
+    "ValueHead",
+    "ValueHeadError",
     "__version__",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from .config import ToolGRPOConfig
+from .errors import RewardError
 from .losses import assisted_loss, assisted_rows, calling_tokens
 from .rollout.engine import RolloutBatch
 
@@ -33,6 +34,13 @@ class AssistedWarmup(GRPOTrainer):
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         rewards = super()._calculate_rewards(*args, **kwargs)
+        if bool(rewards.isinf().any()):
+            rollout, function = rewards.isinf().nonzero()[0].tolist()
+            raise RewardError(
+                f"The reward function `{self.reward_func_names[function]}` gave {rewards[rollout, function].item()} "
+                f"for rollout {rollout}. No advantage can be computed from it. Return a finite number, or "
+                f"None for a rollout that cannot be scored."
+            )
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         self._rewards = weighted.masked_fill(rewards.isnan().all(dim=1), torch.nan)  # of all processes
         return rewards

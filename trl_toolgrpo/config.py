@@ -14,6 +14,8 @@ from .errors import ConfigError
 
 
 ROLLOUT_BACKENDS = ("transformers", "vllm")
+ADVANTAGE_ESTIMATORS = ("group", "gae", "group_gae")
+GAE_UNITS = ("token", "turn")
 FORCE_LEVELS = ("call", "name", "schema")
 LOGPROB_CHECKS = ("first", "always", "off")
 
@@ -75,6 +77,26 @@ class ToolGRPOConfig(GRPOConfig):
             forced tokens masked.
         forced_loss_coef (`float`, *optional*, defaults to `1.0`):
             Weight of the supervised loss in assisted steps.
+        advantage_estimator (`str`, *optional*, defaults to `"group"`):
+            Where advantages come from: `"group"`, GRPO's, one for a whole rollout; `"gae"`, generalized advantage
+            estimation with a value head (arXiv 1506.02438), whitened over the generation batch; `"group_gae"`, the
+            group advantage as terminal reward and the value head as a token-level baseline for it.
+        gae_gamma (`float`, *optional*, defaults to `1.0`):
+            Discount from step to step, in [0, 1].
+        gae_lambda (`float`, *optional*, defaults to `0.95`):
+            Weight of longer returns, in [0, 1].
+        gae_unit (`str`, *optional*, defaults to `"token"`):
+            What a step is: a sampled `"token"`, or all the sampled tokens of a `"turn"`.
+        value_loss_coef (`float`, *optional*, defaults to `0.5`):
+            Weight of the value loss.
+        value_clip (`float`, *optional*, defaults to `0.2`):
+            How far a value may move from the recorded one before its loss is clipped; `None` for no limit.
+        value_learning_rate (`float`, *optional*):
+            Learning rate of the value head; `None` is 1e-3, since the head starts from nothing.
+        value_warmup_steps (`int`, *optional*, defaults to `0`):
+            The first optimizer steps of reinforcement learning train the value head alone.
+        value_detach (`bool`, *optional*, defaults to `True`):
+            Keep the gradient of the value loss out of the policy's trunk.
 
     Raises:
         ConfigError: for a combination that cannot work.
@@ -157,6 +179,36 @@ class ToolGRPOConfig(GRPOConfig):
         default=1.0, metadata={"help": "Weight of the supervised loss in assisted steps."}
     )
 
+    advantage_estimator: str = field(
+        default="group",
+        metadata={
+            "help": "Where advantages come from: group (GRPO), gae (value head), or group_gae (group advantage, value "
+            "head as token-level baseline).",
+            "choices": list(ADVANTAGE_ESTIMATORS),
+        },
+    )
+    gae_gamma: float = field(default=1.0, metadata={"help": "Discount from step to step, in [0, 1]."})
+    gae_lambda: float = field(default=0.95, metadata={"help": "Weight of longer returns, in [0, 1]."})
+    gae_unit: str = field(
+        default="token",
+        metadata={"help": "What a step of GAE is: a sampled token or a turn.", "choices": list(GAE_UNITS)},
+    )
+    value_loss_coef: float = field(default=0.5, metadata={"help": "Weight of the value loss."})
+    value_clip: float | None = field(
+        default=0.2,
+        metadata={"help": "How far a value may move from the recorded one before its loss is clipped."},
+    )
+    value_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the value head. None is 1e-3."}
+    )
+    value_warmup_steps: int = field(
+        default=0,
+        metadata={"help": "The first optimizer steps of reinforcement learning train the value head alone."},
+    )
+    value_detach: bool = field(
+        default=True, metadata={"help": "Keep the gradient of the value loss out of the policy's trunk."}
+    )
+
     def __post_init__(self) -> None:
         if (self.num_generations or 0) < 2:
             raise ConfigError(
@@ -212,6 +264,7 @@ def check_fields(config: ToolGRPOConfig) -> None:
         if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
             raise ConfigError(f"You passed `{name}={value!r}`; it must be a positive number or None.")
     _check_forcing(config)
+    _check_critic(config)
     if config.rollout_backend == "vllm":
         raise ConfigError(
             "You passed `rollout_backend='vllm'`, which this version does not have yet. Use "
@@ -253,6 +306,53 @@ def _check_forcing(config: ToolGRPOConfig) -> None:
         raise ConfigError(
             f"You passed `assist_warmup_steps={steps}`, but a rollout batch feeds {per_batch} optimizer steps, and "
             f"one batch cannot be half assisted. Use a multiple of {per_batch}."
+        )
+
+
+def _check_critic(config: ToolGRPOConfig) -> None:
+    """The fields of the critic are in range, and set only where there is a critic."""
+    _check_choice(config, "advantage_estimator", ADVANTAGE_ESTIMATORS)
+    _check_choice(config, "gae_unit", GAE_UNITS)
+    for name in ("gae_gamma", "gae_lambda"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ConfigError(f"You passed `{name}={getattr(config, name)}`; it must be between 0 and 1.")
+    for name, least in (("value_loss_coef", 0), ("value_warmup_steps", 0)):
+        if not getattr(config, name) >= least:
+            raise ConfigError(f"You passed `{name}={getattr(config, name)}`; it cannot be negative.")
+    for name in ("value_clip", "value_learning_rate"):
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"You passed `{name}={value}`; it must be a positive number or None.")
+    if 0 < config.max_steps < config.assist_warmup_steps + config.value_warmup_steps:
+        raise ConfigError(
+            f"You passed `value_warmup_steps={config.value_warmup_steps}` behind `assist_warmup_steps="
+            f"{config.assist_warmup_steps}`, more than `max_steps={config.max_steps}`: the policy would never be "
+            f"trained. Lower them, or train longer."
+        )
+    _check_estimator(config)
+
+
+def _check_estimator(config: ToolGRPOConfig) -> None:
+    estimator = config.advantage_estimator
+    if estimator == "group":
+        idle = [f.name for f in fields(ToolGRPOConfig) if f.name.startswith(("gae_", "value_"))]
+        idle = [name for name in idle if getattr(config, name) != ToolGRPOConfig.__dataclass_fields__[name].default]
+        if idle:
+            raise ConfigError(
+                f"You passed {', '.join(f'`{name}={getattr(config, name)}`' for name in idle)} while "
+                f"`advantage_estimator='group'`, which has no value head for it to act on. Leave it out, or set "
+                f"`advantage_estimator='gae'` or `'group_gae'`."
+            )
+    elif not config.record_sample_logprobs or config.use_vllm:
+        raise ConfigError(
+            f"You passed `advantage_estimator={estimator!r}` with rollouts of TRL's own (`use_vllm` or "
+            f"`record_sample_logprobs=False`), but values are recorded in this package's own. Leave those out, or use "
+            f"`advantage_estimator='group'`."
+        )
+    elif config.loss_type == "vespo":
+        raise ConfigError(
+            f"You passed `loss_type='vespo'` with `advantage_estimator={estimator!r}`. VESPO weighs a whole sequence "
+            f"by one advantage. Use another `loss_type`, or `advantage_estimator='group'`."
         )
 
 

@@ -50,3 +50,11 @@ class TrajectoryError(ToolGRPOError, ValueError):
 
 class LogprobMismatchError(ToolGRPOError, ArithmeticError):
     """Log-probs recorded by the sampler and recomputed by the trainer differ beyond the tolerance."""
+
+
+class RewardError(ToolGRPOError, ValueError):
+    """A reward no advantage can be computed from."""
+
+
+class ValueHeadError(ToolGRPOError, ValueError):
+    """A value head that is missing from a checkpoint or belongs to another model, or values that are not finite."""

@@ -1,8 +1,10 @@
 """Losses beside TRL's policy loss. Pure functions: tensors in, tensors out.
 
-Owns the supervised loss of assisted steps; fed by the trainer with log-probs it computed under its own autocast.
+Owns the supervised loss of assisted steps and the loss of the value head; fed by the trainer with log-probs and values
+it computed under its own autocast.
 """
 
+import torch
 from torch import Tensor
 
 from .trajectory import Trajectory
@@ -52,3 +54,32 @@ def assisted_loss(logps: Tensor, mask: Tensor, count: Tensor | float) -> Tensor:
             Number of such tokens the mean is taken over, at least 1.
     """
     return -(logps * mask).sum() / count
+
+
+def value_loss(values: Tensor, old_values: Tensor, targets: Tensor, mask: Tensor, clip: float | None) -> Tensor:
+    r"""
+    Clipped squared error of the value head (arXiv 1707.06347), summed over the steps of `mask`.
+
+    \\(\frac{1}{2} \max((V - R)^2, (\mathrm{clip}(V, V_{old} \pm c) - R)^2)\\): a value that has moved further than
+    `clip` from the recorded one in the right direction gets no more gradient.
+
+    Args:
+        values (`Tensor`):
+            Value before each token now, shape (B, T).
+        old_values (`Tensor`):
+            The same, recorded when the tokens were sampled, shape (B, T).
+        targets (`Tensor`):
+            Returns R, shape (B, T).
+        mask (`Tensor`):
+            1 at the first token of each step, shape (B, T).
+        clip (`float`, *optional*):
+            How far a value may move; `None` for no limit.
+
+    Returns:
+        `Tensor`: a scalar.
+    """
+    error = (values - targets).square()
+    if clip is not None:
+        near = old_values + (values - old_values).clamp(-clip, clip)
+        error = torch.maximum(error, (near - targets).square())
+    return 0.5 * (error * mask).sum()

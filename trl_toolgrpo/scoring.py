@@ -6,6 +6,8 @@ has the positions it would have by itself. Log-probs and gradients are those of 
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 PACKED_LENGTH = 4096
 """Most tokens of a packed sequence, whose attention mask is dense; larger groups are split over several."""
+TRIAL_ROLLOUTS = 4
+"""Rollouts that are scored both ways before packing is trusted."""
 
 
 @dataclass
@@ -33,10 +37,11 @@ class PackedBatch:
         input_ids (`Tensor`):
             Prompt without its last token, then for each rollout that token and the completion but for its last one;
             int64, shape (R, L).
-        position_ids (`Tensor`):
-            Positions each token has in its own sequence, int64, shape (R, L).
+        position_ids (`Tensor`, *optional*):
+            Positions each token has in its own sequence, int64, shape (R, L); `None` leaves them to the model.
         attends (`Tensor`):
-            Which tokens attend to which, bool, shape (R, 1, L, L).
+            Which tokens attend to which, bool, shape (R, 1, L, L); or, where each row is a sequence of its own, which
+            tokens are no padding, shape (R, L).
         labels (`Tensor`):
             Token to be predicted at each position, -100 where none is, int64, shape (R, L).
         place (`Tensor`):
@@ -46,15 +51,21 @@ class PackedBatch:
     """
 
     input_ids: Tensor
-    position_ids: Tensor
+    position_ids: Tensor | None
     attends: Tensor
     labels: Tensor
     place: Tensor
     scored: Tensor
 
-    def unpack(self, values: Tensor) -> Tensor:
-        """Values at the packed positions, shape (R, L), as those of completion tokens, shape (B, T), 0 elsewhere."""
-        return values.reshape(-1)[self.place] * self.scored
+    def labelled(self) -> Tensor:
+        """Flat indices of the positions that predict a token, shape (K,); one of no use where there is none."""
+        found = (self.labels.reshape(-1) != -100).nonzero()[:, 0]
+        return found if len(found) else found.new_zeros(1)
+
+    def unpack(self, values: Tensor, kept: Tensor) -> Tensor:
+        """Values at the positions `kept`, shape (1, K), as those of completion tokens, shape (B, T), 0 elsewhere."""
+        everywhere = values.new_zeros(self.labels.numel()).index_copy(0, kept, values[0])
+        return everywhere[self.place] * self.scored
 
 
 def pack(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> PackedBatch | None:
@@ -77,10 +88,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> P
     arange = torch.arange(completion_length, device=mask.device)
     if not torch.equal(mask.bool(), arange < mask.sum(dim=1, keepdim=True)):
         return None
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for row, (ids, known) in enumerate(zip(input_ids.tolist(), prompt_mask.tolist(), strict=True)):
-        prompt = tuple(token for token, keep in zip(ids[: len(known)], known, strict=True) if keep)
-        groups.setdefault(prompt, []).append(row)
+    groups = _groups(input_ids, prompt_mask)
     if len(groups) == len(lengths) or not all(groups):
         return None
     sequences = _divide(groups, lengths)
@@ -88,6 +96,21 @@ def pack(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> P
     if length > PACKED_LENGTH or length * len(sequences) >= input_ids.numel():
         return None
     return _fill(sequences, input_ids, lengths, completion_length, max(length, 1))
+
+
+def _groups(input_ids: Tensor, prompt_mask: Tensor) -> dict[tuple[int, ...], list[int]]:
+    """Rows of each distinct prompt."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, (ids, known) in enumerate(zip(input_ids.tolist(), prompt_mask.tolist(), strict=True)):
+        prompt = tuple(token for token, keep in zip(ids[: len(known)], known, strict=True) if keep)
+        groups.setdefault(prompt, []).append(row)
+    return groups
+
+
+def _few_of_a_group(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> tuple[Tensor, Tensor, int]:
+    """A batch of a few rollouts of the largest group."""
+    rows = max(_groups(input_ids, attention_mask[:, :-completion_length]).values(), key=len)[:TRIAL_ROLLOUTS]
+    return input_ids[rows], attention_mask[rows], completion_length
 
 
 def _divide(
@@ -142,6 +165,54 @@ def _fill(
     return PackedBatch(*(tensor.to(device) for tensor in made))
 
 
+def lay_out(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> PackedBatch:
+    """
+    The same record for rollouts that stay as they are, one a row.
+
+    Args:
+        input_ids, attention_mask, completion_length:
+            As in [`pack`].
+
+    Returns:
+        [`PackedBatch`]: with the rows of the batch.
+    """
+    rows, length = input_ids.shape
+    scored = attention_mask[:, -completion_length:].bool()
+    labels = torch.full_like(input_ids, -100)
+    first = length - completion_length - 1
+    labels[:, first:-1] = input_ids[:, -completion_length:].masked_fill(~scored, -100)
+    place = torch.arange(first, length - 1, device=input_ids.device) + length * torch.arange(
+        rows, device=input_ids.device
+    ).unsqueeze(1)
+    return PackedBatch(input_ids, None, attention_mask, labels, place, scored)
+
+
+@contextmanager
+def only_at(model: Any, kept: Tensor) -> Iterator[None]:
+    """
+    While open, the backbone of a model gives its hidden states at some positions alone, so that the head, which is a
+    large part of the cost, does not score those that predict nothing.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The model, unwrapped.
+        kept (`Tensor`):
+            Flat indices into (R, L), int64, shape (K,).
+    """
+
+    def select(module: Any, given: Any, output: Any) -> Any:
+        hidden = output.last_hidden_state
+        output.last_hidden_state = hidden.reshape(-1, hidden.shape[-1])[kept][None]
+        return output
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hook = base.base_model.register_forward_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def unpackable_reason(model: Any) -> str | None:
     """Why a model cannot score packed sequences; `None` if nothing is known against it."""
     config = model.config.get_text_config()
@@ -158,11 +229,13 @@ class SharedPromptScoring(GRPOTrainer):
     """
     Part of [`ToolGRPOTrainer`]: TRL's scoring pass, over packed sequences where rollouts of a batch share prompts.
 
-    The first batch is scored both ways. If the log-probs differ by more than rounding, the model is one that packing
-    does not suit, and TRL's way is kept for good.
+    A few rollouts of the first batch are scored both ways. If the log-probs differ by more than rounding, the model is
+    one that packing does not suit, and TRL's way is kept for good.
     """
 
     _packs: bool | None = None
+    _ask_values = False
+    _values: Tensor | None = None
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -179,57 +252,77 @@ class SharedPromptScoring(GRPOTrainer):
             batch = (input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss)
             return super(SharedPromptScoring, self)._get_per_token_logps_and_entropies(model, *batch, **images)
 
-        if self._packs is False or compute_aux_loss or any(value is not None for value in images.values()):
+        if compute_aux_loss or any(value is not None for value in images.values()):
             return plain()
         size = batch_size or len(input_ids)
-        parts = [
-            pack(input_ids[start : start + size], attention_mask[start : start + size], logits_to_keep)
+        chunks = [
+            (input_ids[start : start + size], attention_mask[start : start + size], logits_to_keep)
             for start in range(0, len(input_ids), size)
         ]
-        if any(part is None for part in parts) and self._packs:
+        parts = [None if self._packs is False else pack(*chunk) for chunk in chunks]
+        if self._packs is None and not self._try_packing(model, chunks, all(part is not None for part in parts)):
+            parts = [None] * len(chunks)
+        if not self._ask_values and any(part is None for part in parts):
             return plain()
-        if self._packs is None and not self._try_packing(model, parts, plain):
-            return plain()
-        return self._score_packed(model, [part for part in parts if part is not None], compute_entropy)
+        laid_out = [part or lay_out(*chunk) for part, chunk in zip(parts, chunks, strict=True)]
+        return self._score_packed(model, laid_out, compute_entropy)
 
     def _score_packed(self, model: Any, parts: list[PackedBatch], compute_entropy: bool) -> Any:
-        logps, entropies = [], []
+        logps, entropies, values = [], [], []
         for part in parts:
             mask = part.attends
-            if self.accelerator.unwrap_model(model).config.get_text_config()._attn_implementation == "eager":
+            eager = self.accelerator.unwrap_model(model).config.get_text_config()._attn_implementation == "eager"
+            if eager and mask.dim() == 4:
                 mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
-            with self.accelerator.autocast():
+            options: dict[str, Any] = {"with_values": True} if self._ask_values else {}
+            if part.position_ids is not None:
+                options["position_ids"] = part.position_ids
+            kept = part.labelled()
+            with self.accelerator.autocast(), only_at(self.accelerator.unwrap_model(model), kept):
                 output = model(
                     input_ids=part.input_ids,
                     attention_mask=mask,
-                    position_ids=part.position_ids,
-                    shift_labels=part.labels,
+                    shift_labels=part.labels.reshape(-1)[kept][None],
                     fused_lm_head=True,
+                    **options,
                 )
-            logps.append(part.unpack(output.log_probs))
+            logps.append(part.unpack(output.log_probs, kept))
             if compute_entropy:
-                entropies.append(part.unpack(output.entropy))
+                entropies.append(part.unpack(output.entropy, kept))
+            if self._ask_values:
+                values.append(part.unpack(output["values"], kept))
+        self._values = torch.cat(values) if values else None
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
-    def _try_packing(self, model: Any, parts: list[PackedBatch | None], plain: Any) -> bool:
+    def _try_packing(self, model: Any, chunks: list[tuple[Tensor, Tensor, int]], ready: bool) -> bool:
         """
         Decide with the first batch that every process can pack. Every process takes the same decision, and runs the
         same number of forward passes.
         """
-        reason = unpackable_reason(self.accelerator.unwrap_model(model))
+        bare = self.accelerator.unwrap_model(model)
+        reason = unpackable_reason(bare)
         if reason is not None:
             self._packs = False
             return False
-        packed = [part for part in parts if part is not None]
-        ready = torch.tensor(float(len(packed) == len(parts)), device=self.accelerator.device)
-        if self.accelerator.reduce(ready, reduction="mean") < 1:
+        few = _few_of_a_group(*chunks[0])
+        packed = pack(*few)
+        everyone = torch.tensor(float(ready and packed is not None), device=self.accelerator.device)
+        if self.accelerator.reduce(everyone, reduction="mean") < 1 or packed is None:
             return False
         checkpointing: Any = self.args.gradient_checkpointing_kwargs
-        with scoring_mode(model), disable_gradient_checkpointing(model, checkpointing):
-            gap = (self._score_packed(model, packed, False)[0] - plain()[0]).abs()
+        asked, self._ask_values = self._ask_values, False
+        with scoring_mode(model), disable_gradient_checkpointing(bare, checkpointing):
+            plain, _, _ = super()._get_per_token_logps_and_entropies(model, *few)
+            try:
+                gap = (self._score_packed(model, [packed], False)[0] - plain).abs()
+            except (TypeError, ValueError, RuntimeError) as error:  # of a model that takes no such mask
+                logger.warning("Rollouts are scored one by one: %s: %s", type(error).__name__, error)
+                self._packs = False
+                return False
+            finally:
+                self._ask_values = asked
         gap = gap.nan_to_num(nan=torch.inf)
-        scored = torch.cat([part.scored for part in packed])
-        found = torch.stack([gap.max(), gap.sum() / scored.sum().clamp(min=1)])
+        found = torch.stack([gap.max(), gap.sum() / packed.scored.sum().clamp(min=1)])
         widest, mean = self.accelerator.gather(found[None]).amax(dim=0).tolist()
         limits = check_tolerance(compute_dtype(self.args, model), None)
         self._packs = widest <= limits[0] and mean <= limits[1]
@@ -240,4 +333,4 @@ class SharedPromptScoring(GRPOTrainer):
                 widest,
                 mean,
             )
-        return self._packs
+        return bool(self._packs)

@@ -27,6 +27,7 @@ from trl.trainer.utils import get_config_model_id
 from .assist import AssistedWarmup
 from .checks import check_dataset, check_forcing, check_template, check_tool_names, named_datasets, warn_of_dropout
 from .config import ToolGRPOConfig
+from .critic import Critic
 from .diagnostics import (
     RatioStatistics,
     check_logprobs,
@@ -57,7 +58,7 @@ _NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}}
 _TOOL_OF_RESET = Tool("tool", "Known once the environment is reset.", _NO_ARGUMENTS, lambda: None)
 
 
-class ToolGRPOTrainer(AssistedWarmup, SharedPromptScoring, GRPOTrainer):
+class ToolGRPOTrainer(AssistedWarmup, Critic, SharedPromptScoring, GRPOTrainer):
     """
     Drop-in for TRL's [`~trl.GRPOTrainer`] (arXiv 2402.03300) that trains a policy to call tools.
 
@@ -155,7 +156,7 @@ class ToolGRPOTrainer(AssistedWarmup, SharedPromptScoring, GRPOTrainer):
     def _prepare_recording(self, executor: ToolExecutor | None, force_policy: ForcePolicy | None) -> None:
         """Everything recording needs that TRL's constructor had to make first."""
         self._batch: RolloutBatch | None = None
-        self._skip_scoring = self._capturing = False
+        self._skip_scoring = self._capturing = self._evaluating = False
         self._captured: Tensor | None = None
         self._ratio = RatioStatistics()
         self._sampled_at = -1
@@ -170,6 +171,7 @@ class ToolGRPOTrainer(AssistedWarmup, SharedPromptScoring, GRPOTrainer):
         if self.use_transformers_continuous_batching:
             logger.warning("`use_transformers_continuous_batching` has no effect: the sampler batches by itself.")
         warn_of_dropout(self.model, self.args.disable_dropout)
+        self._prepare_critic()
         if self.environment_factories is not None:
             self._read_environments()
         self._standalone_tools: list[Any] = []  # called by the executor, not by TRL's loop
@@ -288,6 +290,8 @@ class ToolGRPOTrainer(AssistedWarmup, SharedPromptScoring, GRPOTrainer):
             self._check_recorded(output, self._batch)
         if self._assisted:
             self._assist(output, self._batch)
+        elif self._value_head is not None and self.model.training:
+            self._estimate_advantages(output, self._batch)
         return output
 
     def _correct_masks(self, output: dict[str, Any], batch: RolloutBatch) -> None:
@@ -330,6 +334,11 @@ class ToolGRPOTrainer(AssistedWarmup, SharedPromptScoring, GRPOTrainer):
         if self._skip_scoring and self._batch is not None and model is self.model and self._scores_old_logprobs():
             self._skip_scoring = False  # the next pass over the policy is the reference's, with its own adapter
             return self._batch.logprobs(logits_to_keep, input_ids.device), None, None
+        if self._evaluating and self._batch is not None:
+            # The policy is the one that sampled: its log-probs and entropies are known
+            entropies = self._batch.entropies(logits_to_keep, input_ids.device)
+            if entropies is not None and len(entropies) == len(input_ids):
+                return self._batch.logprobs(logits_to_keep, input_ids.device), entropies, None
         output = super()._get_per_token_logps_and_entropies(
             model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
@@ -348,18 +357,19 @@ class ToolGRPOTrainer(AssistedWarmup, SharedPromptScoring, GRPOTrainer):
         if not self._recording:
             return super()._compute_loss(model, inputs)
         if "assist_mask" in inputs:
-            return self._assisted_loss(model, inputs)
-        self._capturing = True
+            return self._touch_value_head(self._assisted_loss(model, inputs))
+        self._capturing, self._ask_values = True, "value_targets" in inputs
+        self._evaluating = not self.model.training and not self.aux_loss_enabled
         try:
             loss = super()._compute_loss(model, inputs)
         finally:
-            self._capturing = False
+            self._capturing = self._ask_values = self._evaluating = False
         if self.model.training and self._captured is not None:
             mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
             fresh = self.state.global_step == self._sampled_at
             self._ratio.add(self._captured, inputs["old_per_token_logps"], mask, fresh)
         self._captured = None
-        return loss
+        return self._add_value_loss(loss, inputs) if "value_targets" in inputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         training = self._recording and self.model.training

@@ -50,6 +50,8 @@ class Turn:
             Wall-clock time from queueing the turn to its last token, in seconds.
         tool_seconds (`float`, *optional*, defaults to `0.0`):
             Wall-clock time from the first call to the last result, in seconds.
+        reward (`float`, *optional*):
+            The environment's `turn_reward` after the turn; rewards of single results are their own.
     """
 
     start: int
@@ -59,6 +61,12 @@ class Turn:
     tool_results: list[ToolResult] = field(default_factory=list)
     sample_seconds: float = 0.0
     tool_seconds: float = 0.0
+    reward: float | None = None
+
+    @property
+    def total_reward(self) -> float:
+        """The turn's own reward and those of its results."""
+        return (self.reward or 0.0) + sum(result.reward or 0.0 for result in self.tool_results)
 
     @classmethod
     def from_dict(cls, record: dict[str, Any], rollout: Any = None) -> "Turn":
@@ -98,6 +106,9 @@ class Trajectory:
             Assistant turns in order.
         stop_reason (`str`):
             One of `STOP_REASONS`.
+        values (`list[float]`, *optional*):
+            Value before each completion token, as the value head estimated it when the token was sampled, shape (C,);
+            0.0 where the policy did not sample. `None` without a value head.
 
     Raises:
         TrajectoryError: from [`Trajectory.validate`] and [`Trajectory.from_dict`].
@@ -110,6 +121,7 @@ class Trajectory:
     forced_mask: list[int]
     turns: list[Turn]
     stop_reason: str
+    values: list[float] | None = None
 
     @property
     def trainable_mask(self) -> list[int]:
@@ -142,7 +154,7 @@ class Trajectory:
         """
         if not isinstance(record, dict):
             raise TrajectoryError(f"{_where(rollout)}: expected a dict of fields, got {type(record).__name__}.")
-        _check_keys(record, cls, {f.name for f in fields(cls)}, rollout)
+        _check_keys(record, cls, {f.name for f in fields(cls)} - {"values"}, rollout)
         values = dict(record)
         _check_list(values["turns"], "turns", _where(rollout))
         values["turns"] = [Turn.from_dict(t, rollout) if isinstance(t, dict) else t for t in values["turns"]]
@@ -168,6 +180,11 @@ class Trajectory:
                     raise TrajectoryError(
                         f"{where}: field `{name}` expected token ids, got {token!r} at position {position}."
                     )
+        if self.values is not None and (len(self.values) != expected or not all(map(_is_number, self.values))):
+            raise TrajectoryError(
+                f"{where}: field `values` expected {expected} finite values, one per completion token, got "
+                f"{len(self.values)}, of which {sum(not _is_number(value) for value in self.values)} are not finite."
+            )
         _check_mask(self.tool_mask, "tool_mask", where)
         _check_mask(self.forced_mask, "forced_mask", where)
         _check_values(self.forced_mask, self.tool_mask, self.logprobs, where)
@@ -274,3 +291,10 @@ def _check_turn(turn: Turn, name: str, where: str) -> None:
         value = getattr(turn, field_name)
         if not _is_number(value) or value < 0:
             raise TrajectoryError(f"{where}: field `{name}.{field_name}` expected seconds, got {value!r}.")
+    _check_rewards(turn, name, where)
+
+
+def _check_rewards(turn: Turn, name: str, where: str) -> None:
+    for reward in (turn.reward, *(result.reward for result in turn.tool_results)):
+        if reward is not None and not _is_number(reward):
+            raise TrajectoryError(f"{where}: a reward of `{name}` expected a finite number, got {reward!r}.")

@@ -99,10 +99,12 @@ class RolloutBatch:
 
     def logprobs(self, width: int, device: torch.device) -> Tensor:
         """Recorded log-probs, nats, float32, shape (B, `width`), right-padded with 0.0."""
-        recorded = torch.zeros(len(self.rollouts), width)
-        for row, trajectory in enumerate(self.trajectories):
-            recorded[row, : len(trajectory.logprobs)] = torch.tensor(trajectory.logprobs)
-        return recorded.to(device)
+        return _padded([trajectory.logprobs for trajectory in self.trajectories], width).to(device)
+
+    def entropies(self, width: int, device: torch.device) -> Tensor | None:
+        """Recorded entropies, nats, float32, shape (B, `width`), right-padded with 0.0; `None` if there are none."""
+        recorded = [rollout.entropies for rollout in self.rollouts if rollout.entropies is not None]
+        return _padded(recorded, width).to(device) if len(recorded) == len(self.rollouts) else None
 
     def mask_dropped(self, output: dict[str, Tensor], truncated: bool) -> None:
         """Zero the masks (B, T) of rollouts that take no part in the update: invalid and empty ones, and, if asked
@@ -115,6 +117,13 @@ class RolloutBatch:
         for name in ("completion_mask", "tool_mask"):
             if name in output:
                 output[name] = output[name] * keep
+
+
+def _padded(rows: Sequence[Sequence[float]], width: int) -> Tensor:
+    padded = torch.zeros(len(rows), width)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = torch.tensor(row)
+    return padded
 
 
 class RolloutEngine:
@@ -208,7 +217,7 @@ class RolloutEngine:
         for trajectory in batch.trajectories:
             if not trajectory.completion_ids:  # TRL needs one token; nobody wrote this one, so nothing trains on it
                 trajectory.completion_ids, trajectory.logprobs = [self.pad_id], [0.0]
-                trajectory.tool_mask, trajectory.forced_mask = [0], [0]
+                trajectory.tool_mask, trajectory.forced_mask, trajectory.values = [0], [0], None
         batch.invalid = [self._is_invalid(row, trajectory) for row, trajectory in enumerate(batch.trajectories)]
         return batch
 
@@ -238,6 +247,6 @@ class RolloutEngine:
             logger.warning("Masked out of the update: %s", error)
             count = len(trajectory.completion_ids)
             trajectory.logprobs, trajectory.tool_mask = [0.0] * count, [0] * count
-            trajectory.forced_mask = [0] * count
+            trajectory.forced_mask, trajectory.values = [0] * count, None
             return True
         return False

@@ -57,7 +57,8 @@ class RolloutRequest:
         tools (`dict[str, Tool]`, *optional*):
             Tools of this rollout, by name; without any the rollout is one turn.
         environment (`object`, *optional*):
-            Environment some of the tools belong to.
+            Environment some of the tools belong to. What its tools leave in its attribute `turn_reward` is the
+            reward of the turn.
         owned (`frozenset[str]`, *optional*):
             Names of the tools that belong to the environment: their calls run in order, on the environment's own
             thread.
@@ -79,10 +80,14 @@ class Rollout:
             Every token with its provenance.
         messages (`list[dict]`):
             Assistant and tool messages, as reward functions get them; empty without tools.
+        entropies (`list[float]`, *optional*):
+            Entropy in nats of what each completion token was drawn from, 0.0 where none was drawn; `None` if the
+            sampler records none.
     """
 
     trajectory: Trajectory
     messages: list[dict[str, Any]]
+    entropies: list[float] | None = None
 
 
 @dataclass
@@ -101,6 +106,7 @@ class _State:
         self.schemas = [tool.schema for tool in request.tools.values()]
         self.trajectory = Trajectory(request.prompt_ids, [], [], [], [], [], "stop")
         self.messages: list[dict[str, Any]] = []
+        self.entropies: list[float] | None = []
         self.opening = opening
         self.futures: list[Future[ToolResult]] = []
         self.answered = 0
@@ -164,7 +170,7 @@ class RolloutLoop:
             elif not self._wait():
                 break
         self.stats.seconds = time.perf_counter() - started
-        return [Rollout(state.trajectory, state.messages) for state in self.states]
+        return [Rollout(state.trajectory, state.messages, state.entropies) for state in self.states]
 
     # Waiting
 
@@ -194,7 +200,15 @@ class RolloutLoop:
         count = len(given) + len(sampled.token_ids)
         forced = len(given) if state.start.constraint is None else count  # not drawn from what the trainer scores
         trajectory.completion_ids += [*given, *sampled.token_ids]
-        trajectory.logprobs += ([0.0] * len(given) + sampled.logprobs) if forced < count else [0.0] * count
+        trajectory.logprobs += _behind(given, sampled.logprobs, count, forced)
+        if sampled.entropies is None:
+            state.entropies = None
+        elif state.entropies is not None:
+            state.entropies += [0.0] * (start - len(state.entropies))
+            state.entropies += _behind(given, sampled.entropies, count, forced)
+        if sampled.values is not None:
+            trajectory.values = trajectory.values or [0.0] * start
+            trajectory.values += _behind(given, sampled.values, count, forced)
         trajectory.tool_mask += [1] * count
         trajectory.forced_mask += [1] * forced + [0] * (count - forced)
         turn = Turn(start, start + count, "stop" if sampled.stopped else "length", sample_seconds=now - state.since)
@@ -237,6 +251,7 @@ class RolloutLoop:
         state.futures = []
         now = time.perf_counter()
         turn.tool_seconds, state.since = now - state.since, now
+        turn.reward = _take_turn_reward(state.request.environment)
         done = zip(turn.tool_calls, turn.tool_results, strict=True)
         if any(not result.is_error and state.request.tools[call.name].ends_rollout for call, result in done):
             return self._finish(row, "stop")
@@ -252,6 +267,8 @@ class RolloutLoop:
             return self._finish(row, "tool_overflow")
         trajectory.completion_ids += suffix
         trajectory.logprobs += [0.0] * len(suffix)
+        if trajectory.values is not None:
+            trajectory.values += [0.0] * len(suffix)
         trajectory.tool_mask += [0] * len(suffix)
         trajectory.forced_mask += [0] * len(suffix)
         state.messages += messages
@@ -279,6 +296,20 @@ class RolloutLoop:
         if self.chat is None:
             raise RuntimeError("A rollout with tools needs a ToolChat.")
         return self.chat
+
+
+def _behind(given: list[int], figures: list[float], count: int, forced: int) -> list[float]:
+    """Figures of the sampled tokens of a turn, 0.0 for those that were forced."""
+    return [0.0] * len(given) + figures if forced < count else [0.0] * count
+
+
+def _take_turn_reward(environment: Any) -> float | None:
+    """What the tools of an environment left in its `turn_reward` during a turn, which begins the next one at None."""
+    reward = getattr(environment, "turn_reward", None)
+    if reward is None or callable(reward):
+        return None
+    environment.turn_reward = None
+    return float(reward)
 
 
 def _decoded(chat: ToolChat | None, ids: list[int], known: dict[tuple[int, ...], str]) -> str:

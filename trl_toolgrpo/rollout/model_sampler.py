@@ -25,7 +25,7 @@ JOIN_AFTER = 4
 """Steps a row with tokens to read waits, at most, for others to be prefilled with it while rows are decoded."""
 
 
-def sample_tokens(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+def sample_tokens(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     Sample by inverting the cumulative distribution, one uniform number a row.
 
@@ -38,18 +38,21 @@ def sample_tokens(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Te
             Uniform numbers in [0, 1), float32, shape (B,).
 
     Returns:
-        `tuple[Tensor, Tensor]`: token ids, int64, shape (B,); their log-probs in nats, float32, shape (B,).
+        `tuple[Tensor, Tensor, Tensor]`: token ids, int64, shape (B,); their log-probs in nats, float32, shape (B,);
+        the entropies in nats of what they were drawn from, float32, shape (B,).
     """
     scores = logits.float()
     if temperature != 1.0:
         scores = scores / temperature
     log_z = torch.logsumexp(scores, dim=-1, keepdim=True)
-    cumulative = torch.exp(scores - log_z).cumsum(dim=-1)
+    probabilities = torch.exp(scores - log_z)
+    cumulative = probabilities.cumsum(dim=-1)
     threshold = noise.to(cumulative.device)[:, None] * cumulative[:, -1:]
     # The first token whose cumulative mass exceeds the threshold always has mass of its own
     tokens = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1)
     logprobs = (scores.gather(-1, tokens) - log_z).clamp_(max=0.0)  # rounding alone can pass 0
-    return tokens[:, 0], logprobs[:, 0]
+    entropies = log_z[:, 0] - (probabilities * scores.clamp(min=torch.finfo(torch.float32).min)).sum(dim=-1)
+    return tokens[:, 0], logprobs[:, 0], entropies
 
 
 class ModelSampler:
@@ -81,6 +84,7 @@ class ModelSampler:
         noise: Callable[[list[int]], Tensor] | None = None,
     ):
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.with_values = getattr(self.model, "value_head", None) is not None
         self.stop_ids = frozenset(stop_ids)
         self.pad_id = pad_id
         self.temperature = temperature
@@ -110,6 +114,8 @@ class _Row:
     constraint: TokenConstraint | None = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
 
 
 class ModelSession:
@@ -152,7 +158,7 @@ class ModelSession:
             raise SamplerError(f"Row {row} was given a budget of {max_new_tokens} tokens, expected at least 1.")
         state.pending.extend(token_ids)
         state.budget, state.waited, state.constraint = max_new_tokens, 0, constraint
-        state.tokens, state.logprobs = [], []
+        state.tokens, state.logprobs, state.values, state.entropies = [], [], [], []
         self.queued.append(row)
 
     def finish(self, row: int) -> None:
@@ -226,10 +232,13 @@ class ModelSession:
         tokens = torch.tensor([[state.pending[0]] for state in states], device=self.device)
         self.store.begin(span)
         positions = (self.store.prompt_lengths[span.groups] + span.lengths)[:, None]
-        logits = constrain(self._forward(tokens, positions, self.cache), [state.constraint for state in states])
-        sampled, logprobs = sample_tokens(logits, self.sampler.temperature, self.sampler.noise(rows))
+        output = self._forward(tokens, positions, self.cache)
+        logits = constrain(output.logits[:, -1], [state.constraint for state in states])
+        sampled, logprobs, entropies = sample_tokens(logits, self.sampler.temperature, self.sampler.noise(rows))
+        values = output["values"][:, -1].tolist() if self.sampler.with_values else None
         finished = []
-        for row, token, logprob in zip(rows, sampled.tolist(), logprobs.tolist(), strict=True):
+        found = zip(rows, sampled.tolist(), logprobs.tolist(), entropies.tolist(), strict=True)
+        for place, (row, token, logprob, entropy) in enumerate(found):
             state = self.rows[row]
             state.length += 1
             state.pending = [token]
@@ -237,26 +246,31 @@ class ModelSession:
                 state.constraint.accept(token)
             state.tokens.append(token)
             state.logprobs.append(logprob)
+            state.entropies.append(entropy)
+            if values is not None:
+                state.values.append(values[place])
             stopped = token in self.sampler.stop_ids
             if stopped or len(state.tokens) == state.budget:
-                finished.append(SampledTokens(row, state.tokens, state.logprobs, stopped))
+                recorded = state.values if values is not None else None
+                told = (state.tokens, state.logprobs, stopped, recorded, state.entropies)
+                finished.append(SampledTokens(row, *told))
         for result in finished:
             self.running -= 1
             self._swap(self.rows[result.row].slot, self.running)
         return finished
 
-    def _forward(self, tokens: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        """Run the model over (B, T) tokens; returns the logits after the last one, shape (B, V)."""
+    def _forward(self, tokens: Tensor, positions: Tensor, cache: Any) -> Any:
+        """Run the model over (B, T) tokens; returns its output, with the logits after the last one."""
         if isinstance(cache, PromptCache):
             self.store.span = None
-        output = self.sampler.model(
+        return self.sampler.model(
             input_ids=tokens,
             position_ids=positions.expand(tokens.shape[0], -1),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **({"with_values": True} if self.sampler.with_values else {}),
         )
-        return output.logits[:, -1]
 
     # Slots
 

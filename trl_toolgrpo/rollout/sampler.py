@@ -43,12 +43,18 @@ class SampledTokens:
             was sampled; without meaning under a constraint.
         stopped (`bool`):
             `True` if the last token is a stop token, `False` if the token budget ran out.
+        values (`list[float]`, *optional*):
+            Value before each token, where the policy has a value head and the sampler asks it.
+        entropies (`list[float]`, *optional*):
+            Entropy in nats of the distribution each token was drawn from, where the sampler records it.
     """
 
     row: int
     token_ids: list[int]
     logprobs: list[float]
     stopped: bool
+    values: list[float] | None = None
+    entropies: list[float] | None = None
 
 
 class TokenConstraint(Protocol):

@@ -1,0 +1,111 @@
+"""Curves of one or several runs as a picture, from the `trainer_state.json` each run of `qwen3_tools.py` leaves.
+
+    python recipes/curves.py assisted=outputs/one alone=outputs/other --metrics valid_calls success --out curves.svg
+
+Owns the reading of logs and the drawing; needs matplotlib (extra `report`).
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+LABELS = {
+    "success": "share of rollouts that succeed",
+    "valid_calls": "share of rollouts with a valid call",
+    "value/explained_variance": "explained variance",
+}
+
+
+def read_curve(log: Sequence[dict[str, Any]], metric: str) -> tuple[list[int], list[float]]:
+    """
+    One metric of one run.
+
+    Args:
+        log (`Sequence[dict]`):
+            `log_history` of a run.
+        metric (`str`):
+            Name of a metric; with the prefix `eval_` that of the evaluations.
+
+    Returns:
+        `tuple[list[int], list[float]]`: optimizer steps, and the values there.
+    """
+    points = [(entry["step"], entry[metric]) for entry in log if metric in entry]
+    return [step for step, _ in points], [float(value) for _, value in points]
+
+
+def smooth(values: Sequence[float], width: int) -> list[float]:
+    """Mean of each value and those before it, `width` in all."""
+    windows = (values[max(0, end - width) : end] for end in range(1, len(values) + 1))
+    return [sum(window) / len(window) for window in windows]
+
+
+def steps_to(values: Sequence[float], level: float, width: int) -> int | None:
+    """First step (from 1) at which the mean of the last `width` values reaches a level; `None` if none does."""
+    means = smooth(values, width)
+    return next((step for step, mean in enumerate(means, start=1) if step >= width and mean >= level), None)
+
+
+def draw(runs: dict[str, list[Path]], metrics: Sequence[str], out: Path, width: int = 5) -> None:
+    """
+    Draw one panel for each metric, with a line for each run and a color for each label.
+
+    Args:
+        runs (`dict[str, list[Path]]`):
+            Output folders of the runs of each label.
+        metrics (`Sequence[str]`):
+            Metrics of training; where the evaluations have them too, these are marked by points.
+        out (`Path`):
+            File to write; its ending says in which format.
+        width (`int`, *optional*, defaults to `5`):
+            Steps the lines are averaged over; the steps themselves are drawn faintly.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("Drawing needs matplotlib. Run `pip install 'trl_toolgrpo[report]'`.") from error
+    matplotlib.use("svg" if out.suffix == ".svg" else "agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(metrics), figsize=(5.2 * len(metrics), 3.4), squeeze=False)
+    for axis, metric in zip(axes[0], metrics, strict=True):
+        for number, (label, folders) in enumerate(runs.items()):
+            color = f"C{number}"
+            for index, folder in enumerate(folders):
+                log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+                steps, values = read_curve(log, metric)
+                axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+                axis.plot(steps, smooth(values, width), color=color, label=label if index == 0 else None)
+                axis.plot(*read_curve(log, f"eval_{metric}"), "o", color=color, markersize=4)
+        axis.set_xlabel("optimizer step")
+        axis.set_ylabel(LABELS.get(metric, metric))
+        axis.grid(alpha=0.3)
+        if metric in ("success", "valid_calls"):
+            axis.set_ylim(-0.03, 1.03)
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(out)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", help="label=folder; the same label again adds a seed to it.")
+    parser.add_argument("--metrics", nargs="+", default=["success"], help="Metrics of the training log.")
+    parser.add_argument("--out", type=Path, required=True, help="Picture to write, .svg or .png.")
+    arguments = parser.parse_args()
+    runs: dict[str, list[Path]] = {}
+    for run in arguments.runs:
+        label, _, folder = run.rpartition("=")
+        runs.setdefault(label or Path(folder).name, []).append(Path(folder))
+    draw(runs, arguments.metrics, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

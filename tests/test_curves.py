@@ -1,0 +1,44 @@
+"""The curves of a run: what is read from its log, what is counted, and that a picture comes of it."""
+
+import json
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
+from curves import draw, main, read_curve, smooth, steps_to
+
+
+LOG = [
+    {"step": 0, "eval_success": 0.1},
+    {"step": 1, "success": 0.0, "loss": 1.0},
+    {"step": 2, "success": 0.5},
+    {"step": 3, "success": 1.0},
+    {"step": 3, "eval_success": 0.9},
+]
+
+
+def test_a_curve_is_read_by_its_name():
+    assert read_curve(LOG, "success") == ([1, 2, 3], [0.0, 0.5, 1.0])
+    assert read_curve(LOG, "eval_success") == ([0, 3], [0.1, 0.9])
+    assert read_curve(LOG, "missing") == ([], [])
+
+
+def test_smoothing_and_steps_by_hand():
+    assert smooth([1.0, 2.0, 6.0, 4.0], 3) == [1.0, 1.5, 3.0, 4.0]
+    assert steps_to([1.0, 1.0, 0.0, 1.0, 1.0], 0.9, 2) == 2
+    assert steps_to([1.0, 0.0, 0.0, 1.0, 1.0], 0.9, 2) == 5
+    assert steps_to([1.0], 0.9, 2) is None  # too short to tell
+
+
+def test_a_picture_shows_every_label(tmp_path, monkeypatch):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text(json.dumps({"log_history": LOG}))
+    draw({"group": [tmp_path / "one", tmp_path / "other"]}, ["success"], tmp_path / "a.svg")
+    assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+    arguments = ["curves.py", f"with={tmp_path}/one", f"{tmp_path}/other", "--out", str(tmp_path / "b.png")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    main()
+    assert (tmp_path / "b.png").read_bytes()[:4] == b"\x89PNG"

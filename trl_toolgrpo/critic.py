@@ -1,0 +1,235 @@
+"""The critic of a run: advantages of single tokens from a value head, and the head's own loss, optimizer and files.
+
+Owns what the estimators "gae" and "group_gae" add to a training run, as a mixin of the trainer. Fed by a rollout batch
+that TRL has scored; the value of each token was recorded when the token was sampled.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+
+from .advantages import (
+    explained_variance,
+    first_of_step,
+    generalized_advantages,
+    moments,
+    place_rewards,
+    rewards_to_go,
+    steps_of,
+    whiten,
+)
+from .config import ToolGRPOConfig
+from .errors import ConfigError, ValueHeadError
+from .losses import value_loss
+from .rollout.engine import RolloutBatch
+from .rollout.sampler import scoring_mode
+from .value import FILE, ValueHead, attach_value_head, load_value_head, save_value_head, without_value_head
+
+
+class Critic(GRPOTrainer):
+    """Part of [`ToolGRPOTrainer`]; see `advantage_estimator` of [`ToolGRPOConfig`]."""
+
+    args: ToolGRPOConfig
+    model: Any
+    _value_head: ValueHead | None = None
+    _ask_values = False
+    _values: Tensor | None = None
+    _rewards: Tensor
+
+    def _prepare_critic(self) -> None:
+        """Attach the head, from the folder the policy came from where it has one, else a new one."""
+        if self.args.advantage_estimator == "group":
+            return
+        if self.aux_loss_enabled:
+            raise ConfigError(
+                f"You passed `advantage_estimator={self.args.advantage_estimator!r}` with a mixture-of-experts model "
+                f"whose router loss is on, so that values cannot be scored. Set `output_router_logits` of its "
+                f"configuration to False, or use `advantage_estimator='group'`."
+            )
+        weight = self.model.get_input_embeddings().weight
+        head = ValueHead(self.model.config.get_text_config().hidden_size, detach=self.args.value_detach)
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self._value_head = head.to(weight.device, dtype)
+        folder = Path(str(getattr(self.model.config, "_name_or_path", "")))
+        if (folder / FILE).is_file():
+            load_value_head(self._value_head, folder)
+        attach_value_head(self.model, self._value_head)
+
+    @property
+    def _value_warmup(self) -> bool:
+        """Whether the critic is trained alone: the first `value_warmup_steps` behind the assisted ones."""
+        start = self.args.assist_warmup_steps
+        return start <= self.state.global_step < start + self.args.value_warmup_steps
+
+    # Advantages
+
+    def _estimate_advantages(self, output: dict[str, Any], batch: RolloutBatch) -> None:
+        """Replace the advantages (B,) of a scored rollout batch by those of its tokens (B, T), and keep what the
+        value loss needs."""
+        trajectories, width = batch.trajectories, output["completion_ids"].size(1)
+        device = output["completion_ids"].device
+        start = self.accelerator.process_index * len(trajectories)
+        rewards = self._rewards[start : start + len(trajectories)].to(device)
+        terminal = rewards if self.args.advantage_estimator == "gae" else output["advantages"]
+        placed = place_rewards(terminal.nan_to_num(nan=0.0).cpu(), trajectories, width).to(device)
+        mask = output["completion_mask"] * output.get("tool_mask", 1)
+        taken = mask.bool() & ~rewards.isnan()[:, None]
+        steps = steps_of(trajectories, width, self.args.gae_unit).to(device).where(taken, -1)
+        values = self._recorded_values(output, batch)
+        advantages, returns = generalized_advantages(
+            placed, values, steps, self.args.gae_gamma, self.args.gae_lambda
+        )
+        first = first_of_step(steps)
+        self._log_critic(rewards_to_go(placed, steps, self.args.gae_gamma), values, first)
+        if self.args.advantage_estimator == "gae":
+            advantages = whiten(advantages, steps >= 0, self._over_processes(moments(advantages, steps >= 0)))
+        output["advantages"] = advantages.to(output["advantages"].dtype)
+        output["old_values"], output["value_targets"] = values.float(), returns.float()
+        output["value_mask"] = first.long()
+        output["value_count"] = self.accelerator.gather(first.sum()).sum()
+        counts = (steps >= 0).sum(dim=1).clamp(min=1)
+        logged = self.accelerator.gather(output["advantages"].sum(dim=1) / counts).tolist()
+        table: Any = self._logs["advantages"]
+        for place, value in enumerate(logged, start=-len(logged)):
+            table[place] = value
+
+    def _recorded_values(self, output: dict[str, Any], batch: RolloutBatch) -> Tensor:
+        """Value before each token, shape (B, T); where the sampler asked none, from one pass without gradient."""
+        width, device = output["completion_ids"].size(1), output["completion_ids"].device
+        values = torch.zeros(len(batch.rollouts), width, dtype=torch.float64)
+        missing = torch.zeros(())
+        for row, trajectory in enumerate(batch.trajectories):
+            if trajectory.values is not None:
+                values[row, : len(trajectory.values)] = torch.tensor(trajectory.values, dtype=torch.float64)
+            elif any(trajectory.trainable_mask):
+                missing += 1
+        values = values.to(device)
+        if self.accelerator.reduce(missing.to(device), reduction="sum") > 0:
+            values = self._computed_values(output)
+        if not bool(values.isfinite().all()):
+            rows = (~values.isfinite()).any(dim=1).nonzero()[:, 0].tolist()
+            raise ValueHeadError(
+                f"The value head gave values that are not finite for the rollouts {rows}. Lower "
+                f"`value_learning_rate`, and look at `value/loss` and `value/grad_norm` of the last steps."
+            )
+        return values
+
+    def _computed_values(self, output: dict[str, Any]) -> Tensor:
+        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+        mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+        width, size = output["completion_ids"].size(1), self.args.per_device_train_batch_size
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
+        with scoring_mode(self.model), disable_gradient_checkpointing(self.model, checkpointing):
+            self._ask_values = True
+            try:
+                self._get_per_token_logps_and_entropies(self.model, ids, mask, width, batch_size=size)
+            finally:
+                self._ask_values = False
+        return self._take_values().double()
+
+    def _take_values(self) -> Tensor:
+        values, self._values = self._values, None
+        if values is None:
+            raise RuntimeError("TRL computed a loss without scoring the batch; the installed TRL is not supported.")
+        return values
+
+    def _log_critic(self, returns: Tensor, values: Tensor, first: Tensor) -> None:
+        sums = torch.stack([moments(returns, first), moments(returns - values, first)])
+        found = explained_variance(*self._over_processes(sums))
+        if found is not None:
+            self._metrics["train"]["value/explained_variance"].append(found)
+
+    def _over_processes(self, sums: Tensor) -> Tensor:
+        return self.accelerator.reduce(sums, reduction="sum")
+
+    # Loss
+
+    def _add_value_loss(self, loss: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """The policy loss of a micro-batch and its value loss; while the critic warms up, the latter alone."""
+        values, mask = self._take_values(), inputs["value_mask"]
+        window = self.current_gradient_accumulation_steps / (self.args.steps_per_generation or 1)
+        steps = inputs["value_count"].clamp(min=1) * window  # of one optimizer step, over all processes
+        summed = value_loss(values, inputs["old_values"], inputs["value_targets"], mask, self.args.value_clip)
+        # The mean over the micro-batches of an optimizer step is the mean over its steps
+        shown = self.accelerator.reduce(summed.detach(), reduction="sum") / steps
+        self._metrics["train"]["value/loss"].append((shown * self.current_gradient_accumulation_steps).item())
+        policy = loss * 0 if self._value_warmup else loss
+        return policy + self.args.value_loss_coef * summed * self.accelerator.num_processes / steps
+
+    def _touch_value_head(self, loss: Tensor) -> Tensor:
+        """A loss the head takes part in with weight 0, since DDP waits for the gradient of every parameter."""
+        if self._value_head is None:
+            return loss
+        return loss + 0.0 * sum(parameter.sum() for parameter in self._value_head.parameters())
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._value_head is not None and self.accelerator.sync_gradients:
+            own = {id(parameter) for parameter in self._value_head.parameters()}
+            norm = _gradient_norm(self._value_head)
+            if norm is not None and self.state.global_step >= self.args.assist_warmup_steps:
+                self._metrics["train"]["value/grad_norm"].append(norm)
+            if self._value_warmup:  # not merely a gradient of 0, which decay and momentum would still act on
+                for parameter in self.model.parameters():
+                    if id(parameter) not in own:
+                        parameter.grad = None
+        return loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """TRL's optimizer, with the value head in a group of its own, at its own learning rate."""
+        optimizer = super().create_optimizer(model)
+        if self._value_head is None:
+            return optimizer
+        head = list(self._value_head.parameters())
+        own = {id(parameter) for parameter in head}
+        if any({id(p) for p in group["params"]} == own for group in optimizer.param_groups):
+            return optimizer
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+        optimizer.add_param_group({"params": head, "lr": self.args.value_learning_rate or 1e-3, "weight_decay": 0.0})
+        return optimizer
+
+    # Files
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """TRL's save, and the head's own file beside it."""
+        super().save_model(output_dir, _internal_call)
+        if self._value_head is not None:
+            save_value_head(self._value_head, output_dir or str(self.args.output_dir), self.args.should_save)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self._value_head is not None and not hasattr(self.model, "peft_config"):
+            state_dict = without_value_head(self.model.state_dict() if state_dict is None else state_dict)
+        super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_head(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.state.best_model_checkpoint is not None:
+            self._load_head(self.state.best_model_checkpoint)
+
+    def _load_head(self, folder: str) -> None:
+        if self._value_head is None:
+            return
+        if self.args.value_warmup_steps > 0 and not (Path(folder) / FILE).is_file():
+            return  # a new head, which is warmed up first
+        load_value_head(self._value_head, folder)
+
+
+def _gradient_norm(module: nn.Module) -> float | None:
+    """Norm of the gradient of a module's parameters, sharded or not; `None` where there is none to see."""
+    squares = []
+    for parameter in module.parameters():
+        if parameter.grad is None:
+            return None
+        norm = parameter.grad.detach().float().norm()
+        squares.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).square())
+    return float(torch.stack(squares).sum().sqrt())

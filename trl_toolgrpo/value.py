@@ -1,0 +1,214 @@
+"""The value head: a critic on the policy's final hidden state.
+
+Owns `ValueHead`, how it is attached to a model and how it is saved and loaded. The value is computed inside the
+model's own forward pass, so that what wraps the model (DDP, FSDP2, ZeRO-3, gradient checkpointing) sees it, and one
+pass gives log-probs and values. Fed by the trainer.
+"""
+
+import functools
+import types
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .errors import ValueHeadError
+
+
+FILE = "value_head.safetensors"
+
+
+class ValueHead(nn.Module):
+    """
+    Value of a state, from the final hidden state of the policy at its last token.
+
+    Two layers behind a normalization without parameters; the last one starts at zero, and so does every value.
+
+    Args:
+        hidden_size (`int`):
+            Width of the policy's hidden state.
+        width (`int`, *optional*):
+            Width of the layer between; the hidden size by default.
+        detach (`bool`, *optional*, defaults to `True`):
+            Whether the gradient of the value stops here, and leaves the policy's trunk to the policy loss.
+    """
+
+    def __init__(self, hidden_size: int, width: int | None = None, detach: bool = True):
+        super().__init__()
+        self.detach = detach
+        self.layer = nn.Linear(hidden_size, width or hidden_size)
+        self.output = nn.Linear(width or hidden_size, 1)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """
+        Args:
+            hidden (`Tensor`):
+                Hidden states, any float dtype, shape (..., H).
+
+        Returns:
+            `Tensor`: values, in the dtype of the head's parameters, shape (...).
+        """
+        hidden = hidden.detach() if self.detach else hidden
+        with torch.autocast(hidden.device.type, enabled=False):  # a value is a regression target, not a logit
+            hidden = hidden.to(self.layer.weight.dtype)
+            hidden = hidden * torch.rsqrt(hidden.square().mean(dim=-1, keepdim=True) + 1e-6)
+            return self.output(nn.functional.silu(self.layer(hidden)))[..., 0]
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write `value_head.safetensors` into a folder; returns the file."""
+        return _write(_gathered(self), folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, detach: bool = True) -> "ValueHead":
+        """
+        Read a head.
+
+        Args:
+            folder (`str` or `Path`):
+                Folder with `value_head.safetensors`.
+            detach (`bool`, *optional*, defaults to `True`):
+                As in [`ValueHead`].
+
+        Raises:
+            ValueHeadError: if the file is missing or holds something else.
+        """
+        state = read_state(folder)
+        width, hidden_size = state["layer.weight"].shape
+        head = cls(hidden_size, width, detach)
+        head.load_state_dict(state)
+        return head
+
+
+def attach_value_head(model: Any, head: ValueHead) -> None:
+    """
+    Give a causal language model a value head: called with `with_values=True`, its output also holds `values`, the
+    value at each position of the input, shape (B, T).
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The policy, not yet wrapped for training.
+        head ([`ValueHead`]):
+            The head; a submodule of the model from now on.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.value_head = head.requires_grad_(True)
+    original = base.forward
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, with_values: bool = False, **kwargs: Any) -> Any:
+        if not with_values:
+            return original(*args, **kwargs)
+        hidden: list[Tensor] = []
+        hook = self.base_model.register_forward_hook(lambda module, given, output: hidden.append(output[0]))
+        try:
+            output = original(*args, **kwargs)
+        finally:
+            hook.remove()
+        output["values"] = self.value_head(hidden[-1])
+        return output
+
+    base.forward = types.MethodType(forward, base)
+
+
+def value_head_of(model: Any) -> ValueHead | None:
+    """The value head of a model, wrapped or not; `None` if it has none."""
+    return next((module for module in model.modules() if isinstance(module, ValueHead)), None)
+
+
+def without_value_head(state: dict[str, Any]) -> dict[str, Any]:
+    """A model's state without its value head, for what is saved or pushed as the policy."""
+    return {name: value for name, value in state.items() if "value_head." not in name}
+
+
+def save_value_head(head: ValueHead, folder: str | Path, write: bool = True) -> None:
+    """
+    Write the head into a folder; every process has to call this, since sharded parameters are gathered.
+
+    Args:
+        head ([`ValueHead`]):
+            The head.
+        folder (`str` or `Path`):
+            Where to.
+        write (`bool`, *optional*, defaults to `True`):
+            Whether this process writes.
+    """
+    state = _gathered(head)
+    if write:
+        _write(state, folder)
+
+
+def load_value_head(head: ValueHead, folder: str | Path) -> None:
+    """
+    Read a head's parameters in place, sharded or not.
+
+    Args:
+        head ([`ValueHead`]):
+            The head.
+        folder (`str` or `Path`):
+            Folder with `value_head.safetensors`.
+
+    Raises:
+        ValueHeadError: if the file is missing, or of a head of another size.
+    """
+    state = read_state(folder)
+    with torch.no_grad(), _gather(head, modify=True):
+        for name, parameter in head.named_parameters():
+            if state[name].shape != parameter.shape:
+                raise ValueHeadError(
+                    f"{Path(folder) / FILE} holds `{name}` of shape {tuple(state[name].shape)}, expected "
+                    f"{tuple(parameter.shape)}. It belongs to another model."
+                )
+            value = state[name].to(parameter.device, parameter.dtype)
+            if isinstance(parameter, DTensor):
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+            parameter.copy_(value)
+
+
+def read_state(folder: str | Path) -> dict[str, Tensor]:
+    """
+    Parameters in a folder's `value_head.safetensors`.
+
+    Raises:
+        ValueHeadError: if the file is missing or holds something else.
+    """
+    file = Path(folder) / FILE
+    if not file.is_file():
+        raise ValueHeadError(
+            f"There is no {file}, but a value head is asked for (`advantage_estimator`). The checkpoint was written "
+            f"without one: pass a checkpoint that has it, or set `value_warmup_steps` above 0 to start a new head."
+        )
+    state = load_file(file)
+    expected = {"layer.weight", "layer.bias", "output.weight", "output.bias"}
+    if set(state) != expected:
+        raise ValueHeadError(f"{file} holds {sorted(state)}, expected {sorted(expected)}.")
+    return state
+
+
+def _write(state: dict[str, Tensor], folder: str | Path) -> Path:
+    file = Path(folder) / FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, file)
+    return file
+
+
+def _gathered(head: ValueHead) -> dict[str, Tensor]:
+    with _gather(head):
+        parameters = {name: p.detach() for name, p in head.named_parameters()}
+        full = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()}
+        return {name: p.float().cpu().contiguous().clone() for name, p in full.items()}
+
+
+def _gather(head: ValueHead, modify: bool = False) -> Any:
+    """Whole parameters where ZeRO-3 has partitioned them."""
+    parameters = list(head.parameters())
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None)

@@ -42,7 +42,7 @@ class WarmStart:
 
     demonstrations: int = 6000
     slip_rate: float = 0.68
-    steps: int = 700
+    steps: int = 600
     tools_every: int = 4
     batch_size: int = 16
     learning_rate: float = 3e-3

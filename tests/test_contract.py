@@ -15,11 +15,13 @@ import torch
 import transformers
 import trl
 from conftest import chat_tokenizer, config, prompts, tiny_model
-from transformers import DynamicCache
+from transformers import DynamicCache, Trainer
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.chat_parsing.response_parser import ResponseParser
 from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import add_response_schema
+from trl.trainer.utils import add_fused_lm_head
 
 
 def parameters(function):
@@ -69,6 +71,51 @@ def test_signatures_we_override(name):
     assert hasattr(GRPOTrainer, name), f"TRL {trl.__version__} has no GRPOTrainer.{name}; {use}."
     found = parameters(getattr(GRPOTrainer, name))
     assert found == expected, f"TRL changed the parameters of GRPOTrainer.{name} from {expected} to {found}; {use}."
+
+
+TRAINER_SIGNATURES = {
+    # method of transformers' Trainer: (its parameters, what of ours stands on it)
+    "create_optimizer": (["self", "model"], "critic.Critic.create_optimizer gives the value head a group of its own"),
+    "training_step": (["self", "model", "inputs", "num_items_in_batch"], "critic.Critic.training_step reads gradients"),
+    "save_model": (["self", "output_dir", "_internal_call"], "critic.Critic.save_model writes the value head beside"),
+    "_save": (["self", "output_dir", "state_dict"], "critic.Critic._save keeps the value head out of the policy"),
+    "_load_from_checkpoint": (
+        ["self", "resume_from_checkpoint", "model"],
+        "critic.Critic._load_from_checkpoint reads the value head",
+    ),
+    "_load_best_model": (["self"], "critic.Critic._load_best_model reads the value head"),
+    "set_initial_training_values": (["self", "args", "dataloader"], "checks.training_steps counts as it does"),
+}
+
+
+@pytest.mark.parametrize("name", TRAINER_SIGNATURES)
+def test_signatures_of_transformers_we_override(name):
+    expected, use = TRAINER_SIGNATURES[name]
+    assert hasattr(Trainer, name), f"transformers {transformers.__version__} has no Trainer.{name}; {use}."
+    found = parameters(getattr(Trainer, name))
+    assert found == expected, f"transformers changed the parameters of Trainer.{name} to {found}; {use}."
+
+
+def test_the_fused_head_scores_the_positions_it_is_given():
+    """scoring.py passes labels that are shifted already, and has the backbone give fewer positions than it was fed."""
+    body = source(add_fused_lm_head)
+    for expression in (
+        "getattr(self, backbone_attr)(*args, **kwargs)",
+        "hidden_states = backbone_outputs.last_hidden_state",
+        "labels = shift_labels",
+        'backbone_attr = "base_model"',
+    ):
+        assert expression in body, (
+            f"add_fused_lm_head of TRL {trl.__version__} no longer holds `{expression}`; scoring.only_at and "
+            f"value.attach_value_head hook the backbone, and scoring passes `shift_labels`."
+        )
+
+
+def test_four_dimensional_masks_reach_attention_as_they_are():
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+    model = tiny_model(chat_tokenizer())
+    made = create_causal_mask(model.config, torch.zeros(1, 3, 8), mask, past_key_values=None)
+    assert made is mask, "transformers changes a mask of four dimensions; scoring.py passes those of packed rollouts."
 
 
 def test_signature_of_the_scoring_pass():
@@ -224,6 +271,9 @@ def test_scoring_passes_come_in_the_order_we_assume():
 ATTRIBUTES = {
     "_tokenizer": "trainer._prepare_recording and ._generate_single_turn",
     "_is_vlm": "trainer._prepare_recording leaves multimodal models to TRL",
+    "_logs": "critic._estimate_advantages replaces the logged advantages",
+    "aux_loss_enabled": "critic._prepare_critic refuses a router loss",
+    "reward_func_names": "assist._calculate_rewards names the reward function",
     "_metrics": "trainer._log_rollouts and .log",
     "_dist": "trainer._policy gathers parameters",
     "_has_async_funcs": "trainer.__init__ shares TRL's event loop with tools if it has one",

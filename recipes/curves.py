@@ -89,7 +89,7 @@ def draw(runs: dict[str, list[Path]], metrics: Sequence[str], out: Path, width: 
             axis.set_ylim(-0.03, 1.03)
     axes[0][0].legend()
     figure.tight_layout()
-    figure.savefig(out)
+    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
     pyplot.close(figure)
 
 

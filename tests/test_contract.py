@@ -76,7 +76,7 @@ def test_signatures_we_override(name):
 TRAINER_SIGNATURES = {
     # method of transformers' Trainer: (its parameters, what of ours stands on it)
     "create_optimizer": (["self", "model"], "critic.Critic.create_optimizer gives the value head a group of its own"),
-    "training_step": (["self", "model", "inputs", "num_items_in_batch"], "critic.Critic.training_step reads gradients"),
+    "training_step": (["self", "model", "inputs", "num_items_in_batch"], "critic.Critic.training_step"),
     "save_model": (["self", "output_dir", "_internal_call"], "critic.Critic.save_model writes the value head beside"),
     "_save": (["self", "output_dir", "state_dict"], "critic.Critic._save keeps the value head out of the policy"),
     "_load_from_checkpoint": (

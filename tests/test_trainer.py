@@ -87,6 +87,40 @@ def test_a_row_that_lists_a_tool_by_the_wrong_name_is_refused(tmp_path):
         make(tmp_path, dataset=Dataset.from_list(rows), tools=[send_slack_message])
 
 
+def test_a_prompt_that_calls_a_tool_by_the_wrong_name_is_refused(tmp_path):
+    call = {"type": "function", "function": {"name": "slack_send_message", "arguments": {}}}
+    history = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "slack_send_message", "content": "ok"},
+        {"role": "user", "content": "again"},
+    ]
+    with pytest.raises(ToolNameError, match=r"slack_send_message.*did you mean `send_slack_message`"):
+        make(tmp_path, dataset=Dataset.from_list([{"prompt": history}]), tools=[send_slack_message])
+
+
+def test_a_dataset_without_rows_is_refused(tmp_path):
+    with pytest.raises(DatasetError, match="`train_dataset` without a single row"):
+        make(tmp_path, dataset=prompts(1).select([]))
+
+
+def test_a_column_of_tools_without_any_tool_is_pointed_out(tmp_path, caplog):
+    rows = [{"prompt": [{"role": "user", "content": "hi"}], "tools": ["send_slack_message"]}] * 4
+    make(tmp_path, dataset=Dataset.from_list(rows))
+    assert "has a column `tools`, but you passed neither" in caplog.text
+
+
+def test_tools_that_are_no_list_are_refused(tmp_path):
+    with pytest.raises(ToolSchemaError, match=r"is no list.*tools=\[\.\.\.\]"):
+        make(tmp_path, tools=send_slack_message)
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0])
+def test_a_time_limit_that_is_not_positive_is_refused(timeout):
+    with pytest.raises(ToolSchemaError, match=rf"timeout={timeout}.*positive"):
+        Tool("look", "Look.", {"type": "object", "properties": {}}, lambda: None, timeout=timeout)
+
+
 def test_two_tools_of_one_name_are_refused(tmp_path):
     other = Tool("send_slack_message", "Another.", {"type": "object", "properties": {}}, lambda: None)
     with pytest.raises(ToolNameError, match="send_slack_message"):
@@ -116,6 +150,7 @@ def test_a_template_that_cannot_call_tools_is_refused(tmp_path):
         ({"rollout_backend": "sglang"}, r"rollout_backend='sglang'.*transformers"),
         ({"num_generations": 1}, "at least 2 generations"),
         ({"max_concurrent_tools": 0}, "at least 1"),
+        ({"max_tool_calling_iterations": -1}, "max_tool_calling_iterations=-1.*0 or more"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(tmp_path, changes, words):

@@ -4,6 +4,7 @@ Owns what the estimators "gae" and "group_gae" add to a training run, as a mixin
 that TRL has scored; the value of each token was recorded when the token was sampled.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ from .rollout.sampler import scoring_mode
 from .value import FILE, ValueHead, attach_value_head, load_value_head, save_value_head, without_value_head
 
 
+logger = logging.getLogger(__name__)
+
+
 class Critic(GRPOTrainer):
     """Part of [`ToolGRPOTrainer`]; see `advantage_estimator` of [`ToolGRPOConfig`]."""
 
@@ -40,6 +44,7 @@ class Critic(GRPOTrainer):
     _ask_values = False
     _values: Tensor | None = None
     _rewards: Tensor
+    _warned_of_turn_rewards = False
 
     def _prepare_critic(self) -> None:
         """Attach the head, from the folder the policy came from where it has one, else a new one."""
@@ -70,7 +75,9 @@ class Critic(GRPOTrainer):
 
     def _estimate_advantages(self, output: dict[str, Any], batch: RolloutBatch) -> None:
         """Replace the advantages (B,) of a scored rollout batch by those of its tokens (B, T), and keep what the
-        value loss needs."""
+        value loss needs; without a value head leave them as they are."""
+        if self._value_head is None:
+            return self._warn_of_turn_rewards(batch)
         trajectories, width = batch.trajectories, output["completion_ids"].size(1)
         device = output["completion_ids"].device
         start = self.accelerator.process_index * len(trajectories)
@@ -97,6 +104,15 @@ class Critic(GRPOTrainer):
         table: Any = self._logs["advantages"]
         for place, value in enumerate(logged, start=-len(logged)):
             table[place] = value
+
+    def _warn_of_turn_rewards(self, batch: RolloutBatch) -> None:
+        """Say once that a group advantage has no place for the rewards of turns."""
+        if not self._warned_of_turn_rewards and any(turn.total_reward for t in batch.trajectories for turn in t.turns):
+            self._warned_of_turn_rewards = True
+            logger.warning(
+                "Tools gave rewards to turns (`ToolResult.reward` or `turn_reward`), which have no effect with "
+                "`advantage_estimator='group'`. Set it to 'gae' or 'group_gae', or count them in a reward function."
+            )
 
     def _recorded_values(self, output: dict[str, Any], batch: RolloutBatch) -> Tensor:
         """Value before each token, shape (B, T); where the sampler asked none, from one pass without gradient."""
@@ -215,6 +231,18 @@ class Critic(GRPOTrainer):
         super()._load_best_model()
         if self.state.best_model_checkpoint is not None:
             self._load_head(self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """TRL's, also from a checkpoint of a run without a value head: the head's own group then starts anew."""
+        if self._value_head is None or checkpoint is None or (Path(checkpoint) / FILE).is_file():
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer: Any = self.optimizer
+        group = optimizer.param_groups.pop()
+        super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer.param_groups.append(group)
+        schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        if len(schedule.base_lrs) < len(optimizer.param_groups):
+            schedule.base_lrs.append(group["initial_lr"])
 
     def _load_head(self, folder: str) -> None:
         if self._value_head is None:

@@ -290,7 +290,7 @@ class ToolGRPOTrainer(AssistedWarmup, Critic, SharedPromptScoring, GRPOTrainer):
             self._check_recorded(output, self._batch)
         if self._assisted:
             self._assist(output, self._batch)
-        elif self._value_head is not None and self.model.training:
+        elif self.model.training:
             self._estimate_advantages(output, self._batch)
         return output
 

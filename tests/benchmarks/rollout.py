@@ -176,6 +176,16 @@ def measure(backend: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def in_process(script: str, worker: str) -> dict[str, Any]:
+    """What a benchmark script, run again as a worker in a process of its own, prints as its last line."""
+    command = [sys.executable, script, *sys.argv[1:], "--worker", worker]
+    environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"{worker} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
     """Run one trainer after the other and print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -194,12 +204,7 @@ def main() -> None:
         return
     results = {}
     for backend in ["trl_toolgrpo", *([] if arguments.vs == "none" else ["trl"])]:
-        command = [sys.executable, __file__, *sys.argv[1:], "--worker", backend]
-        environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONWARNINGS": "ignore"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            sys.exit(f"{backend} failed:\n{done.stderr}")
-        results[backend] = found = json.loads(done.stdout.splitlines()[-1])
+        results[backend] = found = in_process(__file__, backend)
         speed = found["sampled"] / found["seconds"]
         print(
             f"{backend:>12}: {found['seconds']:6.2f} s for {found['sampled']} tokens = {speed:7.1f} tokens/s, "

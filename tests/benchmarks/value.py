@@ -6,14 +6,12 @@ of its own, over the same text.
 
 import argparse
 import json
-import os
 import resource
 import statistics
-import subprocess
-import sys
+import tempfile
 from typing import Any
 
-from rollout import build_model, build_tokenizer, conversations, ping
+from rollout import build_model, build_tokenizer, conversations, in_process, ping
 
 
 def measure(estimator: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -27,7 +25,7 @@ def measure(estimator: str, arguments: argparse.Namespace) -> dict[str, Any]:
     tokenizer = build_tokenizer()
     rows = [{"prompt": messages} for messages in conversations(tokenizer, arguments.prompts, arguments.prompt_tokens)]
     config = ToolGRPOConfig(
-        output_dir="/tmp/value-benchmark",
+        output_dir=tempfile.mkdtemp(),
         advantage_estimator=estimator,
         per_device_train_batch_size=arguments.prompts * arguments.samples,
         num_generations=arguments.samples,
@@ -76,12 +74,7 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {"group": [], "group_gae": []}
     for _ in range(arguments.repeats):
         for estimator, results in found.items():
-            command = [sys.executable, __file__, *sys.argv[1:], "--worker", estimator]
-            environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            if done.returncode:
-                sys.exit(f"{estimator} failed:\n{done.stderr}")
-            results.append(json.loads(done.stdout.splitlines()[-1]))
+            results.append(in_process(__file__, estimator))
     ratios = {}
     for figure in ("seconds", "peak_mib"):
         medians = {name: statistics.median(result[figure] for result in results) for name, results in found.items()}

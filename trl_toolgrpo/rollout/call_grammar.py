@@ -70,8 +70,24 @@ class CallGrammar:
         """What the template writes behind the name, through the first token that ends a turn."""
         rendered = self._chat.render_call(_NAME, arguments)
         zone = rendered[rendered.rindex(_NAME) + len(_NAME) :]
-        ends = [zone.index(text) + len(text) for text in self._chat.stop_texts if text in zone]
-        return zone[: min(ends)] if ends else zone + self._chat.stop_texts[0]
+        end = self._first_stop(zone)
+        if end is not None:
+            return zone[:end]
+        # The turn ends with what opens the result: GLM writes `<|observation|>` there, and `<|user|>` stops a turn too
+        result = {"role": "tool", "name": "tool", "content": "x", "tool_call_id": "call_0_0"}
+        answered = self._chat.render_call(_NAME, arguments, [result])
+        behind = answered[len(rendered) :]
+        end = self._first_stop(behind)
+        if not answered.startswith(rendered) or end is None:
+            raise ChatTemplateError(
+                "You passed `force_level='schema'`, but the chat template does not show which token ends a turn that "
+                "calls a tool. Use `force_level='name'`, or a chat template TRL ships."
+            )
+        return zone + behind[:end]
+
+    def _first_stop(self, text: str) -> int | None:
+        """Where the first token that ends a turn is over; `None` if there is none."""
+        return min((text.index(stop) + len(stop) for stop in self._chat.stop_texts if stop in text), default=None)
 
     def _literal(self, text: str) -> str:
         """Fixed text: control tokens by their ids, since none may come of a text, and everything else as it is."""

@@ -216,29 +216,20 @@ class ToolChat:
             {**result, "name": _header_name(result.get("name")), "tool_call_id": f"call_0_{index}"}
             for index, result in enumerate(results)
         ]
-        arguments = {"argument": f"{self._mark}arg"}
-        try:
-            return self._render_with(arguments, results)
-        except TypeError:  # templates that concatenate the arguments as text (DeepSeek-V3)
-            return self._render_with(json.dumps(arguments), results)
+        return self.render_call(results[0]["name"], {"argument": f"{self._mark}arg"}, results)
 
-    def _render_with(self, arguments: Any, results: Sequence[dict[str, Any]]) -> str:
-        function = {"name": results[0]["name"], "arguments": arguments}
-        call = {"type": "function", "id": results[0]["tool_call_id"], "function": function}
-        assistant: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
-        return self.render([{"role": "user", "content": "dummy"}, assistant, *results], add_generation_prompt=True)
-
-    def render_call(self, name: str, arguments: dict[str, Any]) -> str:
-        """Text of a dummy conversation that ends on one call."""
+    def render_call(self, name: str, arguments: dict[str, Any], results: Sequence[dict[str, Any]] = ()) -> str:
+        """Text of a dummy conversation with one call; it ends on the call, or behind its results as the next turn
+        begins."""
         function: dict[str, Any] = {"name": name, "arguments": arguments}
-        call = {"type": "function", "function": function}
+        call = {"type": "function", "id": "call_0_0", "function": function}
         assistant: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
-        messages = [{"role": "user", "content": "dummy"}, assistant]
+        messages = [{"role": "user", "content": "dummy"}, assistant, *results]
         try:
-            return self.render(messages)
+            return self.render(messages, add_generation_prompt=bool(results))
         except TypeError:  # templates that concatenate the arguments as text (DeepSeek-V3)
             function["arguments"] = json.dumps(arguments)
-            return self.render(messages)
+            return self.render(messages, add_generation_prompt=bool(results))
 
     def render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         """Text of a conversation under the template and its arguments."""

@@ -36,6 +36,8 @@ class GrammarConstraint:
         """See [`TokenConstraint.allowed`]."""
         known = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8).bool()[:size]
         self._check()
+        if not bool(known.any()):
+            raise SamplerError("A constrained turn cannot go on: its grammar allows no token of the vocabulary.")
         return torch.nn.functional.pad(known, (0, size - len(known)))
 
     def accept(self, token_id: int) -> None:

@@ -38,7 +38,7 @@ class Tool:
         ends_rollout (`bool`, *optional*, defaults to `False`):
             `True` for a tool such as `submit_answer`: a call of it that succeeds ends the rollout with stop reason
             `"stop"`, and its result is on record in the trajectory but not in the conversation. A call that fails is
-            answered as any other.
+            answered as any other. TRL's own rollouts (`record_sample_logprobs=False`, `use_vllm`) do not know of it.
 
     Raises:
         ToolSchemaError: if the name is empty or not an identifier, the parameters are no object schema, the

@@ -106,14 +106,15 @@ def build_tiny_model(folder: str | Path, settings: TinyModel | None = None) -> P
     recipe = json.dumps(asdict(settings), indent=2)
     if record.is_file() and record.read_text() == recipe:
         return folder
+    warm_start = settings.warm_start
     conversations = [
-        demonstrate(row, settings.warm_start.slip_rate, settings.seed)
-        for row in build_workspace(settings.warm_start.demonstrations, 0, settings.seed).train
+        demonstrate(row, warm_start.slip_rate, warm_start.mistype_rate, settings.seed)
+        for row in build_workspace(warm_start.demonstrations, 0, settings.seed).train
     ]
     tools = workspace_tools()
     tokenizer = build_tokenizer(conversations[:500], tools, settings.vocab_size)
     model = build_model(settings, tokenizer)
-    train_on_demonstrations(model, tokenizer, conversations, tools, settings.warm_start, settings.seed)
+    train_on_demonstrations(model, tokenizer, conversations, tools, warm_start, settings.seed)
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

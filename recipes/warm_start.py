@@ -2,18 +2,22 @@
 
 Owns the demonstrations and the training loop; fed by `workspace.py`, used by `tiny_model.py`. The demonstrator is
 careless: often it stops before the last call and answers with whatever the one before returned. So the model starts
-with all the skills and the demonstrator's bad habit, which is what GRPO is to train away.
+with all the skills and the demonstrator's bad habit, which is what GRPO is to train away. Now and then it also
+mistypes an id, reads the error and tries again; the correction is imitated, the mistyped call is not.
 """
 
 import json
 import random
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import trange
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
 from workspace import WorkspaceEnvironment
@@ -29,11 +33,13 @@ class WarmStart:
             Number of conversations.
         slip_rate (`float`, *optional*):
             Share of the conversations of two calls and more in which the demonstrator stops early.
+        mistype_rate (`float`, *optional*):
+            Share of the calls with an employee id in which the demonstrator mistypes it first.
         steps (`int`, *optional*):
             Optimizer steps.
         tools_every (`int`, *optional*):
-            One step in so many sees the conversations as the trainer renders them. The others leave out the tool
-            descriptions, which are the same in all of them and half of their length.
+            One conversation in so many is seen as the trainer renders it. The others leave out the tool descriptions,
+            which are the same in all of them and half of their length.
         batch_size (`int`, *optional*):
             Conversations per step.
         learning_rate (`float`, *optional*):
@@ -41,14 +47,17 @@ class WarmStart:
     """
 
     demonstrations: int = 6000
-    slip_rate: float = 0.68
-    steps: int = 600
+    slip_rate: float = 0.6
+    mistype_rate: float = 0.15
+    steps: int = 900
     tools_every: int = 4
     batch_size: int = 16
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
 
 
-def demonstrate(row: dict[str, Any], slip_rate: float, seed: int = 0) -> list[dict[str, Any]]:
+def demonstrate(
+    row: dict[str, Any], slip_rate: float, mistype_rate: float = 0.0, seed: int = 0
+) -> list[dict[str, Any]]:
     """
     Play a row of the workspace with its plan.
 
@@ -57,27 +66,54 @@ def demonstrate(row: dict[str, Any], slip_rate: float, seed: int = 0) -> list[di
             Row of `workspace.build_workspace`.
         slip_rate (`float`):
             Probability to stop early, after a call chosen uniformly from all but the last.
+        mistype_rate (`float`, *optional*, defaults to `0.0`):
+            Probability of a call with an employee id to be made with a wrong one first.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the slips, together with the row's id.
 
     Returns:
-        `list[dict]`: the conversation, prompt included.
+        `list[dict]`: the conversation, prompt included. Messages that are not to be imitated have `imitate` False.
     """
     randomness = random.Random(zlib.crc32(f"{row['row_id']} {seed}".encode()))
     environment = WorkspaceEnvironment()
     environment.reset(**row)
     messages, answer, plan = list(row["prompt"]), row["answer"], json.loads(row["plan"])
+    ids = [person["employee_id"] for person in row["employees"]]
     calls = len(plan)
     if calls > 1 and randomness.random() < slip_rate:
         calls = randomness.randint(1, calls - 1)
     for name, arguments in plan[:calls]:
-        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
-        messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
-        result = getattr(environment, name)(**arguments)
-        messages.append({"role": "tool", "name": name, "content": json.dumps(result)})
+        if "employee_id" in arguments and randomness.random() < mistype_rate:
+            wrong = {"employee_id": mistyped(arguments["employee_id"], ids, randomness)}
+            messages += call_messages(environment, name, wrong, imitate=False)
+        messages += call_messages(environment, name, arguments)
     if calls < len(plan):
-        answer = str(list(result.values())[-1])
+        answer = str(list(json.loads(messages[-1]["content"]).values())[-1])
     return [*messages, {"role": "assistant", "content": answer}]
+
+
+def mistyped(employee_id: int, employee_ids: list[int], randomness: random.Random) -> int:
+    """An id with one of its two pairs of digits wrong, which is nobody's."""
+    while True:
+        high, low = divmod(employee_id, 100)
+        wrong = randomness.choice([100 * randomness.randint(10, 99) + low, 100 * high + randomness.randint(0, 99)])
+        if wrong not in employee_ids:
+            return wrong
+
+
+def call_messages(
+    environment: WorkspaceEnvironment, name: str, arguments: dict[str, Any], imitate: bool = True
+) -> list[dict[str, Any]]:
+    """The message of a call, and the message of its result, which is an error if the call raised."""
+    try:
+        result = getattr(environment, name)(**arguments)
+    except LookupError as error:
+        result = {"error": str(error)}
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return [
+        {"role": "assistant", "content": "", "tool_calls": [call], "imitate": imitate},
+        {"role": "tool", "name": name, "content": json.dumps(result)},
+    ]
 
 
 def train_on_demonstrations(
@@ -108,19 +144,20 @@ def train_on_demonstrations(
     Returns:
         `float`: loss of the last step.
     """
-    order = random.Random(seed)
+    plain = [row for i, row in enumerate(conversations) if i % settings.tools_every]
+    examples = encode(tokenizer, conversations[:: settings.tools_every], tools) + encode(tokenizer, plain, None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 20, 1.0) * (1 - 0.9 * step / settings.steps)
     )
     loss = torch.tensor(float("nan"))
     model.train()
-    progress = trange(settings.steps, desc="warm start", mininterval=2.0)
-    for step in progress:
-        rows = order.sample(conversations, settings.batch_size)
-        input_ids, labels = encode(tokenizer, rows, tools if step % settings.tools_every == 0 else None)
+    batches = islice(batches_by_length(examples, settings.batch_size, random.Random(seed)), settings.steps)
+    progress = tqdm(batches, total=settings.steps, desc="warm start", mininterval=2.0)
+    for rows in progress:
+        input_ids = pad_sequence([ids for ids, _ in rows], batch_first=True, padding_value=tokenizer.pad_token_id)
+        targets = pad_sequence([labels for _, labels in rows], batch_first=True, padding_value=-100)[:, 1:]
         hidden = model.model(input_ids=input_ids).last_hidden_state[:, :-1]
-        targets = labels[:, 1:]
         trained = targets != -100
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[trained]), targets[trained])
         loss.backward()
@@ -132,24 +169,57 @@ def train_on_demonstrations(
     return loss.item()
 
 
+def batches_by_length(
+    examples: list[tuple[Tensor, Tensor]], size: int, randomness: random.Random
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """
+    Batches of examples of like length, without end: each pass over the examples cuts them into new groups of 16
+    batches, sorts each group by length and gives its batches in random order.
+
+    Args:
+        examples (`list[tuple[Tensor, Tensor]]`):
+            As `encode` returns them.
+        size (`int`):
+            Examples per batch; what is left over at the end of a pass is skipped.
+        randomness (`random.Random`):
+            Draws the order.
+
+    Yields:
+        `list[tuple[Tensor, Tensor]]`: a batch.
+
+    Raises:
+        ValueError: if there are fewer examples than a batch holds.
+    """
+    if len(examples) < size:
+        raise ValueError(f"A batch of {size} cannot be drawn from {len(examples)} demonstrations. Ask for more.")
+    while True:
+        shuffled, batches = randomness.sample(examples, len(examples)), []
+        for start in range(0, len(shuffled), 16 * size):
+            group = sorted(shuffled[start : start + 16 * size], key=lambda example: len(example[0]))
+            batches += [group[i : i + size] for i in range(0, len(group) - size + 1, size)]
+        yield from randomness.sample(batches, len(batches))
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, Any]]], tools: list | None
-) -> tuple[Tensor, Tensor]:
+) -> list[tuple[Tensor, Tensor]]:
     """
-    Tokens and targets of a batch of conversations.
+    Tokens and targets of conversations.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Renders the conversations.
         conversations (`list[list[dict]]`):
-            The batch.
+            The conversations.
         tools (`list`, *optional*):
             Tools to describe in the prompt.
 
     Returns:
-        `tuple[Tensor, Tensor]`: `input_ids` and `labels`, both `(batch, length)` and int64, padded on the right;
-        labels are -100 but at the assistant's tokens.
+        `list[tuple[Tensor, Tensor]]`: `input_ids` and `labels` of each, both `(length,)` and int64; labels are -100
+        but at the tokens of the assistant's messages that are to be imitated.
     """
+    if not conversations:
+        return []
     encoded = tokenizer.apply_chat_template(
         conversations,
         tools=tools,
@@ -158,11 +228,12 @@ def encode(
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    length = max(len(ids) for ids in encoded["input_ids"])
-    input_ids = torch.full((len(conversations), length), tokenizer.pad_token_id)
-    labels = torch.full((len(conversations), length), -100)
-    for i, (ids, mask) in enumerate(zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)):
-        tokens = torch.tensor(ids)
-        input_ids[i, : len(ids)] = tokens
-        labels[i, : len(ids)] = torch.where(torch.tensor(mask) == 1, tokens, -100)
-    return input_ids, labels
+    examples = []
+    for messages, ids, mask in zip(conversations, encoded["input_ids"], encoded["assistant_masks"], strict=True):
+        input_ids, assistant = torch.tensor(ids), torch.tensor(mask)
+        turns = [message for message in messages if message["role"] == "assistant"]
+        imitate = torch.tensor([message.get("imitate", True) for message in turns])
+        starts = assistant.diff(prepend=torch.zeros(1, dtype=assistant.dtype)) == 1
+        turn = starts.cumsum(0) - 1  # the assistant's turn that a token belongs to, or follows
+        examples.append((input_ids, torch.where((assistant == 1) & imitate[turn.clamp(min=0)], input_ids, -100)))
+    return examples

@@ -2,20 +2,24 @@
 hand."""
 
 import json
+import random
 import sqlite3
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import TrainerControl, TrainerState
+from trl.chat_template_utils import get_training_chat_template
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 from scoreboard import Rates, Scoreboard, comparison, success_rates
 from task import Verdict, final_answer
-from warm_start import demonstrate
+from tiny_model import build_tokenizer, workspace_tools
+from warm_start import batches_by_length, demonstrate, encode
 from workspace import WorkspaceEnvironment, answers, build_workspace, judge
 
 from trl_toolgrpo.tools.functions import environment_tools
@@ -218,7 +222,65 @@ def test_demonstrations_are_right_unless_they_slip():
                 getattr(environment, call["function"]["name"])(**call["function"]["arguments"])
             successes.append(judge(messages, environment, row).success)
         assert sum(successes) / len(rows) == share
-    assert demonstrate(rows[4], 0.5, 1) == demonstrate(rows[4], 0.5, 1)
+    assert demonstrate(rows[4], 0.5, seed=1) == demonstrate(rows[4], 0.5, seed=1)
+
+
+def test_a_mistyped_id_is_nobodys_is_answered_with_an_error_and_corrected():
+    for row in build_workspace(40, 0).train:
+        messages = demonstrate(row, slip_rate=0.0, mistype_rate=1.0)
+        environment = WorkspaceEnvironment()
+        environment.reset(**row)
+        wrong = [i for i, message in enumerate(messages) if message.get("imitate") is False]
+        plan = json.loads(row["plan"])
+        assert len(wrong) == sum("employee_id" in arguments for _, arguments in plan)
+        for i in wrong:
+            (mistyped,), (corrected,) = (messages[k]["tool_calls"] for k in (i, i + 2))
+            wrong_id, right_id = (call["function"]["arguments"]["employee_id"] for call in (mistyped, corrected))
+            assert mistyped["function"]["name"] == corrected["function"]["name"]
+            assert 1000 <= wrong_id <= 9999
+            assert (wrong_id // 100 == right_id // 100) != (wrong_id % 100 == right_id % 100)
+            assert json.loads(messages[i + 1]["content"]) == {"error": f"no employee has id {wrong_id}"}
+        for call in [call for message in messages for call in message.get("tool_calls", ())]:
+            arguments = call["function"]["arguments"]
+            if [call["function"]["name"], arguments] in plan:
+                getattr(environment, call["function"]["name"])(**arguments)
+        assert judge(messages, environment, row).success
+
+
+def test_what_is_learned_of_a_demonstration():
+    """All that the assistant says and the end of its turns, but not the mistyped calls."""
+    row = next(row for row in build_workspace(20, 0).train if row["kind"] == "manager_salary")
+    messages = demonstrate(row, slip_rate=0.0, mistype_rate=1.0)
+    tools = workspace_tools()
+    tokenizer = build_tokenizer([messages], tools, 1200)
+    ((input_ids, labels),) = encode(tokenizer, [messages], tools)
+    template = get_training_chat_template(tokenizer)
+    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, chat_template=template)
+    assert tokenizer.decode(input_ids) == text
+    learned = labels != -100
+    assert torch.equal(labels[learned], input_ids[learned])
+    spoken = [message for message in messages if message["role"] == "assistant" and message.get("imitate", True)]
+    calls = [call["function"] for message in spoken for call in message.get("tool_calls", ())]
+    expected = "".join(f"<tool_call>\n{json.dumps(call)}\n</tool_call><|im_end|>" for call in calls)
+    expected += f"{row['answer']}<|im_end|>"
+    said = tokenizer.decode(labels[learned]).replace("<|im_end|>\n", "<|im_end|>")
+    assert said.replace("<think>\n\n</think>\n\n", "") == expected
+    assert len(calls) == 3
+
+
+def test_batches_are_of_like_length_and_a_pass_gives_everything_once():
+    lengths = [3 * i % 41 + 1 for i in range(80)]
+    examples = [(torch.zeros(length), torch.full((length,), i)) for i, length in enumerate(lengths)]
+    batches = batches_by_length(examples, 4, random.Random(0))
+    first, second = ([next(batches) for _ in range(20)] for _ in range(2))
+    for batches_of_a_pass in (first, second):
+        seen = sorted(int(labels[0]) for batch in batches_of_a_pass for _, labels in batch)
+        assert seen == list(range(80))
+    spread = [max(len(ids) for ids, _ in batch) - min(len(ids) for ids, _ in batch) for batch in first]
+    assert sum(spread) / len(spread) < 8  # by chance, four of 1 to 41 lie 25 apart
+    assert [len(batch) for batch in first] == [4] * 20
+    with pytest.raises(ValueError, match="batch of 4 cannot be drawn from 3"):
+        next(batches_by_length(examples[:3], 4, random.Random(0)))
 
 
 def test_scoreboard_rewards_records_and_reports():

@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import textwrap
 
+import peft
 import pytest
 import torch
 import transformers
@@ -231,6 +232,13 @@ READ_IN = {
     '["completions/clipped_ratio"].append(': ("_generate", "trainer._log_rollouts corrects the last value"),
     '["completions/mean_terminated_length"].append(': ("_generate", "trainer._log_rollouts corrects the last value"),
     'inputs.get("old_per_token_logps")': ("_compute_loss", "the recorded log-probs are the old ones of the ratio"),
+    'adapter_name="ref" if "ref" in model.peft_config else None': (
+        "_generate_and_score_completions",
+        "reference.AdapterReference is found by that name, merged.MergedReference scored with the adapter off",
+    ),
+    "if args.sync_ref_model:": ("__init__", "sync.synced_by_us keeps TRL from it"),
+    "self._step += 1": ("training_step", "sync._batch_in_use counts the steps of a rollout batch"),
+    "if self._step % generate_every == 0": ("_prepare_inputs", "sync._batch_in_use knows when a batch is used up"),
     "self._get_per_token_logps_and_entropies(": (
         "_compute_loss",
         "trainer._compute_loss takes the policy's log-probs from this call",
@@ -280,6 +288,11 @@ ATTRIBUTES = {
     "eos_token_ids": "trainer._prepare_recording: rollout/engine.py stops there",
     "mask_truncated_completions": "trainer._correct_masks",
     "num_iterations": "trainer._scores_old_logprobs",
+    "_step": "sync._batch_in_use",
+    "_buffered_inputs": "sync._batch_in_use",
+    "ref_model": "sync._prepare_reference",
+    "is_fsdp_enabled": "sync._prepare_reference refuses merged weights",
+    "is_deepspeed_enabled": "sync._prepare_reference refuses merged weights",
     "model_wrapped": "trainer._policy",
     "use_transformers_continuous_batching": "trainer._prepare_recording",
 }
@@ -386,6 +399,19 @@ def test_context_managers_for_generation(trl_trainer):
         trl_trainer._dist.summon_full_params(trl_trainer.model_wrapped, recurse=False),
     ):
         assert policy is trl_trainer.model, "unwrap_model_for_generation gives no policy; see trainer._policy."
+
+
+def test_what_references_ask_of_peft():
+    config = peft.LoraConfig(target_modules=["q_proj"], use_dora=True)
+    policy = peft.get_peft_model(tiny_model(chat_tokenizer()), config)
+    layer = policy.get_base_model().model.layers[0].self_attn.q_proj
+    use = f"PEFT {peft.__version__}; merged.py reads it."
+    for name in ("get_delta_weight", "get_base_layer", "lora_variant", "lora_bias", "disable_adapters", "_caches"):
+        assert hasattr(layer, name), f"LoRA layers have no `{name}` in {use}"
+    assert parameters(layer.merge) == ["safe_merge", "adapter_names"], f"`merge` changed in {use}"
+    variant = layer.lora_variant["default"]
+    assert parameters(variant.merge_safe) == ["module", "active_adapter", "orig_weight"], f"DoRA changed in {use}"
+    assert "selected_adapters" in parameters(policy.save_pretrained), f"sync._save leaves out the reference; {use}"
 
 
 def test_what_else_the_trainer_imports():

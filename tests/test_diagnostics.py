@@ -338,6 +338,11 @@ def without(*names):
 def test_console_line_word_for_word():
     assert console_line(LOGS) == "ratio 1.002±0.113 | forced 0.0% | kl 0.013 | tools 1.9 calls, 2% failed"
     assert console_line(without("kl")) == "ratio 1.002±0.113 | forced 0.0% | tools 1.9 calls, 2% failed"
+    more = {"value/loss": 0.212, "value/explained_variance": 0.43, "ref/syncs": 2.0, "ref/tensors_differ": 0.0}
+    assert console_line({**LOGS, **more}) == (
+        "ratio 1.002±0.113 | forced 0.0% | kl 0.013 | value loss 0.21 ev 0.43 | ref synced 2× (0 tensors differ) | "
+        "tools 1.9 calls, 2% failed"
+    )
     plain = without("kl", "tools/call_frequency", "tools/failure_frequency")
     assert console_line(plain) == "ratio 1.002±0.113 | forced 0.0%"
     assert console_line({**plain, "forced/fraction": 0.1234}) == "ratio 1.002±0.113 | forced 12.3%"

@@ -15,6 +15,7 @@ PACKAGE = Path(trl_toolgrpo.__file__).parent
 ORDER = [
     "version",
     "errors",
+    "config_checks",
     "config",
     "tools.types",
     "trajectory",
@@ -45,6 +46,7 @@ ORDER = [
     "rollout.loop",
     "rollout.engine",
     "rollout",
+    "sharding",
     "advantages",
     "value",
     "losses",
@@ -53,6 +55,9 @@ ORDER = [
     "checks",
     "assist",
     "critic",
+    "reference",
+    "merged",
+    "sync",
     "trainer",
     "",
 ]

@@ -291,6 +291,8 @@ def console_line(logs: dict[str, Any]) -> str | None:
     if logs.get("value/loss") is not None:
         explained = logs.get("value/explained_variance")
         parts.append(f"value loss {logs['value/loss']:.2f} ev {'n/a' if explained is None else f'{explained:.2f}'}")
+    if logs.get("ref/syncs") is not None:
+        parts.append(f"ref synced {logs['ref/syncs']:.0f}× ({logs['ref/tensors_differ']:.0f} tensors differ)")
     if logs.get("tools/call_frequency") is not None:
         failed = logs.get("tools/failure_frequency") or 0.0
         parts.append(f"tools {logs['tools/call_frequency']:.1f} calls, {failed:.0%} failed")

@@ -58,3 +58,7 @@ class RewardError(ToolGRPOError, ValueError):
 
 class ValueHeadError(ToolGRPOError, ValueError):
     """A value head that is missing from a checkpoint or belongs to another model, or values that are not finite."""
+
+
+class ReferenceSyncError(ToolGRPOError, RuntimeError):
+    """A reference that is not what a sync was to make it, or that cannot be restored from a checkpoint."""

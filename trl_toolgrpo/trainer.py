@@ -45,6 +45,7 @@ from .rollout.loop import RolloutRequest
 from .rollout.parsing import add_missing_response_template
 from .rollout.sampler import scoring_mode
 from .scoring import SharedPromptScoring
+from .sync import ReferenceSync, synced_by_us
 from .tools.environments import on_own_thread
 from .tools.execute import ToolExecutor
 from .tools.prompt import PromptTool
@@ -58,7 +59,7 @@ _NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}}
 _TOOL_OF_RESET = Tool("tool", "Known once the environment is reset.", _NO_ARGUMENTS, lambda: None)
 
 
-class ToolGRPOTrainer(AssistedWarmup, Critic, SharedPromptScoring, GRPOTrainer):
+class ToolGRPOTrainer(AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring, GRPOTrainer):
     """
     Drop-in for TRL's [`~trl.GRPOTrainer`] (arXiv 2402.03300) that trains a policy to call tools.
 
@@ -85,6 +86,7 @@ class ToolGRPOTrainer(AssistedWarmup, Critic, SharedPromptScoring, GRPOTrainer):
             arguments that cannot work together.
         LogprobMismatchError: while training, if recorded and recomputed log-probs differ beyond the tolerance.
         TrajectoryError: while training, for a rollout record that breaks its contract.
+        ReferenceSyncError: while training, if the reference is not what a sync was to make it.
     """
 
     _tag_names = ["trl", "grpo", "trl_toolgrpo"]  # noqa: RUF012
@@ -132,29 +134,31 @@ class ToolGRPOTrainer(AssistedWarmup, Critic, SharedPromptScoring, GRPOTrainer):
         if tools or environment_factory is not None:
             check_template(processing_class)
             add_missing_response_template(processing_class)
-        super().__init__(
-            model=model,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            reward_processing_classes=reward_processing_classes,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            tools=trl_tools or None,
-            rollout_func=rollout_func,
-            environment_factory=environment_factory,
-        )
+        with synced_by_us(args, model, peft_config):
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=trl_tools or None,
+                rollout_func=rollout_func,
+                environment_factory=environment_factory,
+            )
         self._prepare_recording(executor, force_policy)
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             if not self._toolset.decided_at_reset:
                 check_tool_names(name, dataset, self._toolset.known)
 
     def _prepare_recording(self, executor: ToolExecutor | None, force_policy: ForcePolicy | None) -> None:
-        """Everything recording needs that TRL's constructor had to make first."""
+        """Everything that TRL's constructor had to make the model for."""
+        self._prepare_reference()
         self._batch: RolloutBatch | None = None
         self._skip_scoring = self._capturing = self._evaluating = False
         self._captured: Tensor | None = None

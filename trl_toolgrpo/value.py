@@ -7,16 +7,15 @@ pass gives log-probs and values. Fed by the trainer.
 
 import functools
 import types
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .errors import ValueHeadError
+from .sharding import assign, full, whole
 
 
 FILE = "value_head.safetensors"
@@ -157,17 +156,14 @@ def load_value_head(head: ValueHead, folder: str | Path) -> None:
         ValueHeadError: if the file is missing, or of a head of another size.
     """
     state = read_state(folder)
-    with torch.no_grad(), _gather(head, modify=True):
+    with whole(head.parameters(), modify=True):
         for name, parameter in head.named_parameters():
             if state[name].shape != parameter.shape:
                 raise ValueHeadError(
                     f"{Path(folder) / FILE} holds `{name}` of shape {tuple(state[name].shape)}, expected "
                     f"{tuple(parameter.shape)}. It belongs to another model."
                 )
-            value = state[name].to(parameter.device, parameter.dtype)
-            if isinstance(parameter, DTensor):
-                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-            parameter.copy_(value)
+            assign(parameter, state[name])
 
 
 def read_state(folder: str | Path) -> dict[str, Tensor]:
@@ -198,17 +194,5 @@ def _write(state: dict[str, Tensor], folder: str | Path) -> Path:
 
 
 def _gathered(head: ValueHead) -> dict[str, Tensor]:
-    with _gather(head):
-        parameters = {name: p.detach() for name, p in head.named_parameters()}
-        full = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()}
-        return {name: p.float().cpu().contiguous().clone() for name, p in full.items()}
-
-
-def _gather(head: ValueHead, modify: bool = False) -> Any:
-    """Whole parameters where ZeRO-3 has partitioned them."""
-    parameters = list(head.parameters())
-    if not any(hasattr(p, "ds_id") for p in parameters):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None)
+    with whole(head.parameters()):
+        return {name: full(p).float().cpu().contiguous().clone() for name, p in head.named_parameters()}

@@ -1,0 +1,45 @@
+"""What a verified sync of the reference costs: a rank-16 adapter on all linear layers of SmolLM2-135M, in both modes.
+
+    python recipes/smollm2.py --output smollm2 && python tests/benchmarks/reference.py smollm2
+"""
+
+import argparse
+import statistics
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from trl_toolgrpo.merged import MergedReference
+from trl_toolgrpo.reference import AdapterReference, Comparison
+
+
+def main() -> None:
+    """Sync again and again with a policy that moves in between, and print the median time."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="Folder or Hub id of the model.")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=arguments.rank, target_modules="all-linear"))
+    for kind, alpha in ((AdapterReference, 1.0), (MergedReference, 0.5)):
+        reference, seconds = kind(model, "default"), []
+        for _ in range(arguments.repeats):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.add_(0.01 * torch.randn_like(parameter))
+            report = reference.sync(alpha, Comparison())
+            seconds.append(report.seconds)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in reference.state().values()) / 2**20
+        print(
+            f"{kind.mode}: {statistics.median(seconds):.3f} s a sync, {report.tensors} tensors compared, "
+            f"{len(report.differ)} differ by up to {report.max_abs_diff:.1e}; {size:.0f} MiB kept"
+        )
+
+
+if __name__ == "__main__":
+    main()

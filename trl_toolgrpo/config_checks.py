@@ -1,0 +1,221 @@
+"""Checks of the options alone: in range, and able to work together.
+
+Owns the choices of the options and what is said when one cannot be; called by `config.py`. Checks that need the model
+or the data are in `checks.py`.
+"""
+
+import math
+from typing import Any
+
+from .errors import ConfigError
+
+
+ROLLOUT_BACKENDS = ("transformers", "vllm")
+ADVANTAGE_ESTIMATORS = ("group", "gae", "group_gae")
+GAE_UNITS = ("token", "turn")
+FORCE_LEVELS = ("call", "name", "schema")
+LOGPROB_CHECKS = ("first", "always", "off")
+REF_SYNC_MODES = ("auto", "adapter", "merged")
+
+# Values at which a sampling option leaves the full softmax of logits / temperature as it is
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "top_p": (None, 1, 1.0),
+    "top_k": (None, 0),
+    "min_p": (None, 0, 0.0),
+    "typical_p": (None, 1, 1.0),
+    "epsilon_cutoff": (None, 0, 0.0),
+    "eta_cutoff": (None, 0, 0.0),
+    "repetition_penalty": (None, 1, 1.0),
+    "do_sample": (None, True),
+    "num_beams": (None, 1),
+}
+
+
+def check_fields(config: Any, defaults: dict[str, Any]) -> None:
+    """
+    Check the added fields, alone and against TRL's.
+
+    Args:
+        config ([`ToolGRPOConfig`]):
+            The configuration.
+        defaults (`dict[str, Any]`):
+            Default of each of its fields.
+
+    Raises:
+        ConfigError: for a combination that cannot work.
+    """
+    _check_choice(config, "logprob_check", LOGPROB_CHECKS)
+    _check_choice(config, "rollout_backend", ROLLOUT_BACKENDS)
+    for name, least in (
+        ("max_concurrent_tools", 1),
+        ("tool_retries", 0),
+        ("max_tool_output_tokens", 1),
+        ("parse_error_budget", 0),
+    ):
+        if not isinstance(getattr(config, name), int) or getattr(config, name) < least:
+            raise ConfigError(f"You passed `{name}={getattr(config, name)!r}`; it must be at least {least}.")
+    iterations = config.max_tool_calling_iterations
+    if iterations is not None and iterations < 0:
+        raise ConfigError(
+            f"You passed `max_tool_calling_iterations={iterations}`; it is the number of turns whose calls are "
+            f"answered. Pass 0 or more, or None for no limit."
+        )
+    for name in ("tool_timeout", "logprob_check_tolerance"):
+        value = getattr(config, name)
+        if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+            raise ConfigError(f"You passed `{name}={value!r}`; it must be a positive number or None.")
+    _check_forcing(config)
+    _check_critic(config, defaults)
+    _check_reference(config)
+    if config.rollout_backend == "vllm":
+        raise ConfigError(
+            "You passed `rollout_backend='vllm'`, which this version does not have yet. Use "
+            "`rollout_backend='transformers'`, or TRL's own rollouts with `use_vllm=True`."
+        )
+    if config.record_sample_logprobs and not config.use_vllm:  # with vLLM the rollouts are TRL's own
+        _check_recording(config)
+
+
+def _check_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+    if getattr(config, name) not in choices:
+        raise ConfigError(f"You passed `{name}={getattr(config, name)!r}`. Choose one of {', '.join(choices)}.")
+
+
+def _check_forcing(config: Any) -> None:
+    """Forcing is a share, and the assisted steps end where a rollout batch ends."""
+    _check_choice(config, "force_level", FORCE_LEVELS)
+    if not 0 <= config.force_rate <= 1:
+        raise ConfigError(f"You passed `force_rate={config.force_rate}`; it is a share of turns, between 0 and 1.")
+    if config.force_rate > 0 and not config.record_sample_logprobs:
+        raise ConfigError(
+            "You passed `force_rate` above 0 while `record_sample_logprobs=False`. Only rollouts of this package know "
+            "which tokens were forced. Set `record_sample_logprobs=True` or `force_rate=0`."
+        )
+    steps = config.assist_warmup_steps
+    if steps < 0 or config.forced_loss_coef < 0:
+        raise ConfigError(
+            f"You passed `assist_warmup_steps={steps}` and `forced_loss_coef={config.forced_loss_coef}`; neither can "
+            f"be negative."
+        )
+    if 0 < config.max_steps < steps:
+        raise ConfigError(
+            f"You passed `assist_warmup_steps={steps}` while `max_steps={config.max_steps}`: the warm-up would be "
+            f"longer than training. Lower it, or train longer."
+        )
+    generate_every = (config.steps_per_generation or 1) * config.num_iterations
+    if steps * config.gradient_accumulation_steps % generate_every:
+        per_batch = generate_every // math.gcd(generate_every, config.gradient_accumulation_steps)
+        raise ConfigError(
+            f"You passed `assist_warmup_steps={steps}`, but a rollout batch feeds {per_batch} optimizer steps, and "
+            f"one batch cannot be half assisted. Use a multiple of {per_batch}."
+        )
+
+
+def _check_critic(config: Any, defaults: dict[str, Any]) -> None:
+    """The fields of the critic are in range, and set only where there is a critic."""
+    _check_choice(config, "advantage_estimator", ADVANTAGE_ESTIMATORS)
+    _check_choice(config, "gae_unit", GAE_UNITS)
+    for name in ("gae_gamma", "gae_lambda"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ConfigError(f"You passed `{name}={getattr(config, name)}`; it must be between 0 and 1.")
+    for name, least in (("value_loss_coef", 0), ("value_warmup_steps", 0)):
+        if not getattr(config, name) >= least:
+            raise ConfigError(f"You passed `{name}={getattr(config, name)}`; it cannot be negative.")
+    for name in ("value_clip", "value_learning_rate"):
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"You passed `{name}={value}`; it must be a positive number or None.")
+    if 0 < config.max_steps < config.assist_warmup_steps + config.value_warmup_steps:
+        raise ConfigError(
+            f"You passed `value_warmup_steps={config.value_warmup_steps}` behind `assist_warmup_steps="
+            f"{config.assist_warmup_steps}`, more than `max_steps={config.max_steps}`: the policy would never be "
+            f"trained. Lower them, or train longer."
+        )
+    _check_estimator(config, defaults)
+
+
+def _check_estimator(config: Any, defaults: dict[str, Any]) -> None:
+    estimator = config.advantage_estimator
+    if estimator == "group":
+        idle = [name for name in defaults if name.startswith(("gae_", "value_"))]
+        idle = [name for name in idle if getattr(config, name) != defaults[name]]
+        if idle:
+            raise ConfigError(
+                f"You passed {', '.join(f'`{name}={getattr(config, name)}`' for name in idle)} while "
+                f"`advantage_estimator='group'`, which has no value head for it to act on. Leave it out, or set "
+                f"`advantage_estimator='gae'` or `'group_gae'`."
+            )
+    elif not config.record_sample_logprobs or config.use_vllm:
+        raise ConfigError(
+            f"You passed `advantage_estimator={estimator!r}` with rollouts of TRL's own (`use_vllm` or "
+            f"`record_sample_logprobs=False`), but values are recorded in this package's own. Leave those out, or use "
+            f"`advantage_estimator='group'`."
+        )
+    elif config.loss_type == "vespo":
+        raise ConfigError(
+            f"You passed `loss_type='vespo'` with `advantage_estimator={estimator!r}`. VESPO weighs a whole sequence "
+            f"by one advantage. Use another `loss_type`, or `advantage_estimator='group'`."
+        )
+
+
+def _check_reference(config: Any) -> None:
+    """A reference that is synced exists, and moves."""
+    _check_choice(config, "ref_sync_mode", REF_SYNC_MODES)
+    if not config.sync_ref_model:
+        return
+    alpha, steps = config.ref_model_mixup_alpha, config.ref_model_sync_steps
+    if config.beta == 0:
+        raise ConfigError(
+            "You passed `sync_ref_model=True` while `beta=0`: without a KL term there is no reference model to sync. "
+            "Set `beta` above 0, or `sync_ref_model=False`."
+        )
+    if not 0 < alpha <= 1:
+        raise ConfigError(
+            f"You passed `ref_model_mixup_alpha={alpha}`. It is the weight of the policy in the new reference, above "
+            f"0 (which would never move it) and at most 1 (which copies the policy)."
+        )
+    if steps < 1:
+        raise ConfigError(f"You passed `ref_model_sync_steps={steps}`; it must be at least 1 optimizer step.")
+    if config.ref_sync_mode == "adapter" and alpha < 1:
+        raise ConfigError(
+            f"You passed `ref_sync_mode='adapter'` while `ref_model_mixup_alpha={alpha}`. An average of two adapters' "
+            f"factors is not the average of their weights. Use `ref_sync_mode='merged'` or 'auto', or set "
+            f"`ref_model_mixup_alpha` to 1."
+        )
+
+
+def _check_recording(config: Any) -> None:
+    """Recorded log-probs are those of the full softmax of logits / temperature: nothing may reshape it."""
+    if not (config.max_completion_length or 0) >= 1:
+        raise ConfigError(
+            f"You passed `max_completion_length={config.max_completion_length}` while `record_sample_logprobs=True`. "
+            f"The recording sampler needs a budget of at least 1 token. Set a number."
+        )
+    if not config.temperature > 0:
+        raise ConfigError(
+            f"You passed `temperature={config.temperature}` while `record_sample_logprobs=True`. Tokens are sampled "
+            f"and scored under the softmax of logits / temperature, which needs a temperature above 0."
+        )
+    extra = config.generation_kwargs if isinstance(config.generation_kwargs, dict) else {}
+    options = {name: getattr(config, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
+    for source, given in (("", options), ("generation_kwargs: ", extra)):
+        for name, value in given.items():
+            if name in _NEUTRAL and value not in _NEUTRAL[name]:
+                raise ConfigError(
+                    f"You passed `{source}{name}={value}` while `record_sample_logprobs=True`. The trainer scores "
+                    f"the full softmax of logits / temperature, so a sampler that truncates or reshapes it biases "
+                    f"every ratio by the mass it cuts off. Leave `{name}` at its neutral value "
+                    f"({_NEUTRAL[name][-1]}), or set `record_sample_logprobs=False` for TRL's own path."
+                )
+    for name, value in extra.items():
+        if name == "temperature" and value != config.temperature:
+            raise ConfigError(
+                f"You passed `generation_kwargs: temperature={value}` while `temperature={config.temperature}`. "
+                f"Tokens have to be sampled at the temperature they are scored at. Set `temperature` alone."
+            )
+        if name not in _NEUTRAL and name not in ("temperature", "cache_implementation"):
+            raise ConfigError(
+                f"You passed `generation_kwargs: {name}={value}` while `record_sample_logprobs=True`. The "
+                f"recording sampler does not read it. Remove it, or set `record_sample_logprobs=False` for TRL's "
+                f"own path."
+            )

@@ -1,0 +1,182 @@
+"""The reference as a frozen copy of the policy's adapter, and the proof that a sync did what it was to do.
+
+Owns the second adapter, how it moves (`sync`) and the comparison after it. Fed by the policy's parameters; `sync.py`
+says when, and lets the trainer score with it. References that keep merged weights are in `merged.py`.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+from .sharding import assign, full, local, whole
+
+
+ADAPTER = "ref"  # the name under which TRL looks for a reference adapter
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """
+    What a sync did, verified after it.
+
+    Args:
+        tensors (`int`):
+            Number of tensors compared.
+        differ (`tuple[str, ...]`):
+            Names of those that are not what the sync was to make them.
+        max_abs_diff (`float`):
+            Largest absolute difference found, rounding included.
+        seconds (`float`):
+            Time taken, the comparison included.
+    """
+
+    tensors: int
+    differ: tuple[str, ...]
+    max_abs_diff: float
+    seconds: float
+
+
+class Comparison:
+    """
+    Collects differences tensor by tensor, over all processes.
+
+    Args:
+        reduce (`Callable`, *optional*):
+            Sums a tensor over the processes, each of which may hold a share of every parameter.
+    """
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._reduce = reduce or (lambda tensor: tensor)
+        self._names: list[str] = []
+        self._found: list[Tensor] = []
+        self._start = time.perf_counter()
+
+    def add(self, name: str, found: Tensor, expected: Tensor, tolerance: float = 0.0) -> None:
+        """Compare two tensors; NaN differs from everything."""
+        difference = (found - expected).abs().max() if found.numel() else found.new_zeros(())
+        differs = ~(difference <= tolerance)
+        self._names.append(name)
+        self._found.append(torch.stack([differs.double(), difference.double()]))
+
+    def report(self) -> SyncReport:
+        """The result, the same in every process."""
+        if not self._found:
+            return SyncReport(0, (), 0.0, time.perf_counter() - self._start)
+        differs, differences = torch.stack(self._found).unbind(dim=1)
+        total = self._reduce(differs)
+        names = tuple(name for name, count in zip(self._names, total.tolist(), strict=True) if count)
+        return SyncReport(len(self._names), names, float(differences.max()), time.perf_counter() - self._start)
+
+
+class AdapterReference:
+    """
+    A frozen second adapter, a copy of the policy's. Costs one adapter.
+
+    Factors, magnitudes (DoRA) and `modules_to_save` are in the adapter; biases that are trained in place are kept
+    beside it. Before the first sync it equals the policy.
+
+    Args:
+        model (`PeftModel`):
+            The policy, before its parameters are sharded. TRL may have added the adapter already.
+        adapter (`str`):
+            Name of the policy's adapter.
+
+    Raises:
+        ConfigError: if something is trained that no adapter holds.
+    """
+
+    mode = "adapter"
+
+    def __init__(self, model: Any, adapter: str) -> None:
+        self._model, self._adapter = model, adapter
+        trained = {name: p.requires_grad for name, p in model.named_parameters()}
+        if ADAPTER not in model.peft_config:
+            config = copy.deepcopy(model.peft_config[adapter])
+            if hasattr(config, "init_lora_weights"):
+                config.init_lora_weights = True  # others change the base weights when an adapter is added
+            if hasattr(config, "bias"):
+                config.bias = "none"  # a base weight cannot be trained by two adapters
+            model.add_adapter(ADAPTER, config)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained.get(name, False) and f".{ADAPTER}." not in f"{name}.")
+        pairs = {name: (own, twin) for name, own, twin in self._pairs()}
+        with torch.no_grad():
+            for own, twin in pairs.values():
+                twin.data = twin.data.to(own.dtype)
+                twin.copy_(own)
+        alone = [n for n, p in model.named_parameters() if p.requires_grad and n not in pairs]
+        others = [name for name in alone if not name.endswith("bias") and "value_head." not in name]
+        if others:
+            raise ConfigError(
+                f"You passed `sync_ref_model=True` for an adapter, but these parameters are trained outside of it: "
+                f"{', '.join(others[:5])}. No reference adapter can follow them. Name their modules in "
+                f"`modules_to_save`, or freeze them."
+            )
+        self._biases = {n: model.get_parameter(n).detach().clone() for n in alone if "value_head." not in n}
+
+    def _pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Each tensor of the policy's adapter with that of the reference, as they are now: sharded or not."""
+        tensors = dict(self._model.named_parameters(remove_duplicate=False))
+        tensors.update(self._model.named_buffers(remove_duplicate=False))
+        for name, tensor in tensors.items():
+            parts = name.split(".")
+            places = (i for i, part in enumerate(parts) if part == self._adapter)
+            twins = (".".join([*parts[:i], ADAPTER, *parts[i + 1 :]]) for i in places)
+            twin = next((tensors[candidate] for candidate in twins if candidate in tensors), None)
+            if twin is not None:
+                yield name, tensor, twin
+
+    @torch.no_grad()
+    def sync(self, alpha: float, comparison: Comparison) -> SyncReport:
+        """Copy the policy's adapter, then compare."""
+        pairs = list(self._pairs())
+        with whole([t for _, *both in pairs for t in both], modify=True):
+            for _, own, twin in pairs:
+                local(twin).copy_(local(own))
+        with whole([t for _, *both in pairs for t in both]):
+            for name, own, twin in pairs:
+                comparison.add(name, local(twin), local(own))
+        for name, kept in self._biases.items():
+            kept.copy_(full(self._model.get_parameter(name)))
+            comparison.add(name, kept, full(self._model.get_parameter(name)))
+        return comparison.report()
+
+    def scoring(self) -> bool:
+        """Whether the model's forward is the reference's now."""
+        return self._model.active_adapter == ADAPTER
+
+    @contextmanager
+    def weights(self) -> Iterator[None]:
+        """While it is: put the biases that are trained in place aside."""
+        current = {name: self._model.get_parameter(name) for name in self._biases}
+        policy = {name: full(parameter).clone() for name, parameter in current.items()}
+        try:
+            for name, parameter in current.items():
+                assign(parameter, self._biases[name])
+            yield
+        finally:
+            for name, parameter in current.items():
+                assign(parameter, policy[name])
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything the reference is, whole and on the CPU; to be called in every process."""
+        pairs = list(self._pairs())
+        with whole([twin for *_, twin in pairs]):
+            state = {name: full(twin) for name, _, twin in pairs}
+        return {name: t.detach().cpu().contiguous().clone() for name, t in {**state, **self._biases}.items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take over a state. Its names and shapes have been checked."""
+        pairs = list(self._pairs())
+        with torch.no_grad(), whole([twin for *_, twin in pairs], modify=True):
+            for name, _, twin in pairs:
+                assign(twin, state[name])
+            for name, kept in self._biases.items():
+                kept.copy_(state[name])

@@ -1,0 +1,321 @@
+"""When the reference follows the policy, and how the trainer scores with it.
+
+Owns the schedule of syncs, their log and their place in checkpoints, as a mixin of the trainer. TRL refuses to sync
+the reference of a PEFT run, so its own callback is left out and this one takes its place; the references themselves
+are in `reference.py` and `merged.py`.
+"""
+
+import functools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import TrainerCallback
+from trl import GRPOTrainer
+
+from .config import ToolGRPOConfig
+from .errors import ConfigError, ReferenceSyncError
+from .merged import MergedReference, ModelReference
+from .reference import ADAPTER, AdapterReference, Comparison, SyncReport
+
+
+FILE = "reference.safetensors"
+
+# Tuners whose second adapter is a plain copy of the first; merged weights also need a difference to add to the base.
+COPIED = ("LORA", "LOHA", "LOKR", "IA3")
+MERGED = ("LORA", "LOHA", "LOKR")
+
+# What has to be the same in the adapter of a checkpoint
+_DEFINING = ("peft_type", "r", "lora_alpha", "use_dora", "use_rslora", "bias", "modules_to_save", "target_modules")
+
+
+class ReferenceSync(GRPOTrainer):
+    """Part of [`ToolGRPOTrainer`]; see `ref_sync_mode` of [`ToolGRPOConfig`] and TRL's `sync_ref_model`."""
+
+    args: ToolGRPOConfig
+    model: Any
+    _reference: AdapterReference | MergedReference | ModelReference | None = None
+    _syncs = 0
+    _sync_pending = False  # one is due, but the rollout batch in use was scored with the present reference
+    _sync_report: SyncReport | None = None
+    _unmoved = False  # the policy has not moved since the last sync
+
+    def _prepare_reference(self) -> None:
+        """Make the reference that is synced, before the policy's parameters are sharded."""
+        if not self.args.sync_ref_model:
+            return
+        policy = self.accelerator.unwrap_model(self.model)
+        adapter = adapter_of(policy)
+        separate = self.accelerator.unwrap_model(self.ref_model) if self.ref_model is not None else None
+        if separate is not None:
+            self._reference = ModelReference(separate, policy, adapter)
+        elif adapter is None:
+            raise ReferenceSyncError("TRL made no reference model for `sync_ref_model`; it is not supported.")
+        elif reference_mode(self.args) == "adapter":
+            self._reference = AdapterReference(policy, adapter)
+        elif self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ConfigError(
+                "You passed `ref_model_mixup_alpha` below 1 or `ref_sync_mode='merged'` with FSDP or DeepSpeed, which "
+                "own the base weights that a merged reference stands in for. Set `ref_model_mixup_alpha=1.0`, which "
+                "keeps a second adapter, or train with DDP."
+            )
+        else:
+            self._reference = MergedReference(policy, adapter)
+        self.add_callback(_SyncCallback(self))
+
+    # Syncs
+
+    def sync_reference(self) -> SyncReport | None:
+        """
+        Make the reference follow the policy, by `ref_model_mixup_alpha`, and verify it.
+
+        Returns:
+            [`SyncReport`] or `None`: what was done. `None` in the middle of a rollout batch, which was scored with the
+            present reference: then the sync takes place right before the next one is sampled.
+
+        Raises:
+            ConfigError: if the run was not made with `sync_ref_model=True`.
+            ReferenceSyncError: if tensors differ after the sync; names them.
+        """
+        if self._reference is None:
+            raise ConfigError(
+                "`sync_reference()` was called, but this run has no reference to sync. Pass `sync_ref_model=True` and "
+                "a `beta` above 0."
+            )
+        if self._batch_in_use():
+            self._sync_pending = True
+            return None
+        self._sync_pending = False
+        comparison = Comparison(lambda tensor: self.accelerator.reduce(tensor, reduction="sum"))
+        report = self._reference.sync(self.args.ref_model_mixup_alpha, comparison)
+        if report.differ:
+            raise ReferenceSyncError(
+                f"After the sync {len(report.differ)} of {report.tensors} tensors of the reference "
+                f"({self._reference.mode}) are not what they should be, by up to {report.max_abs_diff:.3g}: "
+                f"{', '.join(report.differ[:10])}. Look for NaN in the policy, or code that writes to the reference."
+            )
+        self._syncs += 1
+        self._sync_report, self._unmoved = report, True
+        return report
+
+    def _batch_in_use(self) -> bool:
+        every = (self.args.steps_per_generation or 1) * self.num_iterations
+        return self._buffered_inputs is not None and self._step % every != 0
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        training = self.model.training
+        if training and self._sync_pending:
+            self.sync_reference()
+        output = super()._generate_and_score_completions(inputs)
+        if training and self._unmoved:
+            self._unmoved = False
+            self._log_divergence(output)
+        return output
+
+    def _log_divergence(self, output: dict[str, Any]) -> None:
+        """KL of the policy to the reference right after a sync, on the rollouts that the policy has just sampled."""
+        reference, policy = output.get("ref_per_token_logps"), output.get("sampling_per_token_logps")
+        if reference is None or policy is None:
+            return
+        mask = output["completion_mask"] * output.get("tool_mask", 1)
+        difference = (reference - policy).double().masked_fill(mask == 0, 0.0)
+        found = torch.stack([((difference.exp() - 1) - difference).sum(), mask.sum().double()])
+        total, count = self.accelerator.reduce(found, reduction="sum").tolist()
+        if count:
+            self._metrics["train"]["ref/kl"].append(total / count)
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        reference = self._reference
+        if reference is None or model is not self.model or not reference.scoring():
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        with reference.weights():
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._sync_report is not None and self.model.training:
+            report = self._sync_report
+            found = {
+                "ref/syncs": self._syncs,
+                "ref/tensors": report.tensors,
+                "ref/tensors_differ": len(report.differ),
+                "ref/max_abs_diff": report.max_abs_diff,
+                "ref/seconds": report.seconds,
+            }
+            self._metrics["train"].update({name: [float(value)] for name, value in found.items()})
+        super().log(logs, start_time)
+
+    # Files
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """TRL's save; a checkpoint also gets the reference, and nothing else does."""
+        super().save_model(output_dir, _internal_call)
+        if self._reference is None or not _internal_call or output_dir is None:
+            return
+        state = self._reference.state()
+        if self.args.should_save:
+            record = {"mode": self._reference.mode, "syncs": self._syncs, "pending": self._sync_pending}
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_file(state, Path(output_dir) / FILE, {"reference": json.dumps(record)})
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with _without_reference_adapter(self.accelerator.unwrap_model(self.model)):
+            super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._reference is None:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        policy = self.accelerator.unwrap_model(self.model)
+        adapter = adapter_of(policy)
+        if adapter is not None:
+            _check_same_adapter(resume_from_checkpoint, policy.peft_config[adapter])
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_reference(Path(resume_from_checkpoint) / FILE)
+
+    def _load_reference(self, file: Path) -> None:
+        reference: Any = self._reference
+        if not file.is_file():
+            raise ReferenceSyncError(
+                f"There is no {file}, so the reference cannot go on where it was. The checkpoint was written without "
+                f"`sync_ref_model=True`: resume without it, or start a new run from the checkpoint's weights."
+            )
+        with safe_open(file, "pt") as stored:
+            record = json.loads((stored.metadata() or {}).get("reference", "{}"))
+            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        expected = {name: tuple(tensor.shape) for name, tensor in reference.state().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if record.get("mode") != reference.mode or found != expected:
+            wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+            raise ReferenceSyncError(
+                f"{file} holds a reference of the kind {record.get('mode')!r}, expected {reference.mode!r}; "
+                f"{len(wrong)} tensors are missing, left over or of another shape: {', '.join(wrong[:5])}. Resume "
+                f"with the `ref_sync_mode`, `ref_model_mixup_alpha` and adapter configuration it was written with."
+            )
+        with torch.no_grad():
+            reference.load(state)
+        self._syncs, self._sync_pending = record["syncs"], record["pending"]
+
+
+class _SyncCallback(TrainerCallback):
+    """In the place of TRL's: the end of every `ref_model_sync_steps`-th optimizer step."""
+
+    def __init__(self, trainer: ReferenceSync) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % args.ref_model_sync_steps == 0:
+            self._trainer.sync_reference()
+
+
+# Checks
+
+
+def adapter_of(model: Any) -> str | None:
+    """Name of the adapter a PEFT policy trains; `None` for other models."""
+    return model.active_adapter if hasattr(model, "peft_config") else None
+
+
+def reference_mode(args: ToolGRPOConfig) -> str:
+    """What `ref_sync_mode` comes to for a PEFT run."""
+    if args.ref_sync_mode == "auto":
+        return "adapter" if args.ref_model_mixup_alpha == 1 else "merged"
+    return args.ref_sync_mode
+
+
+def check_reference(args: ToolGRPOConfig, model: Any, peft_config: Any) -> None:
+    """
+    Whether the reference of a run can be synced, before TRL builds it.
+
+    Args:
+        args ([`ToolGRPOConfig`]):
+            Configuration.
+        model (`str`, `PreTrainedModel` or `PeftModel`), peft_config (`PeftConfig`, *optional*):
+            As passed to the trainer.
+
+    Raises:
+        ConfigError: for an adapter that cannot be followed, by name, and an adapter mode without an adapter.
+    """
+    adapters: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    if adapters and args.beta != 0 and "default" not in adapters:
+        raise ConfigError(
+            f"You passed a model with the adapters {', '.join(map(repr, adapters))} and `beta={args.beta}`, but none "
+            f"named 'default', which is the one that is trained and copied for the reference. Load it with "
+            f"`adapter_name='default'`."
+        )
+    if not args.sync_ref_model:
+        return
+    config: PeftConfig | None = peft_config or adapters.get("default")
+    if config is None:
+        if args.ref_sync_mode != "auto":
+            raise ConfigError(
+                f"You passed `ref_sync_mode={args.ref_sync_mode!r}` for a model without an adapter, whose reference "
+                f"is a second model. Leave it at 'auto', or pass a `peft_config`."
+            )
+        return
+    active = getattr(model, "active_adapters", ["default"]) if adapters else ["default"]
+    if list(active) != ["default"]:
+        raise ConfigError(
+            f"You passed a model with the active adapters {list(active)}; the reference follows one, named 'default'. "
+            f"Call `model.set_adapter('default')`."
+        )
+    mode, kind = reference_mode(args), str(getattr(config.peft_type, "value", config.peft_type))
+    supported = COPIED if mode == "adapter" else MERGED
+    if kind not in supported:
+        raise ConfigError(
+            f"You passed `sync_ref_model=True` with an adapter of type {kind}, which a reference of the kind {mode!r} "
+            f"cannot follow. Use LoRA (`LoraConfig`); supported are {', '.join(supported)}."
+        )
+
+
+@contextmanager
+def synced_by_us(args: ToolGRPOConfig, model: Any, peft_config: Any) -> Iterator[None]:
+    """While TRL's constructor runs: check what it does not, and keep it from refusing to sync a PEFT run and from
+    adding a callback of its own."""
+    check_reference(args, model, peft_config)
+    kept, args.sync_ref_model = args.sync_ref_model, False
+    try:
+        yield
+    finally:
+        args.sync_ref_model = kept
+
+
+@contextmanager
+def _without_reference_adapter(model: Any) -> Iterator[None]:
+    """While a PEFT model is saved: leave out the reference, which is no part of what was trained."""
+    adapters = list(getattr(model, "peft_config", None) or ())
+    if ADAPTER not in adapters or adapters == [ADAPTER]:
+        yield
+        return
+    selected = [name for name in adapters if name != ADAPTER]
+    model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=selected)
+    try:
+        yield
+    finally:
+        del model.save_pretrained
+
+
+def _check_same_adapter(checkpoint: str, config: PeftConfig) -> None:
+    file = Path(checkpoint) / "adapter_config.json"
+    if not file.is_file():
+        return  # a sharded checkpoint, whose loader compares shapes
+    stored, own = json.loads(file.read_text(encoding="utf-8")), config.to_dict()
+    for name in _DEFINING:
+        theirs, ours = (_plain(values.get(name)) for values in (stored, own))
+        if theirs != ours:
+            raise ReferenceSyncError(
+                f"The adapter in {checkpoint} has `{name}={theirs}`, the one of this run `{name}={ours}`. Resume with "
+                f"the adapter configuration the checkpoint was written with."
+            )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple, set)):
+        return sorted(value)
+    return getattr(value, "value", value)
+

@@ -33,6 +33,16 @@ def test_unequal_rollouts_of_a_sharded_policy_end():
 
 
 @pytest.mark.slow
+def test_references_of_several_processes(tmp_path):
+    """A sharded adapter (FSDP2) is copied, stored and restored; a DDP run syncs alike in both processes."""
+    output = launch("reference_processes.py", str(tmp_path))
+    found = [json.loads(line) for line in output.splitlines() if line.startswith('{"sharded')]
+    assert len(found) == 2 and found[0] == found[1]
+    assert found[0]["sharded"]["differ"] == [] and found[0]["sharded"]["tensors"] == 8
+    assert found[0]["syncs"] == 2 and found[0]["differ"] == 0
+
+
+@pytest.mark.slow
 def test_unequal_tool_counts_train_together(tmp_path):
     output = launch("ddp_training.py", str(tmp_path))
     found = json.loads(next(line for line in output.splitlines() if line.startswith('{"tools')))

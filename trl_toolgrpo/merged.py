@@ -99,7 +99,7 @@ class MergedReference:
                 average(comparison, name, reference, policy, alpha)
                 continue
             columns = torch.tensor(self._randomness.sample(range(width), min(_PROBES, width)))
-            own = reference if reference.shape[1] == width and not getattr(layer, "fan_in_fan_out", False) else reference.T
+            own = reference.T if getattr(layer, "fan_in_fan_out", False) else reference
             acting, precision = _columns(layer, columns.to(reference.device), width)
             expected = alpha * acting + (1 - alpha) * own[:, columns]
             reference.lerp_(policy, alpha)

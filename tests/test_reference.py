@@ -347,6 +347,18 @@ def test_a_resumed_run_has_the_same_reference(tmp_path, tokenizer, alpha, full):
         assert not any(".ref." in name for name in load_file(tmp_path / "final" / "adapter_model.safetensors"))
 
 
+def test_trls_own_reference_stays_in_checkpoints_alone(tmp_path, tokenizer):
+    """Without syncing TRL keeps a copy of a given adapter, which it restores from checkpoints."""
+    model = get_peft_model(tiny_model(tokenizer), LoraConfig(r=4, target_modules=LINEAR))
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "sync_ref_model": False}
+    run = trainer(tmp_path / "run", tokenizer, model=model, peft_config=None, **options)
+    run.train()
+    run.save_model(str(tmp_path / "final"))
+    assert (tmp_path / "run" / "checkpoint-1" / "ref" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "run" / "checkpoint-1" / "reference.safetensors").exists()
+    assert not (tmp_path / "final" / "ref").exists()
+
+
 def test_a_given_adapter_is_the_first_reference(tmp_path, tokenizer):
     for alpha in (1.0, 0.5):
         model = get_peft_model(tiny_model(tokenizer), LoraConfig(r=4, target_modules=LINEAR))

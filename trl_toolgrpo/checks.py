@@ -1,6 +1,6 @@
 """Checks of a trainer's arguments against each other, at construction: say what was passed, why it fails, what to do.
 
-Owns the checks that need more than the configuration: data sets, tools and the prompts that name them. Fed by the
+Owns the checks that need more than the configuration: data sets, tools, the prompts that name them, adapters. Fed by the
 trainer.
 """
 
@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from peft import PeftConfig
 from trl.chat_template_utils import supports_tool_calling
 
+from .config import ToolGRPOConfig
 from .errors import ChatTemplateError, ConfigError, DatasetError
 from .tools.names import check_tool_columns, check_tool_mentions
 from .tools.types import Tool
@@ -26,6 +28,10 @@ ROWS_CHECKED = 20_000
 """Rows of each data set whose prompts are searched for tools that do not exist."""
 STREAMED_ROWS_CHECKED = 100
 """The same for a data set that is streamed, where each row may cost a download."""
+
+# Tuners whose second adapter is a plain copy of the first; merged weights also need a difference to add to the base.
+COPIED = ("LORA", "LOHA", "LOKR", "IA3")
+MERGED = ("LORA", "LOHA", "LOKR")
 
 
 def named_datasets(train: Any, evaluation: Any) -> Iterator[tuple[str, Any]]:
@@ -219,3 +225,55 @@ def _listed(tools: Any) -> list[str]:
         if isinstance(tool, str):
             found.append(tool)
     return found
+
+
+def reference_mode(args: ToolGRPOConfig) -> str:
+    """What `ref_sync_mode` comes to for a PEFT run."""
+    if args.ref_sync_mode == "auto":
+        return "adapter" if args.ref_model_mixup_alpha == 1 else "merged"
+    return args.ref_sync_mode
+
+
+def check_reference(args: ToolGRPOConfig, model: Any, peft_config: Any) -> None:
+    """
+    Whether the reference of a run can be synced, before TRL builds it.
+
+    Args:
+        args ([`ToolGRPOConfig`]):
+            Configuration.
+        model (`str`, `PreTrainedModel` or `PeftModel`), peft_config (`PeftConfig`, *optional*):
+            As passed to the trainer.
+
+    Raises:
+        ConfigError: for an adapter that cannot be followed, by name, and an adapter mode without an adapter.
+    """
+    adapters: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    if adapters and args.beta != 0 and "default" not in adapters:
+        raise ConfigError(
+            f"You passed a model with the adapters {', '.join(map(repr, adapters))} and `beta={args.beta}`, but none "
+            f"named 'default', which is the one that is trained and copied for the reference. Load it with "
+            f"`adapter_name='default'`."
+        )
+    if not args.sync_ref_model:
+        return
+    config: PeftConfig | None = peft_config or adapters.get("default")
+    if config is None:
+        if args.ref_sync_mode != "auto":
+            raise ConfigError(
+                f"You passed `ref_sync_mode={args.ref_sync_mode!r}` for a model without an adapter, whose reference "
+                f"is a second model. Leave it at 'auto', or pass a `peft_config`."
+            )
+        return
+    active = getattr(model, "active_adapters", ["default"]) if adapters else ["default"]
+    if list(active) != ["default"]:
+        raise ConfigError(
+            f"You passed a model with the active adapters {list(active)}; the reference follows one, named 'default'. "
+            f"Call `model.set_adapter('default')`."
+        )
+    mode, kind = reference_mode(args), str(getattr(config.peft_type, "value", config.peft_type))
+    supported = COPIED if mode == "adapter" else MERGED
+    if kind not in supported:
+        raise ConfigError(
+            f"You passed `sync_ref_model=True` with an adapter of type {kind}, which a reference of the kind {mode!r} "
+            f"cannot follow. Use LoRA (`LoraConfig`); supported are {', '.join(supported)}."
+        )

@@ -39,10 +39,10 @@ def average(comparison: Comparison, name: str, reference: Tensor, policy: Tensor
             Weight of the policy's.
     """
     policy = policy.to(reference.dtype)
-    if alpha == 1:
+    if alpha == 1 or not reference.numel():  # a process may hold no share of a small tensor, and still takes part
         reference.copy_(policy)
         comparison.add(name, reference, policy)
-    elif reference.numel():
+    else:
         # An average is nearer to the policy by the same factor in every entry
         expected = (1 - alpha) * (reference - policy).abs().max()
         reference.mul_(1 - alpha).add_(policy, alpha=alpha)

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
+from .checks import check_reference, reference_mode
 from .config import ToolGRPOConfig
 from .errors import ConfigError, ReferenceSyncError
 from .merged import MergedReference, ModelReference
@@ -27,10 +28,6 @@ from .reference import ADAPTER, AdapterReference, Comparison, SyncReport
 
 
 FILE = "reference.safetensors"
-
-# Tuners whose second adapter is a plain copy of the first; merged weights also need a difference to add to the base.
-COPIED = ("LORA", "LOHA", "LOKR", "IA3")
-MERGED = ("LORA", "LOHA", "LOKR")
 
 # What has to be the same in the adapter of a checkpoint
 _DEFINING = ("peft_type", "r", "lora_alpha", "use_dora", "use_rslora", "bias", "modules_to_save", "target_modules")
@@ -45,6 +42,7 @@ class ReferenceSync(GRPOTrainer):
     _syncs = 0
     _sync_pending = False  # one is due, but the rollout batch in use was scored with the present reference
     _sync_report: SyncReport | None = None
+    _saving_checkpoint = False
     _unmoved = False  # the policy has not moved since the last sync
 
     def _prepare_reference(self) -> None:
@@ -155,8 +153,12 @@ class ReferenceSync(GRPOTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """TRL's save; a checkpoint also gets the reference, and nothing else does."""
-        super().save_model(output_dir, _internal_call)
-        if self._reference is None or not _internal_call or output_dir is None:
+        self._saving_checkpoint = _internal_call and output_dir is not None
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            checkpoint, self._saving_checkpoint = self._saving_checkpoint, False
+        if self._reference is None or not checkpoint or output_dir is None:
             return
         state = self._reference.state()
         if self.args.should_save:
@@ -165,6 +167,8 @@ class ReferenceSync(GRPOTrainer):
             save_file(state, Path(output_dir) / FILE, {"reference": json.dumps(record)})
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self._saving_checkpoint and self._reference is None:
+            return super()._save(output_dir, state_dict)  # TRL's own reference adapter is restored from there
         with _without_reference_adapter(self.accelerator.unwrap_model(self.model)):
             super()._save(output_dir, state_dict)
 
@@ -213,64 +217,12 @@ class _SyncCallback(TrainerCallback):
             self._trainer.sync_reference()
 
 
-# Checks
+# Parts of the above
 
 
 def adapter_of(model: Any) -> str | None:
     """Name of the adapter a PEFT policy trains; `None` for other models."""
     return model.active_adapter if hasattr(model, "peft_config") else None
-
-
-def reference_mode(args: ToolGRPOConfig) -> str:
-    """What `ref_sync_mode` comes to for a PEFT run."""
-    if args.ref_sync_mode == "auto":
-        return "adapter" if args.ref_model_mixup_alpha == 1 else "merged"
-    return args.ref_sync_mode
-
-
-def check_reference(args: ToolGRPOConfig, model: Any, peft_config: Any) -> None:
-    """
-    Whether the reference of a run can be synced, before TRL builds it.
-
-    Args:
-        args ([`ToolGRPOConfig`]):
-            Configuration.
-        model (`str`, `PreTrainedModel` or `PeftModel`), peft_config (`PeftConfig`, *optional*):
-            As passed to the trainer.
-
-    Raises:
-        ConfigError: for an adapter that cannot be followed, by name, and an adapter mode without an adapter.
-    """
-    adapters: dict[str, Any] = getattr(model, "peft_config", None) or {}
-    if adapters and args.beta != 0 and "default" not in adapters:
-        raise ConfigError(
-            f"You passed a model with the adapters {', '.join(map(repr, adapters))} and `beta={args.beta}`, but none "
-            f"named 'default', which is the one that is trained and copied for the reference. Load it with "
-            f"`adapter_name='default'`."
-        )
-    if not args.sync_ref_model:
-        return
-    config: PeftConfig | None = peft_config or adapters.get("default")
-    if config is None:
-        if args.ref_sync_mode != "auto":
-            raise ConfigError(
-                f"You passed `ref_sync_mode={args.ref_sync_mode!r}` for a model without an adapter, whose reference "
-                f"is a second model. Leave it at 'auto', or pass a `peft_config`."
-            )
-        return
-    active = getattr(model, "active_adapters", ["default"]) if adapters else ["default"]
-    if list(active) != ["default"]:
-        raise ConfigError(
-            f"You passed a model with the active adapters {list(active)}; the reference follows one, named 'default'. "
-            f"Call `model.set_adapter('default')`."
-        )
-    mode, kind = reference_mode(args), str(getattr(config.peft_type, "value", config.peft_type))
-    supported = COPIED if mode == "adapter" else MERGED
-    if kind not in supported:
-        raise ConfigError(
-            f"You passed `sync_ref_model=True` with an adapter of type {kind}, which a reference of the kind {mode!r} "
-            f"cannot follow. Use LoRA (`LoraConfig`); supported are {', '.join(supported)}."
-        )
 
 
 @contextmanager

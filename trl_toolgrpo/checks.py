@@ -1,7 +1,7 @@
 """Checks of a trainer's arguments against each other, at construction: say what was passed, why it fails, what to do.
 
-Owns the checks that need more than the configuration: data sets, tools, the prompts that name them, adapters. Fed by the
-trainer.
+Owns the checks that need more than the configuration: data sets, tools, the prompts that name them, adapters. Fed by
+the trainer.
 """
 
 import itertools

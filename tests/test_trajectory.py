@@ -266,9 +266,8 @@ CALL = st.builds(
     st.dictionaries(st.text(max_size=3), JSON, max_size=2),
     st.none() | st.text(),
 )
-RESULT = st.builds(
-    ToolResult, JSON, st.booleans(), st.none() | st.text(max_size=4), st.none() | st.floats(allow_nan=False)
-)
+REWARD = st.none() | st.floats(allow_nan=False, allow_infinity=False)
+RESULT = st.builds(ToolResult, JSON, st.booleans(), st.none() | st.text(max_size=4), REWARD)
 
 
 @st.composite

@@ -63,6 +63,9 @@ class RecipeArguments:
             Seed of the questions, or of the split.
         difficulty (`int`, *optional*):
             For `workspace`: only questions that need so many calls, 1 to 3.
+        turn_rewards (`bool`, *optional*, defaults to `False`):
+            For `workspace`: reward each of the dependent calls in the turn that makes it, for the estimators
+            `"gae"` and `"group_gae"`.
         dataset_name (`str`, *optional*):
             For `bfcl`: data set on the Hub that is read when the `bfcl-eval` package is not installed.
         sample_every (`int`, *optional*, defaults to `20`):
@@ -77,6 +80,9 @@ class RecipeArguments:
     question_seed: int = field(default=0, metadata={"help": "Seed of the questions, or of the split."})
     difficulty: int | None = field(
         default=None, metadata={"help": "For workspace: only questions that need so many calls, 1 to 3."}
+    )
+    turn_rewards: bool = field(
+        default=False, metadata={"help": "For workspace: reward each dependent call in the turn that makes it."}
     )
     dataset_name: str | None = field(
         default=None, metadata={"help": "For bfcl without the bfcl-eval package: a data set on the Hub."}
@@ -147,7 +153,8 @@ def build_task(recipe: RecipeArguments) -> Task:
     """The task the arguments ask for."""
     if recipe.task == "bfcl":
         return build_bfcl(recipe.train_size, recipe.held_out_size, recipe.question_seed, recipe.dataset_name)
-    return build_workspace(recipe.train_size, recipe.held_out_size, recipe.question_seed, recipe.difficulty)
+    sizes = recipe.train_size, recipe.held_out_size
+    return build_workspace(*sizes, recipe.question_seed, recipe.difficulty, recipe.turn_rewards)
 
 
 def resolve_model(model: ModelConfig, training: ToolGRPOConfig) -> str:

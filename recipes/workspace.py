@@ -9,6 +9,7 @@ import json
 import random
 import re
 import sqlite3
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -56,29 +57,45 @@ class WorkspaceEnvironment:
     The connection is used in the environment's own methods only, which all run on the rollout's thread. What a reward
     needs is left in plain attributes.
 
+    Args:
+        turn_rewards (`bool`, *optional*, defaults to `False`):
+            Reward each of the dependent calls in the turn that makes it.
+
     Attributes:
         calls (`list[tuple[str, dict]]`):
             Name and arguments of every call that succeeded, in order.
+        rewarded (`float`):
+            What the turns so far have earned.
+        turn_reward (`float`, *optional*):
+            What the current turn has earned; the trainer takes it.
         outbox (`list[tuple[str, str]]`):
             Recipient and text of every Slack message, read back from the database after each one sent.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, turn_rewards: bool = False) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.outbox: list[tuple[str, str]] = []
+        self.rewarded = 0.0
+        self.turn_reward: float | None = None
+        self._turn_rewards = turn_rewards
+        self._plan: list[list[Any]] = []
         self._database: sqlite3.Connection | None = None
 
-    def reset(self, employees: list[dict[str, Any]], **row: Any) -> None:
+    def reset(self, employees: list[dict[str, Any]], plan: str = "[]", **row: Any) -> None:
         """
         Open a fresh database that holds the given people.
 
         Args:
             employees (`list[dict]`):
                 One record per person: `employee_id`, `name`, `salary`, `manager_id`.
+            plan (`str`, *optional*):
+                JSON text of the dependent calls, in order, for rewards of turns.
             row (`dict`):
                 The other columns of the dataset, not needed here.
         """
         self.calls, self.outbox = [], []
+        self.rewarded, self.turn_reward = 0.0, None
+        self._plan = json.loads(plan)
         self._database = sqlite3.connect(":memory:")
         self._database.executescript(
             """
@@ -107,6 +124,14 @@ class WorkspaceEnvironment:
             raise LookupError(missing)
         return row
 
+    def _record(self, name: str, /, **arguments: Any) -> None:
+        """Put a call that succeeded on record."""
+        self.calls.append((name, arguments))
+        earned = progress(self.calls, self._plan) - self.rewarded if self._turn_rewards and self._plan else 0.0
+        if earned:
+            self.rewarded += earned
+            self.turn_reward = (self.turn_reward or 0.0) + earned
+
     def find_employee(self, name: str) -> dict:
         """
         Look up an employee by name.
@@ -117,7 +142,7 @@ class WorkspaceEnvironment:
         (employee_id,) = self._one(
             "SELECT employee_id FROM employees WHERE name = ?", name, f"no employee is named {name!r}"
         )
-        self.calls.append(("find_employee", {"name": name}))
+        self._record("find_employee", name=name)
         return {"employee_id": employee_id}
 
     def get_salary(self, employee_id: int) -> dict:
@@ -130,7 +155,7 @@ class WorkspaceEnvironment:
         (salary,) = self._one(
             "SELECT salary FROM employees WHERE employee_id = ?", employee_id, f"no employee has id {employee_id}"
         )
-        self.calls.append(("get_salary", {"employee_id": employee_id}))
+        self._record("get_salary", employee_id=employee_id)
         return {"salary": salary}
 
     def get_manager(self, employee_id: int) -> dict:
@@ -146,7 +171,7 @@ class WorkspaceEnvironment:
             employee_id,
             f"no employee has id {employee_id}",
         )
-        self.calls.append(("get_manager", {"employee_id": employee_id}))
+        self._record("get_manager", employee_id=employee_id)
         return {"manager_id": manager_id, "name": name}
 
     def send_slack_message(self, recipient: str, text: str) -> dict:
@@ -164,7 +189,7 @@ class WorkspaceEnvironment:
         self.outbox = self._database.execute(
             "SELECT name, text FROM messages JOIN employees ON employee_id = recipient_id ORDER BY message_id"
         ).fetchall()
-        self.calls.append(("send_slack_message", {"recipient": recipient, "text": text}))
+        self._record("send_slack_message", recipient=recipient, text=text)
         return {"sent": True}
 
 
@@ -182,17 +207,35 @@ def judge(completion: list[dict[str, Any]], environment: WorkspaceEnvironment, r
 
     Returns:
         [`Verdict`]: a success is the right answer, and exactly the message that was asked for, or none. Short of that,
-        half the share of the dependent calls made in order.
+        the reward is half the share of the dependent calls made in order. What the environment has rewarded in its
+        turns is no part of it.
     """
     plan = json.loads(row["plan"])
-    done = 0
-    for name, arguments in environment.calls:
-        if done < len(plan) and [name, arguments] == plan[done]:
-            done += 1
     wanted = [(step[1]["recipient"], step[1]["text"]) for step in plan if step[0] == "send_slack_message"]
     right = answers(final_answer(completion), row["answer"], row["employees"], row["subject"])
     success = right and environment.outbox == wanted
-    return Verdict(success, 1.0 if success else 0.5 * done / len(plan), bool(environment.calls))
+    reward = 1.0 if success else progress(environment.calls, plan)
+    return Verdict(success, reward - environment.rewarded, bool(environment.calls))
+
+
+def progress(calls: list[tuple[str, dict[str, Any]]], plan: list[list[Any]]) -> float:
+    """
+    Half the share of the dependent calls that were made in order.
+
+    Args:
+        calls (`list[tuple[str, dict]]`):
+            Calls made.
+        plan (`list[list]`):
+            Name and arguments of each dependent call, at least one.
+
+    Returns:
+        `float`: from 0 to 0.5.
+    """
+    done = 0
+    for name, arguments in calls:
+        if done < len(plan) and [name, arguments] == plan[done]:
+            done += 1
+    return 0.5 * done / len(plan)
 
 
 def answers(text: str, expected: str, employees: list[dict[str, Any]], subject: str) -> bool:
@@ -218,7 +261,9 @@ def answers(text: str, expected: str, employees: list[dict[str, Any]], subject: 
     return expected in text and not any(name in text for name in others)
 
 
-def build_workspace(train_size: int, held_out_size: int, seed: int = 0, difficulty: int | None = None) -> Task:
+def build_workspace(
+    train_size: int, held_out_size: int, seed: int = 0, difficulty: int | None = None, turn_rewards: bool = False
+) -> Task:
     """
     Build the questions.
 
@@ -231,6 +276,9 @@ def build_workspace(train_size: int, held_out_size: int, seed: int = 0, difficul
             Seed of everything in the rows. What belongs to which split does not depend on it.
         difficulty (`int`, *optional*):
             Only questions that need so many calls.
+        turn_rewards (`bool`, *optional*, defaults to `False`):
+            Reward each of the dependent calls in the turn that makes it, and the rest at the end, instead of
+            everything at the end. A rollout earns the same in all.
 
     Returns:
         [`Task`]: the task. Beside the columns every task has, its rows hold `kind`, `subject`, `answer`, `plan` (JSON,
@@ -246,7 +294,8 @@ def build_workspace(train_size: int, held_out_size: int, seed: int = 0, difficul
             f"{', '.join(map(str, sorted({calls for calls, _ in QUESTIONS.values()})))} calls."
         )
     train, held_out = _rows("train", train_size, seed, kinds), _rows("held_out", held_out_size, seed, kinds)
-    return Task(Dataset.from_list(train), Dataset.from_list(held_out), WorkspaceEnvironment, judge)
+    environment = partial(WorkspaceEnvironment, turn_rewards)
+    return Task(Dataset.from_list(train), Dataset.from_list(held_out), environment, judge)
 
 
 def _rows(split: str, size: int, seed: int, kinds: list[str]) -> list[dict[str, Any]]:

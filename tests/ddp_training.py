@@ -5,6 +5,7 @@ import json
 import os
 import sys
 
+import torch
 from conftest import ScriptedSampler, chat_tokenizer, config, prompts, tiny_model
 
 from trl_toolgrpo import ToolGRPOTrainer
@@ -34,13 +35,16 @@ trainer = ToolGRPOTrainer(
     lambda completions, **kwargs: [float(len(completion)) for completion in completions],
     config(
         sys.argv[1], max_steps=2, max_completion_length=256, logprob_check="off", mask_truncated_completions=True,
-        num_iterations=2,
+        num_iterations=2, advantage_estimator="gae", value_epochs=3,
     ),
     prompts(16),
     processing_class=tokenizer,
     tools=[add],
 )  # fmt: skip
 trainer.train()
+head = torch.cat([p.detach().flatten() for p in trainer._value_head.parameters()])
+heads = trainer.accelerator.gather(head[None])
+assert torch.equal(heads[0], heads[1]) and head[-1] != 0, "each process has a value head of its own"
 if rank == 0:
     names = ("tools/call_frequency", "tools/add/calls", "rollout/turns_mean", "forced/fraction")
     print(json.dumps({name: trainer.state.log_history[0][name] for name in names}), flush=True)

@@ -33,6 +33,7 @@ ADDED = {
     "value_clip": (0.2, [None, 1.0]),
     "value_learning_rate": (None, [1e-4]),
     "value_warmup_steps": (0, [3]),
+    "value_epochs": (1, [4]),
     "value_detach": (True, [False]),
     "ref_sync_mode": ("auto", ["adapter", "merged"]),
 }
@@ -253,7 +254,7 @@ def test_fields_are_read_from_flags(tmp_path):
     critic = [
         *("--advantage_estimator", "gae", "--gae_gamma", "0.9", "--gae_lambda", "0.8", "--gae_unit", "turn"),
         *("--value_loss_coef", "1.5", "--value_clip", "0.3", "--value_learning_rate", "0.01"),
-        *("--value_warmup_steps", "2", "--value_detach", "False", "--ref_sync_mode", "merged"),
+        *("--value_warmup_steps", "2", "--value_epochs", "4", "--value_detach", "False", "--ref_sync_mode", "merged"),
     ]
     (parsed,) = parser.parse_args_and_config(flags)
     assert isinstance(parsed, ToolGRPOConfig)
@@ -285,6 +286,7 @@ def test_fields_are_read_from_flags(tmp_path):
         "value_clip": 0.3,
         "value_learning_rate": 0.01,
         "value_warmup_steps": 2,
+        "value_epochs": 4,
         "value_detach": False,
         "ref_sync_mode": "merged",
     }

@@ -136,6 +136,27 @@ def test_progress_counts_the_dependent_calls_in_order(workspace):
     assert verdict(workspace, SLACK, "").reward == pytest.approx(0.5 / 3)
 
 
+def test_turns_earn_what_the_rollout_earns_less_at_its_end():
+    environment = WorkspaceEnvironment(turn_rewards=True)
+    environment.reset(EMPLOYEES, json.dumps(SLACK["plan"]))
+    earned = []
+    for call, arguments in [("get_salary", (101,)), ("find_employee", ("Ada Chen",)), ("find_employee", ("Ada Chen",)),
+                            ("get_salary", (101,)), ("send_slack_message", ("Hugo Lund", "52000"))]:  # fmt: skip
+        getattr(environment, call)(*arguments)
+        earned.append(environment.turn_reward)
+        environment.turn_reward = None  # as the trainer does
+    share = pytest.approx(0.5 / 3)
+    assert earned == [None, share, None, share, share] and environment.rewarded == pytest.approx(0.5)
+    assert verdict(environment, SLACK, "52000") == Verdict(True, pytest.approx(0.5), True)
+    assert verdict(environment, SLACK, "48000") == Verdict(False, pytest.approx(0.0), True)
+    environment.reset(EMPLOYEES, json.dumps(SLACK["plan"]))
+    assert environment.rewarded == 0.0
+    environment.find_employee("Ada Chen")
+    assert verdict(environment, SLACK, None).reward == pytest.approx(0.0)
+    environment.get_salary(101)  # two calls in one turn
+    assert environment.turn_reward == pytest.approx(1 / 3)
+
+
 @pytest.mark.parametrize(
     ("text", "expected", "right"),
     [

@@ -84,6 +84,9 @@ class ToolGRPOConfig(GRPOConfig):
             Learning rate of the value head; `None` is 1e-3, since the head starts from nothing.
         value_warmup_steps (`int`, *optional*, defaults to `0`):
             The first optimizer steps of reinforcement learning train the value head alone.
+        value_epochs (`int`, *optional*, defaults to `1`):
+            Passes of the value head over the tokens of an optimizer step. All but the first train the head alone, on
+            the hidden states of that step, which costs next to nothing and lets a critic learn within few updates.
         value_detach (`bool`, *optional*, defaults to `True`):
             Keep the gradient of the value loss out of the policy's trunk.
         ref_sync_mode (`str`, *optional*, defaults to `"auto"`):
@@ -197,6 +200,13 @@ class ToolGRPOConfig(GRPOConfig):
     value_warmup_steps: int = field(
         default=0,
         metadata={"help": "The first optimizer steps of reinforcement learning train the value head alone."},
+    )
+    value_epochs: int = field(
+        default=1,
+        metadata={
+            "help": "Passes of the value head over the tokens of an optimizer step; all but the first train the head "
+            "alone, on the hidden states of that step."
+        },
     )
     value_detach: bool = field(
         default=True, metadata={"help": "Keep the gradient of the value loss out of the policy's trunk."}

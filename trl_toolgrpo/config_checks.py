@@ -118,9 +118,9 @@ def _check_critic(config: Any, defaults: dict[str, Any]) -> None:
     for name in ("gae_gamma", "gae_lambda"):
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"You passed `{name}={getattr(config, name)}`; it must be between 0 and 1.")
-    for name, least in (("value_loss_coef", 0), ("value_warmup_steps", 0)):
+    for name, least in (("value_loss_coef", 0), ("value_warmup_steps", 0), ("value_epochs", 1)):
         if not getattr(config, name) >= least:
-            raise ConfigError(f"You passed `{name}={getattr(config, name)}`; it cannot be negative.")
+            raise ConfigError(f"You passed `{name}={getattr(config, name)}`; it must be at least {least}.")
     for name in ("value_clip", "value_learning_rate"):
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value > 0):

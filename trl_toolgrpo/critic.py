@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
@@ -43,8 +44,10 @@ class Critic(GRPOTrainer):
     _value_head: ValueHead | None = None
     _ask_values = False
     _values: Tensor | None = None
+    _value_inputs: Tensor | None = None
     _rewards: Tensor
     _warned_of_turn_rewards = False
+    _seen: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # what the head has read since the last optimizer step
 
     def _prepare_critic(self) -> None:
         """Attach the head, from the folder the policy came from where it has one, else a new one."""
@@ -56,6 +59,11 @@ class Critic(GRPOTrainer):
                 f"whose router loss is on, so that values cannot be scored. Set `output_router_logits` of its "
                 f"configuration to False, or use `advantage_estimator='group'`."
             )
+        if self.args.value_epochs > 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ConfigError(
+                f"You passed `value_epochs={self.args.value_epochs}` with FSDP or DeepSpeed, which shard the value "
+                f"head and step it together with the policy. Set `value_epochs=1`, or train with DDP."
+            )
         weight = self.model.get_input_embeddings().weight
         head = ValueHead(self.model.config.get_text_config().hidden_size, detach=self.args.value_detach)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -64,6 +72,9 @@ class Critic(GRPOTrainer):
         if (folder / FILE).is_file():
             load_value_head(self._value_head, folder)
         attach_value_head(self.model, self._value_head)
+        self._seen = []
+        if self.args.value_epochs > 1:
+            self.add_callback(_MoreValueEpochs(self))
 
     @property
     def _value_warmup(self) -> bool:
@@ -149,7 +160,7 @@ class Critic(GRPOTrainer):
         return self._take_values().double()
 
     def _take_values(self) -> Tensor:
-        values, self._values = self._values, None
+        values, self._values, self._value_inputs = self._values, None, None
         if values is None:
             raise RuntimeError("TRL computed a loss without scoring the batch; the installed TRL is not supported.")
         return values
@@ -167,15 +178,49 @@ class Critic(GRPOTrainer):
 
     def _add_value_loss(self, loss: Tensor, inputs: dict[str, Any]) -> Tensor:
         """The policy loss of a micro-batch and its value loss; while the critic warms up, the latter alone."""
-        values, mask = self._take_values(), inputs["value_mask"]
+        mask, read = inputs["value_mask"], self._value_inputs
+        values = self._take_values()
         window = self.current_gradient_accumulation_steps / (self.args.steps_per_generation or 1)
         steps = inputs["value_count"].clamp(min=1) * window  # of one optimizer step, over all processes
         summed = value_loss(values, inputs["old_values"], inputs["value_targets"], mask, self.args.value_clip)
         # The mean over the micro-batches of an optimizer step is the mean over its steps
         shown = self.accelerator.reduce(summed.detach(), reduction="sum") / steps
         self._metrics["train"]["value/loss"].append((shown * self.current_gradient_accumulation_steps).item())
+        if self.args.value_epochs > 1 and self.model.training and read is not None:
+            taken = mask.bool()
+            self._seen.append((read[taken], inputs["old_values"][taken], inputs["value_targets"][taken], steps))
         policy = loss * 0 if self._value_warmup else loss
         return policy + self.args.value_loss_coef * summed * self.accelerator.num_processes / steps
+
+    def _train_value_head_on(self) -> None:
+        """
+        The passes of the head alone over what it read in an optimizer step, behind that step: `value_epochs` less one.
+
+        A critic that takes one gradient step for a rollout batch lags far behind; phasic policy gradient (arXiv
+        2009.04416) trains it for several epochs likewise. The hidden states are those of the step itself, so that no
+        pass of the policy is needed.
+        """
+        head, seen = self._value_head, self._seen
+        self._seen = []
+        if head is None or not seen:
+            return
+        read, old_values, targets = (torch.cat(parts) for parts in list(zip(*seen, strict=True))[:3])
+        steps, mask = seen[0][3], torch.ones_like(targets)
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # not scaled, as these losses are not
+        parameters = list(head.parameters())
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        for _ in range(self.args.value_epochs - 1):
+            with torch.enable_grad():
+                loss = value_loss(head(read), old_values, targets, mask, self.args.value_clip) / steps
+                gradients = torch.autograd.grad(self.args.value_loss_coef * loss, parameters)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = self.accelerator.reduce(gradient, reduction="sum")
+            if self.args.max_grad_norm:
+                nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+            optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
 
     def _touch_value_head(self, loss: Tensor) -> Tensor:
         """A loss the head takes part in with weight 0, since DDP waits for the gradient of every parameter."""
@@ -250,6 +295,16 @@ class Critic(GRPOTrainer):
         if self.args.value_warmup_steps > 0 and not (Path(folder) / FILE).is_file():
             return  # a new head, which is warmed up first
         load_value_head(self._value_head, folder)
+
+
+class _MoreValueEpochs(TrainerCallback):
+    """Trains the head on behind each optimizer step."""
+
+    def __init__(self, trainer: Critic) -> None:
+        self._trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._train_value_head_on()
 
 
 def _gradient_norm(module: nn.Module) -> float | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
+from .config import ToolGRPOConfig
 from .diagnostics import check_tolerance, compute_dtype
 from .rollout.sampler import scoring_mode
 
@@ -63,9 +64,10 @@ class PackedBatch:
         return found if len(found) else found.new_zeros(1)
 
     def unpack(self, values: Tensor, kept: Tensor) -> Tensor:
-        """Values at the positions `kept`, shape (1, K), as those of completion tokens, shape (B, T), 0 elsewhere."""
-        everywhere = values.new_zeros(self.labels.numel()).index_copy(0, kept, values[0])
-        return everywhere[self.place] * self.scored
+        """Values at the positions `kept`, shape (1, K, ...), as those of completion tokens, shape (B, T, ...), 0
+        elsewhere."""
+        everywhere = values.new_zeros(self.labels.numel(), *values.shape[2:]).index_copy(0, kept, values[0])
+        return everywhere[self.place] * self.scored.view(*self.scored.shape, *[1] * (values.dim() - 2))
 
 
 def pack(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> PackedBatch | None:
@@ -233,9 +235,11 @@ class SharedPromptScoring(GRPOTrainer):
     one that packing does not suit, and TRL's way is kept for good.
     """
 
+    args: ToolGRPOConfig
     _packs: bool | None = None
     _ask_values = False
     _values: Tensor | None = None
+    _value_inputs: Tensor | None = None
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -268,7 +272,7 @@ class SharedPromptScoring(GRPOTrainer):
         return self._score_packed(model, laid_out, compute_entropy)
 
     def _score_packed(self, model: Any, parts: list[PackedBatch], compute_entropy: bool) -> Any:
-        logps, entropies, values = [], [], []
+        logps, entropies, values, read = [], [], [], []
         for part in parts:
             mask = part.attends
             eager = self.accelerator.unwrap_model(model).config.get_text_config()._attn_implementation == "eager"
@@ -290,8 +294,11 @@ class SharedPromptScoring(GRPOTrainer):
             if compute_entropy:
                 entropies.append(part.unpack(output.entropy, kept))
             if self._ask_values:
-                values.append(part.unpack(output["values"], kept))
+                values.append(part.unpack(output["token_values"], kept))
+                if model.training and self.args.value_epochs > 1:
+                    read.append(part.unpack(output["value_inputs"], kept))
         self._values = torch.cat(values) if values else None
+        self._value_inputs = torch.cat(read) if read else None
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
     def _try_packing(self, model: Any, chunks: list[tuple[Tensor, Tensor, int]], ready: bool) -> bool:

@@ -7,6 +7,7 @@ pass gives log-probs and values. Fed by the trainer.
 
 import functools
 import types
+from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,9 @@ class ValueHead(nn.Module):
 
 def attach_value_head(model: Any, head: ValueHead) -> None:
     """
-    Give a causal language model a value head: called with `with_values=True`, its output also holds `values`, the
-    value at each position of the input, shape (B, T).
+    Give a causal language model a value head: called with `with_values=True`, its output also holds `token_values`,
+    the value at each position of the input, shape (B, T), and `value_inputs`, the hidden states the head has read,
+    detached, shape (B, T, H).
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -109,10 +111,18 @@ def attach_value_head(model: Any, head: ValueHead) -> None:
             output = original(*args, **kwargs)
         finally:
             hook.remove()
-        output["values"] = self.value_head(hidden[-1])
-        return output
+        kind: Any = type(output)
+        kind = _with_values(kind)
+        return kind(**output, token_values=self.value_head(hidden[-1]), value_inputs=hidden[-1].detach())
 
     base.forward = types.MethodType(forward, base)
+
+
+@functools.cache
+def _with_values(kind: type) -> Any:
+    """A kind of model output with two fields more: DDP takes an output apart by its fields, and makes it anew."""
+    added = [("token_values", Any, None), ("value_inputs", Any, None)]
+    return make_dataclass(kind.__name__, added, bases=(kind,))
 
 
 def value_head_of(model: Any) -> ValueHead | None:

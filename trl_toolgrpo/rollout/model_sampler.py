@@ -235,7 +235,7 @@ class ModelSession:
         output = self._forward(tokens, positions, self.cache)
         logits = constrain(output.logits[:, -1], [state.constraint for state in states])
         sampled, logprobs, entropies = sample_tokens(logits, self.sampler.temperature, self.sampler.noise(rows))
-        values = output["values"][:, -1].tolist() if self.sampler.with_values else None
+        values = output["token_values"][:, -1].tolist() if self.sampler.with_values else None
         finished = []
         found = zip(rows, sampled.tolist(), logprobs.tolist(), entropies.tolist(), strict=True)
         for place, (row, token, logprob, entropy) in enumerate(found):

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from conftest import chat_tokenizer, config, prompts, tiny_model
 from trl import GRPOTrainer
 
 from trl_toolgrpo import ToolGRPOTrainer
+from trl_toolgrpo.rollout.sampler import scoring_mode
 
 
 def make(kind, path, **changes):
@@ -107,3 +109,22 @@ def test_a_trainer_without_its_constructor_is_trls(tmp_path):
     trainer.model = SimpleNamespace(training=True)
     prompt_ids, completion_ids, mask, _, logprobs, *_ = trainer._generate(["hello"])
     assert [prompt_ids, completion_ids, mask, logprobs] == [[[1]], [[2]], [[1]], [[-0.1]]]
+
+
+@pytest.mark.parametrize("in_training", [True, False])
+def test_weights_of_a_4_bit_base_keep_the_form_they_are_trained_in(in_training):
+    """On some CPUs bitsandbytes packs a weight for inference at the first pass in evaluation mode, for good."""
+    layer = Linear4bit(64, 32, compute_dtype=torch.float32, quant_type="nf4").to("cpu")  # which quantizes it
+    assert hasattr(layer, "support_avx512bf16_for_cpu")
+    layer.support_avx512bf16_for_cpu = True
+    model = torch.nn.ModuleDict({"layer": layer, "dropout": torch.nn.Dropout()}).train(in_training)
+    before = layer.weight.data.clone()
+    if in_training:
+        with scoring_mode(model):
+            assert not model["dropout"].training
+            layer(torch.ones(1, 64))
+        assert model["dropout"].training and layer.training
+        assert torch.equal(layer.weight.data, before)
+    else:  # a layer that nobody trains is left as it is
+        with scoring_mode(model):
+            assert not layer.training

@@ -1,11 +1,13 @@
 """Environments on threads of their own: what the training thread sees, and what tools see."""
 
+import asyncio
 import sqlite3
 import threading
 import time
 
 import pytest
 from conftest import ScriptedSampler, chat_tokenizer, config, prompts, tiny_model
+from datasets import Dataset
 
 from trl_toolgrpo import ConfigError, Tool, ToolCall, ToolGRPOTrainer
 from trl_toolgrpo.rollout import engine
@@ -177,3 +179,55 @@ def test_tools_an_environment_brings_at_reset_are_rendered_and_called(tmp_path, 
     rendered = tokenizer.decode(seen["trajectories"][0].prompt_ids)
     assert '"name": "tool_0"' in rendered and '"tool_1"' not in rendered
     assert seen["completions"][0][1]["content"] == "noted"
+
+
+class AsyncLedger:
+    def reset(self, start: int = 0, **row):
+        self.amount = start
+
+    async def get_reward(self) -> float:
+        return float(self.amount)
+
+
+@pytest.mark.parametrize("kind", [Ledger, AsyncLedger])
+def test_names_that_share_a_class_share_its_reward(tmp_path, monkeypatch, kind):
+    class Plain:
+        def reset(self, **row):
+            pass
+
+        def look(self) -> str:
+            """Look."""
+            return "nothing"
+
+    tokenizer = chat_tokenizer()
+    script = [["done<|im_end|>"]]
+    sampler = ScriptedSampler(tokenizer, script, [tokenizer.eos_token_id])
+    monkeypatch.setattr(engine, "make_sampler", lambda *args, **kwargs: sampler)
+    rows = [{**prompts()[0], "environment": name, "start": 3} for name in ("first", "second", "plain")]
+    trainer = ToolGRPOTrainer(
+        tiny_model(tokenizer),
+        args=config(tmp_path, per_device_train_batch_size=6, num_generations=2, logprob_check="off"),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        environment_factory={"first": kind, "second": kind, "plain": Plain},
+    )
+    assert trainer.reward_func_names == [kind.__name__] and trainer.reward_weights.tolist() == [1.0]
+    trainer.train()
+    assert trainer.state.log_history[0][f"rewards/{kind.__name__}/mean"] == 3.0
+    assert trainer.state.log_history[0]["reward"] == 3.0  # of the rollouts that are scored at all
+
+
+@pytest.mark.parametrize("kind", [Ledger, AsyncLedger])
+def test_the_reward_of_a_class_scores_an_environment_made_by_hand(tmp_path, kind):
+    tokenizer = chat_tokenizer()
+    trainer = ToolGRPOTrainer(
+        tiny_model(tokenizer),
+        args=config(tmp_path),
+        train_dataset=prompts(),
+        processing_class=tokenizer,
+        environment_factory=kind,
+    )
+    environment = kind()
+    environment.reset(start=2)
+    rewards = trainer.reward_funcs[-1](environments=[environment, object()])
+    assert (asyncio.run(rewards) if kind is AsyncLedger else rewards) == [2.0, None]

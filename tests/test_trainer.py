@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import MAKE_SAMPLER, ScriptedSampler, chat_tokenizer, config, prompts, tiny_model
-from datasets import Dataset
+from datasets import Dataset, Image
 from transformers import AutoTokenizer
 from trl import GRPOConfig
 
@@ -102,6 +102,30 @@ def test_a_prompt_that_calls_a_tool_by_the_wrong_name_is_refused(tmp_path):
 def test_a_dataset_without_rows_is_refused(tmp_path):
     with pytest.raises(DatasetError, match="`train_dataset` without a single row"):
         make(tmp_path, dataset=prompts(1).select([]))
+
+
+def test_a_prompt_that_a_transform_makes_is_accepted(tmp_path):
+    def ask(batch):
+        return {"prompt": [[{"role": "user", "content": f"Who is {name}?"}] for name in batch["name"]]}
+
+    dataset = Dataset.from_dict({"name": ["Ada", "Grace"]}).with_transform(ask)
+    trainer = make(tmp_path, dataset=dataset, tools=[send_slack_message])
+    trainer.train()
+    assert steps(trainer)
+
+
+def test_a_prompt_of_a_transform_is_checked_like_any_other(tmp_path):
+    dataset = Dataset.from_dict({"name": ["Ada"]}).with_transform(lambda batch: {"prompt": batch["name"]})
+    with pytest.raises(DatasetError, match="prompts are of type str"):
+        make(tmp_path, dataset=dataset, tools=[send_slack_message])
+
+
+def test_columns_that_are_not_read_are_not_decoded(tmp_path):
+    rows = [{**row, "picture": {"bytes": b"no picture", "path": None}} for row in prompts(2)]
+    dataset = Dataset.from_list(rows).cast_column("picture", Image())
+    with pytest.raises((OSError, ImportError)):  # without Pillow, or with it
+        dataset[0]
+    make(tmp_path, dataset=dataset, tools=[send_slack_message])
 
 
 def test_a_column_of_tools_without_any_tool_is_pointed_out(tmp_path, caplog):

@@ -56,7 +56,9 @@ def check_dataset(name: str, dataset: Any, has_tools: bool, has_environment: boo
         return
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise DatasetError(f"You passed `{name}` without a single row. Pass a data set that has prompts in it.")
-    columns = dataset.column_names or list(next(iter(_rows(dataset, 1)), {}))
+    columns = list(dataset.column_names or ())
+    if "prompt" not in columns:  # a transform of the data set may make it
+        columns += [name for name in next(iter(_rows(dataset, 1)), {}) if name not in columns]
     if "tools" in columns and not (has_tools or has_environment):
         logger.warning(
             "`%s` has a column `tools`, but you passed neither `tools` nor an `environment_factory`: no tool is shown "
@@ -165,7 +167,13 @@ def warn_of_dropout(model: torch.nn.Module, disabled: bool) -> None:
 
 
 def _rows(dataset: Any, count: int) -> Iterable[dict[str, Any]]:
+    """Rows of a data set; where no transform may need the rest, only what is read here, since images are slow."""
     if isinstance(dataset, Dataset):
+        read = [name for name in ("prompt", "tools") if name in dataset.column_names]
+        if dataset.format["type"] != "custom":
+            if not read:
+                return ()
+            dataset = dataset.select_columns(read)
         return (dataset[index] for index in range(min(count, len(dataset))))
     return itertools.islice(iter(dataset), min(count, STREAMED_ROWS_CHECKED))
 

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import ConfigError, ReferenceSyncError
 from .reference import ADAPTER, Comparison, SyncReport
+from .rollout.sampler import scoring_mode
 from .sharding import assign, full, local, whole
 
 
@@ -206,12 +207,8 @@ def _columns(layer: Any, columns: Tensor, width: int) -> tuple[Tensor, float]:
     """Columns of the weight a layer acts with, float32, from its own forward pass; and its precision."""
     dtype = next(p.dtype for p in layer.parameters() if p.is_floating_point())
     units = nn.functional.one_hot(columns, width).to(dtype)
-    training = layer.training
-    layer.eval()
-    try:
+    with scoring_mode(layer):
         output = layer(torch.cat([units, torch.zeros_like(units[:1])]))
-    finally:
-        layer.train(training)
     precision = max(torch.finfo(output.dtype).eps, torch.finfo(dtype).eps)
     return (output[:-1] - output[-1]).float().T, precision
 

@@ -46,7 +46,7 @@ from .rollout.parsing import add_missing_response_template
 from .rollout.sampler import scoring_mode
 from .scoring import SharedPromptScoring
 from .sync import ReferenceSync, synced_by_us
-from .tools.environments import on_own_thread
+from .tools.environments import on_own_thread, scoring_plain_instances
 from .tools.execute import ToolExecutor
 from .tools.prompt import PromptTool
 from .tools.toolset import ToolSet
@@ -94,6 +94,9 @@ class ToolGRPOTrainer(AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring
     args: ToolGRPOConfig
     model: Any
     processing_class: Any
+    _recording = _skip_scoring = _capturing = _evaluating = _unevaluated = False
+    _batch: RolloutBatch | None = None
+    _captured: Tensor | None = None
 
     def __init__(
         self,
@@ -159,9 +162,6 @@ class ToolGRPOTrainer(AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring
     def _prepare_recording(self, executor: ToolExecutor | None, force_policy: ForcePolicy | None) -> None:
         """Everything that TRL's constructor had to make the model for."""
         self._prepare_reference()
-        self._batch: RolloutBatch | None = None
-        self._skip_scoring = self._capturing = self._evaluating = False
-        self._captured: Tensor | None = None
         self._ratio = RatioStatistics()
         self._sampled_at = -1
         self._carried: dict[str, float] = {}  # figures of the current rollout batch, for steps that reuse it
@@ -190,6 +190,7 @@ class ToolGRPOTrainer(AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring
     def _read_environments(self) -> None:
         """Hold the methods of environments as schemas too, and prepare for tools that only a reset one knows."""
         had_tools = bool(self.tools)
+        self.reward_funcs = [scoring_plain_instances(reward_func) for reward_func in self.reward_funcs]
         self._env_tools = self._toolset.add_environments({n: pool[0] for n, pool in self._environment_pool.items()})
         self.tools: list[Any] = [PromptTool(tool) for tool in self._toolset.known]
         if had_tools or not self._toolset.decided_at_reset:
@@ -287,7 +288,8 @@ class ToolGRPOTrainer(AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring
         self._drop_stuck_environments()
         if self._batch is None:
             raise RuntimeError("TRL scored completions without generating them; the installed TRL is not supported.")
-        output["old_per_token_logps"] = output["sampling_per_token_logps"]
+        self._unevaluated = not self.model.training
+        output["old_per_token_logps"] = self._batch.logprobs(output["completion_ids"].size(1), self.accelerator.device)
         self._correct_masks(output, self._batch)
         if self.model.training:
             self._sampled_at = self.state.global_step
@@ -338,10 +340,10 @@ class ToolGRPOTrainer(AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring
         if self._skip_scoring and self._batch is not None and model is self.model and self._scores_old_logprobs():
             self._skip_scoring = False  # the next pass over the policy is the reference's, with its own adapter
             return self._batch.logprobs(logits_to_keep, input_ids.device), None, None
-        if self._evaluating and self._batch is not None:
+        if self._evaluating and self._batch is not None and self._batch.holds(input_ids, logits_to_keep):
             # The policy is the one that sampled: its log-probs and entropies are known
             entropies = self._batch.entropies(logits_to_keep, input_ids.device)
-            if entropies is not None and len(entropies) == len(input_ids):
+            if entropies is not None:
                 return self._batch.logprobs(logits_to_keep, input_ids.device), entropies, None
         output = super()._get_per_token_logps_and_entropies(
             model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
@@ -363,12 +365,13 @@ class ToolGRPOTrainer(AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring
         if "assist_mask" in inputs:
             return self._touch_value_head(self._assisted_loss(model, inputs))
         self._capturing, self._ask_values = True, "value_targets" in inputs
-        self._evaluating = not self.model.training and not self.aux_loss_enabled
+        self._evaluating = self._unevaluated and not self.aux_loss_enabled and not torch.is_grad_enabled()
+        self._unevaluated = False  # when the loss is asked for again, the policy may have moved
         try:
             loss = super()._compute_loss(model, inputs)
         finally:
             self._capturing = self._ask_values = self._evaluating = False
-        if self.model.training and self._captured is not None:
+        if self.model.training and self._captured is not None and "old_per_token_logps" in inputs:
             mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
             fresh = self.state.global_step == self._sampled_at
             self._ratio.add(self._captured, inputs["old_per_token_logps"], mask, fresh)

@@ -97,6 +97,14 @@ class RolloutBatch:
         """The trajectories, in order."""
         return [rollout.trajectory for rollout in self.rollouts]
 
+    def holds(self, input_ids: Tensor, width: int) -> bool:
+        """Whether these are the rollouts of the batch, int64, shape (B, P + `width`), padded on both sides."""
+        rows, start = input_ids.tolist(), input_ids.size(1) - width
+        return len(rows) == len(self.rollouts) and all(
+            row[start - len(t.prompt_ids) : start + len(t.completion_ids)] == [*t.prompt_ids, *t.completion_ids]
+            for row, t in zip(rows, self.trajectories, strict=True)
+        )
+
     def logprobs(self, width: int, device: torch.device) -> Tensor:
         """Recorded log-probs, nats, float32, shape (B, `width`), right-padded with 0.0."""
         return _padded([trajectory.logprobs for trajectory in self.trajectories], width).to(device)

@@ -20,6 +20,10 @@ def scoring_mode(model: torch.nn.Module) -> Iterator[None]:
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
+    for module in training:
+        # In evaluation mode, on a CPU with AVX512-BF16, bitsandbytes packs its weight into a form for inference alone
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.training = True
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield

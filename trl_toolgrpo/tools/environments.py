@@ -36,16 +36,49 @@ def on_own_thread(factory: Any, executor: ToolExecutor) -> Any:
     """
     if factory is None:
         return None
+    classes: dict[type, type] = {}  # shared by all names, since TRL gives each class one reward
+    for make in factory.values() if isinstance(factory, dict) else [factory]:
+        if not callable(make):
+            raise ConfigError(f"You passed the environment factory {make!r}, which cannot be called. Pass a class.")
     if isinstance(factory, dict):
-        return {name: on_own_thread(make, executor) for name, make in factory.items()}
-    if not callable(factory):
-        raise ConfigError(f"You passed the environment factory {factory!r}, which cannot be called. Pass a class.")
-    return _factory(factory, executor)
+        return {name: _factory(make, executor, classes) for name, make in factory.items()}
+    return _factory(factory, executor, classes)
 
 
-def _factory(factory: Callable[[], Any], executor: ToolExecutor) -> Callable[[], Any]:
+def scoring_plain_instances(reward_func: Any) -> Any:
+    """
+    TRL's reward of an environment's class, extended to instances that live on no thread of their own.
+
+    TRL compares types, and scripts may call this reward with an environment they made themselves. Any other reward
+    function is given back as it is.
+
+    Args:
+        reward_func (`Callable`):
+            One of the trainer's.
+    """
+    kind = (getattr(reward_func, "__defaults__", None) or (None,))[0]
+    plain: Any = getattr(kind, "_plain_class", None)
+    if plain is None:
+        return reward_func
+
+    def class_of(environments: list[Any]) -> Any:
+        return plain if any(type(environment) is plain for environment in environments) else kind
+
+    if inspect.iscoroutinefunction(reward_func):
+
+        async def get_reward_async(environments: list[Any], **kwargs: Any) -> Any:
+            return await reward_func(environments, class_of(environments), **kwargs)
+
+        return functools.wraps(reward_func)(get_reward_async)
+
+    def get_reward(environments: list[Any], **kwargs: Any) -> Any:
+        return reward_func(environments, class_of(environments), **kwargs)
+
+    return functools.wraps(reward_func)(get_reward)
+
+
+def _factory(factory: Callable[[], Any], executor: ToolExecutor, classes: dict[type, type]) -> Callable[[], Any]:
     home = threading.get_ident()
-    classes: dict[type, type] = {}
 
     def make() -> Any:
         environment = executor.construct_on_own_thread(factory)
@@ -71,6 +104,7 @@ def _threaded(kind: type, executor: ToolExecutor, home: int) -> type:
         return _stand_in(executor.run_on_owner(self, getattr, self, name), self, executor)
 
     body = {"__getattribute__": look_up, "__slots__": (), "__doc__": kind.__doc__, "__module__": kind.__module__}
+    body["_plain_class"] = kind
     return type(kind.__name__, (kind,), body)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from trl_toolgrpo.tools.sandbox import Report, Sandbox
+from trl_toolgrpo.tools.sandbox import _USERS, Report, Sandbox
 
 
 SECRET = "open-sesame-71"
@@ -44,6 +44,7 @@ class Machine:
         self.secret.chmod(0o600)
         (self.outside / "kept").write_text("kept")
         self.visits = 0
+        self.mark = f"mark-{os.getpid()}-{folder.name}"
 
     def __enter__(self):
         os.environ["TRL_TOOLGRPO_SECRET"] = SECRET
@@ -83,6 +84,8 @@ class Machine:
         }
         for name, value in here.items():
             code = code.replace(f"{{{name}}}", str(value))
+        if self.mark not in sandbox._script:
+            sandbox._script = f"# {self.mark}\n{sandbox._script}"
         started = time.monotonic()
         report = sandbox.run(code)
         return report, time.monotonic() - started
@@ -101,25 +104,26 @@ class Machine:
             "the secret is gone": self.secret.read_text() == SECRET,
             "something was written outside": [path.name for path in self.outside.iterdir()] == ["kept"],
             "the priority of the run changed": os.getpriority(os.PRIO_PROCESS, 0) == self.priority,
-            "a process is left": not _left(),
+            "a process is left": not _left(self.mark),
         }
         return [fault for fault, holds in facts.items() if not holds]
 
 
-def sandboxes() -> list[int]:
-    """Processes of sandboxes, which have the script as an argument or a user id that nobody has."""
+def sandboxes(mark: str, run: int) -> list[int]:
+    """Processes that have a mark as an argument, or one of the user ids that a run gives to code."""
     found = []
+    first, count = _USERS
+    users = range(first + run * 4096 % count, first + run * 4096 % count + 4096)
     for path in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
-            foreign = path.stat().st_uid >= 0x70000000
-            if foreign or b"The first process of a sandbox" in (path / "cmdline").read_bytes():
+            if path.stat().st_uid in users or mark.encode() in (path / "cmdline").read_bytes():
                 found.append(int(path.name))
-    return found
+    return [process for process in found if process != run]
 
 
-def _left(patience: float = 2.0) -> list[int]:
+def _left(mark: str, patience: float = 2.0) -> list[int]:
     """Processes that a sandbox has left, given a moment to be gone."""
     deadline = time.monotonic() + patience
-    while (found := sandboxes()) and time.monotonic() < deadline:
+    while (found := sandboxes(mark, os.getpid())) and time.monotonic() < deadline:
         time.sleep(0.01)
     return found

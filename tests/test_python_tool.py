@@ -197,7 +197,8 @@ def test_the_code_is_nobody_and_sees_no_environment(mode, monkeypatch):
     ],
 )
 def test_each_limit_counts(changed, code, status):
-    strict, loose = Sandbox(WORKING, LIMITS), Sandbox(WORKING, Limits(**{**vars(LIMITS), **changed}))
+    given = {**vars(LIMITS), "seconds": 0.3 if "seconds" in changed else 5.0}
+    strict, loose = Sandbox(WORKING, Limits(**given)), Sandbox(WORKING, Limits(**{**given, **changed}))
     assert loose.run(code).output == status
     assert strict.run(code).output != status
 
@@ -211,24 +212,27 @@ RUN = """
     sandbox = importlib.import_module("trl_toolgrpo.tools.sandbox")
     if sys.argv[2]:
         sandbox._interpreter = lambda: sys.argv[2]
-    sandbox.Sandbox(sys.argv[1], sandbox.Limits(seconds=60)).run("import time; time.sleep(60)")
+    box = sandbox.Sandbox(sys.argv[1], sandbox.Limits(seconds=60))
+    box._script = f"# {sys.argv[3]}\\n{box._script}"
+    box.run("import time; time.sleep(60)")
 """
 
 
 @pytest.mark.parametrize("mode", EVERY)
-def test_code_ends_with_the_run_also_after_sigkill(mode):
-    command = [sys.executable, "-c", textwrap.dedent(RUN), mode, MISSING[mode][1] or ""]
+def test_code_ends_with_the_run_also_after_sigkill(mode, tmp_path):
+    mark = f"mark-{tmp_path}"
+    command = [sys.executable, "-c", textwrap.dedent(RUN), mode, MISSING[mode][1] or "", mark]
     run = subprocess.Popen(command, cwd=Path(__file__).parents[1])
     deadline = time.monotonic() + 20
-    while not sandboxes() and time.monotonic() < deadline:
+    while len(sandboxes(mark, run.pid)) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(0.3)
-    assert sandboxes(), "the code runs"
+    assert len(sandboxes(mark, run.pid)) > 1, "the code runs"
     run.kill()
     run.wait()
-    while sandboxes() and time.monotonic() < deadline:
+    while sandboxes(mark, run.pid) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not sandboxes()
+    assert not sandboxes(mark, run.pid)
 
 
 # Which sandbox

@@ -122,12 +122,12 @@ class ToolGRPOTrainer(AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring
         # Whether rollouts are this package's own; vLLM, a `rollout_func` and multimodal models take TRL's way
         self._recording = args.record_sample_logprobs and not args.use_vllm and rollout_func is None
         check_forcing(args, self._recording, bool(tools or environment_factory), train_dataset)
-        self._toolset = ToolSet(tools)
+        toolset = self._toolset = ToolSet(tools)
         executor = None
         trl_tools: list[Any] = [PromptTool(tool) if isinstance(tool, Tool) else tool for tool in tools or []]
         if self._recording:
             # Not on TRL's event loop: a tool that blocks it or ends its thread would take the reward functions along
-            executor = ToolExecutor(args.max_concurrent_tools, args.tool_timeout, args.tool_retries)
+            executor = ToolExecutor(args.max_concurrent_tools, args.tool_timeout, args.tool_retries, warm=toolset.own)
             weakref.finalize(self, executor.shutdown)
             environment_factory = on_own_thread(environment_factory, executor)
             trl_tools = list(self._toolset.prompt_tools())

@@ -61,14 +61,15 @@ def fail(how: str):
     raise {"SystemExit": SystemExit(2), "MemoryError": MemoryError(), "KeyboardInterrupt": KeyboardInterrupt()}[how]
 
 
-def hang(path: str):
+def hang(path: str = os.devnull):
     """Ignores every request to end, and has a child and a daemon that do as well; writes down who they are."""
     code = "import signal, time\nfor s in (1, 2, 15): signal.signal(s, signal.SIG_IGN)\ntime.sleep(600)"
     child = subprocess.Popen([sys.executable, "-S", "-c", code])
     daemon = subprocess.Popen([sys.executable, "-S", "-c", code], start_new_session=True)
-    with open(path + ".part", "w") as file:
-        file.write(f"{os.getpid()} {child.pid} {daemon.pid}")
-    os.rename(path + ".part", path)
+    if path != os.devnull:
+        with open(path + ".part", "w") as file:
+            file.write(f"{os.getpid()} {child.pid} {daemon.pid}")
+        os.rename(path + ".part", path)
     while True:
         time.sleep(1)
 
@@ -108,3 +109,12 @@ VALUES = {
     "large": "x" * 50_000_000,
     "large structure": ["y" * 100] * 500_000,
 }
+
+
+def act(act: str):
+    """Fails as it is told to."""
+    if act == "hang":
+        hang()
+    if act == "flood":
+        return VALUES["large"]
+    return fail({"crash": "segfault", "leave": "_exit"}[act])

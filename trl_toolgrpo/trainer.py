@@ -265,7 +265,7 @@ class ToolGRPOTrainer(AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring
         trajectories, stats = batch.trajectories, batch.stats
         names = [tool.name for tool in self._toolset.known]
         times = stats.seconds, stats.tool_wait_seconds
-        counts = rollout_counts(trajectories, *times, sum(batch.invalid), names, batch.unconstrained)
+        counts = rollout_counts(trajectories, *times, sum(batch.invalid), names, batch.unconstrained, stats.abandoned)
         for name, value in rollout_metrics(gather_object([counts]), bool(self.tools)).items():
             metrics[name].append(value)
         found = torch.tensor([[float(sum(t.tool_mask)), t.truncated] for t in trajectories])

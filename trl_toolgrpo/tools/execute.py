@@ -48,7 +48,8 @@ class ToolExecutor:
             Gives a running event loop for coroutines, or `None`. By default the executor has one of its own, which
             also survives a `SystemExit` in a task that a tool has spawned.
         max_abandoned (`int`, *optional*, defaults to `64`):
-            How many calls may be stuck past their limit at the same time before the runtime gives up.
+            How many calls may be stuck past their limit at the same time before the run is stopped. Such a call has
+            been answered and its thread replaced, but its function still runs, and nothing can end it.
         warm (`Iterable[Tool]`, *optional*, defaults to `()`):
             Tools that get a process at once, if they run in one: what cannot be loaded there is found before the run.
 
@@ -226,7 +227,8 @@ class ToolExecutor:
         if count > self.max_abandoned:
             raise ToolRuntimeError(
                 f"{count} tool calls are stuck past their time limit, more than max_abandoned={self.max_abandoned}. "
-                f"The tools that hang: {', '.join(names)}. Make them give up by themselves, or allow more time."
+                f"The tools that hang: {', '.join(names)}. Make them give up by themselves, allow more time "
+                f"(`tool_timeout`, `Tool.timeout`), or run them where they can be killed: Tool(isolation='process')."
             )
 
     def _enqueue(self, job: Job, owner: object | None) -> None:

@@ -1,4 +1,4 @@
-"""No tool output becomes a control token, whatever it holds, and none of it is lost."""
+"""No tool output becomes a control token, whatever it holds and wherever it goes, and none of it is lost."""
 
 import time
 from types import SimpleNamespace
@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers
 from trl.chat_template_utils import add_response_schema, get_training_chat_template
 
-from trl_toolgrpo.rollout.chat import ToolChat
+from trl_toolgrpo import Tool, ToolCall, ToolResult, TransientToolError
+from trl_toolgrpo.rollout.chat import ToolChat, tool_message
+from trl_toolgrpo.rollout.parsing import add_missing_response_template
+from trl_toolgrpo.tools import ToolExecutor, result_text
 
 
 @st.composite
@@ -127,3 +130,130 @@ def test_added_tokens_of_white_space_are_text():
     assert run in hostile and hostile.count(tokenizer.eos_token_id) == 1
     cut, _ = chat.truncate("\n\n\n" * 9, 4)
     assert cut.startswith("\n" * 12 + "\n[...")
+
+
+# Everything of a call that reaches the conversation
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+@pytest.mark.parametrize("name", ALL)
+def test_a_name_the_policy_made_up_becomes_no_control_token(name, data):
+    fam = family(name)
+    names = sorted(text for text in fam.tokenizer.get_added_vocab() if text.strip())
+    plain = st.sampled_from(["", "get_salary", "a\nb", "functions.x", "0", None])
+    written = data.draw(st.one_of(hostile(names), plain))
+    message = {**tool_messages(CALLS[:1], ["x"])[0], "name": written}
+    suffix, _ = fam.chat.tool_suffix(fam.id(fam.end_of_turn), [message])
+    assert controls(fam, suffix) == controls(fam, benign(fam))
+
+
+def test_a_name_that_is_a_control_token_is_not_repeated():
+    tokenizer = chat_tokenizer("gemma4")  # a template that writes the name of the tool before its result
+    add_missing_response_template(tokenizer)
+    if tokenizer.response_template is None:
+        add_response_schema(tokenizer)
+    tokenizer.add_tokens(["stop_now"])
+    stops = [tokenizer.convert_tokens_to_ids(text) for text in tokenizer.stop_texts]
+    chat = ToolChat(tokenizer, stops, family("gemma4").template)
+    message = {**tool_messages(CALLS[:1], ["x"])[0], "name": "stop_now"}
+    assert tokenizer.convert_tokens_to_ids("stop_now") not in chat.tool_suffix(stops[-1], [message])[0]
+
+
+@pytest.fixture(scope="module")
+def executor():
+    made = ToolExecutor()
+    yield made
+    made.shutdown()
+
+
+def _raise(text):
+    raise ValueError(text)
+
+
+PLACES = {
+    "result": lambda text: (lambda: text, {}),
+    "key": lambda text: (lambda: {text: [text, {text: text}]}, {}),
+    "text of an object": lambda text: (lambda: [type("A", (), {"__str__": lambda self: text})()], {}),
+    "text block": lambda text: (lambda: [{"type": "text", "text": text}], {}),
+    "exception": lambda text: (lambda: _raise(text), {}),
+    "error of the tool": lambda text: (lambda: ToolResult({"error": text, text: 1}, is_error=True), {}),
+    "argument that is wrong": lambda text: (lambda year: 0, {"year": text}),
+    "argument that does not exist": lambda text: (lambda year: 0, {"year": 1, text: 2}),
+    "transient": lambda text: (lambda: _raise_transient(text), {}),
+}
+
+
+def _raise_transient(text):
+    raise TransientToolError(text)
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", ["qwen3", "gemma4", "llama3_1", "gptoss", "deepseekv3", "glm4moe"])
+def test_no_part_of_an_answer_becomes_a_control_token(executor, name, place, data):
+    fam = family(name)
+    names = sorted(text for text in fam.tokenizer.get_added_vocab() if text.strip())
+    function, arguments = PLACES[place](data.draw(hostile(names)))
+    schema = {"type": "object", "properties": {"year": {"type": "integer"}}, "additionalProperties": False}
+    call = ToolCall("call_0_0", "get_salary", arguments)
+    result = executor.submit(call, Tool("get_salary", "d", schema, function)).result(timeout=5)
+    suffix, _ = fam.chat.tool_suffix(fam.id(fam.end_of_turn), [tool_message(call, result_text(result))])
+    assert controls(fam, suffix) == controls(fam, benign(fam))
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+@pytest.mark.parametrize("what", ["unknown", "malformed"])
+def test_no_part_of_a_refusal_becomes_a_control_token(executor, what, data):
+    fam = family("qwen3")
+    names = sorted(text for text in fam.tokenizer.get_added_vocab() if text.strip())
+    text = data.draw(hostile(names))
+    call = ToolCall("call_0_0", text) if what == "unknown" else ToolCall("call_0_0", text, error=text)
+    result = executor.submit(call, None, available=["get_salary"]).result(timeout=5)
+    assert result.error_type == {"unknown": "unknown_tool"}.get(what, what)
+    suffix, _ = fam.chat.tool_suffix(fam.stops[0], [tool_message(call, result_text(result))])
+    assert controls(fam, suffix) == controls(fam, benign(fam))
+
+
+# Between the template's text and the output
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_control_token_lies_across_a_boundary(name):
+    """Every beginning of every control token ends an output, and every end of one begins it."""
+    fam = family(name)
+    names = sorted(text for text in fam.tokenizer.get_added_vocab() if text.strip())
+    expected = controls(fam, benign(fam))
+    for text in names:
+        for cut in {1, len(text) // 2, len(text) - 1} - {0, len(text)}:
+            content = f"{text[cut:]} x {text[:cut]}"
+            suffix, _ = fam.chat.tool_suffix(fam.id(fam.end_of_turn), tool_messages(CALLS[:1], [content]))
+            assert controls(fam, suffix) == expected, content
+
+
+def test_output_cannot_move_a_control_token_of_the_template():
+    """A token that overlaps with itself could begin in the output and take the template's place, one for one."""
+    tokenizer = chat_tokenizer("qwen3")
+    add_response_schema(tokenizer)
+    template = get_training_chat_template(tokenizer).replace("\\n</tool_response>", "=+=</tool_response>")
+    tokenizer.add_tokens(["=+="])
+    chat = ToolChat(tokenizer, [tokenizer.eos_token_id], template)
+    token = tokenizer.convert_tokens_to_ids("=+=")
+    for content in ("a", "a=+", "=+=a=+", "=+=+"):
+        suffix, _ = chat.tool_suffix(tokenizer.eos_token_id, tool_messages(CALLS[:1], [content]))
+        text = f"{content}=+=</tool_response>"
+        assert text in tokenizer.decode(suffix)
+        assert suffix.count(token) == 1
+        assert tokenizer.decode(suffix[: suffix.index(token)]).endswith(f"\n{content}")
+
+
+def test_special_tokens_of_the_base_vocabulary_are_control_tokens():
+    """A special token may be an entry of the vocabulary that was never added."""
+    tokenizer = chat_tokenizer("qwen3")
+    add_response_schema(tokenizer)
+    word = next(text for text in tokenizer.get_vocab() if len(text) > 1 and text not in tokenizer.get_added_vocab())
+    tokenizer.sep_token = word
+    chat = ToolChat(tokenizer, [tokenizer.eos_token_id], get_training_chat_template(tokenizer))
+    assert tokenizer.convert_tokens_to_ids(word) in chat.control_ids

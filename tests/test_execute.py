@@ -336,6 +336,24 @@ def test_coroutine_is_cancelled_at_its_limit(make):
     assert executor.abandoned == 0, "it did end"
 
 
+def test_coroutine_that_is_cancelled_before_it_begins_is_closed(make, recwarn):
+    executor = make(timeout=0.05)
+    gate = threading.Event()
+
+    async def block():
+        gate.wait(0.3)
+
+    waiting = executor.submit(call(), tool_of(block)), executor.submit(call(), tool_of(lambda: asyncio.sleep(9)))
+    assert [future.result(timeout=5).error_type for future in waiting] == ["timeout", "timeout"]
+    gate.set()
+    deadline = time.monotonic() + 3
+    while executor._admission.running + executor.stuck and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    gc.collect()
+    assert not [warning for warning in recwarn if "never awaited" in str(warning.message)]
+
+
 def test_coroutine_that_blocks_the_loop_costs_only_itself(make, monkeypatch):
     monkeypatch.setattr("trl_toolgrpo.tools.execute._GRACE", 0.05)
     executor = make(timeout=0.05)

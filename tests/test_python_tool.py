@@ -244,6 +244,12 @@ def test_what_cannot_be_is_refused(wrong):
         python_tool(**wrong)
 
 
+@works
+def test_limits_that_leave_no_room_for_python_are_refused():
+    with pytest.raises(ConfigError, match="under which Python itself does not start"):
+        python_tool(memory_mb=1)
+
+
 def test_a_sandbox_that_is_not_there_is_refused_with_its_reason(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match=r"bubblewrap: `bwrap` is not installed.*apt-get install bubblewrap"):
@@ -252,6 +258,7 @@ def test_a_sandbox_that_is_not_there_is_refused_with_its_reason(monkeypatch):
 
 def test_the_strongest_that_works_is_used_and_named(monkeypatch, caplog):
     monkeypatch.setattr("trl_toolgrpo.tools.sandbox._why_not", lambda sandbox: None)
+    monkeypatch.setattr("trl_toolgrpo.tools.sandbox._checked", lambda sandbox: sandbox)
     python_tool()
     assert "runs in the sandbox 'bubblewrap', which does not stop: faults of the kernel" in caplog.text
     monkeypatch.setattr(

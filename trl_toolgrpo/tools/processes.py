@@ -256,6 +256,9 @@ class ProcessPool:
         process = ToolProcess(tool)
         with self._lock:
             self._all.add(process)
+            closed = self._closed
+        if closed:  # in the meantime
+            process.kill()
         return process
 
     def _give_back(self, process: ToolProcess, reusable: bool) -> None:

@@ -66,7 +66,8 @@ def python_tool(
         [`Tool`]: The tool, with one argument, `code`.
 
     Raises:
-        ConfigError: if a limit is not positive, the sandbox is unknown, or it cannot be had on this system.
+        ConfigError: if a limit is not positive or leaves no room for Python itself, or if the sandbox is unknown or
+            cannot be had on this system.
     """
     limits = Limits(seconds, int(memory_mb * 2**20), int(disk_mb * 2**20), processes, output_bytes)
     box = find_sandbox(sandbox, limits, last_expression)

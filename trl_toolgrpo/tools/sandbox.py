@@ -210,7 +210,7 @@ class Sandbox:
         size = str(self.limits.disk)
         command = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
         if os.getuid() == 0:
-            kept = ("SETUID", "SETGID", "KILL", "SYS_PTRACE", "DAC_READ_SEARCH", "SYS_RESOURCE")
+            kept = ("SETUID", "SETGID", "KILL", "SYS_PTRACE", "DAC_READ_SEARCH")
             command += ["--cap-drop", "ALL", *(part for name in kept for part in ("--cap-add", f"CAP_{name}"))]
         else:
             command += ["--unshare-user"]
@@ -243,7 +243,7 @@ def find_sandbox(mode: str, limits: Limits, last_expression: bool = True) -> San
         [`Sandbox`]: The sandbox.
 
     Raises:
-        ConfigError: if the mode is unknown, or cannot be had on this system.
+        ConfigError: if the mode is unknown or cannot be had on this system, or the limits leave no room for Python.
     """
     if mode != "auto" and mode not in MODES:
         raise ConfigError(
@@ -255,7 +255,7 @@ def find_sandbox(mode: str, limits: Limits, last_expression: bool = True) -> San
     for candidate in MODES if mode == "auto" else (mode,):
         reason = _why_not(Sandbox(candidate, Limits()))
         if reason is None:
-            return Sandbox(candidate, limits, last_expression)
+            return _checked(Sandbox(candidate, limits, last_expression))
         reasons[candidate] = reason
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise ConfigError(
@@ -263,6 +263,17 @@ def find_sandbox(mode: str, limits: Limits, last_expression: bool = True) -> San
         f"bubblewrap (`apt-get install bubblewrap`), allow this container user namespaces, or install Python where "
         f"any user may read it."
     )
+
+
+def _checked(sandbox: Sandbox) -> Sandbox:
+    """The sandbox, if its limits leave room for Python itself."""
+    report = sandbox.run("")
+    if report.status in ("memory", "lost") or report.code != 0:
+        raise ConfigError(
+            f"You passed limits for Python code under which Python itself does not start: {sandbox.limits}. It ended "
+            f"with {report.status!r}, exit code {report.code}: {report.output.strip()[-300:]!r}. Allow more."
+        )
+    return sandbox
 
 
 def _why_not(sandbox: Sandbox) -> str | None:

@@ -326,14 +326,15 @@ def test_the_last_expression_is_shown_or_not(shown):
     assert ("last line" in tool.description) == shown
 
 
-def test_runs_at_the_same_time_do_not_share_their_limits(tool):
-    """Sixteen runs of eight threads each: more together than the limit of one."""
+@works
+def test_runs_at_the_same_time_do_not_share_their_limits():
+    """Eight runs of eight threads each: more together than the sixteen that one may have."""
     code = (
         "import threading, time\n"
         "for _ in range(8): threading.Thread(target=time.sleep, args=(0.2,)).start()\n"
         "print(threading.active_count())"
     )
-    executor = ToolExecutor()
+    tool, executor = python_tool(seconds=10, processes=16), ToolExecutor()
     futures = [executor.submit(ToolCall("c", "python", {"code": code}), tool) for _ in range(8)]
     found = [future.result(timeout=30).content for future in futures]
     executor.shutdown()

@@ -264,7 +264,7 @@ def tool_batch():
 
 
 def test_rollout_figures_known_by_hand():
-    counts = rollout_counts(tool_batch(), seconds=2.0, tool_wait=0.5, invalid=0)
+    counts = rollout_counts(tool_batch(), seconds=2.0, tool_wait=0.5, invalid=0, abandoned=3)
     assert rollout_metrics([counts], with_tools=True) == pytest.approx(
         {
             "forced/fraction": 1 / 15,
@@ -278,6 +278,7 @@ def test_rollout_figures_known_by_hand():
             "rollout/stop/tool_overflow": 0.0,
             "tools/unknown_calls": 1,
             "tools/malformed_calls": 2,
+            "tools/abandoned": 3,
             "tools/add/calls": 2,
             "tools/add/errors": 1,
             "tools/add/timeouts": 0,
@@ -295,10 +296,10 @@ def test_rollout_figures_known_by_hand():
 
 
 def test_processes_count_together():
-    first = rollout_counts(tool_batch()[:1], seconds=2.0, tool_wait=0.5, invalid=0)
-    second = rollout_counts(tool_batch()[1:], seconds=4.0, tool_wait=1.0, invalid=2)
+    first = rollout_counts(tool_batch()[:1], seconds=2.0, tool_wait=0.5, invalid=0, abandoned=1)
+    second = rollout_counts(tool_batch()[1:], seconds=4.0, tool_wait=1.0, invalid=2, abandoned=2)
     found = rollout_metrics([first, second], with_tools=True)
-    whole = rollout_metrics([rollout_counts(tool_batch(), 4.0, 1.0, 2)], with_tools=True)
+    whole = rollout_metrics([rollout_counts(tool_batch(), 4.0, 1.0, 2, abandoned=3)], with_tools=True)
     assert found == pytest.approx(whole)
     assert found["rollout/invalid"] == 2 and found["rollout/tokens_per_second"] == 15 / 4.0
 

@@ -122,6 +122,26 @@ def test_64_calls_run_at_the_same_time(executor, kind):
     assert all(0.045 < result.seconds < 0.5 and not result.is_error for result in results)
 
 
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_256_calls_of_50_ms_take_half_a_second_at_most(make, kind):
+    """At the default of 64 at a time: four rounds of 50 ms, and what the runtime adds."""
+
+    async def wait_async():
+        await asyncio.sleep(0.05)
+
+    tool = tool_of(wait_async if kind == "async" else lambda: time.sleep(0.05))
+    best = 10.0
+    for _ in range(5):  # other processes can only add to it
+        executor = make()
+        start = time.perf_counter()
+        for future in [executor.submit(call(), tool) for _ in range(256)]:
+            assert not future.result(timeout=5).is_error
+        best = min(best, time.perf_counter() - start)
+        if best <= 0.5:
+            break
+    assert 0.2 <= best <= 0.5
+
+
 @pytest.mark.parametrize("kind", ["sync", "async", "owner"])
 def test_no_more_than_max_concurrent_and_limits_start_with_the_call(make, kind):
     executor = make(max_concurrent=2, timeout=0.15)
@@ -314,6 +334,24 @@ def test_coroutine_is_cancelled_at_its_limit(make):
     assert run(executor, sleep).error_type == "timeout"
     assert ended.wait(1)
     assert executor.abandoned == 0, "it did end"
+
+
+def test_coroutine_that_is_cancelled_before_it_begins_is_closed(make, recwarn):
+    executor = make(timeout=0.05)
+    gate = threading.Event()
+
+    async def block():
+        gate.wait(0.3)
+
+    waiting = executor.submit(call(), tool_of(block)), executor.submit(call(), tool_of(lambda: asyncio.sleep(9)))
+    assert [future.result(timeout=5).error_type for future in waiting] == ["timeout", "timeout"]
+    gate.set()
+    deadline = time.monotonic() + 3
+    while executor._admission.running + executor.stuck and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    gc.collect()
+    assert not [warning for warning in recwarn if "never awaited" in str(warning.message)]
 
 
 def test_coroutine_that_blocks_the_loop_costs_only_itself(make, monkeypatch):

@@ -20,18 +20,24 @@ ORDER = [
     "tools.types",
     "trajectory",
     "tools.names",
+    "tools.results",
     "tools.arguments",
     "tools.functions",
     "tools.prompt",
-    "tools.results",
     "tools.threads",
     "tools.loops",
+    "tools.guard",
+    "tools.worker",
+    "tools.processes",
     "tools.lanes",
     "tools.attempts",
     "tools.owners",
     "tools.execute",
     "tools.environments",
     "tools.toolset",
+    "tools.sandbox_init",
+    "tools.sandbox",
+    "tools.python",
     "tools",
     "rollout.parsing",
     "rollout.chat",
@@ -145,7 +151,7 @@ def test_modules_say_what_they_own(name):
 @pytest.mark.parametrize("name", sorted(set(trl_toolgrpo.__all__) - {"__version__"}))
 def test_public_names_are_described(name):
     thing = getattr(trl_toolgrpo, name)
-    doc = vars(thing).get("__doc__") or ""
+    doc = (vars(thing).get("__doc__") if isinstance(thing, type) else thing.__doc__) or ""
     # A dataclass without a docstring gets its signature for one
     assert doc.strip() and not doc.startswith(f"{name}("), f"`{name}` has no docstring of its own."
     for attribute, value in vars(thing).items():

@@ -18,6 +18,7 @@ from .errors import (
     TransientToolError,
     ValueHeadError,
 )
+from .tools.python import python_tool
 from .tools.types import Tool, ToolCall, ToolResult
 from .trainer import ToolGRPOTrainer
 from .trajectory import Trajectory, Turn
@@ -50,4 +51,5 @@ __all__ = [
     "ValueHead",
     "ValueHeadError",
     "__version__",
+    "python_tool",
 ]

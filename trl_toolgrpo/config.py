@@ -45,7 +45,9 @@ class ToolGRPOConfig(GRPOConfig):
         max_concurrent_tools (`int`, *optional*, defaults to `64`):
             Most tool calls in flight over the whole batch.
         tool_timeout (`float`, *optional*, defaults to `30.0`):
-            Time limit of one tool call in seconds; `None` for no limit.
+            Time limit of one tool call in seconds; `None` for no limit. A coroutine is cancelled and a process killed
+            when it is over. A function on a thread cannot be: it is answered, left to itself and counted in
+            `tools/abandoned`, and when more than 64 such calls still run, training stops with `ToolRuntimeError`.
         tool_retries (`int`, *optional*, defaults to `0`):
             Further tries of a call whose error is marked transient.
         max_tool_output_tokens (`int`, *optional*, defaults to `512`):

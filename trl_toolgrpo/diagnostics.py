@@ -171,6 +171,7 @@ def rollout_counts(
     invalid: int,
     tool_names: Sequence[str] = (),
     unconstrained: int = 0,
+    abandoned: int = 0,
 ) -> dict[str, Any]:
     """
     Figures of one process's rollouts that can be added up over processes; see [`rollout_metrics`].
@@ -186,6 +187,8 @@ def rollout_counts(
             Tools that are reported even if nobody called them.
         unconstrained (`int`, *optional*, defaults to `0`):
             Forced bodies left free because their schema cannot be satisfied.
+        abandoned (`int`, *optional*, defaults to `0`):
+            Calls given up since they ignored their time limit.
     """
     stops = dict.fromkeys(STOP_REASONS, 0)
     tools: dict[str, dict[str, Any]] = {name: _no_calls() for name in tool_names}
@@ -221,6 +224,7 @@ def rollout_counts(
         "malformed": malformed,
         "invalid": invalid,
         "unconstrained": unconstrained,
+        "abandoned": abandoned,
     }
 
 
@@ -259,6 +263,7 @@ def rollout_metrics(counts: Sequence[dict[str, Any]], with_tools: bool) -> dict[
     if not with_tools:
         return found
     found["tools/unknown_calls"], found["tools/malformed_calls"] = total("unknown"), total("malformed")
+    found["tools/abandoned"] = total("abandoned")
     for name in sorted({name for part in counts for name in part["tools"]}):
         parts = [part["tools"][name] for part in counts if name in part["tools"]]
         for figure in ("calls", "errors", "timeouts", "truncated"):

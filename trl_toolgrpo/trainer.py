@@ -125,12 +125,12 @@ class ToolGRPOTrainer(AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring
         # Whether rollouts are this package's own; vLLM, a `rollout_func` and multimodal models take TRL's way
         self._recording = args.record_sample_logprobs and not args.use_vllm and rollout_func is None
         check_forcing(args, self._recording, bool(tools or environment_factory), train_dataset)
-        self._toolset = ToolSet(tools)
+        toolset = self._toolset = ToolSet(tools)
         executor = None
         trl_tools: list[Any] = [PromptTool(tool) if isinstance(tool, Tool) else tool for tool in tools or []]
         if self._recording:
             # Not on TRL's event loop: a tool that blocks it or ends its thread would take the reward functions along
-            executor = ToolExecutor(args.max_concurrent_tools, args.tool_timeout, args.tool_retries)
+            executor = ToolExecutor(args.max_concurrent_tools, args.tool_timeout, args.tool_retries, warm=toolset.own)
             weakref.finalize(self, executor.shutdown)
             environment_factory = on_own_thread(environment_factory, executor)
             trl_tools = list(self._toolset.prompt_tools())
@@ -266,7 +266,7 @@ class ToolGRPOTrainer(AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring
         trajectories, stats = batch.trajectories, batch.stats
         names = [tool.name for tool in self._toolset.known]
         times = stats.seconds, stats.tool_wait_seconds
-        counts = rollout_counts(trajectories, *times, sum(batch.invalid), names, batch.unconstrained)
+        counts = rollout_counts(trajectories, *times, sum(batch.invalid), names, batch.unconstrained, stats.abandoned)
         for name, value in rollout_metrics(gather_object([counts]), bool(self.tools)).items():
             metrics[name].append(value)
         found = torch.tensor([[float(sum(t.tool_mask)), t.truncated] for t in trajectories])

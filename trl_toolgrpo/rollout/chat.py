@@ -60,7 +60,8 @@ class ToolChat:
                 "`tokenizer.response_template` (see transformers' docs on response parsing)."
             )
         self._mark = f"x{secrets.token_hex(8)}"
-        added = tokenizer.get_added_vocab()
+        special = {id for id in tokenizer.all_special_ids if id != tokenizer.unk_token_id}
+        added = {**tokenizer.get_added_vocab(), **{tokenizer.convert_ids_to_tokens(id): id for id in special}}
         # Added tokens that are only whitespace (newline runs of Gemma) are text, not control
         self.control_ids = frozenset(id for text, id in added.items() if text.strip()) | self.stop_ids
         names = sorted((text for text, id in added.items() if id in self.control_ids and text), key=len, reverse=True)
@@ -180,12 +181,23 @@ class ToolChat:
         whole = context + "".join(text for text, _ in segments)
         ids = self._encode(whole)[len(self._encode(context)) :]
         expected = [id for text, content in segments if not content for id in self._encode(text)]
-        if [i for i in ids if i in self.control_ids] == [i for i in expected if i in self.control_ids]:
+        same = [i for i in ids if i in self.control_ids] == [i for i in expected if i in self.control_ids]
+        if same and not self._touches_content(whole, len(context), segments):
             return ids
         ids = self._encode(context + segments[0][0])[len(self._encode(context)) :]
         for text, content in segments[1:]:
             ids += self._encode_inert(text) if content else self._encode(text)
         return ids
+
+    def _touches_content(self, whole: str, place: int, segments: Sequence[tuple[str, bool]]) -> bool:
+        """Whether the text of a control token lies in a content or begins or ends in one."""
+        spans = [match.span() for match in self._control.finditer(whole, overlapped=True)] if self._control else []
+        for text, content in segments:
+            stop = place + len(text)
+            if content and any(first < stop and place < last for first, last in spans):
+                return True
+            place = stop
+        return False
 
     def _encode_inert(self, text: str) -> list[int]:
         """Encode text so that no control token comes of it; it decodes to the same text."""
@@ -213,7 +225,7 @@ class ToolChat:
         """The text of a dummy conversation with these results, after one call (Llama 3.1 refuses parallel ones)."""
         # Ids of their own, as Gemma 4 names a result after the call of its id, and after itself if there is none
         results = [
-            {**result, "name": _header_name(result.get("name")), "tool_call_id": f"call_0_{index}"}
+            {**result, "name": self._header_name(result.get("name")), "tool_call_id": f"call_0_{index}"}
             for index, result in enumerate(results)
         ]
         return self.render_call(results[0]["name"], {"argument": f"{self._mark}arg"}, results)
@@ -255,13 +267,13 @@ class ToolChat:
             ) from error
         return rendered[:place].endswith("  ")
 
-
-def _header_name(name: Any) -> str:
-    """
-    The name a result is rendered with. Some templates put it between control tokens, and the policy may have written
-    anything for it; what cannot be the name of a tool is not repeated there.
-    """
-    return name if isinstance(name, str) and regex.fullmatch(r"[\w.\-]+", name) else "tool"
+    def _header_name(self, name: Any) -> str:
+        """
+        The name a result is rendered with. Some templates put it between control tokens, and the policy may have
+        written anything for it; what cannot be the name of a tool is not repeated there.
+        """
+        fits = isinstance(name, str) and regex.fullmatch(r"[\w.\-]+", name)
+        return name if fits and self.control_ids.isdisjoint(self._encode(name)) else "tool"
 
 
 def tool_message(call: ToolCall, content: str) -> dict[str, Any]:

@@ -175,6 +175,7 @@ class RolloutEngine:
             parse_error_budget=args.parse_error_budget,
         )
         self._supported: bool | None = None
+        self._given_up = 0
         self._force_policy = force_policy
         forces = args.force_rate > 0 and chat is not None
         self._prefixes = CallPrefixes(chat) if forces and chat is not None else None
@@ -220,6 +221,9 @@ class RolloutEngine:
             forcing = self._forcing() if force else None
             loop = RolloutLoop(session, requests, self.limits, self.chat, self.executor, forcing)
             batch = RolloutBatch(loop.run(), loop.stats)
+        if self.executor is not None:
+            given_up = self.executor.abandoned
+            batch.stats.abandoned, self._given_up = given_up - self._given_up, given_up
         if self._constraints is not None:
             batch.unconstrained, self._constraints.unsatisfiable = self._constraints.unsatisfiable, 0
         for trajectory in batch.trajectories:

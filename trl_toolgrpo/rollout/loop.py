@@ -92,10 +92,11 @@ class Rollout:
 
 @dataclass
 class RolloutStats:
-    """Time spent by a batch, in seconds: in all, and waiting for tools with nothing to decode."""
+    """Time spent by a batch, in seconds: in all, and waiting for tools with nothing to decode; calls given up."""
 
     seconds: float = 0.0
     tool_wait_seconds: float = 0.0
+    abandoned: int = 0
 
 
 class _State:

@@ -2,6 +2,7 @@
 
 from .execute import ToolExecutor
 from .functions import as_tool, environment_tools, index_tools
+from .python import python_tool
 from .results import result_text
 from .types import Tool, ToolCall, ToolResult
 
@@ -14,5 +15,6 @@ __all__ = [
     "as_tool",
     "environment_tools",
     "index_tools",
+    "python_tool",
     "result_text",
 ]

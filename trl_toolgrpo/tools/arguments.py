@@ -4,7 +4,7 @@ Owns the compiled validators and the words of a refusal; fed by `Tool.parameters
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +15,8 @@ from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
 from ..errors import ToolSchemaError
-from .types import Tool
+from .results import malformed, refused, unknown_tool
+from .types import Tool, ToolCall, ToolResult
 
 
 # Where JSON Schema 2020-12 (and the older `definitions`) keeps schemas; anything else in a schema is data.
@@ -75,6 +76,31 @@ def validate_arguments(tool: Tool, arguments: Any) -> str | None:
         return None
     sentences = list(dict.fromkeys(_sentence(best_match([error])) for error in errors))
     return "; ".join(sentences[:_SHOWN_ERRORS])
+
+
+def refusal(call: ToolCall, tool: Tool | None, available: Collection[str]) -> ToolResult | None:
+    """
+    Why a call cannot run, if it cannot.
+
+    Args:
+        call ([`ToolCall`]):
+            The call.
+        tool ([`Tool`], *optional*):
+            The tool of that name; `None` if there is none.
+        available (`Collection[str]`):
+            Names of the tools the rollout has.
+
+    Returns:
+        [`ToolResult`] or `None`: The answer to a malformed call, an unknown tool or wrong arguments.
+    """
+    if call.error is not None:
+        return malformed(call)
+    if tool is None:
+        return unknown_tool(call, available)
+    problem = validate_arguments(tool, call.arguments)
+    if problem is None:
+        return None
+    return refused("invalid_arguments", f"Invalid arguments for tool `{tool.name}`: {problem}.")
 
 
 def _validator(tool: Tool) -> Draft202012Validator:

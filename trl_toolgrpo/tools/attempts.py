@@ -5,13 +5,18 @@ Owns the boundary where whatever a tool raises becomes data; fed by `execute.py`
 
 import copy
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
+from ..errors import ToolTimeoutError
 from .lanes import Job
-from .results import plain_content, raised
+from .results import plain_content, raised, refused
 from .types import ToolResult
+
+
+_OWNER_BUSY = "The environment is still busy with an earlier call."
+_TOOL_BUSY = "The tool is still busy with an earlier call."
 
 
 def call_with_copy(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
@@ -79,6 +84,24 @@ async def run_on_loop(job: Job, retries: int) -> ToolResult:
         retries -= 1
         if _is_final(result, retries, job):
             return result
+
+
+def answer_unrun(jobs: Iterable[Job], reason: str | None = None) -> None:
+    """
+    Resolves jobs that will not run.
+
+    Args:
+        jobs (`Iterable[Job]`):
+            The jobs.
+        reason (`str`, *optional*):
+            Why; by default what they wait for is lost to an earlier call.
+    """
+    for job in jobs:
+        busy = _OWNER_BUSY if job.owner is not None and job.owner.abandoned else _TOOL_BUSY
+        if job.tool is None:
+            job.future.set_exception(ToolTimeoutError(reason or busy))
+        else:
+            job.future.set_result(refused("abandoned", reason or busy))
 
 
 def _as_result(value: Any) -> ToolResult:

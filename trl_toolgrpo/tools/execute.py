@@ -8,19 +8,20 @@ import asyncio
 import inspect
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-from ..errors import ConfigError, ToolRuntimeError, ToolTimeoutError
-from .arguments import validate_arguments
-from .attempts import call_with_copy, run_on_loop, run_on_thread
+from ..errors import ConfigError, ToolRuntimeError
+from .arguments import refusal as refusal_of
+from .attempts import answer_unrun, call_with_copy, run_on_loop, run_on_thread
 from .lanes import Admission, Job, Lane
 from .loops import LoopRun, LoopThread
 from .owners import Owners, construct, wait
-from .results import malformed, raised, refused, unknown_tool
+from .processes import ProcessCall, ProcessPool
+from .results import raised, refused, unknown_tool
 from .results import result_text as result_text
 from .threads import Watchdog, Worker
 from .types import Tool, ToolCall, ToolResult
@@ -30,8 +31,6 @@ T = TypeVar("T")
 
 # How long a cancelled coroutine may take to end before it counts as stuck.
 _GRACE = 1.0
-_OWNER_BUSY = "The environment is still busy with an earlier call."
-_TOOL_BUSY = "The tool is still busy with an earlier call."
 
 
 class ToolExecutor:
@@ -49,10 +48,14 @@ class ToolExecutor:
             Gives a running event loop for coroutines, or `None`. By default the executor has one of its own, which
             also survives a `SystemExit` in a task that a tool has spawned.
         max_abandoned (`int`, *optional*, defaults to `64`):
-            How many calls may be stuck past their limit at the same time before the runtime gives up.
+            How many calls may be stuck past their limit at the same time before the run is stopped. Such a call has
+            been answered and its thread replaced, but its function still runs, and nothing can end it.
+        warm (`Iterable[Tool]`, *optional*, defaults to `()`):
+            Tools that get a process at once, if they run in one: what cannot be loaded there is found before the run.
 
     Raises:
         ConfigError: if a limit is out of range.
+        ToolSchemaError: if the function of a tool cannot be loaded in a process.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class ToolExecutor:
         retries: int = 0,
         event_loop: Callable[[], asyncio.AbstractEventLoop | None] | None = None,
         max_abandoned: int = 64,
+        warm: Iterable[Tool] = (),
     ) -> None:
         if max_concurrent < 1 or retries < 0 or max_abandoned < 0 or (timeout is not None and timeout <= 0):
             raise ConfigError(
@@ -82,6 +86,7 @@ class ToolExecutor:
         self._closed = False
         self._watchdog = Watchdog()
         self._loop = LoopThread(event_loop)
+        self._processes = ProcessPool(warm)
 
     @property
     def abandoned(self) -> int:
@@ -121,12 +126,14 @@ class ToolExecutor:
         self._check_stuck()
         future: Future[ToolResult] = Future()
         future.set_running_or_notify_cancel()
-        refusal = _refusal(call, tool, available)
+        refusal = refusal_of(call, tool, available)
         if tool is None or refusal is not None:
             future.set_result(refusal or unknown_tool(call, available))
         else:
-            function = partial(call_with_copy, tool.function, call.arguments)
-            self._enqueue(Job(future, function, tool, keep=owner), owner)
+            job = Job(future, partial(call_with_copy, tool.function, call.arguments), tool, keep=owner)
+            if tool.isolation == "process":
+                job.function = partial(self._processes.run, tool, call.arguments, partial(self._begin_in_process, job))
+            self._enqueue(job, owner)
         return future
 
     def run_on_owner(self, owner: object, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -197,7 +204,7 @@ class ToolExecutor:
         lane = self._owners.remove(owner)
         with self._lock:
             dropped = self._admission.drop(lambda job: lane is not None and job.owner is lane)
-        _answer(dropped, "The environment was released before the call ran.")
+        answer_unrun(dropped, "The environment was released before the call ran.")
 
     def shutdown(self) -> None:
         """Ends idle threads and the event loop, and answers calls that wait as abandoned; waits for nothing."""
@@ -207,9 +214,10 @@ class ToolExecutor:
             workers, self._idle = self._idle, []
         for worker in workers:
             worker.stop()
-        _answer(dropped, "The tool runtime was shut down before the call ran.")
+        answer_unrun(dropped, "The tool runtime was shut down before the call ran.")
         self._owners.clear()
         self._loop.stop()
+        self._processes.close()
         self._watchdog.stop()
 
     def _check_stuck(self) -> None:
@@ -219,7 +227,8 @@ class ToolExecutor:
         if count > self.max_abandoned:
             raise ToolRuntimeError(
                 f"{count} tool calls are stuck past their time limit, more than max_abandoned={self.max_abandoned}. "
-                f"The tools that hang: {', '.join(names)}. Make them give up by themselves, or allow more time."
+                f"The tools that hang: {', '.join(names)}. Make them give up by themselves, allow more time "
+                f"(`tool_timeout`, `Tool.timeout`), or run them where they can be killed: Tool(isolation='process')."
             )
 
     def _enqueue(self, job: Job, owner: object | None) -> None:
@@ -233,7 +242,7 @@ class ToolExecutor:
             if not lost:
                 self._admission.add(job)
         if lost:
-            _answer([job])
+            answer_unrun([job])
         else:
             self._dispatch()
 
@@ -248,9 +257,9 @@ class ToolExecutor:
         try:
             if job.owner is not None and job.owner.worker is not None:
                 job.owner.worker.run(partial(self._run, job))
-            elif job.tool is not None and job.tool.is_async:
+            elif job.tool is not None and job.tool.is_async and job.tool.isolation == "thread":
                 coroutine = run_on_loop(job, self.retries)
-                job.on_loop = LoopRun(self._loop.get(), coroutine, partial(self._finish_task, job))
+                job.cancellable = LoopRun(self._loop.get(), coroutine, partial(self._finish_task, job))
             else:
                 with self._lock:
                     job.worker = self._idle.pop() if self._idle else None
@@ -260,11 +269,22 @@ class ToolExecutor:
             # The system has no more threads, or a shared event loop is closed.
             self._finish(job, raised(error))
             return
-        limit = None if job.tool is None else job.tool.timeout or self.timeout
+        if job.tool is not None and job.tool.isolation == "thread":
+            self._set_alarm(job, job.tool)
+
+    def _set_alarm(self, job: Job, tool: Tool) -> None:
+        limit = tool.timeout or self.timeout
         if limit is not None:
             alarm = job.alarm = self._watchdog.schedule(limit, partial(self._expire, job, limit))
             if job.settled:
                 alarm.cancel()
+
+    def _begin_in_process(self, job: Job, call: ProcessCall) -> None:
+        """The limit starts when there is a process: it may have to be started, and to import the tool's module."""
+        job.cancellable = call
+        if job.alarm is None and job.tool is not None:
+            job.started = time.monotonic()
+            self._set_alarm(job, job.tool)
 
     def _run(self, job: Job) -> None:
         if job.tool is not None:
@@ -286,7 +306,7 @@ class ToolExecutor:
 
         def started(run: LoopRun) -> None:
             if job is not None:
-                job.on_loop = run
+                job.cancellable = run
                 if job.expired:
                     run.cancel()
 
@@ -307,7 +327,7 @@ class ToolExecutor:
     def _release(self, job: Job) -> None:
         with self._lock:
             job.finished = True
-            job.on_loop = None
+            job.cancellable = None
             if job.expired:
                 self._stuck.discard(job)
             else:
@@ -332,24 +352,24 @@ class ToolExecutor:
             self._admission.free_slot(job)
             if job.owner is not None:
                 job.owner.abandoned = True
-            run = job.on_loop
+            run = job.cancellable
             dropped = self._give_up(job) if run is None else self._drop_lost()
         name = job.tool.name if job.tool is not None else ""
         result = refused("timeout", f"Tool `{name}` did not return within {limit:g} seconds.")
         job.future.set_result(replace(result, seconds=time.monotonic() - job.started))
-        _answer(dropped)
+        answer_unrun(dropped)
         if run is not None:
             run.cancel()
             self._watchdog.schedule(_GRACE, partial(self._check_cancelled, job, run))
         self._dispatch()
 
-    def _check_cancelled(self, job: Job, run: LoopRun) -> None:
+    def _check_cancelled(self, job: Job, run: LoopRun | ProcessCall) -> None:
         with self._lock:
             if job.finished:
                 return
             dropped = self._give_up(job)
-        _answer(dropped)
-        if not run.responded:
+        answer_unrun(dropped)
+        if isinstance(run, LoopRun) and not run.responded:
             self._loop.replace(run.loop)
 
     def _give_up(self, job: Job) -> list[Job]:
@@ -361,24 +381,3 @@ class ToolExecutor:
 
     def _drop_lost(self) -> list[Job]:
         return self._admission.drop(lambda job: any(lane.abandoned for lane in job.lanes))
-
-
-def _refusal(call: ToolCall, tool: Tool | None, available: Collection[str]) -> ToolResult | None:
-    if call.error is not None:
-        return malformed(call)
-    if tool is None:
-        return unknown_tool(call, available)
-    problem = validate_arguments(tool, call.arguments)
-    if problem is None:
-        return None
-    return refused("invalid_arguments", f"Invalid arguments for tool `{tool.name}`: {problem}.")
-
-
-def _answer(jobs: list[Job], reason: str | None = None) -> None:
-    """Resolves jobs that will not run."""
-    for job in jobs:
-        busy = _OWNER_BUSY if job.owner is not None and job.owner.abandoned else _TOOL_BUSY
-        if job.tool is None:
-            job.future.set_exception(ToolTimeoutError(reason or busy))
-        else:
-            job.future.set_result(refused("abandoned", reason or busy))

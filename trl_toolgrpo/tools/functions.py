@@ -93,6 +93,13 @@ def environment_tools(environment: object) -> list[Tool]:
         # One method of the instance may come wrapped here and bare there.
         methods = [inspect.unwrap(tool.function) for tool in tools]
         tools += [as_tool(entry) for entry in own if not callable(entry) or inspect.unwrap(entry) not in methods]
+    for tool in tools:
+        if tool.isolation == "process":
+            raise ToolSchemaError(
+                f"The environment {type(environment).__name__} has the tool {tool.name!r} with isolation='process', "
+                f"but tools of an environment run on the environment's own thread. Use isolation='thread', or pass "
+                f"the tool to the trainer (`tools=[...]`)."
+            )
     return tools
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from .loops import LoopRun
+from .processes import ProcessCall
 from .threads import Alarm, Worker
 from .types import Tool
 
@@ -64,7 +65,7 @@ class Job:
     expired: bool = False
     finished: bool = False
     alarm: Alarm | None = None
-    on_loop: LoopRun | None = None
+    cancellable: LoopRun | ProcessCall | None = None
     worker: Worker | None = None
 
     @property

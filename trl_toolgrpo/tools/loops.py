@@ -5,6 +5,7 @@ Owns `LoopThread` (a loop that survives its tools) and `LoopRun` (one coroutine 
 
 import asyncio
 import contextlib
+import inspect
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
@@ -69,6 +70,8 @@ class LoopThread:
         waiter: Future[tuple[Any, BaseException | None]] = Future()
 
         def hand_over(task: "asyncio.Task[Any]") -> None:
+            if inspect.iscoroutine(awaitable):
+                awaitable.close()  # it has not begun if the task was cancelled before that
             waiter.set_result((None, asyncio.CancelledError()) if task.cancelled() else task.result())
 
         started(LoopRun(self.get(), _outcome(awaitable), hand_over))

@@ -4,6 +4,8 @@ Owns `Tool`, `ToolCall` and `ToolResult`; fed by `functions.py` (and later by MC
 """
 
 import inspect
+import os
+import pickle
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +13,8 @@ from typing import Any
 
 from ..errors import ToolSchemaError
 
+
+ISOLATIONS = ("thread", "process")
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]*")
 
@@ -39,10 +43,15 @@ class Tool:
             `True` for a tool such as `submit_answer`: a call of it that succeeds ends the rollout with stop reason
             `"stop"`, and its result is on record in the trajectory but not in the conversation. A call that fails is
             answered as any other. TRL's own rollouts (`record_sample_logprobs=False`, `use_vllm`) do not know of it.
+        isolation (`str`, *optional*, defaults to `"thread"`):
+            Where a call runs: on a `"thread"` of the run, or in a `"process"` that ends with all it has started when
+            the call exceeds its time limit or crashes. A process has to be able to import the function; it is used
+            again for later calls of the tool, after calls that returned or raised an exception and left no thread
+            behind. TRL's own rollouts run the function on their thread.
 
     Raises:
         ToolSchemaError: if the name is empty or not an identifier, the parameters are no object schema, the
-            function cannot be called, or the time limit is not positive.
+            function cannot be called or not be sent to a process, or the time limit is not positive.
     """
 
     name: str
@@ -53,6 +62,7 @@ class Tool:
     timeout: float | None = None
     returns: dict[str, Any] | None = None
     ends_rollout: bool = False
+    isolation: str = "thread"
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
@@ -71,6 +81,26 @@ class Tool:
             raise ToolSchemaError(
                 f"You passed `timeout={self.timeout}` for the tool {self.name!r}; it must be a positive number of "
                 f"seconds, or None for the limit of the configuration."
+            )
+        if self.isolation not in ISOLATIONS:
+            raise ToolSchemaError(
+                f"You passed `isolation={self.isolation!r}` for the tool {self.name!r}. Pass 'thread' or 'process'."
+            )
+        if self.isolation == "process":
+            self._check_sendable()
+
+    def _check_sendable(self) -> None:
+        try:
+            reason = "it is defined in the main script" if b"__main__" in pickle.dumps(self.function) else None
+        except Exception as error:
+            reason = str(error)
+        if os.name != "posix":
+            reason = f"processes of tools need a POSIX system, not {os.name}"
+        if reason is not None:
+            raise ToolSchemaError(
+                f"The function of tool {self.name!r} cannot run with isolation='process': {reason}. Define it at the "
+                f"top level of a module that can be imported (no lambda, no inner function, not the script that is "
+                f"run), or use isolation='thread'."
             )
 
     @property

@@ -1,0 +1,106 @@
+"""Nothing of a batch stays behind: threads, processes, file descriptors and memory are the same after many."""
+
+import asyncio
+import sys
+import time
+
+import process_tools
+import pytest
+from conftest import ScriptedSampler, chat_tokenizer, tool_call
+from footprint import Footprint, footprint
+from trl.chat_template_utils import add_response_schema, get_training_chat_template
+
+from trl_toolgrpo import Tool
+from trl_toolgrpo.rollout.chat import ToolChat
+from trl_toolgrpo.rollout.loop import RolloutLimits, RolloutLoop, RolloutRequest
+from trl_toolgrpo.tools import ToolExecutor, environment_tools, index_tools
+
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the measure is taken from /proc")
+
+ANY = {"type": "object", "properties": {}}
+END = "<|im_end|>"
+
+
+class Environment:
+    """Holds a megabyte."""
+
+    def __init__(self):
+        self.ballast = bytearray(2**20)
+
+    def weigh(self) -> int:
+        """Weighs."""
+        return len(self.ballast)
+
+
+async def later():
+    await asyncio.sleep(0.001)
+    return "x" * 10_000
+
+
+async def hang_later():
+    await asyncio.sleep(5)
+
+
+def fail():
+    raise SystemExit("y" * 10_000)
+
+
+TOOLS = [
+    Tool("now", "d", ANY, lambda: {"z": ["z" * 100] * 100}),
+    Tool("later", "d", ANY, later),
+    Tool("fail", "d", ANY, fail),
+    Tool("hang", "d", ANY, lambda: time.sleep(0.05), timeout=0.01),
+    Tool("hang_later", "d", ANY, hang_later, timeout=0.01),
+    Tool("process", "d", ANY, process_tools.where, isolation="process"),
+    Tool("crash", "d", ANY, process_tools.fail, isolation="process"),
+]
+
+
+def test_nothing_is_left_of_twenty_batches():
+    tokenizer = chat_tokenizer("qwen3")
+    add_response_schema(tokenizer)
+    chat = ToolChat(tokenizer, [tokenizer.eos_token_id], get_training_chat_template(tokenizer))
+    executor = ToolExecutor(timeout=5.0)
+    calls = [tool_call(t.name, **({"how": "_exit"} if t.name == "crash" else {})) for t in TOOLS]
+    script = [["".join(calls[:4]) + tool_call("weigh") + END, calls[4] + calls[5] + END, END]] * 3
+    script[-1] = [calls[5] + calls[6] + END, END]
+
+    def batch():
+        environments = [executor.construct_on_own_thread(Environment) for _ in script]
+        sampler = ScriptedSampler(tokenizer, script, chat.stop_ids)
+        requests = []
+        for environment in environments:
+            owned = index_tools(environment_tools(environment))
+            requests.append(RolloutRequest([1], index_tools([*TOOLS, *owned.values()]), environment, frozenset(owned)))
+        with sampler.open([[1]] * len(script), 4000) as session:
+            rollouts = RolloutLoop(session, requests, RolloutLimits(4000, 8, 100, 1), chat, executor).run()
+        assert [len(rollout.trajectory.turns) for rollout in rollouts] == [3, 3, 2]
+        for environment in environments:
+            executor.release(environment)
+
+    for _ in range(5):
+        batch()
+    time.sleep(0.3)  # the last calls that were given up end
+    before = footprint()
+    for _ in range(20):
+        batch()
+    after = footprint(before)
+    executor.shutdown()
+    assert after.grown(before) == [], f"before: {before}; after: {after}"
+    assert executor.abandoned >= 45 and executor.stuck == 0
+
+
+def test_the_measure_sees_what_is_left():
+    before = footprint()
+    kept = bytearray(before.memory // 10)
+    kept[:: 4096] = b"x" * len(kept[:: 4096])
+    file = open("/dev/null")  # noqa: SIM115
+    executor = ToolExecutor()
+    executor.construct_on_own_thread(list)
+    process = executor._processes._take(TOOLS[5])
+    assert footprint().grown(before) == ["threads", "processes", "files", "memory"]
+    file.close()
+    process.end()
+    executor.shutdown()
+    assert Footprint(1, 1, 1, 100).grown(Footprint(2, 1, 1, 99)) == []

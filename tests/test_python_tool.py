@@ -1,0 +1,347 @@
+"""The Python tool: hostile code is contained in every sandbox there is, and honest code is served."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from hostile_code import SECRET, Machine, sandboxes, snippets
+
+from trl_toolgrpo import ConfigError, ToolCall, python_tool
+from trl_toolgrpo.tools import ToolExecutor, result_text
+from trl_toolgrpo.tools import sandbox as sandbox_module
+from trl_toolgrpo.tools.sandbox import MODES, Limits, Report, Sandbox, find_sandbox
+
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sandboxes need Linux")
+
+LIMITS = Limits(seconds=0.3, memory=256 * 2**20, disk=16 * 2**20, processes=16, output=10_000)
+# Limits alone need a Python that any user may read
+SYSTEM = "/usr/bin/python3"
+
+
+def why_not(mode):
+    """Why a sandbox cannot be had here, and whether it can with the system's Python."""
+    with pytest.MonkeyPatch.context() as patch:
+        for interpreter in (None, SYSTEM if mode == "limits" else None):
+            if interpreter is not None:
+                patch.setattr(sandbox_module, "_interpreter", lambda: SYSTEM)
+            try:
+                find_sandbox(mode, LIMITS)
+            except ConfigError as error:
+                reason = str(error)
+            else:
+                return None, interpreter
+    return reason, None
+
+
+MISSING = {mode: why_not(mode) for mode in MODES}
+EVERY = [pytest.param(m, marks=pytest.mark.skipif(MISSING[m][0] is not None, reason=str(MISSING[m]))) for m in MODES]
+WORKING = next((mode for mode in MODES if MISSING[mode] == (None, None)), None)
+works = pytest.mark.skipif(WORKING is None, reason=str(MISSING))
+
+# One of each kind; tests/benchmarks/hostile_python.py has all of them
+CHOSEN = [
+    *("fork_bomb-0", "daemon-1", "deaf-0", "orphans_that_write-1", "refuses_to_end-0", "allocation-2"),
+    *("memory_of_many-0", "memory_of_no_process-0", "flood-2", "forged_report-0", "environment-1", "home-0"),
+    *("home-6", "writing_outside-0", "writing_outside-2", "connection-0", "kill-0", "kill-4", "trace-0"),
+    *("become_root-0", "namespaces-1"),
+]
+ALSO = ["shell_bomb-1", "thread_bomb-0", "many_files-0", "home-2", "other_sockets-0", "stop-1", "crash-4"]
+ATTACKS = [pytest.param("bubblewrap", name, marks=EVERY[0].marks) for name in CHOSEN + ALSO]
+ATTACKS += [pytest.param("namespaces", name, marks=EVERY[1].marks) for name in CHOSEN]
+
+
+@pytest.fixture(autouse=True)
+def interpreter(request, monkeypatch):
+    """The system's Python for a sandbox that cannot be had with this one."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is not None and MISSING.get(callspec.params.get("mode"), (None, None))[1]:
+        monkeypatch.setattr(sandbox_module, "_interpreter", lambda: SYSTEM)
+
+
+@pytest.fixture(scope="module")
+def machine():
+    with tempfile.TemporaryDirectory(dir=Path.home()) as folder, Machine(Path(folder)) as made:
+        yield made
+
+
+@pytest.mark.parametrize(("mode", "name"), ATTACKS)
+def test_hostile_code_is_contained(machine, mode, name):
+    sandbox = Sandbox(mode, LIMITS)
+    report, seconds = machine.attack(sandbox, snippets()[name])
+    assert machine.damage(sandbox, report, seconds) == []
+
+
+def test_there_are_two_hundred_snippets_of_forty_ideas():
+    found = snippets()
+    assert len(set(found.values())) == len(found) >= 200
+    assert len({name.rpartition("-")[0] for name in found}) >= 40
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("environment-0", "the secret came out"),
+        ("home-0", "the secret came out"),
+        ("connection-0", "somebody called the server"),
+        ("writing_outside-0", "something was written outside"),
+        ("flood-0", "characters of output"),
+    ],
+)
+def test_the_check_sees_what_is_not_contained(name, fault):
+    """The same code without a sandbox."""
+
+    class Open(Sandbox):
+        def run(self, code):
+            code = code.replace("10 ** 9", "10 ** 5")
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+            return Report("ended", done.returncode, done.stdout)
+
+    sandbox = Open("limits", LIMITS)
+    with tempfile.TemporaryDirectory(dir=Path.home()) as folder, Machine(Path(folder)) as machine:
+        report, seconds = machine.attack(sandbox, snippets()[name])
+        time.sleep(0.1)  # the server counts on a thread of its own
+        assert [found for found in machine.damage(sandbox, report, seconds) if fault in found]
+        assert [found for found in machine.damage(sandbox, report, 2.4) if "over the limit" in found]
+
+
+# Honest code
+
+
+@pytest.mark.parametrize("mode", EVERY)
+@pytest.mark.parametrize(
+    ("code", "report"),
+    [
+        ("print('a')\n1 + 1", Report("ended", 0, "a\n2\n")),
+        ("x = 3\nx", Report("ended", 0, "3\n")),
+        ("None", Report("ended", 0, "")),
+        ("", Report("ended", 0, "")),
+        ("import sys; sys.exit(3)", Report("ended", 3, "")),
+        ("import sys; print('out'); print('err', file=sys.stderr)", Report("ended", 0, "out\nerr\n")),
+        ("print('é'); print(__name__)", Report("ended", 0, "é\n__main__\n")),
+        ("import os; os.abort()", Report("ended", -6, "")),
+        ("def f():\n  class A: pass\n  return A()\ntype(f()).__name__", Report("ended", 0, "'A'\n")),
+        ("import math, json, decimal, statistics\nmath.comb(5, 2)", Report("ended", 0, "10\n")),
+        ("import os; os.write(1, b'x' * 20_001)", Report("ended", 0, "x" * 10_000, 10_007)),
+        ("print('before', end=''); 1 / 0", Report(
+            "ended", 1, 'beforeTraceback (most recent call last):\n  File "<code>", line 1, in <module>\n')),
+    ],
+)  # fmt: skip
+def test_code_gets_its_report(mode, code, report):
+    found = Sandbox(mode, LIMITS).run(code)
+    shown = found.output
+    if report.code == 1:
+        assert shown.endswith("ZeroDivisionError: division by zero\n")
+        shown = shown[: len(report.output)]
+    assert Report(found.status, found.code, shown, found.dropped) == report
+
+
+@pytest.mark.parametrize("mode", EVERY)
+def test_the_private_folder_is_writable_empty_and_gone_afterwards(mode):
+    before = set(os.listdir(tempfile.gettempdir()))
+    code = "import os; open('mine', 'w').write('x'); print(os.listdir('.'), os.getcwd() == os.environ['HOME'])"
+    for _ in range(2):
+        assert Sandbox(mode, LIMITS).run(code).output == "['mine'] True\n"
+    left = set(os.listdir(tempfile.gettempdir())) - before
+    assert not [name for name in left if name.startswith("sandbox-")]
+
+
+@pytest.mark.parametrize("mode", EVERY)
+def test_output_before_a_limit_is_kept(mode):
+    report = Sandbox(mode, LIMITS).run("print('so far')\nwhile True: pass")
+    assert (report.status, report.output) == ("timeout", "so far\n")
+
+
+@pytest.mark.parametrize("mode", EVERY)
+def test_code_can_use_threads_and_processes_within_the_limit(mode):
+    code = (
+        "import subprocess, threading\n"
+        "seen = []\n"
+        "threads = [threading.Thread(target=seen.append, args=(i,)) for i in range(4)]\n"
+        "for t in threads: t.start()\n"
+        "for t in threads: t.join()\n"
+        "print(sorted(seen), subprocess.run(['/bin/echo', 'x'], capture_output=True, text=True).stdout)"
+    )
+    assert Sandbox(mode, LIMITS).run(code).output == "[0, 1, 2, 3] x\n\n"
+
+
+@pytest.mark.parametrize("mode", EVERY)
+def test_the_code_is_nobody_and_sees_no_environment(mode, monkeypatch):
+    monkeypatch.setenv("TRL_TOOLGRPO_SECRET", SECRET)
+    code = "import os; print(os.getuid(), sorted(os.environ))"
+    user, names = Sandbox(mode, LIMITS).run(code).output.split(maxsplit=1)
+    assert names == "['HOME', 'LANG', 'OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'PATH']\n"
+    assert int(user) != 0 and (os.getuid() != 0 or int(user) >= 0x70000000)
+
+
+@works
+@pytest.mark.parametrize(
+    ("changed", "code", "status"),
+    [
+        ({"seconds": 1.5}, "import time; time.sleep(0.5); print('done')", "done\n"),
+        ({"memory": 512 * 2**20}, "len(bytearray(300 * 2**20))", "314572800\n"),
+        ({"disk": 64 * 2**20}, "open('x', 'wb').write(b'x' * 20 * 2**20)", "20971520\n"),
+        (
+            {"processes": 24},
+            "import threading, time\nfor _ in range(18): threading.Thread(target=time.sleep, args=(0.1,)).start()\n1",
+            "1\n",
+        ),
+        ({"output": 20_000}, "print('x' * 15_000)", "x" * 15_000 + "\n"),
+    ],
+)
+def test_each_limit_counts(changed, code, status):
+    given = {**vars(LIMITS), "seconds": 0.3 if "seconds" in changed else 5.0}
+    strict, loose = Sandbox(WORKING, Limits(**given)), Sandbox(WORKING, Limits(**{**given, **changed}))
+    assert loose.run(code).output == status
+    assert strict.run(code).output != status
+
+
+RUN = """
+    import importlib, sys, types
+    # The package without its heavy imports
+    for name in ("trl_toolgrpo", "trl_toolgrpo.tools"):
+        module = sys.modules[name] = types.ModuleType(name)
+        module.__path__ = [name.replace(".", "/")]
+    sandbox = importlib.import_module("trl_toolgrpo.tools.sandbox")
+    if sys.argv[2]:
+        sandbox._interpreter = lambda: sys.argv[2]
+    box = sandbox.Sandbox(sys.argv[1], sandbox.Limits(seconds=60))
+    box._script = f"# {sys.argv[3]}\\n{box._script}"
+    box.run("import time; time.sleep(60)")
+"""
+
+
+@pytest.mark.parametrize("mode", EVERY)
+def test_code_ends_with_the_run_also_after_sigkill(mode, tmp_path):
+    mark = f"mark-{tmp_path}"
+    command = [sys.executable, "-c", textwrap.dedent(RUN), mode, MISSING[mode][1] or "", mark]
+    run = subprocess.Popen(command, cwd=Path(__file__).parents[1])
+    deadline = time.monotonic() + 20
+    while len(sandboxes(mark, run.pid)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    assert len(sandboxes(mark, run.pid)) > 1, "the code runs"
+    run.kill()
+    run.wait()
+    while sandboxes(mark, run.pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not sandboxes(mark, run.pid)
+
+
+# Which sandbox
+
+
+@pytest.mark.parametrize("wrong", [{"seconds": 0}, {"memory_mb": -1}, {"processes": 0}, {"sandbox": "none"}])
+def test_what_cannot_be_is_refused(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong)).removesuffix("_mb")):
+        python_tool(**wrong)
+
+
+@works
+def test_limits_that_leave_no_room_for_python_are_refused():
+    with pytest.raises(ConfigError, match="under which Python itself does not start"):
+        python_tool(memory_mb=1)
+
+
+def test_a_sandbox_that_is_not_there_is_refused_with_its_reason(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match=r"bubblewrap: `bwrap` is not installed.*apt-get install bubblewrap"):
+        find_sandbox("bubblewrap", LIMITS)
+
+
+def test_the_strongest_that_works_is_used_and_named(monkeypatch, caplog):
+    monkeypatch.setattr("trl_toolgrpo.tools.sandbox._why_not", lambda sandbox: None)
+    monkeypatch.setattr("trl_toolgrpo.tools.sandbox._checked", lambda sandbox: sandbox)
+    python_tool()
+    assert "runs in the sandbox 'bubblewrap', which does not stop: faults of the kernel" in caplog.text
+    monkeypatch.setattr(
+        "trl_toolgrpo.tools.sandbox._why_not", lambda sandbox: None if sandbox.mode == "limits" else "no"
+    )
+    python_tool("calc")
+    assert "Code of the tool 'calc' runs in the sandbox 'limits', which does not stop: network" in caplog.text
+    monkeypatch.setattr("trl_toolgrpo.tools.sandbox._why_not", lambda sandbox: f"not {sandbox.mode}")
+    with pytest.raises(ConfigError, match=r"bubblewrap: not bubblewrap; namespaces: not namespaces; limits: not"):
+        python_tool()
+
+
+def test_a_script_that_fails_is_no_sandbox(monkeypatch):
+    sandbox = Sandbox("namespaces", LIMITS)
+    sandbox._script = "raise OSError('unshare: Operation not permitted')"
+    assert sandbox.run("1") == Report("lost", 1, sandbox.run("1").output)
+    assert sandbox.run("1").output.endswith("OSError: unshare: Operation not permitted")
+
+
+# The tool
+
+
+@pytest.fixture(scope="module")
+def tool():
+    if WORKING is None:
+        pytest.skip(str(MISSING))
+    return python_tool(seconds=0.3, memory_mb=256, output_bytes=2000, processes=16)
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "text"),
+    [
+        ("print('a')\n6 * 7", None, "a\n42"),
+        ("print('so far')\nwhile True: pass", "timeout", "so far\n[stopped after 0.3 seconds]"),
+        ("import sys; print('x'); sys.exit(4)", "error", "x\n[exit code 4]"),
+        ("import os; os.kill(os.getpid(), 11)", "error", "[ended by SIGSEGV]"),
+        ("print('x' * 3000)", None, "x" * 2000 + "\n[1001 more bytes of output were dropped]"),
+        (
+            "import os, time\n[os.fork() for _ in range(3)]\nx = bytearray(90 * 2**20)\ntime.sleep(9)",
+            "error",
+            "[stopped: more than 256 MiB of memory]",
+        ),
+    ],
+)
+def test_what_the_policy_reads(tool, code, error, text):
+    executor = ToolExecutor()
+    result = executor.submit(ToolCall("c", "python", {"code": code}), tool).result(timeout=20)
+    executor.shutdown()
+    assert (result.is_error, result.error_type, result.content) == (error is not None, error, text)
+
+
+def test_the_tool_describes_itself_and_its_arguments_are_checked(tool):
+    assert "There is no network" in tool.description and "0.3 seconds" in tool.description
+    executor = ToolExecutor()
+    result = executor.submit(ToolCall("c", "python", {}), tool).result(timeout=20)
+    executor.shutdown()
+    assert result_text(result) == '{"error": "Invalid arguments for tool `python`: `code` is a required property."}'
+
+
+@works
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_last_expression_is_shown_or_not(shown):
+    tool = python_tool(last_expression=shown)
+    assert tool.function("1 + 1").content == ("2" if shown else "")
+    assert ("last line" in tool.description) == shown
+
+
+@works
+def test_runs_at_the_same_time_do_not_share_their_limits():
+    """Eight runs of eight threads each: more together than the sixteen that one may have."""
+    code = (
+        "import threading, time\n"
+        "for _ in range(8): threading.Thread(target=time.sleep, args=(0.2,)).start()\n"
+        "print(threading.active_count())"
+    )
+    tool, executor = python_tool(seconds=10, processes=16), ToolExecutor()
+    futures = [executor.submit(ToolCall("c", "python", {"code": code}), tool) for _ in range(8)]
+    found = [future.result(timeout=30).content for future in futures]
+    executor.shutdown()
+    assert found == ["9"] * 8
+
+
+def test_the_script_inside_needs_nothing_of_the_package():
+    spec = importlib.util.find_spec("trl_toolgrpo.tools.sandbox_init")
+    text = Path(spec.origin).read_text(encoding="utf-8")
+    assert "from ." not in text and "import trl" not in text

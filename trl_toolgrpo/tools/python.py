@@ -1,0 +1,105 @@
+"""A tool that runs the policy's Python code, contained.
+
+Owns `python_tool` and what the policy reads of a run; fed by recipes and scripts. What contains the code is
+`sandbox.py`.
+"""
+
+import logging
+import signal
+
+from .sandbox import NOT_STOPPED, Limits, Report, find_sandbox
+from .types import Tool, ToolResult
+
+
+logger = logging.getLogger(__name__)
+
+_PARAMETERS = {
+    "type": "object",
+    "properties": {"code": {"type": "string", "description": "Python code."}},
+    "required": ["code"],
+    "additionalProperties": False,
+}
+# The sandbox keeps its own time; this is for the case that it does not.
+_SLACK = 15.0
+
+
+def python_tool(
+    name: str = "python",
+    sandbox: str = "auto",
+    seconds: float = 5.0,
+    memory_mb: float = 512,
+    disk_mb: float = 64,
+    processes: int = 32,
+    output_bytes: int = 100_000,
+    last_expression: bool = True,
+) -> Tool:
+    """
+    A tool that runs Python code written by the policy, with Python's standard library, in a fresh process.
+
+    The code has no network, no environment variable of the run, no file but the system's programs and libraries, and a
+    private folder that is gone afterwards. With `sandbox="auto"` it runs under bubblewrap where `bwrap` is installed,
+    else in Linux namespaces, else with resource limits alone; which of them it is, and what that does not stop, is
+    logged once, here, where each is tried. Neither of the first two stops a fault of the kernel. Limits alone do not
+    stop network connections, reading what any user may read, or many small files; and if the run does not belong to
+    root, nor reading the user's own files and signals to the user's processes.
+
+    Args:
+        name (`str`, *optional*, defaults to `"python"`):
+            Name of the tool.
+        sandbox (`str`, *optional*, defaults to `"auto"`):
+            `"bubblewrap"`, `"namespaces"`, `"limits"`, or `"auto"` for the first of these that works.
+        seconds (`float`, *optional*, defaults to `5.0`):
+            Time limit of one run, and processor time of each of its processes.
+        memory_mb (`float`, *optional*, defaults to `512`):
+            Memory of one run in MiB, all its processes together.
+        disk_mb (`float`, *optional*, defaults to `64`):
+            Size of the private folder, and of one file, in MiB.
+        processes (`int`, *optional*, defaults to `32`):
+            Processes and threads at the same time.
+        output_bytes (`int`, *optional*, defaults to `100_000`):
+            Bytes of standard output and standard error that are kept. `max_tool_output_tokens` cuts what the policy
+            reads of them.
+        last_expression (`bool`, *optional*, defaults to `True`):
+            Whether the value of a last line that is an expression is shown, as in an interactive session.
+
+    Returns:
+        [`Tool`]: The tool, with one argument, `code`.
+
+    Raises:
+        ConfigError: if a limit is not positive or leaves no room for Python itself, or if the sandbox is unknown or
+            cannot be had on this system.
+    """
+    limits = Limits(seconds, int(memory_mb * 2**20), int(disk_mb * 2**20), processes, output_bytes)
+    box = find_sandbox(sandbox, limits, last_expression)
+    risks = NOT_STOPPED[box.mode]
+    logger.warning("Code of the tool %r runs in the sandbox %r, which does not stop: %s.", name, box.mode, risks)
+
+    def run(code: str) -> ToolResult:
+        return _result(box.run(code), limits)
+
+    shown = " The value of a last line that is an expression is shown." if last_expression else ""
+    description = (
+        f"Runs Python code in a fresh process and returns what it prints.{shown} There is no network, nothing is kept "
+        f"between calls, and a run ends after {seconds:g} seconds."
+    )
+    return Tool(name, description, _PARAMETERS, run, timeout=seconds + _SLACK)
+
+
+def _result(report: Report, limits: Limits) -> ToolResult:
+    """What the policy reads: the output, then what was dropped of it, then why it is no success."""
+    kind, reason = _failure(report, limits)
+    dropped = f"[{report.dropped} more bytes of output were dropped]" if report.dropped else ""
+    text = "\n".join(part for part in (report.output.rstrip("\n"), dropped, reason) if part)
+    return ToolResult(text, is_error=kind is not None, error_type=kind)
+
+
+def _failure(report: Report, limits: Limits) -> tuple[str | None, str]:
+    if report.status == "timeout" or (report.status == "ended" and report.code == -signal.SIGXCPU):
+        return "timeout", f"[stopped after {limits.seconds:g} seconds]"
+    if report.status == "memory":
+        return "error", f"[stopped: more than {limits.memory / 2**20:g} MiB of memory]"
+    if report.status == "lost":
+        return "error", "[the sandbox ended before the code did]"
+    if report.code < 0:
+        return "error", f"[ended by {signal.Signals(-report.code).name}]"
+    return (None, "") if report.code == 0 else ("error", f"[exit code {report.code}]")

@@ -24,6 +24,7 @@ ORDER = [
     "tools.functions",
     "tools.prompt",
     "tools.results",
+    "tools.guard",
     "tools.threads",
     "tools.loops",
     "tools.lanes",

@@ -17,7 +17,7 @@ from peft import PeftConfig
 from trl.chat_template_utils import supports_tool_calling
 
 from .config import ToolGRPOConfig
-from .errors import ChatTemplateError, ConfigError, DatasetError
+from .errors import ChatTemplateError, ConfigError, DatasetError, ToolSchemaError
 from .tools.names import check_tool_columns, check_tool_mentions
 from .tools.types import Tool
 
@@ -184,6 +184,37 @@ def check_template(processing_class: Any) -> None:
             f"to render a user message, an assistant message with a call and the tool's result. Set "
             f"`tokenizer.chat_template` to one that does, such as trl/chat_templates/qwen3.jinja."
         )
+
+
+def check_rendering(processing_class: Any, tools: Sequence[Tool], chat_template: str | None, kwargs: Any) -> None:
+    """
+    Check that a chat template can show each tool to the policy.
+
+    Args:
+        processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`):
+            Renders prompts.
+        tools (`Sequence[Tool]`):
+            The tools.
+        chat_template (`str`, *optional*):
+            Template to render with, instead of the tokenizer's own.
+        kwargs (`dict`, *optional*):
+            More arguments of `apply_chat_template`.
+
+    Raises:
+        ToolSchemaError: for a tool with a schema the template fails on.
+    """
+    prompt = [{"role": "user", "content": "Hello."}]
+    for tool in tools:
+        try:
+            processing_class.apply_chat_template(
+                prompt, tools=[tool.schema], chat_template=chat_template, tokenize=False, **(kwargs or {})
+            )
+        except Exception as error:
+            raise ToolSchemaError(
+                f"The chat template cannot render the tool {tool.name!r}: {error}. Its parameters are "
+                f"{json.dumps(tool.parameters)[:400]}. Write the schema in the words the template knows (one `type` "
+                f"for each property is what all of them do), leave the tool out, or use another template."
+            ) from error
 
 
 def _texts(rows: Iterable[dict[str, Any]]) -> Iterator[str]:

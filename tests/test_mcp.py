@@ -102,7 +102,6 @@ def alive(process):
 
 def belongings():
     """Threads, child processes and open file descriptors of this process."""
-    gc.collect()
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
     return sorted(thread.name for thread in threading.enumerate()), len(children), len(os.listdir("/proc/self/fd"))
 
@@ -401,6 +400,7 @@ def test_nothing_is_left_behind():
     with pytest.raises(ToolRuntimeError, match="after the run had ended its servers"):
         asyncio.run(run.tools["plain_pid"].function())
     del call, session, run
+    gc.collect()
     wait_until(lambda: belongings() == before)
 
 

@@ -206,15 +206,27 @@ def check_rendering(processing_class: Any, tools: Sequence[Tool], chat_template:
     prompt = [{"role": "user", "content": "Hello."}]
     for tool in tools:
         try:
-            processing_class.apply_chat_template(
+            text = processing_class.apply_chat_template(
                 prompt, tools=[tool.schema], chat_template=chat_template, tokenize=False, **(kwargs or {})
             )
+            reason = _garbled(text, tool.parameters)
         except Exception as error:
+            reason = str(error)
+        if reason is not None:
             raise ToolSchemaError(
-                f"The chat template cannot render the tool {tool.name!r}: {error}. Its parameters are "
-                f"{json.dumps(tool.parameters)[:400]}. Write the schema in the words the template knows (one `type` "
+                f"The chat template cannot render the tool {tool.name!r}: {reason}. Its parameters are "
+                f"{json.dumps(tool.parameters)[:400]}. Write the schema in words that the template knows (one `type` "
                 f"for each property is what all of them do), leave the tool out, or use another template."
-            ) from error
+            )
+
+
+def _garbled(text: str, schema: Any) -> str | None:
+    """Which types of a schema a template has written as Python writes a list, as those do that expect one type."""
+    inner = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ()
+    types = schema.get("type") if isinstance(schema, dict) else None
+    if isinstance(types, list) and str(types).upper() in text.upper():
+        return f"it shows the types {types} as one type of that name"
+    return next((found for part in inner if (found := _garbled(text, part)) is not None), None)
 
 
 def _texts(rows: Iterable[dict[str, Any]]) -> Iterator[str]:

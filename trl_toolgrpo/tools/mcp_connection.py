@@ -107,6 +107,8 @@ class Connection:
         from mcp import MCPError
         from mcp_types import CONNECTION_CLOSED
 
+        if self._probing is not None:
+            await asyncio.wait([self._probing])
         try:
             client = await asyncio.shield(self._client)
         except MCPServerError as error:

@@ -110,8 +110,10 @@ class ServerProcess:
         try:
             yield received, sent
         finally:
+            sent.close()
+            received.close()
             await _without_cancellation(self._stop(process, [*tasks, errors]))
-            for stream in (incoming, received, sent, outgoing):
+            for stream in (incoming, outgoing):
                 stream.close()
 
     async def _start(self) -> Any:

@@ -19,7 +19,7 @@ import pytest
 
 import trl_toolgrpo
 from trl_toolgrpo import ConfigError, MCPServer, MCPServerError, Tool, ToolCall, ToolNameError, ToolRuntimeError
-from trl_toolgrpo.tools import ToolExecutor, mcp_connection, mcp_pool
+from trl_toolgrpo.tools import ToolExecutor, mcp_connection, mcp_pool, mcp_stdio
 from trl_toolgrpo.tools.mcp import MCPTools
 
 
@@ -267,6 +267,7 @@ def test_a_server_that_cannot_be_started_again_is_tried_at_growing_intervals(run
 
 def test_a_server_that_hangs_is_started_again(run, monkeypatch):
     monkeypatch.setattr(mcp_connection, "_PROBE_TIMEOUT", 0.3)
+    monkeypatch.setattr(mcp_stdio, "_GRACE", 0.1)
     run = run(plain(), timeout=0.5)
     first = run.call("pid").content
     assert run.call("hang").error_type == "timeout"

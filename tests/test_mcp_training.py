@@ -3,6 +3,7 @@
 import gc
 import logging
 import sys
+import time
 
 import pytest
 from conftest import chat_tokenizer, config, prompts, run_script, script_ours, tiny_model, tool_call
@@ -11,14 +12,14 @@ from trl import GRPOTrainer
 
 from trl_toolgrpo import ConfigError, MCPServer, Tool, ToolGRPOTrainer, ToolNameError, ToolSchemaError, rollout_tools
 from trl_toolgrpo.checks import check_rendering
-from trl_toolgrpo.tools import mcp_connection
+from trl_toolgrpo.tools import mcp_connection, mcp_stdio
 
 
 END = "<|im_end|>"
 
 
 def server(**options):
-    return {"plain": {"command": sys.executable, "args": [PLAIN, "--on-disk"], "tools": TOOLS, **options}}
+    return {"plain": {"command": sys.executable, "args": [PLAIN], "tools": TOOLS, **options}}
 
 
 TOOLS = ["pid", "note", "notes", "crash", "hang", "garble", "forget"]
@@ -28,8 +29,8 @@ def call(name, **arguments):
     return tool_call(name, **arguments) + END
 
 
-def make_trainer(path, monkeypatch, script, reward=None, *, mcp_servers=None, **changes):
-    """A trainer of two-layer model that writes `script`, and the list of what its reward function has seen."""
+def make_trainer(path, monkeypatch, script, reward=None, *, mcp_servers=None, tools=None, **changes):
+    """A trainer of a two-layer model that writes `script`, and the list of what its reward function has seen."""
     tokenizer = chat_tokenizer()
     seen = []
 
@@ -44,6 +45,7 @@ def make_trainer(path, monkeypatch, script, reward=None, *, mcp_servers=None, **
         config(path, **{"logprob_check": "off", "max_completion_length": 600, **changes}),
         prompts(),
         processing_class=tokenizer,
+        tools=tools,
         mcp_servers=mcp_servers or server(),
     )
     script_ours(monkeypatch, tokenizer, script)
@@ -65,7 +67,7 @@ def test_each_rollout_has_a_server_of_its_own_and_rewards_read_its_state(tmp_pat
         return [1.0, 0.0, 0.0, 0.0]
 
     script = [[call("note", text=f"of {row}"), call("notes"), f"done{END}"] for row in range(4)]
-    servers = server(per_rollout=True)
+    servers = server(per_rollout=True, args=[PLAIN, "--on-disk"])
     trainer, _ = make_trainer(tmp_path, monkeypatch, script, reward, mcp_servers=servers, max_steps=2)
     trainer.train()
     assert seen == [(["done", f"of {row}"], f"of {row}", f"of {row}\n") for row in (0, 1, 2, 3)] * 2
@@ -75,7 +77,7 @@ def test_each_rollout_has_a_server_of_its_own_and_rewards_read_its_state(tmp_pat
 
 def test_a_server_that_crashes_at_every_step(tmp_path, monkeypatch):
     before = belongings()
-    steps = 5
+    steps = 4
     script = [[call("crash"), call("pid"), f"done{END}"], *[[call("pid"), f"done{END}"]] * 3]
     trainer, seen = make_trainer(tmp_path, monkeypatch, script, max_steps=steps)
     trainer.train()
@@ -95,22 +97,27 @@ def test_a_server_that_crashes_at_every_step(tmp_path, monkeypatch):
 
 
 def test_a_server_that_hangs_lies_and_changes_its_tools(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(mcp_connection, "_PROBE_TIMEOUT", 0.5)
-    script = [[call("garble"), call("forget"), call("pid"), call("hang"), call("notes"), f"done{END}"]]
-    changes = {"num_generations": 2, "per_device_train_batch_size": 2, "max_steps": 2, "max_completion_length": 900}
+    monkeypatch.setattr(mcp_connection, "_PROBE_TIMEOUT", 0.3)
+    monkeypatch.setattr(mcp_stdio, "_GRACE", 0.1)
+    turns = [call("garble"), call("forget"), call("pid"), call("hang"), call("pause"), call("notes"), f"x{END}"]
+    changes = {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 900}
+    script = [turns, [call("notes"), f"done{END}"]]
+    # A call sent at once might still reach the server that hangs, and fail with it
+    tools = [Tool("pause", "Waits.", {"type": "object", "properties": {}}, lambda: time.sleep(0.3))]
     servers = server(timeout=8.0)
-    trainer, seen = make_trainer(tmp_path, monkeypatch, script, mcp_servers=servers, **changes)
+    trainer, seen = make_trainer(tmp_path, monkeypatch, script, mcp_servers=servers, tools=tools, **changes)
     started = trainer._toolset.known
-    for tool in started:
-        if tool.name == "hang":
-            object.__setattr__(tool, "timeout", 0.5)
+    next(tool for tool in started if tool.name == "hang").__dict__["timeout"] = 0.5
     trainer.train()
-    for told, trajectory, _ in seen:
+    for told, trajectory, _ in seen[::2]:
         kinds = [result.error_type for turn in trajectory.turns for result in turn.tool_results]
-        assert kinds == [None, None, "error", "timeout", None], told
-        assert "no longer has the tool `pid`" in told[2] and "did not return within 0.5 seconds" in told[3]
-    assert logged(trainer, "tools/hang/timeouts") == [2.0, 2.0]
-    assert min(logged(trainer, "tools/mcp/plain/restarts")) >= 1.0
+        assert kinds == [None, None, "error", "timeout", None, None], told
+        # Its own words, or ours where the news was here before the call
+        assert "no longer has the tool `pid`" in told[2] or "no tools/call" in told[2]
+        assert "did not return within 0.5 seconds" in told[3]
+    assert logged(trainer, "tools/hang/timeouts") == [1.0]
+    assert logged(trainer, "tools/pid/errors") == [1.0]
+    assert logged(trainer, "tools/mcp/plain/restarts") == [1.0]
     assert trainer._toolset.known == started and caplog.text.count("has changed its tools") == 1
 
 

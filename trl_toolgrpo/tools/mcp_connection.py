@@ -104,9 +104,6 @@ class Connection:
         Returns:
             [`ToolResult`]: What the server answered, or why it did not. A cancelled call cancels the request.
         """
-        from mcp import MCPError
-        from mcp_types import CONNECTION_CLOSED
-
         if self._probing is not None:
             await asyncio.wait([self._probing])
         try:
@@ -115,25 +112,29 @@ class Connection:
             return failed(f"The tool is not available at the moment: {error}", self.redactor)
         if tool not in self._names:
             return failed(f"The server no longer has the tool `{tool}`.", self.redactor)
-        lost = self._lost
+        life = self._lost
         try:
             result = await client.call_tool(tool, arguments)
-        except MCPError as error:
-            if error.code != CONNECTION_CLOSED and error.message != _SESSION_LOST and not lost.is_set():
-                self._served = True
-                return failed(error.message, self.redactor)
         except asyncio.CancelledError:
             if self._probing is None or self._probing.done():
-                self._probing = asyncio.create_task(self._probe(client, lost))
+                self._probing = asyncio.create_task(self._probe(client, life))
             raise
-        except (RuntimeError, ValueError) as error:  # a result that breaks the protocol or the tool's own schema
-            return failed(f"The server's answer is not valid: {error}", self.redactor)
         except Exception as error:
-            logger.debug("call of %r: %s", tool, self.redactor.text(repr(innermost(error))))
-        else:
-            self._served = True
-            return tool_result(result, self.redactor)
-        self._lose(lost)
+            return self._unanswered(error, life)
+        self._served = True
+        return tool_result(result, self.redactor)
+
+    def _unanswered(self, error: Exception, life: asyncio.Event) -> ToolResult:
+        from mcp import MCPError
+        from mcp_types import CONNECTION_CLOSED
+
+        if isinstance(error, MCPError):
+            if error.code != CONNECTION_CLOSED and error.message != _SESSION_LOST and not life.is_set():
+                self._served = True
+                return failed(error.message, self.redactor)
+        elif isinstance(error, (RuntimeError, ValueError)):  # it breaks the protocol or the tool's own schema
+            return failed(f"The server's answer is not valid: {error}", self.redactor)
+        self._lose(life)
         return failed("The server ended before it answered. It may have run the call or not.", self.redactor)
 
     async def _keep_up(self) -> None:

@@ -23,7 +23,7 @@ from bfcl import build_bfcl
 from conversation import SampleConversation
 from mcp_task import build_mcp
 from scoreboard import Scoreboard, comparison
-from server_environment import make_environment
+from server_environment import FOLDER, make_environment
 from smollm2 import convert_smollm2
 from task import Task
 from tiny_model import TinyModel, build_tiny_model
@@ -40,7 +40,7 @@ DEFAULT_CONFIG = Path(__file__).with_name("tiny_cpu.yaml")
 TINY: dict[str, Callable[..., TinyModel]] = {
     "workspace": TinyModel,
     "bfcl": TinyModel,
-    "mcp": partial(TinyModel, task="mcp", warm_start=WarmStart(demonstrations=2000, steps=500, batch_size=8)),
+    "mcp": partial(TinyModel, task="mcp", warm_start=WarmStart(demonstrations=2000, steps=400, batch_size=8)),
 }
 
 
@@ -110,7 +110,7 @@ class RecipeArguments:
     server_packages: list[str] | None = field(
         default=None, metadata={"help": "Packages of the servers, installed in an environment of their own."}
     )
-    server_folder: str = field(default="outputs/servers", metadata={"help": "Where that environment is."})
+    server_folder: str = field(default=FOLDER, metadata={"help": "Where that environment is."})
 
     def __post_init__(self) -> None:
         if isinstance(self.mcp_servers, str):

@@ -3,7 +3,9 @@
 Owns a virtual environment that holds nothing but the servers: the SDK they are written with need not be the one the
 trainer uses. (`mcp-server-sqlite` needs an `mcp` below 2.) Feeds `qwen3_tools.py`, and runs on its own:
 
-    python recipes/server_environment.py outputs/servers "mcp<2" mcp-server-sqlite mcp-server-time
+    python recipes/server_environment.py
+
+which installs the servers of `mcp.yaml`.
 """
 
 import shutil
@@ -12,6 +14,11 @@ import sys
 import venv
 from collections.abc import Sequence
 from pathlib import Path
+
+import yaml
+
+
+FOLDER = "outputs/servers"
 
 
 def make_environment(folder: str | Path, packages: Sequence[str]) -> Path:
@@ -47,4 +54,5 @@ def make_environment(folder: str | Path, packages: Sequence[str]) -> Path:
 
 
 if __name__ == "__main__":
-    print(make_environment(sys.argv[1], sys.argv[2:]))
+    recipe = yaml.safe_load(Path(__file__).with_name("mcp.yaml").read_text())
+    print(make_environment(FOLDER, recipe["server_packages"]))

@@ -102,8 +102,9 @@ def alive(process):
 
 def belongings():
     """Threads, child processes and open file descriptors of this process."""
-    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    return sorted(thread.name for thread in threading.enumerate()), len(children), len(os.listdir("/proc/self/fd"))
+    tasks = Path(f"/proc/{os.getpid()}/task").iterdir()  # a child is listed under the thread that started it
+    children = sum(len((task / "children").read_text().split()) for task in tasks)
+    return sorted(thread.name for thread in threading.enumerate()), children, len(os.listdir("/proc/self/fd"))
 
 
 # Results
@@ -459,3 +460,24 @@ def test_a_server_over_http_is_called_and_connected_to_again(run):
     finally:
         process.kill()
         process.wait()
+
+
+# The SDK
+
+
+def test_what_we_rely_on_in_the_sdk():
+    from mcp.client import streamable_http
+
+    assert mcp_connection._SESSION_LOST in Path(streamable_http.__file__).read_text()
+
+    known = set(logging.root.manager.loggerDict)
+    ours = {name for name in mcp_connection.SDK_LOGGERS if not name.startswith("http")}
+    assert ours <= known and "httpx2" in known
+    assert {name for name in known if name.startswith("mcp.client.") or name == "client"} - ours <= {
+        "mcp.client",  # a parent, without records of its own
+        "mcp.client.stdio",  # not used
+        "mcp.client.sse",
+        "mcp.client.caching",
+        "mcp.client.auth",
+        "mcp.client.auth.oauth2",
+    }

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from conftest import chat_tokenizer, config, prompts, run_script, script_ours, tiny_model, tool_call
-from test_mcp import KEY, PLAIN, belongings, wait_until
+from test_mcp import KEY, PLAIN, belongings, nothing_new, wait_until
 from trl import GRPOTrainer
 
 from trl_toolgrpo import ConfigError, MCPServer, Tool, ToolGRPOTrainer, ToolNameError, ToolSchemaError, rollout_tools
@@ -93,7 +93,7 @@ def test_a_server_that_crashes_at_every_step(tmp_path, monkeypatch):
     assert logged(trainer, "tools/mcp/plain/restarts") == [1.0] * steps
     del trainer, seen
     gc.collect()
-    wait_until(lambda: belongings() == before)
+    wait_until(lambda: nothing_new(before))
 
 
 def test_a_server_that_hangs_lies_and_changes_its_tools(tmp_path, monkeypatch, caplog):
@@ -213,7 +213,7 @@ def test_what_fails_later_at_construction_leaves_no_server(tmp_path, monkeypatch
             mcp_servers=server(),
         )
     gc.collect()
-    wait_until(lambda: belongings() == before)
+    wait_until(lambda: nothing_new(before))
 
 
 def _notes() -> str:

@@ -6,7 +6,7 @@ functions, and how environments are read; the servers themselves are in `tools/m
 
 import inspect
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from .errors import ConfigError
 from .rollout.loop import RolloutRequest
 from .tools.execute import ToolExecutor
 from .tools.mcp import MCPTools
-from .tools.mcp_config import read_servers
+from .tools.mcp_config import MCPServer, read_servers
 from .tools.mcp_session import MCPSession
 from .tools.prompt import PromptTool
 from .tools.toolset import ToolSet
@@ -50,20 +50,25 @@ class RolloutTools(GRPOTrainer):
         servers = read_servers(mcp_servers)
         if not servers:
             return tools
-        for server in servers:
-            if server.per_rollout and not self._recording:
-                raise ConfigError(
-                    f"You passed the MCP server {server.name!r} with `per_rollout=True` and rollouts of TRL's own "
-                    f"(`use_vllm`, `rollout_func` or `record_sample_logprobs=False`), whose tools do not know the "
-                    f"rollout they are called by. Share the server, or leave the rollouts to this trainer."
-                )
+        self._refuse_own_servers(servers)
         taken = {tool.name for tool in ToolSet(tools).own} | _method_names(environment_factory)
         self._mcp = MCPTools(servers, taken)
         weakref.finalize(self, self._mcp.close)
         return [*(tools or []), *self._mcp.tools]
 
+    def _refuse_own_servers(self, servers: Iterable[MCPServer]) -> None:
+        for server in servers:
+            if server.per_rollout and not self._recording:
+                raise ConfigError(
+                    f"You passed the MCP server {server.name!r} with `per_rollout=True` and rollouts of TRL's own "
+                    f"(`use_vllm`, `rollout_func`, `record_sample_logprobs=False` or a multimodal model), whose tools "
+                    f"do not know the rollout they are called by. Share the server, or leave the rollouts to this "
+                    f"trainer."
+                )
+
     def _check_tools(self, train_dataset: Any, eval_dataset: Any) -> None:
         """Check that prompts can show the tools, and name only those that exist."""
+        self._refuse_own_servers(self._mcp.servers.values() if self._mcp is not None else ())
         template, kwargs = self.chat_template, self.chat_template_kwargs
         check_rendering(self.processing_class, self._toolset.known, template, kwargs)
         for name, dataset in named_datasets(train_dataset, eval_dataset):

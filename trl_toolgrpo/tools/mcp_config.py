@@ -59,7 +59,8 @@ class MCPServer:
             Names of the server's tools that the policy gets; all of them by default.
         per_rollout (`bool`, *optional*, defaults to `False`):
             Whether each rollout gets a server of its own, for servers that have a state. Each is started in an empty
-            folder of its own, unless `cwd` is given, so that arguments that are paths have to be absolute.
+            folder of its own, unless `cwd` is given, so that arguments that are paths have to be absolute. The time
+            limit of a rollout's first call covers what is left of the start.
         files (`str`, *optional*):
             With `per_rollout`: a folder whose content each server's own folder starts with.
         reset_tool (`str`, *optional*):

@@ -220,7 +220,8 @@ class Connection:
             reason = f"ended with exit code {process.returncode}"
         words = f" Its error output ends with:\n{process.last_words}\n" if process.last_words else ""
         command = " ".join([str(self.server.command), *self.server.args])
-        where = " Relative paths are looked up in the empty folder it is started in." if self.folder else ""
+        hint = self.folder is not None and not self._was_up
+        where = " Relative paths are looked up in the folder that is made for it." if hint else ""
         return MCPServerError(self.redactor.text(f"The MCP server {name!r} ({command}) {reason}.{where}{words}"))
 
     async def _list(self, client: Any) -> None:

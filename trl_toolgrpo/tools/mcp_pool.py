@@ -8,7 +8,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from ..errors import MCPServerError
 from .mcp_config import MCPServer
@@ -59,7 +60,7 @@ class Pool:
                 Rollouts in flight.
         """
         while len(self._ready) + self._lent < count:
-            self._ready.append(asyncio.create_task(self._start()))
+            self._ready.append(self._begin(self._start()))
 
     async def first(self) -> Connection:
         """
@@ -81,7 +82,7 @@ class Pool:
         self._lent += 1
         # The first that is up, or else the first that will be
         up = [task for task in self._ready if task.done()]
-        task = next(iter([*up, *self._ready]), None) or asyncio.create_task(self._start())
+        task = next(iter([*up, *self._ready]), None) or self._begin(self._start())
         if task in self._ready:
             self._ready.remove(task)
         try:
@@ -106,21 +107,31 @@ class Pool:
         """
         self._lent -= 1
         if self.server.reset_tool is not None and usable:
-            self._ready.append(asyncio.create_task(self._reset(instance)))
+            self._ready.append(self._begin(self._reset(instance)))
             return
         work = asyncio.create_task(self._end(instance))
         self._work.add(work)
         work.add_done_callback(self._work.discard)
-        self._ready.append(asyncio.create_task(self._start()))
+        self._ready.append(self._begin(self._start()))
 
     async def close(self) -> None:
         """Ends every instance."""
         tasks = [*self._ready, *self._work]
-        for task in self._ready:
+        for task in list(self._ready):
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
         await asyncio.gather(*(self._end(instance) for instance in list(self._instances)))
+
+    def _begin(self, work: Coroutine[Any, Any, Connection]) -> "asyncio.Task[Connection]":
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._drop_failed)
+        return task
+
+    def _drop_failed(self, task: "asyncio.Task[Connection]") -> None:
+        """An instance that did not start is not lent; who waits for it is told why, and the next one tries again."""
+        if (task.cancelled() or task.exception() is not None) and task in self._ready:
+            self._ready.remove(task)
 
     async def _start(self) -> Connection:
         folder = None if self.server.cwd is not None else tempfile.mkdtemp(prefix="server-", dir=self._root)

@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -238,6 +239,12 @@ def test_without_the_sdk_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'trl_toolgrpo\[mcp\]'"):
         MCPTools([plain()])
+
+
+def test_the_package_needs_the_sdk_for_nothing_else():
+    source = "\n".join(path.read_text() for path in (PACKAGE / "tools").glob("*.py"))
+    imports = [line for line in source.splitlines() if re.match(r"(from|import) (mcp|mcp_types|anyio|httpx2)\b", line)]
+    assert not imports, "imported where used, not with the package"
 
 
 # Faults

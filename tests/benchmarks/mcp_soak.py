@@ -13,6 +13,7 @@ import io
 import logging
 import os
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -85,11 +86,14 @@ def many_batches(batches: int) -> None:
         errors = sum(logged(trainer, "tools/crash/errors"))
         restarts = sum(logged(trainer, "tools/mcp/plain/restarts")) + trainer._mcp.restarts()["plain"]
         print(f"{batches} batches: {errors:.0f} crashes, {restarts:.0f} restarts")
-        for batch in sorted({min(20, batches // 4), batches // 2, batches - 1}):
-            print("batch {}: {} threads, {} children, {} file descriptors, {:.0f} MB".format(batch, *figures[batch]))
-        first, last = figures[min(20, batches // 4)], figures[-1]
-        assert all(late <= early + 3 for early, late in zip(first[:3], last[:3], strict=True)), "something piles up"
-        assert last[3] <= 1.02 * first[3], "memory piles up"
+        windows = [figures[batches // 10 : 3 * batches // 10], figures[4 * batches // 5 :]]
+        early, late = ([statistics.median(column) for column in zip(*window, strict=True)] for window in windows)
+        for name, medians in (("early", early), ("late", late)):
+            print(
+                "{} (medians): {:g} threads, {:g} children, {:g} file descriptors, {:.0f} MB".format(name, *medians)
+            )
+        assert all(now <= then + 1 for then, now in zip(early[:3], late[:3], strict=True)), "something piles up"
+        assert late[3] <= 1.02 * early[3], "memory piles up"
 
 
 def main() -> None:

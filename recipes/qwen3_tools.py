@@ -1,8 +1,8 @@
 """Train a language model to call tools with GRPO. One script for every recipe of this folder.
 
-Owns the command line; the task comes from `workspace.py` or `bfcl.py`, the model from a folder, the Hub,
-`tiny_model.py` or `smollm2.py`, and the trainer from `trl_toolgrpo`. Without `--config` it runs `tiny_cpu.yaml`, which
-needs no download.
+Owns the command line; the task comes from `workspace.py`, `bfcl.py` or `mcp_task.py`, the model from a folder, the
+Hub, `tiny_model.py` or `smollm2.py`, and the trainer from `trl_toolgrpo`. Without `--config` it runs `tiny_cpu.yaml`,
+which needs no download.
 
     python recipes/qwen3_tools.py
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/qwen3_tools.py --config recipes/bfcl.yaml
@@ -10,26 +10,38 @@ needs no download.
 
 import ctypes
 import ctypes.util
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bfcl import build_bfcl
 from conversation import SampleConversation
+from mcp_task import build_mcp
 from scoreboard import Scoreboard, comparison
+from server_environment import FOLDER, make_environment
 from smollm2 import convert_smollm2
 from task import Task
 from tiny_model import TinyModel, build_tiny_model
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from warm_start import WarmStart
 from workspace import build_workspace
 
 from trl_toolgrpo import ToolGRPOConfig, ToolGRPOTrainer
 
 
 DEFAULT_CONFIG = Path(__file__).with_name("tiny_cpu.yaml")
+
+# The tiny model by the task it is for
+TINY: dict[str, Callable[..., TinyModel]] = {
+    "workspace": TinyModel,
+    "bfcl": TinyModel,
+    "mcp": partial(TinyModel, task="mcp", warm_start=WarmStart(demonstrations=2000, steps=400, batch_size=8)),
+}
 
 
 def read_truth(text: str) -> bool:
@@ -56,7 +68,8 @@ class RecipeArguments:
 
     Args:
         task (`str`, *optional*, defaults to `"workspace"`):
-            `"workspace"` (questions to a company's database) or `"bfcl"` (Berkeley Function Calling Leaderboard).
+            `"workspace"` (questions to a company's database), `"bfcl"` (Berkeley Function Calling Leaderboard) or
+            `"mcp"` (questions that two MCP servers answer).
         train_size, held_out_size (`int`, *optional*, default to `2000` and `120`):
             Number of questions in each split. For `bfcl`, at most 400 together.
         question_seed (`int`, *optional*, defaults to `0`):
@@ -70,10 +83,17 @@ class RecipeArguments:
             For `bfcl`: data set on the Hub that is read when the `bfcl-eval` package is not installed.
         sample_every (`int`, *optional*, defaults to `20`):
             Optimizer steps between two sample conversations on the console; 0 prints none.
+        mcp_servers (`dict`, *optional*):
+            MCP servers in the shape of `mcpServers`; `{output_dir}` in it stands for the output folder. On the command
+            line, as JSON.
+        server_packages (`list[str]`, *optional*):
+            Packages of the servers, installed with pip in `server_folder`, an environment of their own.
+        server_folder (`str`, *optional*, defaults to `"outputs/servers"`):
+            Where that is.
     """
 
     task: str = field(
-        default="workspace", metadata={"help": "What to train on.", "choices": ["workspace", "bfcl"]}
+        default="workspace", metadata={"help": "What to train on.", "choices": ["workspace", "bfcl", "mcp"]}
     )
     train_size: int = field(default=2000, metadata={"help": "Number of training questions."})
     held_out_size: int = field(default=120, metadata={"help": "Number of held-out questions."})
@@ -90,6 +110,17 @@ class RecipeArguments:
     sample_every: int = field(
         default=20, metadata={"help": "Optimizer steps between two sample conversations; 0 prints none."}
     )
+    mcp_servers: dict | str | None = field(
+        default=None, metadata={"help": "MCP servers in the shape of mcpServers; on the command line as JSON."}
+    )
+    server_packages: list[str] | None = field(
+        default=None, metadata={"help": "Packages of the servers, installed in an environment of their own."}
+    )
+    server_folder: str = field(default=FOLDER, metadata={"help": "Where that environment is."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.mcp_servers, str):
+            self.mcp_servers = json.loads(self.mcp_servers)
 
 
 def parse_arguments(
@@ -149,15 +180,42 @@ def read_switches(environment: Mapping[str, str]) -> dict[str, Any]:
     return values
 
 
-def build_task(recipe: RecipeArguments) -> Task:
+def build_task(recipe: RecipeArguments, training: ToolGRPOConfig) -> Task:
     """The task the arguments ask for."""
+    if recipe.task == "mcp":
+        folder = Path(training.output_dir) / "company"
+        with training.main_process_first(desc="writing the company's database"):
+            return build_mcp(recipe.train_size, recipe.held_out_size, recipe.question_seed, folder)
     if recipe.task == "bfcl":
         return build_bfcl(recipe.train_size, recipe.held_out_size, recipe.question_seed, recipe.dataset_name)
     sizes = recipe.train_size, recipe.held_out_size
     return build_workspace(*sizes, recipe.question_seed, recipe.difficulty, recipe.turn_rewards)
 
 
-def resolve_model(model: ModelConfig, training: ToolGRPOConfig) -> str:
+def resolve_servers(recipe: RecipeArguments, training: ToolGRPOConfig) -> Any:
+    """
+    The MCP servers, with their packages installed and found first.
+
+    Args:
+        recipe ([`RecipeArguments`]):
+            Names the servers.
+        training ([`ToolGRPOConfig`]):
+            Output folder.
+
+    Returns:
+        `dict`, *optional*: the servers by name.
+    """
+    if recipe.mcp_servers is None:
+        return None
+    if recipe.server_packages:
+        with training.main_process_first(desc="installing the MCP servers"):
+            programs = make_environment(recipe.server_folder, recipe.server_packages)
+        os.environ["PATH"] = f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    folder = json.dumps(str(Path(training.output_dir).absolute()))[1:-1]
+    return json.loads(json.dumps(recipe.mcp_servers).replace("{output_dir}", folder))
+
+
+def resolve_model(model: ModelConfig, training: ToolGRPOConfig, task: str = "workspace") -> str:
     """
     Folder or Hub id of the model; `tiny` and `smollm2` are built in the output folder, if they are not there yet.
 
@@ -166,6 +224,8 @@ def resolve_model(model: ModelConfig, training: ToolGRPOConfig) -> str:
             Names the model.
         training ([`ToolGRPOConfig`]):
             Output folder and seed.
+        task (`str`, *optional*, defaults to `"workspace"`):
+            What `tiny` is warm-started on.
 
     Returns:
         `str`: what the trainer loads.
@@ -181,7 +241,7 @@ def resolve_model(model: ModelConfig, training: ToolGRPOConfig) -> str:
     folder = Path(training.output_dir) / name
     with training.main_process_first(desc=f"building the model `{name}`"):
         if name == "tiny":
-            return str(build_tiny_model(folder, TinyModel(seed=training.seed)))
+            return str(build_tiny_model(folder, TINY[task](seed=training.seed)))
         return str(convert_smollm2(folder))
 
 
@@ -198,12 +258,13 @@ def build_trainer(
         **(training.model_init_kwargs or {}),
     }
     trainer = ToolGRPOTrainer(
-        model=resolve_model(model, training),
+        model=resolve_model(model, training, recipe.task),
         reward_funcs=scoreboard,
         args=training,
         train_dataset=task.train,
         eval_dataset=task.held_out,
         environment_factory=task.environment_factory,
+        mcp_servers=resolve_servers(recipe, training),
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
         callbacks=[scoreboard, SampleConversation(scoreboard, recipe.sample_every)],
@@ -233,7 +294,7 @@ def main() -> None:
     if training.process_index == 0:
         for name, _ in SWITCHES.values():
             print(f"{name}: {getattr(training, name)}", flush=True)
-    trainer, scoreboard = build_trainer(build_task(recipe), recipe, training, model)
+    trainer, scoreboard = build_trainer(build_task(recipe, training), recipe, training, model)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     if scoreboard.evaluations[-1].step < trainer.state.global_step:
         trainer.evaluate()

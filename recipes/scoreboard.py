@@ -61,15 +61,22 @@ class Scoreboard(TrainerCallback):
         self._held_out: list[tuple[str, int, Verdict]] = []
 
     def __call__(
-        self, prompts: list, completions: list, environments: list, log_metric: Any, **columns: Any
+        self,
+        prompts: list,
+        completions: list,
+        log_metric: Any,
+        environments: list | None = None,
+        mcp_sessions: list | None = None,
+        **columns: Any,
     ) -> list[float]:
         """Rewards of a batch of rollouts; held-out ones also go on record."""
         size = len(completions)
+        worlds = environments or mcp_sessions or [None] * size
         lists = {name: values for name, values in columns.items() if isinstance(values, list) and len(values) == size}
         rows = [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
         verdicts = [
-            self._judge(completion, environment, row)
-            for completion, environment, row in zip(completions, environments, rows, strict=True)
+            self._judge(completion, world, row)
+            for completion, world, row in zip(completions, worlds, rows, strict=True)
         ]
         for row, verdict in zip(rows, verdicts, strict=True):
             if row["split"] == "held_out":

@@ -38,16 +38,17 @@ class Task:
         train, held_out ([`~datasets.Dataset`]):
             Questions, with the columns `row_id`, `split` (`"train"` or `"held_out"`), `prompt`, `difficulty` and what
             `environment_factory` and `judge` need.
-        environment_factory (`Callable`):
-            Gives a new environment; the row's columns go to its `reset`.
+        environment_factory (`Callable`, *optional*):
+            Gives a new environment; the row's columns go to its `reset`. `None` for a task whose tools are those of
+            MCP servers.
         judge (`Callable`):
             `judge(completion, environment, row)` gives the [`Verdict`] of a rollout: its messages after the prompt,
-            its environment, and its row.
+            its environment (without one, its [`~trl_toolgrpo.MCPSession`]), and its row.
     """
 
     train: Dataset
     held_out: Dataset
-    environment_factory: Callable[[], Any]
+    environment_factory: Callable[[], Any] | None
     judge: Callable[[list[dict[str, Any]], Any, dict[str, Any]], Verdict]
 
 

@@ -1,4 +1,4 @@
-"""The tiny Qwen3 of the CPU recipe: built, given a tokenizer of the task's own text, and saved as an ordinary folder.
+"""The tiny Qwen3 of the CPU recipes: built, given a tokenizer of the task's own text, and saved as an ordinary folder.
 
 Owns the architecture, the tokenizer and the folder; the weights come from `warm_start.py`. Feeds `qwen3_tools.py`,
 which loads the folder as it would load any model.
@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import mcp_task
 import torch
 import trl
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -63,6 +64,8 @@ class TinyModel:
             Seed of the weights, the demonstrations and their order.
         warm_start ([`WarmStart`], *optional*):
             Supervised training before the model is saved.
+        task (`str`, *optional*, defaults to `"workspace"`):
+            What it is warm-started on, `"workspace"` or `"mcp"`.
     """
 
     hidden_size: int = 96
@@ -72,6 +75,7 @@ class TinyModel:
     vocab_size: int = 1200
     seed: int = 0
     warm_start: WarmStart = field(default_factory=WarmStart)
+    task: str = "workspace"
 
 
 def chat_template(name: str) -> str:
@@ -107,11 +111,7 @@ def build_tiny_model(folder: str | Path, settings: TinyModel | None = None) -> P
     if record.is_file() and record.read_text() == recipe:
         return folder
     warm_start = settings.warm_start
-    conversations = [
-        demonstrate(row, warm_start.slip_rate, warm_start.mistype_rate, settings.seed)
-        for row in build_workspace(warm_start.demonstrations, 0, settings.seed).train
-    ]
-    tools = workspace_tools()
+    conversations, tools = lessons(settings)
     tokenizer = build_tokenizer(conversations[:500], tools, settings.vocab_size)
     model = build_model(settings, tokenizer)
     train_on_demonstrations(model, tokenizer, conversations, tools, warm_start, settings.seed)
@@ -120,6 +120,17 @@ def build_tiny_model(folder: str | Path, settings: TinyModel | None = None) -> P
     tokenizer.save_pretrained(folder)
     record.write_text(recipe)
     return folder
+
+
+def lessons(settings: TinyModel) -> tuple[list[list[dict]], list]:
+    """The conversations the model is warm-started on, and the tools that are described in them."""
+    start, seed = settings.warm_start, settings.seed
+    if settings.task == "mcp":
+        questions = [mcp_task.make_row(f"train-{index}", seed) for index in range(start.demonstrations)]
+        conversations = [mcp_task.demonstrate(row, start.slip_rate, seed) for row in questions]
+        return conversations, mcp_task.demonstration_tools()
+    rows = build_workspace(start.demonstrations, 0, seed).train
+    return [demonstrate(row, start.slip_rate, start.mistype_rate, seed) for row in rows], workspace_tools()
 
 
 def workspace_tools() -> list:

@@ -34,7 +34,7 @@ def test_every_recipe_is_read(path, tmp_path):
     for name in given:
         assert name in found, f"{path.name} sets {name}, which no argument reads"
     assert isinstance(training, ToolGRPOConfig)
-    assert recipe.task in ("workspace", "bfcl") and model.model_name_or_path == given["model_name_or_path"]
+    assert recipe.task in ("workspace", "bfcl", "mcp") and model.model_name_or_path == given["model_name_or_path"]
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES.parent / "accelerate_configs").glob("*.yaml")), ids=lambda p: p.name)

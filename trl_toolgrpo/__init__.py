@@ -6,6 +6,7 @@ from .errors import (
     ConfigError,
     DatasetError,
     LogprobMismatchError,
+    MCPServerError,
     ReferenceSyncError,
     RewardError,
     SamplerError,
@@ -18,6 +19,8 @@ from .errors import (
     TransientToolError,
     ValueHeadError,
 )
+from .tools.mcp_config import MCPServer
+from .tools.mcp_session import MCPSession
 from .tools.python import python_tool
 from .tools.types import Tool, ToolCall, ToolResult
 from .trainer import ToolGRPOTrainer
@@ -31,6 +34,9 @@ __all__ = [
     "ConfigError",
     "DatasetError",
     "LogprobMismatchError",
+    "MCPServer",
+    "MCPServerError",
+    "MCPSession",
     "ReferenceSyncError",
     "RewardError",
     "SamplerError",

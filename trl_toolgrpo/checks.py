@@ -17,7 +17,7 @@ from peft import PeftConfig
 from trl.chat_template_utils import supports_tool_calling
 
 from .config import ToolGRPOConfig
-from .errors import ChatTemplateError, ConfigError, DatasetError
+from .errors import ChatTemplateError, ConfigError, DatasetError, ToolSchemaError
 from .tools.names import check_tool_columns, check_tool_mentions
 from .tools.types import Tool
 
@@ -192,6 +192,49 @@ def check_template(processing_class: Any) -> None:
             f"to render a user message, an assistant message with a call and the tool's result. Set "
             f"`tokenizer.chat_template` to one that does, such as trl/chat_templates/qwen3.jinja."
         )
+
+
+def check_rendering(processing_class: Any, tools: Sequence[Tool], chat_template: str | None, kwargs: Any) -> None:
+    """
+    Check that a chat template can show each tool to the policy.
+
+    Args:
+        processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`):
+            Renders prompts.
+        tools (`Sequence[Tool]`):
+            The tools.
+        chat_template (`str`, *optional*):
+            Template to render with, instead of the tokenizer's own.
+        kwargs (`dict`, *optional*):
+            More arguments of `apply_chat_template`.
+
+    Raises:
+        ToolSchemaError: for a tool with a schema the template fails on.
+    """
+    prompt = [{"role": "user", "content": "Hello."}]
+    for tool in tools:
+        try:
+            text = processing_class.apply_chat_template(
+                prompt, tools=[tool.schema], chat_template=chat_template, tokenize=False, **(kwargs or {})
+            )
+            reason = _garbled(text, tool.parameters)
+        except Exception as error:
+            reason = str(error)
+        if reason is not None:
+            raise ToolSchemaError(
+                f"The chat template cannot render the tool {tool.name!r}: {reason}. Its parameters are "
+                f"{json.dumps(tool.parameters)[:400]}. Write the schema in words that the template knows (one `type` "
+                f"for each property is what all of them do), leave the tool out, or use another template."
+            )
+
+
+def _garbled(text: str, schema: Any) -> str | None:
+    """Which types of a schema a template has written as Python writes a list, as those do that expect one type."""
+    inner = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ()
+    types = schema.get("type") if isinstance(schema, dict) else None
+    if isinstance(types, list) and str(types).upper() in text.upper():
+        return f"it shows the types {types} as one type of that name"
+    return next((found for part in inner if (found := _garbled(text, part)) is not None), None)
 
 
 def _texts(rows: Iterable[dict[str, Any]]) -> Iterator[str]:

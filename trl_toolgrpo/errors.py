@@ -62,3 +62,7 @@ class ValueHeadError(ToolGRPOError, ValueError):
 
 class ReferenceSyncError(ToolGRPOError, RuntimeError):
     """A reference that is not what a sync was to make it, or that cannot be restored from a checkpoint."""
+
+
+class MCPServerError(ToolGRPOError, RuntimeError):
+    """An MCP server that does not start or cannot be reached, with the server's own words."""

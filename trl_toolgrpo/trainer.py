@@ -15,17 +15,12 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import GRPOTrainer
-from trl.chat_template_utils import (
-    add_response_schema,
-    get_training_chat_template,
-    is_chat_template_prefix_preserving,
-)
 from trl.extras.profiling import profiling_context
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id
 
 from .assist import AssistedWarmup
-from .checks import check_dataset, check_forcing, check_template, check_tool_names, named_datasets, warn_of_dropout
+from .checks import check_dataset, check_forcing, check_template, named_datasets, warn_of_dropout
 from .config import ToolGRPOConfig
 from .critic import Critic
 from .diagnostics import (
@@ -44,9 +39,10 @@ from .rollout.forcing import ForcePolicy
 from .rollout.loop import RolloutRequest
 from .rollout.parsing import add_missing_response_template
 from .rollout.sampler import scoring_mode
+from .rollout_tools import RolloutTools
 from .scoring import SharedPromptScoring
 from .sync import ReferenceSync, synced_by_us
-from .tools.environments import on_own_thread, scoring_plain_instances
+from .tools.environments import on_own_thread
 from .tools.execute import ToolExecutor
 from .tools.prompt import PromptTool
 from .tools.toolset import ToolSet
@@ -55,11 +51,8 @@ from .tools.types import Tool
 
 logger = logging.getLogger(__name__)
 
-_NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}}
-_TOOL_OF_RESET = Tool("tool", "Known once the environment is reset.", _NO_ARGUMENTS, lambda: None)
 
-
-class ToolGRPOTrainer(AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring, GRPOTrainer):
+class ToolGRPOTrainer(AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring, RolloutTools, GRPOTrainer):
     """
     Drop-in for TRL's [`~trl.GRPOTrainer`] (arXiv 2402.03300) that trains a policy to call tools.
 
@@ -80,10 +73,14 @@ class ToolGRPOTrainer(AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring
             which `reset` may change) gives each rollout tools of its own.
         force_policy (`Callable`, *optional*):
             `force_policy(trajectory, tools)` names the tool of a forced call; uniform by default.
+        mcp_servers (`list[MCPServer | dict]` or `dict`, *optional*):
+            Servers whose tools the policy gets: [`MCPServer`]s, dicts of their arguments, or the `mcpServers` of an
+            MCP client's configuration. They are started now and end with the run. Reward functions also get
+            `mcp_sessions`, an [`MCPSession`] for each rollout.
 
     Raises:
-        ConfigError, DatasetError, ToolSchemaError, ToolNameError, ChatTemplateError: at construction, for
-            arguments that cannot work together.
+        ConfigError, DatasetError, ToolSchemaError, ToolNameError, ChatTemplateError, MCPServerError: at
+            construction, for arguments that cannot work together and servers that do not start.
         LogprobMismatchError: while training, if recorded and recomputed log-probs differ beyond the tolerance.
         TrajectoryError: while training, for a rollout record that breaks its contract.
         ReferenceSyncError: while training, if the reference is not what a sync was to make it.
@@ -115,16 +112,18 @@ class ToolGRPOTrainer(AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring
         rollout_func: Any = None,
         environment_factory: Any = None,
         force_policy: ForcePolicy | None = None,
+        mcp_servers: Any = None,
     ):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = ToolGRPOConfig(f"{name.split('/')[-1]}-{self._name}")
         args = ToolGRPOConfig.from_grpo_config(args)
         for name, dataset in named_datasets(train_dataset, eval_dataset):
-            check_dataset(name, dataset, bool(tools), environment_factory is not None)
+            check_dataset(name, dataset, bool(tools or mcp_servers), environment_factory is not None)
         # Whether rollouts are this package's own; vLLM, a `rollout_func` and multimodal models take TRL's way
         self._recording = args.record_sample_logprobs and not args.use_vllm and rollout_func is None
-        check_forcing(args, self._recording, bool(tools or environment_factory), train_dataset)
+        check_forcing(args, self._recording, bool(tools or environment_factory or mcp_servers), train_dataset)
+        tools = self._start_servers(mcp_servers, tools, environment_factory)
         toolset = self._toolset = ToolSet(tools)
         executor = None
         trl_tools: list[Any] = [PromptTool(tool) if isinstance(tool, Tool) else tool for tool in tools or []]
@@ -155,9 +154,7 @@ class ToolGRPOTrainer(AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring
                 environment_factory=environment_factory,
             )
         self._prepare_recording(executor, force_policy)
-        for name, dataset in named_datasets(train_dataset, eval_dataset):
-            if not self._toolset.decided_at_reset:
-                check_tool_names(name, dataset, self._toolset.known)
+        self._check_tools(train_dataset, eval_dataset)
 
     def _prepare_recording(self, executor: ToolExecutor | None, force_policy: ForcePolicy | None) -> None:
         """Everything that TRL's constructor had to make the model for."""
@@ -186,20 +183,6 @@ class ToolGRPOTrainer(AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring
         self._executor = executor
         pad_id = self._tokenizer.pad_token_id
         self._engine = RolloutEngine(self.args, self.eos_token_ids, pad_id, chat, executor, force_policy)
-
-    def _read_environments(self) -> None:
-        """Hold the methods of environments as schemas too, and prepare for tools that only a reset one knows."""
-        had_tools = bool(self.tools)
-        self.reward_funcs = [scoring_plain_instances(reward_func) for reward_func in self.reward_funcs]
-        self._env_tools = self._toolset.add_environments({n: pool[0] for n, pool in self._environment_pool.items()})
-        self.tools: list[Any] = [PromptTool(tool) for tool in self._toolset.known]
-        if had_tools or not self._toolset.decided_at_reset:
-            return
-        self.tools = [PromptTool(_TOOL_OF_RESET)]
-        if getattr(self._tokenizer, "response_template", None) is None:
-            add_response_schema(self.processing_class)
-        if not is_chat_template_prefix_preserving(self.processing_class):
-            self.chat_template = get_training_chat_template(self.processing_class)
 
     # Rollouts
 
@@ -248,6 +231,7 @@ class ToolGRPOTrainer(AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring
         for ids, environment in zip(prompt_ids, environments, strict=True):
             tools, owned = self._toolset.of_rollout(environment) if self.tools else ({}, frozenset())
             requests.append(RolloutRequest(ids, tools, environment, owned))
+        requests = self._lend_servers(requests)
         with profiling_context(self, "rollout"), unwrapped_policy(self) as policy:
             self._batch = self._engine.run(policy, requests, self.accelerator.autocast, self._may_force)
         return self._batch
@@ -305,12 +289,6 @@ class ToolGRPOTrainer(AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring
         batch.mask_dropped(output, self.mask_truncated_completions)
         mask = output["completion_mask"] * output.get("tool_mask", 1)
         output["num_items_in_batch"] = self.accelerator.gather(mask.sum()).sum()
-
-    def _drop_stuck_environments(self) -> None:
-        """Environments whose thread hangs are not handed out again."""
-        if self.environments and self._executor is not None:
-            for name, pool in self._environment_pool.items():
-                self._environment_pool[name] = [e for e in pool if not self._executor.is_abandoned(e)]
 
     def _check_recorded(self, output: dict[str, Any], batch: RolloutBatch) -> None:
         """The self-check: the trainer's own log-probs of the batch against those that were recorded."""

@@ -1,6 +1,6 @@
 """The records of a tool call: what can be called, what was called, what came back.
 
-Owns `Tool`, `ToolCall` and `ToolResult`; fed by `functions.py` (and later by MCP servers), read by the rollout loop.
+Owns `Tool`, `ToolCall` and `ToolResult`; fed by `functions.py` and `mcp.py`, read by the rollout loop.
 """
 
 import inspect

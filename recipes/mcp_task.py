@@ -1,0 +1,275 @@
+"""The MCP task: questions that two real MCP servers answer, `mcp-server-sqlite` and `mcp-server-time`.
+
+Owns the company's database that each rollout's SQLite server starts with, the questions, the judgement of a rollout by
+what the servers answer afterwards, and the demonstrations the tiny model is warm-started with. Feeds `qwen3_tools.py`.
+"""
+
+import ast
+import json
+import random
+import sqlite3
+import zlib
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from datasets import Dataset
+from task import Task, Verdict, final_answer
+from workspace import FIRST_NAMES, LAST_NAMES
+
+
+SYSTEM_PROMPT = "Use the tools, one call at a time. Then answer with the value alone."
+
+ZONES = {
+    "Berlin": "Europe/Berlin", "Lisbon": "Europe/Lisbon", "Athens": "Europe/Athens", "Cairo": "Africa/Cairo",
+    "Lagos": "Africa/Lagos", "Nairobi": "Africa/Nairobi", "Dubai": "Asia/Dubai", "Tokyo": "Asia/Tokyo",
+    "Manila": "Asia/Manila", "Bangkok": "Asia/Bangkok", "Chicago": "America/Chicago", "Denver": "America/Denver",
+    "Bogota": "America/Bogota", "Lima": "America/Lima", "Sydney": "Australia/Sydney",
+}  # fmt: skip
+
+QUESTIONS = {
+    "salary": (1, ["What is the salary of {name}?", "Which salary does {name} have?"]),
+    "time": (1, ["It is {time} in {city}. What is the time in {other}?"]),
+    "change": (2, ["Set the salary of {name} to {new}. What was it before?"]),
+}
+
+ZONE = (
+    "{} IANA timezone name (e.g., {}). Use 'Etc/UTC' as local timezone if no {} timezone provided by the user."
+)
+TOOLS = [
+    ("read_query", "Execute a SELECT query on the SQLite database", {"query": "SELECT SQL query to execute"}),
+    (
+        "write_query",
+        "Execute an INSERT, UPDATE, or DELETE query on the SQLite database",
+        {"query": "SQL query to execute"},
+    ),
+    (
+        "convert_time",
+        "Convert time between timezones",
+        {
+            "source_timezone": ZONE.format("Source", "'America/New_York', 'Europe/London'", "source"),
+            "time": "Time to convert in 24-hour format (HH:MM)",
+            "target_timezone": ZONE.format("Target", "'Asia/Tokyo', 'America/San_Francisco'", "target"),
+        },
+    ),
+]
+FAILURES = ('{"error"', "Database error", "Error")
+
+# The share of the people that only held-out questions are about
+HELD_OUT_SHARE = 0.3
+
+
+def people() -> dict[str, int]:
+    """Everybody in the company with their salary, in random order and always the same."""
+    randomness = random.Random("company")
+    names = [f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES]
+    salaries = randomness.sample(range(2000, 10_000), len(names))
+    return dict(zip(randomness.sample(names, len(names)), salaries, strict=True))
+
+
+def make_company(folder: str | Path) -> Path:
+    """
+    Write the folder that each SQLite server starts with, `company.db` in it.
+
+    Args:
+        folder (`str` or `Path`):
+            Where to.
+
+    Returns:
+        `Path`: the folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "company.db").unlink(missing_ok=True)
+    with sqlite3.connect(folder / "company.db") as database:
+        database.execute("CREATE TABLE employees (name TEXT PRIMARY KEY, salary INTEGER)")
+        database.executemany("INSERT INTO employees VALUES (?, ?)", people().items())
+    database.close()
+    return folder
+
+
+def build_mcp(train_size: int, held_out_size: int, seed: int, folder: str | Path) -> Task:
+    """
+    The task.
+
+    Args:
+        train_size, held_out_size (`int`):
+            Number of questions in each split.
+        seed (`int`):
+            Seed of the questions.
+        folder (`str` or `Path`):
+            Where to write the company's database.
+
+    Returns:
+        [`Task`]: the task; its judge asks the servers of the rollout it judges.
+    """
+    make_company(folder)
+    splits = {"train": train_size, "held_out": held_out_size}
+    rows = {
+        split: [make_row(f"{split}-{index}", seed) for index in range(size)] for split, size in splits.items() if size
+    }
+    held_out = rows.get("held_out", rows["train"][:1])
+    return Task(Dataset.from_list(rows["train"]), Dataset.from_list(held_out), None, judge)
+
+
+def make_row(row_id: str, seed: int) -> dict[str, Any]:
+    """
+    One question.
+
+    Args:
+        row_id (`str`):
+            Split and number, joined by a hyphen.
+        seed (`int`):
+            Seed, together with the row's id.
+
+    Returns:
+        `dict`: `row_id`, `split`, `prompt`, `difficulty` and `kind`, and what the question is about.
+    """
+    split = row_id.partition("-")[0]
+    randomness = random.Random(f"{row_id} {seed}")
+    names = list(people())
+    held_out = int(HELD_OUT_SHARE * len(names))
+    kind = randomness.choice(list(QUESTIONS))
+    about = {
+        "name": randomness.choice(names[:held_out] if split == "held_out" else names[held_out:]),
+        "new": randomness.randint(2000, 9999),
+        "time": f"{randomness.randint(0, 23):02}:{randomness.randrange(0, 60, 5):02}",
+    }
+    about["city"], about["other"] = randomness.sample(list(ZONES), 2)
+    difficulty, phrasings = QUESTIONS[kind]
+    question = randomness.choice(phrasings).format(**about)
+    prompt = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
+    return {"row_id": row_id, "split": split, "prompt": prompt, "difficulty": difficulty, "kind": kind, **about}
+
+
+def judge(completion: list[dict[str, Any]], servers: Any, row: dict[str, Any]) -> Verdict:
+    """
+    Judge a rollout by its answer and by what its servers say now.
+
+    Args:
+        completion (`list[dict]`):
+            Its messages after the prompt.
+        servers ([`~trl_toolgrpo.MCPSession`]):
+            Its servers.
+        row (`dict`):
+            Its row.
+
+    Returns:
+        [`Verdict`]: a success is the right answer, and a database in which exactly what was asked for has changed.
+    """
+    name, original = row["name"], people()
+    wanted = {**original, name: row["new"]} if row["kind"] == "change" else original
+    answered = [message for message in completion if message["role"] == "tool"]
+    valid_call = any(not message["content"].startswith(FAILURES) for message in answered)
+    answer = final_answer(completion).strip()
+    if row["kind"] == "time":
+        right = answer == time_there(servers.call("convert_time", **time_arguments(row)).content)
+    else:
+        right = answer == str(original[name])
+    found = people_in(servers.call("read_query", query="SELECT name, salary FROM employees").content)
+    success = right and found == wanted
+    partly = 0.3 * right + 0.2 * (row["kind"] == "change" and found == wanted) + 0.1 * valid_call
+    return Verdict(success, 1.0 if success else partly, valid_call)
+
+
+def people_in(text: str) -> dict[str, int]:
+    """The people in an answer of the SQLite server, which writes rows as Python does; none if it is an error."""
+    try:
+        return {row["name"]: row["salary"] for row in ast.literal_eval(text)}
+    except (ValueError, SyntaxError, TypeError, KeyError):
+        return {}
+
+
+def time_arguments(row: dict[str, Any]) -> dict[str, str]:
+    """Arguments of `convert_time` for a question."""
+    return {
+        "source_timezone": ZONES[row["city"]],
+        "time": row["time"],
+        "target_timezone": ZONES[row["other"]],
+    }
+
+
+def time_there(answer: Any) -> str | None:
+    """Hours and minutes at the target in an answer of `convert_time`."""
+    answer = json.loads(answer) if isinstance(answer, str) and answer.startswith("{") else answer
+    return answer["target"]["datetime"][11:16] if isinstance(answer, dict) and "target" in answer else None
+
+
+# Demonstrations
+
+
+def demonstrate(row: dict[str, Any], slip_rate: float, seed: int = 0) -> list[dict[str, Any]]:
+    """
+    Answer a question as the servers would, but carelessly.
+
+    Args:
+        row (`dict`):
+            The question.
+        slip_rate (`float`):
+            Probability to leave out the change that was asked for.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the slips, together with the row's id.
+
+    Returns:
+        `list[dict]`: the conversation, prompt included.
+    """
+    randomness = random.Random(zlib.crc32(f"{row['row_id']} {seed}".encode()))
+    where = f"WHERE name = '{row['name']}'"
+    if row["kind"] == "time":
+        result = converted(**time_arguments(row))
+        messages = _call("convert_time", result, **time_arguments(row))
+        answer = str(time_there(result))
+    else:
+        answer = str(people()[row["name"]])
+        messages = _call("read_query", f"[{{'salary': {answer}}}]", query=f"SELECT salary FROM employees {where}")
+        if row["kind"] == "change" and randomness.random() >= slip_rate:
+            query = f"UPDATE employees SET salary = {row['new']} {where}"
+            messages += _call("write_query", "[{'affected_rows': 1}]", query=query)
+    return [*row["prompt"], *messages, {"role": "assistant", "content": answer}]
+
+
+def converted(source_timezone: str, time: str, target_timezone: str) -> str:
+    """What `convert_time` answers."""
+    hours, minutes = map(int, time.split(":"))
+    source = datetime.now(ZoneInfo(source_timezone)).replace(hour=hours, minute=minutes, second=0, microsecond=0)
+    target = source.astimezone(ZoneInfo(target_timezone))
+    apart = ((target.utcoffset() or timedelta()) - (source.utcoffset() or timedelta())).total_seconds() / 3600
+    answer = {"source": _moment(source_timezone, source), "target": _moment(target_timezone, target)}
+    return json.dumps({**answer, "time_difference": f"{apart:+.1f}h"}, indent=2)
+
+
+def demonstration_tools() -> list[dict[str, Any]]:
+    """The servers' tools as the servers describe them."""
+    return [
+        {
+            "type": "function",
+            "function": {
+                "name": name,
+                "description": description,
+                "parameters": {
+                    "type": "object",
+                    "properties": {name: {"type": "string", "description": text} for name, text in arguments.items()},
+                    "required": list(arguments),
+                },
+            },
+        }
+        for name, description, arguments in TOOLS
+    ]
+
+
+def _call(name: str, result: str, **arguments: Any) -> list[dict[str, Any]]:
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": name, "content": result},
+    ]
+
+
+def _moment(zone: str, when: datetime) -> dict[str, Any]:
+    return {
+        "timezone": zone,
+        "datetime": when.isoformat(timespec="seconds"),
+        "day_of_week": when.strftime("%A"),
+        "is_dst": bool(when.dst()),
+    }

@@ -1,0 +1,142 @@
+"""The tools of a run and of each rollout: those passed, those of environments, those of MCP servers.
+
+Owns, as a mixin of the trainer, how MCP servers join the tools of a run, are lent to rollouts and are shown to reward
+functions, and how environments are read; the servers themselves are in `tools/mcp.py`.
+"""
+
+import inspect
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from accelerate.utils import gather_object
+from trl import GRPOTrainer
+from trl.chat_template_utils import (
+    add_response_schema,
+    get_training_chat_template,
+    is_chat_template_prefix_preserving,
+)
+
+from .checks import check_rendering, check_tool_names, named_datasets
+from .errors import ConfigError
+from .rollout.loop import RolloutRequest
+from .tools.environments import scoring_plain_instances
+from .tools.execute import ToolExecutor
+from .tools.mcp import MCPTools
+from .tools.mcp_config import MCPServer, read_servers
+from .tools.mcp_session import MCPSession
+from .tools.prompt import PromptTool
+from .tools.toolset import ToolSet
+from .tools.types import Tool
+
+
+_NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}}
+_TOOL_OF_RESET = Tool("tool", "Known once the environment is reset.", _NO_ARGUMENTS, lambda: None)
+
+
+class RolloutTools(GRPOTrainer):
+    """Part of [`ToolGRPOTrainer`]; see its arguments `tools`, `environment_factory` and `mcp_servers`."""
+
+    model: Any
+    processing_class: Any
+    _recording: bool
+    _toolset: ToolSet
+    _executor: ToolExecutor | None
+    _mcp: MCPTools | None = None
+    _sessions: Sequence[MCPSession] = ()
+
+    def _start_servers(self, mcp_servers: Any, tools: Any, environment_factory: Any) -> Any:
+        """Start the MCP servers; the run's tools, theirs included."""
+        servers = read_servers(mcp_servers)
+        if not servers:
+            return tools
+        self._refuse_own_servers(servers)
+        taken = {tool.name for tool in ToolSet(tools).own} | _method_names(environment_factory)
+        self._mcp = MCPTools(servers, taken)
+        weakref.finalize(self, self._mcp.close)
+        return [*(tools or []), *self._mcp.tools]
+
+    def _refuse_own_servers(self, servers: Iterable[MCPServer]) -> None:
+        for server in servers:
+            if server.per_rollout and not self._recording:
+                raise ConfigError(
+                    f"You passed the MCP server {server.name!r} with `per_rollout=True` and rollouts of TRL's own "
+                    f"(`use_vllm`, `rollout_func`, `record_sample_logprobs=False` or a multimodal model), whose tools "
+                    f"do not know the rollout they are called by. Share the server, or leave the rollouts to this "
+                    f"trainer."
+                )
+
+    def _check_tools(self, train_dataset: Any, eval_dataset: Any) -> None:
+        """Check that prompts can show the tools, and name only those that exist."""
+        self._refuse_own_servers(self._mcp.servers.values() if self._mcp is not None else ())
+        template, kwargs = self.chat_template, self.chat_template_kwargs
+        check_rendering(self.processing_class, self._toolset.known, template, kwargs)
+        for name, dataset in named_datasets(train_dataset, eval_dataset):
+            if not self._toolset.decided_at_reset:
+                check_tool_names(name, dataset, self._toolset.known)
+
+    def _lend_servers(self, requests: list[RolloutRequest]) -> list[RolloutRequest]:
+        """Rollouts with the MCP servers that are their own."""
+        if self._mcp is None:
+            return requests
+        self._mcp.prepare(len(requests))
+        self._sessions = [self._mcp.session() for _ in requests]
+        lent = []
+        for request, session in zip(requests, self._sessions, strict=True):
+            tools, own = self._mcp.of_rollout(request.tools, session)
+            if own:  # with an environment, the calls of both are in one order
+                owner = session if request.environment is None else request.environment
+                request = replace(request, tools=tools, environment=owner, owned=request.owned | own)
+            lent.append(request)
+        return lent
+
+    def _generate(self, prompts: list) -> Any:
+        output = super()._generate(prompts)
+        if self._mcp is None:
+            return output
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        restarts = gather_object([self._mcp.restarts()])
+        for name in self._mcp.servers:
+            metrics[f"tools/mcp/{name.replace('/', '_')}/restarts"].append(float(sum(part[name] for part in restarts)))
+        if not self._sessions:
+            return output
+        *rest, extra_fields, images, tool_images = output
+        return (*rest, {**extra_fields, "mcp_sessions": list(self._sessions)}, images, tool_images)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        try:
+            return super()._generate_and_score_completions(inputs)
+        finally:
+            if self._mcp is not None:  # made ready for the next rollouts during the update
+                self._mcp.take_back(self._sessions)
+                self._sessions = ()
+
+    # Environments
+
+    def _read_environments(self) -> None:
+        """Hold the methods of environments as schemas too, and prepare for tools that only a reset one knows."""
+        had_tools = bool(self.tools)
+        self.reward_funcs = [scoring_plain_instances(reward_func) for reward_func in self.reward_funcs]
+        self._env_tools = self._toolset.add_environments({n: pool[0] for n, pool in self._environment_pool.items()})
+        self.tools: list[Any] = [PromptTool(tool) for tool in self._toolset.known]
+        if had_tools or not self._toolset.decided_at_reset:
+            return
+        self.tools = [PromptTool(_TOOL_OF_RESET)]
+        if getattr(self._tokenizer, "response_template", None) is None:
+            add_response_schema(self.processing_class)
+        if not is_chat_template_prefix_preserving(self.processing_class):
+            self.chat_template = get_training_chat_template(self.processing_class)
+
+    def _drop_stuck_environments(self) -> None:
+        """Environments whose thread hangs are not handed out again."""
+        if self.environments and self._executor is not None:
+            for name, pool in self._environment_pool.items():
+                self._environment_pool[name] = [e for e in pool if not self._executor.is_abandoned(e)]
+
+
+def _method_names(environment_factory: Any) -> set[str]:
+    """Names that the tools of environments will have, as far as their classes tell."""
+    factories = environment_factory.values() if isinstance(environment_factory, dict) else [environment_factory]
+    classes = [factory for factory in factories if inspect.isclass(factory)]
+    return {name for kind in classes for name, _ in inspect.getmembers(kind, inspect.isfunction) if name[0] != "_"}

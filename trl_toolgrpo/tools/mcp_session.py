@@ -1,0 +1,113 @@
+"""The MCP servers of one rollout.
+
+Owns `MCPSession`: which servers a rollout has been lent, until it is over; fed by `mcp.py`.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..errors import MCPServerError
+from .mcp_connection import Connection
+from .mcp_pool import Pool
+from .mcp_results import failed
+from .types import ToolResult
+
+
+class MCPSession:
+    """
+    The MCP servers of one rollout, as reward functions get them: those of its own in the state the rollout has left
+    them in, until the next rollouts begin, and the shared ones.
+
+    Args:
+        call (`Callable`):
+            `call(name, arguments, session)` calls a tool of the run and waits.
+    """
+
+    def __init__(self, call: Callable[[str, dict[str, Any], "MCPSession"], ToolResult]) -> None:
+        self._call = call
+        self._own: dict[str, asyncio.Task[Connection]] = {}
+        self._unusable: set[str] = set()
+        self._over = False
+
+    def call(self, tool: str, /, **arguments: Any) -> ToolResult:
+        """
+        Calls a tool, for example to read the state that a rewarded rollout has brought about.
+
+        Args:
+            tool (`str`):
+                Name of the tool in this run.
+            arguments:
+                Its arguments.
+
+        Returns:
+            [`ToolResult`]: What the server answered; an error is a result too.
+
+        Raises:
+            ToolNameError: if no server has the tool.
+        """
+        return self._call(tool, arguments, self)
+
+    def folder(self, server: str) -> Path | None:
+        """
+        The working directory of one of the rollout's own servers.
+
+        Args:
+            server (`str`):
+                Name of the server.
+
+        Returns:
+            `Path` or `None`: the folder; `None` if the rollout has not called the server.
+        """
+        task = self._own.get(server)
+        if task is None or not task.done() or task.cancelled() or task.exception() is not None:
+            return None
+        folder = task.result().folder or task.result().server.cwd
+        return None if folder is None else Path(folder)
+
+    async def call_own(self, pool: Pool, tool: str, arguments: dict[str, Any]) -> ToolResult:
+        """
+        Calls a tool of a server of the rollout's own; on the servers' loop.
+
+        Args:
+            pool ([`Pool`]):
+                Where the server comes from.
+            tool (`str`):
+                Name of the tool on the server.
+            arguments (`dict`):
+                Its arguments.
+        """
+        server = pool.server
+        if self._over:
+            return failed("The rollout is over, and its server is no longer its own.", server.redactor)
+        task = self._own.get(server.name)
+        if task is None:
+            task = self._own[server.name] = asyncio.create_task(pool.acquire())
+        try:
+            connection = await asyncio.shield(task)
+        except MCPServerError as error:
+            self._own.pop(server.name, None)  # the next call tries again
+            return failed(f"The tool is not available at the moment: {error}", server.redactor)
+        try:
+            return await connection.call(tool, arguments)
+        except asyncio.CancelledError:
+            self._unusable.add(server.name)  # what the call has done, or still does, is not known
+            raise
+
+    def give_back(self, pools: Mapping[str, Pool]) -> None:
+        """
+        Ends the rollout's hold on its servers; on the servers' loop.
+
+        Args:
+            pools (`Mapping[str, Pool]`):
+                Where they come from, by name.
+        """
+        self._over = True
+        for name, task in self._own.items():
+            task.add_done_callback(partial(self._return, pools[name]))
+
+    def _return(self, pool: Pool, task: "asyncio.Task[Connection]") -> None:
+        if not task.cancelled() and task.exception() is None:
+            pool.release(task.result(), pool.server.name not in self._unusable)

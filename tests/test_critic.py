@@ -102,7 +102,7 @@ def test_values_of_a_sampler_that_records_none_come_from_one_pass(tmp_path, monk
     for row, trajectory in enumerate(trajectories):
         ids = torch.tensor([[*trajectory.prompt_ids, *trajectory.completion_ids]])
         with torch.no_grad():
-            values = again.model(ids, with_values=True)["values"][0, len(trajectory.prompt_ids) - 1 : -1]
+            values = again.model(ids, with_values=True)["token_values"][0, len(trajectory.prompt_ids) - 1 : -1]
         torch.testing.assert_close(output["old_values"][row, : len(values)], values, atol=1e-4, rtol=1e-4)
 
 

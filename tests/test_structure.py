@@ -36,6 +36,7 @@ ORDER = [
     "rollout.parsing",
     "rollout.chat",
     "rollout.call_grammar",
+    "rollout.noise",
     "rollout.sampler",
     "rollout.constraint",
     "rollout.forcing",
@@ -46,6 +47,7 @@ ORDER = [
     "rollout.loop",
     "rollout.engine",
     "rollout",
+    "checkpoint",
     "sharding",
     "advantages",
     "value",
@@ -56,8 +58,11 @@ ORDER = [
     "assist",
     "critic",
     "reference",
+    "identity",
     "merged",
     "sync",
+    "deterministic",
+    "resume",
     "trainer",
     "",
 ]
@@ -145,7 +150,7 @@ def test_modules_say_what_they_own(name):
 @pytest.mark.parametrize("name", sorted(set(trl_toolgrpo.__all__) - {"__version__"}))
 def test_public_names_are_described(name):
     thing = getattr(trl_toolgrpo, name)
-    doc = vars(thing).get("__doc__") or ""
+    doc = (vars(thing).get("__doc__") if isinstance(thing, type) else thing.__doc__) or ""
     # A dataclass without a docstring gets its signature for one
     assert doc.strip() and not doc.startswith(f"{name}("), f"`{name}` has no docstring of its own."
     for attribute, value in vars(thing).items():

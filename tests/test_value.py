@@ -62,7 +62,7 @@ def test_values_are_those_of_the_final_hidden_state(lora):
     attach_value_head(model, head)
     output = model(ids, with_values=True)
     hidden = model(ids, output_hidden_states=True).hidden_states[-1]
-    torch.testing.assert_close(output["values"], head(hidden))
+    torch.testing.assert_close(output["token_values"], head(hidden))
     torch.testing.assert_close(output.logits, plain)
     assert "values" not in model(ids)
     assert value_head_of(model) is head and all(p.requires_grad for p in head.parameters())

@@ -290,7 +290,7 @@ class SharedPromptScoring(GRPOTrainer):
             if compute_entropy:
                 entropies.append(part.unpack(output.entropy, kept))
             if self._ask_values:
-                values.append(part.unpack(output["values"], kept))
+                values.append(part.unpack(output["token_values"], kept))
         self._values = torch.cat(values) if values else None
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 

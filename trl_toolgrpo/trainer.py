@@ -28,6 +28,7 @@ from .assist import AssistedWarmup
 from .checks import check_dataset, check_forcing, check_template, check_tool_names, named_datasets, warn_of_dropout
 from .config import ToolGRPOConfig
 from .critic import Critic
+from .deterministic import Determinism
 from .diagnostics import (
     RatioStatistics,
     check_logprobs,
@@ -38,6 +39,7 @@ from .diagnostics import (
     rollout_counts,
     rollout_metrics,
 )
+from .resume import ExactResume
 from .rollout.chat import ToolChat
 from .rollout.engine import RolloutBatch, RolloutEngine, unwrapped_policy
 from .rollout.forcing import ForcePolicy
@@ -59,7 +61,9 @@ _NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}}
 _TOOL_OF_RESET = Tool("tool", "Known once the environment is reset.", _NO_ARGUMENTS, lambda: None)
 
 
-class ToolGRPOTrainer(AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring, GRPOTrainer):
+class ToolGRPOTrainer(
+    ExactResume, Determinism, AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring, GRPOTrainer
+):
     """
     Drop-in for TRL's [`~trl.GRPOTrainer`] (arXiv 2402.03300) that trains a policy to call tools.
 
@@ -247,8 +251,9 @@ class ToolGRPOTrainer(AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring
         for ids, environment in zip(prompt_ids, environments, strict=True):
             tools, owned = self._toolset.of_rollout(environment) if self.tools else ({}, frozenset())
             requests.append(RolloutRequest(ids, tools, environment, owned))
+        noise = self._rollout_noise(len(requests))
         with profiling_context(self, "rollout"), unwrapped_policy(self) as policy:
-            self._batch = self._engine.run(policy, requests, self.accelerator.autocast, self._may_force)
+            self._batch = self._engine.run(policy, requests, self.accelerator.autocast, self._may_force, noise)
         return self._batch
 
     def _generate(self, prompts: list) -> Any:
@@ -322,13 +327,8 @@ class ToolGRPOTrainer(AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring
         mask = torch.cat([output["prompt_mask"], mask], dim=1)
         checkpointing: Any = self.args.gradient_checkpointing_kwargs
         with scoring_mode(self.model), disable_gradient_checkpointing(self.model, checkpointing):
-            logps, _, _ = super()._get_per_token_logps_and_entropies(
-                self.model,
-                ids,
-                mask,
-                output["completion_ids"].size(1),
-                batch_size=self.args.per_device_train_batch_size,
-            )
+            width, size = output["completion_ids"].size(1), self.args.per_device_train_batch_size
+            logps, _, _ = super()._get_per_token_logps_and_entropies(self.model, ids, mask, width, batch_size=size)
         tolerance = check_tolerance(compute_dtype(self.args, self.model), self.args.logprob_check_tolerance)
         check_logprobs(logps, batch.trajectories, tolerance, self.args.rollout_backend)
 

@@ -7,6 +7,7 @@ pass gives log-probs and values. Fed by the trainer.
 
 import functools
 import types
+from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,8 @@ class ValueHead(nn.Module):
 
 def attach_value_head(model: Any, head: ValueHead) -> None:
     """
-    Give a causal language model a value head: called with `with_values=True`, its output also holds `values`, the
-    value at each position of the input, shape (B, T).
+    Give a causal language model a value head: called with `with_values=True`, its output also holds `token_values`,
+    the value at each position of the input, shape (B, T).
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -109,10 +110,16 @@ def attach_value_head(model: Any, head: ValueHead) -> None:
             output = original(*args, **kwargs)
         finally:
             hook.remove()
-        output["values"] = self.value_head(hidden[-1])
-        return output
+        kind: Any = type(output)
+        return _with_values(kind)(**output, token_values=self.value_head(hidden[-1]))
 
     base.forward = types.MethodType(forward, base)
+
+
+@functools.cache
+def _with_values(kind: type) -> Any:
+    """A kind of model output with a field more. DDP takes an output apart by its fields and puts it together again."""
+    return make_dataclass(kind.__name__, [("token_values", Any, None)], bases=(kind,))
 
 
 def value_head_of(model: Any) -> ValueHead | None:

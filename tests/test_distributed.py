@@ -19,7 +19,8 @@ def launch(script, *arguments, beside=None):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "PYTHONWARNINGS": "ignore"}
+    path = os.pathsep.join([str(HERE), str(HERE.parent)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     started = [subprocess.Popen([*command, str(HERE / script), *arguments], **options)]
     if beside is not None:
@@ -75,3 +76,13 @@ def test_two_processes_train_as_one_does(tmp_path):
     assert any(first != second for first, second in zip(*two["calls"], strict=True))
     assert [first + second for first, second in zip(*two["calls"], strict=True)] == one["calls"][0]
     assert sum(one["calls"][0]) > 5
+
+
+@pytest.mark.slow
+def test_two_processes_resume_to_the_bit(tmp_path):
+    """Each takes up rollouts, figures and random numbers of its own."""
+    output = launch("resume_processes.py", str(tmp_path))
+    found = [json.loads(line) for line in output.splitlines() if line.startswith('{"differ')]
+    assert found == [{"differ": 0, "figures": True, "fault": None, "refused": True}] * 2
+    names = {path.name for path in (tmp_path / "whole" / "checkpoint-3").iterdir()}
+    assert {"progress_0.safetensors", "progress_1.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= names

@@ -210,7 +210,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("moment", ["rng", "manifest", "rename"])
+@pytest.mark.parametrize("moment", ["rng", "flush", "rename"])
 def test_a_run_that_ends_while_saving_leaves_the_checkpoint_before(tmp_path, monkeypatch, caplog, moment):
     trainer = start(tmp_path, max_steps=2)
 
@@ -220,7 +220,7 @@ def test_a_run_that_ends_while_saving_leaves_the_checkpoint_before(tmp_path, mon
     class Arm(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 2:
-                target = {"rng": (trainer, "_save_rng_state"), "manifest": (json, "dumps"), "rename": (os, "replace")}
+                target = {"rng": (trainer, "_save_rng_state"), "flush": (os, "fsync"), "rename": (os, "replace")}
                 monkeypatch.setattr(*target[moment], end)
 
     trainer.add_callback(Arm())

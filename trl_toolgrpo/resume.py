@@ -195,9 +195,10 @@ class ExactResume(GRPOTrainer):
         """The run goes on without a checkpoint; only at its end there is no later one to hope for."""
         if self.args.should_save:
             shutil.rmtree(target.parent / UNFINISHED, ignore_errors=True)
+        free = shutil.disk_usage(target.parent).free / 2**20
         message = (
             f"{target} could not be written: {problem}. Checkpoints that were there before are still valid. Free "
-            f"space on the disk, or make {target.parent} writable."
+            f"space on the disk, which has {free:.0f} MiB left, or make {target.parent} writable."
         )
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             raise CheckpointSaveError(

@@ -429,13 +429,13 @@ def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path):
 def test_a_run_that_is_killed_again_and_again_is_the_same(tmp_path):
     script = Path(__file__).parent / "benchmarks" / "kills.py"
     done = subprocess.run(
-        [sys.executable, str(script), "--kills", "4", "--steps", "8", "--seed", "0"],
+        [sys.executable, str(script), "--kills", "4", "--steps", "16", "--seed", "0"],
         capture_output=True, text=True, timeout=250, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout[done.stdout.index("{") :])
     assert found["by_phase"] == {"rollout": 1, "update": 1, "sync": 1, "save": 1}
     assert found["tensors"] > 40 and found["value_head_tensors"] == 4 and found["reference_tensors"] == 6
-    assert found["log_entries"] == 9 and found["rollouts_by_uses"] == {"2": 16}
+    assert found["log_entries"] == 17 and found["rollouts_by_uses"] == {"2": 32}
     assert (found["tensors_differ"], found["entries_differ"], found["uses_differ"]) == (0, 0, 0)
     assert found["restart_to_first_step_seconds"] < 20

@@ -31,7 +31,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from warm_start import WarmStart
 from workspace import build_workspace
 
-from trl_toolgrpo import ToolGRPOConfig, ToolGRPOTrainer
+from trl_toolgrpo import ToolGRPOConfig, ToolGRPOTrainer, find_checkpoint
 
 
 DEFAULT_CONFIG = Path(__file__).with_name("tiny_cpu.yaml")
@@ -272,6 +272,33 @@ def build_trainer(
     return trainer, scoreboard
 
 
+def checkpoint_to_resume(training: ToolGRPOConfig) -> str | None:
+    """
+    The checkpoint that `--resume_from_checkpoint` asks for.
+
+    Args:
+        training ([`ToolGRPOConfig`]):
+            `resume_from_checkpoint` is a folder, or `true` for the newest whole checkpoint of `output_dir`.
+
+    Returns:
+        `str` or `None`: its folder; `None` to start from the beginning, also if there is no checkpoint yet.
+    """
+    asked_for = str(training.resume_from_checkpoint)
+    if asked_for.lower() in ("none", "false"):
+        return None
+    if asked_for.lower() != "true":
+        return asked_for
+    found = find_checkpoint(training.output_dir)
+    if training.process_index == 0:
+        print(
+            f"No checkpoint in {training.output_dir} yet: starting from the beginning."
+            if found is None
+            else f"Resuming from {found}.",
+            flush=True,
+        )
+    return None if found is None else str(found)
+
+
 def keep_freed_memory() -> None:
     """
     Have glibc keep memory it was given back, up to 1 GiB a piece.
@@ -294,8 +321,11 @@ def main() -> None:
     if training.process_index == 0:
         for name, _ in SWITCHES.values():
             print(f"{name}: {getattr(training, name)}", flush=True)
+    checkpoint = checkpoint_to_resume(training)
     trainer, scoreboard = build_trainer(build_task(recipe, training), recipe, training, model)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    if checkpoint is not None and scoreboard.recall(Path(checkpoint)):
+        training.eval_on_start = False  # that was done when the run began
+    trainer.train(resume_from_checkpoint=checkpoint)
     if scoreboard.evaluations[-1].step < trainer.state.global_step:
         trainer.evaluate()
     trainer.save_model(training.output_dir)

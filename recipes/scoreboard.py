@@ -5,13 +5,18 @@ judge and by the trainer. A held-out evaluation is the trainer's own (`trainer.e
 sampled exactly as in training, at the training temperature, once per question.
 """
 
+import json
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
 from task import Task, Verdict
 from transformers import TrainerCallback
+
+
+FILE = "evaluations.json"
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,21 @@ class Scoreboard(TrainerCallback):
         records, self._held_out = gather_object(self._held_out), []
         if records:
             self.evaluations.append(success_rates(records, state.global_step))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the record beside a checkpoint."""
+        if state.is_world_process_zero:
+            file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE
+            if file.parent.is_dir():  # not if the disk was full
+                file.write_text(json.dumps([asdict(rates) for rates in self.evaluations]), encoding="utf-8")
+
+    def recall(self, checkpoint: Path) -> bool:
+        """Take up the record of a checkpoint; returns whether it holds an evaluation."""
+        file = checkpoint / FILE
+        for kept in json.loads(file.read_text(encoding="utf-8")) if file.is_file() else ():
+            kept["by_difficulty"] = {int(name): rate for name, rate in kept["by_difficulty"].items()}
+            self.evaluations.append(Rates(**kept))
+        return bool(self.evaluations)
 
 
 def success_rates(records: list[tuple[str, int, Verdict]], step: int = 0) -> Rates:

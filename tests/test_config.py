@@ -36,6 +36,7 @@ ADDED = {
     "value_epochs": (1, [4]),
     "value_detach": (True, [False]),
     "ref_sync_mode": ("auto", ["adapter", "merged"]),
+    "deterministic_rollouts": (False, [True]),
 }
 OURS = [f.name for f in fields(ToolGRPOConfig) if f.name not in {f.name for f in fields(GRPOConfig)}]
 
@@ -255,6 +256,7 @@ def test_fields_are_read_from_flags(tmp_path):
         *("--advantage_estimator", "gae", "--gae_gamma", "0.9", "--gae_lambda", "0.8", "--gae_unit", "turn"),
         *("--value_loss_coef", "1.5", "--value_clip", "0.3", "--value_learning_rate", "0.01"),
         *("--value_warmup_steps", "2", "--value_epochs", "4", "--value_detach", "False", "--ref_sync_mode", "merged"),
+        *("--deterministic_rollouts", "True"),
     ]
     (parsed,) = parser.parse_args_and_config(flags)
     assert isinstance(parsed, ToolGRPOConfig)
@@ -289,6 +291,7 @@ def test_fields_are_read_from_flags(tmp_path):
         "value_epochs": 4,
         "value_detach": False,
         "ref_sync_mode": "merged",
+        "deterministic_rollouts": True,
     }
     assert {name: getattr(parsed, name) for name in expected_critic} == expected_critic
     assert {*expected, *expected_critic} == set(ADDED)

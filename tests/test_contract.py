@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.chat_parsing.response_parser import ResponseParser
 from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import add_response_schema
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 
 def parameters(function):
@@ -77,6 +77,19 @@ SIGNATURES = {
         "critic.Critic._load_optimizer_and_scheduler takes up a run that had no value head",
     ),
     "_load_best_model": (["self"], "critic.Critic._load_best_model reads the value head"),
+    "_prepare_inputs": (["self", "generation_batch"], "deterministic.Determinism._prepare_inputs divides it anew"),
+    "_get_train_sampler": (["self", "dataset"], "resume.ExactResume._get_train_sampler keeps it"),
+    "_save_checkpoint": (["self", "model", "trial"], "resume.ExactResume._save_checkpoint publishes what it wrote"),
+    "_get_output_dir": (["self", "trial"], "resume.ExactResume._get_output_dir has checkpoints written elsewhere"),
+    "_push_from_checkpoint": (["self", "checkpoint_folder"], "resume.ExactResume._push_from_checkpoint waits"),
+    "_init_training_state": (
+        ["self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"],
+        "resume.ExactResume._init_training_state brings the sampler to the epoch",
+    ),
+    "train": (
+        ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
+        "resume.ExactResume.train looks for the checkpoint",
+    ),
     "set_initial_training_values": (["self", "args", "dataloader"], "checks.training_steps counts as it does"),
 }
 
@@ -87,6 +100,52 @@ def test_signatures_we_override(name):
     assert hasattr(GRPOTrainer, name), f"TRL {trl.__version__} has no GRPOTrainer.{name}; {use}."
     found = parameters(getattr(GRPOTrainer, name))
     assert found == expected, f"TRL changed the parameters of GRPOTrainer.{name} from {expected} to {found}; {use}."
+
+
+WRITTEN = {
+    # method: (what its source holds, what of ours stands on it)
+    "_prepare_inputs": (
+        (
+            "self._step % generate_every == 0 or self._buffered_inputs is None",
+            "split_tensor_dict(generation_batch, self.args.steps_per_generation)",
+            "self._buffered_inputs[self._step % self.args.steps_per_generation]",
+        ),
+        "resume.ExactResume stores `_step` and `_buffered_inputs`; deterministic.Determinism redivides them",
+    ),
+    "_save_checkpoint": (("self._get_output_dir(trial=trial)",), "resume.ExactResume redirects it"),
+    "_inner_training_loop": (
+        ("self._tr_loss = torch.tensor(0.0", "self._globalstep_last_logged = ", "self._run_epoch("),
+        "resume.ExactResume._run_epoch takes up the loss not logged yet",
+    ),
+    "_run_epoch": (
+        ("skip_first_batches(train_dataloader, steps_trained_in_current_epoch)", "self._load_rng_state("),
+        "resume.ExactResume leaves the position within an epoch and the random numbers to it",
+    ),
+    "_prepare_for_training": (
+        ("self._load_optimizer_and_scheduler(resume_from_checkpoint)",),
+        "resume.ExactResume loads its own part there",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_resuming_relies_on(name):
+    found, use = WRITTEN[name]
+    owners = [kind for kind in GRPOTrainer.__mro__ if name in vars(kind)]
+    body = "".join(source(getattr(kind, name)) for kind in owners)
+    for expression in found:
+        assert expression in body, f"`{name}` no longer holds `{expression}`; {use}."
+
+
+def test_the_sampler_draws_an_order_for_each_epoch():
+    sampler = RepeatSampler(range(10), 1, seed=3)
+    orders = [list(sampler) for _ in range(3)]
+    again = RepeatSampler(range(10), 1, seed=3)
+    for _ in range(2):
+        torch.randperm(again.num_samples, generator=again.generator)
+    assert list(again) == orders[2] != orders[0], (
+        "TRL's RepeatSampler draws its order otherwise; resume.ExactResume._init_training_state skips orders."
+    )
 
 
 def test_the_fused_head_scores_the_positions_it_is_given():

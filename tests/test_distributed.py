@@ -13,17 +13,28 @@ import pytest
 HERE = Path(__file__).parent
 
 
-def launch(script, *arguments):
+def launch(script, *arguments, beside=None):
+    """Run a script in two processes, and at the same time perhaps alone; returns what they print."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [*command, str(HERE / script), *arguments], capture_output=True, text=True, timeout=150, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    path = os.pathsep.join([str(HERE), str(HERE.parent)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    started = [subprocess.Popen([*command, str(HERE / script), *arguments], **options)]
+    if beside is not None:
+        started.append(subprocess.Popen([sys.executable, str(HERE / script), *beside], **options))
+    outputs = []
+    try:
+        for process in started:
+            output, errors = process.communicate(timeout=150)
+            assert process.returncode == 0, errors[-3000:]
+            outputs.append(output)
+    finally:
+        for process in started:
+            process.kill()
+    return outputs[0] if beside is None else outputs
 
 
 @pytest.mark.slow
@@ -52,3 +63,26 @@ def test_unequal_tool_counts_train_together(tmp_path):
         "rollout/turns_mean": 14 / 8,
         "forced/fraction": 0.0,
     }
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tmp_path):
+    """The same global batch, with a value head, more than one step on a batch, and calls in unequal numbers."""
+    options = json.dumps({"steps_per_generation": 2, "advantage_estimator": "gae"})
+    outputs = launch("same_training.py", str(tmp_path / "two"), options, beside=[str(tmp_path / "one"), options])
+    two, one = (json.loads(output[output.index('{"losses"') :].splitlines()[0]) for output in outputs)
+    assert len(one["losses"]) == 20 and two["losses"] == pytest.approx(one["losses"], abs=1e-5, rel=0)
+    assert two["rewards"] == one["rewards"] and len(one["rewards"]) == 5
+    assert any(first != second for first, second in zip(*two["calls"], strict=True))
+    assert [first + second for first, second in zip(*two["calls"], strict=True)] == one["calls"][0]
+    assert sum(one["calls"][0]) > 5
+
+
+@pytest.mark.slow
+def test_two_processes_resume_to_the_bit(tmp_path):
+    """Each takes up rollouts, figures and random numbers of its own."""
+    output = launch("resume_processes.py", str(tmp_path))
+    found = [json.loads(line) for line in output.splitlines() if line.startswith('{"differ')]
+    assert found == [{"differ": 0, "figures": True, "fault": None, "refused": True}] * 2
+    names = {path.name for path in (tmp_path / "whole" / "checkpoint-3").iterdir()}
+    assert {"progress_0.safetensors", "progress_1.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= names

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import yaml
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
-from qwen3_tools import parse_arguments, read_switches
+from qwen3_tools import checkpoint_to_resume, parse_arguments, read_switches
+from scoreboard import Rates, Scoreboard
 from tiny_model import TinyModel, build_tiny_model
 from warm_start import WarmStart
 from workspace import build_workspace
@@ -79,6 +81,32 @@ def test_environment_variables_set_fields_and_flags_win(tmp_path):
 def test_an_environment_variable_without_sense_is_refused(variable):
     with pytest.raises(ValueError, match=f"{variable} is 'perhaps'"):
         read_switches({variable: "perhaps"})
+
+
+@pytest.mark.parametrize("given", ["true", "True", "false", None])
+def test_resuming_starts_from_the_beginning_where_there_is_no_checkpoint(tmp_path, capsys, given):
+    flags = [] if given is None else ["--resume_from_checkpoint", given]
+    _, training, _ = parse(tmp_path, *flags)
+    assert checkpoint_to_resume(training) is None
+    said = f"No checkpoint in {tmp_path} yet: starting from the beginning.\n" if given in ("true", "True") else ""
+    assert capsys.readouterr().out == said
+
+
+def test_resuming_takes_the_newest_checkpoint_and_what_was_known_of_the_start(tmp_path, capsys):
+    for step in (2, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text("{}")
+    _, training, _ = parse(tmp_path, "--resume_from_checkpoint", "true")
+    assert checkpoint_to_resume(training) == str(tmp_path / "checkpoint-10")
+    assert f"Resuming from {tmp_path / 'checkpoint-10'}." in capsys.readouterr().out
+    _, training, _ = parse(tmp_path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-2"))
+    assert checkpoint_to_resume(training) == str(tmp_path / "checkpoint-2")
+    first, again = Scoreboard(SimpleNamespace(judge=None)), Scoreboard(SimpleNamespace(judge=None))
+    first.evaluations.append(Rates(0.5, {1: 0.75, 2: 0.25}, 1.0, 0))
+    first.on_save(training, SimpleNamespace(is_world_process_zero=True, global_step=2), None)
+    assert again.recall(tmp_path / "checkpoint-2") and again.evaluations == first.evaluations
+    assert not Scoreboard(SimpleNamespace(judge=None)).recall(tmp_path / "checkpoint-10")
 
 
 def test_the_tiny_model_is_built_alike_and_kept(tmp_path):

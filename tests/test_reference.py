@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import use_adapter
 
-from trl_toolgrpo import ConfigError, ReferenceSyncError, ToolGRPOTrainer
+from trl_toolgrpo import CheckpointError, ConfigError, ReferenceSyncError, ToolGRPOTrainer
 from trl_toolgrpo.merged import MergedReference, ModelReference, effective_weights
 from trl_toolgrpo.reference import AdapterReference, Comparison, SyncReport
 
@@ -400,12 +400,15 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, tokenizer):
     run.train()
     checkpoint = tmp_path / "a" / "checkpoint-1"
     other = trainer(tmp_path / "b", tokenizer, peft_config=LoraConfig(r=8, target_modules=LINEAR))
-    with pytest.raises(ReferenceSyncError, match="has `r=4`, the one of this run `r=8`"):
+    with pytest.raises(CheckpointError, match=r"adapter: r \(value\): 4 in the checkpoint, 8 here"):
         other.train(resume_from_checkpoint=str(checkpoint))
     merged = trainer(tmp_path / "b", tokenizer, ref_model_mixup_alpha=0.5)
     with pytest.raises(ReferenceSyncError, match="of the kind 'adapter', expected 'merged'"):
         merged.train(resume_from_checkpoint=str(checkpoint))
-    (checkpoint / "reference.safetensors").unlink()
+    for name in ("reference.safetensors", "manifest.json", "run.json", "progress_0.safetensors"):
+        (checkpoint / name).unlink()  # as one of TRL's own
+    with pytest.raises(ReferenceSyncError, match="has `r=4`, the one of this run `r=8`"):
+        other.train(resume_from_checkpoint=str(checkpoint))
     with pytest.raises(ReferenceSyncError, match="written without `sync_ref_model=True`"):
         trainer(tmp_path / "b", tokenizer).train(resume_from_checkpoint=str(checkpoint))
     assert json.loads((checkpoint / "adapter_config.json").read_text())["r"] == 4

@@ -1,8 +1,11 @@
 """Tool-calling GRPO on top of TRL: rollouts exact to the token, updates that are on-policy and say so."""
 
+from .checkpoint import find_checkpoint
 from .config import ToolGRPOConfig
 from .errors import (
     ChatTemplateError,
+    CheckpointError,
+    CheckpointSaveError,
     ConfigError,
     DatasetError,
     LogprobMismatchError,
@@ -31,6 +34,8 @@ from .version import __version__
 
 __all__ = [
     "ChatTemplateError",
+    "CheckpointError",
+    "CheckpointSaveError",
     "ConfigError",
     "DatasetError",
     "LogprobMismatchError",
@@ -57,5 +62,6 @@ __all__ = [
     "ValueHead",
     "ValueHeadError",
     "__version__",
+    "find_checkpoint",
     "python_tool",
 ]

@@ -101,7 +101,8 @@ def check_tool_names(name: str, dataset: Any, tools: Sequence[Tool]) -> None:
 
 def check_forcing(args: Any, recording: bool, has_tools: bool, train_dataset: Any = None) -> None:
     """
-    Check that forcing, where asked for, can act, and that training outlasts it.
+    Check that forcing, where asked for, can act, and that training outlasts it; and that rollouts which are to be
+    deterministic are this package's own.
 
     Args:
         args ([`ToolGRPOConfig`]):
@@ -114,9 +115,13 @@ def check_forcing(args: Any, recording: bool, has_tools: bool, train_dataset: An
             What `num_train_epochs` counts.
 
     Raises:
-        ConfigError: for `force_rate` above 0 without tools or on a path that is not this package's, and for a
-            warm-up longer than training.
+        ConfigError: for `force_rate` above 0 without tools or on a path that is not this package's, for a warm-up
+            longer than training, and for `deterministic_rollouts` with a `rollout_func`.
     """
+    if args.deterministic_rollouts and not recording:
+        raise ConfigError(
+            "You passed `deterministic_rollouts=True` with a `rollout_func`, whose noise is its own. Leave one out."
+        )
     if args.force_rate > 0 and not has_tools:
         raise ConfigError(
             f"You passed `force_rate={args.force_rate}` without tools, so there is no call to force. Pass `tools` or "

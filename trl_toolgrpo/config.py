@@ -40,6 +40,10 @@ class ToolGRPOConfig(GRPOConfig):
         logprob_check_tolerance (`float`, *optional*):
             Largest difference in nats. `None` picks by the compute dtype: 1e-3 in float32; 0.15 at most and 0.02 on
             average in bfloat16 and float16.
+        deterministic_rollouts (`bool`, *optional*, defaults to `False`):
+            Key the noise of sampling by seed, rollout batch, rollout and token, and admit rows to decoding in a fixed
+            order: the same rollouts whatever the timing of tools or the number of processes. It costs a random number
+            for each entry of the vocabulary and token, and decoding waits for tools that take longer than 8 steps.
         rollout_backend (`str`, *optional*, defaults to `"transformers"`):
             What samples. Only `"transformers"`, on the training model, is built in for now.
         max_concurrent_tools (`int`, *optional*, defaults to `64`):
@@ -127,6 +131,14 @@ class ToolGRPOConfig(GRPOConfig):
         metadata={
             "help": "Largest difference in nats between a recorded and a recomputed log-prob. None picks by the "
             "compute dtype: float32 1e-3; bfloat16 0.15 at most and 0.02 on average."
+        },
+    )
+    deterministic_rollouts: bool = field(
+        default=False,
+        metadata={
+            "help": "Same rollouts whatever the timing of tools or the number of processes: noise is keyed by seed, "
+            "rollout batch, rollout and token, rows are admitted in a fixed order. Costs a random number for each "
+            "entry of the vocabulary and token, and decoding waits for tools that take longer than 8 steps."
         },
     )
     rollout_backend: str = field(

@@ -72,6 +72,11 @@ def check_fields(config: Any, defaults: dict[str, Any]) -> None:
             "You passed `rollout_backend='vllm'`, which this version does not have yet. Use "
             "`rollout_backend='transformers'`, or TRL's own rollouts with `use_vllm=True`."
         )
+    if config.deterministic_rollouts and (config.use_vllm or not config.record_sample_logprobs):
+        raise ConfigError(
+            "You passed `deterministic_rollouts=True` with rollouts of TRL's own (`use_vllm` or "
+            "`record_sample_logprobs=False`), whose noise is not this package's. Leave those out, or it."
+        )
     if config.record_sample_logprobs and not config.use_vllm:  # with vLLM the rollouts are TRL's own
         _check_recording(config)
 

@@ -29,6 +29,16 @@ class RatioStatistics:
         self._sums: Tensor | None = None
         self._extremes: Tensor | None = None
 
+    def state(self) -> dict[str, Tensor]:
+        """What was added since the last reset, for [`RatioStatistics.load`]."""
+        if self._sums is None or self._extremes is None:
+            return {}
+        return {"sums": self._sums, "extremes": self._extremes}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from a state."""
+        self._sums, self._extremes = state.get("sums"), state.get("extremes")
+
     @property
     def filled(self) -> bool:
         """Whether anything was added since the last reset."""

@@ -60,6 +60,14 @@ class ValueHeadError(ToolGRPOError, ValueError):
     """A value head that is missing from a checkpoint or belongs to another model, or values that are not finite."""
 
 
+class CheckpointError(ToolGRPOError, ValueError):
+    """A checkpoint that is torn, or that belongs to a run with another model, adapter, data set or batch."""
+
+
+class CheckpointSaveError(ToolGRPOError, OSError):
+    """A checkpoint that could not be written where it was to go."""
+
+
 class ReferenceSyncError(ToolGRPOError, RuntimeError):
     """A reference that is not what a sync was to make it, or that cannot be restored from a checkpoint."""
 

@@ -23,14 +23,12 @@ from trl import GRPOTrainer
 from .checks import check_reference, reference_mode
 from .config import ToolGRPOConfig
 from .errors import ConfigError, ReferenceSyncError
+from .identity import describe_adapter
 from .merged import MergedReference, ModelReference
 from .reference import ADAPTER, AdapterReference, Comparison, SyncReport
 
 
 FILE = "reference.safetensors"
-
-# What has to be the same in the adapter of a checkpoint
-_DEFINING = ("peft_type", "r", "lora_alpha", "use_dora", "use_rslora", "bias", "modules_to_save", "target_modules")
 
 
 class ReferenceSync(GRPOTrainer):
@@ -256,18 +254,12 @@ def _check_same_adapter(checkpoint: str, config: PeftConfig) -> None:
     file = Path(checkpoint) / "adapter_config.json"
     if not file.is_file():
         return  # a sharded checkpoint, whose loader compares shapes
-    stored, own = json.loads(file.read_text(encoding="utf-8")), config.to_dict()
-    for name in _DEFINING:
-        theirs, ours = (_plain(values.get(name)) for values in (stored, own))
+    stored, own = (describe_adapter(c) for c in (json.loads(file.read_text(encoding="utf-8")), config.to_dict()))
+    for name, ours in own.items():
+        theirs = stored[name]
         if theirs != ours:
             raise ReferenceSyncError(
                 f"The adapter in {checkpoint} has `{name}={theirs}`, the one of this run `{name}={ours}`. Resume with "
                 f"the adapter configuration the checkpoint was written with."
             )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (list, tuple, set)):
-        return sorted(value)
-    return getattr(value, "value", value)
 

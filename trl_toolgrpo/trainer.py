@@ -23,6 +23,7 @@ from .assist import AssistedWarmup
 from .checks import check_dataset, check_forcing, check_template, named_datasets, warn_of_dropout
 from .config import ToolGRPOConfig
 from .critic import Critic
+from .deterministic import Determinism
 from .diagnostics import (
     RatioStatistics,
     check_logprobs,
@@ -33,6 +34,7 @@ from .diagnostics import (
     rollout_counts,
     rollout_metrics,
 )
+from .resume import ExactResume
 from .rollout.chat import ToolChat
 from .rollout.engine import RolloutBatch, RolloutEngine, unwrapped_policy
 from .rollout.forcing import ForcePolicy
@@ -52,7 +54,9 @@ from .tools.types import Tool
 logger = logging.getLogger(__name__)
 
 
-class ToolGRPOTrainer(AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring, RolloutTools, GRPOTrainer):
+class ToolGRPOTrainer(
+    ExactResume, Determinism, AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring, RolloutTools, GRPOTrainer
+):
     """
     Drop-in for TRL's [`~trl.GRPOTrainer`] (arXiv 2402.03300) that trains a policy to call tools.
 
@@ -232,8 +236,9 @@ class ToolGRPOTrainer(AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring
             tools, owned = self._toolset.of_rollout(environment) if self.tools else ({}, frozenset())
             requests.append(RolloutRequest(ids, tools, environment, owned))
         requests = self._lend_servers(requests)
+        noise = self._rollout_noise(len(requests))
         with profiling_context(self, "rollout"), unwrapped_policy(self) as policy:
-            self._batch = self._engine.run(policy, requests, self.accelerator.autocast, self._may_force)
+            self._batch = self._engine.run(policy, requests, self.accelerator.autocast, self._may_force, noise)
         return self._batch
 
     def _generate(self, prompts: list) -> Any:
@@ -302,13 +307,8 @@ class ToolGRPOTrainer(AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring
         mask = torch.cat([output["prompt_mask"], mask], dim=1)
         checkpointing: Any = self.args.gradient_checkpointing_kwargs
         with scoring_mode(self.model), disable_gradient_checkpointing(self.model, checkpointing):
-            logps, _, _ = super()._get_per_token_logps_and_entropies(
-                self.model,
-                ids,
-                mask,
-                output["completion_ids"].size(1),
-                batch_size=self.args.per_device_train_batch_size,
-            )
+            width, size = output["completion_ids"].size(1), self.args.per_device_train_batch_size
+            logps, _, _ = super()._get_per_token_logps_and_entropies(self.model, ids, mask, width, batch_size=size)
         tolerance = check_tolerance(compute_dtype(self.args, self.model), self.args.logprob_check_tolerance)
         check_logprobs(logps, batch.trajectories, tolerance, self.args.rollout_backend)
 

@@ -25,6 +25,7 @@ from .chat import ToolChat
 from .constraint import CallConstraints
 from .forcing import CallPrefixes, ForcePolicy, Forcing
 from .loop import Rollout, RolloutLimits, RolloutLoop, RolloutRequest, RolloutStats
+from .noise import RolloutNoise
 
 
 logger = logging.getLogger(__name__)
@@ -189,6 +190,7 @@ class RolloutEngine:
         requests: Sequence[RolloutRequest],
         autocast: Callable[[], AbstractContextManager],
         force: bool = False,
+        noise: RolloutNoise | None = None,
     ) -> RolloutBatch:
         """
         Sample every rollout to its end.
@@ -202,6 +204,8 @@ class RolloutEngine:
                 Gives the autocast context the trainer scores under.
             force (`bool`, *optional*, defaults to `False`):
                 Whether turns may be forced, at `force_rate`.
+            noise ([`RolloutNoise`], *optional*):
+                Makes the batch depend on the policy, the prompts, what tools return and this noise alone.
 
         Raises:
             TrajectoryError: for a record that breaks its contract, unless `strict_trajectories=False`.
@@ -213,13 +217,15 @@ class RolloutEngine:
             pad_id=self.pad_id,
             temperature=self.args.temperature,
             autocast=autocast,
+            **({} if noise is None else {"noise": noise}),
         )
         positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
         self.limits.max_sequence_length = positions or math.inf
         prompts = [request.prompt_ids for request in requests]
         with sampler.open(prompts, self.limits.max_completion_length) as session:
-            forcing = self._forcing() if force else None
-            loop = RolloutLoop(session, requests, self.limits, self.chat, self.executor, forcing)
+            forcing = self._forcing(noise) if force else None
+            in_order = noise is not None
+            loop = RolloutLoop(session, requests, self.limits, self.chat, self.executor, forcing, in_order)
             batch = RolloutBatch(loop.run(), loop.stats)
         if self.executor is not None:
             given_up = self.executor.abandoned
@@ -233,12 +239,12 @@ class RolloutEngine:
         batch.invalid = [self._is_invalid(row, trajectory) for row, trajectory in enumerate(batch.trajectories)]
         return batch
 
-    def _forcing(self) -> Forcing | None:
+    def _forcing(self, noise: RolloutNoise | None) -> Forcing | None:
         if self._prefixes is None:
             return None
-        seed = int(torch.randint(2**31, ()).item())
+        seed = int(torch.randint(2**31, ()).item()) if noise is None else 0
         level, rate = self.args.force_level, self.args.force_rate
-        return Forcing(self._prefixes, rate, level, seed, self._force_policy, self._constraints)
+        return Forcing(self._prefixes, rate, level, seed, self._force_policy, self._constraints, noise)
 
     def _is_supported(self, policy: Any) -> bool:
         if self._supported is None:

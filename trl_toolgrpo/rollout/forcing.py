@@ -17,6 +17,7 @@ from ..tools.types import Tool
 from ..trajectory import Trajectory
 from .chat import ToolChat
 from .constraint import CallConstraints
+from .noise import RolloutNoise
 from .sampler import TokenConstraint
 
 
@@ -112,6 +113,8 @@ class Forcing:
             `policy(trajectory, tools)` names the tool to force; uniform by default.
         constraints ([`CallConstraints`], *optional*):
             Needed at level `"schema"`.
+        noise ([`RolloutNoise`], *optional*):
+            Makes each draw depend on its rollout and turn alone, instead of on the draws before it.
     """
 
     def __init__(
@@ -122,23 +125,34 @@ class Forcing:
         seed: int,
         policy: ForcePolicy | None = None,
         constraints: CallConstraints | None = None,
+        noise: RolloutNoise | None = None,
     ):
         self.prefixes, self.rate, self.level, self.policy = prefixes, rate, level, policy
         self.constraints = constraints
+        self.noise = noise
         self._random = random.Random(seed)
 
-    def begin_turn(self, trajectory: Trajectory, tools: Mapping[str, Tool]) -> ForcedStart:
+    def begin_turn(self, trajectory: Trajectory, tools: Mapping[str, Tool], row: int = 0) -> ForcedStart:
         """
         What a turn is made to begin with.
+
+        Args:
+            trajectory (`Trajectory`):
+                The rollout so far.
+            tools (`Mapping[str, Tool]`):
+                Its tools.
+            row (`int`, *optional*, defaults to `0`):
+                Its place in the batch.
 
         Raises:
             ToolNameError: if the policy names a tool the rollout does not have.
         """
-        if not tools or self._random.random() >= self.rate:
+        draws = self._random if self.noise is None else self.noise.other("turn", row, len(trajectory.turns))
+        if not tools or draws.random() >= self.rate:
             return ForcedStart([])
         if self.level == "call":
             return ForcedStart(list(self.prefixes.tokens()))
-        name: Any = self._random.choice(sorted(tools))
+        name: Any = draws.choice(sorted(tools))
         if self.policy is not None:
             name = self.policy(trajectory, list(tools.values()))
             if name not in tools:

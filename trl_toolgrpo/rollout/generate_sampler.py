@@ -14,20 +14,37 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ..errors import SamplerError
+from .model_sampler import sample_tokens
 from .sampler import SampledTokens, TokenConstraint, constrain, scoring_mode
 
 
 class _Temperature(LogitsProcessor):
-    """Divides by the temperature, applies constraints and keeps the log-softmax the next token is drawn from."""
+    """
+    Divides by the temperature, applies constraints and keeps the log-softmax the next token is drawn from. Given
+    `noise`, it draws the token itself, and leaves nothing else to draw.
+    """
 
-    def __init__(self, temperature: float, constraints: Sequence[TokenConstraint | None]):
+    def __init__(
+        self,
+        temperature: float,
+        constraints: Sequence[TokenConstraint | None],
+        rows: Sequence[int],
+        noise: Callable[[list[int]], Tensor] | None,
+    ):
         self.temperature = temperature
         self.constraints = list(constraints)
+        self.noise = noise
+        self.drawing = dict(enumerate(rows))  # row at each place of the batch that has not ended
         self.log_softmax: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scaled = constrain(scores.float() / self.temperature, self.constraints)
         self.log_softmax = torch.log_softmax(scaled, dim=-1)
+        if self.noise is None or not self.drawing:
+            return scaled
+        places = torch.tensor(list(self.drawing), device=scores.device)
+        tokens, _, _ = sample_tokens(scaled[places], 1.0, self.noise(list(self.drawing.values())))
+        scaled[places] = torch.full_like(scaled[places], -torch.inf).scatter_(1, tokens[:, None], 0.0)
         return scaled
 
 
@@ -43,12 +60,13 @@ class _Recorder(StoppingCriteria):
             raise SamplerError("`generate` drew a token without calling the logits processor.")
         self.logprobs.append(self.source.log_softmax.gather(-1, input_ids[:, -1:])[:, 0].clamp(max=0.0))
         ended = self.budgets <= input_ids.shape[1] - self.start
-        for row, constraint in enumerate(self.source.constraints):
+        for place, constraint in enumerate(self.source.constraints):
+            token = int(input_ids[place, -1])
             if constraint is not None:
-                token = int(input_ids[row, -1])
                 constraint.accept(token)
-                if token in self.stop_ids or bool(ended[row]):  # what is drawn behind the end is thrown away
-                    self.source.constraints[row] = None
+            if token in self.stop_ids or bool(ended[place]):  # what is drawn behind the end is thrown away
+                self.source.constraints[place] = None
+                self.source.drawing.pop(place, None)
         return ended
 
 
@@ -81,6 +99,8 @@ class GenerateSampler:
             Temperature of sampling and of the recorded log-probs.
         autocast (`Callable`, *optional*):
             Gives the autocast context the trainer scores under.
+        noise (`Callable`, *optional*):
+            As in [`ModelSampler`]; by default `generate` draws.
     """
 
     def __init__(
@@ -90,8 +110,10 @@ class GenerateSampler:
         pad_id: int,
         temperature: float = 1.0,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
+        noise: Callable[[list[int]], Tensor] | None = None,
     ):
         self.model = model
+        self.noise = noise
         self.stop_ids = frozenset(stop_ids)
         self.pad_id = pad_id
         self.temperature = temperature
@@ -140,7 +162,8 @@ class GenerateSession:
         padding = [width - len(self.histories[row]) for row in rows]
         ids = [[self.sampler.pad_id] * p + self.histories[r] for p, r in zip(padding, rows, strict=True)]
         mask = [[0] * p + [1] * (width - p) for p in padding]
-        source = _Temperature(self.sampler.temperature, [self.constraints[row] for row in rows])
+        constraints = [self.constraints[row] for row in rows]
+        source = _Temperature(self.sampler.temperature, constraints, rows, self.sampler.noise)
         recorder = _Recorder(source, width, torch.tensor(limits, device=device), self.sampler.stop_ids)
         output = self.sampler.model.generate(
             input_ids=torch.tensor(ids, device=device),

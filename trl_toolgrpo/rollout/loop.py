@@ -7,7 +7,7 @@ up rows that can be decoded. Fed by a sampler session, the chat handling and the
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +19,10 @@ from ..trajectory import Trajectory, Turn
 from .chat import ToolChat, tool_message
 from .forcing import ForcedStart, Forcing
 from .sampler import SampledTokens, SamplerSession
+
+
+TOOL_STEPS = 8
+"""Steps of decoding for which a row's tools have time, before a loop that keeps order waits for them."""
 
 
 @dataclass
@@ -110,6 +114,7 @@ class _State:
         self.entropies: list[float] | None = []
         self.opening = opening
         self.futures: list[Future[ToolResult]] = []
+        self.called = 0
         self.answered = 0
         self.malformed = 0
         self.start = ForcedStart([])
@@ -134,6 +139,9 @@ class RolloutLoop:
             Needed if any request has tools.
         forcing ([`Forcing`], *optional*):
             Makes turns begin with a tool call.
+        in_order (`bool`, *optional*, defaults to `False`):
+            Go on with a row a fixed number of steps after its calls, or when nothing is left to decode, and wait for
+            its tools until then: which rows are decoded together no longer depends on how long a tool takes.
     """
 
     def __init__(
@@ -144,7 +152,10 @@ class RolloutLoop:
         chat: ToolChat | None = None,
         executor: ToolExecutor | None = None,
         forcing: Forcing | None = None,
+        in_order: bool = False,
     ):
+        self.in_order = in_order
+        self.steps = 0
         self.session = session
         self.limits = limits
         self.chat = chat
@@ -166,6 +177,7 @@ class RolloutLoop:
             for row in self._answered():
                 self._continue(row)
             if self.session.busy:
+                self.steps += 1
                 for sampled in self.session.step():
                     self._end_turn(sampled)
             elif not self._wait():
@@ -175,10 +187,20 @@ class RolloutLoop:
 
     # Waiting
 
-    def _answered(self) -> Iterator[int]:
-        for row, state in enumerate(self.states):
-            if state.futures and all(future.done() for future in state.futures):
-                yield row
+    def _answered(self) -> list[int]:
+        """Rows to go on with, in order."""
+        waiting = [row for row, state in enumerate(self.states) if state.futures]
+        if not self.in_order or not waiting:
+            return [row for row in waiting if all(future.done() for future in self.states[row].futures)]
+        first = min(self.states[row].called for row in waiting)
+        due = self.steps - TOOL_STEPS if self.session.busy else first
+        rows = [row for row in waiting if self.states[row].called <= due]
+        started = time.perf_counter()
+        futures = [future for row in rows for future in self.states[row].futures]
+        while wait(futures, timeout=1.0).not_done:
+            pass
+        self.stats.tool_wait_seconds += time.perf_counter() - started
+        return rows
 
     def _wait(self) -> bool:
         """Wait for any tool; returns whether there was one to wait for."""
@@ -234,6 +256,7 @@ class RolloutLoop:
             self._finish(sampled.row, "tool_limit")
         else:
             state.since = now
+            state.called = self.steps
             state.answered += 1
             state.futures = [self._submit(state, call) for call in parsed.calls]
 
@@ -283,7 +306,7 @@ class RolloutLoop:
         state = self.states[row]
         state.start = ForcedStart([])
         if self.forcing is not None:
-            start = self.forcing.begin_turn(state.trajectory, state.request.tools)
+            start = self.forcing.begin_turn(state.trajectory, state.request.tools, row)
             state.start = start if len(start.token_ids) < room else ForcedStart([])
         given = state.start.token_ids
         self.session.extend(row, [*known, *given], room - len(given), state.start.constraint)

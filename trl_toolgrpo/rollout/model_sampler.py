@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SamplerError
+from .noise import race
 from .sampler import SampledTokens, TokenConstraint, constrain, scoring_mode
 from .shared_prefix import KeyValueStore, PromptCache, RowCache, Span, shared_prefix_attention
 
@@ -27,7 +28,7 @@ JOIN_AFTER = 4
 
 def sample_tokens(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
-    Sample by inverting the cumulative distribution, one uniform number a row.
+    Sample by inverting the cumulative distribution, one uniform number a row; or, given keys, by a race.
 
     Args:
         logits (`Tensor`):
@@ -35,7 +36,7 @@ def sample_tokens(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Te
         temperature (`float`):
             Temperature the logits are divided by.
         noise (`Tensor`):
-            Uniform numbers in [0, 1), float32, shape (B,).
+            Uniform numbers in [0, 1), float32, shape (B,); or keys, int64, as in [`race`].
 
     Returns:
         `tuple[Tensor, Tensor, Tensor]`: token ids, int64, shape (B,); their log-probs in nats, float32, shape (B,);
@@ -46,10 +47,14 @@ def sample_tokens(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Te
         scores = scores / temperature
     log_z = torch.logsumexp(scores, dim=-1, keepdim=True)
     probabilities = torch.exp(scores - log_z)
-    cumulative = probabilities.cumsum(dim=-1)
-    threshold = noise.to(cumulative.device)[:, None] * cumulative[:, -1:]
-    # The first token whose cumulative mass exceeds the threshold always has mass of its own
-    tokens = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1)
+    noise = noise.to(probabilities.device)
+    if noise.dtype == torch.int64:
+        tokens = race(probabilities, noise)[:, None]
+    else:
+        cumulative = probabilities.cumsum(dim=-1)
+        # The first token whose cumulative mass exceeds the threshold always has mass of its own
+        tokens = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)
+        tokens.clamp_(max=logits.shape[-1] - 1)
     logprobs = (scores.gather(-1, tokens) - log_z).clamp_(max=0.0)  # rounding alone can pass 0
     entropies = log_z[:, 0] - (probabilities * scores.clamp(min=torch.finfo(torch.float32).min)).sum(dim=-1)
     return tokens[:, 0], logprobs[:, 0], entropies
@@ -71,7 +76,7 @@ class ModelSampler:
         autocast (`Callable`, *optional*):
             Gives the autocast context the trainer scores under.
         noise (`Callable[[list[int]], Tensor]`, *optional*):
-            Gives one uniform number for each of the given rows; defaults to torch's global generator.
+            Gives one uniform number, or one key, for each of the given rows; defaults to torch's global generator.
     """
 
     def __init__(

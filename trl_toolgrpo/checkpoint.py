@@ -1,0 +1,192 @@
+"""Checkpoint folders that are whole or not there: how one is published, checked, found and cleared away.
+
+Owns the folder, not what is in it. A checkpoint is written under `_unfinished`, flushed to disk, listed in a manifest
+and renamed into place, so that a process killed at any moment leaves the checkpoint before valid. Fed by `resume.py`.
+"""
+
+import json
+import logging
+import os
+import shutil
+import traceback
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from .errors import CheckpointError
+
+
+logger = logging.getLogger(__name__)
+
+UNFINISHED = "_unfinished"
+"""Folder in the output folder for checkpoints that are being written or removed."""
+MANIFEST = "manifest.json"
+PREFIX = "checkpoint-"
+PROGRESS = "progress_{}.safetensors"
+"""What each process adds to a checkpoint."""
+
+_CHUNK = 2**22
+
+
+def publish(folder: Path, target: Path) -> None:
+    """
+    Make a finished folder a checkpoint: list its files, flush them to disk, put it in its place.
+
+    Args:
+        folder (`Path`):
+            Folder under `_unfinished`.
+        target (`Path`):
+            Where to. A checkpoint that is there already is replaced.
+
+    Raises:
+        OSError: if the disk does not take it.
+    """
+    files = {str(file.relative_to(folder)): _measured(file) for file in _files(folder)}
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+    for path in (*folder.rglob("*"), folder):
+        _flush(path)
+    if target.exists():
+        os.replace(target, folder.with_name(f"replaced-{target.name}"))
+    os.replace(folder, target)
+    _flush(target.parent)
+    shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+def fault_of(folder: Path, thorough: bool = True) -> str | None:
+    """
+    Why a folder is no whole checkpoint; `None` if it is one.
+
+    Args:
+        folder (`Path`):
+            The folder.
+        thorough (`bool`, *optional*, defaults to `True`):
+            Whether to read the files, and not their sizes alone. A checkpoint without a manifest, which others have
+            written, is taken for whole if it has a readable `trainer_state.json`.
+    """
+    if not folder.is_dir():
+        return "it is no folder"
+    manifest = folder / MANIFEST
+    try:
+        if not manifest.is_file():
+            if list(folder.glob(PROGRESS.format("*"))):
+                return f"it has no {MANIFEST}"
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            return None
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        for name, expected in files.items():
+            size = (folder / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size} bytes, expected {expected['bytes']}"
+            if thorough and _measured(folder / name) != expected:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """Checkpoint folders of a run, newest first, whole or not."""
+    found = [
+        path
+        for path in Path(output_dir).glob(f"{PREFIX}*")
+        if path.is_dir() and path.name.removeprefix(PREFIX).isdigit()
+    ]
+    return sorted(found, key=_step, reverse=True)
+
+
+def find_checkpoint(output_dir: str | Path) -> Path | None:
+    """
+    The newest whole checkpoint of a run. Torn and unfinished ones are skipped, each with a warning that names it.
+
+    Args:
+        output_dir (`str` or `Path`):
+            Output folder of the run.
+
+    Returns:
+        `Path` or `None`: the folder; `None` if there is no whole checkpoint.
+    """
+    for path in sorted((Path(output_dir) / UNFINISHED).glob(f"*{PREFIX}*")):
+        logger.warning("Skipped %s: the run ended while it was written.", path)
+    for path in checkpoints(output_dir):
+        fault = fault_of(path)
+        if fault is None:
+            return path
+        logger.warning("Skipped %s, which is no whole checkpoint: %s.", path, fault)
+    return None
+
+
+def check_whole(folder: str | Path) -> None:
+    """
+    Check a checkpoint that was named.
+
+    Raises:
+        CheckpointError: if it is not whole.
+    """
+    fault = fault_of(Path(folder))
+    if fault is not None:
+        raise CheckpointError(
+            f"You asked to resume from {folder}, which is no whole checkpoint: {fault}. Pass another one, or "
+            f"`resume_from_checkpoint=True` for the newest that is whole."
+        )
+
+
+def clear_away(output_dir: Path, limit: int | None, kept: set[Path]) -> None:
+    """
+    Remove checkpoints beyond a limit, torn ones first, then the oldest.
+
+    Args:
+        output_dir (`Path`):
+            Output folder of the run.
+        limit (`int`, *optional*):
+            How many may stay; `None` or 0 for all.
+        kept (`set[Path]`):
+            Checkpoints that stay in any case.
+    """
+    found = checkpoints(output_dir)
+    if not limit or limit < 0 or len(found) <= limit:
+        return
+    surplus = [path for path in found if path not in kept]
+    surplus.sort(key=lambda path: (fault_of(path, thorough=False) is None, _step(path)))
+    trash = output_dir / UNFINISHED
+    for path in surplus[: len(found) - max(limit, len(kept))]:
+        trash.mkdir(exist_ok=True)
+        os.replace(path, trash / f"removed-{path.name}")  # at once: a kill leaves no half of it in its place
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def is_storage_failure(error: BaseException) -> bool:
+    """Whether an exception says that the disk did not take what was written."""
+    if isinstance(error, (OSError, SafetensorError)):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    # torch's writer turns every refusal into a plain RuntimeError, with a text that depends on where it was refused
+    return isinstance(error, RuntimeError) and bool(frames) and frames[-1].filename == torch.serialization.__file__
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix(PREFIX))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
+
+
+def _measured(file: Path) -> dict[str, int]:
+    size = checksum = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
+    return {"bytes": size, "crc32": checksum}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

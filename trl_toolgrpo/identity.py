@@ -1,0 +1,109 @@
+"""What a run is: the model, adapter, data set and batch that a checkpoint goes with.
+
+Owns the description that is kept in a checkpoint and its comparison with the run that resumes. Fed by `resume.py`.
+"""
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .reference import ADAPTER
+
+
+_SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "vocab_size")
+_ADAPTER = ("peft_type", "r", "lora_alpha", "use_dora", "use_rslora", "bias", "modules_to_save", "target_modules")
+_BATCH = ("seed", "shuffle_dataset", "num_generations", "generation_batch_size", "num_iterations")
+_WEIGHTS = "frozen weights"
+_SAMPLED = 64  # rows of the data set, and values of each frozen weight, that stand for all
+
+
+def describe_run(args: Any, model: Any, dataset: Any) -> dict[str, Any]:
+    """
+    What has to be the same for a checkpoint to be gone on from.
+
+    Args:
+        args ([`ToolGRPOConfig`]):
+            Configuration.
+        model (`PreTrainedModel` or `PeftModel`):
+            The policy, unwrapped.
+        dataset (`Dataset` or `IterableDataset`):
+            What it is trained on.
+
+    Returns:
+        `dict[str, Any]`: plain values by section: `model`, `adapter`, `dataset`, `batch`, and `layout`, which may
+        change between two rollout batches.
+    """
+    adapter = getattr(model, "active_adapter", None) if hasattr(model, "peft_config") else None
+    micro_batches = (args.steps_per_generation or 1) * args.num_iterations
+    return {
+        "model": describe_model(model),
+        "adapter": {} if adapter is None else describe_adapter(model.peft_config[adapter].to_dict()),
+        "dataset": describe_dataset(dataset),
+        "batch": {
+            **{name: getattr(args, name) for name in _BATCH},
+            "optimizer steps per rollout batch": micro_batches / args.gradient_accumulation_steps,
+        },
+        "layout": {
+            "processes": args.world_size,
+            "steps_per_generation": args.steps_per_generation,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        },
+    }
+
+
+def describe_model(model: Any) -> dict[str, Any]:
+    """Shape of a policy, and a checksum of the weights that are not trained and so are in no checkpoint."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = base.config.get_text_config()
+    shape = {name: getattr(config, name, None) for name in _SHAPE}
+    checksum = 0
+    frozen = [(name, p) for name, p in base.named_parameters() if not p.requires_grad and f".{ADAPTER}." not in name]
+    for name, parameter in frozen:
+        if isinstance(parameter, DTensor) or hasattr(parameter, "ds_id"):
+            return {**shape, _WEIGHTS: None}  # sharded: not to be had by one process
+        checksum = zlib.crc32(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode(), checksum)
+        checksum = zlib.crc32(_sample(parameter), checksum)
+    return {**shape, _WEIGHTS: checksum if frozen else None}
+
+
+def describe_adapter(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to be the same in an adapter's configuration, as plain values."""
+    return {name: _plain(config.get(name)) for name in _ADAPTER}
+
+
+def describe_dataset(dataset: Any) -> dict[str, Any]:
+    """Size, columns and a checksum of rows of a data set; of one that is streamed, its columns alone."""
+    columns = sorted(getattr(dataset, "column_names", None) or ())
+    if not isinstance(dataset, Dataset):
+        return {"columns": columns}
+    count = len(dataset)
+    places = sorted({index * count // _SAMPLED for index in range(_SAMPLED)} | {count - 1}) if count else []
+    rows = json.dumps(dataset[places], sort_keys=True, default=lambda value: type(value).__name__)
+    return {"rows": count, "columns": columns, "content": zlib.crc32(rows.encode())}
+
+
+def differences(stored: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]:
+    """What differs between two sections of a description, in words; what one of them does not know is left out."""
+    for name, ours in own.items():
+        unknown = name not in stored or (name == _WEIGHTS and None in (stored[name], ours))
+        if not unknown and stored[name] != ours:
+            what = "checksum of content" if name in (_WEIGHTS, "content") else "value"
+            yield f"{name} ({what}): {stored[name]} in the checkpoint, {ours} here"
+
+
+def _sample(parameter: Tensor) -> bytes:
+    flat = parameter.detach().reshape(-1)
+    values = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED].cpu().contiguous()
+    return values.view(torch.uint8).numpy().tobytes()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple, set)):
+        return sorted(value)
+    return getattr(value, "value", value)

@@ -1,0 +1,306 @@
+"""Going on exactly where a run was: what a checkpoint holds beside TRL's, when it is whole, and whom it belongs to.
+
+Owns the place in the rollout batch, the batch itself and the figures not yet logged, as a mixin of the trainer. The
+folders are those of `checkpoint.py`, the description of a run is that of `identity.py`.
+"""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from trl import GRPOTrainer
+
+from .checkpoint import (
+    PREFIX,
+    PROGRESS,
+    UNFINISHED,
+    check_whole,
+    clear_away,
+    find_checkpoint,
+    is_storage_failure,
+    publish,
+)
+from .config import ToolGRPOConfig
+from .diagnostics import RatioStatistics
+from .errors import CheckpointError, CheckpointSaveError
+from .identity import describe_run, differences
+from .reference import SyncReport
+
+
+logger = logging.getLogger(__name__)
+
+RUN = "run.json"
+
+
+class ExactResume(GRPOTrainer):
+    """Part of [`ToolGRPOTrainer`]: checkpoints that are whole, and from which a run goes on as if it had not ended."""
+
+    args: ToolGRPOConfig
+    model: Any
+    _ratio: RatioStatistics
+    _carried: dict[str, float]
+    _packs: bool | None
+    _unmoved: bool
+    _sync_report: SyncReport | None
+    _run: dict[str, Any]  # description of this run
+    _source: dict[str, Any] | None = None  # that of the run that wrote the checkpoint
+    _staging: Path | None = None
+    _push_later = False
+    _train_sampler: Any = None
+    _unlogged: tuple[Tensor, int] | None = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        TRL's training. Resumed from a checkpoint it goes on exactly there, in the middle of a rollout batch too.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                Checkpoint folder; `True` for the newest whole one in `output_dir`. Torn ones are skipped by name.
+            args, kwargs:
+                As in [`~transformers.Trainer.train`].
+
+        Raises:
+            CheckpointError: if there is no whole checkpoint, or it belongs to another model, adapter, data set or
+                batch, or to another number of processes in the middle of a rollout batch; the message says what
+                differs.
+            CheckpointSaveError: if the output folder cannot be written to, or does not take the last checkpoint.
+        """
+        self._run = describe_run(self.args, self.accelerator.unwrap_model(self.model), self.train_dataset)
+        self._source = self._unlogged = None
+        if self.args.save_strategy != "no" and self.args.should_save:
+            _check_writable(Path(str(self.args.output_dir)))
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
+            self._check_same_run(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # Which checkpoint
+
+    def _whole_checkpoint(self, asked_for: str | bool) -> str:
+        """The checkpoint to go on from; the main process looks, so that all take the same."""
+        found: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                found[0] = self._look_up(asked_for)
+            except CheckpointError as error:
+                found[1] = str(error)
+        folder, problem = broadcast_object_list(found)
+        if problem is not None:
+            raise CheckpointError(problem)
+        return folder
+
+    def _look_up(self, asked_for: str | bool) -> str:
+        if not isinstance(asked_for, bool):
+            check_whole(asked_for)
+            return str(asked_for)
+        folder = find_checkpoint(str(self.args.output_dir))
+        if folder is None:
+            raise CheckpointError(
+                f"You passed `resume_from_checkpoint=True`. No valid checkpoint found in output directory "
+                f"({self.args.output_dir}). Leave it out to start from the beginning."
+            )
+        return str(folder)
+
+    def _check_same_run(self, folder: Path) -> None:
+        if not (folder / RUN).is_file():
+            logger.warning(
+                "%s was not written by this trainer: the rollout batch it was in the middle of, if any, is lost.",
+                folder,
+            )
+            return
+        source = self._source = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        sections = ("model", "adapter", "dataset", "batch")
+        pairs = ((section, source[section], self._run[section]) for section in sections)
+        found = [f"{section}: {text}" for section, theirs, ours in pairs for text in differences(theirs, ours)]
+        if found:
+            raise CheckpointError(
+                f"You resume from {folder}, which belongs to another run. {'; '.join(found)}. Resume with what it was "
+                f"written with, or start a new run from its weights in another `output_dir`."
+            )
+        found = list(differences(source["layout"], self._run["layout"]))
+        if found and source["in_batch"]:
+            steps = self._run["batch"]["optimizer steps per rollout batch"]
+            raise CheckpointError(
+                f"You resume from {folder}, which was written in the middle of a rollout batch, with another division "
+                f"of it. {'; '.join(found)}. Resume with the same, or from a checkpoint at the end of a rollout "
+                f"batch: their steps are multiples of {steps:g}."
+            )
+        if found:
+            logger.warning("Resumed with another layout, which is not exact to the bit. %s.", "; ".join(found))
+
+    # Saving
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """TRL's checkpoint and what is needed to go on exactly, published when all of it is on disk."""
+        run_dir = Path(self._get_output_dir(trial))
+        target = run_dir / f"{PREFIX}{self.state.global_step}"
+        best = self.state.best_model_checkpoint
+        self._staging, self._push_later = run_dir / UNFINISHED, False
+        staged = self._staging / target.name
+        if self.args.should_save:
+            shutil.rmtree(self._staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            problems = self._attempt(lambda: self._write_checkpoint(model, trial, staged, target))
+            problems = problems or self._attempt(lambda: publish(staged, target) if self.args.should_save else None)
+        finally:
+            self._staging = None
+        if problems:
+            self.state.best_model_checkpoint = best
+            return self._report_unsaved(target, problems[0])
+        if self.args.should_save:
+            kept = {target, *([Path(self.state.best_model_checkpoint)] if self.state.best_model_checkpoint else [])}
+            clear_away(run_dir, self.args.save_total_limit, kept)
+        if self._push_later:
+            super()._push_from_checkpoint(str(target))
+
+    def _attempt(self, work: Callable[[], None]) -> list[str]:
+        """Do something in every process; returns what the disk refused, over all of them."""
+        problems = []
+        try:
+            work()
+        except Exception as error:
+            if not is_storage_failure(error):
+                raise
+            problems.append(f"{type(error).__name__}: {error}")
+        return gather_object(problems)
+
+    def _write_checkpoint(self, model: Any, trial: Any, staged: Path, target: Path) -> None:
+        super()._save_checkpoint(model, trial)
+        staged.mkdir(parents=True, exist_ok=True)
+        tensors, record = self._progress()
+        file = staged / PROGRESS.format(self.accelerator.process_index)
+        save_file(tensors, file, {"progress": json.dumps(record)})
+        if not self.args.should_save:
+            return
+        (staged / RUN).write_text(json.dumps({**self._run, "in_batch": self._in_batch()}, indent=1), encoding="utf-8")
+        if self.state.best_model_checkpoint == str(staged):  # TRL looked for it where it is written
+            self.state.best_model_checkpoint = str(target)
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+
+    def _report_unsaved(self, target: Path, problem: str) -> None:
+        """The run goes on without a checkpoint; only at its end there is no later one to hope for."""
+        if self.args.should_save:
+            shutil.rmtree(target.parent / UNFINISHED, ignore_errors=True)
+        free = shutil.disk_usage(target.parent).free / 2**20
+        message = (
+            f"{target} could not be written: {problem}. Checkpoints that were there before are still valid. Free "
+            f"space on the disk, which has {free:.0f} MiB left, or make {target.parent} writable."
+        )
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
+            raise CheckpointSaveError(
+                f"{message} The trained model is in memory still: `trainer.save_model(folder)` writes it elsewhere. "
+                f"Run again with `resume_from_checkpoint=True`, the run goes on from its last checkpoint."
+            )
+        logger.error("%s The run goes on, and tries again at the next checkpoint.", message)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+        else:  # it is uploaded in the background, from where it will stay
+            self._push_later = True
+
+    # Progress
+
+    def _in_batch(self) -> bool:
+        """Whether the rollout batch in use has updates left to feed."""
+        every = (self.args.steps_per_generation or 1) * self.num_iterations
+        return self._buffered_inputs is not None and self._step % every != 0
+
+    def _progress(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors, and plain values, that say where this process is in the run."""
+        tensors = {f"ratio/{name}": tensor for name, tensor in self._ratio.state().items()}
+        tensors["loss"] = self._tr_loss
+        batches: list[dict[str, Any]] = []
+        for index, batch in enumerate(self._buffered_inputs or () if self._in_batch() else ()):
+            batches.append({name: value for name, value in batch.items() if not isinstance(value, Tensor)})
+            tensors |= {f"batch/{index}/{name}": value for name, value in batch.items() if isinstance(value, Tensor)}
+        record = {
+            "step": self._step,
+            "batches": batches,
+            "metrics": self._metrics["train"],
+            "last_logged": self._globalstep_last_logged,
+            "carried": self._carried,
+            "packs": self._packs,
+            "unmoved": self._unmoved,
+            "sync_report": asdict(self._sync_report) if self._sync_report is not None else None,
+        }
+        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, record
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self._source is None:
+            return
+        same = self._source["layout"] == self._run["layout"]
+        file = Path(checkpoint) / PROGRESS.format(self.accelerator.process_index if same else 0)
+        with safe_open(file, "pt") as stored:
+            record = json.loads((stored.metadata() or {})["progress"])
+            tensors = {name: stored.get_tensor(name).to(self.accelerator.device) for name in stored.keys()}  # noqa: SIM118
+        self._carried, self._packs, self._unmoved = record["carried"], record["packs"], record["unmoved"]
+        report = record["sync_report"]
+        self._sync_report = None if report is None else SyncReport(**report)
+        self._buffered_inputs: Any = None
+        self._step = record["step"] if same else self.state.global_step * self.args.gradient_accumulation_steps
+        if not same:
+            return
+        self._metrics["train"] = defaultdict(list, record["metrics"])
+        self._ratio.load({n.removeprefix("ratio/"): t for n, t in tensors.items() if n.startswith("ratio/")})
+        self._unlogged = tensors["loss"], record["last_logged"]
+        if record["batches"]:
+            self._buffered_inputs = record["batches"]
+            for name, tensor in tensors.items():
+                if name.startswith("batch/"):
+                    _, index, key = name.split("/", 2)
+                    self._buffered_inputs[int(index)][key] = tensor
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's epoch; a resumed run first takes up the loss that was not logged yet."""
+        if self._unlogged is not None:
+            loss, self._globalstep_last_logged = self._unlogged
+            self._tr_loss, self._unlogged = self._tr_loss + loss, None
+        super()._run_epoch(*args, **kwargs)
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """TRL's, with the order of the data brought to the epoch that is resumed: each epoch draws a new one."""
+        epochs, micro_batches = super()._init_training_state(*args, **kwargs)
+        generator = getattr(self._train_sampler, "generator", None)
+        if generator is not None:
+            for _ in range(epochs):
+                torch.randperm(self._train_sampler.num_samples, generator=generator)
+        return epochs, micro_batches
+
+
+def _check_writable(output_dir: Path) -> None:
+    """Raise before the run begins if none of its checkpoints could be written."""
+    folder = output_dir / UNFINISHED
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CheckpointSaveError(
+            f"Nothing can be written to `output_dir` ({output_dir}): {error}. The run has not started, since its "
+            f"checkpoints would be lost. Pass another `output_dir`, or `save_strategy='no'`."
+        ) from error
+    with suppress(OSError):  # what a killed run has left there stays, to be named
+        os.rmdir(folder)

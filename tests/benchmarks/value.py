@@ -27,6 +27,7 @@ def measure(estimator: str, arguments: argparse.Namespace) -> dict[str, Any]:
     config = ToolGRPOConfig(
         output_dir=tempfile.mkdtemp(),
         advantage_estimator=estimator,
+        value_epochs=1 if estimator == "group" else arguments.value_epochs,
         per_device_train_batch_size=arguments.prompts * arguments.samples,
         num_generations=arguments.samples,
         max_completion_length=400,
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--prompt_tokens", type=int, default=300)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--value_epochs", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--worker", help=argparse.SUPPRESS)

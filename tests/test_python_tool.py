@@ -296,18 +296,25 @@ def tool():
         ("import sys; print('x'); sys.exit(4)", "error", "x\n[exit code 4]"),
         ("import os; os.kill(os.getpid(), 11)", "error", "[ended by SIGSEGV]"),
         ("print('x' * 3000)", None, "x" * 2000 + "\n[1001 more bytes of output were dropped]"),
-        (
-            "import os, time\n[os.fork() for _ in range(3)]\nx = bytearray(90 * 2**20)\ntime.sleep(9)",
-            "error",
-            "[stopped: more than 256 MiB of memory]",
-        ),
     ],
 )
 def test_what_the_policy_reads(tool, code, error, text):
+    assert read(tool, code) == (error is not None, error, text)
+
+
+def test_memory_of_all_processes_counts_together():
+    if WORKING is None:
+        pytest.skip(str(MISSING))
+    tool = python_tool(seconds=10, memory_mb=256, processes=16)  # time enough to be seen on a machine under load
+    code = "import os, time\n[os.fork() for _ in range(3)]\nx = bytearray(90 * 2**20)\ntime.sleep(9)"
+    assert read(tool, code) == (True, "error", "[stopped: more than 256 MiB of memory]")
+
+
+def read(tool, code):
     executor = ToolExecutor()
     result = executor.submit(ToolCall("c", "python", {"code": code}), tool).result(timeout=20)
     executor.shutdown()
-    assert (result.is_error, result.error_type, result.content) == (error is not None, error, text)
+    return result.is_error, result.error_type, result.content
 
 
 def test_the_tool_describes_itself_and_its_arguments_are_checked(tool):

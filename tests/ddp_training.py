@@ -48,4 +48,6 @@ assert torch.equal(heads[0], heads[1]) and head[-1] != 0, "each process has a va
 if rank == 0:
     names = ("tools/call_frequency", "tools/add/calls", "rollout/turns_mean", "forced/fraction")
     print(json.dumps({name: trainer.state.log_history[0][name] for name in names}), flush=True)
-trainer.end()  # threads of the process group would race with the end of the interpreter
+trainer.accelerator.wait_for_everyone()
+trainer.end()
+os._exit(0)  # past the interpreter's end, where threads of torch that are still about may abort the process

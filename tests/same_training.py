@@ -63,4 +63,6 @@ if trainer.accelerator.is_main_process:
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     rewards = [entry["reward"] for entry in log if "reward" in entry]
     print(json.dumps({"losses": [entry["loss"] for entry in log], "rewards": rewards, "calls": calls}), flush=True)
-trainer.end()  # threads of the process group would race with the end of the interpreter
+trainer.accelerator.wait_for_everyone()
+trainer.end()
+os._exit(0)  # past the interpreter's end, where threads of torch that are still about may abort the process

@@ -238,6 +238,14 @@ def test_more_epochs_train_the_head_on_and_nothing_else(tmp_path, size):
     assert any(not torch.allclose(a, b) for a, b in zip(one._value_head.parameters(), head.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("sharding", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_more_epochs_of_a_sharded_head_are_refused(tmp_path, sharding):
+    trainer, _ = make(tmp_path, value_epochs=2)
+    setattr(trainer, sharding, True)
+    with pytest.raises(ConfigError, match="`value_epochs=2` with FSDP or DeepSpeed"):
+        trainer._prepare_critic()
+
+
 def test_the_head_has_a_learning_rate_of_its_own(tmp_path):
     for given, expected in ((None, 1e-3), (0.02, 0.02)):
         trainer, _ = make(tmp_path, value_learning_rate=given, learning_rate=1e-5, weight_decay=0.1)

@@ -219,14 +219,16 @@ def test_a_sync_that_failed_names_the_tensors(mode, tmp_path):
     assert len(report.differ) == 1 and "layers.1.self_attn.q_proj" in report.differ[0]
 
 
-def test_a_merged_weight_that_is_not_the_policys_is_found(monkeypatch):
-    model = policy_with(ADAPTERS["lora"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_merged_weight_that_is_not_the_policys_is_found(kind):
+    model = policy_with(ADAPTERS[kind])
     reference = MergedReference(model, "default")
     move(model, 1)
     layer = model.get_base_model().model.layers[0].mlp.down_proj
-    right = layer.get_delta_weight
-    monkeypatch.setattr(layer, "get_delta_weight", lambda adapter: 1.01 * right(adapter))
+    acting_otherwise = layer.lora_A["default"].register_forward_hook(lambda module, given, output: 1.01 * output)
     assert reference.sync(0.5, Comparison()).differ == ("model.layers.0.mlp.down_proj.weight",)
+    acting_otherwise.remove()
+    assert reference.sync(0.5, Comparison()).differ == ()
 
 
 def test_a_failed_sync_stops_the_run(tmp_path, tokenizer, monkeypatch):

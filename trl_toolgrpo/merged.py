@@ -5,7 +5,7 @@ TR-DPO (arXiv 2404.09656). Fed by the policy's parameters; `sync.py` says when, 
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from .rollout.sampler import scoring_mode
 from .sharding import assign, full, local, whole
 
 
-_PROBES = 4  # columns of each weight that a sync reads back
+_PROBES = 4  # neighbouring columns of each weight that a sync reads back
 
 
 def average(comparison: Comparison, name: str, reference: Tensor, policy: Tensor, alpha: float) -> None:
@@ -89,24 +89,34 @@ class MergedReference:
         Average, then compare. A few columns of each linear layer, drawn anew for each sync, are compared with what the
         layer itself gives for unit vectors, and the whole with its being finite; everything else entry by entry.
         """
-        layers = _tuner_layers(self._model)
-        for name, policy in effective_weights(self._model, self._adapter):
-            reference = self._tensors[name]
-            layer = layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-            width = None if layer is None else _inputs_of(layer)
-            if layer is None or width is None:
-                if layer is not None:
-                    _compare_with_peft(comparison, name, policy, layer, self._adapter)
-                average(comparison, name, reference, policy, alpha)
-                continue
-            columns = torch.tensor(self._randomness.sample(range(width), min(_PROBES, width)))
-            own = reference.T if getattr(layer, "fan_in_fan_out", False) else reference
-            acting, precision = _columns(layer, columns.to(reference.device), width)
-            expected = alpha * acting + (1 - alpha) * own[:, columns]
-            reference.lerp_(policy, alpha)
-            found = own[:, columns] + 0 * reference.sum()  # NaN and infinity anywhere show
-            comparison.add(name, found, expected, 8 * precision * float(expected.abs().max()))
+        layers = {f"{name}.weight": layer for name, layer in _tuner_layers(self._model).items()}
+        linear = {name: width for name, layer in layers.items() if (width := _inputs_of(layer)) is not None}
+        for name, width in linear.items():
+            self._sync_linear(name, layers[name], width, alpha, comparison)
+        for name, policy in effective_weights(self._model, self._adapter, skip=linear):
+            if name in layers:
+                _compare_with_peft(comparison, name, policy, layers[name], self._adapter)
+            average(comparison, name, self._tensors[name], policy, alpha)
         return comparison.report()
+
+    def _sync_linear(self, name: str, layer: Any, width: int, alpha: float, comparison: Comparison) -> None:
+        reference = self._tensors[name]
+        start = self._randomness.randrange(max(width - _PROBES, 0) + 1)
+        columns = slice(start, min(start + _PROBES, width))
+        turned = getattr(layer, "fan_in_fan_out", False)
+        own = reference.T if turned else reference
+        acting, precision = _columns(layer, columns, width)
+        expected = alpha * acting + (1 - alpha) * own[:, columns]
+        if _is_plain(layer, self._adapter):
+            weight = dequantize_module_weight(layer.get_base_layer()).detach().to(reference.dtype)
+            reference.lerp_(weight, alpha)
+            factors = layer.lora_B[self._adapter].weight, layer.lora_A[self._adapter].weight
+            up, down = (factor.detach().to(reference.dtype) for factor in factors)
+            own.addmm_(up, down, alpha=alpha * layer.scaling[self._adapter])  # no dense difference in between
+        else:
+            reference.lerp_(_effective_weight(name, layer, self._adapter), alpha)
+        found = own[:, columns] + 0 * reference.sum()  # NaN and infinity anywhere show
+        comparison.add(name, found, expected, 8 * precision * float(expected.abs().max()))
 
     def scoring(self) -> bool:
         """Whether the model's forward is the reference's now: the base model's, without an adapter."""
@@ -136,7 +146,7 @@ class MergedReference:
             tensor.copy_(state[name])
 
 
-def effective_weights(model: Any, adapter: str) -> Iterator[tuple[str, Tensor]]:
+def effective_weights(model: Any, adapter: str, skip: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
     """
     What a PEFT policy acts with, where that is not its base model.
 
@@ -145,6 +155,8 @@ def effective_weights(model: Any, adapter: str) -> Iterator[tuple[str, Tensor]]:
             The policy.
         adapter (`str`):
             Name of its adapter.
+        skip (`Container[str]`, *optional*, defaults to `()`):
+            Names of weights that are left out.
 
     Yields:
         `tuple[str, Tensor]`: name in the base model, and tensor, float32: the weight of each adapted module (base plus
@@ -164,7 +176,8 @@ def effective_weights(model: Any, adapter: str) -> Iterator[tuple[str, Tensor]]:
             raise _unmergeable(name, type(module).__name__)
         elif isinstance(module, BaseTunerLayer):
             layer: Any = module
-            yield f"{name}.weight", _effective_weight(name, layer, adapter)
+            if f"{name}.weight" not in skip:
+                yield f"{name}.weight", _effective_weight(name, layer, adapter)
             if getattr(layer, "lora_bias", {}).get(adapter):
                 difference = layer.lora_B[adapter].bias.detach() * layer.scaling[adapter]
                 yield f"{name}.bias", layer.get_base_layer().bias.detach().float() + difference.float()
@@ -188,6 +201,11 @@ def _effective_weight(name: str, layer: Any, adapter: str) -> Tensor:
     return merged
 
 
+def _is_plain(layer: Any, adapter: str) -> bool:
+    """Whether the weight a linear layer acts with is its base plus a product of two factors: LoRA and rsLoRA."""
+    return getattr(layer, "lora_variant", {}).get(adapter) is None and hasattr(layer, "lora_B")
+
+
 def _unmergeable(name: str, kind: str) -> ConfigError:
     return ConfigError(
         f"The reference of this run keeps merged weights, but `{name}` is adapted by {kind}, which has none. Use "
@@ -203,13 +221,14 @@ def _inputs_of(layer: Any) -> int | None:
     return base.nx if isinstance(base, Conv1D) else None
 
 
-def _columns(layer: Any, columns: Tensor, width: int) -> tuple[Tensor, float]:
+def _columns(layer: Any, columns: slice, width: int) -> tuple[Tensor, float]:
     """Columns of the weight a layer acts with, float32, from its own forward pass; and its precision."""
-    dtype = next(p.dtype for p in layer.parameters() if p.is_floating_point())
-    units = nn.functional.one_hot(columns, width).to(dtype)
+    some = next(p for p in layer.parameters() if p.is_floating_point())
+    units = some.new_zeros(columns.stop - columns.start + 1, width)  # the last one for the bias
+    units[:-1, columns].fill_diagonal_(1.0)
     with scoring_mode(layer):
-        output = layer(torch.cat([units, torch.zeros_like(units[:1])]))
-    precision = max(torch.finfo(output.dtype).eps, torch.finfo(dtype).eps)
+        output = layer(units)
+    precision = max(torch.finfo(output.dtype).eps, torch.finfo(some.dtype).eps)
     return (output[:-1] - output[-1]).float().T, precision
 
 

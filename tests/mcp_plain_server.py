@@ -17,6 +17,7 @@ TOOLS = {
     "forget": {},
     "name with spaces": {},
 }
+DESCRIBED = sys.argv[sys.argv.index("--describe") + 1] if "--describe" in sys.argv else "Tool note."
 notes: list[str] = []
 
 
@@ -28,7 +29,7 @@ def listing(names):
     return [
         {
             "name": name,
-            "description": f"Tool {name}.",
+            "description": DESCRIBED if name == "note" else f"Tool {name}.",
             "inputSchema": {"type": "object", "properties": TOOLS[name], "required": list(TOOLS[name])},
         }
         for name in names

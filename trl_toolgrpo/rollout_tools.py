@@ -5,6 +5,7 @@ functions, and how environments are read; the servers themselves are in `tools/m
 """
 
 import inspect
+import json
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -19,7 +20,8 @@ from trl.chat_template_utils import (
 )
 
 from .checks import check_rendering, check_tool_names, named_datasets
-from .errors import ConfigError
+from .errors import ConfigError, ToolSchemaError
+from .rollout.chat import ToolChat
 from .rollout.loop import RolloutRequest
 from .tools.environments import scoring_plain_instances
 from .tools.execute import ToolExecutor
@@ -75,6 +77,18 @@ class RolloutTools(GRPOTrainer):
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             if not self._toolset.decided_at_reset:
                 check_tool_names(name, dataset, self._toolset.known)
+
+    def _check_descriptions(self, chat: ToolChat) -> None:
+        """Prompts are no tool output: what a server says of its tools is rendered as it is, so it must be harmless."""
+        for tool in self._mcp.tools if self._mcp is not None else ():
+            pieces = chat.pieces(json.dumps(tool.schema, ensure_ascii=False))
+            found = {chat.tokenizer.convert_ids_to_tokens(piece) for piece in pieces if isinstance(piece, int)}
+            if found:
+                raise ToolSchemaError(
+                    f"An MCP server describes its tool {tool.name!r} with control tokens of the model "
+                    f"({', '.join(sorted(found))}), which would forge every prompt that shows it. Leave the tool out "
+                    f"(`tools: [...]` of the server names those you want), or do not use the server."
+                )
 
     def _lend_servers(self, requests: list[RolloutRequest]) -> list[RolloutRequest]:
         """Rollouts with the MCP servers that are their own."""

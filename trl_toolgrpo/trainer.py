@@ -184,6 +184,7 @@ class ToolGRPOTrainer(
         if self.tools:
             kwargs: Any = self.chat_template_kwargs
             chat = ToolChat(self._tokenizer, self.eos_token_ids, self.chat_template, kwargs)
+            self._check_descriptions(chat)
         self._executor = executor
         pad_id = self._tokenizer.pad_token_id
         self._engine = RolloutEngine(self.args, self.eos_token_ids, pad_id, chat, executor, force_policy)

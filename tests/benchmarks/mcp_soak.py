@@ -22,15 +22,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import psutil
 import pytest
+from footprint import footprint
 from test_mcp import belongings
 from test_mcp_training import END, call, logged, make_trainer, server
-
-
-def memory() -> float:
-    """Resident memory of this process in MB."""
-    return psutil.Process().memory_info().rss / 2**20
 
 
 def quietly(trainer):
@@ -71,13 +66,14 @@ def many_batches(batches: int) -> None:
         script += [[call("own_notes"), call("plain_note", text="x"), call("crash"), f"done{END}"], *script]
         own = {"own": {**server(per_rollout=True)["plain"], "reset_tool": "reset", "tools": ["note", "notes"]}}
         shared = {"plain": {**server()["plain"], "tools": ["pid", "crash", "note", "notes"]}}
-        figures = []
+        figures, seen = [], 0
 
         def reward(completions, **kwargs):
-            if len(figures) % 10 == 0:
-                gc.collect()
-            threads, children, descriptors = belongings()
-            figures.append((len(threads), children, descriptors, memory()))
+            nonlocal seen
+            seen += 1
+            if seen % 5 == 0:
+                found = footprint()  # garbage collected, free memory given back
+                figures.append((found.threads, found.processes, found.files, found.memory / 2**20))
             return [float(i % 3) for i in range(len(completions))]
 
         servers = {**own, **shared}
@@ -86,7 +82,7 @@ def many_batches(batches: int) -> None:
         errors = sum(logged(trainer, "tools/crash/errors"))
         restarts = sum(logged(trainer, "tools/mcp/plain/restarts")) + trainer._mcp.restarts()["plain"]
         print(f"{batches} batches: {errors:.0f} crashes, {restarts:.0f} restarts")
-        windows = [figures[batches // 10 : 3 * batches // 10], figures[4 * batches // 5 :]]
+        windows = [figures[len(figures) // 10 : 3 * len(figures) // 10], figures[4 * len(figures) // 5 :]]
         early, late = ([statistics.median(column) for column in zip(*window, strict=True)] for window in windows)
         for name, medians in (("early", early), ("late", late)):
             print(

@@ -87,3 +87,16 @@ def test_two_processes_resume_to_the_bit(tmp_path):
     assert found == [{"differ": 0, "figures": True, "fault": None, "refused": True}] * 2
     names = {path.name for path in (tmp_path / "whole" / "checkpoint-3").iterdir()}
     assert {"progress_0.safetensors", "progress_1.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= names
+
+
+@pytest.mark.slow
+def test_each_process_has_its_servers(tmp_path):
+    """Shared servers are shared within a process, rollouts have their own; counts and restarts are those of both."""
+    output = launch("mcp_processes.py", str(tmp_path))
+    found = json.loads(next(line for line in output.splitlines() if line.startswith('{"told')))
+    (busy, crash), quiet = found["told"][0][:2], found["told"][1]
+    assert busy[0].isdigit() and busy[1:] == ["done", "x"]
+    assert "ended before it answered" in crash[0] and crash[1].isdigit() and crash[1] != busy[0]
+    assert quiet == [[]] * 8
+    assert found["tools/pid/calls"] == [4.0, 4.0] and found["tools/note/calls"] == [2.0, 2.0]
+    assert found["tools/crash/errors"] == [2.0, 2.0] and sum(found["tools/mcp/shared/restarts"]) >= 2

@@ -318,6 +318,14 @@ def test_source_we_rely_on(expression):
     )
 
 
+def test_the_loss_reads_its_inputs_behind_the_scoring_pass():
+    """correction.SamplerCorrection changes them there."""
+    text = source(GRPOTrainer._compute_loss)
+    scored = text.index("self._get_per_token_logps_and_entropies(")
+    for name in ('inputs["advantages"]', 'inputs.get("old_per_token_logps")'):
+        assert text.index(name) > scored, f"GRPOTrainer._compute_loss reads `{name}` before it scores."
+
+
 def test_scoring_passes_come_in_the_order_we_assume():
     """The pass for old log-probs is the first over the policy; the reference's comes after it."""
     tree = ast.parse(source(GRPOTrainer._generate_and_score_completions))

@@ -69,6 +69,7 @@ ORDER = [
     "losses",
     "diagnostics",
     "scoring",
+    "correction",
     "checks",
     "rollout_tools",
     "assist",

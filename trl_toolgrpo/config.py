@@ -17,6 +17,7 @@ from .config_checks import (
     LOGPROB_CHECKS,
     REF_SYNC_MODES,
     ROLLOUT_BACKENDS,
+    SAMPLER_CORRECTIONS,
     check_fields,
 )
 from .errors import ConfigError
@@ -40,6 +41,13 @@ class ToolGRPOConfig(GRPOConfig):
         logprob_check_tolerance (`float`, *optional*):
             Largest difference in nats. `None` picks by the compute dtype: 1e-3 in float32; 0.15 at most and 0.02 on
             average in bfloat16 and float16.
+        sampler_correction (`str`, *optional*):
+            What is done with tokens whose ratio, of the policy's probability to the sampler's, is above
+            `sampler_correction_cap`: `"truncate"` holds the ratio there, `"mask"` leaves the token out of the policy
+            loss. `None` does neither. It is the one ratio of the loss, by its detached value; there is no second
+            factor.
+        sampler_correction_cap (`float`, *optional*, defaults to `2.0`):
+            Largest ratio `sampler_correction` lets through, above 1.
         deterministic_rollouts (`bool`, *optional*, defaults to `False`):
             Key the noise of sampling by seed, rollout batch, rollout and token, and admit rows to decoding in a fixed
             order: the same rollouts whatever the timing of tools or the number of processes. It costs a random number
@@ -132,6 +140,18 @@ class ToolGRPOConfig(GRPOConfig):
             "help": "Largest difference in nats between a recorded and a recomputed log-prob. None picks by the "
             "compute dtype: float32 1e-3; bfloat16 0.15 at most and 0.02 on average."
         },
+    )
+    sampler_correction: str | None = field(
+        default=None,
+        metadata={
+            "help": "What is done with tokens whose ratio (policy to sampler) is above sampler_correction_cap: "
+            "truncate holds the ratio there, mask leaves the token out of the policy loss. It is the one ratio of the "
+            "loss; there is no second factor.",
+            "choices": list(SAMPLER_CORRECTIONS),
+        },
+    )
+    sampler_correction_cap: float = field(
+        default=2.0, metadata={"help": "Largest ratio that sampler_correction lets through, above 1."}
     )
     deterministic_rollouts: bool = field(
         default=False,

@@ -22,6 +22,7 @@ from trl.trainer.utils import get_config_model_id
 from .assist import AssistedWarmup
 from .checks import check_dataset, check_forcing, check_template, named_datasets, warn_of_dropout
 from .config import ToolGRPOConfig
+from .correction import SamplerCorrection
 from .critic import Critic
 from .deterministic import Determinism
 from .diagnostics import (
@@ -55,7 +56,8 @@ logger = logging.getLogger(__name__)
 
 
 class ToolGRPOTrainer(
-    ExactResume, Determinism, AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring, RolloutTools, GRPOTrainer
+    ExactResume, Determinism, AssistedWarmup, Critic, ReferenceSync, SamplerCorrection,
+    SharedPromptScoring, RolloutTools, GRPOTrainer,
 ):
     """
     Drop-in for TRL's [`~trl.GRPOTrainer`] (arXiv 2402.03300) that trains a policy to call tools.

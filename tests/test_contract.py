@@ -603,6 +603,14 @@ def test_attention_is_chosen_by_the_configuration_at_each_call():
     )
 
 
+def test_packed_products():
+    """packed_linear.py calls both by name."""
+    weight, rows = torch.randn(8, 4), torch.randn(2, 3, 4)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    found = torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
+    torch.testing.assert_close(found, rows @ weight.T)
+
+
 def test_cache_update():
     found = parameters(DynamicCache.update)
     assert found[:4] == ["self", "key_states", "value_states", "layer_idx"], (

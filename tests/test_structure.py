@@ -56,6 +56,7 @@ ORDER = [
     "rollout.constraint",
     "rollout.forcing",
     "rollout.shared_prefix",
+    "rollout.packed_linear",
     "rollout.model_sampler",
     "rollout.generate_sampler",
     "rollout.backends",

@@ -37,6 +37,8 @@ ADDED = {
     "value_detach": (True, [False]),
     "ref_sync_mode": ("auto", ["adapter", "merged"]),
     "deterministic_rollouts": (False, [True]),
+    "shared_prompt_updates": (True, [False]),
+    "rollout_cache_gib": (None, [0.5, 12]),
     "sampler_correction": (None, ["truncate", "mask"]),
     "sampler_correction_cap": (2.0, [1.5]),
 }
@@ -93,7 +95,7 @@ def test_counts_have_a_least_value(tmp_path, name, value, least):
     assert refused(tmp_path, **{name: value}) == f"You passed `{name}={value}`; it must be at least {least}."
 
 
-@pytest.mark.parametrize("name", ["tool_timeout", "logprob_check_tolerance"])
+@pytest.mark.parametrize("name", ["tool_timeout", "logprob_check_tolerance", "rollout_cache_gib"])
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
 def test_limits_are_positive_numbers(tmp_path, name, value):
     assert refused(tmp_path, **{name: value}) == f"You passed `{name}={value}`; it must be a positive number or None."
@@ -272,6 +274,7 @@ def test_fields_are_read_from_flags(tmp_path):
         *("--value_loss_coef", "1.5", "--value_clip", "0.3", "--value_learning_rate", "0.01"),
         *("--value_warmup_steps", "2", "--value_epochs", "4", "--value_detach", "False", "--ref_sync_mode", "merged"),
         *("--deterministic_rollouts", "True", "--sampler_correction", "mask", "--sampler_correction_cap", "3"),
+        *("--shared_prompt_updates", "False", "--rollout_cache_gib", "0.5"),
     ]
     (parsed,) = parser.parse_args_and_config(flags)
     assert isinstance(parsed, ToolGRPOConfig)
@@ -309,6 +312,8 @@ def test_fields_are_read_from_flags(tmp_path):
         "deterministic_rollouts": True,
         "sampler_correction": "mask",
         "sampler_correction_cap": 3.0,
+        "shared_prompt_updates": False,
+        "rollout_cache_gib": 0.5,
     }
     assert {name: getattr(parsed, name) for name in expected_critic} == expected_critic
     assert {*expected, *expected_critic} == set(ADDED)

@@ -79,6 +79,7 @@ ORDER = [
     "identity",
     "merged",
     "sync",
+    "grouping",
     "deterministic",
     "resume",
     "trainer",

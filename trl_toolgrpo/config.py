@@ -48,6 +48,14 @@ class ToolGRPOConfig(GRPOConfig):
             factor.
         sampler_correction_cap (`float`, *optional*, defaults to `2.0`):
             Largest ratio `sampler_correction` lets through, above 1.
+        shared_prompt_updates (`bool`, *optional*, defaults to `True`):
+            Score the prompt of a group once for all its rollouts in a micro-batch, where the model's attention allows
+            it, and keep groups whole when a rollout batch is divided over micro-batches (TRL shuffles rows). Log-probs
+            and gradients are the same up to rounding. With `loss_type="bnpo"`, whose loss depends on the division,
+            and `deterministic_rollouts`, which has one of its own, groups are not kept whole.
+        rollout_cache_gib (`float`, *optional*):
+            Most memory, in GiB, for the keys and values of rollouts in progress on one process. A rollout batch that
+            could need more is sampled in several parts. `None` for no limit.
         deterministic_rollouts (`bool`, *optional*, defaults to `False`):
             Key the noise of sampling by seed, rollout batch, rollout and token, and admit rows to decoding in a fixed
             order: the same rollouts whatever the timing of tools or the number of processes. It costs a random number
@@ -152,6 +160,20 @@ class ToolGRPOConfig(GRPOConfig):
     )
     sampler_correction_cap: float = field(
         default=2.0, metadata={"help": "Largest ratio that sampler_correction lets through, above 1."}
+    )
+    shared_prompt_updates: bool = field(
+        default=True,
+        metadata={
+            "help": "Score the prompt of a group once for all its rollouts in a micro-batch, and keep groups whole "
+            "when a rollout batch is divided over micro-batches."
+        },
+    )
+    rollout_cache_gib: float | None = field(
+        default=None,
+        metadata={
+            "help": "Most memory in GiB for the keys and values of rollouts in progress on one process; a rollout "
+            "batch that could need more is sampled in parts. None for no limit."
+        },
     )
     deterministic_rollouts: bool = field(
         default=False,

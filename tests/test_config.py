@@ -37,6 +37,10 @@ ADDED = {
     "value_detach": (True, [False]),
     "ref_sync_mode": ("auto", ["adapter", "merged"]),
     "deterministic_rollouts": (False, [True]),
+    "shared_prompt_updates": (True, [False]),
+    "rollout_cache_gib": (None, [0.5, 12]),
+    "sampler_correction": (None, ["truncate", "mask"]),
+    "sampler_correction_cap": (2.0, [1.5]),
 }
 OURS = [f.name for f in fields(ToolGRPOConfig) if f.name not in {f.name for f in fields(GRPOConfig)}]
 
@@ -57,9 +61,11 @@ def test_every_added_field_is_tested_here():
 def test_defaults_and_other_values(name, tmp_path):
     default, others = ADDED[name]
     assert getattr(make(tmp_path), name) == default
-    critic = {"advantage_estimator": "gae"} if name.startswith(("gae_", "value_")) else {}
+    needed = {"advantage_estimator": "gae"} if name.startswith(("gae_", "value_")) else {}
+    if name == "sampler_correction_cap":
+        needed = {"sampler_correction": "mask"}
     for value in others:
-        assert getattr(make(tmp_path, **{**critic, name: value}), name) == value
+        assert getattr(make(tmp_path, **{**needed, name: value}), name) == value
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -89,7 +95,7 @@ def test_counts_have_a_least_value(tmp_path, name, value, least):
     assert refused(tmp_path, **{name: value}) == f"You passed `{name}={value}`; it must be at least {least}."
 
 
-@pytest.mark.parametrize("name", ["tool_timeout", "logprob_check_tolerance"])
+@pytest.mark.parametrize("name", ["tool_timeout", "logprob_check_tolerance", "rollout_cache_gib"])
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
 def test_limits_are_positive_numbers(tmp_path, name, value):
     assert refused(tmp_path, **{name: value}) == f"You passed `{name}={value}`; it must be a positive number or None."
@@ -107,6 +113,17 @@ def test_backend_that_does_not_exist_yet_says_what_to_use(tmp_path):
     message = refused(tmp_path, rollout_backend="vllm")
     assert message.startswith("You passed `rollout_backend='vllm'`") and "`rollout_backend='transformers'`" in message
     assert "`use_vllm=True`" in message
+
+
+def test_a_correction_has_a_ratio_to_act_on(tmp_path):
+    for cap in (1.0, 0.5, float("nan"), float("inf")):
+        assert "`sampler_correction_cap=" in refused(tmp_path, sampler_correction="mask", sampler_correction_cap=cap)
+    assert "nothing is capped" in refused(tmp_path, sampler_correction_cap=3.0)
+    assert refused(tmp_path, sampler_correction="clip") == (
+        "You passed `sampler_correction='clip'`. Choose one of truncate, mask."
+    )
+    for trls in ({"use_vllm": True}, {"record_sample_logprobs": False}):
+        assert "TRL's own" in refused(tmp_path, sampler_correction="truncate", **trls)
 
 
 TRUNCATING = [("top_p", 0.9, 1.0), ("top_k", 50, 0), ("min_p", 0.1, 0.0), ("repetition_penalty", 1.1, 1.0)]
@@ -256,7 +273,8 @@ def test_fields_are_read_from_flags(tmp_path):
         *("--advantage_estimator", "gae", "--gae_gamma", "0.9", "--gae_lambda", "0.8", "--gae_unit", "turn"),
         *("--value_loss_coef", "1.5", "--value_clip", "0.3", "--value_learning_rate", "0.01"),
         *("--value_warmup_steps", "2", "--value_epochs", "4", "--value_detach", "False", "--ref_sync_mode", "merged"),
-        *("--deterministic_rollouts", "True"),
+        *("--deterministic_rollouts", "True", "--sampler_correction", "mask", "--sampler_correction_cap", "3"),
+        *("--shared_prompt_updates", "False", "--rollout_cache_gib", "0.5"),
     ]
     (parsed,) = parser.parse_args_and_config(flags)
     assert isinstance(parsed, ToolGRPOConfig)
@@ -292,6 +310,10 @@ def test_fields_are_read_from_flags(tmp_path):
         "value_detach": False,
         "ref_sync_mode": "merged",
         "deterministic_rollouts": True,
+        "sampler_correction": "mask",
+        "sampler_correction_cap": 3.0,
+        "shared_prompt_updates": False,
+        "rollout_cache_gib": 0.5,
     }
     assert {name: getattr(parsed, name) for name in expected_critic} == expected_critic
     assert {*expected, *expected_critic} == set(ADDED)

@@ -318,6 +318,14 @@ def test_source_we_rely_on(expression):
     )
 
 
+def test_the_loss_reads_its_inputs_behind_the_scoring_pass():
+    """correction.SamplerCorrection changes them there."""
+    text = source(GRPOTrainer._compute_loss)
+    scored = text.index("self._get_per_token_logps_and_entropies(")
+    for name in ('inputs["advantages"]', 'inputs.get("old_per_token_logps")'):
+        assert text.index(name) > scored, f"GRPOTrainer._compute_loss reads `{name}` before it scores."
+
+
 def test_scoring_passes_come_in_the_order_we_assume():
     """The pass for old log-probs is the first over the policy; the reference's comes after it."""
     tree = ast.parse(source(GRPOTrainer._generate_and_score_completions))
@@ -593,6 +601,14 @@ def test_attention_is_chosen_by_the_configuration_at_each_call():
         "transformers makes an attention mask for a registered attention function that has no mask function; "
         "rollout/shared_prefix.py has masks of its own."
     )
+
+
+def test_packed_products():
+    """packed_linear.py calls both by name."""
+    weight, rows = torch.randn(8, 4), torch.randn(2, 3, 4)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    found = torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
+    torch.testing.assert_close(found, rows @ weight.T)
 
 
 def test_cache_update():

@@ -16,6 +16,8 @@ def _span(slots, lengths, query_length):
         groups=torch.zeros(count, dtype=torch.long),
         ranks=torch.arange(count),
         width=count,
+        order=torch.arange(count),
+        places=None,
         members=[],
         batched=True,
     )

@@ -17,6 +17,7 @@ from .config_checks import (
     LOGPROB_CHECKS,
     REF_SYNC_MODES,
     ROLLOUT_BACKENDS,
+    SAMPLER_CORRECTIONS,
     check_fields,
 )
 from .errors import ConfigError
@@ -40,6 +41,21 @@ class ToolGRPOConfig(GRPOConfig):
         logprob_check_tolerance (`float`, *optional*):
             Largest difference in nats. `None` picks by the compute dtype: 1e-3 in float32; 0.15 at most and 0.02 on
             average in bfloat16 and float16.
+        sampler_correction (`str`, *optional*):
+            What is done with tokens whose ratio, of the policy's probability to the sampler's, is above
+            `sampler_correction_cap`: `"truncate"` holds the ratio there, `"mask"` leaves the token out of the policy
+            loss. `None` does neither. It is the one ratio of the loss, by its detached value; there is no second
+            factor.
+        sampler_correction_cap (`float`, *optional*, defaults to `2.0`):
+            Largest ratio `sampler_correction` lets through, above 1.
+        shared_prompt_updates (`bool`, *optional*, defaults to `True`):
+            Score the prompt of a group once for all its rollouts in a micro-batch, where the model's attention allows
+            it, and keep groups whole when a rollout batch is divided over micro-batches (TRL shuffles rows). Log-probs
+            and gradients are the same up to rounding. With `loss_type="bnpo"`, whose loss depends on the division,
+            and `deterministic_rollouts`, which has one of its own, groups are not kept whole.
+        rollout_cache_gib (`float`, *optional*):
+            Most memory, in GiB, for the keys and values of rollouts in progress on one process. A rollout batch that
+            could need more is sampled in several parts. `None` for no limit.
         deterministic_rollouts (`bool`, *optional*, defaults to `False`):
             Key the noise of sampling by seed, rollout batch, rollout and token, and admit rows to decoding in a fixed
             order: the same rollouts whatever the timing of tools or the number of processes. It costs a random number
@@ -131,6 +147,32 @@ class ToolGRPOConfig(GRPOConfig):
         metadata={
             "help": "Largest difference in nats between a recorded and a recomputed log-prob. None picks by the "
             "compute dtype: float32 1e-3; bfloat16 0.15 at most and 0.02 on average."
+        },
+    )
+    sampler_correction: str | None = field(
+        default=None,
+        metadata={
+            "help": "What is done with tokens whose ratio (policy to sampler) is above sampler_correction_cap: "
+            "truncate holds the ratio there, mask leaves the token out of the policy loss. It is the one ratio of the "
+            "loss; there is no second factor.",
+            "choices": list(SAMPLER_CORRECTIONS),
+        },
+    )
+    sampler_correction_cap: float = field(
+        default=2.0, metadata={"help": "Largest ratio that sampler_correction lets through, above 1."}
+    )
+    shared_prompt_updates: bool = field(
+        default=True,
+        metadata={
+            "help": "Score the prompt of a group once for all its rollouts in a micro-batch, and keep groups whole "
+            "when a rollout batch is divided over micro-batches."
+        },
+    )
+    rollout_cache_gib: float | None = field(
+        default=None,
+        metadata={
+            "help": "Most memory in GiB for the keys and values of rollouts in progress on one process; a rollout "
+            "batch that could need more is sampled in parts. None for no limit."
         },
     )
     deterministic_rollouts: bool = field(

@@ -11,6 +11,7 @@ from .errors import ConfigError
 
 
 ROLLOUT_BACKENDS = ("transformers", "vllm")
+SAMPLER_CORRECTIONS = ("truncate", "mask")
 ADVANTAGE_ESTIMATORS = ("group", "gae", "group_gae")
 GAE_UNITS = ("token", "turn")
 FORCE_LEVELS = ("call", "name", "schema")
@@ -60,10 +61,11 @@ def check_fields(config: Any, defaults: dict[str, Any]) -> None:
             f"You passed `max_tool_calling_iterations={iterations}`; it is the number of turns whose calls are "
             f"answered. Pass 0 or more, or None for no limit."
         )
-    for name in ("tool_timeout", "logprob_check_tolerance"):
+    for name in ("tool_timeout", "logprob_check_tolerance", "rollout_cache_gib"):
         value = getattr(config, name)
         if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
             raise ConfigError(f"You passed `{name}={value!r}`; it must be a positive number or None.")
+    _check_correction(config, defaults)
     _check_forcing(config)
     _check_critic(config, defaults)
     _check_reference(config)
@@ -84,6 +86,27 @@ def check_fields(config: Any, defaults: dict[str, Any]) -> None:
 def _check_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
     if getattr(config, name) not in choices:
         raise ConfigError(f"You passed `{name}={getattr(config, name)!r}`. Choose one of {', '.join(choices)}.")
+
+
+def _check_correction(config: Any, defaults: dict[str, Any]) -> None:
+    """A correction of the ratio has recorded log-probs to act on, and a cap has a correction."""
+    mode, cap = config.sampler_correction, config.sampler_correction_cap
+    if not (math.isfinite(cap) and cap > 1):
+        raise ConfigError(f"You passed `sampler_correction_cap={cap}`; it is the largest ratio, a number above 1.")
+    if mode is None:
+        if cap != defaults["sampler_correction_cap"]:
+            raise ConfigError(
+                f"You passed `sampler_correction_cap={cap}` while `sampler_correction=None`: nothing is capped. Set "
+                f"`sampler_correction` to 'truncate' or 'mask', or leave the cap out."
+            )
+        return
+    _check_choice(config, "sampler_correction", SAMPLER_CORRECTIONS)
+    if config.use_vllm or not config.record_sample_logprobs:
+        raise ConfigError(
+            f"You passed `sampler_correction={mode!r}` with rollouts of TRL's own (`use_vllm` or "
+            f"`record_sample_logprobs=False`), whose ratio is not this package's. Leave those out, or it; TRL's own "
+            f"correction is `vllm_importance_sampling_correction`."
+        )
 
 
 def _check_forcing(config: Any) -> None:

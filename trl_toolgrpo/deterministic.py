@@ -7,10 +7,10 @@ the batch is divided over the optimizer steps. Fed by TRL's order of rows: the r
 from typing import Any
 
 import torch
-from torch import Tensor
 from trl import GRPOTrainer
 
 from .config import ToolGRPOConfig
+from .grouping import divided
 from .rollout.noise import RolloutNoise
 
 
@@ -84,12 +84,4 @@ def division(count: int, parts: int, noise: RolloutNoise) -> list[list[int]]:
 def redivide(batches: list[dict[str, Any]], noise: RolloutNoise) -> list[dict[str, Any]]:
     """Micro-batches of the same rows, divided by [`division`]; `rollout` of each says which rows those are."""
     order = torch.cat([batch["rollout"] for batch in batches]).argsort()
-
-    def pick(name: str, rows: Tensor) -> Any:
-        values = [batch[name] for batch in batches]
-        if not isinstance(values[0], Tensor) or values[0].ndim == 0:
-            return values[0]
-        return torch.cat(values)[rows]
-
-    places = [order[part] for part in division(len(order), len(batches), noise)]
-    return [{name: pick(name, rows) for name in batches[0]} for rows in places]
+    return divided(batches, [order[part] for part in division(len(order), len(batches), noise)])

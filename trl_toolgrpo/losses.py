@@ -1,8 +1,10 @@
 """Losses beside TRL's policy loss. Pure functions: tensors in, tensors out.
 
-Owns the supervised loss of assisted steps and the loss of the value head; fed by the trainer with log-probs and values
-it computed under its own autocast.
+Owns the supervised loss of assisted steps, the loss of the value head and what a correction does to the ratio; fed by
+the trainer with log-probs and values it computed under its own autocast.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -54,6 +56,39 @@ def assisted_loss(logps: Tensor, mask: Tensor, count: Tensor | float) -> Tensor:
             Number of such tokens the mean is taken over, at least 1.
     """
     return -(logps * mask).sum() / count
+
+
+def within_cap(logps: Tensor, old_logps: Tensor, cap: float) -> Tensor:
+    r"""
+    Which tokens have a ratio \\(\pi_\theta / \pi_{sample}\\) of at most `cap`.
+
+    Args:
+        logps (`Tensor`):
+            Log-probs under the policy, nats, shape (B, T).
+        old_logps (`Tensor`):
+            Log-probs recorded when the tokens were sampled, nats, shape (B, T).
+        cap (`float`):
+            Largest ratio.
+
+    Returns:
+        `Tensor`: bool, shape (B, T).
+    """
+    return logps.detach() - old_logps <= math.log(cap)
+
+
+def capped_old_logps(logps: Tensor, old_logps: Tensor, cap: float) -> Tensor:
+    """
+    Old log-probs under which no ratio is above `cap`: truncated importance sampling (arXiv 1802.01561) on the one
+    ratio of the loss, whose gradient is then that of the log-prob, times at most `cap`.
+
+    Args:
+        logps, old_logps, cap:
+            As in [`within_cap`].
+
+    Returns:
+        `Tensor`: nats, shape (B, T), without a gradient; `old_logps` wherever the ratio is at most `cap`.
+    """
+    return torch.maximum(old_logps, logps.detach() - math.log(cap))
 
 
 def value_loss(values: Tensor, old_values: Tensor, targets: Tensor, mask: Tensor, clip: float | None) -> Tensor:

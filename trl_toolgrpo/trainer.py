@@ -22,6 +22,7 @@ from trl.trainer.utils import get_config_model_id
 from .assist import AssistedWarmup
 from .checks import check_dataset, check_forcing, check_template, named_datasets, warn_of_dropout
 from .config import ToolGRPOConfig
+from .correction import SamplerCorrection
 from .critic import Critic
 from .deterministic import Determinism
 from .diagnostics import (
@@ -34,6 +35,7 @@ from .diagnostics import (
     rollout_counts,
     rollout_metrics,
 )
+from .grouping import GroupedUpdates
 from .resume import ExactResume
 from .rollout.chat import ToolChat
 from .rollout.engine import RolloutBatch, RolloutEngine, unwrapped_policy
@@ -55,7 +57,8 @@ logger = logging.getLogger(__name__)
 
 
 class ToolGRPOTrainer(
-    ExactResume, Determinism, AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring, RolloutTools, GRPOTrainer
+    ExactResume, Determinism, AssistedWarmup, Critic, ReferenceSync, GroupedUpdates,
+    SamplerCorrection, SharedPromptScoring, RolloutTools, GRPOTrainer,
 ):
     """
     Drop-in for TRL's [`~trl.GRPOTrainer`] (arXiv 2402.03300) that trains a policy to call tools.
@@ -170,8 +173,9 @@ class ToolGRPOTrainer(
         if self._recording and self._is_vlm:
             self._recording = False
             logger.warning("The model is multimodal: its rollouts take TRL's path, and no log-prob is recorded.")
+        if not self._recording or not self.args.shared_prompt_updates:
+            self._packs = False  # TRL's own pass, unchanged
         if not self._recording:
-            self._packs = False  # TRL's own path, unchanged
             return
         if self.use_transformers_continuous_batching:
             logger.warning("`use_transformers_continuous_batching` has no effect: the sampler batches by itself.")

@@ -6,6 +6,7 @@ log-prob is recorded with every sampled token, from the full softmax of `logits 
 the rollout loop.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,12 +17,15 @@ from torch import Tensor
 
 from ..errors import SamplerError
 from .noise import race
+from .packed_linear import packed_linears
 from .sampler import SampledTokens, TokenConstraint, constrain, scoring_mode
 from .shared_prefix import KeyValueStore, PromptCache, RowCache, Span, shared_prefix_attention
 
 
 PREFILL_TOKENS = 8192
 """Most tokens, padding included, of one prompt-prefill pass."""
+SAMPLED_AT_ONCE = 2**21
+"""Most logits that are held in float32 at a time: few enough to stay in a processor's cache."""
 JOIN_AFTER = 4
 """Steps a row with tokens to read waits, at most, for others to be prefilled with it while rows are decoded."""
 
@@ -42,12 +46,20 @@ def sample_tokens(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Te
         `tuple[Tensor, Tensor, Tensor]`: token ids, int64, shape (B,); their log-probs in nats, float32, shape (B,);
         the entropies in nats of what they were drawn from, float32, shape (B,).
     """
+    rows = max(1, SAMPLED_AT_ONCE // logits.shape[-1])
+    pieces = zip(logits.split(rows), noise.to(logits.device).split(rows), strict=True)
+    found = [_sample_rows(part, temperature, drawn) for part, drawn in pieces]
+    tokens, logprobs, entropies = (torch.cat(part) for part in zip(*found, strict=True))
+    return tokens, logprobs, entropies
+
+
+def _sample_rows(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[`sample_tokens`] for so few rows that a float32 copy of their logits does no harm."""
     scores = logits.float()
     if temperature != 1.0:
         scores = scores / temperature
     log_z = torch.logsumexp(scores, dim=-1, keepdim=True)
-    probabilities = torch.exp(scores - log_z)
-    noise = noise.to(probabilities.device)
+    probabilities = torch.sub(scores, log_z).exp_()
     if noise.dtype == torch.int64:
         tokens = race(probabilities, noise)[:, None]
     else:
@@ -56,7 +68,8 @@ def sample_tokens(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Te
         tokens = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)
         tokens.clamp_(max=logits.shape[-1] - 1)
     logprobs = (scores.gather(-1, tokens) - log_z).clamp_(max=0.0)  # rounding alone can pass 0
-    entropies = log_z[:, 0] - (probabilities * scores.clamp(min=torch.finfo(torch.float32).min)).sum(dim=-1)
+    expected = torch.linalg.vecdot(probabilities, scores.clamp(min=torch.finfo(torch.float32).min))
+    entropies = log_z[:, 0] - expected
     return tokens[:, 0], logprobs[:, 0], entropies
 
 
@@ -101,7 +114,7 @@ class ModelSampler:
         """See [`Sampler.open`]. The model is in evaluation mode, without gradients, while the session is open."""
         with scoring_mode(self.model), self.autocast():
             session = ModelSession(self, prompts, max_length)
-            with shared_prefix_attention(self.model, session.store):
+            with shared_prefix_attention(self.model, session.store), packed_linears(self.model):
                 session.prefill_prompts()
                 yield session
 
@@ -303,22 +316,31 @@ class ModelSession:
 
     def _group(self, prompts: tuple[int, ...]) -> dict[str, Any]:
         """How rows share prompts, for as long as the same rows run."""
-        rows_of: dict[int, list[int]] = {}
+        rows_of: list[list[int]] = [[] for _ in self.prompts]
         ranks = []
         for row, prompt in enumerate(prompts):
-            members = rows_of.setdefault(prompt, [])
-            ranks.append(len(members))
-            members.append(row)
-        sizes = [len(prompt) for prompt in self.prompts]
-        everyone = len(rows_of) == len(self.prompts)
+            ranks.append(len(rows_of[prompt]))
+            rows_of[prompt].append(row)
+        sizes, width = [len(prompt) for prompt in self.prompts], max(ranks) + 1
+        batched = all(rows_of) and self._pads(sizes)
+        padded = [rows + rows[:1] * (width - len(rows)) for rows in rows_of] if batched else rows_of
+        starts = [0, *itertools.accumulate(map(len, padded))]
+        order = [row for rows in padded for row in rows]
+        places = [starts[prompt] + rank for prompt, rank in zip(prompts, ranks, strict=True)]
         return {
             "groups": torch.tensor(prompts, device=self.device),
             "ranks": torch.tensor(ranks, device=self.device),
-            "width": max(ranks) + 1,
-            "members": [(p, sizes[p], torch.tensor(rows, device=self.device)) for p, rows in rows_of.items()],
-            # One product over all prompts saves launches on an accelerator; on a CPU padding costs more than it saves
-            "batched": everyone and (self.device.type != "cpu" or len(set(sizes)) == 1),
+            "width": width,
+            "order": torch.tensor(order, device=self.device),
+            "places": None if order == list(range(len(prompts))) else torch.tensor(places, device=self.device),
+            "members": [(p, sizes[p], starts[p], starts[p] + len(rows)) for p, rows in enumerate(rows_of) if rows],
+            "batched": batched,
         }
+
+    def _pads(self, sizes: list[int]) -> bool:
+        """Whether to attend to prompts of these lengths in one padded product: that saves launches on an accelerator,
+        and on a CPU padding costs more than it saves."""
+        return self.device.type != "cpu" or len(set(sizes)) == 1
 
     def _padded(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         width = max(1, *(len(sequence) for sequence in sequences))

@@ -43,8 +43,13 @@ class Span:
             Position of each row among the rows of its prompt, int64, shape (B,).
         width (`int`):
             Most rows any prompt has.
-        members (`list[tuple[int, int, Tensor]]`):
-            For each prompt with rows in this pass: its index, its length and its rows.
+        order (`Tensor`):
+            Rows in the order of their prompts, int64; where `batched`, `width` rows for every prompt, shape
+            (G * width,), else shape (B,).
+        places (`Tensor`, *optional*):
+            Place of each row in `order`, int64, shape (B,); `None` where every row is in its place already.
+        members (`list[tuple[int, int, int, int]]`):
+            For each prompt with rows in this pass: its index, its length, and where its rows begin and end in `order`.
         batched (`bool`):
             Whether all prompts are attended to in one product (padded to the longest) or one after the other.
     """
@@ -56,8 +61,18 @@ class Span:
     groups: Tensor
     ranks: Tensor
     width: int
-    members: list[tuple[int, int, Tensor]]
+    order: Tensor
+    places: Tensor | None
+    members: list[tuple[int, int, int, int]]
     batched: bool
+
+    def by_prompt(self, rows: Tensor) -> Tensor:
+        """Rows (B, ...) in `order`."""
+        return rows if self.places is None else rows.index_select(0, self.order)
+
+    def by_row(self, ordered: Tensor) -> Tensor:
+        """What [`Span.by_prompt`] put in order, as rows (B, ...) again."""
+        return ordered if self.places is None else ordered.index_select(0, self.places)
 
 
 class KeyValueStore:
@@ -84,6 +99,7 @@ class KeyValueStore:
         self.values: list[Tensor] = []
         self.span: Span | None = None
         self._own_positions: Tensor | None = None
+        self._places: dict[int, Tensor] = {}
         self._biases: dict[tuple[str, int | None], Tensor | None] = {}
 
     # Prompts
@@ -102,7 +118,7 @@ class KeyValueStore:
     def begin(self, span: Span) -> None:
         """Prepare a forward pass over `span`: room for its tokens, and no stale masks."""
         self.span = span
-        self._biases = {}
+        self._biases, self._places = {}, {}
         needed = span.longest + span.query_length
         self._own_positions = span.lengths[:, None] + torch.arange(span.query_length, device=span.lengths.device)
         if needed > self.capacity:
@@ -126,11 +142,19 @@ class KeyValueStore:
             self.values.append(value.new_zeros(self.rows, value.shape[1], self.capacity, value.shape[3]))
         stop = span.slots + key.shape[0]
         length = span.longest + span.query_length
-        own_keys, own_values = self.keys[layer][span.slots : stop], self.values[layer][span.slots : stop]
-        rows = torch.arange(key.shape[0], device=key.device)[:, None]
-        own_keys[rows, :, self._own_positions] = key.transpose(1, 2)
-        own_values[rows, :, self._own_positions] = value.transpose(1, 2)
-        return own_keys[:, :, :length], own_values[:, :, :length]
+        places = self._place(key.shape[1])
+        for own, new in ((self.keys[layer], key), (self.values[layer], value)):
+            own.view(-1, own.shape[3]).index_copy_(0, places, new.reshape(-1, new.shape[3]))
+        return self.keys[layer][span.slots : stop, :, :length], self.values[layer][span.slots : stop, :, :length]
+
+    def _place(self, heads: int) -> Tensor:
+        """Index of each new key, in the order (B, H_kv, T), into the store flattened but for its last dimension."""
+        if heads not in self._places:
+            span, lengths = self._span()
+            row = torch.arange(span.slots, span.slots + len(lengths), device=lengths.device)
+            head = row[:, None] * heads + torch.arange(heads, device=lengths.device)
+            self._places[heads] = (head[:, :, None] * self.capacity + self._positions()[:, None]).flatten()
+        return self._places[heads]
 
     def swap(self, one: int, other: int, length: int) -> None:
         """Exchange the first `length` own tokens of two slots."""
@@ -300,25 +324,27 @@ def _rows(store: KeyValueStore, layer: int, query: Tensor, own_key: Tensor, own_
     flat = query.reshape(batch, heads, groups * length, dim)
     own, own_lse = _attend(flat, own_key, own_value, scale, own_bias, softcap)
 
+    ordered = span.by_prompt(flat)
     if span.batched:
-        shared, shared_lse = _batched_prompts(store, layer, flat, groups, options)
+        shared, shared_lse = _batched_prompts(store, layer, ordered, groups, options)
     else:
-        shared, shared_lse = torch.empty_like(own), torch.empty_like(own_lse)
-        for prompt, size, rows in span.members:
-            shared[rows], shared_lse[rows] = _one_prompt(store, layer, flat, groups, prompt, size, rows, options)
+        parts = [_one_prompt(store, layer, ordered, groups, member, options) for member in span.members]
+        shared, shared_lse = (torch.cat(part) for part in zip(*parts, strict=True))
+    shared, shared_lse = span.by_row(shared), span.by_row(shared_lse)
     out = torch.lerp(own.float(), shared.float(), torch.sigmoid(shared_lse - own_lse))
-    lse = torch.logaddexp(own_lse, shared_lse)
+    lse = torch.logaddexp(own_lse, shared_lse) if options["with_lse"] else own_lse
     shape = (batch, heads, groups, length, -1)
     return out.view(*shape), lse.view(*shape)
 
 
-def _one_prompt(store, layer, flat, groups, prompt, size, rows, options):
+def _one_prompt(store, layer, ordered, groups, member, options):
     """Attention of the rows of one prompt to it: one product over all of them."""
+    prompt, size, start, stop = member
     key = store.prompt_keys[layer][prompt : prompt + 1, :, : max(1, size)]
     value = store.prompt_values[layer][prompt : prompt + 1, :, : max(1, size)]
-    mine = flat[rows].transpose(0, 1)  # (H_kv, n, G * T, D)
+    mine = ordered[start:stop].transpose(0, 1)  # (H_kv, n, G * T, D)
     heads, count, queries, dim = mine.shape
-    bias = store.prompt_bias(prompt, size, rows, options["window"])
+    bias = store.prompt_bias(prompt, size, store.span.order[start:stop], options["window"])
     if bias is not None:  # (n, T, P) -> (1, 1, n * G * T, P)
         bias = bias[:, None].expand(-1, groups, -1, -1).reshape(1, 1, count * queries, -1)
     packed = mine.reshape(1, heads, count * queries, dim)
@@ -327,22 +353,21 @@ def _one_prompt(store, layer, flat, groups, prompt, size, rows, options):
     return out, lse.view(heads, count, queries, 1).transpose(0, 1)
 
 
-def _batched_prompts(store, layer, flat, groups, options):
+def _batched_prompts(store, layer, ordered, groups, options):
     """Attention of all rows to their prompts in one product, padded to the longest prompt and the fullest group."""
     span = store.span
     prompts, width = len(store.prompt_lengths), span.width
-    _, heads, queries, dim = flat.shape
-    packed = flat.new_zeros(prompts, width, heads, queries, dim)
-    packed[span.groups, span.ranks] = flat
-    packed = packed.transpose(1, 2).reshape(prompts, heads, width * queries, dim)
+    _, heads, queries, dim = ordered.shape
+    packed = ordered.view(prompts, width, heads, queries, dim).transpose(1, 2)
+    packed = packed.reshape(prompts, heads, width * queries, dim)
     bias = store.bias("prompt", options["window"], torch.float32)
     if bias is not None and options["window"] is not None:  # (G, width, T, P) -> (G, 1, width * groups * T, P)
         bias = bias[:, :, None].expand(-1, -1, groups, -1, -1).reshape(prompts, 1, width * queries, -1)
     keys, values = store.prompt_keys[layer], store.prompt_values[layer]
     out, lse = _attend(packed, keys, values, options["scale"], bias, options["softcap"])
     shape = (prompts, heads, width, queries, -1)
-    rows = (span.groups, span.ranks)
-    return out.view(*shape).transpose(1, 2)[rows], lse.view(*shape).transpose(1, 2)[rows]
+    out, lse = (x.view(*shape).transpose(1, 2).reshape(prompts * width, heads, queries, -1) for x in (out, lse))
+    return out, lse
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, s_aux=None,
@@ -359,7 +384,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, sliding_
         if s_aux is not None and lse is None:
             out, lse = _causal(grouped, key, value, scale, length, softcap, with_lse=True)
     else:
-        options = {"scale": scale, "window": sliding_window, "softcap": softcap}
+        options = {"scale": scale, "window": sliding_window, "softcap": softcap, "with_lse": s_aux is not None}
         out, lse = _rows(store, module.layer_idx, grouped, key, value, options)
     if s_aux is not None:  # an attention sink: a logit per head that takes part in the softmax and has no value
         sink = s_aux.view(1, heads, -1, 1, 1).to(lse.dtype)

@@ -185,9 +185,7 @@ class ToolGRPOConfig(GRPOConfig):
         default=True,
         metadata={"help": "No rollout that feeds a policy-gradient update is ever forced."},
     )
-    forced_loss_coef: float = field(
-        default=1.0, metadata={"help": "Weight of the supervised loss in assisted steps."}
-    )
+    forced_loss_coef: float = field(default=1.0, metadata={"help": "Weight of the supervised loss in assisted steps."})
 
     advantage_estimator: str = field(
         default="group",

@@ -74,3 +74,11 @@ class ReferenceSyncError(ToolGRPOError, RuntimeError):
 
 class MCPServerError(ToolGRPOError, RuntimeError):
     """An MCP server that does not start or cannot be reached, with the server's own words."""
+
+
+class ReportError(ToolGRPOError, ValueError):
+    """Something no report can be made of, such as a folder that does not exist."""
+
+
+class DoctorError(ToolGRPOError, ValueError):
+    """A run that cannot be examined, such as a YAML without a script that makes its trainer."""

@@ -345,8 +345,9 @@ def _batched_prompts(store, layer, flat, groups, options):
     return out.view(*shape).transpose(1, 2)[rows], lse.view(*shape).transpose(1, 2)[rows]
 
 
-def _attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, s_aux=None,
-               **kwargs):
+def _attention(
+    module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, s_aux=None, **kwargs
+):
     """Attention function in transformers' interface: (B, H, T, D) in, (B, T, H, D) out."""
     store = _CURRENT.get()
     given, query = query.dtype, query.to(value.dtype)

@@ -8,10 +8,12 @@ from .errors import (
     CheckpointSaveError,
     ConfigError,
     DatasetError,
+    HealthError,
     LogprobMismatchError,
     MCPServerError,
     ReferenceSyncError,
     RewardError,
+    RolloutLogError,
     SamplerError,
     ToolGRPOError,
     ToolNameError,
@@ -22,6 +24,7 @@ from .errors import (
     TransientToolError,
     ValueHeadError,
 )
+from .rollout_log import read_rollouts
 from .tools.mcp_config import MCPServer
 from .tools.mcp_session import MCPSession
 from .tools.python import python_tool
@@ -38,12 +41,14 @@ __all__ = [
     "CheckpointSaveError",
     "ConfigError",
     "DatasetError",
+    "HealthError",
     "LogprobMismatchError",
     "MCPServer",
     "MCPServerError",
     "MCPSession",
     "ReferenceSyncError",
     "RewardError",
+    "RolloutLogError",
     "SamplerError",
     "Tool",
     "ToolCall",
@@ -64,4 +69,5 @@ __all__ = [
     "__version__",
     "find_checkpoint",
     "python_tool",
+    "read_rollouts",
 ]

@@ -9,11 +9,13 @@ from .errors import (
     ConfigError,
     DatasetError,
     DoctorError,
+    HealthError,
     LogprobMismatchError,
     MCPServerError,
     ReferenceSyncError,
     ReportError,
     RewardError,
+    RolloutLogError,
     SamplerError,
     ToolGRPOError,
     ToolNameError,
@@ -24,6 +26,7 @@ from .errors import (
     TransientToolError,
     ValueHeadError,
 )
+from .rollout_log import read_rollouts
 from .tools.mcp_config import MCPServer
 from .tools.mcp_session import MCPSession
 from .tools.python import python_tool
@@ -41,6 +44,7 @@ __all__ = [
     "ConfigError",
     "DatasetError",
     "DoctorError",
+    "HealthError",
     "LogprobMismatchError",
     "MCPServer",
     "MCPServerError",
@@ -48,6 +52,7 @@ __all__ = [
     "ReferenceSyncError",
     "ReportError",
     "RewardError",
+    "RolloutLogError",
     "SamplerError",
     "Tool",
     "ToolCall",
@@ -68,4 +73,5 @@ __all__ = [
     "__version__",
     "find_checkpoint",
     "python_tool",
+    "read_rollouts",
 ]

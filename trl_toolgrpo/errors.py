@@ -82,3 +82,11 @@ class ReportError(ToolGRPOError, ValueError):
 
 class DoctorError(ToolGRPOError, ValueError):
     """A run that cannot be examined, such as a YAML without a script that makes its trainer."""
+
+
+class RolloutLogError(ToolGRPOError, ValueError):
+    """A rollout log that is missing, torn, of a newer version, or of another run than the one that replays it."""
+
+
+class HealthError(ToolGRPOError, RuntimeError):
+    """A run that a health rule has found unhealthy, with `health_checks="raise"`."""

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ReportError
+from ..run_files import HEALTH, METRICS, RUN
+from ..run_files import VERSION as RUN_VERSION
 from .rollouts import RolloutFile, find_rollout_files
 
 
-METRICS, HEALTH, RUN, STATE = "metrics.jsonl", "health.jsonl", "run.json", "trainer_state.json"
-RUN_VERSION = 1
+STATE = "trainer_state.json"
 
 
 @dataclass
@@ -57,9 +58,10 @@ class RunFolder:
         return not (self.settings or self.metrics or self.health or self.rollouts)
 
     def curve(self, metric: str) -> tuple[list[int], list[float]]:
-        """Steps at which a metric was logged, and its values there, NaN included."""
-        points = [(entry["step"], entry[metric]) for entry in self.metrics if _is_number(entry.get(metric))]
-        return [step for step, _ in points], [float(value) for _, value in points]
+        """Steps at which a metric was logged, and its values there; NaN where it was not finite (null in the file)."""
+        logged = [(entry["step"], entry[metric]) for entry in self.metrics if metric in entry]
+        points = [(step, value) for step, value in logged if value is None or _is_number(value)]
+        return [step for step, _ in points], [math.nan if value is None else float(value) for _, value in points]
 
     def metric_names(self) -> list[str]:
         """Every metric that has a number somewhere, in the order of its first appearance."""

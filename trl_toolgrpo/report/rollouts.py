@@ -1,6 +1,7 @@
 """The rollout log as tables: files found, opened, and read column by column.
 
-Owns what the report needs to know of the log's format. A file that is torn, foreign or newer is a problem in words.
+Owns which columns the report reads; the format is that of `rollout_log.py`, whose reader wants a log that is whole.
+Here a file that is torn, foreign or newer is a problem in words.
 """
 
 import json
@@ -11,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from ..rollout_log import FOLDER, KEY, VERSION
 
-FOLDER = "rollouts"
-METADATA = b"trl_toolgrpo.rollout_log"
-VERSION = 1
+
 REQUIRED = ("step", "completion_ids", "logprobs", "tool_mask", "forced_mask")
 FIGURES = {"logprob": "logprobs", "ratio": "ratios", "advantage": "advantages", "value": "values"}
 """Figures of each completion token, and the columns that hold them."""
@@ -128,7 +128,7 @@ def find_rollout_files(folder: Path, problems: list[str]) -> list[RolloutFile]:
         try:
             meta = parquet.read_metadata(path)
             names = meta.schema.to_arrow_schema().names
-            _check_format((meta.metadata or {}).get(METADATA), names)
+            _check_format((meta.metadata or {}).get(KEY), names)
         except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
             problems.append(f"{FOLDER}/{path.name} is left out: {_one_line(error)}")
             continue

@@ -8,13 +8,16 @@ which needs no download.
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/qwen3_tools.py --config recipes/bfcl.yaml
 """
 
+import atexit
 import ctypes
 import ctypes.util
 import json
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -215,7 +218,7 @@ def resolve_servers(recipe: RecipeArguments, training: ToolGRPOConfig) -> Any:
     return json.loads(json.dumps(recipe.mcp_servers).replace("{output_dir}", folder))
 
 
-def resolve_model(model: ModelConfig, training: ToolGRPOConfig, task: str = "workspace") -> str:
+def resolve_model(model: ModelConfig, training: ToolGRPOConfig, task: str = "workspace", trial: bool = False) -> str:
     """
     Folder or Hub id of the model; `tiny` and `smollm2` are built in the output folder, if they are not there yet.
 
@@ -226,6 +229,8 @@ def resolve_model(model: ModelConfig, training: ToolGRPOConfig, task: str = "wor
             Output folder and seed.
         task (`str`, *optional*, defaults to `"workspace"`):
             What `tiny` is warm-started on.
+        trial (`bool`, *optional*, defaults to `False`):
+            Cut the warm start short.
 
     Returns:
         `str`: what the trainer loads.
@@ -241,14 +246,18 @@ def resolve_model(model: ModelConfig, training: ToolGRPOConfig, task: str = "wor
     folder = Path(training.output_dir) / name
     with training.main_process_first(desc=f"building the model `{name}`"):
         if name == "tiny":
-            return str(build_tiny_model(folder, TINY[task](seed=training.seed)))
+            settings = TINY[task](seed=training.seed)
+            if trial:
+                untrained = replace(settings.warm_start, demonstrations=500, steps=1)
+                settings = replace(settings, warm_start=untrained)
+            return str(build_tiny_model(folder, settings))
         return str(convert_smollm2(folder))
 
 
 def build_trainer(
-    task: Task, recipe: RecipeArguments, training: ToolGRPOConfig, model: ModelConfig
+    task: Task, recipe: RecipeArguments, training: ToolGRPOConfig, model: ModelConfig, trial: bool = False
 ) -> tuple[ToolGRPOTrainer, Scoreboard]:
-    """The trainer, ready to train, and the scoreboard that is its reward function."""
+    """The trainer, ready to train (for a trial: its tiny model untrained), and the scoreboard that is its reward."""
     scoreboard = Scoreboard(task)
     training.eval_on_start = True  # the rates before training, with the model prepared as it will be trained
     training.model_init_kwargs = {
@@ -258,7 +267,7 @@ def build_trainer(
         **(training.model_init_kwargs or {}),
     }
     trainer = ToolGRPOTrainer(
-        model=resolve_model(model, training, recipe.task),
+        model=resolve_model(model, training, recipe.task, trial),
         reward_funcs=scoreboard,
         args=training,
         train_dataset=task.train,
@@ -270,6 +279,26 @@ def build_trainer(
         callbacks=[scoreboard, SampleConversation(scoreboard, recipe.sample_every)],
     )
     return trainer, scoreboard
+
+
+def make_trainer(arguments: Sequence[str], trial: bool = False) -> ToolGRPOTrainer:
+    """
+    The trainer a command line asks for; this is what `python -m trl_toolgrpo.doctor` examines.
+
+    Args:
+        arguments (`Sequence[str]`):
+            The command line without the program.
+        trial (`bool`, *optional*, defaults to `False`):
+            For a look at it: files go to a temporary folder, and the tiny model gets no warm start to speak of.
+
+    Returns:
+        [`~trl_toolgrpo.ToolGRPOTrainer`]: the trainer, ready to train.
+    """
+    recipe, training, model = parse_arguments(arguments, os.environ)
+    if trial:
+        training.output_dir = tempfile.mkdtemp(prefix="trial-")
+        atexit.register(shutil.rmtree, training.output_dir, ignore_errors=True)
+    return build_trainer(build_task(recipe, training), recipe, training, model, trial)[0]
 
 
 def checkpoint_to_resume(training: ToolGRPOConfig) -> str | None:

@@ -8,10 +8,14 @@ from .errors import (
     CheckpointSaveError,
     ConfigError,
     DatasetError,
+    DoctorError,
+    HealthError,
     LogprobMismatchError,
     MCPServerError,
     ReferenceSyncError,
+    ReportError,
     RewardError,
+    RolloutLogError,
     SamplerError,
     ToolGRPOError,
     ToolNameError,
@@ -22,6 +26,7 @@ from .errors import (
     TransientToolError,
     ValueHeadError,
 )
+from .rollout_log import read_rollouts
 from .tools.mcp_config import MCPServer
 from .tools.mcp_session import MCPSession
 from .tools.python import python_tool
@@ -38,12 +43,16 @@ __all__ = [
     "CheckpointSaveError",
     "ConfigError",
     "DatasetError",
+    "DoctorError",
+    "HealthError",
     "LogprobMismatchError",
     "MCPServer",
     "MCPServerError",
     "MCPSession",
     "ReferenceSyncError",
+    "ReportError",
     "RewardError",
+    "RolloutLogError",
     "SamplerError",
     "Tool",
     "ToolCall",
@@ -64,4 +73,5 @@ __all__ = [
     "__version__",
     "find_checkpoint",
     "python_tool",
+    "read_rollouts",
 ]

@@ -260,9 +260,7 @@ def _parameters(tool: Tool) -> Collection[str]:
 def _called(prompt: Any) -> list[str]:
     """Names of the tools that the messages of a prompt call already."""
     calls = [
-        call
-        for message in (prompt if isinstance(prompt, list) else ())
-        for call in message.get("tool_calls") or ()
+        call for message in (prompt if isinstance(prompt, list) else ()) for call in message.get("tool_calls") or ()
     ]
     return _listed(calls)
 

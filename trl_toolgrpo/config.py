@@ -115,6 +115,9 @@ class ToolGRPOConfig(GRPOConfig):
             How the reference of a PEFT run follows the policy with `sync_ref_model=True`: `"adapter"`, a frozen copy
             of the adapter, for a `ref_model_mixup_alpha` of 1; `"merged"`, merged weights of the adapted modules, so
             that an average is exact; `"auto"`, the one that `ref_model_mixup_alpha` allows.
+        rollout_log_limit (`float`, *optional*, defaults to `1024.0`):
+            MiB that the rollout log (`rollouts` in the output folder) may take over all processes; beyond it the
+            oldest batches are removed. `0` logs no rollouts.
 
     Raises:
         ConfigError: for a combination that cannot work.
@@ -227,9 +230,7 @@ class ToolGRPOConfig(GRPOConfig):
         default=True,
         metadata={"help": "No rollout that feeds a policy-gradient update is ever forced."},
     )
-    forced_loss_coef: float = field(
-        default=1.0, metadata={"help": "Weight of the supervised loss in assisted steps."}
-    )
+    forced_loss_coef: float = field(default=1.0, metadata={"help": "Weight of the supervised loss in assisted steps."})
 
     advantage_estimator: str = field(
         default="group",
@@ -273,6 +274,13 @@ class ToolGRPOConfig(GRPOConfig):
             "help": "How the reference of a PEFT run follows the policy with sync_ref_model: adapter (a frozen copy "
             "of the adapter), merged (merged weights, so that an average is exact), or auto.",
             "choices": list(REF_SYNC_MODES),
+        },
+    )
+    rollout_log_limit: float = field(
+        default=1024.0,
+        metadata={
+            "help": "MiB that the log of rollouts in the output folder may take; beyond it the oldest batches are "
+            "removed. 0 logs no rollouts."
         },
     )
 

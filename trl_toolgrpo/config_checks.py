@@ -66,6 +66,10 @@ def check_fields(config: Any, defaults: dict[str, Any]) -> None:
         if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
             raise ConfigError(f"You passed `{name}={value!r}`; it must be a positive number or None.")
     _check_correction(config, defaults)
+    if not config.rollout_log_limit >= 0:
+        raise ConfigError(
+            f"You passed `rollout_log_limit={config.rollout_log_limit}`; it is a size in MiB, and 0 logs no rollouts."
+        )
     _check_forcing(config)
     _check_critic(config, defaults)
     _check_reference(config)

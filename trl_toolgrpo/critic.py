@@ -99,9 +99,7 @@ class Critic(GRPOTrainer):
         taken = mask.bool() & ~rewards.isnan()[:, None]
         steps = steps_of(trajectories, width, self.args.gae_unit).to(device).where(taken, -1)
         values = self._recorded_values(output, batch)
-        advantages, returns = generalized_advantages(
-            placed, values, steps, self.args.gae_gamma, self.args.gae_lambda
-        )
+        advantages, returns = generalized_advantages(placed, values, steps, self.args.gae_gamma, self.args.gae_lambda)
         first = first_of_step(steps)
         self._log_critic(rewards_to_go(placed, steps, self.args.gae_gamma), values, first)
         if self.args.advantage_estimator == "gae":

@@ -19,6 +19,7 @@ class Determinism(GRPOTrainer):
 
     args: ToolGRPOConfig
     model: Any
+    _recording: bool
     _evaluated = 0  # rollouts of the evaluation in progress
 
     def _rollout_noise(self, count: int) -> RolloutNoise | None:
@@ -40,7 +41,7 @@ class Determinism(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        if self.args.deterministic_rollouts and self.model.training:
+        if self._recording and self.model.training:
             output["rollout"] = torch.arange(len(inputs), device=output["completion_ids"].device)
         return output
 

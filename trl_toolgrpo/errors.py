@@ -74,3 +74,19 @@ class ReferenceSyncError(ToolGRPOError, RuntimeError):
 
 class MCPServerError(ToolGRPOError, RuntimeError):
     """An MCP server that does not start or cannot be reached, with the server's own words."""
+
+
+class ReportError(ToolGRPOError, ValueError):
+    """Something no report can be made of, such as a folder that does not exist."""
+
+
+class DoctorError(ToolGRPOError, ValueError):
+    """A run that cannot be examined, such as a YAML without a script that makes its trainer."""
+
+
+class RolloutLogError(ToolGRPOError, ValueError):
+    """A rollout log that is missing, torn, of a newer version, or of another run than the one that replays it."""
+
+
+class HealthError(ToolGRPOError, RuntimeError):
+    """A run that a health rule has found unhealthy, with `health_checks="raise"`."""

@@ -115,9 +115,7 @@ def _few_of_a_group(input_ids: Tensor, attention_mask: Tensor, completion_length
     return input_ids[rows], attention_mask[rows], completion_length
 
 
-def _divide(
-    groups: dict[tuple[int, ...], list[int]], lengths: list[int]
-) -> list[tuple[tuple[int, ...], list[int]]]:
+def _divide(groups: dict[tuple[int, ...], list[int]], lengths: list[int]) -> list[tuple[tuple[int, ...], list[int]]]:
     """Prompts with the rollouts that are packed behind them; a group too long for one sequence gets several."""
     sequences: list[tuple[tuple[int, ...], list[int]]] = []
     for prompt, rows in groups.items():

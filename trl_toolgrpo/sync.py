@@ -262,4 +262,3 @@ def _check_same_adapter(checkpoint: str, config: PeftConfig) -> None:
                 f"The adapter in {checkpoint} has `{name}={theirs}`, the one of this run `{name}={ours}`. Resume with "
                 f"the adapter configuration the checkpoint was written with."
             )
-

@@ -44,6 +44,7 @@ from .rollout.loop import RolloutRequest
 from .rollout.parsing import add_missing_response_template
 from .rollout.sampler import scoring_mode
 from .rollout_tools import RolloutTools
+from .run_log import RunLog
 from .scoring import SharedPromptScoring
 from .sync import ReferenceSync, synced_by_us
 from .tools.environments import on_own_thread
@@ -57,9 +58,9 @@ logger = logging.getLogger(__name__)
 
 
 class ToolGRPOTrainer(
-    ExactResume, Determinism, AssistedWarmup, Critic, ReferenceSync, GroupedUpdates,
-    SamplerCorrection, SharedPromptScoring, RolloutTools, GRPOTrainer,
-):
+    RunLog, ExactResume, Determinism, AssistedWarmup, Critic, ReferenceSync, GroupedUpdates, SamplerCorrection,
+    SharedPromptScoring, RolloutTools, GRPOTrainer,
+):  # fmt: skip
     """
     Drop-in for TRL's [`~trl.GRPOTrainer`] (arXiv 2402.03300) that trains a policy to call tools.
 
@@ -166,6 +167,7 @@ class ToolGRPOTrainer(
     def _prepare_recording(self, executor: ToolExecutor | None, force_policy: ForcePolicy | None) -> None:
         """Everything that TRL's constructor had to make the model for."""
         self._prepare_reference()
+        self._prepare_run_log()
         self._ratio = RatioStatistics()
         self._sampled_at = -1
         self._carried: dict[str, float] = {}  # figures of the current rollout batch, for steps that reuse it
@@ -358,6 +360,7 @@ class ToolGRPOTrainer(
             mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
             fresh = self.state.global_step == self._sampled_at
             self._ratio.add(self._captured, inputs["old_per_token_logps"], mask, fresh)
+            self._note_ratios(inputs, self._captured, mask)
         self._captured = None
         return self._add_value_loss(loss, inputs) if "value_targets" in inputs else loss
 

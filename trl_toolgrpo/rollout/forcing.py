@@ -47,7 +47,7 @@ class CallPrefixes:
         self._until_name = self._closing_of_thought(start, rendered) + opening
         markup = _MARKUP.match(opening)
         self._marker = self._until_name[: len(self._until_name) - len(opening)] + (
-            markup.group() if markup else opening.rstrip("\" \n")
+            markup.group() if markup else opening.rstrip('" \n')
         )
         self._tokens: dict[str | None, list[int]] = {}
 

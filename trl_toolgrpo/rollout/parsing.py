@@ -183,7 +183,7 @@ def _read_call(item: Any, identifier: str) -> ToolCall:
     function: Any = item.get("function", item) if isinstance(item, dict) else {}
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name:
-        return ToolCall(identifier, "", error=f"a call needs a \"name\", got {json.dumps(item, default=str)[:200]}")
+        return ToolCall(identifier, "", error=f'a call needs a "name", got {json.dumps(item, default=str)[:200]}')
     arguments = function.get("arguments")
     if arguments is None:
         arguments = {}

@@ -370,8 +370,9 @@ def _batched_prompts(store, layer, ordered, groups, options):
     return out, lse
 
 
-def _attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, s_aux=None,
-               **kwargs):
+def _attention(
+    module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, s_aux=None, **kwargs
+):
     """Attention function in transformers' interface: (B, H, T, D) in, (B, T, H, D) out."""
     store = _CURRENT.get()
     given, query = query.dtype, query.to(value.dtype)

@@ -1,0 +1,152 @@
+"""Everything the README and the pages of recipes/ tell a user to type: each command is run here, or names files, flags
+and extras that exist, and the test that runs it."""
+
+import ast
+import configparser
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import curves
+import qwen3_tools
+import tiny_model
+from warm_start import WarmStart
+
+import trl_toolgrpo
+from trl_toolgrpo.doctor import __main__ as doctor
+from trl_toolgrpo.report import __main__ as report
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*.md"))]
+ON_THIS_MACHINE = ["--bf16", "false", "--use_cpu", "true"]
+
+# Programs that are too long for a test of commands, and the test that runs what they run
+RUN_BY = {
+    "tests/benchmarks/rollout.py": "test_model_sampler.py",
+    "tests/benchmarks/hostile_python.py": "test_python_tool.py",
+    "tests/benchmarks/kills.py": "test_resume.py",
+    "tests/benchmarks/report.py": "test_report_browser.py",
+    "recipes/server_environment.py": "test_mcp_task.py",
+    "recipes/smollm2.py": "test_bfcl.py",
+}
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def typed():
+    """Every command of a bash block, and those between backticks, each with its page."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        lines = [line for block in blocks(page, "bash") for line in block.splitlines() if line.strip()]
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+        inline = re.findall(r"`((?:python|pip|accelerate|apt-get|pytest)\s[^`]+|--\w+ [^`]+)`", prose)
+        for line in (*lines, *(" ".join(command.split()) for command in inline)):
+            for command in line.split(" && "):
+                yield pytest.param(command, id=f"{page.name}: {command[:60]}")
+
+
+COMMANDS = list(typed())
+
+
+def test_commands_are_found():
+    found = [command.values[0] for command in COMMANDS]
+    assert len(found) > 20
+    for start in ("python3 -m venv", "accelerate launch", ".venv/bin/python -m pytest", "--resume_from_checkpoint"):
+        assert any(command.startswith(start) for command in found), start
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_names_what_exists(command, tmp_path):
+    words = shlex.split(command.replace("<output_dir>", str(tmp_path)))
+    words[0] = words[0].removeprefix(".venv/bin/").replace("python3", "python")
+    if words[0].startswith("--"):
+        assert qwen3_tools.parse_arguments([*words, *ON_THIS_MACHINE], {})
+    elif words[:2] == ["accelerate", "launch"]:
+        assert words[2] == "--config_file" and (ROOT / words[3]).is_file() and (ROOT / words[4]).is_file()
+        assert words[4] == "recipes/qwen3_tools.py"
+        config = words.index("--config") + 1
+        words[config] = str(ROOT / words[config])
+        assert qwen3_tools.parse_arguments([*words[5:], *ON_THIS_MACHINE], {})
+    elif words[0] == "pip":
+        check_install(words)
+    elif words[:3] == ["python", "-m", "trl_toolgrpo.report"]:
+        assert report.parse_arguments(words[3:])
+    elif words[:3] == ["python", "-m", "trl_toolgrpo.doctor"]:
+        given, _ = doctor.parse_arguments(words[3:])
+        assert given.config.name == "my_run.yaml" or (ROOT / given.config).is_file()
+    elif words[0] == "python" and words[1].endswith(".py"):
+        check_script(words)
+    else:
+        assert words in (["python", "-m", "venv", ".venv"], ["python", "-m", "pytest"]) or words[0] == "apt-get"
+
+
+def check_install(words):
+    """Extras that are asked for exist; packages have names."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert words[1] == "install"
+    for extra in re.findall(r"\[(\w+)\]", " ".join(words)):
+        assert extra in setup["options.extras_require"]
+
+
+def check_script(words):
+    """The script exists, has each flag, and is run by a test: in `RUN_BY`, or in this file."""
+    text = (ROOT / words[1]).read_text(encoding="utf-8")
+    for flag in (word for word in words[2:] if word.startswith("--")):
+        assert f'"{flag}"' in text
+    if words[1] not in ("recipes/curves.py", "recipes/qwen3_tools.py"):
+        assert (ROOT / "tests" / RUN_BY[words[1]]).is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_that_is_shown_can_be_read_and_names_what_exists(page):
+    import inspect
+
+    fields = set(inspect.signature(trl_toolgrpo.ToolGRPOConfig).parameters)
+    arguments = set(inspect.signature(trl_toolgrpo.ToolGRPOTrainer).parameters)
+    for block in blocks(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module == "trl_toolgrpo":
+                assert {alias.name for alias in node.names} <= set(trl_toolgrpo.__all__)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                known = {"ToolGRPOConfig": fields, "ToolGRPOTrainer": arguments}.get(node.func.id)
+                assert known is None or {keyword.arg for keyword in node.keywords} <= known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.slow
+def test_a_recipe_is_run_and_its_report_and_its_curve_are_made(tmp_path, monkeypatch, capsys):
+    untrained = tiny_model.TinyModel(warm_start=WarmStart(demonstrations=60, steps=1))
+    model = tiny_model.build_tiny_model(tmp_path / "tiny", untrained)
+    out = tmp_path / "out"
+    sizes = ["--train_size", "8", "--held_out_size", "4", "--per_device_train_batch_size", "8"]
+    limits = ["--max_steps", "1", "--max_completion_length", "24", "--logging_steps", "1"]
+    where = ["--output_dir", str(out), "--model_name_or_path", str(model), *ON_THIS_MACHINE]
+    monkeypatch.setattr(sys, "argv", ["qwen3_tools.py", *sizes, *limits, *where])
+    qwen3_tools.main()
+    assert "held-out success: " in capsys.readouterr().out.strip().splitlines()[-1]
+    assert report.main([str(out)]) == 0
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert 'data-metric="reward"' in page and "Steps 0 to 1 are logged" in page
+    monkeypatch.setattr(
+        sys, "argv", ["curves.py", f"run={out}", "--metrics", "success", "--out", str(tmp_path / "a.svg")]
+    )
+    curves.main()
+    assert (tmp_path / "a.svg").stat().st_size > 1000
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert {"ratio/mean", "forced/fraction"} <= set(history[1])

@@ -1,0 +1,309 @@
+"""The report without a browser: what it reads, what it packs, what it says of a folder that is not whole."""
+
+import base64
+import gzip
+import json
+import math
+import re
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from synthetic_run import rollout, write_rollouts, write_run
+
+from trl_toolgrpo import ReportError
+from trl_toolgrpo.report import build_report
+from trl_toolgrpo.report.__main__ import main
+from trl_toolgrpo.report.curves import Line, panel, thin
+from trl_toolgrpo.report.folder import RunFolder, read_folder
+from trl_toolgrpo.report.packing import spread_order
+from trl_toolgrpo.report.tools import from_metrics
+from trl_toolgrpo.report.verdict import collect_findings, judge
+from trl_toolgrpo.report.vocabulary import Vocabulary
+
+
+def data_of(html):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html)[1])
+
+
+def chunks_of(html, run=0):
+    """The chunks of a page, read as its script reads them."""
+    for text in re.findall(rf'<script type="text/plain" id="chunk-{run}-\d+">(.*?)</script>', html):
+        yield decode(gzip.decompress(base64.b64decode(text)))
+
+
+def decode(raw):
+    size = int.from_bytes(raw[:4], "big")
+    header, place = json.loads(raw[4 : 4 + size]), 4 + size
+
+    def column(count, dtype):
+        nonlocal place
+        width = np.dtype(dtype).itemsize
+        part = np.frombuffer(raw[place : place + count * width], np.uint8)
+        place += count * width
+        return np.ascontiguousarray(part.reshape(width, count).T).view(dtype)[:, 0]
+
+    width = ">u4" if header["wide"] else ">u2"
+    count = sum(row["tokens"] for row in header["rollouts"])
+    header["prompt_tokens"] = column(sum(header["prompts"]), width)
+    header["token_numbers"], header["kinds"] = column(count, width), column(count, "u1")
+    header["figures"] = {name: column(count, ">f2").astype(float) for name in header["figures"]}
+    assert place == len(raw)
+    return header
+
+
+def test_every_token_comes_back_with_its_figures(tmp_path):
+    folder = write_run(tmp_path / "run", rollouts=70, per_file=60, vocabulary=50)
+    report = build_report([folder])
+    assert report.shown == report.total == 70 and not report.runs[0].problems
+    data, rows = data_of(report.html), []
+    for path in sorted((folder / "rollouts").glob("*.parquet")):
+        rows += pyarrow.parquet.read_table(path).to_pylist()
+    texts, found = data["runs"][0]["tokens"], 0
+    index = data["runs"][0]["index"]
+    for chunk in chunks_of(report.html):
+        start = 0
+        for record in chunk["rollouts"]:
+            row, part = rows[found], slice(start, start + record["tokens"])
+            ids = [texts[number] for number in chunk["token_numbers"][part]]
+            assert ids == [text_of(id) for id in row["completion_ids"]]
+            assistant, forced = np.array(row["tool_mask"]), np.array(row["forced_mask"])
+            assert np.array_equal(chunk["kinds"][part], assistant + forced)
+            for name, column, offset in (
+                ("logprob", "logprobs", 0),
+                ("advantage", "advantages", 0),
+                ("value", "values", 0),
+                ("ratio", "ratios", -1),
+            ):
+                expected = np.array(row[column]) + offset
+                assert np.allclose(chunk["figures"][name][part], expected, rtol=1e-3, atol=1e-6), name
+            first = sum(chunk["prompts"][: record["prompt"]])
+            prompt = chunk["prompt_tokens"][first : first + chunk["prompts"][record["prompt"]]]
+            assert [texts[number] for number in prompt] == [text_of(id) for id in row["prompt_ids"]]
+            assert record["rewards"] == json.loads(row["rewards"])
+            turns = json.loads(row["turns"])
+            assert [(turn["start"], turn["end"]) for turn in record["turns"]] == [
+                (t["start"], t["end"]) for t in turns
+            ]
+            assert index["reward"][found] == row["reward"] and index["stop"][found] == row["stop_reason"]
+            assert set(index["tools"][found]) == set(row["tools"])
+            start, found = part.stop, found + 1
+    assert found == 70 and sum(data["runs"][0]["sizes"]) == 70
+
+
+def text_of(id):
+    words = ["</script><b>", "<|im_end|>\n", "\n", "  ", " \N{SNOWMAN}", "\\u003c"]
+    return words[id] if id < len(words) else f" word{id - len(words)}"
+
+
+def test_the_page_asks_nothing_of_the_network_and_no_text_ends_its_scripts(tmp_path):
+    html = build_report([write_run(tmp_path / "run", rollouts=8, vocabulary=20)]).html
+    assert not re.search(r"(?:src|href)=[\"'](?!#)", html) and "default-src 'none'" in html
+    assert "@import" not in html and "url(" not in html and "fetch(" not in html
+    assert "</script><b>" not in html and html.count("<script") == html.count("</script>")
+    assert "{{" not in html
+
+
+def test_a_log_that_is_too_large_is_sampled_evenly_and_the_page_says_so(tmp_path):
+    folder = write_run(tmp_path / "run", rollouts=128, per_file=8, vocabulary=100)
+    whole = build_report([folder])
+    limit = len(whole.html.encode()) / 2e6
+    part = build_report([folder], max_megabytes=limit)
+    assert len(part.html.encode()) <= limit * 1e6 and 0 < part.shown < part.total == 128
+    assert f"{part.shown} of 128 rollouts are shown" in part.html and "are shown, spread" not in whole.html
+    steps = np.array(data_of(part.html)["runs"][0]["index"]["step"])
+    assert np.all(np.diff(steps) >= 0)
+    assert steps.min() == 0 and steps.max() >= 12 and len(set(steps.tolist())) >= 4
+    assert len(list(chunks_of(part.html))) == len(data_of(part.html)["runs"][0]["sizes"])
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 64, 100])
+def test_any_beginning_of_the_order_is_spread(count):
+    order = spread_order(count)
+    assert sorted(order) == list(range(count))
+    for size in range(4, count):
+        gaps = np.diff([-1, *sorted(order[:size]), count])
+        assert gaps.max() <= 4 * math.ceil(count / size)
+
+
+def test_nothing_of_a_run_is_said_and_shown(tmp_path, capsys):
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8")
+    assert main([str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "Nothing of a run was found" in said and "photo.jpg" in said
+    assert "Nothing of a run was found" in (tmp_path / "report.html").read_text()
+    assert judge(read_folder(tmp_path)).level == "unknown"
+
+
+def test_a_folder_that_does_not_exist_is_an_error(tmp_path, capsys):
+    with pytest.raises(ReportError, match="does not exist"):
+        build_report([tmp_path / "nowhere"])
+    assert main([str(tmp_path / "nowhere")]) == 1
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_what_is_torn_foreign_or_newer_is_named_and_the_rest_is_shown(tmp_path):
+    folder = write_run(tmp_path / "run", rollouts=32, per_file=8)
+    files = sorted((folder / "rollouts").glob("*.parquet"))
+    files[0].write_bytes(files[0].read_bytes()[:-40])
+    rows = pyarrow.parquet.read_table(files[1]).to_pylist()
+    write_rollouts(files[1], rows, version=2)
+    rows = pyarrow.parquet.read_table(files[2]).to_pylist()
+    rows[3]["logprobs"] = rows[3]["logprobs"][:-1]
+    write_rollouts(files[2], rows)
+    pyarrow.parquet.write_table(pyarrow.table({"a": [1]}), folder / "rollouts" / "other.parquet")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 11, "rew')
+    (folder / "run.json").write_text('{"version": 7, "model": "m"}')
+    (folder / "health.jsonl").write_text("\x00\x00\n")
+    report = build_report([folder])
+    assert report.shown == 15
+    problems = "\n".join(report.runs[0].problems)
+    for words in (
+        f"rollouts/{files[0].name} is left out",
+        f"rollouts/{files[1].name} is left out: its format is of version 2",
+        "Upgrade trl_toolgrpo",
+        f"rollouts/{files[2].name}: 1 of 8 rollouts are left out",
+        "other.parquet is left out: it is no file of a rollout log",
+        "metrics.jsonl: 1 of 11 lines cannot be read (line 11); its writer was stopped in the middle of it",
+        "run.json is of version 7",
+        "health.jsonl: 1 of 1 lines cannot be read",
+    ):
+        assert words in problems
+    assert 'data-metric="reward"' in report.html
+    for problem in report.runs[0].problems:
+        assert problem.split(":")[0] in report.html
+
+
+@pytest.mark.parametrize("kept", ["metrics.jsonl", "run.json", "health.jsonl", "rollouts"])
+def test_each_part_alone_makes_a_report(tmp_path, kept):
+    folder = write_run(tmp_path / "run", rollouts=8)
+    for path in folder.iterdir():
+        if path.name not in (kept, "rollouts"):
+            path.unlink()
+    if kept == "health.jsonl":
+        (folder / kept).write_text('{"step": 3, "rule": "kl", "level": "error", "message": "KL runs away."}\n')
+    if kept != "rollouts":
+        (folder / "rollouts" / "000000-000.parquet").unlink()
+    report = build_report([folder])
+    assert not report.runs[0].empty
+    assert ("KL runs away." in report.html) == (kept == "health.jsonl")
+    assert ('data-metric="reward"' in report.html) == (kept == "metrics.jsonl")
+    assert (report.shown == 8) == (kept == "rollouts")
+    if kept == "rollouts":  # no tokenizer: ids, and the messages as texts
+        assert data_of(report.html)["runs"][0]["tokens"][0].startswith("[")
+        assert "No tokenizer was saved" in "".join(report.runs[0].problems)
+        assert next(chunks_of(report.html))["rollouts"][0]["text"][0].startswith("[{")
+
+
+def test_the_log_of_trl_is_read_where_there_is_no_other(tmp_path):
+    history = [{"step": 1, "reward": 0.25}, {"step": 2, "reward": 0.5}]
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    run = read_folder(tmp_path)
+    assert run.curve("reward") == ([1, 2], [0.25, 0.5]) and run.health is None
+    assert "No verdict" in judge(run).headline
+    (tmp_path / "trainer_state.json").write_text("{")
+    run = read_folder(tmp_path)
+    assert run.curve("reward") == ([1, 2], [0.25, 0.5]) and "trainer_state.json" in run.problems[0]
+
+
+def test_the_verdict_says_what_stands_and_what_recovered():
+    health = [
+        {"step": 3, "rule": "kl", "level": "warning", "message": "KL grows."},
+        {"step": 5, "rule": "ratio", "level": "warning", "message": "first"},
+        {"step": 6, "rule": "ratio", "level": "error", "message": "Off by 3."},
+        {"step": 9, "rule": "kl", "level": "ok"},
+    ]
+    ratio, kl = collect_findings(health)
+    assert (ratio.rule, ratio.level, ratio.first, ratio.last, ratio.times) == ("ratio", "error", 5, 6, 2)
+    assert ratio.message == "Off by 3." and ratio.recovered is None and kl.recovered == 9
+    metrics = [{"step": step, "reward": 0.1 * step} for step in range(1, 11)]
+    verdict = judge(RunFolder(".", metrics=metrics, health=health))
+    assert verdict.level == "error" and verdict.headline == "Sick: 1 error stands at the end (ratio)."
+    assert "The mean reward of training rose from 0.3 to 0.8." in verdict.sentences
+    assert judge(RunFolder(".", metrics=metrics, health=health[:1])).headline.startswith("Needs a look: 1 warning")
+    assert judge(RunFolder(".", metrics=metrics, health=[health[0], health[3]])).level == "ok"
+    assert judge(RunFolder(".", metrics=metrics, health=[])).headline.startswith("Healthy")
+    back = [*health[:1], health[3], {"step": 12, "rule": "kl", "level": "warning", "message": "again"}]
+    assert collect_findings(back)[0].recovered is None
+
+
+def test_tools_are_counted_over_rollouts_or_over_what_was_logged(tmp_path):
+    folder = write_run(tmp_path / "run", rollouts=16, per_file=16)
+    rows = pyarrow.parquet.read_table(next((folder / "rollouts").iterdir())).to_pylist()
+    called = [name for row in rows for name in row["tools"]]
+    html = build_report([folder]).html
+    for name in set(called):
+        assert f'<th scope="row">{name}</th><td>{called.count(name)}</td>' in html
+    logged = [{"tools/a/calls": 3, "tools/a/errors": 1, "tools/a/latency_p50": 0.2, "tools/unknown_calls": 4}] * 2
+    tools = from_metrics([{"step": 1, **entry} for entry in logged]).tools
+    assert list(tools) == ["a"] and (tools["a"].calls, tools["a"].failed, tools["a"].latency(50)) == (6, 2, 0.2)
+
+
+def test_curves_have_gaps_where_values_are_not_finite():
+    drawn = panel("kl", [Line("run", [1, 2, 3, 4, 5], [0.0, 1.0, math.nan, 1.0, 0.0])])
+    assert drawn.count("<polyline") == 2
+    assert "kl: run 0 at step 1, 0 at step 5, lowest 0, highest 1" in drawn
+    assert "no finite value" in panel("kl", [Line("run", [1], [math.inf])])
+
+
+def test_thin_curves_keep_their_extremes():
+    steps, values = np.arange(10_000.0), np.zeros(10_000)
+    values[4321], values[8765], values[500] = 9.0, -9.0, math.nan
+    fewer_steps, fewer = thin(steps, values, 400)
+    assert len(fewer) <= 810 and {4321.0, 8765.0, 0.0, 9999.0, 500.0} <= set(fewer_steps.tolist())
+    assert np.nanmax(fewer) == 9.0 and np.nanmin(fewer) == -9.0
+
+
+def test_bytes_that_are_half_a_character_are_shown_as_bytes(tokenizer):
+    ids = tokenizer("a \N{SNOWMAN}<|im_end|>", add_special_tokens=False)["input_ids"]
+    vocabulary = Vocabulary(tokenizer)
+    numbers = vocabulary.number(np.array(ids))
+    texts = [vocabulary.texts()[number] for number in numbers]
+    assert texts == [
+        "a",
+        " ",
+        "\N{LEFT ANGLE BRACKET}E2\N{RIGHT ANGLE BRACKET}",
+        "\N{LEFT ANGLE BRACKET}98\N{RIGHT ANGLE BRACKET}",
+        "\N{LEFT ANGLE BRACKET}83\N{RIGHT ANGLE BRACKET}",
+        "<|im_end|>",
+    ]
+    assert vocabulary.number(np.array([ids[0], 70_000])).tolist() == [numbers[0], len(texts)]
+    assert vocabulary.texts()[-1] == "[70000]"
+
+
+def test_two_runs_are_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    first = write_run(tmp_path / "first", rollouts=8)
+    second = write_run(tmp_path / "second", rollouts=8, seed=1)
+    settings = json.loads((second / "run.json").read_text())
+    settings["config"]["learning_rate"] = 3e-5
+    (second / "run.json").write_text(json.dumps(settings))
+    assert main(["--compare", str(first), str(second)]) == 0
+    html = (tmp_path / "comparison.html").read_text()
+    assert "comparison.html" in capsys.readouterr().out
+    assert "<td>1e-05</td><td>3e-05</td>" in html and ">model</th>" not in html
+    assert html.count('class="verdict') == 2 and 'polyline class="run1"' in html
+    assert [run["name"] for run in data_of(html)["runs"]] == ["first", "second"]
+    assert len(list(chunks_of(html, 1))) == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["a", "--compare", "b", "c"]])
+def test_the_command_line_takes_one_folder_or_two_to_compare(arguments):
+    with pytest.raises(SystemExit):
+        main(arguments)
+
+
+def test_rollouts_of_some_runs_have_no_values_and_some_no_reward(tmp_path):
+    random = np.random.default_rng(0)
+    place = {"step": 0, "rollout": 0, "group": 0}
+    rows = [rollout(random, 50, [1, 2], place, 2, with_values) for with_values in (True, False)]
+    rows[1] |= {"reward": None, "rewards": '{"made_up": NaN}', "ratios": None}
+    write_rollouts(tmp_path / "rollouts" / "000000-000.parquet", rows)
+    chunk = next(chunks_of(build_report([tmp_path]).html))
+    count = chunk["rollouts"][0]["tokens"]
+    assert np.isnan(chunk["figures"]["value"][count:]).all() and not np.isnan(chunk["figures"]["value"][:count]).any()
+    assert np.isnan(chunk["figures"]["ratio"][count:]).all()
+    assert chunk["rollouts"][1]["rewards"] == {"made_up": None}

@@ -1,0 +1,106 @@
+"""The command line of the doctor.
+
+    python -m trl_toolgrpo.doctor --config recipes/tiny_cpu.yaml [--script recipes/qwen3_tools.py] [--max_steps 3 ...]
+
+Owns the table that is printed, and the exit code: 0 for go, 1 for no-go.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import DoctorError
+from .examination import Examination, examine
+from .script import find_script
+
+
+COLORS = {"ok": "green", "note": "yellow", "fault": "bold red"}
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """
+    Read the command line; what is not the doctor's is the script's.
+
+    Args:
+        arguments (`Sequence[str]`):
+            The command line without the program.
+
+    Returns:
+        `tuple[Namespace, list[str]]`: the doctor's arguments, and those the script gets.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m trl_toolgrpo.doctor",
+        description="Check a run before it starts: go or no-go. Further arguments are those of the script.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, required=True, help="YAML of the run")
+    parser.add_argument("--script", type=Path, help="script with a make_trainer; by default the one beside the YAML")
+    given, rest = parser.parse_known_args(arguments)
+    return given, ["--config", str(given.config), *rest]
+
+
+def draw(examination: Examination) -> Table:
+    """
+    The findings as a table.
+
+    Args:
+        examination ([`Examination`]):
+            What was found.
+    """
+    table = Table(show_lines=False, box=None, padding=(0, 1))
+    for column in ("looked at", "", "found"):
+        table.add_column(column, overflow="fold")
+    for finding in examination.findings:
+        color = COLORS[finding.state]
+        words = finding.words + (f"\n-> {finding.remedy}" if finding.remedy else "")
+        table.add_row(finding.subject, f"[{color}]{finding.state}[/]", _plain(words))
+    return table
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def verdict(examination: Examination) -> str:
+    """
+    Go or no-go in one line.
+
+    Args:
+        examination ([`Examination`]):
+            What was found.
+    """
+    if examination.go:
+        return f"go ({examination.seconds:.0f} s)"
+    return f"no-go: {', '.join(finding.subject for finding in examination.faults)} ({examination.seconds:.0f} s)"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    Examine a run.
+
+    Args:
+        arguments (`Sequence[str]`, *optional*):
+            The command line without the program.
+
+    Returns:
+        `int`: the exit code.
+    """
+    given, rest = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    console = Console(soft_wrap=False)
+    try:
+        script = find_script(given.config, given.script)
+    except DoctorError as error:
+        console.print(f"no-go: {error}", markup=False)
+        return 1
+    examination = examine(script, rest)
+    console.print(draw(examination))
+    console.print(verdict(examination), style="bold green" if examination.go else "bold red", markup=False)
+    return 0 if examination.go else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

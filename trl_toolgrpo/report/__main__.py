@@ -1,0 +1,68 @@
+"""The command line of the report.
+
+    python -m trl_toolgrpo.report <output_dir> [--out report.html]
+    python -m trl_toolgrpo.report --compare A B
+
+Owns the arguments, the file written and the exit code: 0 if there is something to show, 1 if not.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import ReportError
+from .page import MAX_MEGABYTES, build_report
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """
+    Read the command line.
+
+    Args:
+        arguments (`Sequence[str]`):
+            The command line without the program.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m trl_toolgrpo.report", description="Make one self-contained HTML file of a run."
+    )
+    parser.add_argument("output_dir", nargs="?", type=Path, help="output folder of a run")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="output folders of two runs")
+    parser.add_argument("--out", type=Path, help="file to write; in the folder: report.html; for two runs, here")
+    parser.add_argument("--max_size", type=float, default=MAX_MEGABYTES, help="largest size in MB (default 30)")
+    given = parser.parse_args(arguments)
+    if (given.output_dir is None) == (given.compare is None):
+        parser.error("pass one output folder, or --compare and two of them")
+    return given
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    Make the report.
+
+    Args:
+        arguments (`Sequence[str]`, *optional*):
+            The command line without the program.
+
+    Returns:
+        `int`: the exit code.
+    """
+    given = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    folders = given.compare or [given.output_dir]
+    out = given.out or (Path("comparison.html") if given.compare else given.output_dir / "report.html")
+    try:
+        report = build_report(folders, given.max_size)
+        out.write_text(report.html, encoding="utf-8")
+    except (ReportError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    for run in report.runs:
+        for problem in run.problems:
+            print(f"{run.name}: {problem}", file=sys.stderr)
+    rollouts = f"{report.shown} of {report.total}" if report.shown < report.total else f"{report.total}"
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {rollouts} rollouts")
+    return 1 if all(run.empty for run in report.runs) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

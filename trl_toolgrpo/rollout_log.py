@@ -1,0 +1,379 @@
+"""The rollout log: every rollout batch of a run, a parquet file for each process, to look at and to train from again.
+
+Owns the format: what is in a file, how it is written and read. Files are `rollouts/<step>-<process>.parquet` in the
+output folder; `datasets.load_dataset("parquet", ...)` opens them too. Fed by `run_log.py`, read by `replay.py`.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from .errors import RolloutLogError
+from .rollout_tensors import keep, restore
+from .tools.redact import Redactor
+from .trajectory import Trajectory
+
+
+VERSION = 1
+FOLDER = "rollouts"
+KEY = b"trl_toolgrpo.rollout_log"
+"""Key of the schema metadata that makes a parquet file a rollout log."""
+
+_NAME = re.compile(r"(\d{6,})-(\d{3,})\.parquet")
+_JSON = ("prompt", "messages", "turns", "rewards")
+_FLOATS = pa.list_(pa.float32())
+_TENSORS = pa.list_(pa.struct([("name", pa.string()), ("data", pa.binary())]))
+
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("rollout", pa.int64()),
+        ("group", pa.int64()),
+        ("prompt", pa.string()),
+        ("messages", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("completion_ids", pa.list_(pa.int32())),
+        ("logprobs", _FLOATS),
+        ("tool_mask", pa.list_(pa.int8())),
+        ("forced_mask", pa.list_(pa.int8())),
+        ("stop_reason", pa.string()),
+        ("turns", pa.string()),
+        ("tools", pa.list_(pa.string())),
+        ("rewards", pa.string()),
+        ("reward", pa.float32()),
+        ("advantages", _FLOATS),
+        ("values", _FLOATS),
+        ("ratios", _FLOATS),
+        ("assisted", pa.bool_()),
+        ("place", pa.int32()),
+        ("tensors", _TENSORS),
+    ]
+)
+"""Columns of a file; one row is one rollout. `place` and `tensors` are what training again needs beside the rest."""
+
+
+@dataclass
+class LoggedBatch:
+    """
+    A rollout batch of one process.
+
+    Args:
+        step (`int`):
+            Optimizer steps done when it was generated.
+        process, processes (`int`):
+            Which process, of how many.
+        num_generations (`int`):
+            Rollouts of a group.
+        prompts, completions (`list`):
+            Texts or message lists, one for each rollout.
+        trajectories (`list[Trajectory]`):
+            The rollouts.
+        rewards (`list[dict[str, float | None]]`):
+            For each rollout the reward of each function.
+        totals (`list[float | None]`):
+            For each rollout the weighted sum; `None` if it was not scored.
+        batches (`list[dict]`):
+            The micro-batches it was divided into; their tensor `rollout` says which rows those are.
+        metrics (`dict[str, list[float]]`, *optional*):
+            Figures that were logged with it.
+        random (`dict[str, str]`, *optional*):
+            State of the random number generators when it was ready, by device, in hexadecimal.
+    """
+
+    step: int
+    process: int
+    processes: int
+    num_generations: int
+    prompts: list[Any]
+    completions: list[Any]
+    trajectories: Sequence[Trajectory]
+    rewards: list[dict[str, float | None]]
+    totals: list[float | None]
+    batches: list[dict[str, Any]]
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    random: dict[str, str] = field(default_factory=dict)
+
+
+def file_name(step: int, process: int) -> str:
+    """Name of the file of a rollout batch."""
+    return f"{step:06d}-{process:03d}.parquet"
+
+
+# Writing
+
+
+def tabulate(batch: LoggedBatch, redactor: Redactor | None = None) -> pa.Table:
+    """
+    A batch as the table that is written, without ratios yet.
+
+    Args:
+        batch ([`LoggedBatch`]):
+            The batch.
+        redactor ([`Redactor`], *optional*):
+            Keeps secrets out of the texts.
+    """
+    count = len(batch.trajectories)
+    order = torch.cat([part["rollout"] for part in batch.batches]).cpu()  # rows by their place in the micro-batches
+    place = order.argsort()
+    names = {name for part in batch.batches for name, value in part.items() if isinstance(value, Tensor)}
+    tensors = {}
+    for name in sorted(names - {"rollout"}):
+        parts = [part[name].detach().cpu() for part in batch.batches]
+        tensors[name] = parts[0] if parts[0].ndim == 0 else torch.cat(parts)[place]
+    columns = _columns(batch, tensors)
+    if redactor is not None:
+        for name in _JSON:
+            columns[name] = [redactor.text(text) for text in columns[name]]
+    rows: list[list[dict[str, Any]]] = [[] for _ in range(count)]
+    kept = {name: keep(name, tensor, columns, rows) for name, tensor in tensors.items()}
+    metadata = {
+        "version": VERSION,
+        "processes": batch.processes,
+        "micro_batches": len(batch.batches),
+        "tensors": kept,
+        "metrics": batch.metrics,
+        "random": batch.random,
+    }
+    columns |= {"place": place.numpy(), "tensors": rows}
+    arrays = [pa.array(columns[f.name], type=f.type, from_pandas=False) for f in SCHEMA]
+    return pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata({KEY: json.dumps(metadata).encode()}))
+
+
+def _columns(batch: LoggedBatch, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    trajectories, count = batch.trajectories, len(batch.trajectories)
+    first = batch.process * count
+    turns = [json.dumps([vars(turn) for turn in t.turns], default=_plain, ensure_ascii=False) for t in trajectories]
+    return {
+        "step": [batch.step] * count,
+        "rollout": [first + row for row in range(count)],
+        "group": [(first + row) // batch.num_generations for row in range(count)],
+        "prompt": [_as_json(prompt) for prompt in batch.prompts],
+        "messages": [_as_json(_messages(completion)) for completion in batch.completions],
+        "prompt_ids": [np.array(t.prompt_ids, np.int32) for t in trajectories],
+        "completion_ids": [np.array(t.completion_ids, np.int32) for t in trajectories],
+        "logprobs": [np.array(t.logprobs, np.float32) for t in trajectories],
+        "tool_mask": [np.array(t.tool_mask, np.int8) for t in trajectories],
+        "forced_mask": [np.array(t.forced_mask, np.int8) for t in trajectories],
+        "stop_reason": [t.stop_reason for t in trajectories],
+        "turns": turns,
+        "tools": [[call.name for turn in t.turns for call in turn.tool_calls] for t in trajectories],
+        "rewards": [json.dumps(rewards) for rewards in batch.rewards],
+        "reward": batch.totals,
+        "advantages": [_advantages(tensors["advantages"][row], t) for row, t in enumerate(trajectories)],
+        "values": [_values(tensors, row, t) for row, t in enumerate(trajectories)],
+        "ratios": [None] * count,
+        "assisted": ["assist_mask" in tensors] * count,
+    }
+
+
+def _advantages(advantages: Tensor, trajectory: Trajectory) -> np.ndarray:
+    if advantages.ndim == 0:  # of the whole rollout
+        return np.array(trajectory.trainable_mask, np.float32) * advantages.float().item()
+    return advantages[: len(trajectory.completion_ids)].float().numpy()
+
+
+def _values(tensors: dict[str, Tensor], row: int, trajectory: Trajectory) -> Any:
+    if "old_values" in tensors:
+        return tensors["old_values"][row, : len(trajectory.completion_ids)].float().numpy()
+    return None if trajectory.values is None else np.array(trajectory.values, np.float32)
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, default=_plain, ensure_ascii=False)
+
+
+def _messages(completion: Any) -> Any:
+    return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+
+
+def _plain(value: Any) -> Any:
+    return vars(value) if hasattr(value, "__dict__") else str(value)
+
+
+def with_ratios(table: pa.Table, ratios: Iterable[tuple[Tensor, Tensor]]) -> pa.Table:
+    """
+    The table with the ratios of an update.
+
+    Args:
+        table (`pa.Table`):
+            From [`tabulate`] or [`read_table`].
+        ratios (`Iterable[tuple[Tensor, Tensor]]`):
+            Of each micro-batch the rows, shape (B,), and a ratio for each token, shape (B, T), padded on the right.
+    """
+    lengths = [len(ids) for ids in table["completion_ids"]]
+    found = table["ratios"].to_pylist()
+    for rows, values in ratios:
+        for row, own in zip(rows.tolist(), values.float().cpu().numpy(), strict=True):
+            found[row] = own[: lengths[row]]
+    place = table.column_names.index("ratios")
+    return table.set_column(place, SCHEMA.field("ratios"), pa.array(found, type=_FLOATS))
+
+
+def write(table: pa.Table, path: Path) -> int:
+    """
+    Write a table, so that the file is whole or not there.
+
+    Args:
+        table (`pa.Table`):
+            From [`tabulate`].
+        path (`Path`):
+            Where to.
+
+    Returns:
+        `int`: bytes of the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    pq.write_table(table, part, compression="zstd", use_dictionary=False, write_statistics=False)
+    os.replace(part, path)
+    return path.stat().st_size
+
+
+# Reading
+
+
+def find_files(folder: Path) -> list[Path]:
+    """Files of a rollout log in a folder, in order of steps and processes; there may be none."""
+    named = [(_NAME.fullmatch(path.name), path) for path in folder.glob("*.parquet")]
+    found = [(tuple(map(int, match.groups())), path) for match, path in named if match is not None]
+    return [path for _, path in sorted(found)]
+
+
+def log_files(folder: str | Path) -> list[Path]:
+    """
+    Files of a rollout log, in order of steps and processes.
+
+    Args:
+        folder (`str` or `Path`):
+            Output folder of a run, or the folder `rollouts` in it.
+
+    Raises:
+        RolloutLogError: if there are none.
+    """
+    folder = Path(folder)
+    inner = folder / FOLDER
+    folder = inner if inner.is_dir() else folder
+    found = find_files(folder)
+    if not found:
+        reason = "it has no file <step>-<process>.parquet" if folder.is_dir() else "it is no folder"
+        raise RolloutLogError(
+            f"There is no rollout log in {folder}: {reason}. Pass the `output_dir` of a run that was made with "
+            f"`rollout_log_limit` above 0."
+        )
+    return found
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a file."""
+    return int(path.name.partition("-")[0])
+
+
+def read_table(path: str | Path) -> pa.Table:
+    """
+    One file, checked.
+
+    Args:
+        path (`str` or `Path`):
+            The file.
+
+    Raises:
+        RolloutLogError: if it is torn, of a newer version, or no rollout log.
+    """
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError as error:
+        raise RolloutLogError(f"There is no {path}.") from error
+    except (OSError, pa.ArrowException) as error:
+        raise RolloutLogError(
+            f"{path} cannot be read, it is torn or no parquet file: {error}. The other files of the log stand for "
+            f"themselves; delete this one, or copy it again from where it was written."
+        ) from error
+    metadata = details(table, path)
+    if metadata["version"] > VERSION:
+        raise RolloutLogError(
+            f"{path} has version {metadata['version']} of the rollout log, this package reads version {VERSION} and "
+            f"older. Install a newer trl_toolgrpo."
+        )
+    missing = [name for name in SCHEMA.names if name not in table.column_names]
+    if missing:
+        raise RolloutLogError(f"{path} is no whole rollout log: the columns {', '.join(missing)} are missing.")
+    return table
+
+
+def details(table: pa.Table, path: str | Path = "The table") -> dict[str, Any]:
+    """
+    What a file says of itself: version, processes, micro-batches, tensors, metrics and random number generators.
+
+    Args:
+        table (`pa.Table`):
+            Its table.
+        path (`str` or `Path`, *optional*):
+            For the message.
+
+    Raises:
+        RolloutLogError: if it is no rollout log.
+    """
+    try:
+        found = json.loads((table.schema.metadata or {})[KEY])
+        if isinstance(found["version"], int):
+            return found
+    except (KeyError, ValueError, TypeError):
+        pass
+    raise RolloutLogError(
+        f"{path} is a parquet file of something else: it has no metadata `{KEY.decode()}` with a version."
+    )
+
+
+def read_rollouts(folder: str | Path) -> Iterator[dict[str, Any]]:
+    """
+    Rollouts of a run, in order, each as a dict of the columns of the log with JSON decoded.
+
+    Args:
+        folder (`str` or `Path`):
+            Output folder of the run, or the folder `rollouts` in it.
+
+    Raises:
+        RolloutLogError: if there is no log, or one of its files cannot be read.
+    """
+    for path in log_files(folder):
+        yield from rows_of(read_table(path))
+
+
+def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """Rows of a file, without what only training again needs, and with JSON decoded."""
+    for row in table.drop_columns(["place", "tensors"]).to_pylist():
+        yield {name: json.loads(value) if name in _JSON else value for name, value in row.items()}
+
+
+def tensors_of(table: pa.Table, path: str | Path = "The table") -> dict[str, Tensor]:
+    """
+    The tensors of a rollout batch, in order of the rollouts.
+
+    Args:
+        table (`pa.Table`):
+            From [`read_table`].
+        path (`str` or `Path`, *optional*):
+            For the message.
+
+    Returns:
+        `dict[str, Tensor]`: each as it was, on the CPU; the first dimension of all but scalars is the rollout.
+
+    Raises:
+        RolloutLogError: if the file is not consistent.
+    """
+    records = details(table, path)["tensors"]
+    names = {record["column"] for record in records.values() if "column" in record}
+    try:
+        return restore(records, {name: table[name].to_pylist() for name in names}, table["tensors"].to_pylist())
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise RolloutLogError(f"{path} does not fit together: {error}.") from error

@@ -1,0 +1,173 @@
+"""The plain files of a run in its output folder: what it was started with, and lines that are added while it goes on.
+
+Owns `run.json`, and the JSON lines of `metrics.jsonl` and `health.jsonl`. Fed by `run_log.py` and `health_watch.py`.
+"""
+
+import json
+import math
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import datasets
+import peft
+import torch
+import transformers
+import trl
+
+from .tools.redact import SECRET, Redactor, secret_values
+from .version import __version__
+
+
+RUN = "run.json"
+METRICS = "metrics.jsonl"
+HEALTH = "health.jsonl"
+VERSION = 1
+
+_NAMED_SECRET = re.compile(r"(?:^|[_-])(?:token|api_?key|key|secret|password|credentials)$", re.IGNORECASE)
+
+
+def add_line(path: Path, record: dict[str, Any]) -> None:
+    """
+    Add a line of JSON to a file. Numbers that are not finite become null, which any reader of JSON takes.
+
+    Args:
+        path (`Path`):
+            The file.
+        record (`dict`):
+            What to add.
+    """
+    line = json.dumps({name: _finite(value) for name, value in record.items()}, default=str, ensure_ascii=False)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """
+    The lines of a file; none if there is no such file. A line that a kill has cut short is left out.
+
+    Args:
+        path (`Path`):
+            The file.
+    """
+    found = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                found.append(record)
+    return found
+
+
+def cut_back(path: Path, step: int) -> None:
+    """
+    Drop the lines behind a step.
+
+    Args:
+        path (`Path`):
+            The file; it may be missing.
+        step (`int`):
+            The last step whose lines stay.
+    """
+    if not path.is_file():
+        return
+    kept = [record for record in read_lines(path) if record.get("step", 0) <= step]
+    part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)
+    part.touch()
+    for record in kept:
+        add_line(part, record)
+    os.replace(part, path)
+
+
+def run_redactor(args: Any, servers: Iterable[Any] = ()) -> Redactor:
+    """
+    Knows the secrets of a run: its Hub token, those of its MCP servers, and the keys in its environment.
+
+    Args:
+        args ([`ToolGRPOConfig`]):
+            Configuration.
+        servers (`Iterable[MCPServer]`, *optional*):
+            The run's servers.
+    """
+    named = {name: value for name, value in os.environ.items() if _NAMED_SECRET.search(name)}
+    secrets = secret_values(named, {}, None)
+    if getattr(args, "hub_token", None):
+        secrets.append(str(args.hub_token))
+    for server in servers:
+        secrets += secret_values(server.env, server.headers, server.url)
+    return Redactor(secrets)
+
+
+def describe_start(
+    args: Any, model: str, reward_funcs: Sequence[str], tools: Sequence[str], redactor: Redactor
+) -> dict[str, Any]:
+    """
+    What a run was started with, as `run.json` holds it.
+
+    Args:
+        args ([`ToolGRPOConfig`]):
+            Configuration; the fields that are not at their default are kept.
+        model (`str`):
+            Name of the model.
+        reward_funcs, tools (`Sequence[str]`):
+            Names of the reward functions and the tools.
+        redactor ([`Redactor`]):
+            Keeps secrets out.
+    """
+    plain = json.loads(json.dumps(args.to_dict(), default=str))
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args)}
+    changed = {n: v for n, v in plain.items() if v != defaults.get(n) and not n.endswith("_token")}
+    libraries = (torch, transformers, trl, peft, accelerate, datasets)
+    versions = {library.__name__: str(library.__version__) for library in libraries}
+    return redactor.data(
+        {
+            "version": VERSION,
+            "model": model,
+            "reward_funcs": list(reward_funcs),
+            "tools": list(tools),
+            "config": changed,
+            "versions": {"trl_toolgrpo": __version__, **versions, "python": platform.python_version()},
+            "command": _without_secrets(sys.argv),
+        }
+    )
+
+
+def _without_secrets(command: Sequence[str]) -> list[str]:
+    """The command line without what follows a flag such as `--hub_token`."""
+    shown: list[str] = []
+    hidden = False
+    for part in command:
+        name, equals, _ = part.partition("=")
+        secret = part.startswith("--") and _NAMED_SECRET.search(name) is not None
+        shown.append(SECRET if hidden else f"{name}={SECRET}" if secret and equals else part)
+        hidden = secret and not equals
+    return shown
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """
+    Write a file of JSON, so that it is whole or not there.
+
+    Args:
+        path (`Path`):
+            The file.
+        record (`dict`):
+            What to write.
+    """
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(part, path)

@@ -1,0 +1,292 @@
+"""What a run leaves in its output folder while it goes on: its start, its metrics and its rollouts.
+
+Owns, as a mixin of the trainer, what is taken down of a rollout batch and when it is written: once its last update is
+over, on a thread of its own, so that training waits for no disk. The formats are those of `rollout_log.py` and
+`run_files.py`.
+"""
+
+import logging
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from trl import GRPOTrainer
+from trl.trainer.utils import get_config_model_id
+
+from .config import ToolGRPOConfig
+from .rollout.engine import RolloutBatch
+from .rollout_log import FOLDER, LoggedBatch, file_name, find_files, read_table, step_of, tabulate, with_ratios, write
+from .run_files import HEALTH, METRICS, RUN, add_line, cut_back, describe_start, run_redactor, write_json
+from .tools.mcp import MCPTools
+from .tools.redact import Redactor
+from .tools.toolset import ToolSet
+
+
+logger = logging.getLogger(__name__)
+
+Ratios = list[tuple[Tensor, Tensor]]
+
+
+class RolloutWriter:
+    """
+    Writes the rollout batches of one process in the background, and removes the oldest beyond a limit.
+
+    Args:
+        folder (`Path`):
+            Folder of the log.
+        process (`int`):
+            Whose batches these are.
+        limit (`float`):
+            Most bytes that the files of this process may take.
+        redactor ([`Redactor`]):
+            Keeps secrets out of the texts.
+    """
+
+    def __init__(self, folder: Path, process: int, limit: float, redactor: Redactor) -> None:
+        self._folder, self._process, self._limit, self._redactor = folder, process, limit, redactor
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout-log")
+        self._writing: Future | None = None
+        self._failed = False
+        own = [path for path in folder.glob(f"*-{process:03d}.parquet")]
+        self._sizes = {path: path.stat().st_size for path in sorted(own, key=step_of)}
+
+    def put(self, step: int, batch: LoggedBatch | pa.Table, ratios: Ratios) -> None:
+        """
+        Write a batch, when the one before is written.
+
+        Args:
+            step (`int`):
+                Step of the batch.
+            batch ([`LoggedBatch`] or `pa.Table`):
+                The batch.
+            ratios (`list[tuple[Tensor, Tensor]]`):
+                For [`with_ratios`].
+        """
+        self.wait()
+        if not self._failed:
+            self._writing = self._thread.submit(self._write, step, batch, ratios)
+
+    def table(self, batch: LoggedBatch | pa.Table, ratios: Ratios) -> pa.Table:
+        """A batch as it is written."""
+        table = batch if isinstance(batch, pa.Table) else tabulate(batch, self._redactor)
+        return with_ratios(table, ratios)
+
+    def wait(self) -> None:
+        """Wait for what is being written. A disk that does not take it ends the log, not the run."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            writing.result()
+        except OSError as error:
+            self._failed = True
+            logger.warning("No rollouts are logged any more: %s could not be written to: %s.", self._folder, error)
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _write(self, step: int, batch: LoggedBatch | pa.Table, ratios: Ratios) -> None:
+        path = self._folder / file_name(step, self._process)
+        self._sizes.pop(path, None)
+        self._sizes[path] = write(self.table(batch, ratios), path)
+        while sum(self._sizes.values()) > self._limit and len(self._sizes) > 1:
+            oldest = next(iter(self._sizes))
+            oldest.unlink(missing_ok=True)
+            del self._sizes[oldest]
+
+
+class RunLog(GRPOTrainer):
+    """Part of [`ToolGRPOTrainer`]; see `rollout_log_limit` of [`ToolGRPOConfig`]."""
+
+    args: ToolGRPOConfig
+    model: Any
+    _recording: bool
+    _batch: RolloutBatch | None
+    _rewards: Tensor
+    _toolset: ToolSet
+    _mcp: MCPTools | None
+    _run_folder: Path | None = None  # where the log of this run is, once it has begun
+    _writer: RolloutWriter | None = None
+    _logged: LoggedBatch | pa.Table | None = None  # the batch in use
+    _logged_step = 0
+    _logged_ratios: dict[int, tuple[Tensor, Tensor]]  # by micro-batch
+    _asked: tuple[list, list] = ([], [])  # prompts and completions
+    _scores: Tensor | None = None
+
+    def _prepare_run_log(self) -> None:
+        self._logged_ratios = {}
+        self.add_callback(_RunLogCallback(self))
+
+    @property
+    def _logs_rollouts(self) -> bool:
+        return self._recording and self.args.rollout_log_limit > 0
+
+    # A run from its begin to its end
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's training; what was logged of it is on disk when it ends, however it does."""
+        self._logged, self._run_folder = None, None
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._put_logged()
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
+
+    def _begin_run_log(self) -> None:
+        """Start the log, or cut it back to where the run goes on."""
+        folder, step = Path(str(self.args.output_dir)), self.state.global_step
+        redactor = run_redactor(self.args, self._mcp.servers.values() if self._mcp is not None else ())
+        try:
+            if self.accelerator.is_main_process:
+                self._clear_run_files(folder, step)
+                name = get_config_model_id(self.accelerator.unwrap_model(self.model).config)
+                tools = [tool.name for tool in self._toolset.known]
+                write_json(folder / RUN, describe_start(self.args, name, self.reward_func_names, tools, redactor))
+            self._run_folder = folder
+        except OSError as error:
+            logger.warning("Nothing is logged in `output_dir` (%s): %s.", folder, error)
+        self.accelerator.wait_for_everyone()
+        if self._logs_rollouts and self._run_folder is not None:
+            limit = self.args.rollout_log_limit * 2**20 / self.accelerator.num_processes
+            self._writer = RolloutWriter(folder / FOLDER, self.accelerator.process_index, limit, redactor)
+
+    def _clear_run_files(self, folder: Path, step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in find_files(folder / FOLDER):
+            if step == 0 or step_of(path) >= step:
+                path.unlink()
+        for name in (METRICS, HEALTH):
+            if step == 0:
+                (folder / name).unlink(missing_ok=True)
+            else:
+                cut_back(folder / name, step)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if self._run_folder is not None and self.accelerator.is_main_process:
+            entry = self.state.log_history[-1]
+            add_line(self._run_folder / METRICS, {"step": entry["step"], "time": time.time(), **entry})
+
+    # Rollouts
+
+    def _generate(self, prompts: list) -> Any:
+        output = super()._generate(prompts)
+        self._asked = prompts, output[3]
+        return output
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._scores = super()._calculate_rewards(*args, **kwargs)
+        return self._scores
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        before = self._buffered_inputs
+        counts = {name: len(values) for name, values in self._metrics["train"].items()}
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._writer is not None and self.model.training and self._buffered_inputs is not before:
+            self._take_down(counts)
+        return inputs
+
+    def _take_down(self, counts: dict[str, int]) -> None:
+        """Keep what is logged of the rollout batch that was just made."""
+        batches: Any = self._buffered_inputs
+        if self._batch is None or self._scores is None or "rollout" not in batches[0]:
+            return
+        trajectories = self._batch.trajectories
+        own = slice(first := self.accelerator.process_index * len(trajectories), first + len(trajectories))
+        metrics = {
+            name: values if name == "num_tokens" else values[counts.get(name, 0) :]
+            for name, values in self._metrics["train"].items()
+        }
+        self._logged_step, self._logged_ratios = self.state.global_step, {}
+        self._logged = LoggedBatch(
+            step=self.state.global_step,
+            process=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+            num_generations=self.num_generations,
+            prompts=self._asked[0],
+            completions=self._asked[1],
+            trajectories=trajectories,
+            rewards=[dict(zip(self.reward_func_names, row, strict=True)) for row in _numbers(self._scores[own])],
+            totals=_numbers(self._rewards[own]),
+            batches=list(batches),
+            metrics={name: list(values) for name, values in metrics.items() if values},
+            random=random_states(self.accelerator.device),
+        )
+
+    def _note_ratios(self, inputs: dict[str, Any], logps: Tensor, mask: Tensor) -> None:
+        """Keep the ratios of a micro-batch, shape (B, T): 1 at tokens that do not train."""
+        if self._logged is not None and "rollout" in inputs:
+            ratios = (logps - inputs["old_per_token_logps"]).masked_fill(mask == 0, 0.0).exp()
+            self._logged_ratios[self._step % (self.args.steps_per_generation or 1)] = inputs["rollout"], ratios
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._step % ((self.args.steps_per_generation or 1) * self.num_iterations) == 0:
+            self._put_logged()
+        return loss
+
+    def _put_logged(self) -> None:
+        """Write the batch whose last update is over."""
+        if self._logged is not None and self._writer is not None:
+            self._writer.put(self._logged_step, self._logged, list(self._logged_ratios.values()))
+        self._logged, self._logged_ratios = None, {}
+
+    # Checkpoints
+
+    def _write_checkpoint(self, model: Any, trial: Any, staged: Path, target: Path) -> None:
+        super()._write_checkpoint(model, trial, staged, target)  # type: ignore[misc]
+        if self._logged is not None and self._writer is not None:
+            table = self._writer.table(self._logged, list(self._logged_ratios.values()))
+            write(table, staged / FOLDER / file_name(self._logged_step, self.accelerator.process_index))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self._buffered_inputs is None or not self._logs_rollouts:
+            return
+        own = f"-{self.accelerator.process_index:03d}.parquet"
+        for path in find_files(Path(checkpoint) / FOLDER):
+            if path.name.endswith(own):
+                self._logged, self._logged_step, self._logged_ratios = read_table(path), step_of(path), {}
+
+
+class _RunLogCallback(TrainerCallback):
+    """Starts the log when it is known where the run goes on."""
+
+    def __init__(self, trainer: RunLog) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._begin_run_log()
+
+
+def random_states(device: torch.device) -> dict[str, str]:
+    """
+    State of the random number generators that an update draws from, by device, in hexadecimal.
+
+    Args:
+        device (`torch.device`):
+            Where the policy is.
+    """
+    found = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        found["cuda"] = torch.cuda.get_rng_state(device)
+    return {name: bytes(state.cpu().numpy()).hex() for name, state in found.items()}
+
+
+def _numbers(values: Tensor) -> Iterable[Any]:
+    """Nested lists with None for NaN."""
+    if values.ndim == 1:
+        return [None if value != value else value for value in values.tolist()]
+    return [_numbers(row) for row in values]

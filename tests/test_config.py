@@ -103,12 +103,6 @@ def test_unknown_choice_is_named_with_the_known_ones(tmp_path, name, choices):
     assert refused(tmp_path, **{name: "hf"}) == f"You passed `{name}='hf'`. Choose one of {choices}."
 
 
-def test_backend_that_does_not_exist_yet_says_what_to_use(tmp_path):
-    message = refused(tmp_path, rollout_backend="vllm")
-    assert message.startswith("You passed `rollout_backend='vllm'`") and "`rollout_backend='transformers'`" in message
-    assert "`use_vllm=True`" in message
-
-
 TRUNCATING = [("top_p", 0.9, 1.0), ("top_k", 50, 0), ("min_p", 0.1, 0.0), ("repetition_penalty", 1.1, 1.0)]
 
 
@@ -161,7 +155,8 @@ def test_temperature_is_one_number_above_zero(tmp_path):
 
 
 def test_options_of_trls_own_vllm_rollouts_are_trls(tmp_path):
-    assert make(tmp_path, use_vllm=True, generation_kwargs={"seed": 3}).use_vllm
+    assert make(tmp_path, use_vllm=True, record_sample_logprobs=False, generation_kwargs={"seed": 3}).use_vllm
+    assert "`generation_kwargs: seed=3`" in refused(tmp_path, use_vllm=True, generation_kwargs={"seed": 3})
 
 
 def test_error_is_a_value_error(tmp_path):

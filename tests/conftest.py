@@ -161,6 +161,14 @@ class ScriptedSampler:
         pass
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Print the figures that tests measured."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "figures":
+                terminalreporter.write_line(f"{report.nodeid.split('::')[-1]}: {value}")
+
+
 @pytest.fixture
 def tokenizer():
     return chat_tokenizer()

@@ -109,12 +109,6 @@ def test_unknown_choice_is_named_with_the_known_ones(tmp_path, name, choices):
     assert refused(tmp_path, **{name: "hf"}) == f"You passed `{name}='hf'`. Choose one of {choices}."
 
 
-def test_backend_that_does_not_exist_yet_says_what_to_use(tmp_path):
-    message = refused(tmp_path, rollout_backend="vllm")
-    assert message.startswith("You passed `rollout_backend='vllm'`") and "`rollout_backend='transformers'`" in message
-    assert "`use_vllm=True`" in message
-
-
 def test_a_correction_has_a_ratio_to_act_on(tmp_path):
     for cap in (1.0, 0.5, float("nan"), float("inf")):
         assert "`sampler_correction_cap=" in refused(tmp_path, sampler_correction="mask", sampler_correction_cap=cap)
@@ -122,8 +116,7 @@ def test_a_correction_has_a_ratio_to_act_on(tmp_path):
     assert refused(tmp_path, sampler_correction="clip") == (
         "You passed `sampler_correction='clip'`. Choose one of truncate, mask."
     )
-    for trls in ({"use_vllm": True}, {"record_sample_logprobs": False}):
-        assert "TRL's own" in refused(tmp_path, sampler_correction="truncate", **trls)
+    assert "TRL's own" in refused(tmp_path, sampler_correction="truncate", record_sample_logprobs=False)
 
 
 TRUNCATING = [("top_p", 0.9, 1.0), ("top_k", 50, 0), ("min_p", 0.1, 0.0), ("repetition_penalty", 1.1, 1.0)]
@@ -178,7 +171,8 @@ def test_temperature_is_one_number_above_zero(tmp_path):
 
 
 def test_options_of_trls_own_vllm_rollouts_are_trls(tmp_path):
-    assert make(tmp_path, use_vllm=True, generation_kwargs={"seed": 3}).use_vllm
+    assert make(tmp_path, use_vllm=True, record_sample_logprobs=False, generation_kwargs={"seed": 3}).use_vllm
+    assert "`generation_kwargs: seed=3`" in refused(tmp_path, use_vllm=True, generation_kwargs={"seed": 3})
 
 
 def test_error_is_a_value_error(tmp_path):

@@ -24,6 +24,8 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import add_response_schema
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
+from trl_toolgrpo.rollout.vllm_engine import supported_versions
+
 
 def parameters(function):
     return list(inspect.signature(function).parameters)
@@ -519,10 +521,32 @@ def test_config_is_derived_as_we_assume():
         "top_k",
         "top_p",
         "use_vllm",
+        "vllm_enable_sleep_mode",
+        "vllm_gpu_memory_utilization",
+        "vllm_max_model_length",
+        "vllm_mode",
+        "vllm_model_impl",
+        "vllm_server_base_url",
+        "vllm_server_host",
+        "vllm_server_port",
+        "vllm_server_timeout",
+        "vllm_structured_outputs_regex",
+        "vllm_tensor_parallel_size",
     ):
         assert name in names, (
             f"GRPOConfig has no `{name}` any more; config.py, trainer.py or rollout/engine.py reads it."
         )
+
+
+def test_trl_says_which_versions_of_vllm_it_supports():
+    assert str(supported_versions()), "TRL's metadata names no vLLM; rollout/vllm_engine.py reads the versions there."
+
+
+def test_trl_makes_its_vllm_engine_by_an_option_and_a_name():
+    source = inspect.getsource(GRPOTrainer.__init__)
+    assert "if self.use_vllm:" in source and "VLLMGeneration(" in source, (
+        "GRPOTrainer.__init__ makes its vLLM engine in another way than vllm_rollouts.without_trls_vllm relies on."
+    )
 
 
 # transformers

@@ -129,8 +129,8 @@ def check_forcing(args: Any, recording: bool, has_tools: bool, train_dataset: An
         )
     if (args.force_rate > 0 or args.assist_warmup_steps > 0) and not recording:
         raise ConfigError(
-            "You passed `force_rate` or `assist_warmup_steps` with rollouts of TRL's own (`use_vllm`, `rollout_func` "
-            "or `record_sample_logprobs=False`), which do not know which tokens were forced. Leave them out."
+            "You passed `force_rate` or `assist_warmup_steps` with rollouts of TRL's own (`rollout_func` or "
+            "`record_sample_logprobs=False`), which do not know which tokens were forced. Leave them out."
         )
     if args.assist_warmup_steps > 0 and args.max_steps < 0 and hasattr(train_dataset, "__len__"):
         steps = training_steps(args, len(train_dataset))

@@ -61,7 +61,10 @@ class ToolGRPOConfig(GRPOConfig):
             order: the same rollouts whatever the timing of tools or the number of processes. It costs a random number
             for each entry of the vocabulary and token, and decoding waits for tools that take longer than 8 steps.
         rollout_backend (`str`, *optional*, defaults to `"transformers"`):
-            What samples. Only `"transformers"`, on the training model, is built in for now.
+            What samples: `"transformers"`, the training model itself, or `"vllm"`, set up by TRL's `vllm_*` options
+            and sent the adapter of a LoRA run, or all weights, before the first rollout batch behind each optimizer
+            step. `vllm_mode="colocate"` is an engine in each training process; `"server"` is `python -m
+            trl_toolgrpo.serve --model ...`, on another GPU or machine. TRL's `use_vllm=True` means `"vllm"`.
         max_concurrent_tools (`int`, *optional*, defaults to `64`):
             Most tool calls in flight over the whole batch.
         tool_timeout (`float`, *optional*, defaults to `30.0`):
@@ -188,7 +191,11 @@ class ToolGRPOConfig(GRPOConfig):
     )
     rollout_backend: str = field(
         default="transformers",
-        metadata={"help": "What samples the rollouts.", "choices": list(ROLLOUT_BACKENDS)},
+        metadata={
+            "help": "What samples the rollouts: transformers (the training model itself) or vllm (set up by the "
+            "vllm_* options; use_vllm means the same).",
+            "choices": list(ROLLOUT_BACKENDS),
+        },
     )
     max_concurrent_tools: int = field(
         default=64, metadata={"help": "Most tool calls in flight over the whole rollout batch."}

@@ -17,6 +17,7 @@ GAE_UNITS = ("token", "turn")
 FORCE_LEVELS = ("call", "name", "schema")
 LOGPROB_CHECKS = ("first", "always", "off")
 REF_SYNC_MODES = ("auto", "adapter", "merged")
+VLLM_MODES = ("colocate", "server")
 
 # Values at which a sampling option leaves the full softmax of logits / temperature as it is
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -73,17 +74,13 @@ def check_fields(config: Any, defaults: dict[str, Any]) -> None:
     _check_forcing(config)
     _check_critic(config, defaults)
     _check_reference(config)
-    if config.rollout_backend == "vllm":
+    _check_vllm(config)
+    if config.deterministic_rollouts and (config.rollout_backend == "vllm" or not config.record_sample_logprobs):
         raise ConfigError(
-            "You passed `rollout_backend='vllm'`, which this version does not have yet. Use "
-            "`rollout_backend='transformers'`, or TRL's own rollouts with `use_vllm=True`."
+            "You passed `deterministic_rollouts=True` with rollouts whose noise is not this package's (vLLM or "
+            "`record_sample_logprobs=False`). Leave those out, or it."
         )
-    if config.deterministic_rollouts and (config.use_vllm or not config.record_sample_logprobs):
-        raise ConfigError(
-            "You passed `deterministic_rollouts=True` with rollouts of TRL's own (`use_vllm` or "
-            "`record_sample_logprobs=False`), whose noise is not this package's. Leave those out, or it."
-        )
-    if config.record_sample_logprobs and not config.use_vllm:  # with vLLM the rollouts are TRL's own
+    if config.record_sample_logprobs:
         _check_recording(config)
 
 
@@ -105,11 +102,37 @@ def _check_correction(config: Any, defaults: dict[str, Any]) -> None:
             )
         return
     _check_choice(config, "sampler_correction", SAMPLER_CORRECTIONS)
-    if config.use_vllm or not config.record_sample_logprobs:
+    if not config.record_sample_logprobs:
         raise ConfigError(
-            f"You passed `sampler_correction={mode!r}` with rollouts of TRL's own (`use_vllm` or "
-            f"`record_sample_logprobs=False`), whose ratio is not this package's. Leave those out, or it; TRL's own "
-            f"correction is `vllm_importance_sampling_correction`."
+            f"You passed `sampler_correction={mode!r}` with rollouts of TRL's own (`record_sample_logprobs=False`), "
+            f"whose ratio is not this package's. Leave one of them out; TRL's own correction is "
+            f"`vllm_importance_sampling_correction`."
+        )
+
+
+def _check_vllm(config: Any) -> None:
+    """What vLLM is asked for, it can do; `use_vllm` means the backend, but for rollouts of TRL's own."""
+    if config.use_vllm and config.record_sample_logprobs:
+        config.rollout_backend = "vllm"
+    if config.rollout_backend != "vllm":
+        return
+    if not config.record_sample_logprobs:
+        raise ConfigError(
+            "You passed `rollout_backend='vllm'` while `record_sample_logprobs=False`, which is TRL's own path. Set "
+            "`use_vllm=True` instead for TRL's vLLM, or `record_sample_logprobs=True`."
+        )
+    if config.vllm_mode not in VLLM_MODES:
+        raise ConfigError(f"You passed `vllm_mode={config.vllm_mode!r}`. Choose one of {', '.join(VLLM_MODES)}.")
+    if config.vllm_structured_outputs_regex is not None:
+        raise ConfigError(
+            "You passed `vllm_structured_outputs_regex` while `record_sample_logprobs=True`. Tokens under a "
+            "constraint are not drawn from the distribution the trainer scores. Leave it out, or set "
+            "`record_sample_logprobs=False` for TRL's own path."
+        )
+    if config.force_rate > 0 and config.force_level == "schema":
+        raise ConfigError(
+            "You passed `force_level='schema'` with vLLM, which samples without this package's constraints. Use "
+            "`force_level='call'` or 'name', or `rollout_backend='transformers'`."
         )
 
 
@@ -177,10 +200,10 @@ def _check_estimator(config: Any, defaults: dict[str, Any]) -> None:
                 f"`advantage_estimator='group'`, which has no value head for it to act on. Leave it out, or set "
                 f"`advantage_estimator='gae'` or `'group_gae'`."
             )
-    elif not config.record_sample_logprobs or config.use_vllm:
+    elif not config.record_sample_logprobs:
         raise ConfigError(
-            f"You passed `advantage_estimator={estimator!r}` with rollouts of TRL's own (`use_vllm` or "
-            f"`record_sample_logprobs=False`), but values are recorded in this package's own. Leave those out, or use "
+            f"You passed `advantage_estimator={estimator!r}` with rollouts of TRL's own "
+            f"(`record_sample_logprobs=False`), but values are recorded in this package's own. Leave that out, or use "
             f"`advantage_estimator='group'`."
         )
     elif config.loss_type == "vespo":

@@ -44,6 +44,14 @@ class SamplerError(ToolGRPOError, RuntimeError):
     """A sampler that broke its protocol or cannot hold the rollouts it was given."""
 
 
+class EngineLostError(SamplerError):
+    """A rollout engine that ended by itself, and has to be started again."""
+
+
+class RolloutServerError(SamplerError, ConnectionError):
+    """A server of rollouts that cannot be reached, or serves another model or another run."""
+
+
 class TrajectoryError(ToolGRPOError, ValueError):
     """A trajectory record with a missing, short, non-finite or misnamed field."""
 

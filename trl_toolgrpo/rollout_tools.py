@@ -64,8 +64,8 @@ class RolloutTools(GRPOTrainer):
             if server.per_rollout and not self._recording:
                 raise ConfigError(
                     f"You passed the MCP server {server.name!r} with `per_rollout=True` and rollouts of TRL's own "
-                    f"(`use_vllm`, `rollout_func`, `record_sample_logprobs=False` or a multimodal model), whose tools "
-                    f"do not know the rollout they are called by. Share the server, or leave the rollouts to this "
+                    f"(`rollout_func`, `record_sample_logprobs=False` or a multimodal model), whose tools do "
+                    f"not know the rollout they are called by. Share the server, or leave the rollouts to this "
                     f"trainer."
                 )
 

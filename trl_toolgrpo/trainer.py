@@ -52,6 +52,7 @@ from .tools.execute import ToolExecutor
 from .tools.prompt import PromptTool
 from .tools.toolset import ToolSet
 from .tools.types import Tool
+from .vllm_rollouts import VLLMRollouts, refuse_multimodal, without_trls_vllm
 
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ logger = logging.getLogger(__name__)
 
 class ToolGRPOTrainer(
     RunLog, ExactResume, Determinism, AssistedWarmup, Critic, ReferenceSync, GroupedUpdates, SamplerCorrection,
-    SharedPromptScoring, RolloutTools, GRPOTrainer,
+    SharedPromptScoring, RolloutTools, VLLMRollouts, GRPOTrainer,
 ):  # fmt: skip
     """
     Drop-in for TRL's [`~trl.GRPOTrainer`] (arXiv 2402.03300) that trains a policy to call tools.
@@ -128,8 +129,8 @@ class ToolGRPOTrainer(
         args = ToolGRPOConfig.from_grpo_config(args)
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             check_dataset(name, dataset, bool(tools or mcp_servers), environment_factory is not None)
-        # Whether rollouts are this package's own; vLLM, a `rollout_func` and multimodal models take TRL's way
-        self._recording = args.record_sample_logprobs and not args.use_vllm and rollout_func is None
+        # Whether rollouts are this package's own; a `rollout_func` and multimodal models take TRL's way
+        self._recording = args.record_sample_logprobs and rollout_func is None
         check_forcing(args, self._recording, bool(tools or environment_factory or mcp_servers), train_dataset)
         tools = self._start_servers(mcp_servers, tools, environment_factory)
         toolset = self._toolset = ToolSet(tools)
@@ -144,7 +145,7 @@ class ToolGRPOTrainer(
         if tools or environment_factory is not None:
             check_template(processing_class)
             add_missing_response_template(processing_class)
-        with synced_by_us(args, model, peft_config):
+        with synced_by_us(args, model, peft_config), without_trls_vllm(args, self._recording):
             super().__init__(
                 model=model,
                 reward_funcs=reward_funcs,
@@ -173,6 +174,7 @@ class ToolGRPOTrainer(
         self._carried: dict[str, float] = {}  # figures of the current rollout batch, for steps that reuse it
         self._checked = self.args.logprob_check == "off"
         if self._recording and self._is_vlm:
+            refuse_multimodal(self.args)
             self._recording = False
             logger.warning("The model is multimodal: its rollouts take TRL's path, and no log-prob is recorded.")
         if not self._recording or not self.args.shared_prompt_updates:
@@ -194,6 +196,7 @@ class ToolGRPOTrainer(
         self._executor = executor
         pad_id = self._tokenizer.pad_token_id
         self._engine = RolloutEngine(self.args, self.eos_token_ids, pad_id, chat, executor, force_policy)
+        self._prepare_vllm()
 
     # Rollouts
 
@@ -245,6 +248,7 @@ class ToolGRPOTrainer(
         requests = self._lend_servers(requests)
         noise = self._rollout_noise(len(requests))
         with profiling_context(self, "rollout"), unwrapped_policy(self) as policy:
+            self._send_policy(policy)
             self._batch = self._engine.run(policy, requests, self.accelerator.autocast, self._may_force, noise)
         return self._batch
 

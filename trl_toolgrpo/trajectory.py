@@ -52,6 +52,8 @@ class Turn:
             Wall-clock time from the first call to the last result, in seconds.
         reward (`float`, *optional*):
             The environment's `turn_reward` after the turn; rewards of single results are their own.
+        policy_version (`int`, *optional*):
+            Optimizer steps the policy that wrote the turn had taken, where a copy of it did (vLLM).
     """
 
     start: int
@@ -62,6 +64,7 @@ class Turn:
     sample_seconds: float = 0.0
     tool_seconds: float = 0.0
     reward: float | None = None
+    policy_version: int | None = None
 
     @property
     def total_reward(self) -> float:
@@ -291,6 +294,9 @@ def _check_turn(turn: Turn, name: str, where: str) -> None:
         value = getattr(turn, field_name)
         if not _is_number(value) or value < 0:
             raise TrajectoryError(f"{where}: field `{name}.{field_name}` expected seconds, got {value!r}.")
+    version = turn.policy_version
+    if version is not None and (type(version) is not int or version < 0):
+        raise TrajectoryError(f"{where}: field `{name}.policy_version` expected optimizer steps, got {version!r}.")
     _check_rewards(turn, name, where)
 
 

@@ -26,6 +26,8 @@ from .constraint import CallConstraints
 from .forcing import CallPrefixes, ForcePolicy, Forcing
 from .loop import Rollout, RolloutLimits, RolloutLoop, RolloutRequest, RolloutStats
 from .noise import RolloutNoise
+from .sampler import Sampler
+from .vllm_sampler import VLLMSampler
 
 
 logger = logging.getLogger(__name__)
@@ -175,6 +177,7 @@ class RolloutEngine:
             max_tool_output_tokens=args.max_tool_output_tokens,
             parse_error_budget=args.parse_error_budget,
         )
+        self.vllm: VLLMSampler | None = None  # samples in place of the policy itself, where the trainer sets it
         self._supported: bool | None = None
         self._given_up = 0
         self._force_policy = force_policy
@@ -210,17 +213,22 @@ class RolloutEngine:
         Raises:
             TrajectoryError: for a record that breaks its contract, unless `strict_trajectories=False`.
         """
-        sampler = make_sampler(
-            policy,
-            self._is_supported(policy),
-            stop_ids=self.stop_ids,
-            pad_id=self.pad_id,
-            temperature=self.args.temperature,
-            autocast=autocast,
-            **({} if noise is None else {"noise": noise}),
-        )
         positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
         self.limits.max_sequence_length = positions or math.inf
+        sampler: Sampler
+        if self.vllm is not None:
+            sampler = self.vllm
+            self.limits.max_sequence_length = min(self.limits.max_sequence_length, self.vllm.max_length)
+        else:
+            sampler = make_sampler(
+                policy,
+                self._is_supported(policy),
+                stop_ids=self.stop_ids,
+                pad_id=self.pad_id,
+                temperature=self.args.temperature,
+                autocast=autocast,
+                **({} if noise is None else {"noise": noise}),
+            )
         prompts = [request.prompt_ids for request in requests]
         with sampler.open(prompts, self.limits.max_completion_length) as session:
             forcing = self._forcing(noise) if force else None

@@ -235,6 +235,7 @@ class RolloutLoop:
         trajectory.tool_mask += [1] * count
         trajectory.forced_mask += [1] * forced + [0] * (count - forced)
         turn = Turn(start, start + count, "stop" if sampled.stopped else "length", sample_seconds=now - state.since)
+        turn.policy_version = sampled.policy_version
         trajectory.turns.append(turn)
         if not state.request.tools:
             return self._finish(sampled.row, turn.stop_reason)

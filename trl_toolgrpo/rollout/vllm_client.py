@@ -1,0 +1,276 @@
+"""A served engine, as the vLLM sampler asks for turns: the client of `serve.py`.
+
+Owns the connection: what a server must be like, how weights are sent to it, and what happens when it is lost. A turn
+that was being sampled when the server went away is asked for again, as it was, once the server is back and has been
+sent the weights; the turns before it are with the client, so that no rollout is lost and none is begun twice.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from typing import Any
+
+import aiohttp
+
+from ..errors import RolloutServerError, SamplerError
+from .policy_file import PolicyFile
+from .vllm_engine import check_version
+from .vllm_sampler import TokenReply, TokenRequest
+
+
+logger = logging.getLogger(__name__)
+
+PROTOCOL = 1
+"""Version of what client and server say to each other."""
+HEADER_BYTES = 8
+"""Length of the length of the description in front of weights that are sent."""
+WATCH_SECONDS = 20.0
+"""Time between looks at whether the server still answers while a turn takes long, since a machine that is lost says
+nothing."""
+RETRY_SECONDS = 0.5
+"""Time between tries to reach a server."""
+TRIES = 10
+"""Times a request is sent to a server that is lost over it and comes back."""
+LOST_POLICIES = 3
+"""Times in a rollout batch a server may have other weights than were sent to it, without having been restarted."""
+
+
+
+class _StatusError(Exception):
+    """Something answered, and not with what was asked for."""
+
+    def __init__(self, status: int):
+        super().__init__(f"status {status}")
+        self.passing = status >= 500  # as of a proxy in front of a server that is being restarted
+
+
+_LOST = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, asyncio.TimeoutError, _StatusError)
+
+
+def model_shape(config: Any) -> dict[str, Any]:
+    """
+    What of a model's configuration tells it from another.
+
+    Args:
+        config (`PreTrainedConfig`):
+            The model's configuration.
+    """
+    text = config.get_text_config()
+    names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    names += ("num_attention_heads", "num_key_value_heads")
+    return {name: getattr(text, name, None) for name in names}
+
+
+class ServedEngine:
+    """
+    An engine behind a server; see [`TokenEngine`].
+
+    Args:
+        url (`str`):
+            Base URL of the server.
+        timeout (`float`):
+            How long, in seconds, a server may be out of reach before the run gives it up.
+        model (`str`):
+            Name of the model that is trained, for messages.
+        shape (`dict[str, Any]`):
+            Its [`model_shape`].
+    """
+
+    max_length = 0
+
+    def __init__(self, url: str, timeout: float, model: str, shape: dict[str, Any]):
+        self.url, self.timeout, self.model, self.shape = url.rstrip("/"), timeout, model, shape
+        self.retried = 0
+        self._policy: PolicyFile | None = None
+        self._boot = ""  # of the server the policy was sent to
+        self._lost_policies = 0
+        self._sending = asyncio.Lock()
+        # No limit on a turn as a whole; a server that is gone is found by looking after it
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=10)
+        self._http = aiohttp.ClientSession(timeout=limits, connector=aiohttp.TCPConnector(limit=0))
+
+    @classmethod
+    async def start(cls, url: str, timeout: float, model: str, shape: dict[str, Any]) -> "ServedEngine":
+        """
+        Connect; arguments as for the class.
+
+        Raises:
+            RolloutServerError: if there is no server, or it is not one for this run.
+            ConfigError: if its vLLM is of a version that will not do.
+        """
+        engine = cls(url, timeout, model, shape)
+        try:
+            await engine._reach()
+        except BaseException:
+            await engine.close()
+            raise
+        return engine
+
+    async def load(self, policy: PolicyFile) -> None:
+        """See [`TokenEngine.load`]."""
+        self._policy, self._boot, self._lost_policies = policy, "", 0
+        await self._recovering(self._send)
+
+    async def generate(self, request: TokenRequest) -> TokenReply:
+        """See [`TokenEngine.generate`]; goes on trying while the server comes back within the time limit."""
+        return await self._recovering(lambda: self._ask(request))
+
+    async def wake(self) -> None:
+        """See [`TokenEngine.wake`]; a server is always awake."""
+
+    async def rest(self) -> None:
+        """See [`TokenEngine.rest`]; a server keeps its memory."""
+
+    async def close(self) -> None:
+        """See [`TokenEngine.close`]; the server runs on."""
+        await self._http.close()
+
+    # One turn
+
+    async def _recovering(self, work: Any) -> Any:
+        for _ in range(TRIES):
+            try:
+                return await work()
+            except _LOST as error:
+                self.retried += 1
+                logger.warning("The rollout server at %s was lost (%s); trying again.", self.url, _words(error))
+                await self._reach()
+        raise RolloutServerError(
+            f"The rollout server at {self.url} was lost {TRIES} times over the same request. Look at its log for what "
+            f"ends it, most often too little memory."
+        )
+
+    async def _ask(self, request: TokenRequest) -> TokenReply:
+        while True:
+            if self._policy is None:
+                raise SamplerError("A rollout server was asked to sample before it was sent a policy.")
+            body = {**asdict(request), "policy": self._policy.key}
+            status, reply = await self._watched(self._post(body))
+            if status == 200:
+                return TokenReply(**reply)
+            if status >= 500:
+                raise _StatusError(status)
+            if status != 409:
+                raise SamplerError(f"The rollout server at {self.url} failed: {reply.get('error', reply)}")
+            await self._send()
+
+    async def _post(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        async with self._http.post(f"{self.url}/rollouts", json=body) as response:
+            return response.status, await _content(response)
+
+    async def _put(self, policy: PolicyFile) -> tuple[int, dict[str, Any]]:
+        async with self._http.put(f"{self.url}/policy", data=_packed(policy)) as response:
+            return response.status, await _content(response)
+
+    async def _watched(self, work: Any) -> Any:
+        """A reply that is waited for as long as the server answers other requests."""
+        task = asyncio.ensure_future(work)
+        try:
+            while not (await asyncio.wait({task}, timeout=WATCH_SECONDS))[0]:
+                await self._about()
+            return task.result()
+        finally:
+            task.cancel()
+
+    # The server
+
+    async def _send(self) -> None:
+        """Send the policy, unless the server has it."""
+        async with self._sending:
+            policy, about = self._policy, await self._about()
+            if policy is None or about["policy"] == policy.key:
+                self._boot = about["boot"]
+                return
+            if not policy.weights.is_file():  # written by a process on another machine, which sends it
+                await asyncio.sleep(RETRY_SECONDS)
+                return
+            self._lost_policies += about["boot"] == self._boot
+            if self._lost_policies > LOST_POLICIES:
+                raise RolloutServerError(
+                    f"The rollout server at {self.url} keeps getting weights that are not this run's: another run "
+                    f"uses it. Start a server for each run, on ports of their own (`vllm_server_port`)."
+                )
+            status, reply = await self._watched(self._put(policy))
+            if status >= 500:
+                raise _StatusError(status)
+            if status != 200:
+                raise SamplerError(
+                    f"The rollout server at {self.url} did not take the policy: {reply.get('error', reply)}"
+                )
+            self._boot = about["boot"]
+
+    async def _about(self) -> dict[str, Any]:
+        limit = aiohttp.ClientTimeout(total=30)
+        async with self._http.get(f"{self.url}/rollouts", timeout=limit) as response:
+            if response.status != 200:
+                raise _StatusError(response.status)
+            return await _content(response)
+
+    async def _reach(self) -> None:
+        """Wait until the server answers, and check that it is one for this run."""
+        deadline = time.monotonic() + self.timeout
+        while True:
+            try:
+                about = await self._about()
+                break
+            except _LOST as error:
+                if isinstance(error, _StatusError) and not error.passing:
+                    raise RolloutServerError(
+                        f"What answers at {self.url} is not a rollout server ({error}). vLLM's own `vllm serve` and "
+                        f"`trl vllm-serve` cannot say which weights wrote a turn. Start {self._command()}."
+                    ) from error
+                if time.monotonic() > deadline:
+                    raise RolloutServerError(
+                        f"The rollout server at {self.url} was out of reach for {self.timeout:g} s "
+                        f"(`vllm_server_timeout`): {_words(error)}. Start {self._command()}, and point "
+                        f"`vllm_server_base_url`, or `vllm_server_host` and `vllm_server_port`, at it."
+                    ) from error
+                await asyncio.sleep(RETRY_SECONDS)
+        self._check(about)
+        self.max_length = about["max_length"]
+
+    def _check(self, about: dict[str, Any]) -> None:
+        if about.get("protocol") != PROTOCOL:
+            raise RolloutServerError(
+                f"The rollout server at {self.url} speaks version {about.get('protocol')} of the protocol, this run "
+                f"version {PROTOCOL}. Install the same version of trl_toolgrpo on both sides."
+            )
+        check_version(about["vllm"], f"The rollout server at {self.url}")
+        differ = [name for name, value in self.shape.items() if about["shape"].get(name) != value]
+        if differ:
+            there = ", ".join(f"{name}={about['shape'].get(name)}" for name in differ)
+            here = ", ".join(f"{name}={self.shape[name]}" for name in differ)
+            raise RolloutServerError(
+                f"The rollout server at {self.url} has another model: it serves {about['model']!r} ({there}), and the "
+                f"run trains {self.model!r} ({here}). Start {self._command()}."
+            )
+
+    def _command(self) -> str:
+        return f"one with `python -m trl_toolgrpo.serve --model {self.model}`"
+
+
+async def _packed(policy: PolicyFile) -> AsyncIterator[bytes]:
+    """The body that sends a policy: a description with its length in front, then the file of tensors."""
+    about = {"key": policy.key, "version": policy.version, "adapter_config": policy.adapter_config()}
+    header = json.dumps(about).encode()
+    yield len(header).to_bytes(HEADER_BYTES, "little") + header
+    with policy.weights.open("rb") as file:
+        while chunk := await asyncio.to_thread(file.read, 2**22):
+            yield chunk
+
+
+async def _content(response: aiohttp.ClientResponse) -> dict[str, Any]:
+    """The JSON object of a response; where it is something else, its beginning as an error."""
+    text = await response.text()
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = text[:200]
+    return found if isinstance(found, dict) else {"error": found}
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,0 +1,230 @@
+"""vLLM's asynchronous engine, as the vLLM sampler asks for turns.
+
+Owns which versions of vLLM will do, how an engine is set up for training, and how new weights get into it: an adapter
+under a name of its own, or all weights from a checkpoint. vLLM is imported where it is used. Runs in the training
+process, or in that of `serve.py`.
+"""
+
+import importlib.metadata
+import importlib.util
+import itertools
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from ..errors import ConfigError, EngineLostError, SamplerError
+from .policy_file import PolicyFile
+from .vllm_sampler import TokenReply, TokenRequest
+
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks vLLM can make room for."""
+
+
+def supported_versions() -> SpecifierSet:
+    """The versions of vLLM that TRL supports."""
+    found = [Requirement(line) for line in importlib.metadata.requires("trl") or ()]
+    return next((requirement.specifier for requirement in found if requirement.name == "vllm"), SpecifierSet())
+
+
+def check_version(version: str, where: str) -> None:
+    """
+    Check that a version of vLLM will do.
+
+    Args:
+        version (`str`):
+            As vLLM gives it.
+        where (`str`):
+            Where it was found, for the message.
+
+    Raises:
+        ConfigError: if TRL does not support it.
+    """
+    supported = supported_versions()
+    if not supported.contains(Version(version).base_version, prereleases=True):
+        raise ConfigError(
+            f"{where} has vLLM {version}, which TRL {importlib.metadata.version('trl')} does not support. Install one "
+            f"of its versions there: `pip install 'vllm{supported}'`."
+        )
+
+
+def check_installed() -> None:
+    """
+    Check that vLLM can be imported and is of a version that will do.
+
+    Raises:
+        ConfigError: if not; the message names the remedy.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "vLLM samples the rollouts (`rollout_backend='vllm'` or `use_vllm=True`), but it is not installed here. "
+            "Install it with `pip install 'trl_toolgrpo[vllm]'`, sample on another machine with `vllm_mode='server'`, "
+            "or use `rollout_backend='transformers'`."
+        )
+    import vllm
+
+    check_version(vllm.__version__, "This environment")
+
+
+def engine_options(model: str, max_lora_rank: int | None, **options: Any) -> dict[str, Any]:
+    """
+    Arguments of vLLM's engine as training needs it: log-probs of what is sampled, a cache of prefixes.
+
+    Args:
+        model (`str`):
+            Model folder or name.
+        max_lora_rank (`int`, *optional*):
+            Largest rank of the adapters that are sent; `None` where all weights are.
+        options:
+            Further arguments of `AsyncEngineArgs`; those that are `None` are left to vLLM.
+
+    Raises:
+        ConfigError: for a rank vLLM has no room for.
+    """
+    found = {
+        "model": model,
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",  # the sampling settings many a chat model brings are not the trainer's
+        "disable_log_stats": True,
+        **{name: value for name, value in options.items() if value is not None},
+    }
+    if max_lora_rank is not None:
+        room = next((rank for rank in LORA_RANKS if rank >= max_lora_rank), None)
+        if room is None:
+            raise ConfigError(
+                f"The adapter has rank {max_lora_rank}, and vLLM takes {LORA_RANKS[-1]} at most. Lower `r` of the "
+                f"`LoraConfig`, or use `rollout_backend='transformers'`."
+            )
+        found.update(enable_lora=True, max_lora_rank=room, max_loras=1)
+    return found
+
+
+class VLLMEngine:
+    """
+    vLLM's `AsyncLLM`; see [`TokenEngine`].
+
+    Args:
+        llm (`vllm.v1.engine.async_llm.AsyncLLM`):
+            The engine.
+        sleeps (`bool`, *optional*, defaults to `False`):
+            Whether its memory is given back between rollout batches.
+    """
+
+    def __init__(self, llm: Any, sleeps: bool = False):
+        self.llm = llm
+        self.max_length = int(llm.model_config.max_model_len)
+        self._sleeps = sleeps
+        self._asleep = False
+        self._policy: PolicyFile | None = None
+        self._adapters = itertools.count(1)
+        self._requests = itertools.count()
+        self._adapter: Any = None  # the adapter in use, as vLLM's LoRARequest
+
+    @classmethod
+    async def start(cls, options: dict[str, Any]) -> "VLLMEngine":
+        """
+        Start the engine.
+
+        Args:
+            options (`dict[str, Any]`):
+                As [`engine_options`] gives them.
+
+        Raises:
+            ConfigError: for a version of vLLM that will not do.
+            SamplerError: if it does not start.
+        """
+        check_installed()
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        try:
+            llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
+        except Exception as error:
+            raise SamplerError(
+                f"vLLM's engine did not start for the model {options['model']!r}: {_words(error)} Look for its own "
+                f"log above; less memory is asked for by a lower `vllm_gpu_memory_utilization` (on a CPU: the "
+                f"environment variable VLLM_CPU_KVCACHE_SPACE) or `vllm_max_model_length`."
+            ) from error
+        return cls(llm, sleeps=bool(options.get("enable_sleep_mode")))
+
+    async def load(self, policy: PolicyFile) -> None:
+        """See [`TokenEngine.load`]: an adapter replaces the one before under a new name and id; nothing is merged."""
+        try:
+            if policy.adapter:
+                await self._swap(policy)
+            else:
+                await self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(policy.folder)})
+                await self.llm.reset_prefix_cache()  # of the weights before
+        except Exception as error:
+            what = "adapter" if policy.adapter else "weights"
+            raise SamplerError(f"vLLM did not take the {what} of version {policy.version}: {_words(error)}") from error
+        self._policy = policy
+
+    async def _swap(self, policy: PolicyFile) -> None:
+        from vllm.lora.request import LoRARequest
+
+        old, new = self._adapter, LoRARequest(policy.key, next(self._adapters), str(policy.folder))
+        self._adapter = None
+        if old is not None:
+            await self.llm.remove_lora(old.lora_int_id)
+        await self.llm.add_lora(new)
+        self._adapter = new
+
+    async def generate(self, request: TokenRequest) -> TokenReply:
+        """See [`TokenEngine.generate`]."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        if self._policy is None:
+            raise SamplerError("vLLM was asked to sample before it was given a policy.")
+        version, name = self._policy.version, f"{self._policy.key}-{next(self._requests)}"
+        params = SamplingParams(
+            temperature=request.temperature,
+            max_tokens=request.max_new_tokens,
+            stop_token_ids=request.stop_ids,
+            ignore_eos=True,  # the stop tokens are those of the trainer, and no others
+            logprobs=0,  # that of the sampled token alone
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        prompt: Any = {"prompt_token_ids": request.prompt_ids}
+        found = None
+        try:
+            async for output in self.llm.generate(prompt, params, name, lora_request=self._adapter):
+                found = output.outputs[0]
+        except Exception as error:
+            size = len(request.prompt_ids)
+            if self.llm.errored:
+                raise EngineLostError(f"vLLM's engine ended: {_words(error)} Look for its own log above.") from error
+            raise SamplerError(f"vLLM failed on a turn behind {size} tokens: {_words(error)}") from error
+        if found is None or found.logprobs is None:
+            raise SamplerError("vLLM ended a turn without tokens or without their log-probs.")
+        tokens = list(found.token_ids)
+        logprobs = [float(entry[token].logprob) for token, entry in zip(tokens, found.logprobs, strict=True)]
+        return TokenReply(tokens, logprobs, version)
+
+    async def wake(self) -> None:
+        """See [`TokenEngine.wake`]."""
+        if self._asleep:
+            await self.llm.wake_up()
+            self._asleep = False
+
+    async def rest(self) -> None:
+        """See [`TokenEngine.rest`]: with sleep mode the weights move to the CPU and the cache is given up."""
+        if self._sleeps and not self._asleep:
+            await self.llm.sleep(level=1)
+            self._asleep = True
+
+    async def close(self) -> None:
+        """See [`TokenEngine.close`]."""
+        self.llm.shutdown()
+
+
+def _words(error: BaseException) -> str:
+    """An error in one line, with what it was caused by."""
+    cause = error.__cause__
+    text = f"{type(error).__name__}: {str(error).strip() or '(no message)'}"
+    return text if cause is None else f"{text} ({type(cause).__name__}: {str(cause).strip()})"

@@ -1,0 +1,183 @@
+"""A server of rollouts: an engine behind HTTP, for a training run on another GPU or machine.
+
+    python -m trl_toolgrpo.serve --model Qwen/Qwen3-0.6B --port 8000
+
+Owns the server. Token ids come in, token ids and log-probs go out; the run sends its weights, an adapter or all, and
+names in each request the ones it means, so that a server that was started again, or got those of another run, can
+never answer with the wrong ones. When its engine ends, the server ends. The client is `rollout/vllm_client.py`.
+Whoever reaches the port can send weights: keep it inside a network you trust.
+"""
+
+import argparse
+import asyncio
+import json
+import shutil
+import signal
+import tempfile
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from .errors import EngineLostError, SamplerError
+from .rollout.policy_file import ADAPTER_CONFIG, PolicyFile
+from .rollout.vllm_client import HEADER_BYTES, PROTOCOL, model_shape
+from .rollout.vllm_engine import VLLMEngine, check_installed, engine_options
+from .rollout.vllm_sampler import TokenEngine, TokenRequest
+
+
+class RolloutServer:
+    """
+    Serves one engine.
+
+    Args:
+        engine ([`TokenEngine`]):
+            What samples.
+        about (`dict[str, Any]`):
+            What a client gets to know: `model`, `shape` (see [`model_shape`]) and `vllm`, its version.
+    """
+
+    def __init__(self, engine: TokenEngine, about: dict[str, Any]):
+        self.engine = engine
+        self.about = {**about, "protocol": PROTOCOL, "boot": uuid.uuid4().hex, "max_length": engine.max_length}
+        self.policy: PolicyFile | None = None
+        self.lost = False  # the engine has ended
+        self._folder = Path(tempfile.mkdtemp(prefix="trl_toolgrpo-server-"))
+        self._running = 0
+        self._state = asyncio.Condition()
+        self._loading = asyncio.Lock()
+
+    def application(self) -> web.Application:
+        """The server's routes."""
+        app = web.Application(client_max_size=2**40)
+        app.add_routes(
+            [web.get("/rollouts", self._about), web.post("/rollouts", self._generate), web.put("/policy", self._load)]
+        )
+        app.on_cleanup.append(self._close)
+        return app
+
+    async def _about(self, request: web.Request) -> web.Response:
+        key, version = (self.policy.key, self.policy.version) if self.policy is not None else (None, None)
+        return web.json_response({**self.about, "policy": key, "version": version, "running": self._running})
+
+    async def _generate(self, request: web.Request) -> web.Response:
+        wanted = await request.json()
+        key = wanted.pop("policy")
+        if self.policy is None or self.policy.key != key:
+            return web.json_response({"boot": self.about["boot"]}, status=409)
+        self._running += 1
+        try:
+            reply = await self.engine.generate(TokenRequest(**wanted))
+        except EngineLostError as error:
+            if not self.lost:
+                signal.raise_signal(signal.SIGTERM)
+            self.lost = True
+            return web.json_response({"error": str(error)}, status=503)
+        except SamplerError as error:
+            return web.json_response({"error": str(error)}, status=400)
+        finally:
+            self._running -= 1
+            async with self._state:
+                self._state.notify_all()
+        return web.json_response(asdict(reply))
+
+    async def _load(self, request: web.Request) -> web.Response:
+        size = int.from_bytes(await request.content.readexactly(HEADER_BYTES), "little")
+        sent = json.loads(await request.content.readexactly(size))
+        folder = Path(tempfile.mkdtemp(dir=self._folder))
+        config = sent["adapter_config"]
+        policy = PolicyFile(sent["key"], sent["version"], folder, adapter=config is not None)
+        try:
+            if config is not None:
+                (folder / ADAPTER_CONFIG).write_text(json.dumps(config), encoding="utf-8")
+            with policy.weights.open("wb") as file:
+                async for chunk in request.content.iter_chunked(2**20):
+                    file.write(chunk)
+            async with self._loading:
+                return await self._use(policy)
+        finally:
+            if self.policy is not policy:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    async def _use(self, policy: PolicyFile) -> web.Response:
+        if self.policy is not None and self.policy.key == policy.key:
+            return web.json_response({})  # another process of the run was faster
+        before, self.policy = self.policy, None  # no turn begins with the weights before
+        async with self._state:
+            await self._state.wait_for(lambda: self._running == 0)
+        try:
+            await self.engine.load(policy)
+        except SamplerError as error:
+            return web.json_response({"error": str(error)}, status=400)
+        self.policy = policy
+        if before is not None:
+            shutil.rmtree(before.folder, ignore_errors=True)
+        return web.json_response({})
+
+    async def _close(self, app: web.Application) -> None:
+        await self.engine.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def serve(start: Callable[[], Awaitable[TokenEngine]], about: dict[str, Any], host: str, port: int) -> None:
+    """
+    Serve until the process is told to end.
+
+    Args:
+        start (`Callable`):
+            Makes the engine, on the server's event loop.
+        about (`dict[str, Any]`):
+            As for [`RolloutServer`].
+        host (`str`), port (`int`):
+            Where to listen.
+    """
+
+    servers = []
+
+    async def application() -> web.Application:
+        servers.append(RolloutServer(await start(), about))
+        return servers[0].application()
+
+    web.run_app(application(), host=host, port=port, handler_cancellation=True, shutdown_timeout=1, print=_say)
+    if any(server.lost for server in servers):
+        raise SystemExit("The engine ended.")  # for whatever watches over the server to start it again
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m trl_toolgrpo.serve", description="Serve rollouts with vLLM.")
+    parser.add_argument("--model", required=True, help="model folder or name; the one the run trains")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--max-lora-rank", type=int, default=64, help="largest rank of adapters; 0: none are sent")
+    parser.add_argument("--dtype", default="auto", help="the dtype the run computes in")
+    parser.add_argument("--max-model-len", type=int, help="most tokens of a rollout, its prompt included")
+    parser.add_argument("--max-num-seqs", type=int, help="most rollouts at once")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--gpu-memory-utilization", type=float)
+    parser.add_argument("--engine-args", type=json.loads, default={}, help="further AsyncEngineArgs, as JSON")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Serve rollouts with vLLM, as the command line says."""
+    args = vars(_arguments())
+    check_installed()
+    import vllm
+    from transformers import AutoConfig
+
+    host, port, rank, more = (args.pop(name) for name in ("host", "port", "max_lora_rank", "engine_args"))
+    options = engine_options(args.pop("model"), rank or None, **args, **more)
+    shape = model_shape(AutoConfig.from_pretrained(options["model"]))
+    about = {"model": options["model"], "shape": shape, "vllm": vllm.__version__, "adapters": rank > 0}
+    serve(lambda: VLLMEngine.start(options), about, host, port)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Rollouts on vLLM: which engine a run gets, and when it is sent the policy.
+
+Owns the wiring of the vLLM sampler into the trainer, as a mixin of it. The engine is in-process or served, by
+`vllm_mode`; it gets the adapter of a LoRA run, or all weights, before the first rollout batch behind each optimizer
+step. Fed by TRL's `vllm_*` options.
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+import uuid
+import weakref
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from trl import GRPOTrainer
+
+from .config import ToolGRPOConfig
+from .diagnostics import compute_dtype
+from .errors import ConfigError
+from .rollout.engine import RolloutEngine
+from .rollout.policy_file import PolicyFile, adapter_problem, write_policy
+from .rollout.vllm_client import ServedEngine, model_shape
+from .rollout.vllm_engine import VLLMEngine, check_installed, engine_options
+from .rollout.vllm_sampler import TokenEngine, VLLMSampler
+
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def without_trls_vllm(args: ToolGRPOConfig, recording: bool) -> Iterator[None]:
+    """TRL's constructor makes a vLLM engine of its own where `use_vllm` is set; here is where it must not."""
+    asked = args.use_vllm
+    args.use_vllm = asked and not recording
+    try:
+        yield
+    finally:
+        args.use_vllm = asked
+
+
+def refuse_multimodal(args: ToolGRPOConfig) -> None:
+    """A multimodal model takes TRL's way, where vLLM has to be TRL's, too."""
+    if args.rollout_backend == "vllm":
+        raise ConfigError(
+            "You passed a multimodal model with vLLM (`rollout_backend='vllm'` or `use_vllm=True`), whose rollouts "
+            "are TRL's own. For TRL's vLLM set `record_sample_logprobs=False` and `use_vllm=True`."
+        )
+
+
+class VLLMRollouts(GRPOTrainer):
+    """Part of [`ToolGRPOTrainer`]; see `rollout_backend` of [`ToolGRPOConfig`] and TRL's `vllm_*` options."""
+
+    args: ToolGRPOConfig
+    model: Any
+    _engine: RolloutEngine
+    _policy_file: PolicyFile | None = None  # what the engine has
+    _policies: Path  # where versions of the policy are written, one at a time
+    _run_key: str
+    _sent = 0
+    _sent_at: int | None = None  # optimizer steps at which it was sent, while the policy is still that
+
+    def _prepare_vllm(self) -> None:
+        """Start the engine, or connect to it."""
+        if self.args.rollout_backend != "vllm":
+            return
+        policy = self.accelerator.unwrap_model(self.model)
+        config = policy.active_peft_config if hasattr(policy, "peft_config") else None
+        problem = adapter_problem(config) if config is not None else None
+        if problem is not None:
+            raise ConfigError(
+                f"vLLM cannot sample with the adapter of this run as it is: {problem}. Use a `LoraConfig` without it, "
+                f"or `rollout_backend='transformers'`."
+            )
+        start = self._served() if self.args.vllm_mode == "server" else self._in_process(policy, config)
+        sampler = VLLMSampler(start, self.eos_token_ids, self.args.temperature)
+        self._engine.vllm = sampler
+        weakref.finalize(self, sampler.close)
+        # All processes of a machine read what one of them writes
+        self._run_key = broadcast_object_list([uuid.uuid4().hex])[0]
+        self._policies = Path(tempfile.gettempdir()) / f"trl_toolgrpo-policy-{self._run_key}"
+        if self.accelerator.is_local_main_process:
+            weakref.finalize(self, shutil.rmtree, self._policies, ignore_errors=True)
+
+    def _served(self) -> Callable[[], Awaitable[TokenEngine]]:
+        args = self.args
+        url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+        base, shape = _name(self.model), model_shape(self.model.config)
+        return lambda: ServedEngine.start(url, args.vllm_server_timeout, base, shape)
+
+    def _in_process(self, policy: Any, adapter: Any) -> Callable[[], Awaitable[TokenEngine]]:
+        check_installed()
+        args = self.args
+        if args.vllm_tensor_parallel_size > 1:
+            raise ConfigError(
+                f"You passed `vllm_tensor_parallel_size={args.vllm_tensor_parallel_size}` with "
+                f"`vllm_mode='colocate'`: the engine in a training process has that process's GPU. Start `python -m "
+                f"trl_toolgrpo.serve --tensor-parallel-size {args.vllm_tensor_parallel_size}` and set "
+                f"`vllm_mode='server'`."
+            )
+        if not _name(policy):
+            raise ConfigError(
+                "vLLM loads the model by itself, and the one you passed was not loaded from anywhere. Save it with "
+                "`save_pretrained`, with its tokenizer, and pass the folder."
+            )
+        options = engine_options(
+            _name(policy),
+            adapter.r if adapter is not None else None,
+            dtype=str(compute_dtype(args, policy)).removeprefix("torch."),
+            quantization="bitsandbytes" if getattr(policy, "is_loaded_in_4bit", False) else None,
+            max_model_len=args.vllm_max_model_length,
+            max_num_seqs=args.per_device_train_batch_size * (args.steps_per_generation or 1),
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            model_impl=args.vllm_model_impl,
+            enable_sleep_mode=args.vllm_enable_sleep_mode or None,
+            trust_remote_code=args.trust_remote_code or None,
+            seed=args.seed + self.accelerator.process_index,
+        )
+        with_device = _on_device(self.accelerator.device)
+
+        async def start() -> TokenEngine:
+            with with_device:
+                return await VLLMEngine.start(options)
+
+        return start
+
+    def _send_policy(self, policy: Any) -> None:
+        """Send the policy, unless the engine has the one of this optimizer step; every process has to call this."""
+        sampler, version = self._engine.vllm, self.state.global_step
+        if sampler is None or self._sent_at == version:
+            return
+        before, self._sent = self._policy_file, self._sent + 1
+        folder = self._policies / str(self._sent)
+        file = PolicyFile(f"{self._run_key}-{self._sent}", version, folder, hasattr(policy, "peft_config"))
+        if self.accelerator.is_local_main_process:
+            folder.mkdir(parents=True)
+            write_policy(policy, folder)
+        self.accelerator.wait_for_everyone()
+        sampler.load(file)
+        self._policy_file, self._sent_at = file, version
+        self.accelerator.wait_for_everyone()
+        if before is not None and self.accelerator.is_local_main_process:
+            shutil.rmtree(before.folder, ignore_errors=True)
+
+    # The policy moves without an optimizer step
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's training; an engine is sent the policy anew, since steps are counted anew."""
+        self._sent_at = None
+        return super().train(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._sent_at = None
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._sent_at = None
+
+
+def _name(model: Any) -> str:
+    return str(getattr(model.config, "_name_or_path", "") or "")
+
+
+@contextmanager
+def _on_device(device: torch.device) -> Iterator[None]:
+    """The engine's own process sees this process's GPU alone."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if device.type == "cuda":
+        visible = before.split(",") if before else [str(index) for index in range(torch.cuda.device_count())]
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[device.index or 0]
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before

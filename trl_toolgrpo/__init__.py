@@ -8,6 +8,7 @@ from .errors import (
     CheckpointSaveError,
     ConfigError,
     DatasetError,
+    HubPushError,
     LogprobMismatchError,
     MCPServerError,
     ReferenceSyncError,
@@ -22,6 +23,7 @@ from .errors import (
     TransientToolError,
     ValueHeadError,
 )
+from .memory import MemoryEstimate, ModelShape, estimate_memory
 from .tools.mcp_config import MCPServer
 from .tools.mcp_session import MCPSession
 from .tools.python import python_tool
@@ -38,10 +40,13 @@ __all__ = [
     "CheckpointSaveError",
     "ConfigError",
     "DatasetError",
+    "HubPushError",
     "LogprobMismatchError",
     "MCPServer",
     "MCPServerError",
     "MCPSession",
+    "MemoryEstimate",
+    "ModelShape",
     "ReferenceSyncError",
     "RewardError",
     "SamplerError",
@@ -62,6 +67,7 @@ __all__ = [
     "ValueHead",
     "ValueHeadError",
     "__version__",
+    "estimate_memory",
     "find_checkpoint",
     "python_tool",
 ]

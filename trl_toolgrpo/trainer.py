@@ -20,7 +20,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id
 
 from .assist import AssistedWarmup
-from .checks import check_dataset, check_forcing, check_template, named_datasets, warn_of_dropout
+from .checks import check_dataset, check_forcing, check_optimizer, check_template, named_datasets, warn_of_dropout
 from .config import ToolGRPOConfig
 from .critic import Critic
 from .deterministic import Determinism
@@ -34,6 +34,8 @@ from .diagnostics import (
     rollout_counts,
     rollout_metrics,
 )
+from .hub import HubPush
+from .quantized import keep_trainable
 from .resume import ExactResume
 from .rollout.chat import ToolChat
 from .rollout.engine import RolloutBatch, RolloutEngine, unwrapped_policy
@@ -55,8 +57,9 @@ logger = logging.getLogger(__name__)
 
 
 class ToolGRPOTrainer(
-    ExactResume, Determinism, AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring, RolloutTools, GRPOTrainer
-):
+    ExactResume, HubPush, Determinism, AssistedWarmup, Critic, ReferenceSync, SharedPromptScoring, RolloutTools,
+    GRPOTrainer,
+):  # fmt: skip
     """
     Drop-in for TRL's [`~trl.GRPOTrainer`] (arXiv 2402.03300) that trains a policy to call tools.
 
@@ -162,6 +165,8 @@ class ToolGRPOTrainer(
 
     def _prepare_recording(self, executor: ToolExecutor | None, force_policy: ForcePolicy | None) -> None:
         """Everything that TRL's constructor had to make the model for."""
+        check_optimizer(self.args)
+        keep_trainable(self.model)
         self._prepare_reference()
         self._ratio = RatioStatistics()
         self._sampled_at = -1

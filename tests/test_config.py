@@ -39,6 +39,7 @@ ADDED = {
     "deterministic_rollouts": (False, [True]),
     "shared_prompt_updates": (True, [False]),
     "rollout_cache_gib": (None, [0.5, 12]),
+    "rollout_log_limit": (1024.0, [0, 0.5]),
     "sampler_correction": (None, ["truncate", "mask"]),
     "sampler_correction_cap": (2.0, [1.5]),
 }

@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import inspect
 import textwrap
+from importlib import resources
 
 import peft
 import pytest
@@ -16,6 +17,7 @@ import torch
 import transformers
 import trl
 from conftest import chat_tokenizer, config, prompts, tiny_model
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -24,6 +26,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import add_response_schema
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
+from trl_toolgrpo import model_card
 from trl_toolgrpo.rollout.vllm_engine import supported_versions
 
 
@@ -83,7 +86,20 @@ SIGNATURES = {
     "_get_train_sampler": (["self", "dataset"], "resume.ExactResume._get_train_sampler keeps it"),
     "_save_checkpoint": (["self", "model", "trial"], "resume.ExactResume._save_checkpoint publishes what it wrote"),
     "_get_output_dir": (["self", "trial"], "resume.ExactResume._get_output_dir has checkpoints written elsewhere"),
-    "_push_from_checkpoint": (["self", "checkpoint_folder"], "resume.ExactResume._push_from_checkpoint waits"),
+    "_push_from_checkpoint": (
+        ["self", "checkpoint_folder"],
+        "resume.ExactResume._push_from_checkpoint waits; hub.HubPush._push_from_checkpoint replaces it",
+    ),
+    "init_hf_repo": (["self", "token", "private"], "hub.HubPush.init_hf_repo goes on without the Hub"),
+    "push_to_hub": (
+        ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"],
+        "hub.HubPush.push_to_hub pushes a folder of its own",
+    ),
+    "create_model_card": (
+        ["self", "model_name", "dataset_name", "tags"],
+        "run_card.RunCard.create_model_card adds to it",
+    ),
+    "_finish_current_push": (["self"], "hub.HubPush._push_from_checkpoint waits for the one before"),
     "_init_training_state": (
         ["self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"],
         "resume.ExactResume._init_training_state brings the sampler to the epoch",
@@ -130,9 +146,38 @@ WRITTEN = {
 }
 
 
-@pytest.mark.parametrize("name", WRITTEN)
-def test_what_resuming_relies_on(name):
-    found, use = WRITTEN[name]
+PUSHED = {
+    "push_to_hub": (
+        (
+            "if self.hub_model_id is None:\n        self.init_hf_repo(",
+            "self.save_model(_internal_call=True)",
+            "self.create_model_card(model_name=model_name, **kwargs)",
+            "folder_path=self.args.output_dir",
+        ),
+        "hub.HubPush.push_to_hub puts another folder in the place of `output_dir` and has saved the model before",
+    ),
+    "save_model": (
+        ("if self.args.push_to_hub and not _internal_call:",),
+        "hub.HubPush.save_model pushes by itself",
+    ),
+    "create_model_card": (
+        ('model_card.save(os.path.join(self.args.output_dir, "README.md"))',),
+        "run_card.RunCard.create_model_card reads it there",
+    ),
+    "_save": (("torch.save(self.args, ",), "hub.HubPush._save keeps the Hub token out of them"),
+}
+
+
+def test_the_model_card_has_its_headings():
+    template = (resources.files("trl") / "templates" / "lm_model_card.md").read_text(encoding="utf-8")
+    for heading in (model_card.PROCEDURE, model_card.VERSIONS):
+        assert heading in template, f"TRL's model card has no {heading!r}; model_card.compose keeps what follows it."
+    assert HfHubHTTPError.__bases__[0].__name__ == "HTTPError", "hub.py catches what all HTTP failures are"
+
+
+@pytest.mark.parametrize("name", [*WRITTEN, *PUSHED])
+def test_what_resuming_and_pushing_rely_on(name):
+    found, use = {**WRITTEN, **PUSHED}[name]
     owners = [kind for kind in GRPOTrainer.__mro__ if name in vars(kind)]
     body = "".join(source(getattr(kind, name)) for kind in owners)
     for expression in found:

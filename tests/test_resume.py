@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from conftest import chat_tokenizer, config, prompts, tiny_model
 from datasets import Dataset
 from peft import LoraConfig
@@ -22,6 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_toolgrpo import CheckpointError, CheckpointSaveError, ToolGRPOTrainer, find_checkpoint
 from trl_toolgrpo.checkpoint import UNFINISHED, clear_away, fault_of, publish
+from trl_toolgrpo.hub import HubPush
 from trl_toolgrpo.identity import describe_adapter, describe_dataset, describe_model, differences
 
 
@@ -287,7 +288,7 @@ def test_what_is_pushed_is_where_it_will_stay(tmp_path, monkeypatch):
     def push(self, folder):
         pushed.append((folder, fault_of(Path(folder))))
 
-    monkeypatch.setattr(transformers.Trainer, "_push_from_checkpoint", push)
+    monkeypatch.setattr(HubPush, "_push_from_checkpoint", push)
     trainer = start(tmp_path, max_steps=1)
     trainer.args.push_to_hub = True
     monkeypatch.setattr(trainer, "create_model_card", lambda **kwargs: None)
@@ -404,6 +405,17 @@ def test_the_last_checkpoint_has_to_be_written(tmp_path, monkeypatch):
     with pytest.raises(CheckpointSaveError, match=r"No space left on device.*trainer\.save_model\(folder\)"):
         trainer.train()
     assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-1" and not (tmp_path / UNFINISHED).exists()
+
+
+def test_a_run_whose_last_checkpoint_fails_leaves_its_model_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
+    trainer = start(tmp_path / "run", max_steps=1)
+    monkeypatch.setattr(trainer, "_progress", lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(CheckpointSaveError, match=r"No space left.*was written to .*; `hf upload run ") as refused:
+        trainer.train()
+    kept = Path(re.search(r"written to (\S+) instead", str(refused.value))[1])
+    assert kept.is_relative_to(tmp_path / "elsewhere") and (kept / "model.safetensors").is_file()
 
 
 def test_a_fault_of_ours_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):

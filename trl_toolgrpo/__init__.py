@@ -10,6 +10,7 @@ from .errors import (
     DatasetError,
     DoctorError,
     HealthError,
+    HubPushError,
     LogprobMismatchError,
     MCPServerError,
     ReferenceSyncError,
@@ -27,6 +28,7 @@ from .errors import (
     TransientToolError,
     ValueHeadError,
 )
+from .memory import MemoryEstimate, ModelShape, estimate_memory
 from .rollout_log import read_rollouts
 from .tools.mcp_config import MCPServer
 from .tools.mcp_session import MCPSession
@@ -46,10 +48,13 @@ __all__ = [
     "DatasetError",
     "DoctorError",
     "HealthError",
+    "HubPushError",
     "LogprobMismatchError",
     "MCPServer",
     "MCPServerError",
     "MCPSession",
+    "MemoryEstimate",
+    "ModelShape",
     "ReferenceSyncError",
     "ReportError",
     "RewardError",
@@ -73,6 +78,7 @@ __all__ = [
     "ValueHead",
     "ValueHeadError",
     "__version__",
+    "estimate_memory",
     "find_checkpoint",
     "python_tool",
     "read_rollouts",

@@ -10,10 +10,11 @@ import os
 import shutil
 import traceback
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from .errors import CheckpointError
@@ -166,6 +167,18 @@ def is_storage_failure(error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     # torch's writer turns every refusal into a plain RuntimeError, with a text that depends on where it was refused
     return isinstance(error, RuntimeError) and bool(frames) and frames[-1].filename == torch.serialization.__file__
+
+
+def attempt(work: Callable[[], None]) -> list[str]:
+    """Do something in every process; returns what the disk refused, over all of them."""
+    problems = []
+    try:
+        work()
+    except Exception as error:
+        if not is_storage_failure(error):
+            raise
+        problems.append(f"{type(error).__name__}: {error}")
+    return gather_object(problems)
 
 
 def _step(path: Path) -> int:

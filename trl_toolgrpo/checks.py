@@ -142,6 +142,27 @@ def check_forcing(args: Any, recording: bool, has_tools: bool, train_dataset: An
             )
 
 
+def check_optimizer(args: Any) -> None:
+    """
+    Check that the device has what the optimizer needs.
+
+    Args:
+        args ([`ToolGRPOConfig`]):
+            Configuration.
+
+    Raises:
+        ConfigError: for a paged optimizer on a CPU.
+    """
+    name = str(getattr(args.optim, "value", args.optim))
+    if name.startswith("paged_") and args.device.type == "cpu":
+        plain = name.removeprefix("paged_")
+        instead = {"adamw_32bit": "adamw_torch", "ademamix_32bit": "ademamix"}.get(plain, plain)
+        raise ConfigError(
+            f"You passed `optim={name!r}` on a CPU. Paged optimizers move their state between a GPU and its host, and "
+            f"on a CPU there is nothing to page. Use `optim={instead!r}`, or train on a GPU."
+        )
+
+
 def training_steps(args: Any, rows: int) -> int:
     """
     Optimizer steps in `num_train_epochs` epochs, as TRL counts them.

@@ -76,6 +76,10 @@ class CheckpointSaveError(ToolGRPOError, OSError):
     """A checkpoint that could not be written where it was to go."""
 
 
+class HubPushError(ToolGRPOError, ConnectionError):
+    """A push that the Hub refused or that did not reach it; what was to be pushed is kept on disk."""
+
+
 class ReferenceSyncError(ToolGRPOError, RuntimeError):
     """A reference that is not what a sync was to make it, or that cannot be restored from a checkpoint."""
 

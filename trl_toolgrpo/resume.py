@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,10 +27,10 @@ from .checkpoint import (
     PREFIX,
     PROGRESS,
     UNFINISHED,
+    attempt,
     check_whole,
     clear_away,
     find_checkpoint,
-    is_storage_failure,
     publish,
 )
 from .config import ToolGRPOConfig
@@ -59,6 +59,7 @@ class ExactResume(GRPOTrainer):
     _source: dict[str, Any] | None = None  # that of the run that wrote the checkpoint
     _staging: Path | None = None
     _push_later = False
+    _rescue: Callable[[], str]  # of `hub.py`
     _train_sampler: Any = None
     _unlogged: tuple[Tensor, int] | None = None
 
@@ -154,8 +155,8 @@ class ExactResume(GRPOTrainer):
             shutil.rmtree(self._staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         try:
-            problems = self._attempt(lambda: self._write_checkpoint(model, trial, staged, target))
-            problems = problems or self._attempt(lambda: publish(staged, target) if self.args.should_save else None)
+            problems = attempt(lambda: self._write_checkpoint(model, trial, staged, target))
+            problems = problems or attempt(lambda: publish(staged, target) if self.args.should_save else None)
         finally:
             self._staging = None
         if problems:
@@ -166,17 +167,6 @@ class ExactResume(GRPOTrainer):
             clear_away(run_dir, self.args.save_total_limit, kept)
         if self._push_later:
             super()._push_from_checkpoint(str(target))
-
-    def _attempt(self, work: Callable[[], None]) -> list[str]:
-        """Do something in every process; returns what the disk refused, over all of them."""
-        problems = []
-        try:
-            work()
-        except Exception as error:
-            if not is_storage_failure(error):
-                raise
-            problems.append(f"{type(error).__name__}: {error}")
-        return gather_object(problems)
 
     def _write_checkpoint(self, model: Any, trial: Any, staged: Path, target: Path) -> None:
         super()._save_checkpoint(model, trial)
@@ -202,8 +192,8 @@ class ExactResume(GRPOTrainer):
         )
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             raise CheckpointSaveError(
-                f"{message} The trained model is in memory still: `trainer.save_model(folder)` writes it elsewhere. "
-                f"Run again with `resume_from_checkpoint=True`, the run goes on from its last checkpoint."
+                f"{message} {self._rescue()} Run again with `resume_from_checkpoint=True`, the run goes on from its "
+                f"last checkpoint."
             )
         logger.error("%s The run goes on, and tries again at the next checkpoint.", message)
 

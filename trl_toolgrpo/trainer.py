@@ -20,7 +20,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id
 
 from .assist import AssistedWarmup
-from .checks import check_dataset, check_forcing, check_template, named_datasets, warn_of_dropout
+from .checks import check_dataset, check_forcing, check_optimizer, check_template, named_datasets, warn_of_dropout
 from .config import ToolGRPOConfig
 from .correction import SamplerCorrection
 from .critic import Critic
@@ -36,6 +36,8 @@ from .diagnostics import (
     rollout_metrics,
 )
 from .grouping import GroupedUpdates
+from .hub import HubPush
+from .quantized import keep_trainable
 from .resume import ExactResume
 from .rollout.chat import ToolChat
 from .rollout.engine import RolloutBatch, RolloutEngine, unwrapped_policy
@@ -59,8 +61,8 @@ logger = logging.getLogger(__name__)
 
 
 class ToolGRPOTrainer(
-    RunLog, ExactResume, Determinism, AssistedWarmup, Critic, ReferenceSync, GroupedUpdates, SamplerCorrection,
-    SharedPromptScoring, RolloutTools, VLLMRollouts, GRPOTrainer,
+    RunLog, ExactResume, HubPush, Determinism, AssistedWarmup, Critic, ReferenceSync, GroupedUpdates,
+    SamplerCorrection, SharedPromptScoring, RolloutTools, VLLMRollouts, GRPOTrainer,
 ):  # fmt: skip
     """
     Drop-in for TRL's [`~trl.GRPOTrainer`] (arXiv 2402.03300) that trains a policy to call tools.
@@ -167,6 +169,8 @@ class ToolGRPOTrainer(
 
     def _prepare_recording(self, executor: ToolExecutor | None, force_policy: ForcePolicy | None) -> None:
         """Everything that TRL's constructor had to make the model for."""
+        check_optimizer(self.args)
+        keep_trainable(self.model)
         self._prepare_reference()
         self._prepare_run_log()
         self._ratio = RatioStatistics()

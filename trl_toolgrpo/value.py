@@ -6,12 +6,14 @@ pass gives log-probs and values. Fed by the trainer.
 """
 
 import functools
+import re
 import types
 from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -20,6 +22,8 @@ from .sharding import assign, full, whole
 
 
 FILE = "value_head.safetensors"
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class ValueHead(nn.Module):
@@ -65,19 +69,28 @@ class ValueHead(nn.Module):
         return _write(_gathered(self), folder)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, detach: bool = True) -> "ValueHead":
+    def from_pretrained(cls, folder: str | Path, detach: bool = True, revision: str | None = None) -> "ValueHead":
         """
         Read a head.
 
         Args:
             folder (`str` or `Path`):
-                Folder with `value_head.safetensors`.
+                Folder with `value_head.safetensors`, or id of a repository on the Hub that holds it.
             detach (`bool`, *optional*, defaults to `True`):
                 As in [`ValueHead`].
+            revision (`str`, *optional*):
+                Revision on the Hub.
 
         Raises:
-            ValueHeadError: if the file is missing or holds something else.
+            ValueHeadError: if the file is missing, cannot be downloaded or holds something else.
         """
+        if not Path(folder).exists() and _HUB_ID.fullmatch(str(folder)):
+            try:
+                folder = Path(hf_hub_download(str(folder), FILE, revision=revision)).parent
+            except OSError as error:
+                raise ValueHeadError(
+                    f"There is no folder {folder}, and from the Hub its {FILE} could not be had: {error}"
+                ) from error
         state = read_state(folder)
         width, hidden_size = state["layer.weight"].shape
         head = cls(hidden_size, width, detach)

@@ -1,0 +1,315 @@
+"""The Hub: what is pushed, when, that it loads, and what is left on disk when the Hub or the disk refuses."""
+
+import os
+import pickle
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from conftest import chat_tokenizer, config, prompts, tiny_model
+from hub_server import TOKEN, USER, hub
+from huggingface_hub import HfApi, constants
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
+
+from trl_toolgrpo import CheckpointSaveError, HubPushError, MCPServer, ToolGRPOTrainer, ValueHead, ValueHeadError
+from trl_toolgrpo.model_card import bars, command, compose, curves, tools
+
+
+NAME = "run"
+FILES = {
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json",
+    "tokenizer_config.json", "value_head.safetensors",
+}  # fmt: skip
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A Hub on loopback, for the real client."""
+    with hub() as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", HfApi(endpoint=running.url))
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", running.url)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        huggingface_hub.utils.close_session()
+        yield running
+        huggingface_hub.utils.close_session()
+
+
+def add(a: int, b: int) -> int:
+    """
+    Add two numbers.
+
+    Args:
+        a: First.
+        b: Second.
+    """
+    return a + b
+
+
+def length_reward(completion_ids, **kwargs):
+    """Rewards what differs within a group."""
+    return [float(sum(ids) % 11) for ids in completion_ids]
+
+
+@pytest.fixture
+def base(tmp_path):
+    """Folder of a base model with its tokenizer."""
+    tokenizer = chat_tokenizer()
+    tiny_model(tokenizer).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def start(base, folder, **changes):
+    """A run with an adapter, a value head, and a reference adapter that follows it."""
+    options = {
+        "push_to_hub": True, "max_steps": 2, "advantage_estimator": "gae", "beta": 0.1, "sync_ref_model": True,
+        "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 1, "hub_token": TOKEN, **changes,
+    }  # fmt: skip
+    mcp = options.pop("mcp_servers", None)
+    return ToolGRPOTrainer(
+        str(base),
+        length_reward,
+        config(folder, model_init_kwargs={"dtype": "float32"}, **options),
+        prompts(8),
+        tools=[add],
+        mcp_servers=mcp,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    )
+
+
+def everything(server, name):
+    return b"\n".join(server.repos[name].values())
+
+
+def test_a_pushed_run_loads_anywhere(server, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipes/train.py", "--learning_rate", "1e-3", "--hub_token", TOKEN])
+    trainer = start(base, tmp_path / NAME, save_strategy="steps", save_steps=1, learning_rate=1e-2, hub_strategy="end")
+    trainer.train()
+    assert server.commits == []
+    (tmp_path / NAME / "secrets.txt").write_text("not to be published")
+    commit = trainer.push_to_hub(dataset_name="someone/questions")
+    name = f"{USER}/{NAME}"
+    assert commit.oid and server.commits == [(name, "End of training")]
+    assert set(server.repos[name]) == FILES  # no "ref" adapter, no optimizer, no pickle
+    assert {path.name for path in (tmp_path / NAME / "hub").iterdir()} == FILES
+    assert TOKEN.encode() not in everything(server, name)
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), name)
+    for (one, tensor), (other, loaded) in zip(
+        sorted((n, p) for n, p in trainer.model.named_parameters() if "lora_" in n and ".default." in n),
+        sorted((n, p) for n, p in model.named_parameters() if "lora_" in n),
+        strict=True,
+    ):
+        assert one == other and torch.equal(tensor, loaded)
+    assert any(bool(p.any()) for n, p in model.named_parameters() if "lora_B" in n)
+    assert list(model.peft_config) == ["default"]
+    head = ValueHead.from_pretrained(name)
+    for key, tensor in trainer._value_head.state_dict().items():
+        assert torch.equal(head.state_dict()[key], tensor)
+    assert bool(head.output.weight.any())
+    with pytest.raises(ValueHeadError, match="could not be had"):
+        ValueHead.from_pretrained(f"{USER}/another")
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    assert tokenizer.chat_template == trainer.processing_class.chat_template
+
+
+def test_the_card_tells_of_the_run(server, base, tmp_path, monkeypatch):
+    secret = "value of a secret variable"
+    monkeypatch.setenv("WEATHER_API_KEY", secret)
+    monkeypatch.setattr(sys, "argv", ["recipes/train.py", "--note", f"{secret}|", "--wandb_api_key", "short"])
+    program = Path(__file__).with_name("mcp_plain_server.py")
+    servers = {"weather": {"command": sys.executable, "args": [str(program)], "env": {"PASS": "what-nobody-may-know"}}}
+    trainer = start(base, tmp_path / NAME, mcp_servers={"mcpServers": servers}, save_strategy="no")
+    trainer.train()
+    trainer.push_to_hub(dataset_name="someone/questions")
+    trainer.end()
+    card = server.repos[f"{USER}/{NAME}"]["README.md"].decode()
+    for part in (
+        "library_name: peft", "datasets: someone/questions", "# run\n",
+        'PeftModel.from_pretrained(base, "someone/run")',
+        'ValueHead.from_pretrained("someone/run")', "8 prompts of `someone/questions` (columns `prompt`)",
+        "| `add` | `a` (integer), `b` (integer) | Add two numbers. |",
+        "| `length_reward` | 1 | Rewards what differs within a group. |", "Optimizer steps 1 to 2.", "| `reward` |",
+        "advantage_estimator: gae", "- trl_toolgrpo: 0.1.0", "- TRL: 1.16", "- PEFT: ", "@software{vonwerra2020trl",
+        "python recipes/train.py --note '[secret]|' --wandb_api_key '[secret]'",
+    ):  # fmt: skip
+        assert part in card, part
+    for hidden in (TOKEN, secret, "short", "what-nobody-may-know", "time machine", "hub_token", str(tmp_path)):
+        assert hidden not in card, hidden
+    assert MCPServer(**servers["weather"]).redactor.text("what-nobody-may-know") == "[secret]"
+
+
+def test_every_save_is_pushed_in_the_background(server, base, tmp_path):
+    trainer = start(
+        base, tmp_path / NAME, save_strategy="steps", save_steps=1, hub_strategy="checkpoint", hub_always_push=True
+    )
+    trainer.train()
+    name = f"{USER}/{NAME}"
+    assert [message for _, message in server.commits] == [
+        f"Training in progress, step {step}{part}" for step in (1, 2) for part in ("", ", checkpoint")
+    ]
+    files = {path for path in server.repos[name] if "/" not in path}
+    assert files == FILES
+    kept = {path.removeprefix("last-checkpoint/") for path in server.repos[name] if "/" in path}
+    assert {"optimizer.pt", "manifest.json", "reference.safetensors", "training_args.bin"} <= kept
+    assert TOKEN.encode() not in everything(server, name)
+    assert trainer.args.hub_token == TOKEN
+
+
+def test_a_whole_model_is_pushed_too(server, tmp_path):
+    tokenizer = chat_tokenizer()
+    trainer = ToolGRPOTrainer(
+        tiny_model(tokenizer), length_reward, config(tmp_path / NAME, push_to_hub=True, hub_private_repo=True),
+        prompts(), processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.save_model()
+    assert [message for _, message in server.commits] == ["Model save"]
+    loaded = Qwen3ForCausalLM.from_pretrained(f"{USER}/{NAME}")
+    assert all(torch.equal(p, loaded.state_dict()[n]) for n, p in trainer.model.state_dict().items())
+    assert "training_args.bin" not in server.repos[f"{USER}/{NAME}"]
+    assert (tmp_path / NAME / "model.safetensors").is_file()
+
+
+def the_command_of(text):
+    """The command that a message gives."""
+    return shlex.split(re.search(r"`(hf upload [^`]+)`", text)[1])
+
+
+def test_a_refused_token_leaves_all_on_disk_and_says_how_to_push(server, base, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("HF_TOKEN", "hf_no_longer_valid")
+    trainer = start(base, tmp_path / NAME, hub_token="hf_no_longer_valid", save_strategy="steps", save_steps=1)
+    assert "The run goes on" in caplog.text and "401" in caplog.text and "hf_no_longer" not in caplog.text
+    trainer.train()  # pushes that come along with checkpoints are logged
+    assert trainer.state.global_step == 2 and server.commits == []
+    caplog.clear()
+    trainer.save_model()
+    assert "The run goes on" in caplog.text
+    with pytest.raises(HubPushError, match="401") as refused:
+        trainer.push_to_hub()
+    assert "hf_no_longer" not in str(refused.value) and isinstance(refused.value, ConnectionError)
+    words = the_command_of(str(refused.value))
+    assert {path.name for path in Path(words[3]).iterdir()} == FILES
+    environment = {**os.environ, "HF_TOKEN": TOKEN, "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0"}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+    command_line = [str(Path(sys.executable).with_name("hf")), *words[1:]]
+    subprocess.run(command_line, env=environment, check=True, capture_output=True)
+    assert set(server.repos[f"{USER}/{NAME}"]) == FILES
+
+
+def test_a_cut_connection_is_tried_again_or_reported(server, base, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None))
+    trainer = start(base, tmp_path / NAME, save_strategy="no")
+    server.drop = ["PUT /large/", 1]
+    trainer.push_to_hub()
+    uploads = [path for method, path in server.requests if method == "PUT"]
+    assert len(uploads) == 3 and len(set(uploads)) == 2  # the adapter and the value head, one of them twice
+    server.drop = ["POST .*/commit/", 1]
+    with pytest.raises(HubPushError, match="disconnected"):
+        trainer.push_to_hub()
+    assert len(server.commits) == 1
+    server.drop = ["POST .*/commit/", 1]
+    trainer.push_to_hub(blocking=False).exception()
+    deadline = time.monotonic() + 5  # it is logged by the thread that pushed
+    while "A push in the background failed" not in caplog.text and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "A push in the background failed" in caplog.text
+    trainer.push_to_hub()
+    assert len(server.commits) == 2
+
+
+def test_without_a_network_the_run_goes_on(server, base, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.utils.close_session()
+    trainer = start(base, tmp_path / NAME, save_strategy="no", hub_model_id="team/model", hub_revision="next")
+    trainer.train()
+    assert "offline" in caplog.text.lower()
+    with pytest.raises(HubPushError, match="hf auth login") as refused:
+        trainer.push_to_hub()
+    folder = str(tmp_path / NAME / "hub")
+    assert the_command_of(str(refused.value)) == ["hf", "upload", "team/model", folder, ".", "--revision", "next"]
+    assert {path.name for path in Path(folder).iterdir()} == FILES
+    assert server.requests == []
+
+
+def full(folder):
+    """Make a disk that is full for everything below a folder."""
+
+    def refuse(function):
+        def write(*args, **kwargs):
+            if any(isinstance(target, (str, Path)) and str(folder) in str(target) for target in args):
+                raise OSError(28, "No space left on device")
+            return function(*args, **kwargs)
+
+        return write
+
+    return refuse
+
+
+def test_a_full_disk_does_not_lose_the_model(server, base, tmp_path, monkeypatch):
+    folder = tmp_path / NAME
+    trainer = start(base, folder, save_strategy="steps", save_steps=1, hub_strategy="end")
+    trainer.train()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
+    refuse = full(folder)
+    for name in ("os.makedirs", "torch.save"):
+        module, _, function = name.rpartition(".")
+        monkeypatch.setattr(name, refuse(getattr({"os": os, "torch": torch}[module], function)))
+    with pytest.raises(CheckpointSaveError, match="Nothing is lost") as refused:
+        trainer.save_model()
+    kept = Path(the_command_of(str(refused.value))[3])
+    assert kept.parents[1] == tmp_path / "elsewhere" and (kept / "adapter_model.safetensors").is_file()
+    assert set(server.repos[f"{USER}/{NAME}"]) == FILES  # what was written elsewhere was pushed
+    monkeypatch.setattr("tempfile.tempdir", str(folder / "no"))
+    with pytest.raises(CheckpointSaveError, match="Neither") as refused:
+        trainer.push_to_hub()
+    words = the_command_of(str(refused.value))
+    assert words[3] == str(folder / "checkpoint-2") and "--include" in words
+
+
+def test_pickled_arguments_hold_no_token(base, tmp_path):
+    trainer = start(base, tmp_path / NAME, push_to_hub=False)
+    trainer.save_model()
+    kept = torch.load(tmp_path / NAME / "training_args.bin", weights_only=False)
+    assert kept.hub_token is None and trainer.args.hub_token == TOKEN
+    assert TOKEN.encode() not in pickle.dumps(kept)
+
+
+# Texts
+
+
+def test_bars_and_curves():
+    assert bars([0.0, 1.0, 2.0, 7.0]) == "▁▂▃█"
+    assert bars([3.0, 3.0]) == "▁▁" and len(bars([float(i) for i in range(1000)])) == 30
+    log = [{"step": 1, "reward": 0.0, "loss": 1.5, "learning_rate": 1.0}, {"step": 5, "reward": 2.0, "eval_reward": 3}]
+    text = curves(log)
+    assert "Optimizer steps 1 to 5." in text and "learning_rate" not in text
+    assert "| `reward` | 0 | 2 | 0 | 2 | ▁█ |" in text and "| `eval_reward` | 3 | 3 | 3 | 3 | ▁ |" in text
+    assert "Nothing was logged" in curves([{"train_runtime": 3.0, "step": 2}, {"step": 3, "loss": float("nan")}])
+
+
+def test_command_keeps_secrets_back():
+    given = ["a.py", "--hub_token=x", "--api_key", "y", "--steps", "3", "--secret", "--flag", "a b"]
+    shown = "a.py '--hub_token=[secret]' --api_key '[secret]' --steps 3 --secret --flag 'a b'"
+    assert f"torchrun --nproc_per_node 2 {shown}\n" in command(["torchrun", "--nproc_per_node", "2"], given)
+
+
+def test_sections_without_content():
+    assert tools([]) == "## Tools\n\nNone."
+    assert "tools of its own" in tools([], decided_at_reset=True)
+    assert compose("no known heading", "# Title", ["one", ""], {"x": "1"}) == "# Title\n\none\n"

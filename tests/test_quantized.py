@@ -1,0 +1,123 @@
+"""QLoRA on a CPU: the recipe's flags, rollouts of a 4-bit policy, and optimizers that keep their state in 8 bits."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from conftest import chat_tokenizer, config, prompts, tiny_model
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from trl import get_peft_config, get_quantization_config
+
+from trl_toolgrpo import ConfigError, ToolGRPOTrainer
+from trl_toolgrpo.quantized import keep_trainable
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
+from qwen3_tools import build_task, build_trainer, parse_arguments
+
+
+def quantized(folder, path, *flags):
+    """The recipe's trainer for a model in 4 bits, as its command line makes it."""
+    arguments = [
+        "--model_name_or_path", str(folder), "--load_in_4bit", "true", "--use_peft", "true", "--lora_r", "4",
+        "--lora_target_modules", "all-linear", "--dtype", "float32", "--output_dir", str(path), "--train_size", "16",
+        "--held_out_size", "2", "--max_steps", "3", "--per_device_train_batch_size", "8", "--bf16", "false",
+        "--max_completion_length", "24", "--per_device_eval_batch_size", "2", "--learning_rate", "1e-3", *flags,
+    ]  # fmt: skip
+    recipe, training, model = parse_arguments(arguments, {})
+    assert get_quantization_config(model).load_in_4bit and get_peft_config(model) is not None
+    return build_trainer(build_task(recipe, training), recipe, training, model)[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path, tokenizer = tmp_path_factory.mktemp("base"), chat_tokenizer()
+    tiny_model(tokenizer, hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_a_policy_in_four_bits_is_sampled_and_trained(folder, tmp_path, monkeypatch):
+    trainer = quantized(folder, tmp_path, "--beta", "0.1", "--sync_ref_model", "true", "--ref_model_sync_steps", "1")
+    base = trainer.model.get_base_model()
+    assert isinstance(base.model.layers[0].mlp.gate_proj.base_layer, Linear4bit)
+    assert all(p.requires_grad == ("lora_" in n and ".ref." not in n) for n, p in trainer.model.named_parameters())
+    rewards = iter(range(1000))  # differ within a group
+    trainer.reward_funcs = [lambda completions, **kwargs: [float(next(rewards) % 7) for _ in completions]]
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(log) == 3
+    for entry in log:  # the self-check has passed, and the sampler is the policy that is trained
+        assert entry["ratio/mean"] == pytest.approx(1.0, abs=1e-3) and entry["sampling/logp_diff_max"] < 1e-3
+        assert entry["grad_norm"] > 0
+    assert trainer._engine._supported, "rollouts fell back to `model.generate`"
+    assert trainer._sync_report.differ == ()
+    factors = [p for n, p in trainer.model.named_parameters() if "lora_B.default" in n]
+    assert factors and all(bool(p.any()) for p in factors)
+
+
+@pytest.mark.parametrize("sampled_before", [False, True])
+def test_sampling_leaves_the_gradient_whole(folder, sampled_before):
+    """Gradients of the adapter are those over the dequantized weights, after passes in evaluation mode too."""
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=nf4)
+    ids = torch.arange(12)[None] + 5
+    if sampled_before:
+        with torch.no_grad():
+            model.eval()(ids)
+        keep_trainable(model)  # packing has rounded the scales
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain.get_submodule(name).weight.data.copy_(weight)
+    gradients = []
+    for base in (model, plain):
+        torch.manual_seed(0)
+        lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        policy = get_peft_model(base, lora)
+        keep_trainable(policy)
+        with torch.no_grad():
+            policy.eval()(ids)
+        policy.train()(ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad for name, p in policy.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+    assert len(gradients[1]) == 2 * 7 * 2
+
+
+@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "paged_lion_8bit"])
+def test_optimizers_in_eight_bits(tmp_path, optim):
+    """Those with paged state are for GPUs; the others work on a CPU too."""
+
+    def start():
+        tokenizer = chat_tokenizer()
+        return ToolGRPOTrainer(
+            tiny_model(tokenizer, hidden_size=128, head_dim=32),
+            lambda completion_ids, **kwargs: [float(sum(ids) % 7) for ids in completion_ids],
+            config(tmp_path, optim=optim),
+            prompts(),
+            processing_class=tokenizer,
+        )
+
+    if optim.startswith("paged"):
+        with pytest.raises(ConfigError, match=rf"`optim='{optim}'` on a CPU.*Use `optim='[a-z]\w+'`, or train on a"):
+            start()
+        return
+    trainer = start()
+    trainer.train()
+    states = trainer.optimizer.state.values()
+    assert any(state["state1"].dtype == torch.uint8 for state in states)
+
+
+def test_paged_optimizers_are_for_gpus(tmp_path, monkeypatch):
+    from trl_toolgrpo.checks import check_optimizer
+
+    args = config(tmp_path, optim="paged_adamw_8bit")
+    monkeypatch.setattr(type(args), "device", torch.device("cuda"))
+    check_optimizer(args)

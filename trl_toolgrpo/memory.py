@@ -1,0 +1,261 @@
+"""How much memory a run takes, before it is started.
+
+Owns the arithmetic, as pure functions of the model's shape and of the sizes of a run; imports nothing of the package.
+The table of the README is made with it:
+
+    python -m trl_toolgrpo.memory
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+METHODS = ("full", "lora", "qlora")
+SHARDINGS = ("none", "gradients", "parameters")
+
+_FLOAT = 4
+_NF4 = 0.5 + _FLOAT / 64  # bytes for a weight: four bits, and a float32 scale for each block of 64
+_TILE = (4096, 32768)  # tokens and entries of the vocabulary that are scored at a time, at most
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """
+    Shape of a decoder with gated feed-forward layers, which is what most current models are.
+
+    Args:
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
+        vocab_size (`int`):
+            As in the model's configuration.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether the output layer is the embedding.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_config(cls, config: Any) -> "ModelShape":
+        """
+        The shape in a configuration of transformers.
+
+        Args:
+            config (`PretrainedConfig`):
+                Configuration of a text model.
+        """
+        heads = config.num_attention_heads
+        return cls(
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_hidden_layers,
+            heads,
+            getattr(config, "num_key_value_heads", None) or heads,
+            getattr(config, "head_dim", None) or config.hidden_size // heads,
+            config.vocab_size,
+            bool(config.tie_word_embeddings),
+        )
+
+    @property
+    def linear_layers(self) -> list[tuple[int, int]]:
+        """Inputs and outputs of the linear layers of a block."""
+        query, key = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        attention = [(self.hidden_size, query), *[(self.hidden_size, key)] * 2, (query, self.hidden_size)]
+        feed_forward = [*[(self.hidden_size, self.intermediate_size)] * 2, (self.intermediate_size, self.hidden_size)]
+        return [*attention, *feed_forward]
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of the linear layers of all blocks, which is what is quantized."""
+        return self.num_hidden_layers * sum(inputs * outputs for inputs, outputs in self.linear_layers)
+
+    @property
+    def parameters(self) -> int:
+        """All weights."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        norms = (2 * self.num_hidden_layers + 1) * self.hidden_size
+        return self.linear_parameters + embeddings + norms
+
+    def lora_parameters(self, rank: int) -> int:
+        """Weights of LoRA factors on all linear layers of the blocks."""
+        return self.num_hidden_layers * rank * sum(inputs + outputs for inputs, outputs in self.linear_layers)
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """
+    Memory of one process in bytes, without what Python and its libraries take.
+
+    Args:
+        weights (`float`):
+            Weights, or the share of them that the process keeps.
+        gradients, optimizer (`float`):
+            Of what is trained.
+        activations (`float`):
+            Of a micro-batch, the scoring of its tokens included.
+        gathered (`float`):
+            Weights that are whole during rollouts though they are sharded otherwise.
+        cache (`float`):
+            Keys and values of the rollouts, and their logits.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    gathered: float
+    cache: float
+
+    @property
+    def update(self) -> float:
+        """What an update takes."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    @property
+    def rollout(self) -> float:
+        """What sampling takes."""
+        return self.weights + self.gathered + self.optimizer + self.cache
+
+    @property
+    def peak(self) -> float:
+        """The larger of the two."""
+        return max(self.update, self.rollout)
+
+
+def estimate_memory(
+    shape: ModelShape,
+    method: str = "lora",
+    *,
+    lora_rank: int = 16,
+    micro_batch: int = 8,
+    rollouts: int = 64,
+    num_generations: int = 8,
+    prompt_length: int = 512,
+    completion_length: int = 1024,
+    weight_bytes: int = 2,
+    compute_bytes: int = 2,
+    gradient_checkpointing: bool = True,
+    sharding: str = "none",
+    processes: int = 1,
+) -> MemoryEstimate:
+    """
+    Memory that a run takes in each process.
+
+    Args:
+        shape ([`ModelShape`]):
+            The model.
+        method (`str`, *optional*, defaults to `"lora"`):
+            `"full"`, `"lora"` on all linear layers, or `"qlora"` on a base in NF4.
+        lora_rank (`int`, *optional*, defaults to `16`):
+            Rank of the adapter, whose weights are float32.
+        micro_batch (`int`, *optional*, defaults to `8`):
+            `per_device_train_batch_size`.
+        rollouts (`int`, *optional*, defaults to `64`):
+            Rollouts that a process samples at a time: `micro_batch` times `steps_per_generation`.
+        num_generations (`int`, *optional*, defaults to `8`):
+            Rollouts of a prompt, which share its keys and values.
+        prompt_length, completion_length (`int`, *optional*, default to `512` and `1024`):
+            Tokens, those of tool results included.
+        weight_bytes, compute_bytes (`int`, *optional*, default to `2`):
+            Bytes of a weight that is not quantized, and of an activation. Full training keeps gradients and both
+            moments of Adam in the dtype of the weights; with float32 weights under autocast that is 4.
+        gradient_checkpointing (`bool`, *optional*, defaults to `True`):
+            Whether the activations of a block are computed again in the backward pass.
+        sharding (`str`, *optional*, defaults to `"none"`):
+            `"none"` (one process or DDP), `"gradients"` (ZeRO-2: gradients and optimizer) or `"parameters"` (ZeRO-3,
+            FSDP2: weights too, which are gathered for a rollout batch).
+        processes (`int`, *optional*, defaults to `1`):
+            Over how many it is sharded.
+
+    Returns:
+        [`MemoryEstimate`]: the parts.
+
+    Raises:
+        ValueError: for a method or sharding that there is not.
+    """
+    if method not in METHODS or sharding not in SHARDINGS:
+        raise ValueError(
+            f"You passed method={method!r} and sharding={sharding!r}; there are {', '.join(METHODS)} and "
+            f"{', '.join(SHARDINGS)}."
+        )
+    trained = shape.parameters if method == "full" else shape.lora_parameters(lora_rank)
+    trained_bytes = weight_bytes if method == "full" else _FLOAT
+    weights = float(shape.parameters * weight_bytes)
+    if method == "qlora":
+        weights -= shape.linear_parameters * (weight_bytes - _NF4)
+    if method != "full":
+        weights += trained * trained_bytes
+    gradients, optimizer = float(trained * trained_bytes), 2.0 * trained * trained_bytes
+    gathered = 0.0
+    if sharding == "none" and processes > 1:
+        gradients *= 2  # DDP reduces them in buckets of its own
+    if sharding != "none":
+        gradients, optimizer = gradients / processes, optimizer / processes
+    if sharding == "parameters":
+        weights, gathered = weights / processes, shape.parameters * float(min(weight_bytes, compute_bytes))
+    activations = _activations(
+        shape, micro_batch, prompt_length, completion_length, compute_bytes, gradient_checkpointing, method != "full"
+    )
+    tokens = rollouts * completion_length + -(-rollouts // num_generations) * prompt_length
+    cache = tokens * shape.num_hidden_layers * 2 * shape.num_key_value_heads * shape.head_dim * compute_bytes
+    logits = 3 * rollouts * shape.vocab_size * _FLOAT
+    return MemoryEstimate(weights, gradients, optimizer, activations, gathered, cache + logits)
+
+
+def _activations(
+    shape: ModelShape, rows: int, prompt: int, completion: int, size: int, checkpointing: bool, adapters: bool
+) -> float:
+    """Activations of a micro-batch that are kept for the backward pass, in bytes."""
+    tokens = rows * (prompt + completion)
+    query, key = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    # Kept in a block: the stream and its normalized copies, queries, keys, values and the result of attention, the
+    # gate, the other branch and what comes of them; adapters see the same inputs once more, in float32 at most
+    block: float = tokens * size * (6 * shape.hidden_size + 3 * query + 3 * key + 4 * shape.intermediate_size)
+    if adapters:
+        block *= 1.2
+    layers = shape.num_hidden_layers
+    kept = layers * tokens * shape.hidden_size * size + block if checkpointing else layers * block
+    scored = min(rows * completion, _TILE[0]) * min(shape.vocab_size, _TILE[1]) * _FLOAT * 2
+    return kept + scored
+
+
+QWEN3 = {
+    "0.6B": ModelShape(1024, 3072, 28, 16, 8, 128, 151936, True),
+    "4B": ModelShape(2560, 9728, 36, 32, 8, 128, 151936, True),
+    "8B": ModelShape(4096, 12288, 36, 32, 8, 128, 151936),
+}
+"""Shapes of the models in the table."""
+
+
+def memory_table() -> str:
+    """
+    GPU memory of Qwen3 in GiB by method and sharding, as a Markdown table; the sizes are the defaults of
+    [`estimate_memory`], in bfloat16.
+    """
+    columns: dict[str, dict[str, Any]] = {
+        "one GPU": {},
+        "8 GPUs, DDP": {"processes": 8},
+        "8 GPUs, ZeRO-2": {"sharding": "gradients", "processes": 8},
+        "8 GPUs, FSDP2 or ZeRO-3": {"sharding": "parameters", "processes": 8},
+    }
+    lines = [f"| model | method | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
+    for name, shape in QWEN3.items():
+        for method in METHODS:
+            # Small steps vanish in bfloat16: what is trained has float32 weights
+            size = 4 if method == "full" else 2
+            found = []
+            for layout in columns.values():
+                quantized = method == "qlora" and layout.get("sharding") == "parameters"
+                estimate = estimate_memory(shape, method, weight_bytes=size, **layout)
+                found.append("-" if quantized else f"{estimate.peak / 2**30:.0f}")
+            lines.append(f"| Qwen3-{name} | {method} | {' | '.join(found)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(memory_table())

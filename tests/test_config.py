@@ -269,7 +269,7 @@ def test_fields_are_read_from_flags(tmp_path):
         *("--value_loss_coef", "1.5", "--value_clip", "0.3", "--value_learning_rate", "0.01"),
         *("--value_warmup_steps", "2", "--value_epochs", "4", "--value_detach", "False", "--ref_sync_mode", "merged"),
         *("--deterministic_rollouts", "True", "--sampler_correction", "mask", "--sampler_correction_cap", "3"),
-        *("--shared_prompt_updates", "False", "--rollout_cache_gib", "0.5"),
+        *("--shared_prompt_updates", "False", "--rollout_cache_gib", "0.5", "--rollout_log_limit", "8"),
     ]
     (parsed,) = parser.parse_args_and_config(flags)
     assert isinstance(parsed, ToolGRPOConfig)
@@ -309,6 +309,7 @@ def test_fields_are_read_from_flags(tmp_path):
         "sampler_correction_cap": 3.0,
         "shared_prompt_updates": False,
         "rollout_cache_gib": 0.5,
+        "rollout_log_limit": 8.0,
     }
     assert {name: getattr(parsed, name) for name in expected_critic} == expected_critic
     assert {*expected, *expected_critic} == set(ADDED)

@@ -36,6 +36,9 @@ ADDED = {
     "value_epochs": (1, [4]),
     "value_detach": (True, [False]),
     "ref_sync_mode": ("auto", ["adapter", "merged"]),
+    "health_checks": ("warn", ["raise", "off"]),
+    "rollout_log_limit": (1024.0, [0.0, 0.5]),
+    "replay": (None, ["a folder"]),
     "deterministic_rollouts": (False, [True]),
 }
 OURS = [f.name for f in fields(ToolGRPOConfig) if f.name not in {f.name for f in fields(GRPOConfig)}]
@@ -257,6 +260,7 @@ def test_fields_are_read_from_flags(tmp_path):
         *("--value_loss_coef", "1.5", "--value_clip", "0.3", "--value_learning_rate", "0.01"),
         *("--value_warmup_steps", "2", "--value_epochs", "4", "--value_detach", "False", "--ref_sync_mode", "merged"),
         *("--deterministic_rollouts", "True"),
+        *("--health_checks", "raise", "--rollout_log_limit", "2.5", "--replay", "a folder"),
     ]
     (parsed,) = parser.parse_args_and_config(flags)
     assert isinstance(parsed, ToolGRPOConfig)
@@ -292,6 +296,9 @@ def test_fields_are_read_from_flags(tmp_path):
         "value_detach": False,
         "ref_sync_mode": "merged",
         "deterministic_rollouts": True,
+        "health_checks": "raise",
+        "rollout_log_limit": 2.5,
+        "replay": "a folder",
     }
     assert {name: getattr(parsed, name) for name in expected_critic} == expected_critic
     assert {*expected, *expected_critic} == set(ADDED)

@@ -259,7 +259,8 @@ def build_trainer(
 ) -> tuple[ToolGRPOTrainer, Scoreboard]:
     """The trainer, ready to train (for a trial: its tiny model untrained), and the scoreboard that is its reward."""
     scoreboard = Scoreboard(task)
-    training.eval_on_start = True  # the rates before training, with the model prepared as it will be trained
+    # The rates before training, with the model prepared as it will be trained; a replay samples nothing
+    training.eval_on_start = training.replay is None
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "dtype": model.dtype,
@@ -355,12 +356,12 @@ def main() -> None:
     if checkpoint is not None and scoreboard.recall(Path(checkpoint)):
         training.eval_on_start = False  # that was done when the run began
     trainer.train(resume_from_checkpoint=checkpoint)
-    if scoreboard.evaluations[-1].step < trainer.state.global_step:
+    if scoreboard.evaluations and scoreboard.evaluations[-1].step < trainer.state.global_step:
         trainer.evaluate()
     trainer.save_model(training.output_dir)
     trainer.save_state()
     trainer.end()
-    if training.process_index == 0:
+    if training.process_index == 0 and scoreboard.evaluations:
         evaluations = scoreboard.evaluations
         assisted = [rates for rates in evaluations[1:] if rates.step == training.assist_warmup_steps]
         print(comparison(evaluations[0], evaluations[-1], assisted[0] if assisted else None), flush=True)

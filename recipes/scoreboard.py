@@ -93,8 +93,8 @@ class Scoreboard(TrainerCallback):
         return [verdict.reward for verdict in verdicts]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluate where an assisted warm-up ends."""
-        if state.global_step == args.assist_warmup_steps:
+        """Evaluate where an assisted warm-up ends, except in a replay, which samples nothing."""
+        if state.global_step == args.assist_warmup_steps and args.replay is None:
             control.should_evaluate = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+_TRACKIO = tempfile.TemporaryDirectory()
+os.environ["TRACKIO_DIR"] = _TRACKIO.name  # read when trackio is imported, which TRL does
 
 import pytest
 import torch

@@ -36,10 +36,12 @@ ADDED = {
     "value_epochs": (1, [4]),
     "value_detach": (True, [False]),
     "ref_sync_mode": ("auto", ["adapter", "merged"]),
+    "health_checks": ("warn", ["raise", "off"]),
+    "rollout_log_limit": (1024.0, [0.0, 0.5]),
+    "replay": (None, ["a folder"]),
     "deterministic_rollouts": (False, [True]),
     "shared_prompt_updates": (True, [False]),
     "rollout_cache_gib": (None, [0.5, 12]),
-    "rollout_log_limit": (1024.0, [0, 0.5]),
     "sampler_correction": (None, ["truncate", "mask"]),
     "sampler_correction_cap": (2.0, [1.5]),
 }
@@ -269,7 +271,8 @@ def test_fields_are_read_from_flags(tmp_path):
         *("--value_loss_coef", "1.5", "--value_clip", "0.3", "--value_learning_rate", "0.01"),
         *("--value_warmup_steps", "2", "--value_epochs", "4", "--value_detach", "False", "--ref_sync_mode", "merged"),
         *("--deterministic_rollouts", "True", "--sampler_correction", "mask", "--sampler_correction_cap", "3"),
-        *("--shared_prompt_updates", "False", "--rollout_cache_gib", "0.5", "--rollout_log_limit", "8"),
+        *("--shared_prompt_updates", "False", "--rollout_cache_gib", "0.5"),
+        *("--health_checks", "raise", "--rollout_log_limit", "2.5", "--replay", "a folder"),
     ]
     (parsed,) = parser.parse_args_and_config(flags)
     assert isinstance(parsed, ToolGRPOConfig)
@@ -309,7 +312,9 @@ def test_fields_are_read_from_flags(tmp_path):
         "sampler_correction_cap": 3.0,
         "shared_prompt_updates": False,
         "rollout_cache_gib": 0.5,
-        "rollout_log_limit": 8.0,
+        "health_checks": "raise",
+        "rollout_log_limit": 2.5,
+        "replay": "a folder",
     }
     assert {name: getattr(parsed, name) for name in expected_critic} == expected_critic
     assert {*expected, *expected_critic} == set(ADDED)

@@ -520,6 +520,29 @@ def test_context_managers_for_generation(trl_trainer):
         assert policy is trl_trainer.model, "unwrap_model_for_generation gives no policy; see trainer._policy."
 
 
+def test_what_logs_and_replays_ask_of_trl(trl_trainer):
+    generate = source(GRPOTrainer._generate)
+    assert "return prompt_ids, completion_ids, tool_mask, completions," in generate, (
+        "GRPOTrainer._generate returns something else; run_log.RunLog takes the completions from the fourth place."
+    )
+    assert 'self._metrics[mode]["num_tokens"] = [self.state.num_input_tokens_seen]' in generate, (
+        "GRPOTrainer._generate no longer replaces `num_tokens`; run_log.RunLog and replay.Replay treat it so."
+    )
+    assert {"prompt", "completion", "rewards", "advantages"} <= set(trl_trainer._logs), (
+        f"GRPOTrainer._logs holds {sorted(trl_trainer._logs)}; replay.Replay fills it."
+    )
+    assert parameters(GRPOTrainer._save_checkpoint) == ["self", "model", "trial"], (
+        "GRPOTrainer._save_checkpoint has other parameters; health_watch.HealthWatch calls it."
+    )
+    logged = source(transformers.Trainer.log)
+    assert "self.state.log_history.append(output)" in logged and "self.callback_handler.on_log(" in logged, (
+        "Trainer.log no longer ends with the log history and the callbacks; run_log.RunLog reads the last entry."
+    )
+    assert "tb_writer" in source(transformers.integrations.TensorBoardCallback.__init__), (
+        "TensorBoardCallback has no `tb_writer`; live.Live writes texts with it."
+    )
+
+
 def test_what_references_ask_of_peft():
     config = peft.LoraConfig(target_modules=["q_proj"], use_dora=True)
     policy = peft.get_peft_model(tiny_model(chat_tokenizer()), config)

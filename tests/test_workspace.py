@@ -359,12 +359,13 @@ def test_an_assisted_run_also_tells_of_its_stages():
 
 def test_an_evaluation_falls_on_the_end_of_the_assisted_warm_up():
     scoreboard = Scoreboard(build_workspace(5, 5))
-    asked = []
-    for step in range(1, 5):
-        control = TrainerControl()
-        scoreboard.on_step_end(SimpleNamespace(assist_warmup_steps=3), TrainerState(global_step=step), control)
-        asked.append(control.should_evaluate)
-    assert asked == [False, False, True, False]
+    for replay, expected in ((None, [False, False, True, False]), ("a folder", [False] * 4)):
+        args, asked = SimpleNamespace(assist_warmup_steps=3, replay=replay), []
+        for step in range(1, 5):
+            control = TrainerControl()
+            scoreboard.on_step_end(args, TrainerState(global_step=step), control)
+            asked.append(control.should_evaluate)
+        assert asked == expected
 
 
 def test_a_row_that_two_processes_scored_counts_once():

@@ -14,6 +14,7 @@ from .config_checks import (
     ADVANTAGE_ESTIMATORS,
     FORCE_LEVELS,
     GAE_UNITS,
+    HEALTH_CHECKS,
     LOGPROB_CHECKS,
     REF_SYNC_MODES,
     ROLLOUT_BACKENDS,
@@ -118,9 +119,15 @@ class ToolGRPOConfig(GRPOConfig):
             How the reference of a PEFT run follows the policy with `sync_ref_model=True`: `"adapter"`, a frozen copy
             of the adapter, for a `ref_model_mixup_alpha` of 1; `"merged"`, merged weights of the adapted modules, so
             that an average is exact; `"auto"`, the one that `ref_model_mixup_alpha` allows.
+        health_checks (`str`, *optional*, defaults to `"warn"`):
+            What is done when a health rule finds a fault in the metrics of a step: `"warn"` says it once and writes it
+            to `health.jsonl`; `"raise"` also saves a checkpoint and raises [`HealthError`]; `"off"` looks for none.
         rollout_log_limit (`float`, *optional*, defaults to `1024.0`):
             MiB that the rollout log (`rollouts` in the output folder) may take over all processes; beyond it the
             oldest batches are removed. `0` logs no rollouts.
+        replay (`str`, *optional*):
+            Output folder of a run whose rollout log is trained from, without sampling, calling tools or asking reward
+            functions. The same model and configuration give the same weights, to the bit.
 
     Raises:
         ConfigError: for a combination that cannot work.
@@ -283,11 +290,26 @@ class ToolGRPOConfig(GRPOConfig):
             "choices": list(REF_SYNC_MODES),
         },
     )
+    health_checks: str = field(
+        default="warn",
+        metadata={
+            "help": "What is done when a health rule finds a fault: warn says it once, raise also saves a checkpoint "
+            "and ends the run, off looks for none.",
+            "choices": list(HEALTH_CHECKS),
+        },
+    )
     rollout_log_limit: float = field(
         default=1024.0,
         metadata={
             "help": "MiB that the log of rollouts in the output folder may take; beyond it the oldest batches are "
             "removed. 0 logs no rollouts."
+        },
+    )
+    replay: str | None = field(
+        default=None,
+        metadata={
+            "help": "Output folder of a run whose rollout log is trained from, without sampling or asking reward "
+            "functions."
         },
     )
 

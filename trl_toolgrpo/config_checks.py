@@ -18,6 +18,7 @@ FORCE_LEVELS = ("call", "name", "schema")
 LOGPROB_CHECKS = ("first", "always", "off")
 REF_SYNC_MODES = ("auto", "adapter", "merged")
 VLLM_MODES = ("colocate", "server")
+HEALTH_CHECKS = ("warn", "raise", "off")
 
 # Values at which a sampling option leaves the full softmax of logits / temperature as it is
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -67,10 +68,7 @@ def check_fields(config: Any, defaults: dict[str, Any]) -> None:
         if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
             raise ConfigError(f"You passed `{name}={value!r}`; it must be a positive number or None.")
     _check_correction(config, defaults)
-    if not config.rollout_log_limit >= 0:
-        raise ConfigError(
-            f"You passed `rollout_log_limit={config.rollout_log_limit}`; it is a size in MiB, and 0 logs no rollouts."
-        )
+    _check_log(config)
     _check_forcing(config)
     _check_critic(config, defaults)
     _check_reference(config)
@@ -82,6 +80,20 @@ def check_fields(config: Any, defaults: dict[str, Any]) -> None:
         )
     if config.record_sample_logprobs:
         _check_recording(config)
+
+
+def _check_log(config: Any) -> None:
+    """What a run says and writes down of itself, and what it replays."""
+    _check_choice(config, "health_checks", HEALTH_CHECKS)
+    if not config.rollout_log_limit >= 0:
+        raise ConfigError(
+            f"You passed `rollout_log_limit={config.rollout_log_limit}`; it is a size in MiB, and 0 logs no rollouts."
+        )
+    if config.replay is not None and (config.use_vllm or not config.record_sample_logprobs):
+        raise ConfigError(
+            f"You passed `replay={config.replay!r}` with rollouts of TRL's own (`use_vllm` or "
+            f"`record_sample_logprobs=False`), which are in no rollout log. Leave those out, or it."
+        )
 
 
 def _check_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:

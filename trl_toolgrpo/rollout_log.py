@@ -131,9 +131,8 @@ def tabulate(batch: LoggedBatch, redactor: Redactor | None = None) -> pa.Table:
         parts = [part[name].detach().cpu() for part in batch.batches]
         tensors[name] = parts[0] if parts[0].ndim == 0 else torch.cat(parts)[place]
     columns = _columns(batch, tensors)
-    if redactor is not None:
-        for name in _JSON:
-            columns[name] = [redactor.text(text) for text in columns[name]]
+    for name in _JSON:
+        columns[name] = [_storable(text if redactor is None else redactor.text(text)) for text in columns[name]]
     rows: list[list[dict[str, Any]]] = [[] for _ in range(count)]
     kept = {name: keep(name, tensor, columns, rows) for name, tensor in tensors.items()}
     metadata = {
@@ -174,6 +173,11 @@ def _columns(batch: LoggedBatch, tensors: dict[str, Tensor]) -> dict[str, Any]:
         "ratios": [None] * count,
         "assisted": ["assist_mask" in tensors] * count,
     }
+
+
+def _storable(text: str) -> str:
+    """JSON that can be encoded: a lone surrogate, which a tool may return, stands there as its escape."""
+    return re.sub(r"[\ud800-\udfff]", lambda match: f"\\u{ord(match.group()):04x}", text)
 
 
 def _advantages(advantages: Tensor, trajectory: Trajectory) -> np.ndarray:

@@ -7,7 +7,6 @@ over, on a thread of its own, so that training waits for no disk. The formats ar
 
 import logging
 import time
-from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -110,12 +109,14 @@ class RunLog(GRPOTrainer):
 
     args: ToolGRPOConfig
     model: Any
+    num_generations: int
     _recording: bool
     _batch: RolloutBatch | None
     _rewards: Tensor
     _toolset: ToolSet
     _mcp: MCPTools | None
     _run_folder: Path | None = None  # where the log of this run is, once it has begun
+    _redactor = Redactor()
     _writer: RolloutWriter | None = None
     _logged: LoggedBatch | pa.Table | None = None  # the batch in use
     _logged_step = 0
@@ -147,7 +148,8 @@ class RunLog(GRPOTrainer):
     def _begin_run_log(self) -> None:
         """Start the log, or cut it back to where the run goes on."""
         folder, step = Path(str(self.args.output_dir)), self.state.global_step
-        redactor = run_redactor(self.args, self._mcp.servers.values() if self._mcp is not None else ())
+        servers = self._mcp.servers.values() if self._mcp is not None else ()
+        redactor = self._redactor = run_redactor(self.args, servers)
         try:
             if self.accelerator.is_main_process:
                 self._clear_run_files(folder, step)
@@ -285,7 +287,7 @@ def random_states(device: torch.device) -> dict[str, str]:
     return {name: bytes(state.cpu().numpy()).hex() for name, state in found.items()}
 
 
-def _numbers(values: Tensor) -> Iterable[Any]:
+def _numbers(values: Tensor) -> list[Any]:
     """Nested lists with None for NaN."""
     if values.ndim == 1:
         return [None if value != value else value for value in values.tolist()]

@@ -38,6 +38,7 @@ from .diagnostics import (
 from .grouping import GroupedUpdates
 from .hub import HubPush
 from .quantized import keep_trainable
+from .replay import Replay
 from .resume import ExactResume
 from .rollout.chat import ToolChat
 from .rollout.engine import RolloutBatch, RolloutEngine, unwrapped_policy
@@ -46,7 +47,6 @@ from .rollout.loop import RolloutRequest
 from .rollout.parsing import add_missing_response_template
 from .rollout.sampler import scoring_mode
 from .rollout_tools import RolloutTools
-from .run_log import RunLog
 from .scoring import SharedPromptScoring
 from .sync import ReferenceSync, synced_by_us
 from .tools.environments import on_own_thread
@@ -61,7 +61,7 @@ logger = logging.getLogger(__name__)
 
 
 class ToolGRPOTrainer(
-    RunLog, ExactResume, HubPush, Determinism, AssistedWarmup, Critic, ReferenceSync, GroupedUpdates,
+    Replay, ExactResume, HubPush, Determinism, AssistedWarmup, Critic, ReferenceSync, GroupedUpdates,
     SamplerCorrection, SharedPromptScoring, RolloutTools, VLLMRollouts, GRPOTrainer,
 ):  # fmt: skip
     """
@@ -92,6 +92,7 @@ class ToolGRPOTrainer(
     Raises:
         ConfigError, DatasetError, ToolSchemaError, ToolNameError, ChatTemplateError, MCPServerError: at
             construction, for arguments that cannot work together and servers that do not start.
+        HealthError: while training, if a rule finds a fault and `health_checks="raise"`.
         LogprobMismatchError: while training, if recorded and recomputed log-probs differ beyond the tolerance.
         TrajectoryError: while training, for a rollout record that breaks its contract.
         ReferenceSyncError: while training, if the reference is not what a sync was to make it.

@@ -1,0 +1,112 @@
+"""A run that is watched: health rules on every logged step, said once, written down, and, if asked for, the end of it.
+
+Owns, as a mixin of the trainer, what `health_checks` does. The rules are in `health_updates.py` and
+`health_rollouts.py`; every figure they read is of all processes, so that the main process alone runs them.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from .checkpoint import PREFIX
+from .diagnostics import check_tolerance, compute_dtype
+from .errors import HealthError
+from .health import HealthMonitor, RunFacts, still_open
+from .health_rollouts import ROLLOUT_RULES, SHORTCUTS, correlation_within_groups, costs
+from .health_updates import UPDATE_RULES
+from .run_files import HEALTH, add_line, read_lines
+from .run_log import RunLog
+
+
+logger = logging.getLogger(__name__)
+
+
+class HealthWatch(RunLog):
+    """Part of [`ToolGRPOTrainer`]; see `health_checks` of [`ToolGRPOConfig`]."""
+
+    _monitor: HealthMonitor | None = None
+
+    def _begin_run_log(self) -> None:
+        super()._begin_run_log()
+        self._monitor = None
+        if self.args.health_checks == "off":
+            return
+        self._monitor = HealthMonitor([*UPDATE_RULES, *ROLLOUT_RULES], facts_of(self.args, self.model))
+        self._monitor.window = [entry for entry in self.state.log_history if "loss" in entry]
+        if self._run_folder is not None and self.accelerator.is_main_process:
+            known = still_open(read_lines(self._run_folder / HEALTH))
+            self._monitor.open = dict.fromkeys(known, len(self._monitor.window))
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        """TRL's rewards, and how they follow what the rollouts cost."""
+        scores = super()._calculate_rewards(*args, **kwargs)
+        if self._monitor is not None and self._recording and self._batch is not None and self.model.training:
+            own = torch.tensor([costs(trajectory) for trajectory in self._batch.trajectories])
+            every = self.accelerator.gather(own.to(self.accelerator.device)).T.tolist()
+            rewards = self._rewards.tolist()
+            for metric, values in zip(SHORTCUTS.values(), every, strict=True):
+                found = correlation_within_groups(rewards, values, self.num_generations)
+                if found is not None:
+                    self._metrics["train"][metric].append(found)
+        return scores
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if self._monitor is not None and self.model.training and "loss" in logs:
+            self._check_health(self._monitor, self.state.log_history[-1])
+
+    def _check_health(self, monitor: HealthMonitor, metrics: dict[str, Any]) -> None:
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            for line in monitor.step(metrics):
+                if self._run_folder is not None:
+                    add_line(self._run_folder / HEALTH, line)
+                if line["level"] != "ok":
+                    found[0] = found[0] or line
+                    self._say(line)
+        if self.args.health_checks == "raise":
+            first = broadcast_object_list(found)[0]
+            if first is not None:
+                self._stop_for(first)
+
+    def _say(self, line: dict[str, Any]) -> None:
+        """Tell of a fault that begins, on the main process."""
+        logger.warning("Health, step %d, %s: %s", line["step"], line["rule"], line["message"])
+
+    def _stop_for(self, line: dict[str, Any]) -> None:
+        """End the run as it stands, in every process."""
+        self._save_checkpoint(self.model, trial=None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        folder = Path(self._get_output_dir(trial=None)) / f"{PREFIX}{self.state.global_step}"
+        raise HealthError(
+            f"The run was stopped in step {line['step']} by the health rule `{line['rule']}`, as "
+            f"`health_checks='raise'` asks for. {line['message']} The run as it stands is in {folder}; resume from "
+            f"there with `health_checks='warn'` to go on all the same, or from an earlier checkpoint."
+        )
+
+
+def facts_of(args: Any, model: Any) -> RunFacts:
+    """
+    What the rules have to know of a run.
+
+    Args:
+        args ([`ToolGRPOConfig`]):
+            Configuration.
+        model (`PreTrainedModel` or `PeftModel`):
+            The policy.
+    """
+    dtype = compute_dtype(args, model)
+    micro_batches = (args.steps_per_generation or 1) * args.num_iterations
+    return RunFacts(
+        logprob_tolerance=check_tolerance(dtype, args.logprob_check_tolerance)[1],
+        low_precision=dtype in (torch.bfloat16, torch.float16),
+        steps_per_batch=max(1, micro_batches // args.gradient_accumulation_steps),
+        policy_from=args.assist_warmup_steps + args.value_warmup_steps,
+        sync_steps=args.ref_model_sync_steps if args.sync_ref_model else None,
+        copies_policy=args.ref_model_mixup_alpha == 1,
+        max_grad_norm=args.max_grad_norm or 1.0,
+    )

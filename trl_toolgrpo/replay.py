@@ -1,0 +1,145 @@
+"""Training again from a rollout log: the batches of another run, without sampling, tools or rewards.
+
+Owns, as a mixin of the trainer, what `replay` does. A batch is put back as it was when its run trained on it, with the
+state of the random number generators, so that the same configuration gives the same weights to the bit. Fed by
+`rollout_log.py`.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, RolloutLogError
+from .live import Live
+from .rollout_log import details, file_name, log_files, read_table, rows_of, step_of, tensors_of
+
+
+class Replay(Live):
+    """Part of [`ToolGRPOTrainer`]; see `replay` of [`ToolGRPOConfig`]."""
+
+    _buffered_inputs: Any
+    _sampled_at: int
+    _unevaluated: bool
+    _sync_pending: bool
+    _unmoved: bool
+
+    def _prepare_run_log(self) -> None:
+        super()._prepare_run_log()
+        if self.args.replay is None:
+            return
+        files = log_files(self.args.replay)
+        if Path(str(self.args.output_dir)).resolve() in (files[0].parent.resolve(), files[0].parent.parent.resolve()):
+            raise ConfigError(
+                f"You passed `replay={str(self.args.replay)!r}`, which is `output_dir` itself: a run that begins "
+                f"clears what an earlier one has left there. Pass another `output_dir`."
+            )
+
+    @property
+    def _logs_rollouts(self) -> bool:
+        return self.args.replay is None and super()._logs_rollouts
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        every = (self.args.steps_per_generation or 1) * self.num_iterations
+        due = self._step % every == 0 or self._buffered_inputs is None
+        if self.args.replay is None or not self.model.training or not due:
+            return super()._prepare_inputs(generation_batch)
+        batches = self._buffered_inputs = self._replayed_batches()
+        return batches[self._step % len(batches)]
+
+    def _replayed_batches(self) -> list[dict[str, Any]]:
+        """The micro-batches that the logged run trained on from this step."""
+        if self._sync_pending:
+            self.sync_reference()  # type: ignore[attr-defined]
+        path = log_files(str(self.args.replay))[0].with_name(
+            file_name(self.state.global_step, self.accelerator.process_index)
+        )
+        if not path.is_file():
+            raise RolloutLogError(self._what_is_missing(path))
+        table = read_table(path)
+        self._check_fits(table, path)
+        self._log_again(table)
+        self._sampled_at, self._unevaluated, self._unmoved = self.state.global_step, False, False
+        place = torch.tensor(table["place"].to_pylist())
+        count = self.args.steps_per_generation or 1
+        batches = divided(tensors_of(table, path), place, count, self.accelerator.device)
+        for device, state in details(table)["random"].items():
+            found = torch.frombuffer(bytearray(bytes.fromhex(state)), dtype=torch.uint8)
+            if device == "cpu":
+                torch.set_rng_state(found)
+            elif torch.cuda.is_available():
+                torch.cuda.set_rng_state(found, self.accelerator.device)
+        return batches
+
+    def _what_is_missing(self, path: Path) -> str:
+        steps = sorted({step_of(found) for found in log_files(path.parent)})
+        return (
+            f"The rollout log in {path.parent} has no {path.name}, the batch of step {self.state.global_step}; it "
+            f"holds the steps {steps[0]} to {steps[-1]}. A log loses its oldest batches beyond `rollout_log_limit`; "
+            f"else set `max_steps`, `steps_per_generation`, `num_iterations` and the number of processes as in the "
+            f"run that wrote it ({path.parent.parent / 'run.json'})."
+        )
+
+    def _check_fits(self, table: pa.Table, path: Path) -> None:
+        """Raise where the batch is not one of a run like this."""
+        found, micro_batches = details(table, path), self.args.steps_per_generation or 1
+        vocabulary = self.accelerator.unwrap_model(self.model).config.get_text_config().vocab_size
+        largest = max((max(ids.as_py(), default=0) for ids in table["completion_ids"]), default=0)
+        pairs = {
+            "processes": (found["processes"], self.accelerator.num_processes),
+            "micro-batches": (found["micro_batches"], micro_batches),
+            "rollouts": (table.num_rows, self.args.per_device_train_batch_size * micro_batches),
+        }
+        wrong = [f"{name}: {theirs} there, {ours} here" for name, (theirs, ours) in pairs.items() if theirs != ours]
+        if largest >= vocabulary:
+            wrong.append(f"a token id of {largest} there, a vocabulary of {vocabulary} here")
+        if wrong:
+            raise RolloutLogError(
+                f"{path} was written by a run of another shape ({'; '.join(wrong)}). Replay with the model and the "
+                f"batch sizes it was written with; {path.parent.parent / 'run.json'} names them."
+            )
+
+    def _log_again(self, table: pa.Table) -> None:
+        """Figures and conversations of the batch, as they were logged."""
+        metrics = self._metrics["train"]
+        for name, values in details(table)["metrics"].items():
+            if name == "num_tokens":
+                metrics[name] = values
+                self.state.num_input_tokens_seen = int(values[-1])
+            else:
+                metrics[name].extend(values)
+        if not self.log_completions:
+            return
+        logs: Any = self._logs
+        for row in rows_of(table):
+            logs["prompt"].append(row["prompt"])
+            logs["completion"].append(row["messages"])
+            logs["advantages"].append(sum(row["advantages"]) / max(len(row["advantages"]), 1))
+            for name in self.reward_func_names:
+                reward = row["rewards"].get(name)
+                logs["rewards"][name].append(math.nan if reward is None else reward)
+
+
+def divided(tensors: dict[str, Tensor], place: Tensor, count: int, device: torch.device) -> list[dict[str, Any]]:
+    """
+    The micro-batches of a rollout batch.
+
+    Args:
+        tensors (`dict[str, Tensor]`):
+            Of the batch, in order of the rollouts.
+        place (`Tensor`):
+            Place of each rollout in the micro-batches, int64, shape (N,).
+        count (`int`):
+            How many micro-batches there are.
+        device (`torch.device`):
+            Where they go.
+    """
+    order = place.argsort()
+    batches: list[dict[str, Any]] = []
+    for rows in order.chunk(count):
+        batch = {name: tensor if tensor.ndim == 0 else tensor[rows] for name, tensor in tensors.items()}
+        batches.append({name: tensor.to(device) for name, tensor in {**batch, "rollout": rows}.items()})
+    return batches

@@ -37,6 +37,7 @@ from .diagnostics import (
 )
 from .grouping import GroupedUpdates
 from .resume import ExactResume
+from .rollout.budget import check_cache
 from .rollout.chat import ToolChat
 from .rollout.engine import RolloutBatch, RolloutEngine, unwrapped_policy
 from .rollout.forcing import ForcePolicy
@@ -179,6 +180,7 @@ class ToolGRPOTrainer(
             return
         if self.use_transformers_continuous_batching:
             logger.warning("`use_transformers_continuous_batching` has no effect: the sampler batches by itself.")
+        check_cache(self.args, self.model)
         warn_of_dropout(self.model, self.args.disable_dropout)
         self._prepare_critic()
         if self.environment_factories is not None:

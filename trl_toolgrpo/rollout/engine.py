@@ -21,6 +21,7 @@ from ..errors import TrajectoryError
 from ..tools.execute import ToolExecutor
 from ..trajectory import Trajectory
 from .backends import make_sampler, unsupported_reason
+from .budget import parts_that_fit
 from .chat import ToolChat
 from .constraint import CallConstraints
 from .forcing import CallPrefixes, ForcePolicy, Forcing
@@ -210,23 +211,15 @@ class RolloutEngine:
         Raises:
             TrajectoryError: for a record that breaks its contract, unless `strict_trajectories=False`.
         """
-        sampler = make_sampler(
-            policy,
-            self._is_supported(policy),
-            stop_ids=self.stop_ids,
-            pad_id=self.pad_id,
-            temperature=self.args.temperature,
-            autocast=autocast,
-            **({} if noise is None else {"noise": noise}),
-        )
         positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
         self.limits.max_sequence_length = positions or math.inf
-        prompts = [request.prompt_ids for request in requests]
-        with sampler.open(prompts, self.limits.max_completion_length) as session:
-            forcing = self._forcing(noise) if force else None
-            in_order = noise is not None
-            loop = RolloutLoop(session, requests, self.limits, self.chat, self.executor, forcing, in_order)
-            batch = RolloutBatch(loop.run(), loop.stats)
+        batch = RolloutBatch([], RolloutStats())
+        for start, stop in parts_that_fit(self.args, policy, [request.prompt_ids for request in requests]):
+            drawn = None if noise is None else noise.behind(start)
+            part = self._run_part(policy, requests[start:stop], autocast, force, drawn)
+            batch.rollouts += part.rollouts
+            batch.stats.seconds += part.stats.seconds
+            batch.stats.tool_wait_seconds += part.stats.tool_wait_seconds
         if self.executor is not None:
             given_up = self.executor.abandoned
             batch.stats.abandoned, self._given_up = given_up - self._given_up, given_up
@@ -238,6 +231,31 @@ class RolloutEngine:
                 trajectory.tool_mask, trajectory.forced_mask, trajectory.values = [0], [0], None
         batch.invalid = [self._is_invalid(row, trajectory) for row, trajectory in enumerate(batch.trajectories)]
         return batch
+
+    def _run_part(
+        self,
+        policy: Any,
+        requests: Sequence[RolloutRequest],
+        autocast: Callable[[], AbstractContextManager],
+        force: bool,
+        noise: RolloutNoise | None,
+    ) -> RolloutBatch:
+        """Rollouts that are in progress together."""
+        sampler = make_sampler(
+            policy,
+            self._is_supported(policy),
+            stop_ids=self.stop_ids,
+            pad_id=self.pad_id,
+            temperature=self.args.temperature,
+            autocast=autocast,
+            **({} if noise is None else {"noise": noise}),
+        )
+        prompts = [request.prompt_ids for request in requests]
+        with sampler.open(prompts, self.limits.max_completion_length) as session:
+            forcing = self._forcing(noise) if force else None
+            in_order = noise is not None
+            loop = RolloutLoop(session, requests, self.limits, self.chat, self.executor, forcing, in_order)
+            return RolloutBatch(loop.run(), loop.stats)
 
     def _forcing(self, noise: RolloutNoise | None) -> Forcing | None:
         if self._prefixes is None:

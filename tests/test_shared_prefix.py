@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from trl_toolgrpo.rollout.shared_prefix import KeyValueStore, Span
+from trl_toolgrpo.rollout.shared_prefix import KeyValueStore
+from trl_toolgrpo.rollout.span import Span
 
 
 def _span(slots, lengths, query_length):

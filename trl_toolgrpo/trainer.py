@@ -40,6 +40,7 @@ from .hub import HubPush
 from .quantized import keep_trainable
 from .replay import Replay
 from .resume import ExactResume
+from .rollout.budget import check_cache
 from .rollout.chat import ToolChat
 from .rollout.engine import RolloutBatch, RolloutEngine, unwrapped_policy
 from .rollout.forcing import ForcePolicy
@@ -188,6 +189,7 @@ class ToolGRPOTrainer(
             return
         if self.use_transformers_continuous_batching:
             logger.warning("`use_transformers_continuous_batching` has no effect: the sampler batches by itself.")
+        check_cache(self.args, self.model)
         warn_of_dropout(self.model, self.args.disable_dropout)
         self._prepare_critic()
         if self.environment_factories is not None:

@@ -21,6 +21,7 @@ from ..errors import TrajectoryError
 from ..tools.execute import ToolExecutor
 from ..trajectory import Trajectory
 from .backends import make_sampler, unsupported_reason
+from .budget import parts_that_fit
 from .chat import ToolChat
 from .constraint import CallConstraints
 from .forcing import CallPrefixes, ForcePolicy, Forcing
@@ -215,10 +216,41 @@ class RolloutEngine:
         """
         positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
         self.limits.max_sequence_length = positions or math.inf
+        if self.vllm is not None:
+            self.limits.max_sequence_length = min(self.limits.max_sequence_length, self.vllm.max_length)
+        batch = RolloutBatch([], RolloutStats())
+        prompts = [request.prompt_ids for request in requests]
+        whole = [(0, len(requests))]  # vLLM has a cache of its own
+        for start, stop in whole if self.vllm is not None else parts_that_fit(self.args, policy, prompts):
+            drawn = None if noise is None else noise.behind(start)
+            part = self._run_part(policy, requests[start:stop], autocast, force, drawn)
+            batch.rollouts += part.rollouts
+            batch.stats.seconds += part.stats.seconds
+            batch.stats.tool_wait_seconds += part.stats.tool_wait_seconds
+        if self.executor is not None:
+            given_up = self.executor.abandoned
+            batch.stats.abandoned, self._given_up = given_up - self._given_up, given_up
+        if self._constraints is not None:
+            batch.unconstrained, self._constraints.unsatisfiable = self._constraints.unsatisfiable, 0
+        for trajectory in batch.trajectories:
+            if not trajectory.completion_ids:  # TRL needs one token; nobody wrote this one, so nothing trains on it
+                trajectory.completion_ids, trajectory.logprobs = [self.pad_id], [0.0]
+                trajectory.tool_mask, trajectory.forced_mask, trajectory.values = [0], [0], None
+        batch.invalid = [self._is_invalid(row, trajectory) for row, trajectory in enumerate(batch.trajectories)]
+        return batch
+
+    def _run_part(
+        self,
+        policy: Any,
+        requests: Sequence[RolloutRequest],
+        autocast: Callable[[], AbstractContextManager],
+        force: bool,
+        noise: RolloutNoise | None,
+    ) -> RolloutBatch:
+        """Rollouts that are in progress together."""
         sampler: Sampler
         if self.vllm is not None:
             sampler = self.vllm
-            self.limits.max_sequence_length = min(self.limits.max_sequence_length, self.vllm.max_length)
         else:
             sampler = make_sampler(
                 policy,
@@ -234,18 +266,7 @@ class RolloutEngine:
             forcing = self._forcing(noise) if force else None
             in_order = noise is not None
             loop = RolloutLoop(session, requests, self.limits, self.chat, self.executor, forcing, in_order)
-            batch = RolloutBatch(loop.run(), loop.stats)
-        if self.executor is not None:
-            given_up = self.executor.abandoned
-            batch.stats.abandoned, self._given_up = given_up - self._given_up, given_up
-        if self._constraints is not None:
-            batch.unconstrained, self._constraints.unsatisfiable = self._constraints.unsatisfiable, 0
-        for trajectory in batch.trajectories:
-            if not trajectory.completion_ids:  # TRL needs one token; nobody wrote this one, so nothing trains on it
-                trajectory.completion_ids, trajectory.logprobs = [self.pad_id], [0.0]
-                trajectory.tool_mask, trajectory.forced_mask, trajectory.values = [0], [0], None
-        batch.invalid = [self._is_invalid(row, trajectory) for row, trajectory in enumerate(batch.trajectories)]
-        return batch
+            return RolloutBatch(loop.run(), loop.stats)
 
     def _forcing(self, noise: RolloutNoise | None) -> Forcing | None:
         if self._prefixes is None:

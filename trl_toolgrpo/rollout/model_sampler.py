@@ -19,7 +19,8 @@ from ..errors import SamplerError
 from .noise import race
 from .packed_linear import packed_linears
 from .sampler import SampledTokens, TokenConstraint, constrain, scoring_mode
-from .shared_prefix import KeyValueStore, PromptCache, RowCache, Span, shared_prefix_attention
+from .shared_prefix import KeyValueStore, PromptCache, RowCache, shared_prefix_attention
+from .span import Span
 
 
 PREFILL_TOKENS = 8192

@@ -51,6 +51,10 @@ class RolloutNoise:
         """Randomness for what is decided about a row beside its tokens, such as `kind="turn"`."""
         return random.Random(self._key(kind, row, number))
 
+    def behind(self, rows: int) -> "RolloutNoise":
+        """Noise of the same batch for rollouts that begin `rows` later."""
+        return RolloutNoise(self.seed, self.step, self.first + rows, self.purpose)
+
     def _key(self, kind: str, row: int, number: int) -> int:
         name = f"{self.seed}/{self.purpose}/{self.step}/{self.first + row}/{kind}/{number}"
         return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)

@@ -9,7 +9,6 @@ FlashDecoding). Fed by `model_sampler.py`.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,61 +17,11 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .span import Span
+
 
 ATTENTION_NAME = "toolgrpo_shared_prefix"
 _CURRENT: ContextVar["KeyValueStore"] = ContextVar("toolgrpo_key_value_store")
-
-
-@dataclass
-class Span:
-    """
-    Which rows a forward pass extends, and where.
-
-    Args:
-        slots (`int`):
-            First slot of the rows in the store; the rows are `slots, slots + 1, ...`.
-        lengths (`Tensor`):
-            Own tokens of each row before this pass, int64, shape (B,).
-        query_length (`int`):
-            New tokens of each row, padding included.
-        longest (`int`):
-            Largest of `lengths`.
-        groups (`Tensor`):
-            Prompt of each row, int64, shape (B,).
-        ranks (`Tensor`):
-            Position of each row among the rows of its prompt, int64, shape (B,).
-        width (`int`):
-            Most rows any prompt has.
-        order (`Tensor`):
-            Rows in the order of their prompts, int64; where `batched`, `width` rows for every prompt, shape
-            (G * width,), else shape (B,).
-        places (`Tensor`, *optional*):
-            Place of each row in `order`, int64, shape (B,); `None` where every row is in its place already.
-        members (`list[tuple[int, int, int, int]]`):
-            For each prompt with rows in this pass: its index, its length, and where its rows begin and end in `order`.
-        batched (`bool`):
-            Whether all prompts are attended to in one product (padded to the longest) or one after the other.
-    """
-
-    slots: int
-    lengths: Tensor
-    query_length: int
-    longest: int
-    groups: Tensor
-    ranks: Tensor
-    width: int
-    order: Tensor
-    places: Tensor | None
-    members: list[tuple[int, int, int, int]]
-    batched: bool
-
-    def by_prompt(self, rows: Tensor) -> Tensor:
-        """Rows (B, ...) in `order`."""
-        return rows if self.places is None else rows.index_select(0, self.order)
-
-    def by_row(self, ordered: Tensor) -> Tensor:
-        """What [`Span.by_prompt`] put in order, as rows (B, ...) again."""
-        return ordered if self.places is None else ordered.index_select(0, self.places)
 
 
 class KeyValueStore:
@@ -85,14 +34,14 @@ class KeyValueStore:
         rows (`int`):
             Rows of the session.
         max_length (`int`):
-            Upper bound on the own tokens of a row.
+            Places for own tokens of a row, one more than it can have.
     """
 
     def __init__(self, prompt_lengths: Tensor, rows: int, max_length: int):
         self.prompt_lengths = prompt_lengths
         self.rows = rows
         self.max_length = max_length
-        self.capacity = 0
+        self.capacity = self._width = 0
         self.prompt_keys: list[Tensor] = []
         self.prompt_values: list[Tensor] = []
         self.keys: list[Tensor] = []
@@ -119,13 +68,15 @@ class KeyValueStore:
         """Prepare a forward pass over `span`: room for its tokens, and no stale masks."""
         self.span = span
         self._biases, self._places = {}, {}
-        needed = span.longest + span.query_length
+        # Padding of a row whose history is long may reach beyond the store; it is written to the last place
+        needed = self._width = min(span.longest + span.query_length, self.max_length)
         self._own_positions = span.lengths[:, None] + torch.arange(span.query_length, device=span.lengths.device)
         if needed > self.capacity:
             # Grown by half at a time, so that the copies add up to a few times the final size at most.
             self.capacity = max(needed, min(int(self.capacity * 1.5) + 32, self.max_length))
-            self.keys = [self._grown(x) for x in self.keys]
-            self.values = [self._grown(x) for x in self.values]
+            for kept in (self.keys, self.values):
+                for layer, old in enumerate(kept):  # one layer at a time: no second copy of all of them
+                    kept[layer] = self._grown(old)
 
     def _grown(self, old: Tensor) -> Tensor:
         new = old.new_zeros(*old.shape[:2], self.capacity, old.shape[3])
@@ -141,7 +92,7 @@ class KeyValueStore:
             self.keys.append(key.new_zeros(self.rows, key.shape[1], self.capacity, key.shape[3]))
             self.values.append(value.new_zeros(self.rows, value.shape[1], self.capacity, value.shape[3]))
         stop = span.slots + key.shape[0]
-        length = span.longest + span.query_length
+        length = self._width
         places = self._place(key.shape[1])
         for own, new in ((self.keys[layer], key), (self.values[layer], value)):
             own.view(-1, own.shape[3]).index_copy_(0, places, new.reshape(-1, new.shape[3]))
@@ -153,7 +104,8 @@ class KeyValueStore:
             span, lengths = self._span()
             row = torch.arange(span.slots, span.slots + len(lengths), device=lengths.device)
             head = row[:, None] * heads + torch.arange(heads, device=lengths.device)
-            self._places[heads] = (head[:, :, None] * self.capacity + self._positions()[:, None]).flatten()
+            places = self._positions().clamp(max=self.max_length - 1)
+            self._places[heads] = (head[:, :, None] * self.capacity + places[:, None]).flatten()
         return self._places[heads]
 
     def swap(self, one: int, other: int, length: int) -> None:
@@ -205,9 +157,8 @@ class KeyValueStore:
         return self._biases[name]
 
     def _own_visible(self, window: int | None) -> Tensor:
-        span, lengths = self._span()
-        key = torch.arange(span.longest + span.query_length, device=lengths.device)
         query = self._positions()[..., None]
+        key = torch.arange(self._width, device=query.device)
         visible = key <= query
         return visible if window is None else visible & (key > query - window)
 
@@ -396,4 +347,4 @@ def _attention(
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention)
 
-__all__ = ["ATTENTION_NAME", "Cache", "KeyValueStore", "PromptCache", "RowCache", "Span", "shared_prefix_attention"]
+__all__ = ["ATTENTION_NAME", "Cache", "KeyValueStore", "PromptCache", "RowCache", "shared_prefix_attention"]

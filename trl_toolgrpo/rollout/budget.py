@@ -1,0 +1,99 @@
+"""How many rollouts fit into a bound on memory.
+
+Owns what a stored token costs and the division of a rollout batch into parts that fit `rollout_cache_gib`. Fed by the
+engine with prompts, and by the checks at construction.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..config import ToolGRPOConfig
+from ..errors import ConfigError
+
+
+def bytes_per_token(args: ToolGRPOConfig, model: Any) -> int:
+    """
+    Memory of the keys and values of one token, over all layers, in bytes.
+
+    Args:
+        args ([`ToolGRPOConfig`]):
+            Says whether the model runs under autocast.
+        model (`PreTrainedModel` or `PeftModel`):
+            The policy.
+    """
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    stored = getattr(config, "num_key_value_heads", None) or heads
+    item = 2 if args.bf16 or args.fp16 else model.get_input_embeddings().weight.element_size()
+    return 2 * config.num_hidden_layers * stored * dim * item
+
+
+def stored_tokens(args: ToolGRPOConfig, model: Any) -> int | None:
+    """Tokens whose keys and values fit into `rollout_cache_gib`; `None` for no limit."""
+    if args.rollout_cache_gib is None:
+        return None
+    return int(args.rollout_cache_gib * 2**30) // bytes_per_token(args, model)
+
+
+def check_cache(args: ToolGRPOConfig, model: Any) -> None:
+    """
+    Check that one rollout fits, whatever is known of it before its prompt is.
+
+    Raises:
+        ConfigError: if it does not.
+    """
+    limit, needed = stored_tokens(args, model), (args.max_completion_length or 1) + 2
+    if limit is not None and needed > limit:
+        raise _too_small(args, model, limit, needed, "a prompt of one token")
+
+
+def parts_that_fit(
+    args: ToolGRPOConfig, model: Any, prompts: Sequence[Sequence[int]]
+) -> list[tuple[int, int]]:
+    """
+    Divide rollouts into parts of which each fits into `rollout_cache_gib`, whatever their length will be.
+
+    Args:
+        args ([`ToolGRPOConfig`]):
+            Limits.
+        model (`PreTrainedModel` or `PeftModel`):
+            The policy.
+        prompts (`Sequence[Sequence[int]]`):
+            Prompt of each rollout; rollouts of a part with equal prompts share its keys and values.
+
+    Returns:
+        `list[tuple[int, int]]`: where each part begins and ends, of like size where that fits.
+
+    Raises:
+        ConfigError: if one rollout alone does not fit.
+    """
+    limit, own = stored_tokens(args, model), (args.max_completion_length or 1) + 1
+    if limit is None:
+        return [(0, len(prompts))]
+    longest = max(map(len, prompts))
+    if longest + own > limit:
+        raise _too_small(args, model, limit, longest + own, f"its prompt of {longest} tokens")
+    parts, start = [], 0
+    for row in range(1, len(prompts)):
+        if _cost(prompts[start : row + 1], own) > limit:
+            parts.append((start, row))
+            start = row
+    parts.append((start, len(prompts)))
+    size = -(-len(prompts) // len(parts))
+    even = [(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
+    return even if all(_cost(prompts[first:stop], own) <= limit for first, stop in even) else parts
+
+
+def _cost(prompts: Sequence[Sequence[int]], own: int) -> int:
+    """Tokens that are stored at most: distinct prompts, padded to the longest, and each rollout's own."""
+    return len({tuple(prompt) for prompt in prompts}) * max(map(len, prompts)) + len(prompts) * own
+
+
+def _too_small(args: ToolGRPOConfig, model: Any, limit: int, needed: int, prompt: str) -> ConfigError:
+    least = needed * bytes_per_token(args, model) / 2**30
+    return ConfigError(
+        f"You passed `rollout_cache_gib={args.rollout_cache_gib}`, which holds the keys and values of {limit} tokens "
+        f"of this model. One rollout with {prompt} and `max_completion_length={args.max_completion_length}` can need "
+        f"{needed}. Pass at least {least:.3g}, or lower `max_completion_length`."
+    )

@@ -7,6 +7,7 @@ log-probs, ratios, advantages and values for each token.
 """
 
 import argparse
+import resource
 import statistics
 import subprocess
 import sys
@@ -51,11 +52,13 @@ def main():
         started = time.perf_counter()
         subprocess.run([sys.executable, "-c", "import trl_toolgrpo"], check=True)
         imports = time.perf_counter() - started
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         started = time.perf_counter()
         told = subprocess.run([sys.executable, "-m", "trl_toolgrpo.report", folder], check=True, capture_output=True)
         seconds = time.perf_counter() - started
+        spent = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
         print(told.stdout.decode().strip())
-        print(f"built in {seconds:.1f} s, {imports:.1f} s of it for imports")
+        print(f"built in {seconds:.1f} s, {imports:.1f} s of it for imports; {spent:.1f} s of a core in all")
         if find_chromium() is None:
             print("no browser was found; `apt-get install chromium`, or name one with CHROMIUM")
             return

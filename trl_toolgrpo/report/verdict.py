@@ -148,7 +148,11 @@ def summarize(run: RunFolder) -> list[str]:
         sentences += _moved(run, metric, what)
     for metric, words in (
         ("ratio/mean", "The ratio of the policy to what sampled was {:.3f} on average over the last steps."),
-        ("value/explained_variance", "The value head explains {:.0%} of the variance of returns at the end."),
+        (
+            "value/explained_variance",
+            "The explained variance of the value head is {:.2f} over the last steps (1 at best; below 0 it does worse "
+            "than the mean return).",
+        ),
         ("tools/call_frequency", "A rollout makes {:.1f} tool calls at the end."),
         ("tools/failure_frequency", "Of its tool calls {:.1%} fail at the end."),
         ("completions/clipped_ratio", "At the end {:.0%} of the rollouts are cut off by a limit."),

@@ -51,17 +51,18 @@ function decode(bytes) {
   });
 }
 
-const loaded = new Promise((done) => {
-  if (document.readyState !== "loading") done();
-  else document.addEventListener("DOMContentLoaded", done, { once: true });
-});
+// The text of a chunk, which may still be on its way: it is whole when something follows it
+async function textOf(id) {
+  while (!find(id)?.nextSibling && document.readyState === "loading") await new Promise((done) => setTimeout(done, 20));
+  return find(id).textContent;
+}
+
 const opened = new Map(); // the last few chunks
 
 async function chunkOf(run, number) {
   const id = `chunk-${run}-${number}`;
   if (!opened.has(id)) {
-    if (!find(id)) await loaded;
-    opened.set(id, unpack(find(id).textContent).then(decode));
+    opened.set(id, textOf(id).then(unpack).then(decode));
     if (opened.size > 8) opened.delete(opened.keys().next().value);
   }
   return opened.get(id);

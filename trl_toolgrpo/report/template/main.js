@@ -9,7 +9,5 @@ if (rollouts.length) {
   filters.addEventListener("reset", () => setTimeout(listRollouts));
   filters.addEventListener("submit", (event) => event.preventDefault());
   addEventListener("resize", drawRows);
-  loaded.then(() => {
-    if (selected === null) choose(0);
-  });
+  choose(0);
 }

@@ -22,10 +22,11 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import requests
+import torch
 from conftest import config, prompts
 from peft import LoraConfig
 from smollm2 import convert_smollm2
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trl_toolgrpo import ToolGRPOTrainer
 
@@ -36,6 +37,20 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return str(convert_smollm2(tmp_path_factory.mktemp("smollm2")))
+
+
+@pytest.fixture(scope="module")
+def tiny(model, tmp_path_factory):
+    """Two small layers of the same family, for what does not depend on the size of a model."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
+    folder = tmp_path_factory.mktemp("tiny")
+    made = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(model, num_hidden_layers=2, head_dim=64, dtype=torch.float32, **sizes)
+    )
+    made.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return str(folder)
 
 
 def count_letters(text: str) -> int:
@@ -61,7 +76,7 @@ def trained(path, model, figures, *, lora=True, **changes):
         "vllm_max_model_length": 1024,
         "max_steps": STEPS,
         "max_completion_length": 32,
-        "learning_rate": 2e-4 if lora else 2e-5,
+        "learning_rate": 2e-4,
         "logprob_check": "always",
         "force_rate": 0.5,
         "disable_forcing_in_updates": False,
@@ -107,16 +122,17 @@ def test_lora_in_process(tmp_path, model, figures):
     figures(f"the adapter has {size:.1f} MiB, the model {trainer.model.get_base_model().num_parameters() / 2**18:.1f}")
 
 
-def test_all_weights_in_process(tmp_path, model, figures):
-    trained(tmp_path, model, figures, lora=False, max_steps=2)
+def test_all_weights_in_process(tmp_path, tiny, figures):
+    trained(tmp_path, tiny, figures, lora=False)
 
 
-def test_lora_served_by_a_server_that_is_killed(tmp_path, model, figures):
+def test_lora_served_by_a_server_that_is_killed(tmp_path, tiny, figures):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "trl_toolgrpo.serve", "--model", model, "--port", str(port)]
+    command = [sys.executable, "-m", "trl_toolgrpo.serve", "--model", tiny, "--port", str(port)]
     command += ["--max-model-len", "1024", "--max-lora-rank", "8", "--dtype", "float32"]
+    command += ["--engine-args", '{"num_gpu_blocks_override": 128}']
     url, processes = f"http://127.0.0.1:{port}", []
 
     def start():
@@ -140,7 +156,7 @@ def test_lora_served_by_a_server_that_is_killed(tmp_path, model, figures):
     threading.Thread(target=kill, daemon=True).start()
     try:
         options = {"vllm_mode": "server", "vllm_server_base_url": url, "vllm_server_timeout": 300.0}
-        trainer = trained(tmp_path, model, figures, **options)
+        trainer = trained(tmp_path, tiny, figures, **options)
         figures(f"turns asked for again behind the kill: {trainer._engine.vllm.engine.retried}")
         assert len(processes) == 2 and trainer._engine.vllm.engine.retried > 0
     finally:

@@ -1,15 +1,16 @@
-"""BFCL `simple_python`: 400 real questions of the Berkeley Function Calling Leaderboard, each with a function of its
-own.
+"""BFCL `simple_python` and `multiple`: 400 and 200 real questions of the Berkeley Function Calling Leaderboard, each
+with a function of its own, or two to four of which one is right.
 
 Owns the reading of the questions, the mapping of the leaderboard's schemas to JSON Schema and the judgement of a
 rollout; the comparison with the published answers is in `bfcl_answers.py`. The questions come from the installed
-`bfcl-eval` package, which is not imported, or from a data set on the Hub. Feeds `qwen3_tools.py`.
+`bfcl-eval` package, which is not imported, or from a data set on the Hub. Feeds `qwen3_tools.py` and `evaluate.py`.
 """
 
 import importlib.util
 import json
 import random
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from task import Task, Verdict
 from trl_toolgrpo import Tool
 
 
-QUESTIONS = "BFCL_v4_simple_python.json"
-HUB_QUESTIONS = "BFCL_v3_simple.json"  # name of the same file in the leaderboard's data set on the Hub
+QUESTIONS = "BFCL_v4_{category}.json"
+# Name of the same file in the leaderboard's data set on the Hub
+HUB_QUESTIONS = {"simple_python": "BFCL_v3_simple.json", "multiple": "BFCL_v3_multiple.json"}
 SYSTEM_PROMPT = "Answer with one call of the function you are given, with all arguments it needs."
 
 # The leaderboard writes types as Python does; `any` says nothing about a value
@@ -30,18 +32,19 @@ TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": None}
 
 class BFCLEnvironment:
     """
-    A rollout of one question: its function is the only tool, and a call of it is put on record and ends the rollout.
+    A rollout of one question: its functions are the only tools, and a call of one is put on record and ends the
+    rollout.
 
     Attributes:
         tools (`list[Tool]`):
-            The function of the current question, set by `reset`.
-        calls (`list[dict]`):
-            Arguments of every call that matched the schema, in order.
+            The functions of the current question, set by `reset`.
+        calls (`list[tuple[str, dict]]`):
+            Name and arguments of every call that matched the schema, in order.
     """
 
     def __init__(self) -> None:
         self.tools: list[Tool] = []
-        self.calls: list[dict[str, Any]] = []
+        self.calls: list[tuple[str, dict[str, Any]]] = []
 
     def reset(self, function: str, **row: Any) -> None:
         """
@@ -49,32 +52,45 @@ class BFCLEnvironment:
 
         Args:
             function (`str`):
-                JSON text of the function as the leaderboard writes it.
+                JSON text of the function as the leaderboard writes it, or of a list of several.
             row (`dict`):
                 The other columns of the dataset, not needed here.
         """
-        self.calls = []
-        described = json.loads(function)
-        parameters = to_json_schema(described["parameters"])
-        name = identifier(described["name"])
-        self.tools = [Tool(name, described["description"], parameters, self._record, ends_rollout=True)]
+        self.calls, self.tools = [], []
+        for name, described in functions_of(function).items():
+            parameters, record = to_json_schema(described["parameters"]), partial(self._record, name)
+            self.tools.append(Tool(name, described["description"], parameters, record, ends_rollout=True))
 
-    def _record(self, **arguments: Any) -> str:
-        self.calls.append(arguments)
+    def _record(self, function: str, /, **arguments: Any) -> str:
+        self.calls.append((function, arguments))
         return "Done."
 
 
-def build_bfcl(train_size: int, held_out_size: int, seed: int = 0, dataset_name: str | None = None) -> Task:
+def functions_of(function: str) -> dict[str, dict[str, Any]]:
+    """The functions in a row's JSON text by their names as identifiers."""
+    described = json.loads(function)
+    return {identifier(one["name"]): one for one in (described if isinstance(described, list) else [described])}
+
+
+def build_bfcl(
+    train_size: int,
+    held_out_size: int,
+    seed: int = 0,
+    dataset_name: str | None = None,
+    category: str = "simple_python",
+) -> Task:
     """
     Build the task.
 
     Args:
         train_size, held_out_size (`int`):
-            Number of questions in each split, at most 400 together; the splits are disjoint.
+            Number of questions in each split, together at most those of the category; the splits are disjoint.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the split.
         dataset_name (`str`, *optional*):
             The leaderboard's data set on the Hub, for when the `bfcl-eval` package is not installed.
+        category (`str`, *optional*, defaults to `"simple_python"`):
+            `"simple_python"` (400 questions) or `"multiple"` (200).
 
     Returns:
         [`Task`]: the task. Beside the columns every task has, its rows hold `function` and `answer`, both JSON text,
@@ -84,7 +100,7 @@ def build_bfcl(train_size: int, held_out_size: int, seed: int = 0, dataset_name:
         ImportError: if there is neither the package nor a data set.
         ValueError: if the splits ask for more questions than there are.
     """
-    rows = [_row(question, answer) for question, answer in read_questions(dataset_name)]
+    rows = [_row(question, answer) for question, answer in read_questions(dataset_name, category)]
     if train_size + held_out_size > len(rows):
         raise ValueError(
             f"You asked for {train_size} training and {held_out_size} held-out questions, but there are {len(rows)}. "
@@ -100,13 +116,17 @@ def build_bfcl(train_size: int, held_out_size: int, seed: int = 0, dataset_name:
     )
 
 
-def read_questions(dataset_name: str | None = None) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def read_questions(
+    dataset_name: str | None = None, category: str = "simple_python"
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """
     The questions and their published answers, as the leaderboard writes them.
 
     Args:
         dataset_name (`str`, *optional*):
             Data set on the Hub to read when the package is not installed.
+        category (`str`, *optional*, defaults to `"simple_python"`):
+            Which questions.
 
     Returns:
         `list[tuple[dict, dict]]`: questions (`id`, `question`, `function`) with their answers (`id`, `ground_truth`).
@@ -116,12 +136,12 @@ def read_questions(dataset_name: str | None = None) -> list[tuple[dict[str, Any]
     """
     spec = importlib.util.find_spec("bfcl_eval")
     if spec is not None and spec.submodule_search_locations:
-        data = Path(spec.submodule_search_locations[0]) / "data"
-        files = [data / QUESTIONS, data / "possible_answer" / QUESTIONS]
+        data, name = Path(spec.submodule_search_locations[0]) / "data", QUESTIONS.format(category=category)
+        files = [data / name, data / "possible_answer" / name]
         texts = [file.read_text(encoding="utf-8").splitlines() for file in files]
     elif dataset_name is not None:
         # As text: the schemas of different questions have different shapes, which a table would merge
-        parts = [f"hf://datasets/{dataset_name}/{part}{HUB_QUESTIONS}" for part in ("", "possible_answer/")]
+        parts = [f"hf://datasets/{dataset_name}/{part}{HUB_QUESTIONS[category]}" for part in ("", "possible_answer/")]
         texts = [load_dataset("text", data_files=part, split="train")["text"] for part in parts]
     else:
         raise ImportError(
@@ -134,15 +154,17 @@ def read_questions(dataset_name: str | None = None) -> list[tuple[dict[str, Any]
 
 
 def _row(question: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
-    """A row of the task, without its split. Difficulty is the number of required arguments, from 1 to 3."""
-    (function,) = question["function"]
+    """A row of the task, without its split. Difficulty is the number of required arguments, from 1 to 3, or the number
+    of functions to choose from."""
+    functions = question["function"]
     (messages,) = question["question"]
     (truth,) = answer["ground_truth"]
+    required = min(max(len(functions[0]["parameters"].get("required", ())), 1), 3)
     return {
         "row_id": question["id"],
         "prompt": [{"role": "system", "content": SYSTEM_PROMPT}, *messages],
-        "difficulty": min(max(len(function["parameters"].get("required", ())), 1), 3),
-        "function": json.dumps(function),
+        "difficulty": required if len(functions) == 1 else len(functions),
+        "function": json.dumps(functions if len(functions) > 1 else functions[0]),
         "answer": json.dumps(truth),
     }
 
@@ -190,15 +212,18 @@ def judge(completion: list[dict[str, Any]], environment: BFCLEnvironment, row: d
             Row of the dataset.
 
     Returns:
-        [`Verdict`]: a success is one call, and no other attempt, with the published arguments. Short of that, 0.2 for
-        a first call that matches the schema, and up to 0.4 more for the share of its arguments that are right.
+        [`Verdict`]: a success is one call, and no other attempt, of the right function with the published arguments.
+        Short of that, 0.2 for a first call that matches the schema, and up to 0.4 more for the share of its arguments
+        that are right, if the function is.
     """
     if not environment.calls:
         return Verdict(False, 0.0, False)
-    parameters = json.loads(row["function"])["parameters"]
-    ((_, accepted),) = json.loads(row["answer"]).items()
-    arguments = environment.calls[0]
+    ((right, accepted),) = json.loads(row["answer"]).items()
+    name, arguments = environment.calls[0]
+    if name != identifier(right):
+        return Verdict(False, 0.2, True)
+    parameters = functions_of(row["function"])[name]["parameters"]
     attempts = sum(len(message.get("tool_calls") or ()) for message in completion)
     success = attempts == 1 and matches(arguments, accepted, parameters)
-    partial = 0.2 + 0.4 * share_matched(arguments, accepted, parameters)
-    return Verdict(success, 1.0 if success else partial, True)
+    share = 0.2 + 0.4 * share_matched(arguments, accepted, parameters)
+    return Verdict(success, 1.0 if success else share, True)

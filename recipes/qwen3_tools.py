@@ -24,6 +24,7 @@ from typing import Any
 
 from bfcl import build_bfcl
 from conversation import SampleConversation
+from evaluation import RunSettings
 from mcp_task import build_mcp
 from scoreboard import Scoreboard, comparison
 from server_environment import FOLDER, make_environment
@@ -353,6 +354,8 @@ def main() -> None:
             print(f"{name}: {getattr(training, name)}", flush=True)
     checkpoint = checkpoint_to_resume(training)
     trainer, scoreboard = build_trainer(build_task(recipe, training), recipe, training, model)
+    if training.process_index == 0:
+        RunSettings.of(recipe, training).save(training.output_dir)  # for `evaluate.py`
     if checkpoint is not None and scoreboard.recall(Path(checkpoint)):
         training.eval_on_start = False  # that was done when the run began
     trainer.train(resume_from_checkpoint=checkpoint)

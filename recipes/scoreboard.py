@@ -61,6 +61,7 @@ class Scoreboard(TrainerCallback):
     def __init__(self, task: Task) -> None:
         self.__name__ = "task_reward"
         self.evaluations: list[Rates] = []
+        self.records: list[tuple[str, int, Verdict]] = []
         self.sample: tuple | None = None
         self._judge = task.judge
         self._held_out: list[tuple[str, int, Verdict]] = []
@@ -101,6 +102,7 @@ class Scoreboard(TrainerCallback):
         """Turn what was recorded since the last evaluation into rates, over all processes."""
         records, self._held_out = gather_object(self._held_out), []
         if records:
+            self.records = records
             self.evaluations.append(success_rates(records, state.global_step))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

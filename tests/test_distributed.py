@@ -13,17 +13,19 @@ import pytest
 HERE = Path(__file__).parent
 
 
-def launch(script, *arguments, beside=None):
-    """Run a script in two processes, and at the same time perhaps alone; returns what they print."""
+def launch(script, *arguments, processes=2, beside=None, **variables):
+    """Run a script in several processes, and at the same time perhaps alone; returns what they print."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
+    command = [sys.executable, *launcher]
     path = os.pathsep.join([str(HERE), str(HERE.parent)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     environment["PYTHONFAULTHANDLER"] = "1"
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    started = [subprocess.Popen([*command, str(HERE / script), *arguments], **options)]
+    shared = {**options, "env": {**environment, **variables}}
+    started = [subprocess.Popen([*command, str(HERE / script), *arguments], **shared)]
     if beside is not None:
         started.append(subprocess.Popen([sys.executable, str(HERE / script), *beside], **options))
     outputs = []
@@ -55,15 +57,32 @@ def test_references_of_several_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_unequal_tool_counts_train_together(tmp_path):
-    output = launch("ddp_training.py", str(tmp_path))
+@pytest.mark.parametrize("processes", [2, 4])
+def test_unequal_tool_counts_train_together(tmp_path, processes):
+    output = launch("ddp_training.py", str(tmp_path), processes=processes)
     found = json.loads(next(line for line in output.splitlines() if line.startswith('{"tools')))
+    rollouts = 4 * processes
     assert found == {
-        "tools/call_frequency": 0.75,  # 6 calls in 8 rollouts
+        "tools/call_frequency": 6 / rollouts,
         "tools/add/calls": 6.0,
-        "rollout/turns_mean": 14 / 8,
+        "rollout/turns_mean": (6 + rollouts) / rollouts,
         "forced/fraction": 0.0,
     }
+
+
+@pytest.mark.slow
+def test_a_sharded_run_trains_as_one_process_does_and_resumes(tmp_path):
+    """FSDP2 as `accelerate_configs/fsdp2.yaml` sets it up, in two processes on the CPU."""
+    variables = {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_OFFLOAD_PARAMS": "false",
+    }  # fmt: skip
+    outputs = launch("fsdp_training.py", str(tmp_path / "two"), beside=[str(tmp_path / "one")], **variables)
+    two, one = (json.loads(output[output.index('{"losses"') :].splitlines()[0]) for output in outputs)
+    assert two["sharded"] > 20 and two["fault"] is None
+    assert len(one["losses"]) == 4 and two["losses"] == pytest.approx(one["losses"], abs=1e-5, rel=0)
+    assert two["resumed"] == two["losses"] and two["differ"] == 0.0
 
 
 @pytest.mark.slow

@@ -44,7 +44,11 @@ def test_every_launch_configuration_is_read(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
     found = load_config_from_file(str(path))
-    assert found.num_machines == 1 and found.num_processes >= 1
+    assert found.num_machines == (2 if path.name == "two_machines.yaml" else 1)
+    assert found.num_processes >= found.num_machines
+    kinds = {"cpu": "NO", "single_gpu": "NO", "fsdp2": "FSDP", "deepspeed": "DEEPSPEED"}
+    kind = kinds.get(path.stem.partition("_zero")[0], "MULTI_GPU")
+    assert found.distributed_type == kind and found.use_cpu == (path.stem == "cpu")
 
 
 def test_the_tiny_recipe_is_the_default_and_flags_win(tmp_path):

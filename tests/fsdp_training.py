@@ -1,0 +1,87 @@
+"""
+A run that is sharded by FSDP2 over processes on the CPU, saved and resumed; or the same run in one process. Run by
+`test_distributed.py` with torchrun, or alone. Prints losses.
+"""
+
+import faulthandler
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from conftest import chat_tokenizer, config, prompts, tiny_model
+from torch.distributed.tensor import DTensor
+
+from trl_toolgrpo import ToolGRPOTrainer
+from trl_toolgrpo.checkpoint import fault_of
+
+
+def add(a: int, b: int) -> int:
+    """
+    Add two numbers.
+
+    Args:
+        a: First.
+        b: Second.
+    """
+    return a + b
+
+
+def shard_on_cpu():
+    """Accelerate shards over accelerators alone; here it is told that the processes of a CPU are as good."""
+    initialize = AcceleratorState.__init__
+
+    def sharded(self, *args, fsdp_plugin=None, **kwargs):
+        initialize(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = sharded
+
+
+def start(path):
+    return ToolGRPOTrainer(
+        tiny_model(tokenizer),
+        lambda completion_ids, **kwargs: [float((7 * len(ids) + sum(ids)) % 11) for ids in completion_ids],
+        config(
+            path, max_steps=4, save_strategy="steps", save_steps=2, per_device_train_batch_size=8 // processes,
+            learning_rate=1e-3, num_iterations=2, deterministic_rollouts=True, seed=5, max_completion_length=48,
+            advantage_estimator="gae",
+        ),
+        prompts(9),
+        processing_class=tokenizer,
+        tools=[add],
+    )  # fmt: skip
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+faulthandler.dump_traceback_later(140, exit=True)
+torch.set_num_threads(1)
+processes = int(os.environ.get("WORLD_SIZE", "1"))
+folder = Path(sys.argv[1])
+if processes > 1:
+    shard_on_cpu()
+tokenizer = chat_tokenizer("qwen3_instruct_2507")
+whole = start(folder / "whole")
+whole.train()
+found = {"losses": losses(whole)}
+if processes > 1:
+    found["sharded"] = sum(isinstance(parameter, DTensor) for parameter in whole.model.parameters())
+    checkpoint = folder / "whole" / "checkpoint-2"
+    found["fault"] = fault_of(checkpoint)
+    resumed = start(folder / "resumed")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    found["resumed"] = losses(resumed)
+    pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+    found["differ"] = max(float((one.full_tensor() - other.full_tensor()).abs().max()) for one, other in pairs)
+if whole.accelerator.is_main_process:
+    print(json.dumps(found), flush=True)
+whole.accelerator.wait_for_everyone()
+os._exit(0)  # past the interpreter's end, where threads of torch that are still about may abort the process

@@ -21,7 +21,9 @@ import tiny_model
 from warm_start import WarmStart
 
 import trl_toolgrpo
+from trl_toolgrpo import serve
 from trl_toolgrpo.doctor import __main__ as doctor
+from trl_toolgrpo.memory import memory_table
 from trl_toolgrpo.report import __main__ as report
 
 
@@ -34,6 +36,7 @@ RUN_BY = {
     "tests/benchmarks/hostile_python.py": "test_python_tool.py",
     "tests/benchmarks/kills.py": "test_resume.py",
     "tests/benchmarks/report.py": "test_report_browser.py",
+    "recipes/evaluate.py": "test_evaluate.py",
     "recipes/server_environment.py": "test_mcp_task.py",
     "recipes/smollm2.py": "test_bfcl.py",
 }
@@ -68,7 +71,8 @@ def test_commands_are_found():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_names_what_exists(command, tmp_path):
     words = shlex.split(command.replace("<output_dir>", str(tmp_path)))
-    words[0] = words[0].removeprefix(".venv/bin/").replace("python3", "python")
+    words = [word for word in words if not re.fullmatch(r"[A-Z_]+=\S*", word)]  # variables that are set for it
+    words[0] = re.sub(r"^\.venv(-vllm)?/bin/", "", words[0]).replace("python3", "python")
     if words[0].startswith("--"):
         assert qwen3_tools.parse_arguments([*words, *ON_THIS_MACHINE], {})
     elif words[:2] == ["accelerate", "launch"]:
@@ -77,6 +81,8 @@ def test_a_command_names_what_exists(command, tmp_path):
         config = words.index("--config") + 1
         words[config] = str(ROOT / words[config])
         assert qwen3_tools.parse_arguments([*words[5:], *ON_THIS_MACHINE], {})
+    elif words[:2] == ["pip", "uninstall"]:
+        assert words[2:] == ["-y", "triton"]
     elif words[0] == "pip":
         check_install(words)
     elif words[:3] == ["python", "-m", "trl_toolgrpo.report"]:
@@ -84,10 +90,16 @@ def test_a_command_names_what_exists(command, tmp_path):
     elif words[:3] == ["python", "-m", "trl_toolgrpo.doctor"]:
         given, _ = doctor.parse_arguments(words[3:])
         assert given.config.name == "my_run.yaml" or (ROOT / given.config).is_file()
+    elif words[:3] == ["python", "-m", "trl_toolgrpo.serve"]:
+        assert serve.parse_arguments(words[3:]).model
+    elif words[:3] == ["python", "-m", "trl_toolgrpo.memory"]:
+        assert len(words) == 3 and "Qwen3-0.6B" in memory_table()
+    elif words[:3] == ["python", "-m", "pytest"]:
+        assert words[3:] in ([], ["-m", "vllm", "-n", "0"])
     elif words[0] == "python" and words[1].endswith(".py"):
         check_script(words)
     else:
-        assert words in (["python", "-m", "venv", ".venv"], ["python", "-m", "pytest"]) or words[0] == "apt-get"
+        assert words[:3] == ["python", "-m", "venv"] or words[0] == "apt-get"
 
 
 def check_install(words):
@@ -95,6 +107,8 @@ def check_install(words):
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     assert words[1] == "install"
+    if "-r" in words:
+        assert (ROOT / words[words.index("-r") + 1]).is_file()
     for extra in re.findall(r"\[(\w+)\]", " ".join(words)):
         assert extra in setup["options.extras_require"]
 

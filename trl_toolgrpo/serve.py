@@ -150,7 +150,14 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _arguments() -> argparse.Namespace:
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """
+    What the command line asks for.
+
+    Args:
+        words (`list[str]`, *optional*):
+            In place of the command line's.
+    """
     parser = argparse.ArgumentParser(prog="python -m trl_toolgrpo.serve", description="Serve rollouts with vLLM.")
     parser.add_argument("--model", required=True, help="model folder or name; the one the run trains")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
@@ -162,12 +169,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--gpu-memory-utilization", type=float)
     parser.add_argument("--engine-args", type=json.loads, default={}, help="further AsyncEngineArgs, as JSON")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def main() -> None:
     """Serve rollouts with vLLM, as the command line says."""
-    args = vars(_arguments())
+    args = vars(parse_arguments())
     check_installed()
     import vllm
     from transformers import AutoConfig

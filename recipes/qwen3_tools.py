@@ -298,6 +298,8 @@ def make_trainer(arguments: Sequence[str], trial: bool = False) -> ToolGRPOTrain
     """
     recipe, training, model = parse_arguments(arguments, os.environ)
     if trial:
+        if model.model_name_or_path == "tiny":
+            print("The tiny model gets one step of its warm start here: what its rollouts say means little.")
         training.output_dir = tempfile.mkdtemp(prefix="trial-")
         atexit.register(shutil.rmtree, training.output_dir, ignore_errors=True)
     return build_trainer(build_task(recipe, training), recipe, training, model, trial)[0]

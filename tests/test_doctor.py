@@ -11,7 +11,7 @@ from trl_toolgrpo import DoctorError
 from trl_toolgrpo.doctor import examine
 from trl_toolgrpo.doctor.__main__ import main
 from trl_toolgrpo.doctor.chat_questions import check_chat, example_arguments
-from trl_toolgrpo.doctor.script import find_script
+from trl_toolgrpo.doctor.script import find_script, output_folder
 from trl_toolgrpo.doctor.surroundings import check_versions
 from trl_toolgrpo.doctor.trial import describe
 from trl_toolgrpo.rollout.chat import ToolChat
@@ -92,6 +92,7 @@ def test_a_healthy_recipe_is_a_go(tmp_path, capsys):
     assert said.strip().splitlines()[-1].startswith("go (")
     for words in ("versions", "hardware", "tools", "data: train_dataset", "self-check", "update", "memory"):
         assert words in said
+    assert "means little" in said
     assert "fault" not in said and "find_employee, get_manager" in said
     assert not (tmp_path / "out").exists() and set(RECIPES.parent.iterdir()) == before
 
@@ -156,6 +157,15 @@ def test_the_script_is_the_one_beside_the_yaml(script, tmp_path):
         find_script(tmp_path / "empty" / "run.yaml")
     with pytest.raises(DoctorError, match="is no file"):
         find_script(tmp_path / "nothing.yaml")
+
+
+def test_room_is_looked_for_where_checkpoints_go(tmp_path):
+    (tmp_path / "run.yaml").write_text("output_dir: outputs/here")
+    given = ["--config", str(tmp_path / "run.yaml")]
+    assert output_folder(given, "x") == Path("outputs/here")
+    assert output_folder([*given, "--output_dir", "there"], "x") == Path("there")
+    (tmp_path / "run.yaml").write_text("")
+    assert output_folder(given, "x") == Path("x") == output_folder([], "x")
 
 
 def test_a_yaml_without_a_script_is_a_no_go(tmp_path, capsys):

@@ -13,7 +13,7 @@ from typing import Any
 from .chat_questions import check_chat, check_tools
 from .data_questions import check_data
 from .findings import FAULT, OK, Finding
-from .script import construct, load_maker
+from .script import construct, load_maker, output_folder
 from .surroundings import check_hardware, check_versions
 from .trial import check_memory, try_rollouts, try_update
 
@@ -66,7 +66,7 @@ def _ask(load: Callable[[], Any], arguments: Sequence[str]) -> Iterator[Finding]
         yield check_hardware(Path.cwd())
         yield wrong
         return
-    yield check_hardware(Path(trainer.args.output_dir))
+    yield check_hardware(output_folder(arguments, trainer.args.output_dir))
     yield Finding("configuration", OK, _configuration(trainer))
     data, cost = check_data(trainer)
     tools = trainer._toolset

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..errors import (
     ChatTemplateError,
     ConfigError,
@@ -96,6 +98,26 @@ def load_maker(script: Path) -> Callable[[Sequence[str]], Any]:
     make = getattr(module, MAKER)
     trial = {"trial": True} if "trial" in inspect.signature(make).parameters else {}
     return lambda arguments: make(arguments, **trial)
+
+
+def output_folder(arguments: Sequence[str], otherwise: str) -> Path:
+    """
+    Where a command line or its YAML would have checkpoints, which is not where a trial has its files.
+
+    Args:
+        arguments (`Sequence[str]`):
+            The command line, with `--config`.
+        otherwise (`str`):
+            Folder where neither names one.
+    """
+    given = list(arguments)
+    if "--output_dir" in given[:-1]:
+        return Path(given[given.index("--output_dir") + 1])
+    try:
+        written = yaml.safe_load(Path(given[given.index("--config") + 1]).read_text(encoding="utf-8"))
+    except (OSError, ValueError, IndexError, yaml.YAMLError):
+        written = None
+    return Path(str(written.get("output_dir", otherwise)) if isinstance(written, dict) else otherwise)
 
 
 def construct(make: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> tuple[Any, Finding | None]:

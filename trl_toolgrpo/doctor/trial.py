@@ -96,11 +96,12 @@ def try_update(trainer: Any, batch: dict[str, Any]) -> Finding:
     with trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(trainer.model, part)
     trainer.accelerator.backward(loss)
+    loss = float(loss.detach())
     gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
     norm = math.sqrt(sum(float(gradient.float().square().sum()) for gradient in gradients))
     trainer.model.zero_grad(set_to_none=True)
-    if not (math.isfinite(float(loss)) and math.isfinite(norm)):
-        words = f"The loss is {float(loss):.3g} and its gradient has the norm {norm:.3g}."
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        words = f"The loss is {loss:.3g} and its gradient has the norm {norm:.3g}."
         return Finding("update", FAULT, words, "Check the model's weights and dtype, and what the rewards return.")
     if norm == 0:
         words = "The gradient is 0: the rewards of this group do not differ."

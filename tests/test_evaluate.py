@@ -74,10 +74,11 @@ def folders(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["base", "adapter"])
-def test_the_command_line(folders, tmp_path, monkeypatch, capsys, kind):
+@pytest.mark.parametrize(
+    ("kind", "tasks"), [("base", ["workspace", "simple_python"]), ("adapter", ["multiple"])]
+)
+def test_the_command_line(folders, tmp_path, monkeypatch, capsys, kind, tasks):
     pytest.importorskip("bfcl_eval")
-    tasks = ["workspace", "simple_python", "multiple"]
     flags = ["--limit", "3", "--max_completion_length", "24", "--output", str(tmp_path / "found.json")]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", str(folders / kind), "--task", *tasks, *flags])
     evaluate.main()
@@ -87,7 +88,7 @@ def test_the_command_line(folders, tmp_path, monkeypatch, capsys, kind):
         assert result["success"]["questions"] == 3 == len(result["outcomes"]) and result["success"]["rate"] == 0.0
         assert sum(rate["questions"] for rate in result["by_difficulty"].values()) == 3
     text = capsys.readouterr().out
-    assert "simple_python" in text and "0.000 [0.000, 0.561]" in text
+    assert tasks[-1] in text and "0.000 [0.000, 0.561]" in text
 
 
 def test_a_run_on_another_task_is_not_taken_for_the_workspace(folders, tmp_path, monkeypatch):

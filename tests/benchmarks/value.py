@@ -11,7 +11,7 @@ import statistics
 import tempfile
 from typing import Any
 
-from rollout import build_model, build_tokenizer, conversations, in_process, ping
+from markov import build_model, build_tokenizer, conversations, in_process, ping
 
 
 def measure(estimator: str, arguments: argparse.Namespace) -> dict[str, Any]:

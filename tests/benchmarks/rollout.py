@@ -2,108 +2,96 @@
 
     python tests/benchmarks/rollout.py --vs trl
 
-The policy is a known Markov chain at the true cost of its shape: every block's `o_proj` and `down_proj` are zero, so
-that the residual stream carries the current token alone, and the LM head is the transition table. Both trainers
-therefore write the same text, and the log-prob of every token is known.
+Prints, for each case, tokens per second of both, and of a plain lockstep loop: the prompts prefilled once, then one
+forward pass for each token of all rows, without a tool call. Sides take turns; figures are medians. `--growth` adds
+how the time grows with the number of turns, and `--picture` writes both as an SVG.
 """
 
 import argparse
-import itertools
+import hashlib
 import json
 import os
-import resource
+import random
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-
-TURN_TOKENS = 20
+import markov
+from markov import TURN_TOKENS, Worker, build_model, build_tokenizer, chain_text, conversations, ping, serve
+from picture import draw
 
 
-def chain_text() -> list[str]:
-    """The turn the policy writes: 16 words and a tool call, 20 tokens, no two of them alike."""
-    words = [f" step{i}" for i in range(TURN_TOKENS - 4)]
-    return [*words, "<tool_call>", '\n{"name": "ping", "arguments": {}}\n', "</tool_call>", "<|im_end|>"]
+CASES: dict[str, dict[str, Any]] = {
+    "600": {"name": "600-token prompts, 2 x 8, 4 turns"},
+    "2000": {"name": "2,000-token prompts, 2 x 8, 4 turns", "prompt_tokens": 2000},
+    "tools": {"name": "600-token prompts, 4 x 8, 4 turns, tools of 100 ms", "prompts": 4, "tool_ms": 100.0},
+    "ragged": {"name": "ragged: 1 to 8 turns of 8 to 200 tokens, 2 x 8", "turns": 8, "ragged": True},
+}
+GROWTH = (1, 2, 4, 8)
 
 
-def build_tokenizer() -> Any:
-    """A byte-level tokenizer with Qwen3's chat template, where each piece of the turn is one token."""
-    import trl
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from tokenizers.trainers import BpeTrainer
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE(unk_token=None))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = BpeTrainer(initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
-    backend.train_from_iterator(["ping"], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
-    )
-    tokenizer.add_tokens([*chain_text(), "<|im_start|>", *(f" w{i}" for i in range(100))])
-    template = Path(trl.__file__).parent / "chat_templates" / "qwen3_instruct_2507.jinja"
-    tokenizer.chat_template = template.read_text(encoding="utf-8")
-    return tokenizer
+def script_of(rows: int, turns: int, tokenizer: Any) -> list[list[list[int]]]:
+    """Turns of each row for the ragged case: how many, and how long, is drawn once and for all."""
+    draw_one = random.Random(0)
+    words = [tokenizer.convert_tokens_to_ids(f" w{i}") for i in range(100)]
+    call = tokenizer.convert_tokens_to_ids(chain_text()[-4:])
+    script = []
+    for _ in range(rows):
+        lengths = [draw_one.randint(8, 200) for _ in range(draw_one.randint(1, turns))]
+        texts = [[words[(7 * i) % 100] for i in range(length - 4)] + call for length in lengths]
+        texts[-1] = texts[-1][:-4] + [words[0]] * 3 + call[-1:]  # the last turn calls nothing
+        script.append(texts)
+    return script
 
 
-def build_model(tokenizer: Any, vocab_size: int = 8192) -> Any:
-    """A 12-layer Qwen3 of width 512 that writes `chain_text` after every newline that ends a prompt."""
+def follow(trainer: Any, backend: str, script: list[list[list[int]]], pad_id: int) -> None:
+    """Make both sides write `script`: they draw as ever, at the full cost, and what they drew is replaced."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=vocab_size,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=12,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-        tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = Qwen3ForCausalLM(config)
-    newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
-    chain = [newline, *tokenizer.convert_tokens_to_ids(chain_text())]
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-        model.lm_head.weight.zero_()
-        for current, following in itertools.pairwise(chain):
-            state = model.model.norm(model.model.embed_tokens.weight[current])
-            model.lm_head.weight[following] = 40 * state / state.square().sum()
-    model.config._name_or_path = "markov-chain"
-    return model
+    place: dict[str, Any] = {}
+    if backend == "trl":
+        generate, multinomial = trainer._generate_single_turn, torch.multinomial
 
+        def single_turn(prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+            if len(prompt_ids) == len(script) and place.get("turn", 0) in (0, place.get("turns")):
+                place.update(turn=0, turns=max(map(len, script)))
+            rows = [turns for turns in script if len(turns) > place["turn"]]
+            place["texts"], place["step"] = [turns[place["turn"]] for turns in rows], 0
+            torch.multinomial = scripted
+            try:
+                return generate(prompt_ids, *args, **kwargs)
+            finally:
+                torch.multinomial = multinomial
+                place["turn"] += 1
 
-def conversations(tokenizer: Any, prompts: int, tokens: int) -> list[list[dict[str, str]]]:
-    """Prompts of about `tokens` tokens, no two alike."""
-    empty = tokenizer.apply_chat_template([{"role": "user", "content": ""}], tools=[ping], tokenize=True)
-    overhead = len(empty["input_ids"])
-    words = max(tokens - overhead, 1)
-    return [
-        [{"role": "user", "content": "".join(f" w{(i * (p + 3)) % 100}" for i in range(words))}]
-        for p in range(prompts)
-    ]
+        def scripted(probabilities: Any, *args: Any, **kwargs: Any) -> Any:
+            drawn, step = multinomial(probabilities, *args, **kwargs), place["step"]
+            place["step"] += 1
+            for row, text in enumerate(place["texts"]):
+                drawn[row] = text[step] if step < len(text) else pad_id
+            return drawn
 
+        trainer._generate_single_turn = single_turn
+        return
+    from trl_toolgrpo.rollout import engine, model_sampler
 
-def ping() -> str:
-    """Answers."""
-    time.sleep(TOOL_SECONDS)
-    return "pong"
+    make, sample = engine.make_sampler, model_sampler.sample_tokens
 
+    def make_sampler(*args: Any, **options: Any) -> Any:
+        place["texts"] = [iter([token for turn in turns for token in turn]) for turns in script]
 
-TOOL_SECONDS = 0.0
+        def noise(rows: list[int]) -> Any:
+            place["rows"] = rows
+            return torch.rand(len(rows))
+
+        return make(*args, **{**options, "noise": noise})
+
+    def sample_tokens(*args: Any) -> Any:
+        _, *figures = sample(*args)
+        return torch.tensor([next(place["texts"][row]) for row in place["rows"]]), *figures
+
+    engine.make_sampler, model_sampler.sample_tokens = make_sampler, sample_tokens
 
 
 def build_trainer(backend: str, arguments: argparse.Namespace) -> tuple[Any, list]:
@@ -115,13 +103,12 @@ def build_trainer(backend: str, arguments: argparse.Namespace) -> tuple[Any, lis
     model = build_model(tokenizer)
     distinct = conversations(tokenizer, arguments.prompts, arguments.prompt_tokens)
     rows = [prompt for prompt in distinct for _ in range(arguments.samples)]
-
     options: dict[str, Any] = {
         "output_dir": "/tmp/toolgrpo_benchmark" if os.name == "posix" else "toolgrpo_benchmark",
         "per_device_train_batch_size": len(rows),
         "num_generations": arguments.samples,
-        "max_completion_length": arguments.turns * 128,
-        "max_tool_calling_iterations": arguments.turns - 1,
+        "max_completion_length": arguments.turns * (256 if arguments.ragged else 128),
+        "max_tool_calling_iterations": arguments.turns - (0 if arguments.ragged else 1),
         "report_to": "none",
         "bf16": False,
         "use_cpu": True,
@@ -129,15 +116,15 @@ def build_trainer(backend: str, arguments: argparse.Namespace) -> tuple[Any, lis
     }
     dataset = Dataset.from_list([{"prompt": prompt} for prompt in distinct])
     if backend == "trl":
-        trainer: Any = GRPOTrainer(
-            model, _reward, GRPOConfig(**options), dataset, processing_class=tokenizer, tools=[ping]
-        )
+        kind, config = GRPOTrainer, GRPOConfig(**options)
     else:
         from trl_toolgrpo import ToolGRPOConfig, ToolGRPOTrainer
 
-        trainer = ToolGRPOTrainer(
-            model, _reward, ToolGRPOConfig(**options), dataset, processing_class=tokenizer, tools=[ping]
-        )
+        kind, config = ToolGRPOTrainer, ToolGRPOConfig(**options)
+    trainer: Any = kind(model, _reward, config, dataset, processing_class=tokenizer, tools=[ping])
+    if arguments.ragged:
+        script = script_of(len(rows), arguments.turns, tokenizer)
+        follow(trainer, backend, script, tokenizer.pad_token_id)
     return trainer, rows
 
 
@@ -145,79 +132,130 @@ def _reward(completions: list, **kwargs: Any) -> list[float]:
     return [0.0] * len(completions)
 
 
-def measure(backend: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time rollout batches of one trainer; medians, tokens and peak memory."""
-    import torch
-
-    global TOOL_SECONDS
-    TOOL_SECONDS = arguments.tool_ms / 1000
-    torch.set_num_threads(arguments.threads)
+def roll_out(backend: str, arguments: argparse.Namespace) -> None:
+    """Worker: rollout batches of one trainer."""
     trainer, rows = build_trainer(backend, arguments)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds, sampled, digest = [], 0, 0
-    for repeat in range(arguments.repeats + 1):
+
+    def work() -> dict[str, Any]:
         if backend == "trl":
-            functions = {"ping": trainer.tools[0]}
-            trainer._sync_tool_dicts = [functions] * len(rows)
+            trainer._sync_tool_dicts = [{"ping": trainer.tools[0]}] * len(rows)
             trainer._async_tool_dicts = [{}] * len(rows)
         started = time.perf_counter()
         prompt_ids, completion_ids, tool_mask, *_ = trainer._generate(rows)
-        if repeat:  # the first is a warm-up
-            seconds.append(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        text = json.dumps([prompt_ids, completion_ids, tool_mask])
         sampled = sum(map(sum, tool_mask))
-        digest = hash(json.dumps([prompt_ids, completion_ids, tool_mask])) if repeat == 0 else digest
-    return {
-        "seconds": statistics.median(seconds),
-        "sampled": sampled,
-        "prompt_tokens": len(prompt_ids[0]),
-        "digest": digest,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "before_mib": before / 1024,
-    }
+        return {"seconds": seconds, "sampled": sampled, "text": hashlib.sha256(text.encode()).hexdigest()}
+
+    serve(work)
 
 
-def in_process(script: str, worker: str) -> dict[str, Any]:
-    """What a benchmark script, run again as a worker in a process of its own, prints as its last line."""
-    command = [sys.executable, script, *sys.argv[1:], "--worker", worker]
-    environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        sys.exit(f"{worker} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+def lockstep(arguments: argparse.Namespace) -> None:
+    """Worker: the plain loop, over as many tokens a row as the rollouts have on average."""
+    import torch
+    from transformers import DynamicCache
+
+    from trl_toolgrpo.rollout.model_sampler import sample_tokens
+
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer).eval()
+    distinct = conversations(tokenizer, arguments.prompts, arguments.prompt_tokens)
+    texts = [tokenizer.apply_chat_template(p, tools=[ping], add_generation_prompt=True)["input_ids"] for p in distinct]
+    steps, rows = arguments.turns * TURN_TOKENS, arguments.prompts * arguments.samples
+    if arguments.ragged:
+        script = script_of(rows, arguments.turns, tokenizer)
+        steps = round(sum(len(turn) for turns in script for turn in turns) / rows)
+
+    def work() -> dict[str, Any]:
+        started = time.perf_counter()
+        with torch.no_grad():
+            cache = DynamicCache(config=model.config)
+            logits = model(torch.tensor(texts), past_key_values=cache, logits_to_keep=1).logits[:, -1]
+            cache.batch_repeat_interleave(arguments.samples)
+            logits = logits.repeat_interleave(arguments.samples, dim=0)
+            for step in range(steps):
+                tokens, _, _ = sample_tokens(logits, 1.0, torch.rand(rows))
+                if step + 1 < steps:
+                    logits = model(tokens[:, None], past_key_values=cache).logits[:, -1]
+        return {"seconds": time.perf_counter() - started, "sampled": rows * steps}
+
+    serve(work)
+
+
+def compare(arguments: argparse.Namespace, sides: list[str], flags: list[str]) -> dict[str, dict[str, float]]:
+    """Speed in tokens per second, seconds and peak memory in MiB of each side, in rounds that alternate."""
+    workers = [Worker(__file__, side, flags) for side in sides]
+    for _ in range(arguments.repeats + 1):  # the first round is a warm-up
+        for worker in workers:
+            worker.work()
+    for worker in workers:
+        worker.end()
+    texts = {found["text"] for worker in workers for found in worker.found if "text" in found}
+    if len(texts) > 1 and not {"trl", "trl_toolgrpo"} - set(sides):
+        raise SystemExit("The two trainers wrote different tokens: the ratio would mean nothing.")
+    results = {}
+    for worker in workers:
+        seconds = statistics.median(found["seconds"] for found in worker.found[1:])
+        last = worker.found[-1]
+        figures = {"speed": last["sampled"] / seconds, "seconds": seconds, "peak_mib": last["peak_mib"]}
+        results[worker.name] = {**figures, "sampled": last["sampled"]}
+    return results
+
+
+def report(name: str, results: dict[str, dict[str, float]]) -> float | None:
+    """Print the row of a case; returns the ratio to TRL."""
+    ours, plain, theirs = (results.get(side) for side in ("trl_toolgrpo", "lockstep", "trl"))
+    line = f"{name:<50} {ours['speed']:8.1f} {plain['speed']:9.1f} {ours['speed'] / plain['speed']:7.0%}"
+    ratio = None
+    if theirs is not None:
+        ratio = ours["speed"] / theirs["speed"]
+        line += f" {theirs['speed']:8.1f} {ratio:6.1f}x {ours['peak_mib'] / theirs['peak_mib']:7.2f}x"
+    print(f"{line} {ours['peak_mib']:7.0f}", flush=True)
+    return ratio
 
 
 def main() -> None:
-    """Run one trainer after the other and print the ratio."""
+    """Run the cases, print the table, write the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vs", choices=["trl", "none"], default="trl")
-    parser.add_argument("--prompts", type=int, default=2)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--turns", type=int, default=4)
-    parser.add_argument("--prompt_tokens", type=int, default=600)
+    parser.add_argument("--cases", nargs="+", choices=[*CASES, "custom"], default=list(CASES))
+    for flag, value in (("prompts", 2), ("samples", 8), ("turns", 4), ("prompt_tokens", 600)):
+        parser.add_argument(f"--{flag}", type=int, default=value)
     parser.add_argument("--tool_ms", type=float, default=0.0)
+    parser.add_argument("--ragged", action="store_true")
+    parser.add_argument("--growth", action="store_true", help="Also measure how the time grows with turns.")
+    parser.add_argument("--picture", type=Path, help="Write an SVG there.")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--worker", choices=["trl", "trl_toolgrpo"], help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=["trl", "trl_toolgrpo", "lockstep"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        print(json.dumps(measure(arguments.worker, arguments)))
-        return
-    results = {}
-    for backend in ["trl_toolgrpo", *([] if arguments.vs == "none" else ["trl"])]:
-        results[backend] = found = in_process(__file__, backend)
-        speed = found["sampled"] / found["seconds"]
-        print(
-            f"{backend:>12}: {found['seconds']:6.2f} s for {found['sampled']} tokens = {speed:7.1f} tokens/s, "
-            f"prompt {found['prompt_tokens']} tokens, peak memory {found['peak_mib']:.0f} MiB",
-            flush=True,
-        )
-    if len(results) == 2:
-        ours, theirs = results["trl_toolgrpo"], results["trl"]
-        if ours["digest"] != theirs["digest"]:
-            sys.exit("The two trainers wrote different tokens: the ratio would mean nothing.")
-        ratio = (ours["sampled"] / ours["seconds"]) / (theirs["sampled"] / theirs["seconds"])
-        memory = ours["peak_mib"] / theirs["peak_mib"]
-        print(f"rollout speed: {ratio:.1f}x TRL's, with {memory:.2f}x its peak memory (same tokens from both)")
+        import torch
+
+        torch.set_num_threads(arguments.threads)
+        markov.TOOL_SECONDS = arguments.tool_ms / 1000
+        return lockstep(arguments) if arguments.worker == "lockstep" else roll_out(arguments.worker, arguments)
+    trl = ["trl"] if arguments.vs == "trl" else []
+
+    def flags(**case: Any) -> list[str]:
+        given = {**vars(arguments), **case}
+        names = ("prompts", "samples", "turns", "prompt_tokens", "tool_ms", "threads")
+        return [*(f"--{name}={given[name]}" for name in names), *(["--ragged"] if given["ragged"] else [])]
+
+    heads = f"{'here':>8} {'lockstep':>9} {'share':>7} {'TRL':>8} {'ratio':>7} {'memory':>8} {'MiB':>7}"
+    print(f"{'tokens per second':<50} {heads}", flush=True)
+    ratios, growth = {}, {}
+    for key in arguments.cases:
+        case = dict(CASES.get(key, {"name": "as given"}))
+        name = case.pop("name")
+        ratios[name] = report(name, compare(arguments, ["trl_toolgrpo", "lockstep", *trl], flags(**case)))
+    if arguments.growth:
+        for turns in GROWTH:
+            found = compare(arguments, ["trl_toolgrpo", *trl], flags(turns=turns))
+            growth[turns] = {side: figures["seconds"] for side, figures in found.items()}
+            print(f"{turns} turns: " + ", ".join(f"{side} {s:.2f} s" for side, s in growth[turns].items()), flush=True)
+    if arguments.picture:
+        arguments.picture.write_text(draw({n: r for n, r in ratios.items() if r}, growth), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from typing import Any
 
-from rollout import build_model, build_tokenizer, conversations, ping
+from markov import build_model, build_tokenizer, conversations, ping
 
 
 def measure(changes: dict[str, Any], arguments: argparse.Namespace) -> dict[str, float]:

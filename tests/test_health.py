@@ -16,10 +16,12 @@ from trl_toolgrpo import ConfigError, HealthError, ToolGRPOTrainer
 from trl_toolgrpo.health import RECOVERED, HealthMonitor, Rule, RunFacts, still_open
 from trl_toolgrpo.health_rollouts import ROLLOUT_RULES, correlation_within_groups
 from trl_toolgrpo.health_updates import UPDATE_RULES
+from trl_toolgrpo.rollout import model_sampler
 from trl_toolgrpo.run_files import read_lines
 
 
 TOKENIZER = chat_tokenizer("qwen3_instruct_2507")
+SAMPLE = model_sampler.sample_tokens
 RULES = {rule.name: rule for rule in (*UPDATE_RULES, *ROLLOUT_RULES)}
 END = "<|im_end|>"
 
@@ -56,6 +58,7 @@ def start(path, monkeypatch=None, script=SCRIPT, rewards=reward, tools=(add,), *
     if options["advantage_estimator"] == "group":
         del options["value_learning_rate"]
     if script is not None:
+        monkeypatch.setattr(model_sampler, "sample_tokens", SAMPLE)  # not what a trainer before was made to say
         scripted_model_sampler(monkeypatch, TOKENIZER, script)
     torch.manual_seed(0)
     return ToolGRPOTrainer(

@@ -307,7 +307,7 @@ def test_no_secret_is_written(monkeypatch, tmp_path):
     monkeypatch.setenv("SOME_API_KEY", "from-environment-1")
     command = ["train.py", "--judge_key", "on-command-2", "--hub-token=on-command-3", "--seed", "1"]
     monkeypatch.setattr("sys.argv", command)
-    server = MCPServer("db", "db", env={"DB_PASSWORD": "of-server-4", "TZ": "Europe/Berlin"})
+    server = MCPServer("db", env={"DB_PASSWORD": "of-server-4", "TZ": "Europe/Berlin"})
     args = config(tmp_path, hub_token="of-hub-5", run_name="from-environment-1 of-hub-5")
     redactor = run_redactor(args, [server])
     written = json.dumps(describe_start(args, "of-server-4", ["reward"], ["add"], redactor))

@@ -59,8 +59,8 @@ def model_shape(config: Any) -> dict[str, Any]:
             The model's configuration.
     """
     text = config.get_text_config()
-    names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    names += ("num_attention_heads", "num_key_value_heads")
+    names = ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
+    names += ["num_attention_heads", "num_key_value_heads"]
     return {name: getattr(text, name, None) for name in names}
 
 

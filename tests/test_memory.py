@@ -80,8 +80,8 @@ def test_what_is_not_known_is_refused(given):
         estimate_memory(QWEN3["8B"], **given)
 
 
-def test_the_readme_has_the_table():
-    assert memory_table() in (HERE.parent / "README.md").read_text(encoding="utf-8")
+def test_the_guide_has_the_table():
+    assert memory_table() in (HERE.parent / "recipes" / "GUIDE.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -63,6 +63,7 @@ ORDER = [
     "rollout.backends",
     "rollout.policy_file",
     "rollout.vllm_sampler",
+    "rollout.vllm_worker",
     "rollout.vllm_engine",
     "rollout.vllm_client",
     "rollout.loop",

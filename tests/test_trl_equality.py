@@ -135,7 +135,8 @@ def without_ids(completion):
 
 
 def assert_equal(ours, trl, mode="train"):
-    assert ours.batch.keys() - trl.batch.keys() == {"old_per_token_logps", "sampling_per_token_logps"}
+    added = {"old_per_token_logps", "sampling_per_token_logps", "rollout"}
+    assert ours.batch.keys() - trl.batch.keys() == added
     assert trl.batch.keys() <= ours.batch.keys()
     for name, value in trl.batch.items():
         assert torch.equal(ours.batch[name], value), name

@@ -26,6 +26,7 @@ from trl_toolgrpo.rollout.policy_file import PolicyFile, adapter_problem, write_
 from trl_toolgrpo.rollout.vllm_client import ServedEngine, model_shape
 from trl_toolgrpo.rollout.vllm_engine import VLLMEngine, check_version, engine_options, supported_versions
 from trl_toolgrpo.rollout.vllm_sampler import TokenReply, TokenRequest, VLLMSampler
+from trl_toolgrpo.rollout.vllm_worker import PolicyWorker
 from trl_toolgrpo.value import ValueHead, attach_value_head
 
 
@@ -314,9 +315,23 @@ def test_all_weights_are_reloaded_and_the_cache_of_the_old_ones_dropped(stand_in
     engine = VLLMEngine(llm)
     asyncio.run(engine.load(PolicyFile("run-1", 1, tmp_path, adapter=False)))
     assert llm.calls == [
-        ("collective_rpc", ("reload_weights",), {"kwargs": {"weights_path": str(tmp_path)}}),
+        ("collective_rpc", ("reload_policy",), {"args": (str(tmp_path),)}),
         ("reset_prefix_cache", (), {}),
     ]
+
+
+def test_a_worker_packs_again_what_vllm_has_packed_once():
+    done = []
+    packs = Struct(process_weights_after_loading=lambda module: done.append(module))
+    head, emptied, other = (torch.nn.Linear(2, 2) for _ in range(3))
+    for module in (head, emptied):
+        module.cpu_linear, module.quant_method = None, packs
+    emptied.weight = torch.nn.Parameter(torch.empty(0))
+    worker = PolicyWorker()
+    worker.reload_weights = lambda weights_path: done.append(weights_path)
+    worker.model_runner = Struct(get_model=lambda: torch.nn.Sequential(head, emptied, other))
+    worker.reload_policy("folder")
+    assert done == ["folder", head]
 
 
 @pytest.mark.parametrize("sleeps", [False, True])
@@ -370,6 +385,7 @@ def test_options_of_the_engine():
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
         "disable_log_stats": True,
+        "worker_extension_cls": "trl_toolgrpo.rollout.vllm_worker.PolicyWorker",
         "seed": 3,
         "enable_lora": True,
         "max_lora_rank": 8,

@@ -17,6 +17,7 @@ from packaging.version import Version
 from ..errors import ConfigError, EngineLostError, SamplerError
 from .policy_file import PolicyFile
 from .vllm_sampler import TokenReply, TokenRequest
+from .vllm_worker import PolicyWorker
 
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -89,6 +90,7 @@ def engine_options(model: str, max_lora_rank: int | None, **options: Any) -> dic
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",  # the sampling settings many a chat model brings are not the trainer's
         "disable_log_stats": True,
+        "worker_extension_cls": f"{PolicyWorker.__module__}.{PolicyWorker.__name__}",
         **{name: value for name, value in options.items() if value is not None},
     }
     if max_lora_rank is not None:
@@ -156,7 +158,7 @@ class VLLMEngine:
             if policy.adapter:
                 await self._swap(policy)
             else:
-                await self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(policy.folder)})
+                await self.llm.collective_rpc("reload_policy", args=(str(policy.folder),))
                 await self.llm.reset_prefix_cache()  # of the weights before
         except Exception as error:
             what = "adapter" if policy.adapter else "weights"

@@ -340,8 +340,8 @@ BOTH_WAYS = {
         [("completions__clipped_ratio", 0.6)], [("completions__clipped_ratio", lambda step: step % 2 * 0.7)],
     ),
     "shortcut": (
-        [("reward__length_correlation", 0.95), ("reward__repeats_correlation", 0.97)],
-        [("reward__length_correlation", lambda step: 0.95 if step % 3 else 0.2)],
+        [("reward__length_correlation", 0.98), ("reward__repeats_correlation", 0.99)],
+        [("reward__length_correlation", 0.95), ("reward__repeats_correlation", lambda step: 0.99 * (step % 3 > 0))],
     ),
 }  # fmt: skip
 

@@ -167,7 +167,7 @@ def _shortcut(window: Window, facts: RunFacts) -> Finding | None:
     steps = trained(window, facts)
     for kind, metric in SHORTCUTS.items():
         last = latest(steps, metric, 3)
-        if len(last) == 3 and min(last) > 0.9 and steps[-1].get(metric) is not None:
+        if len(last) == 3 and min(last) > 0.97 and steps[-1].get(metric) is not None:
             what, how, remedy = words[kind]
             name = "completions/mean_length"
             before, now = mean(earliest(steps, name, 3)), mean(latest(steps, name, 3))
@@ -176,7 +176,7 @@ def _shortcut(window: Window, facts: RunFacts) -> Finding | None:
                 f"length {before:.0f} tokens at the start, {now:.0f} now). The policy will get {how}, not "
                 f"better. Look at the best and worst rollouts of a group, and {remedy}.",
                 last[-1],
-                0.9,
+                0.97,
             )
     return None
 

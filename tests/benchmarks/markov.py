@@ -133,7 +133,8 @@ class Worker:
         environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONWARNINGS": "ignore"}
         command = [sys.executable, script, *flags, "--worker", name]
         pipe = subprocess.PIPE
-        self.errors = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill up
+        # Not a pipe: one that nobody reads would fill up
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True, env=environment
         )

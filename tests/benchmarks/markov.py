@@ -11,6 +11,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -132,7 +133,11 @@ class Worker:
         environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONWARNINGS": "ignore"}
         command = [sys.executable, script, *flags, "--worker", name]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
+        # Not a pipe: one that nobody reads would fill up
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True, env=environment
+        )
         self.found: list[dict[str, Any]] = []
 
     def work(self) -> dict[str, Any]:
@@ -141,7 +146,8 @@ class Worker:
         self.process.stdin.flush()
         while not (line := self.process.stdout.readline()).startswith(MARK):
             if not line:
-                sys.exit(f"{self.name} failed:\n{self.process.stderr.read()}")
+                self.errors.seek(0)
+                sys.exit(f"{self.name} failed:\n{self.errors.read()}")
         self.found.append(json.loads(line.removeprefix(MARK)))
         return self.found[-1]
 

@@ -88,6 +88,8 @@ def follow(trainer: Any, backend: str, script: list[list[list[int]]], pad_id: in
         return make(*args, **{**options, "noise": noise})
 
     def sample_tokens(*args: Any) -> Any:
+        if "rows" not in place:  # the trial of the sampler, before any rollout
+            return sample(*args)
         _, *figures = sample(*args)
         return torch.tensor([next(place["texts"][row]) for row in place["rows"]]), *figures
 

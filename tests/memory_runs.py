@@ -14,10 +14,10 @@ from trl_toolgrpo import ModelShape, ToolGRPOTrainer, estimate_memory
 
 
 SHAPE = {
-    "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
+    "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 64,
 }  # fmt: skip
-SIZES = {"micro_batch": 8, "rollouts": 8, "num_generations": 8, "prompt_length": 16, "completion_length": 128}
+SIZES = {"micro_batch": 8, "rollouts": 8, "num_generations": 8, "prompt_length": 16, "completion_length": 96}
 RUNS = {
     "full": {"method": "full", "gradient_checkpointing": False},
     "lora": {"method": "lora", "lora_rank": 16, "gradient_checkpointing": False},
@@ -33,7 +33,7 @@ def memory(line):
 def run(folder, gradient_checkpointing, method, lora_rank=16, **shape):
     model = tiny_model(tokenizer, **shape)
     lora = LoraConfig(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM") if method != "full" else None
-    options = {"per_device_train_batch_size": 8, "num_generations": 8, "max_completion_length": 128, "max_steps": 2}
+    options = {"per_device_train_batch_size": 8, "num_generations": 8, "max_completion_length": 96, "max_steps": 2}
     ToolGRPOTrainer(
         model,
         lambda completion_ids, **kwargs: [float(sum(ids) % 11) for ids in completion_ids],
@@ -54,6 +54,6 @@ for name, options in RUNS.items():
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = memory("VmRSS")
     shape = run(sys.argv[1], **options, **SHAPE)
-    estimate = estimate_memory(shape, weight_bytes=4, compute_bytes=4, **SIZES, **options)
+    estimate = estimate_memory(shape, weight_bytes=4, compute_bytes=4, on_cpu=True, **SIZES, **options)
     found = {"name": name, "measured": memory("VmHWM") - before, "estimated": estimate.peak}
     print(json.dumps({**found, "parts": vars(estimate)}), flush=True)

@@ -70,6 +70,8 @@ def test_known_answers():
     assert fsdp.weights == full.weights / 4 and fsdp.gathered == 2 * shape.parameters
     assert fsdp.rollout == fsdp.weights + fsdp.gathered + fsdp.optimizer + fsdp.cache
     assert full.peak == max(full.update, full.rollout)
+    packed = estimate_memory(shape, "full", on_cpu=True, **sizes)
+    assert packed.update - full.update == packed.rollout - full.rollout == 4 * linear
     smaller = estimate_memory(shape, "full", gradient_checkpointing=False, **sizes)
     assert smaller.activations > full.activations
 

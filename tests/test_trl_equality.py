@@ -135,7 +135,7 @@ def without_ids(completion):
 
 
 def assert_equal(ours, trl, mode="train"):
-    added = {"old_per_token_logps", "sampling_per_token_logps", "rollout"}
+    added = {"old_per_token_logps", "sampling_per_token_logps", *(["rollout"] if mode == "train" else [])}
     assert ours.batch.keys() - trl.batch.keys() == added
     assert trl.batch.keys() <= ours.batch.keys()
     for name, value in trl.batch.items():

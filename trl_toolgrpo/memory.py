@@ -102,6 +102,9 @@ class MemoryEstimate:
             Weights that are whole during rollouts though they are sharded otherwise.
         cache (`float`):
             Keys and values of the rollouts, and their logits.
+        packed (`float`, *optional*, defaults to `0.0`):
+            Copies of the linear layers that a CPU samples with. They are freed before an update, but what is freed in
+            pieces mostly stays with the allocator.
     """
 
     weights: float
@@ -110,16 +113,17 @@ class MemoryEstimate:
     activations: float
     gathered: float
     cache: float
+    packed: float = 0.0
 
     @property
     def update(self) -> float:
         """What an update takes."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.activations + self.packed
 
     @property
     def rollout(self) -> float:
         """What sampling takes."""
-        return self.weights + self.gathered + self.optimizer + self.cache
+        return self.weights + self.gathered + self.optimizer + self.cache + self.packed
 
     @property
     def peak(self) -> float:
@@ -142,6 +146,7 @@ def estimate_memory(
     gradient_checkpointing: bool = True,
     sharding: str = "none",
     processes: int = 1,
+    on_cpu: bool = False,
 ) -> MemoryEstimate:
     """
     Memory that a run takes in each process.
@@ -171,6 +176,8 @@ def estimate_memory(
             FSDP2: weights too, which are gathered for a rollout batch).
         processes (`int`, *optional*, defaults to `1`):
             Over how many it is sharded.
+        on_cpu (`bool`, *optional*, defaults to `False`):
+            Whether it runs on a CPU, which samples in float32 with packed linear layers.
 
     Returns:
         [`MemoryEstimate`]: the parts.
@@ -204,7 +211,8 @@ def estimate_memory(
     tokens = rollouts * completion_length + -(-rollouts // num_generations) * prompt_length
     cache = tokens * shape.num_hidden_layers * 2 * shape.num_key_value_heads * shape.head_dim * compute_bytes
     logits = 3 * rollouts * shape.vocab_size * _FLOAT
-    return MemoryEstimate(weights, gradients, optimizer, activations, gathered, cache + logits)
+    packed = shape.linear_parameters * float(_FLOAT) if on_cpu and method != "qlora" else 0.0
+    return MemoryEstimate(weights, gradients, optimizer, activations, gathered, cache + logits, packed)
 
 
 def _activations(

@@ -103,7 +103,7 @@ def check_module(name, words):
     elif name == "trl_toolgrpo.memory":
         assert words == [] and "Qwen3-0.6B" in memory_table()
     elif name == "pytest":
-        assert words in ([], ["-m", "vllm", "-n", "0"])
+        assert words in ([], ["-m", "vllm", "-n", "0"], ["-m", "long"])
     else:
         assert name == "venv" and len(words) == 1
 

@@ -40,13 +40,13 @@ def launch(script, *arguments, processes=2, beside=None, **variables):
     return outputs[0] if beside is None else outputs
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_unequal_rollouts_of_a_sharded_policy_end():
     output = launch("fsdp_rollout.py")
     assert "rank 0 done" in output and "rank 1 done" in output
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_references_of_several_processes(tmp_path):
     """A sharded adapter (FSDP2) is copied, stored and restored; a DDP run syncs alike in both processes."""
     output = launch("reference_processes.py", str(tmp_path))
@@ -57,7 +57,7 @@ def test_references_of_several_processes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_unequal_tool_counts_train_together(tmp_path, processes):
     output = launch("ddp_training.py", str(tmp_path), processes=processes)
     found = json.loads(next(line for line in output.splitlines() if line.startswith('{"tools')))
@@ -70,7 +70,7 @@ def test_unequal_tool_counts_train_together(tmp_path, processes):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sharded_run_trains_as_one_process_does_and_resumes(tmp_path):
     """FSDP2 as `accelerate_configs/fsdp2.yaml` sets it up, in two processes on the CPU."""
     variables = {
@@ -85,7 +85,7 @@ def test_a_sharded_run_trains_as_one_process_does_and_resumes(tmp_path):
     assert two["resumed"] == two["losses"] and two["differ"] == 0.0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_as_one_does(tmp_path):
     """The same global batch, with a value head, more than one step on a batch, and calls in unequal numbers."""
     options = json.dumps({"steps_per_generation": 2, "advantage_estimator": "gae"})
@@ -108,7 +108,7 @@ def test_two_processes_resume_to_the_bit(tmp_path):
     assert {"progress_0.safetensors", "progress_1.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= names
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_each_process_has_its_servers(tmp_path):
     """Shared servers are shared within a process, rollouts have their own; counts and restarts are those of both."""
     output = launch("mcp_processes.py", str(tmp_path))

@@ -86,7 +86,7 @@ def test_the_guide_has_the_table():
     assert memory_table() in (HERE.parent / "recipes" / "GUIDE.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_measured_runs(tmp_path):
     """Real runs on the CPU stay within a quarter of the estimate, above and below."""
     path = os.pathsep.join([str(HERE), str(HERE.parent)])

@@ -438,7 +438,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path):
 # Killed
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_is_killed_again_and_again_is_the_same(tmp_path):
     script = Path(__file__).parent / "benchmarks" / "kills.py"
     done = subprocess.run(

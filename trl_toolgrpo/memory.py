@@ -192,11 +192,9 @@ def estimate_memory(
         )
     trained = shape.parameters if method == "full" else shape.lora_parameters(lora_rank)
     trained_bytes = weight_bytes if method == "full" else _FLOAT
-    weights = float(shape.parameters * weight_bytes)
+    weights = float(shape.parameters * weight_bytes) + (0 if method == "full" else trained * trained_bytes)
     if method == "qlora":
         weights -= shape.linear_parameters * (weight_bytes - _NF4)
-    if method != "full":
-        weights += trained * trained_bytes
     gradients, optimizer = float(trained * trained_bytes), 2.0 * trained * trained_bytes
     gathered = 0.0
     if sharding == "none" and processes > 1:
@@ -210,9 +208,9 @@ def estimate_memory(
     )
     tokens = rollouts * completion_length + -(-rollouts // num_generations) * prompt_length
     cache = tokens * shape.num_hidden_layers * 2 * shape.num_key_value_heads * shape.head_dim * compute_bytes
-    logits = 3 * rollouts * shape.vocab_size * _FLOAT
+    cache += 3 * rollouts * shape.vocab_size * _FLOAT  # logits
     packed = shape.linear_parameters * float(_FLOAT) if on_cpu and method != "qlora" else 0.0
-    return MemoryEstimate(weights, gradients, optimizer, activations, gathered, cache + logits, packed)
+    return MemoryEstimate(weights, gradients, optimizer, activations, gathered, cache, packed)
 
 
 def _activations(

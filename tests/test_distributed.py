@@ -98,7 +98,7 @@ def test_two_processes_train_as_one_does(tmp_path):
     assert sum(one["calls"][0]) > 5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_resume_to_the_bit(tmp_path):
     """Each takes up rollouts, figures and random numbers of its own."""
     output = launch("resume_processes.py", str(tmp_path))

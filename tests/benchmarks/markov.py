@@ -104,16 +104,6 @@ def ping() -> str:
 TOOL_SECONDS = 0.0
 
 
-def in_process(script: str, worker: str) -> dict[str, Any]:
-    """What a benchmark script, run again as a worker in a process of its own, prints as its last line."""
-    command = [sys.executable, script, *sys.argv[1:], "--worker", worker]
-    environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        sys.exit(f"{worker} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 class Worker:
     """
     One side of a comparison: a benchmark script, run again in a process of its own, that works when it is told to.

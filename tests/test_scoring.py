@@ -5,10 +5,12 @@ import torch
 from conftest import chat_tokenizer, config, prompts, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 from trl import GRPOTrainer
 
 from trl_toolgrpo import ToolGRPOTrainer, scoring
+from trl_toolgrpo.packed_attention import dense_mask, suits
 from trl_toolgrpo.scoring import pack, unpackable_reason
 
 
@@ -34,7 +36,7 @@ def test_a_packed_group_by_hand():
     assert packed.input_ids.tolist() == [[1, 2, 3, 7, 3]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 3, 2]]
     assert packed.labels.tolist() == [[-100, -100, 7, 8, 9]]
-    assert packed.attends[0, 0].int().tolist() == [
+    assert dense_mask(packed.pieces, 5)[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
         [1, 1, 1, 0, 0],
@@ -63,9 +65,7 @@ def test_a_group_that_is_too_long_gets_several_sequences(monkeypatch):
     assert pack(*batch_of([[1, 2, 3, 4]] * 2, [[7, 8, 9], [9]])) is None  # not even one rollout fits
 
 
-BATCHES = st.lists(
-    st.tuples(st.integers(0, 2), st.lists(st.integers(1, 50), max_size=6)), min_size=2, max_size=6
-)
+BATCHES = st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(1, 50), max_size=6)), min_size=2, max_size=6)
 
 
 @settings(max_examples=60, deadline=None)
@@ -82,7 +82,7 @@ def test_every_completion_token_has_its_place(rows):
         packed.unpack(tensor.reshape(1, -1)[:, kept], kept)
         for tensor in (packed.labels, packed.input_ids, packed.position_ids)
     )
-    flat = packed.attends[:, 0]
+    flat = dense_mask(packed.pieces, packed.input_ids.shape[1])[:, 0]
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         count = len(completion)
         assert found[row, :count].tolist() == completion and not found[row, count:].any()
@@ -117,15 +117,20 @@ def trainer_of(tmp_path, model, tokenizer, **changes):
     return ToolGRPOTrainer(model, rewards, config(tmp_path, **options), prompts(8), processing_class=tokenizer)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("make", [tiny_model, llama])
-def test_log_probs_entropies_and_gradients_are_those_of_trl(tmp_path, make, attention):
+def test_log_probs_entropies_and_gradients_are_those_of_trl(tmp_path, make, attention, checkpointing, monkeypatch):
     tokenizer = chat_tokenizer()
+    in_pieces = []
+    with_pieces = scoring.packed_attention
+    monkeypatch.setattr(scoring, "packed_attention", lambda *a: in_pieces.append(a) or with_pieces(*a))
     # transformers' eager attention masks padding with the smallest float64 and then takes a float32 softmax: NaN
     model = make(tokenizer).to(torch.float64 if attention == "sdpa" else torch.float32)
     exact = 1e-10 if attention == "sdpa" else 1e-5
     model.set_attn_implementation(attention)
-    trainer = trainer_of(tmp_path, model, tokenizer)
+    trainer = trainer_of(tmp_path, model, tokenizer, gradient_checkpointing=checkpointing)
+    trainer.model.train()
     draw = torch.Generator().manual_seed(2)
     texts = [torch.randint(1, 200, (n,), generator=draw).tolist() for n in (40, 33)]
     completions = [torch.randint(1, 200, (n,), generator=draw).tolist() for n in (5, 9, 1, 0, 7, 9)]
@@ -142,12 +147,25 @@ def test_log_probs_entropies_and_gradients_are_those_of_trl(tmp_path, make, atte
     plain = run(lambda: GRPOTrainer._get_per_token_logps_and_entropies(trainer, *arguments, compute_entropy=True))
     ours = run(lambda: trainer._get_per_token_logps_and_entropies(*arguments, compute_entropy=True))
     assert trainer._packs is True
+    assert bool(in_pieces) is (attention == "sdpa" and not checkpointing)
     torch.testing.assert_close(ours[0], plain[0], atol=exact, rtol=exact)
     torch.testing.assert_close(ours[1], plain[1], atol=exact, rtol=exact)
     for one, other in zip(ours[2], plain[2], strict=True):  # TRL's kernel adds up gradients in float32
         assert (one - other).norm() <= max(exact, 1e-6) * other.norm()
     chunked = trainer._get_per_token_logps_and_entropies(*arguments, batch_size=4)[0]
     torch.testing.assert_close(chunked, plain[0], atol=exact, rtol=exact)
+
+
+def test_a_pass_that_is_run_twice_keeps_its_mask():
+    """The second pass of checkpointing comes when the exchanged attention is gone."""
+    model = tiny_model(chat_tokenizer())
+    assert suits(model)
+    model.gradient_checkpointing_enable()
+    assert not suits(model)
+    model.gradient_checkpointing_disable()
+    assert suits(model)
+    model.model.layers[1] = checkpoint_wrapper(model.model.layers[1])
+    assert not suits(model)
 
 
 def test_training_scores_each_prompt_once(tmp_path, monkeypatch):
@@ -183,15 +201,13 @@ def test_models_that_cannot_be_packed_are_scored_trls_way(tmp_path):
 
 
 def test_a_model_that_packing_would_change_is_found_out(tmp_path, monkeypatch, caplog):
-    """A model that ignores the mask it is given scores packed rollouts as one long text."""
+    """A model that keeps to its own attention scores packed rollouts as one long text."""
     tokenizer = chat_tokenizer()
     trainer = trainer_of(tmp_path, tiny_model(tokenizer), tokenizer, logprob_check="off")
     forward = trainer.model.forward
 
     def deaf(*args, **kwargs):
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.dim() == 4:
-            kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"])
+        trainer.model.config._attn_implementation = "sdpa"
         return forward(*args, **kwargs)
 
     trainer.model.forward = deaf

@@ -79,6 +79,7 @@ ORDER = [
     "value",
     "losses",
     "diagnostics",
+    "packed_attention",
     "scoring",
     "correction",
     "checks",

@@ -6,8 +6,8 @@ has the positions it would have by itself. Log-probs and gradients are those of 
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,14 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from .config import ToolGRPOConfig
 from .diagnostics import check_tolerance, compute_dtype
+from .packed_attention import Piece, dense_mask, packed_attention, suits
 from .rollout.sampler import scoring_mode
 
 
 logger = logging.getLogger(__name__)
 
 PACKED_LENGTH = 4096
-"""Most tokens of a packed sequence, whose attention mask is dense; larger groups are split over several."""
+"""Most tokens of a packed sequence, which can need a dense attention mask; larger groups are split over several."""
 TRIAL_ROLLOUTS = 4
 """Rollouts that are scored both ways before packing is trusted."""
 
@@ -40,23 +41,25 @@ class PackedBatch:
             int64, shape (R, L).
         position_ids (`Tensor`, *optional*):
             Positions each token has in its own sequence, int64, shape (R, L); `None` leaves them to the model.
-        attends (`Tensor`):
-            Which tokens attend to which, bool, shape (R, 1, L, L); or, where each row is a sequence of its own, which
-            tokens are no padding, shape (R, L).
+        attention_mask (`Tensor`, *optional*):
+            Which tokens are no padding, shape (R, L), where each row is a sequence of its own.
         labels (`Tensor`):
             Token to be predicted at each position, -100 where none is, int64, shape (R, L).
         place (`Tensor`):
             Index into the flattened (R, L) of each completion token of the batch, int64, shape (B, T).
         scored (`Tensor`):
             Whether the batch has a token there, bool, shape (B, T).
+        pieces (`Sequence[tuple[int, Sequence[int]]]`, *optional*):
+            For each row: tokens of the prompt, and of each segment behind it that has any.
     """
 
     input_ids: Tensor
     position_ids: Tensor | None
-    attends: Tensor
+    attention_mask: Tensor | None
     labels: Tensor
     place: Tensor
     scored: Tensor
+    pieces: Sequence[Piece] | None = None
 
     def labelled(self) -> Tensor:
         """Flat indices of the positions that predict a token, shape (K,); one of no use where there is none."""
@@ -140,14 +143,12 @@ def _fill(
     shape, device = (len(sequences), length), input_ids.device
     ids, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     labels = torch.full(shape, -100)
-    attends = torch.eye(length, dtype=torch.bool).repeat(len(sequences), 1, 1)  # padding sees itself, not nothing
     place = torch.zeros(len(lengths), completion_length, dtype=torch.long)
     completions = input_ids[:, -completion_length:].cpu()
     for index, (prompt, rows) in enumerate(sequences):
         start = len(prompt) - 1
         ids[index, :start] = torch.tensor(prompt[:-1])
         positions[index, :start] = torch.arange(start)
-        attends[index, :start, :start] = torch.ones(start, start).tril().bool()
         for row in rows:
             count = lengths[row]
             segment = slice(start, start + count)
@@ -156,13 +157,12 @@ def _fill(
                 ids[index, start + 1 : start + count] = completions[row, : count - 1]
                 labels[index, segment] = completions[row, :count]
             positions[index, segment] = torch.arange(len(prompt) - 1, len(prompt) - 1 + count)
-            attends[index, segment, : len(prompt) - 1] = True
-            attends[index, segment, segment] = torch.ones(count, count).tril().bool()
             place[row, :count] = torch.arange(start, start + count) + index * length
             start += count
     scored = torch.arange(completion_length) < torch.tensor(lengths)[:, None]
-    made = (ids, positions, attends[:, None], labels, place, scored)
-    return PackedBatch(*(tensor.to(device) for tensor in made))
+    pieces = [(len(prompt) - 1, [lengths[row] for row in rows if lengths[row]]) for prompt, rows in sequences]
+    ids, positions, labels, place, scored = (tensor.to(device) for tensor in (ids, positions, labels, place, scored))
+    return PackedBatch(ids, positions, None, labels, place, scored, pieces)
 
 
 def lay_out(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> PackedBatch:
@@ -271,16 +271,22 @@ class SharedPromptScoring(GRPOTrainer):
 
     def _score_packed(self, model: Any, parts: list[PackedBatch], compute_entropy: bool) -> Any:
         logps, entropies, values, read = [], [], [], []
+        bare = self.accelerator.unwrap_model(model)
+        attention: AbstractContextManager[None]
         for part in parts:
-            mask = part.attends
-            eager = self.accelerator.unwrap_model(model).config.get_text_config()._attn_implementation == "eager"
-            if eager and mask.dim() == 4:
-                mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+            mask, attention = part.attention_mask, nullcontext()
+            if part.pieces is not None and not self.args.gradient_checkpointing and suits(bare):
+                attention = packed_attention(bare, part.pieces, part.input_ids.device)
+            elif part.pieces is not None:
+                mask = dense_mask(part.pieces, part.input_ids.shape[1]).to(part.input_ids.device)
+                if bare.config.get_text_config()._attn_implementation == "eager":
+                    hidden = torch.finfo(torch.float32).min
+                    mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, hidden)
             options: dict[str, Any] = {"with_values": True} if self._ask_values else {}
             if part.position_ids is not None:
                 options["position_ids"] = part.position_ids
             kept = part.labelled()
-            with self.accelerator.autocast(), only_at(self.accelerator.unwrap_model(model), kept):
+            with self.accelerator.autocast(), only_at(bare, kept), attention:
                 output = model(
                     input_ids=part.input_ids,
                     attention_mask=mask,

@@ -95,6 +95,19 @@ def conversations(tokenizer: Any, prompts: int, tokens: int) -> list[list[dict[s
     ]
 
 
+def device_options(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Options of either trainer for this machine: a CPU in float32, or an accelerator with vLLM in the process."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        return {"use_cpu": True, "bf16": False}
+    folder = tempfile.mkdtemp()  # vLLM loads the model by its name
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model.config._name_or_path = folder
+    return {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.4, "bf16": False}
+
+
 def ping() -> str:
     """Answers."""
     time.sleep(TOOL_SECONDS)

@@ -4,7 +4,8 @@
 
 Prints, for each case, tokens per second of both, and of a plain lockstep loop: the prompts prefilled once, then one
 forward pass for each token of all rows, without a tool call. Sides take turns; figures are medians. `--growth` adds
-how the time grows with the number of turns, and `--picture` writes both as an SVG.
+how the time grows with the number of turns, and `--picture` writes both as an SVG. Where there is an accelerator, both
+sides sample with vLLM (but for the ragged case, whose text is dictated to the samplers of a CPU).
 """
 
 import argparse
@@ -18,7 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import markov
-from markov import TURN_TOKENS, Worker, build_model, build_tokenizer, chain_text, conversations, ping, serve
+from markov import (
+    TURN_TOKENS,
+    Worker,
+    build_model,
+    build_tokenizer,
+    chain_text,
+    conversations,
+    device_options,
+    ping,
+    serve,
+)
 from picture import draw
 
 
@@ -112,9 +123,8 @@ def build_trainer(backend: str, arguments: argparse.Namespace) -> tuple[Any, lis
         "max_completion_length": arguments.turns * (256 if arguments.ragged else 128),
         "max_tool_calling_iterations": arguments.turns - (0 if arguments.ragged else 1),
         "report_to": "none",
-        "bf16": False,
-        "use_cpu": True,
         "gradient_checkpointing": False,
+        **device_options(model, tokenizer),
     }
     dataset = Dataset.from_list([{"prompt": prompt} for prompt in distinct])
     if backend == "trl":
@@ -125,6 +135,8 @@ def build_trainer(backend: str, arguments: argparse.Namespace) -> tuple[Any, lis
         kind, config = ToolGRPOTrainer, ToolGRPOConfig(**options)
     trainer: Any = kind(model, _reward, config, dataset, processing_class=tokenizer, tools=[ping])
     if arguments.ragged:
+        if "use_vllm" in options:
+            raise SystemExit("The ragged case is for CPUs.")
         script = script_of(len(rows), arguments.turns, tokenizer)
         follow(trainer, backend, script, tokenizer.pad_token_id)
     return trainer, rows

@@ -7,12 +7,17 @@ Groups of rollouts are divided over micro-batches, one group's worth in each. Si
 """
 
 import argparse
+import hashlib
+import json
 import statistics
 import tempfile
 import time
 from typing import Any
 
-from markov import Worker, build_model, build_tokenizer, conversations, ping, tell, told
+from markov import Worker, build_model, build_tokenizer, conversations, device_options, ping, tell, told
+
+
+TOLD = ("rollouts", "tokens", "text")
 
 
 def train(backend: str, arguments: argparse.Namespace) -> None:
@@ -39,13 +44,13 @@ def train(backend: str, arguments: argparse.Namespace) -> None:
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,
-        "bf16": False,
-        "use_cpu": True,
         "gradient_checkpointing": False,
     }
+    model = build_model(tokenizer)
+    options |= device_options(model, tokenizer)
     kind, config = (GRPOTrainer, GRPOConfig) if backend == "trl" else (ToolGRPOTrainer, ToolGRPOConfig)
     trainer: Any = kind(
-        build_model(tokenizer),
+        model,
         lambda completions, **kwargs: [float(index % 3) for index in range(len(completions))],
         config(**options),
         Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
@@ -60,6 +65,7 @@ def train(backend: str, arguments: argparse.Namespace) -> None:
         output = prepare(*args)
         spent["rollouts"] = time.perf_counter() - started
         spent["tokens"] = sum(map(len, output[1])) / len(output[1])
+        spent["text"] = hashlib.sha256(json.dumps(sorted(output[1])).encode()).hexdigest()
         return output
 
     trainer._generate = generate
@@ -73,7 +79,7 @@ def train(backend: str, arguments: argparse.Namespace) -> None:
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             whole = time.perf_counter() - spent["started"]
-            tell(step=whole, update=whole - spent["rollouts"], rollouts=spent["rollouts"], tokens=spent["tokens"])
+            tell(step=whole, update=whole - spent["rollouts"], **{name: spent[name] for name in TOLD})
 
     trainer.add_callback(Rounds())
     # The rollouts come with the first micro-batch, which TRL's loop asks for behind `on_step_begin`
@@ -107,6 +113,8 @@ def main() -> None:
             f"{found['step']:.2f} s, peak memory {found['peak']:.0f} MiB, completions of "
             f"{worker.found[-1]['tokens']:.0f} tokens"
         )
+    if len({found["text"] for worker in workers for found in worker.found}) > 1:
+        raise SystemExit("The two trainers wrote different tokens: the ratios would mean nothing.")
     if len(results) == 2:
         ours, theirs = results["trl_toolgrpo"], results["trl"]
         ratios = {name: theirs[name] / ours[name] for name in ("rollouts", "update", "step")}

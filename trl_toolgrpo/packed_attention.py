@@ -1,0 +1,119 @@
+"""Attention of rollouts packed behind the prompt they share, without the products that a mask would throw away.
+
+Owns the attention function, registered with transformers. A packed sequence is a prompt and segments behind it; a mask
+over all of it would have most of its entries false. Here the prompt attends to itself, and each segment to the prompt
+and itself, with the model's own attention (torch's) for every piece. Fed by `scoring.py`.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+ATTENTION_NAME = "toolgrpo_packed_prompt"
+Piece = tuple[int, Sequence[int]]
+"""Tokens of a sequence's prompt, and of each segment behind it."""
+_CURRENT: ContextVar[Sequence[tuple[int, Sequence[tuple[int, Tensor]]]]] = ContextVar("toolgrpo_packed_pieces")
+
+
+@contextmanager
+def packed_attention(model: Any, pieces: Sequence[Piece], device: torch.device) -> Iterator[None]:
+    """
+    While open, a model's forward pass takes each sequence of a packed batch for a prompt and segments behind it.
+
+    The backward pass may come later, but not recompute the forward pass: no gradient checkpointing.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The model, unwrapped, with torch's attention (`"sdpa"`).
+        pieces (`Sequence[tuple[int, Sequence[int]]]`):
+            For each sequence: tokens of the prompt, tokens of each segment.
+        device (`torch.device`):
+            Where the model is.
+    """
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    masks = [(start, [(count, _visible(start, count, device)) for count in counts]) for start, counts in pieces]
+    token = _CURRENT.set(masks)
+    config._attn_implementation = ATTENTION_NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        _CURRENT.reset(token)
+
+
+def dense_mask(pieces: Sequence[Piece], length: int) -> Tensor:
+    """
+    The same as a mask: which tokens attend to which.
+
+    Args:
+        pieces (`Sequence[tuple[int, Sequence[int]]]`):
+            For each sequence: tokens of the prompt, tokens of each segment.
+        length (`int`):
+            Tokens of a sequence, L; those beyond its pieces are padding.
+
+    Returns:
+        `Tensor`: bool, shape (R, 1, L, L).
+    """
+    mask = torch.eye(length, dtype=torch.bool).repeat(len(pieces), 1, 1)  # padding sees itself, not nothing
+    for seen, (start, counts) in zip(mask, pieces, strict=True):
+        seen[:start, :start] = _visible(0, start, mask.device)
+        at = start
+        for count in counts:
+            own = slice(at, at + count)
+            seen[own, :start] = True
+            seen[own, own] = _visible(0, count, mask.device)
+            at += count
+    return mask[:, None]
+
+
+def suits(model: Any) -> bool:
+    """Whether a model's attention can be exchanged, and its forward pass runs once."""
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for module in bare.modules():  # a second pass would come when this attention is gone
+        if getattr(module, "gradient_checkpointing", False) or isinstance(module, CheckpointWrapper):
+            return False
+    exchangeable = getattr(bare, "_supports_attention_backend", False)
+    return bool(exchangeable and bare.config.get_text_config()._attn_implementation == "sdpa")
+
+
+def _visible(start: int, count: int, device: torch.device) -> Tensor:
+    """What a segment sees of the prompt and itself, bool, shape (1, 1, count, start + count)."""
+    return torch.ones(count, start + count, dtype=torch.bool, device=device).tril(start)[None, None]
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention function in transformers' interface: (R, H, L, D) in, (R, L, H, D) out."""
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    options.pop("is_causal", None)
+    sequences = []
+    for row, (start, segments) in enumerate(_CURRENT.get()):
+        queries, keys, values = query[row : row + 1], key[row : row + 1], value[row : row + 1]
+        prompt_keys, prompt_values = keys[:, :, :start], values[:, :, :start]
+        found, at = [], start
+        if start:
+            ask = queries[:, :, :start]
+            found.append(attend(module, ask, prompt_keys, prompt_values, None, is_causal=True, **options)[0])
+        for count, visible in segments:
+            own = slice(at, at + count)
+            seen = (torch.cat([prompt_keys, keys[:, :, own]], 2), torch.cat([prompt_values, values[:, :, own]], 2))
+            found.append(attend(module, queries[:, :, own], *seen, visible, **options)[0])
+            at += count
+        rest = query.shape[2] - at  # padding, which nothing reads
+        found.append(values.new_zeros(1, rest, query.shape[1], value.shape[3]))
+        sequences.append(torch.cat(found, dim=1))
+    return torch.cat(sequences), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention)
+
+__all__ = ["ATTENTION_NAME", "Piece", "dense_mask", "packed_attention", "suits"]

@@ -21,6 +21,8 @@ SIZES = {"micro_batch": 8, "rollouts": 8, "num_generations": 8, "prompt_length":
 RUNS = {
     "full": {"method": "full", "gradient_checkpointing": False},
     "lora": {"method": "lora", "lora_rank": 16, "gradient_checkpointing": False},
+    "full, checkpointing": {"method": "full", "gradient_checkpointing": True},
+    "lora, checkpointing": {"method": "lora", "lora_rank": 16, "gradient_checkpointing": True},
 }
 
 

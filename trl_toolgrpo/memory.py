@@ -216,7 +216,7 @@ def estimate_memory(
 def _activations(
     shape: ModelShape, rows: int, prompt: int, completion: int, size: int, checkpointing: bool, adapters: bool
 ) -> float:
-    """Activations of a micro-batch that are kept for the backward pass, in bytes."""
+    """Activations of a micro-batch that are kept for the backward pass, and their gradients, in bytes."""
     tokens = rows * (prompt + completion)
     query, key = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     # Kept in a block: the stream and its normalized copies, queries, keys, values and the result of attention, the
@@ -226,6 +226,7 @@ def _activations(
         block *= 1.2
     layers = shape.num_hidden_layers
     kept = layers * tokens * shape.hidden_size * size + block if checkpointing else layers * block
+    kept += block  # the gradients of a block's activations, while the backward pass is there
     scored = min(rows * completion, _TILE[0]) * min(shape.vocab_size, _TILE[1]) * _FLOAT * 2
     return kept + scored
 

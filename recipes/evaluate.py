@@ -27,7 +27,7 @@ from qwen3_tools import resolve_model
 from scoreboard import Scoreboard
 from task import Task
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig
+from trl import ModelConfig, get_quantization_config
 from workspace import build_workspace
 
 from trl_toolgrpo import ToolGRPOConfig, ToolGRPOTrainer
@@ -76,7 +76,7 @@ def settings_of(given: argparse.Namespace) -> RunSettings:
     return replace(run, **changes, **({} if given.limit is None else {"held_out_size": given.limit}))
 
 
-def load_policy(name: str, dtype: str) -> tuple[Any, Any]:
+def load_policy(name: str, dtype: str, run: RunSettings | None = None) -> tuple[Any, Any]:
     """
     A model and its tokenizer.
 
@@ -85,6 +85,8 @@ def load_policy(name: str, dtype: str) -> tuple[Any, Any]:
             Folder or Hub id of a model or of an adapter, whose base model is loaded too.
         dtype (`str`):
             Of the weights.
+        run ([`RunSettings`], *optional*):
+            Says in how many bits the base model of an adapter was while the adapter was trained on it.
 
     Returns:
         `tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]`: model and tokenizer.
@@ -94,7 +96,10 @@ def load_policy(name: str, dtype: str) -> tuple[Any, Any]:
         base = PeftConfig.from_pretrained(name).base_model_name_or_path
     except ValueError:  # no adapter
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    names = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
+    settings = {name: getattr(run, name) for name in names} if run is not None else {}
+    quantization = get_quantization_config(ModelConfig(dtype=dtype, **settings))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=quantization)
     return PeftModel.from_pretrained(model, name), tokenizer
 
 
@@ -178,7 +183,8 @@ def main() -> None:
     output = given.output or Path(given.model if Path(given.model).is_dir() else "outputs") / "evaluation.json"
     training = ToolGRPOConfig(output_dir="outputs", use_cpu=True, bf16=False, seed=given.seed)
     name = resolve_model(ModelConfig(model_name_or_path=given.model), training, run.task)
-    policy, tokenizer = load_policy(name, given.dtype or ("bfloat16" if torch.cuda.is_available() else "float32"))
+    dtype = given.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    policy, tokenizer = load_policy(name, dtype, run)
     if given.task is None and run.task not in TASK_OF_RECIPE:
         raise ValueError(f"{given.model} was trained on {run.task!r}, which is not evaluated here. Pass --task.")
     tasks = given.task or [TASK_OF_RECIPE[run.task]]

@@ -29,6 +29,8 @@ class RunSettings:
             Its held-out questions.
         temperature, max_completion_length, max_tool_calling_iterations, chat_template_kwargs (*optional*):
             As in [`ToolGRPOConfig`].
+        load_in_4bit, load_in_8bit, bnb_4bit_quant_type, use_bnb_nested_quant (*optional*):
+            Quantization of the base model, as in TRL's [`~trl.ModelConfig`].
     """
 
     task: str = "workspace"
@@ -39,6 +41,10 @@ class RunSettings:
     max_completion_length: int = 512
     max_tool_calling_iterations: int | None = 8
     chat_template_kwargs: dict[str, Any] | None = field(default_factory=lambda: {"enable_thinking": False})
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: str = "nf4"
+    use_bnb_nested_quant: bool = False
 
     @classmethod
     def of(cls, *sources: Any) -> "RunSettings":

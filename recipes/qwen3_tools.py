@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from bfcl import build_bfcl
 from conversation import SampleConversation
 from evaluation import RunSettings
@@ -321,14 +322,16 @@ def checkpoint_to_resume(training: ToolGRPOConfig) -> str | None:
         return None
     if asked_for.lower() != "true":
         return asked_for
-    found = find_checkpoint(training.output_dir)
-    if training.process_index == 0:
+    found: Any = None
+    if training.process_index == 0:  # the others take what it found
+        found = find_checkpoint(training.output_dir)
         print(
             f"No checkpoint in {training.output_dir} yet: starting from the beginning."
             if found is None
             else f"Resuming from {found}.",
             flush=True,
         )
+    (found,) = broadcast_object_list([found])
     return None if found is None else str(found)
 
 
@@ -357,7 +360,7 @@ def main() -> None:
     checkpoint = checkpoint_to_resume(training)
     trainer, scoreboard = build_trainer(build_task(recipe, training), recipe, training, model)
     if training.process_index == 0:
-        RunSettings.of(recipe, training).save(training.output_dir)  # for `evaluate.py`
+        RunSettings.of(recipe, training, model).save(training.output_dir)  # for `evaluate.py`
     if checkpoint is not None and scoreboard.recall(Path(checkpoint)):
         training.eval_on_start = False  # that was done when the run began
     trainer.train(resume_from_checkpoint=checkpoint)

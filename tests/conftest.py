@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,6 +121,25 @@ def config(path, **changes) -> ToolGRPOConfig:
         "gradient_checkpointing": False,
     }
     return ToolGRPOConfig(**{**options, **changes})
+
+
+@contextmanager
+def full_disk(trainer, step):
+    """A disk that takes no file beyond 1 KiB while the checkpoint of a step is written; for real, by a limit."""
+    save = type(trainer)._write_checkpoint
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_a_full_disk(*args):
+        if trainer.state.global_step == step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**10, limits[1]))
+        try:
+            save(trainer, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    trainer._write_checkpoint = on_a_full_disk
+    yield
+    del trainer._write_checkpoint
 
 
 class ScriptedSampler:

@@ -7,16 +7,17 @@ import faulthandler
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from conftest import chat_tokenizer, config, prompts, tiny_model
+from conftest import chat_tokenizer, config, full_disk, prompts, tiny_model
 from torch.distributed.tensor import DTensor
 
 from trl_toolgrpo import ToolGRPOTrainer
-from trl_toolgrpo.checkpoint import fault_of
+from trl_toolgrpo.checkpoint import checkpoints, fault_of
 
 
 def add(a: int, b: int) -> int:
@@ -43,14 +44,14 @@ def shard_on_cpu():
     AcceleratorState.__init__ = sharded
 
 
-def start(path):
+def start(path, **changes):
     return ToolGRPOTrainer(
         tiny_model(tokenizer),
         lambda completion_ids, **kwargs: [float((7 * len(ids) + sum(ids)) % 11) for ids in completion_ids],
         config(
-            path, max_steps=4, save_strategy="steps", save_steps=2, per_device_train_batch_size=8 // processes,
-            learning_rate=1e-3, num_iterations=2, deterministic_rollouts=True, seed=5, max_completion_length=48,
-            advantage_estimator="gae",
+            path, **{"max_steps": 4, "save_steps": 2, **changes}, save_strategy="steps", learning_rate=1e-3,
+            per_device_train_batch_size=8 // processes, num_iterations=2, deterministic_rollouts=True, seed=5,
+            max_completion_length=48, advantage_estimator="gae",
         ),
         prompts(9),
         processing_class=tokenizer,
@@ -80,6 +81,10 @@ if processes > 1:
     resumed.train(resume_from_checkpoint=str(checkpoint))
     found["resumed"] = losses(resumed)
     pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+    unsaved = start(folder / "unsaved", max_steps=3, save_steps=1)
+    with full_disk(unsaved, 2) if unsaved.accelerator.is_main_process else nullcontext():
+        unsaved.train()
+    found["unsaved"] = [path.name for path in checkpoints(folder / "unsaved")]
     found["differ"] = max(float((one.full_tensor() - other.full_tensor()).abs().max()) for one, other in pairs)
 if whole.accelerator.is_main_process:
     print(json.dumps(found), flush=True)

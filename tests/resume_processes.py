@@ -3,15 +3,16 @@
 import faulthandler
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import chat_tokenizer, config, prompts, tiny_model
+from conftest import chat_tokenizer, config, full_disk, prompts, tiny_model
 from peft import LoraConfig
 
 from trl_toolgrpo import CheckpointError, ToolGRPOTrainer
-from trl_toolgrpo.checkpoint import fault_of
+from trl_toolgrpo.checkpoint import checkpoints, fault_of
 
 
 faulthandler.dump_traceback_later(100, exit=True)
@@ -55,6 +56,10 @@ try:
     start(folder / "other", num_generations=4).train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-4"))
 except CheckpointError as error:
     found["refused"] = "num_generations (value): 2 in the checkpoint, 4 here" in str(error)
+unsaved = start(folder / "unsaved", max_steps=3)
+with full_disk(unsaved, 2) if dist.get_rank() == 0 else nullcontext():
+    unsaved.train()
+found["unsaved"] = [path.name for path in checkpoints(folder / "unsaved")]
 output = [None, None]
 dist.all_gather_object(output, found)
 if dist.get_rank() == 0:

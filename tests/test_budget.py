@@ -5,8 +5,9 @@ import torch
 from conftest import chat_tokenizer, config, prompts, tiny_model
 
 from trl_toolgrpo import ConfigError, ToolGRPOTrainer
-from trl_toolgrpo.rollout import model_sampler
+from trl_toolgrpo.rollout import engine, model_sampler
 from trl_toolgrpo.rollout.budget import bytes_per_token, parts_that_fit
+from trl_toolgrpo.rollout.generate_sampler import GenerateSampler
 from trl_toolgrpo.rollout.shared_prefix import KeyValueStore
 
 
@@ -17,10 +18,10 @@ def gib(tokens):
     return (tokens * TOKEN + 1) / 2**30
 
 
-def parts(path, limit, lengths, own=15):
+def parts(path, limit, lengths, own=15, **options):
     rows = [[index] * size for index, size in enumerate(lengths) for _ in range(4)]
     args = config(path, max_completion_length=own, rollout_cache_gib=None if limit is None else gib(limit))
-    return parts_that_fit(args, tiny_model(chat_tokenizer()), rows)
+    return parts_that_fit(args, tiny_model(chat_tokenizer()), rows, **options)
 
 
 def test_what_a_token_costs(tmp_path):
@@ -36,6 +37,27 @@ def test_a_batch_is_divided_as_far_as_it_must_be(tmp_path):
     assert parts(tmp_path, 2 * 10 + 8 * 16 - 1, [10, 10]) == [(0, 4), (4, 8)]  # not seven and one
     assert parts(tmp_path, 10 + 16, [10, 10]) == [(row, row + 1) for row in range(8)]
     assert parts(tmp_path, 50 + 4 * 16, [10, 50]) == [(0, 4), (4, 8)]
+
+
+def test_prompts_that_are_not_shared_count_for_each_rollout(tmp_path):
+    assert parts(tmp_path, 8 * (10 + 16), [10, 10], shares=False) == [(0, 8)]
+    assert parts(tmp_path, 8 * (10 + 16) - 1, [10, 10], shares=False) == [(0, 4), (4, 8)]
+    assert parts(tmp_path, 10 + 16, [10, 10], shares=False) == [(row, row + 1) for row in range(8)]
+
+
+def test_the_plain_sampler_keeps_to_the_bound(tmp_path, monkeypatch):
+    tokenizer, opened = chat_tokenizer(), []
+
+    class Kept(GenerateSampler):
+        def open(self, prompts, max_length):
+            opened.append(len(prompts) * (max(map(len, prompts)) + max_length + 1))
+            return super().open(prompts, max_length)
+
+    monkeypatch.setattr(engine, "unsupported_reason", lambda *args: "a reason")
+    monkeypatch.setattr(engine, "make_sampler", lambda policy, supported, **options: Kept(policy, **options))
+    trainer = make(tmp_path, tokenizer, rollout_cache_gib=gib(250))
+    rollouts(trainer)
+    assert len(opened) > 1 and max(opened) <= 250
 
 
 def test_a_bound_too_small_for_one_rollout_is_an_error(tmp_path):

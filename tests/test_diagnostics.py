@@ -178,6 +178,20 @@ def test_equal_logprobs_pass_with_any_tolerance():
     check_logprobs(recomputed(), rollouts(), (1e-7, 1e-7), "transformers")
 
 
+def test_what_one_process_finds_is_raised_in_all():
+    told = []
+
+    def gather(mine):
+        told.extend(mine)
+        return [*mine, "found by the other"]
+
+    with pytest.raises(LogprobMismatchError, match="found by the other"):
+        check_logprobs(recomputed(), rollouts(), (1e-7, 1e-7), "transformers", gather)
+    with pytest.raises(LogprobMismatchError, match="Rollout 0, turn 0"):
+        check_logprobs(recomputed() - 1, rollouts(), (1e-7, 1e-7), "transformers", gather)
+    assert told[0] is None and "Rollout 0, turn 0" in told[1]
+
+
 def test_one_wrong_token_is_named_with_both_values():
     scored = recomputed()
     scored[0, 4] = -0.75

@@ -83,6 +83,7 @@ def test_a_sharded_run_trains_as_one_process_does_and_resumes(tmp_path):
     assert two["sharded"] > 20 and two["fault"] is None
     assert len(one["losses"]) == 4 and two["losses"] == pytest.approx(one["losses"], abs=1e-5, rel=0)
     assert two["resumed"] == two["losses"] and two["differ"] == 0.0
+    assert two["unsaved"] == ["checkpoint-3", "checkpoint-1"]  # the main process's disk was full at the second
 
 
 @pytest.mark.long
@@ -103,7 +104,8 @@ def test_two_processes_resume_to_the_bit(tmp_path):
     """Each takes up rollouts, figures and random numbers of its own."""
     output = launch("resume_processes.py", str(tmp_path))
     found = [json.loads(line) for line in output.splitlines() if line.startswith('{"differ')]
-    assert found == [{"differ": 0, "figures": True, "fault": None, "refused": True}] * 2
+    unsaved = ["checkpoint-3", "checkpoint-1"]  # the main process's disk was full at the second
+    assert found == [{"differ": 0, "figures": True, "fault": None, "refused": True, "unsaved": unsaved}] * 2
     names = {path.name for path in (tmp_path / "whole" / "checkpoint-3").iterdir()}
     assert {"progress_0.safetensors", "progress_1.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= names
 

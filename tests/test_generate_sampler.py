@@ -2,16 +2,21 @@
 
 import logging
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from conftest import chat_tokenizer, config, prompts, tiny_model
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from trl_toolgrpo import ToolGRPOTrainer
-from trl_toolgrpo.errors import SamplerError
+from trl_toolgrpo.errors import ConfigError, SamplerError
 from trl_toolgrpo.rollout.backends import make_sampler, unsupported_reason
+from trl_toolgrpo.rollout.engine import gathered_parameters
 from trl_toolgrpo.rollout.generate_sampler import GenerateSampler
 from trl_toolgrpo.rollout.model_sampler import ModelSampler
 
@@ -99,6 +104,64 @@ def test_recorded_logprobs_are_those_of_plain_forward_passes(name):
         expected = recompute(model, history, 0.7)
         gaps += [abs(expected[place] - value) for place, value in pairs]
     assert len(gaps) > 20 and max(gaps) < 2e-5
+
+
+def test_other_processes_are_not_waited_for(monkeypatch):
+    """Not even where transformers takes parameters for sharded, which are gathered by then."""
+    monkeypatch.setattr(transformers.generation.utils, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(transformers.generation.utils, "_get_torch_distributed_world_size", lambda: 2)
+    with GenerateSampler(build("Qwen3"), [1, 2], 0).open([[5, 6]], 8) as session:
+        session.extend(0, [], 3)
+        assert session.step()[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("plugins", "gathers", "refused"),
+    [
+        ({"deepspeed_plugin": SimpleNamespace(zero_stage=3)}, False, "`ds3_gather_for_generation=False` with"),
+        ({"deepspeed_plugin": SimpleNamespace(zero_stage=3)}, True, None),
+        ({"deepspeed_plugin": SimpleNamespace(zero_stage=2)}, False, None),
+        ({"fsdp_plugin": SimpleNamespace(fsdp_version=1)}, True, "FSDP in its version 1"),
+        ({"fsdp_plugin": SimpleNamespace(fsdp_version=2)}, True, None),
+        ({}, False, None),
+    ],
+)
+def test_sharding_that_gathers_for_each_token_is_refused(tmp_path, plugins, gathers, refused):
+    tokenizer = chat_tokenizer()
+    options = config(tmp_path, ds3_gather_for_generation=gathers)
+    reward = lambda completions, **kwargs: [0.0] * len(completions)  # noqa: E731
+    trainer = ToolGRPOTrainer(tiny_model(tokenizer), reward, options, prompts(), processing_class=tokenizer)
+    trainer.accelerator.state = SimpleNamespace(**plugins)
+    with pytest.raises(ConfigError, match=refused) if refused else nullcontext():
+        trainer._prepare_recording(trainer._executor, None)
+
+
+def test_fsdp_reshards_after_rollouts_as_before():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+
+        def build_sharded(asked_for):
+            model = build("Qwen3")
+            for layer, reshards in zip(model.model.layers, asked_for, strict=True):
+                fully_shard(layer, mesh=mesh, reshard_after_forward=reshards)
+            return fully_shard(model, mesh=mesh)
+
+        def settings(model):
+            states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+            return [state._fsdp_param_group.post_forward_mesh_info is not None for state in states]
+
+        for forward_first in (False, True):
+            model, untouched = (build_sharded([False, True]) for _ in range(2))
+            untouched(torch.tensor([TOKENS]))
+            if forward_first:
+                model(torch.tensor([TOKENS]))
+            with gathered_parameters(model):
+                model(torch.tensor([TOKENS]))
+                assert settings(model) == [False] * 3
+            assert settings(model) == settings(untouched) == [False, False, True]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_rows_end_on_their_own_budget_or_stop_token():

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from trl_toolgrpo import ToolGRPOTrainer
 from trl_toolgrpo.errors import SamplerError
+from trl_toolgrpo.rollout import model_sampler
 from trl_toolgrpo.rollout.model_sampler import ModelSampler, ModelSession
 from trl_toolgrpo.rollout.shared_prefix import ATTENTION_NAME
 
@@ -260,6 +261,31 @@ def unwrapped(model):
     """The model without the autocast accelerate puts around `forward`."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return lambda **inputs: type(base).forward(base, **inputs)
+
+
+def test_long_tool_results_are_read_in_passes_of_bounded_size():
+    """A row that reads much does not widen the pass of all others, and what is sampled stays the same."""
+
+    def sample(bound):
+        widths, read = [], ModelSession._read
+
+        def counted(self, rows, first):
+            widths.append((len(rows), max(len(self.rows[row].pending) for row in rows) - 1))
+            return read(self, rows, first)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model_sampler, "PREFILL_TOKENS", bound)
+            patch.setattr(ModelSession, "_read", counted)
+            torch.manual_seed(4)
+            return roll(ModelSampler(build("Qwen3"), STOPS, 0)), widths
+
+    (whole, logprobs), few = sample(8192)
+    (split, again), many = sample(12)
+    assert split == whole and len(many) > len(few)
+    assert max(rows * width for rows, width in few) > 12 and all(r * w <= 12 or r == 1 for r, w in many)
+    for one, other in zip(logprobs, again, strict=True):
+        assert [place for place, _ in one] == [place for place, _ in other]
+        assert [v for _, v in one] == pytest.approx([v for _, v in other], abs=1e-5)
 
 
 # What is put back

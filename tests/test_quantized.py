@@ -1,6 +1,7 @@
 """QLoRA on a CPU: the recipe's flags, rollouts of a 4-bit policy, and optimizers that keep their state in 8 bits."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from trl_toolgrpo.quantized import keep_trainable
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
+from evaluate import load_policy
+from evaluation import RunSettings
 from qwen3_tools import build_task, build_trainer, parse_arguments
 
 
@@ -32,6 +35,20 @@ def quantized(folder, path, *flags):
     recipe, training, model = parse_arguments(arguments, {})
     assert get_quantization_config(model).load_in_4bit and get_peft_config(model) is not None
     return build_trainer(build_task(recipe, training), recipe, training, model)[0]
+
+
+def test_an_adapter_is_evaluated_on_the_base_it_was_trained_on(folder, tmp_path):
+    arguments = ["--model_name_or_path", str(folder), "--load_in_4bit", "true", "--output_dir", str(tmp_path)]
+    recipe, training, model = parse_arguments(arguments, {})
+    RunSettings.of(recipe, training, model).save(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    get_peft_model(base, LoraConfig(r=2, target_modules=["gate_proj"])).save_pretrained(tmp_path)
+    chat_tokenizer().save_pretrained(tmp_path)
+    run = RunSettings.load(tmp_path)
+    for settings, in_four_bits in ((run, True), (replace(run, load_in_4bit=False), False), (None, False)):
+        policy, _ = load_policy(str(tmp_path), "float32", settings)
+        layer = policy.get_base_model().model.layers[0].mlp.gate_proj.base_layer
+        assert isinstance(layer, Linear4bit) == in_four_bits
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import yaml
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
+import qwen3_tools
 from qwen3_tools import checkpoint_to_resume, parse_arguments, read_switches
 from scoreboard import Rates, Scoreboard
 from tiny_model import TinyModel, build_tiny_model
@@ -111,6 +112,13 @@ def test_resuming_takes_the_newest_checkpoint_and_what_was_known_of_the_start(tm
     first.on_save(training, SimpleNamespace(is_world_process_zero=True, global_step=2), None)
     assert again.recall(tmp_path / "checkpoint-2") and again.evaluations == first.evaluations
     assert not Scoreboard(SimpleNamespace(judge=None)).recall(tmp_path / "checkpoint-10")
+
+
+def test_the_main_process_looks_for_the_checkpoint_to_resume(monkeypatch):
+    training = SimpleNamespace(resume_from_checkpoint="true", process_index=1, output_dir="nowhere")
+    monkeypatch.setattr(qwen3_tools, "find_checkpoint", lambda folder: 1 / 0)
+    monkeypatch.setattr(qwen3_tools, "broadcast_object_list", lambda found: ["checkpoint-7"])
+    assert checkpoint_to_resume(training) == "checkpoint-7"
 
 
 def test_the_tiny_model_is_built_alike_and_kept(tmp_path):

@@ -9,7 +9,9 @@ import resource
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +22,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_toolgrpo import CheckpointError, CheckpointSaveError, ToolGRPOTrainer, find_checkpoint
-from trl_toolgrpo.checkpoint import UNFINISHED, clear_away, fault_of, publish
+from trl_toolgrpo import CheckpointError, CheckpointSaveError, ToolGRPOTrainer, checkpoint, find_checkpoint
+from trl_toolgrpo.checkpoint import UNFINISHED, check_shared, check_whole, clear_away, fault_of, publish
 from trl_toolgrpo.hub import HubPush
 from trl_toolgrpo.identity import describe_adapter, describe_dataset, describe_model, differences
 
@@ -246,6 +248,64 @@ def test_publishing_replaces_what_is_there(tmp_path):
     assert (tmp_path / "checkpoint-3" / "part" / "file").read_text() == "new"
     assert fault_of(tmp_path / "checkpoint-3") is None and not (tmp_path / UNFINISHED).exists()
     assert json.loads((tmp_path / "checkpoint-3" / "manifest.json").read_text())["files"].keys() == {"part/file"}
+
+
+@pytest.mark.parametrize("then", ["find", "name", "save"])
+def test_a_kill_while_a_checkpoint_is_replaced_loses_none(tmp_path, monkeypatch, then):
+    target, replace = tmp_path / "checkpoint-3", os.replace
+
+    def written(text):
+        folder = tmp_path / UNFINISHED / target.name
+        folder.mkdir(parents=True)
+        (folder / "file").write_text(text)
+        return folder
+
+    def end(source, place):
+        if place == target:
+            raise Killed
+        replace(source, place)
+
+    publish(written("old"), target)
+    monkeypatch.setattr(os, "replace", end)
+    with pytest.raises(Killed):
+        publish(written("new"), target)
+    monkeypatch.undo()
+    assert not target.exists()
+    if then == "find":
+        assert find_checkpoint(tmp_path) == target
+    elif then == "name":
+        check_whole(target)
+    else:
+        start(tmp_path, max_steps=1).train()
+    assert (target / "file").read_text() == "old" and fault_of(target) is None
+
+
+def test_a_checkpoint_is_read_once(run_dir, monkeypatch):
+    read, checksum = [], zlib.crc32
+    monkeypatch.setattr(zlib, "crc32", lambda *args: read.append(args) or checksum(*args))
+    newest = find_checkpoint(run_dir)
+    count = len(read)
+    check_whole(newest)
+    assert count > 5 and len(read) == count
+    flip(newest / "model.safetensors")
+    assert "is not what was written" in fault_of(newest)
+
+
+def test_machines_with_output_folders_of_their_own_are_refused(tmp_path, monkeypatch):
+    start(tmp_path, max_steps=1).train()
+    check_shared(tmp_path, True)
+    assert not list(tmp_path.glob(".shared-*"))
+    elsewhere = tmp_path / "other machine"
+    monkeypatch.setattr(checkpoint, "_PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(checkpoint, "gather_object", lambda seen: [*seen, checkpoint._appears(elsewhere / "probe")])
+    with pytest.raises(CheckpointSaveError, match=r"run of 2 processes, 1 of which do not see.*all machines share"):
+        check_shared(tmp_path, True)
+    trainer = start(tmp_path, max_steps=1)
+    trainer.accelerator = SimpleNamespace(
+        num_processes=2, is_main_process=True, unwrap_model=trainer.accelerator.unwrap_model
+    )
+    with pytest.raises(CheckpointSaveError, match="run of 2 processes"):
+        trainer.train()
 
 
 def test_torn_checkpoints_are_cleared_away_first(run_dir):

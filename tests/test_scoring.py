@@ -94,6 +94,16 @@ def test_every_completion_token_has_its_place(rows):
             assert seen == ([*prompt, *completion])[: len(prompt) + step]
 
 
+def test_a_pass_that_fails_is_decided_on_with_the_other_processes(tmp_path, monkeypatch, caplog):
+    trainer = trainer_of(tmp_path, tiny_model(tokenizer := chat_tokenizer()), tokenizer)
+    gathered, gather = [], trainer.accelerator.gather
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda found: gathered.append(found) or gather(found))
+    monkeypatch.setattr(trainer, "_score_packed", lambda *args: (_ for _ in ()).throw(RuntimeError("no such mask")))
+    assert trainer._try_packing(trainer.model, [batch_of([[1, 2, 3]] * 4, [[7, 8], [9], [7], [8]])], True) is False
+    assert trainer._packs is False and gathered[0].shape == (1, 2) and gathered[0].min() > 1e30
+    assert "RuntimeError: no such mask" in caplog.text and "differ by" not in caplog.text
+
+
 def llama(tokenizer):
     torch.manual_seed(1)
     options = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -4,12 +4,14 @@ server and its client over real HTTP with a tiny model behind it, and what is sa
 import asyncio
 import json
 import logging
+import random
 import sys
 import threading
 import time
 import types
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import numpy as np
 import pytest
 import torch
 import trl.trainer.grpo_trainer as trl_grpo
@@ -22,7 +24,7 @@ import trl_toolgrpo.vllm_rollouts as vllm_rollouts
 from trl_toolgrpo import ConfigError, RolloutServerError, SamplerError, ToolGRPOTrainer, Trajectory, TrajectoryError
 from trl_toolgrpo.errors import EngineLostError
 from trl_toolgrpo.rollout import vllm_client, vllm_engine
-from trl_toolgrpo.rollout.policy_file import PolicyFile, adapter_problem, write_policy
+from trl_toolgrpo.rollout.policy_file import PolicyFile, adapter_problem, claim_folder, policy_folder, write_policy
 from trl_toolgrpo.rollout.vllm_client import ServedEngine, model_shape
 from trl_toolgrpo.rollout.vllm_engine import VLLMEngine, check_version, engine_options, supported_versions
 from trl_toolgrpo.rollout.vllm_sampler import TokenReply, TokenRequest, VLLMSampler
@@ -293,6 +295,10 @@ def test_an_adapter_is_swapped_under_a_new_id_and_the_old_one_removed(stand_in, 
     reply = asyncio.run(run())
     assert (reply.token_ids, reply.logprobs, reply.version) == ([4, 9], [-0.25, -1.5], 7)
     names = [name for name, _, _ in llm.calls]
+    seeds = [call[2]["args"] for call in llm.calls if call[1] == ("reseed",)]
+    assert len(seeds) == names.count("collective_rpc") == 2 and seeds[0] != seeds[1]
+    llm.calls = [call for call in llm.calls if call[1] != ("reseed",)]
+    names = [name for name, _, _ in llm.calls]
     assert names == ["add_lora", "remove_lora", "add_lora", "generate"], "nothing is merged, no other weights sent"
     assert llm.calls[0][1][0].args == ("run-0", 1, str(tmp_path))
     assert llm.calls[1][1] == (1,) and llm.calls[2][1][0].args == ("run-7", 2, str(tmp_path))
@@ -314,10 +320,62 @@ def test_all_weights_are_reloaded_and_the_cache_of_the_old_ones_dropped(stand_in
     llm = LLM()
     engine = VLLMEngine(llm)
     asyncio.run(engine.load(PolicyFile("run-1", 1, tmp_path, adapter=False)))
-    assert llm.calls == [
+    assert llm.calls[:2] == [
         ("collective_rpc", ("reload_policy",), {"args": (str(tmp_path),)}),
         ("reset_prefix_cache", (), {}),
     ]
+    assert [call[1] for call in llm.calls[2:]] == [("reseed",)]
+
+
+def test_an_engine_that_is_started_again_draws_with_other_noise(tmp_path):
+    """What it draws with depends on the process and the version of the policy alone."""
+
+    def seed(process, version):
+        llm = LLM()
+        asyncio.run(VLLMEngine(llm, seed=process).load(PolicyFile("key", version, tmp_path, adapter=False)))
+        return llm.calls[-1][2]["args"][0]
+
+    seeds = {seed(process, version) for process in range(4) for version in range(20)}
+    assert len(seeds) == 80 and all(0 <= value < 2**32 for value in seeds) and seed(1, 7) == seed(1, 7)
+    drawn = []
+    for value in (seed(0, 3), seed(0, 4), seed(0, 3)):
+        PolicyWorker().reseed(value)
+        drawn.append((float(torch.rand(())), float(np.random.rand()), random.random()))
+    assert drawn[0] == drawn[2] and all(one != other for one, other in zip(drawn[0], drawn[1], strict=True))
+
+
+@pytest.mark.parametrize(("mode", "main", "order"), [
+    ("server", True, ["wait", "load", "wait", "wait"]),
+    ("server", False, ["wait", "wait", "load", "wait"]),
+    ("colocate", False, ["wait", "load", "wait", "wait"]),
+])  # fmt: skip
+def test_a_server_is_sent_the_policy_by_one_process(tmp_path, mode, main, order):
+    did = []
+    accelerator = Struct(
+        is_main_process=main, is_local_main_process=False, wait_for_everyone=lambda: did.append("wait")
+    )
+    trainer = Struct(
+        args=Struct(vllm_mode=mode), accelerator=accelerator, state=Struct(global_step=3), _policies=tmp_path,
+        _engine=Struct(vllm=Struct(load=lambda file: did.append("load"))), _sent_at=2, _sent=1, _run_key="key",
+        _policy_file=None,
+    )  # fmt: skip
+    vllm_rollouts.VLLMRollouts._send_policy(trainer, None)
+    assert did == order and trainer._sent_at == 3
+
+
+def test_weights_of_processes_that_were_killed_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    living, remove = claim_folder("living")
+    (living / "weights").write_text("x")
+    left = policy_folder("killed")
+    left.mkdir()
+    (left / "weights").write_text("x")
+    left.with_name(f"{left.name}.lock").touch()  # what a killed process leaves: a lock that nobody holds
+    other, remove_other = claim_folder("other")
+    assert (living / "weights").is_file() and other.is_dir() and not left.exists()
+    remove()
+    remove_other()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_worker_packs_again_what_vllm_has_packed_once():

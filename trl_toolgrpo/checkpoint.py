@@ -8,16 +8,21 @@ import json
 import logging
 import os
 import shutil
+import time
 import traceback
+import uuid
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 
-from .errors import CheckpointError
+from .errors import CheckpointError, CheckpointSaveError
 
 
 logger = logging.getLogger(__name__)
@@ -30,6 +35,8 @@ PROGRESS = "progress_{}.safetensors"
 """What each process adds to a checkpoint."""
 
 _CHUNK = 2**22
+_REPLACED = "replaced-"
+_PROBE_SECONDS = 10  # a network file system may be slow to show what another machine wrote
 
 
 def publish(folder: Path, target: Path) -> None:
@@ -50,10 +57,19 @@ def publish(folder: Path, target: Path) -> None:
     for path in (*folder.rglob("*"), folder):
         _flush(path)
     if target.exists():
-        os.replace(target, folder.with_name(f"replaced-{target.name}"))
+        os.replace(target, folder.with_name(f"{_REPLACED}{target.name}"))  # a kill here: see `put_back`
     os.replace(folder, target)
     _flush(target.parent)
     shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+def put_back(output_dir: Path) -> None:
+    """Put a checkpoint back in its place that was to be replaced when the run was killed."""
+    for path in (output_dir / UNFINISHED).glob(f"{_REPLACED}{PREFIX}*"):
+        target = output_dir / path.name.removeprefix(_REPLACED)
+        if not target.exists():
+            with suppress(FileNotFoundError):  # another process was faster
+                os.replace(path, target)
 
 
 def fault_of(folder: Path, thorough: bool = True) -> str | None:
@@ -111,6 +127,7 @@ def find_checkpoint(output_dir: str | Path) -> Path | None:
     Returns:
         `Path` or `None`: the folder; `None` if there is no whole checkpoint.
     """
+    put_back(Path(output_dir))
     for path in sorted((Path(output_dir) / UNFINISHED).glob(f"*{PREFIX}*")):
         logger.warning("Skipped %s: the run ended while it was written.", path)
     for path in checkpoints(output_dir):
@@ -128,12 +145,50 @@ def check_whole(folder: str | Path) -> None:
     Raises:
         CheckpointError: if it is not whole.
     """
+    put_back(Path(folder).parent)
     fault = fault_of(Path(folder))
     if fault is not None:
         raise CheckpointError(
             f"You asked to resume from {folder}, which is no whole checkpoint: {fault}. Pass another one, or "
             f"`resume_from_checkpoint=True` for the newest that is whole."
         )
+
+
+def check_shared(output_dir: Path, writes: bool) -> None:
+    """
+    Check that every process sees what the main process writes; all have to call this.
+
+    Args:
+        output_dir (`Path`):
+            Output folder of the run.
+        writes (`bool`):
+            Whether this is the main process.
+
+    Raises:
+        CheckpointSaveError: if one does not, as on machines whose output folders are their own.
+    """
+    name = [f".shared-{uuid.uuid4().hex}"]
+    if writes:
+        (output_dir / name[0]).touch()
+    probe = output_dir / broadcast_object_list(name)[0]
+    seen = gather_object([_appears(probe)])
+    if writes:
+        probe.unlink(missing_ok=True)
+    if not all(seen):
+        raise CheckpointSaveError(
+            f"You passed `output_dir` ({output_dir}) to a run of {len(seen)} processes, {seen.count(False)} of which "
+            f"do not see what the first writes there. Each adds its own part to a checkpoint, so that none would be "
+            f"whole. Pass a folder that all machines share, or `save_strategy='no'`."
+        )
+
+
+def _appears(file: Path) -> bool:
+    deadline = time.monotonic() + _PROBE_SECONDS
+    while not file.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def clear_away(output_dir: Path, limit: int | None, kept: set[Path]) -> None:
@@ -169,16 +224,44 @@ def is_storage_failure(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(frames) and frames[-1].filename == torch.serialization.__file__
 
 
+_refused: list[str] | None = None  # what the disk refused in the attempt under way
+
+
 def attempt(work: Callable[[], None]) -> list[str]:
-    """Do something in every process; returns what the disk refused, over all of them."""
-    problems = []
+    """
+    Write something in every process; returns what the disk refused, over all of them.
+
+    A process whose disk refuses goes on all the same wherever the others wait for it: see [`tolerated`], which
+    `torch.save` is under as well, since accelerate and DeepSpeed call it between two collectives.
+    """
+    global _refused
+    _refused, save = [], torch.save
+
+    def tolerant_save(*args: Any, **kwargs: Any) -> None:
+        with tolerated():
+            save(*args, **kwargs)
+
+    torch.save = tolerant_save
     try:
-        work()
+        with tolerated():
+            work()
+        return gather_object(_refused)
+    finally:
+        torch.save, _refused = save, None
+
+
+@contextmanager
+def tolerated() -> Iterator[None]:
+    """
+    A part of an [`attempt`] that only writes, and waits for no other process: what the disk refuses is noted, and this
+    process goes on to where the others wait for it. Outside an attempt the error propagates.
+    """
+    try:
+        yield
     except Exception as error:
-        if not is_storage_failure(error):
+        if _refused is None or not is_storage_failure(error):
             raise
-        problems.append(f"{type(error).__name__}: {error}")
-    return gather_object(problems)
+        _refused.append(f"{type(error).__name__}: {error}")
 
 
 def _step(path: Path) -> int:
@@ -190,11 +273,17 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _measured(file: Path) -> dict[str, int]:
-    size = checksum = 0
+    about = file.stat()
+    return {"bytes": about.st_size, "crc32": _checksum(file, about.st_size, about.st_mtime_ns)}
+
+
+@lru_cache(maxsize=4096)  # a file that has not changed since is not read again
+def _checksum(file: Path, size: int, changed: int) -> int:
+    checksum = 0
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
-            size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
-    return {"bytes": size, "crc32": checksum}
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
 
 
 def _flush(path: Path) -> None:

@@ -25,6 +25,7 @@ from .advantages import (
     steps_of,
     whiten,
 )
+from .checkpoint import tolerated
 from .config import ToolGRPOConfig
 from .errors import ConfigError, ValueHeadError
 from .losses import value_loss
@@ -259,7 +260,8 @@ class Critic(GRPOTrainer):
         """TRL's save, and the head's own file beside it."""
         super().save_model(output_dir, _internal_call)
         if self._value_head is not None:
-            save_value_head(self._value_head, output_dir or str(self.args.output_dir), self.args.should_save)
+            with tolerated():
+                save_value_head(self._value_head, output_dir or str(self.args.output_dir), self.args.should_save)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self._value_head is not None and not hasattr(self.model, "peft_config"):

@@ -4,7 +4,7 @@ Owns every figure that is logged beside TRL's own. Pure functions and small accu
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -131,10 +131,15 @@ def check_tolerance(dtype: torch.dtype, given: float | None) -> tuple[float, flo
 
 
 def check_logprobs(
-    recomputed: Tensor, trajectories: Sequence[Trajectory], tolerance: tuple[float, float], source: str
+    recomputed: Tensor,
+    trajectories: Sequence[Trajectory],
+    tolerance: tuple[float, float],
+    source: str,
+    gather: Callable[[list[Any]], list[Any]] = list,
 ) -> None:
     """
-    Compare recorded log-probs with recomputed ones, token by token, through tool boundaries.
+    Compare recorded log-probs with recomputed ones, token by token, through tool boundaries. What one process finds is
+    raised in all, so that none waits for it.
 
     Args:
         recomputed (`Tensor`):
@@ -145,11 +150,22 @@ def check_logprobs(
             Largest and mean difference accepted, in nats.
         source (`str`):
             What sampled, for the message.
+        gather (`Callable`, *optional*):
+            Puts the lists of all processes together; by default there is one process.
 
     Raises:
         LogprobMismatchError: naming the rollout, the turn, the token and both values.
     """
-    recomputed = recomputed.float().cpu()
+    found = gather([_mismatch(recomputed.float().cpu(), trajectories, tolerance, source)])
+    problem = next((text for text in found if text is not None), None)
+    if problem is not None:
+        raise LogprobMismatchError(problem)
+
+
+def _mismatch(
+    recomputed: Tensor, trajectories: Sequence[Trajectory], tolerance: tuple[float, float], source: str
+) -> str | None:
+    """What is wrong with the log-probs of this process; `None` if nothing is."""
     worst, where, total, count = 0.0, (0, 0), 0.0, 0
     for row, trajectory in enumerate(trajectories):
         mask = torch.tensor(trajectory.trainable_mask, dtype=torch.bool)
@@ -161,10 +177,10 @@ def check_logprobs(
         if float(gap.max()) > worst:
             worst, where = float(gap.max()), (row, int(gap.argmax()))
     if count == 0 or (worst <= tolerance[0] and total / count <= tolerance[1]):
-        return
+        return None
     row, place = where
     trajectory = trajectories[row]
-    raise LogprobMismatchError(
+    return (
         f"The log-probs recorded by the {source} sampler are not those the trainer computes. Rollout {row}, turn "
         f"{locate(trajectory, place)}, completion token {place} (id {trajectory.completion_ids[place]}): recorded "
         f"{trajectory.logprobs[place]:.6f}, recomputed {float(recomputed[row, place]):.6f}; mean difference "

@@ -22,7 +22,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 from transformers.utils.hub import hf_api
 
-from .checkpoint import attempt, find_checkpoint
+from .checkpoint import attempt, find_checkpoint, tolerated
 from .errors import CheckpointSaveError, HubPushError
 from .run_card import RunCard
 
@@ -287,7 +287,8 @@ class HubPush(RunCard):
         """TRL's, without the Hub token in the arguments that are pickled beside the model."""
         token, self.args.hub_token = self.args.hub_token, None
         try:
-            super()._save(output_dir, state_dict)
+            with tolerated():
+                super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
 

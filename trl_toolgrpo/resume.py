@@ -28,10 +28,12 @@ from .checkpoint import (
     PROGRESS,
     UNFINISHED,
     attempt,
+    check_shared,
     check_whole,
     clear_away,
     find_checkpoint,
     publish,
+    put_back,
 )
 from .config import ToolGRPOConfig
 from .diagnostics import RatioStatistics
@@ -77,12 +79,15 @@ class ExactResume(GRPOTrainer):
             CheckpointError: if there is no whole checkpoint, or it belongs to another model, adapter, data set or
                 batch, or to another number of processes in the middle of a rollout batch; the message says what
                 differs.
-            CheckpointSaveError: if the output folder cannot be written to, or does not take the last checkpoint.
+            CheckpointSaveError: if the output folder cannot be written to, is not shared by the machines that take
+                part, or does not take the last checkpoint.
         """
         self._run = describe_run(self.args, self.accelerator.unwrap_model(self.model), self.train_dataset)
         self._source = self._unlogged = None
         if self.args.save_strategy != "no" and self.args.should_save:
             _check_writable(Path(str(self.args.output_dir)))
+        if self.args.save_strategy != "no" and self.accelerator.num_processes > 1:
+            check_shared(Path(str(self.args.output_dir)), self.accelerator.is_main_process)
         if resume_from_checkpoint:
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
             self._check_same_run(Path(resume_from_checkpoint))
@@ -152,10 +157,12 @@ class ExactResume(GRPOTrainer):
         self._staging, self._push_later = run_dir / UNFINISHED, False
         staged = self._staging / target.name
         if self.args.should_save:
+            put_back(run_dir)
             shutil.rmtree(self._staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         try:
-            problems = attempt(lambda: self._write_checkpoint(model, trial, staged, target))
+            problems = attempt(lambda: staged.mkdir(parents=True, exist_ok=True))
+            problems = problems or attempt(lambda: self._write_checkpoint(model, trial, staged, target))
             problems = problems or attempt(lambda: publish(staged, target) if self.args.should_save else None)
         finally:
             self._staging = None
@@ -170,7 +177,6 @@ class ExactResume(GRPOTrainer):
 
     def _write_checkpoint(self, model: Any, trial: Any, staged: Path, target: Path) -> None:
         super()._save_checkpoint(model, trial)
-        staged.mkdir(parents=True, exist_ok=True)
         tensors, record = self._progress()
         file = staged / PROGRESS.format(self.accelerator.process_index)
         save_file(tensors, file, {"progress": json.dumps(record)})

@@ -322,14 +322,14 @@ class SharedPromptScoring(GRPOTrainer):
             return False
         checkpointing: Any = self.args.gradient_checkpointing_kwargs
         asked, self._ask_values = self._ask_values, False
+        failed = False
         with scoring_mode(model), disable_gradient_checkpointing(bare, checkpointing):
             plain, _, _ = super()._get_per_token_logps_and_entropies(model, *few)
             try:
                 gap = (self._score_packed(model, [packed], False)[0] - plain).abs()
             except (TypeError, ValueError, RuntimeError) as error:  # of a model that takes no such mask
                 logger.warning("Rollouts are scored one by one: %s: %s", type(error).__name__, error)
-                self._packs = False
-                return False
+                gap, failed = torch.full_like(plain, torch.inf), True  # the other processes wait for this one's
             finally:
                 self._ask_values = asked
         gap = gap.nan_to_num(nan=torch.inf)
@@ -337,7 +337,7 @@ class SharedPromptScoring(GRPOTrainer):
         widest, mean = self.accelerator.gather(found[None]).amax(dim=0).tolist()
         limits = check_tolerance(compute_dtype(self.args, model), None)
         self._packs = widest <= limits[0] and mean <= limits[1]
-        if not self._packs:
+        if not self._packs and not failed:
             logger.warning(
                 "Rollouts are scored one by one: log-probs of sequences packed behind a shared prompt differ by up to "
                 "%.2e (%.2e on average), which is more than rounding. Training is right, and slower than it could be.",

@@ -23,7 +23,7 @@ from typing import Any
 from aiohttp import web
 
 from .errors import EngineLostError, SamplerError
-from .rollout.policy_file import ADAPTER_CONFIG, PolicyFile
+from .rollout.policy_file import ADAPTER_CONFIG, PolicyFile, claim_folder
 from .rollout.vllm_client import HEADER_BYTES, PROTOCOL, model_shape
 from .rollout.vllm_engine import VLLMEngine, check_installed, engine_options
 from .rollout.vllm_sampler import TokenEngine, TokenRequest
@@ -45,7 +45,7 @@ class RolloutServer:
         self.about = {**about, "protocol": PROTOCOL, "boot": uuid.uuid4().hex, "max_length": engine.max_length}
         self.policy: PolicyFile | None = None
         self.lost = False  # the engine has ended
-        self._folder = Path(tempfile.mkdtemp(prefix="trl_toolgrpo-server-"))
+        self._folder, self._remove_folder = claim_folder(f"server-{self.about['boot']}")
         self._running = 0
         self._state = asyncio.Condition()
         self._loading = asyncio.Lock()
@@ -119,7 +119,7 @@ class RolloutServer:
 
     async def _close(self, app: web.Application) -> None:
         await self.engine.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._remove_folder()
 
 
 def serve(start: Callable[[], Awaitable[TokenEngine]], about: dict[str, Any], host: str, port: int) -> None:

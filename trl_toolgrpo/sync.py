@@ -20,6 +20,7 @@ from torch import nn
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
+from .checkpoint import tolerated
 from .checks import check_reference, reference_mode
 from .config import ToolGRPOConfig
 from .errors import ConfigError, ReferenceSyncError
@@ -161,8 +162,9 @@ class ReferenceSync(GRPOTrainer):
         state = self._reference.state()
         if self.args.should_save:
             record = {"mode": self._reference.mode, "syncs": self._syncs, "pending": self._sync_pending}
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_file(state, Path(output_dir) / FILE, {"reference": json.dumps(record)})
+            with tolerated():
+                Path(output_dir).mkdir(parents=True, exist_ok=True)
+                save_file(state, Path(output_dir) / FILE, {"reference": json.dumps(record)})
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self._saving_checkpoint and self._reference is None:

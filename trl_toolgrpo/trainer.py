@@ -42,7 +42,7 @@ from .replay import Replay
 from .resume import ExactResume
 from .rollout.budget import check_cache
 from .rollout.chat import ToolChat
-from .rollout.engine import RolloutBatch, RolloutEngine, unwrapped_policy
+from .rollout.engine import RolloutBatch, RolloutEngine, check_gathering, unwrapped_policy
 from .rollout.forcing import ForcePolicy
 from .rollout.loop import RolloutRequest
 from .rollout.parsing import add_missing_response_template
@@ -189,6 +189,7 @@ class ToolGRPOTrainer(
             return
         if self.use_transformers_continuous_batching:
             logger.warning("`use_transformers_continuous_batching` has no effect: the sampler batches by itself.")
+        check_gathering(self)
         check_cache(self.args, self.model)
         warn_of_dropout(self.model, self.args.disable_dropout)
         self._prepare_critic()
@@ -328,7 +329,7 @@ class ToolGRPOTrainer(
             width, size = output["completion_ids"].size(1), self.args.per_device_train_batch_size
             logps, _, _ = super()._get_per_token_logps_and_entropies(self.model, ids, mask, width, batch_size=size)
         tolerance = check_tolerance(compute_dtype(self.args, self.model), self.args.logprob_check_tolerance)
-        check_logprobs(logps, batch.trajectories, tolerance, self.args.rollout_backend)
+        check_logprobs(logps, batch.trajectories, tolerance, self.args.rollout_backend, gather_object)
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any

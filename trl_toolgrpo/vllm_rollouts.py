@@ -8,7 +8,6 @@ step. Fed by TRL's `vllm_*` options.
 import logging
 import os
 import shutil
-import tempfile
 import uuid
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
@@ -25,7 +24,7 @@ from .config import ToolGRPOConfig
 from .diagnostics import compute_dtype
 from .errors import ConfigError
 from .rollout.engine import RolloutEngine
-from .rollout.policy_file import PolicyFile, adapter_problem, write_policy
+from .rollout.policy_file import PolicyFile, adapter_problem, claim_folder, policy_folder, write_policy
 from .rollout.vllm_client import ServedEngine, model_shape
 from .rollout.vllm_engine import VLLMEngine, check_installed, engine_options
 from .rollout.vllm_sampler import TokenEngine, VLLMSampler
@@ -84,9 +83,9 @@ class VLLMRollouts(GRPOTrainer):
         weakref.finalize(self, sampler.close)
         # All processes of a machine read what one of them writes
         self._run_key = broadcast_object_list([uuid.uuid4().hex])[0]
-        self._policies = Path(tempfile.gettempdir()) / f"trl_toolgrpo-policy-{self._run_key}"
+        self._policies = policy_folder(self._run_key)
         if self.accelerator.is_local_main_process:
-            weakref.finalize(self, shutil.rmtree, self._policies, ignore_errors=True)
+            weakref.finalize(self, claim_folder(self._run_key)[1])
 
     def _served(self) -> Callable[[], Awaitable[TokenEngine]]:
         args = self.args
@@ -142,7 +141,12 @@ class VLLMRollouts(GRPOTrainer):
             folder.mkdir(parents=True)
             write_policy(policy, folder)
         self.accelerator.wait_for_everyone()
-        sampler.load(file)
+        sends = self.args.vllm_mode != "server" or self.accelerator.is_main_process
+        if sends:
+            sampler.load(file)
+        self.accelerator.wait_for_everyone()
+        if not sends:  # the server has it by now
+            sampler.load(file)
         self._policy_file, self._sent_at = file, version
         self.accelerator.wait_for_everyone()
         if before is not None and self.accelerator.is_local_main_process:

@@ -49,7 +49,7 @@ def check_cache(args: ToolGRPOConfig, model: Any) -> None:
 
 
 def parts_that_fit(
-    args: ToolGRPOConfig, model: Any, prompts: Sequence[Sequence[int]]
+    args: ToolGRPOConfig, model: Any, prompts: Sequence[Sequence[int]], shares: bool = True
 ) -> list[tuple[int, int]]:
     """
     Divide rollouts into parts of which each fits into `rollout_cache_gib`, whatever their length will be.
@@ -60,7 +60,9 @@ def parts_that_fit(
         model (`PreTrainedModel` or `PeftModel`):
             The policy.
         prompts (`Sequence[Sequence[int]]`):
-            Prompt of each rollout; rollouts of a part with equal prompts share its keys and values.
+            Prompt of each rollout.
+        shares (`bool`, *optional*, defaults to `True`):
+            Whether rollouts of a part with equal prompts share its keys and values, as with [`ModelSampler`].
 
     Returns:
         `list[tuple[int, int]]`: where each part begins and ends, of like size where that fits.
@@ -76,18 +78,19 @@ def parts_that_fit(
         raise _too_small(args, model, limit, longest + own, f"its prompt of {longest} tokens")
     parts, start = [], 0
     for row in range(1, len(prompts)):
-        if _cost(prompts[start : row + 1], own) > limit:
+        if _cost(prompts[start : row + 1], own, shares) > limit:
             parts.append((start, row))
             start = row
     parts.append((start, len(prompts)))
     size = -(-len(prompts) // len(parts))
     even = [(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
-    return even if all(_cost(prompts[first:stop], own) <= limit for first, stop in even) else parts
+    return even if all(_cost(prompts[first:stop], own, shares) <= limit for first, stop in even) else parts
 
 
-def _cost(prompts: Sequence[Sequence[int]], own: int) -> int:
-    """Tokens that are stored at most: distinct prompts, padded to the longest, and each rollout's own."""
-    return len({tuple(prompt) for prompt in prompts}) * max(map(len, prompts)) + len(prompts) * own
+def _cost(prompts: Sequence[Sequence[int]], own: int, shares: bool) -> int:
+    """Tokens that are stored at most: prompts, shared or not, padded to the longest, and each rollout's own."""
+    stored = len({tuple(prompt) for prompt in prompts}) if shares else len(prompts)
+    return stored * max(map(len, prompts)) + len(prompts) * own
 
 
 def _too_small(args: ToolGRPOConfig, model: Any, limit: int, needed: int, prompt: str) -> ConfigError:

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from trl.models import unwrap_model_for_generation
 
 from ..config import ToolGRPOConfig
-from ..errors import TrajectoryError
+from ..errors import ConfigError, TrajectoryError
 from ..tools.execute import ToolExecutor
 from ..trajectory import Trajectory
 from .backends import make_sampler, unsupported_reason
@@ -51,6 +51,28 @@ def unwrapped_policy(trainer: Any) -> Iterator[Any]:
         yield policy
 
 
+def check_gathering(trainer: Any) -> None:
+    """
+    Check that the parameters of a TRL trainer are gathered once for a whole rollout batch.
+
+    Raises:
+        ConfigError: if they are not, so that each token a process samples would wait for all other processes.
+    """
+    state, why = trainer.accelerator.state, "Rollouts of different length would then wait for each other for ever."
+    plugin = getattr(state, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 3 and not trainer.args.ds3_gather_for_generation:
+        raise ConfigError(
+            f"You passed `ds3_gather_for_generation=False` with DeepSpeed ZeRO-3: weights are gathered anew for each "
+            f"token. {why} Leave it at True, use ZeRO-2, or set `record_sample_logprobs=False` for TRL's own path."
+        )
+    plugin = getattr(state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 1:
+        raise ConfigError(
+            f"You passed FSDP in its version 1, which gathers weights anew for each token. {why} Set `fsdp_version: "
+            f"2`, as in accelerate_configs/fsdp2.yaml, or `record_sample_logprobs=False` for TRL's own path."
+        )
+
+
 @contextmanager
 def gathered_parameters(model: torch.nn.Module) -> Iterator[None]:
     """
@@ -64,15 +86,26 @@ def gathered_parameters(model: torch.nn.Module) -> Iterator[None]:
             The policy.
     """
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    settings = [setting for module in sharded for setting in _reshard_settings(module, module is sharded[0])]
     for module in sharded:
         module.unshard()
         module.set_reshard_after_forward(False, recurse=False)
     try:
         yield
     finally:
-        for index, module in enumerate(sharded):
-            module.set_reshard_after_forward(index > 0, recurse=False)  # FSDP2 leaves the root gathered by itself
+        for group, reshards_to in settings:
+            group.post_forward_mesh_info = reshards_to
+        for module in sharded:
             module.reshard()
+
+
+def _reshard_settings(module: FSDPModule, is_root: bool) -> list[tuple[Any, Any]]:
+    """Parameter groups of a module, each with what it reshards to after a forward pass; `None`: it stays gathered."""
+    state: Any = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    # Where nothing else was asked for, FSDP2 leaves the root gathered, and sees to that in the first forward pass
+    stays = is_root and state._auto_reshard_after_forward
+    return [(group, None if stays else group.post_forward_mesh_info) for group in groups if group is not None]
 
 
 @dataclass
@@ -220,8 +253,10 @@ class RolloutEngine:
             self.limits.max_sequence_length = min(self.limits.max_sequence_length, self.vllm.max_length)
         batch = RolloutBatch([], RolloutStats())
         prompts = [request.prompt_ids for request in requests]
-        whole = [(0, len(requests))]  # vLLM has a cache of its own
-        for start, stop in whole if self.vllm is not None else parts_that_fit(self.args, policy, prompts):
+        parts = [(0, len(requests))]  # vLLM has a cache of its own
+        if self.vllm is None:
+            parts = parts_that_fit(self.args, policy, prompts, shares=self._is_supported(policy))
+        for start, stop in parts:
             drawn = None if noise is None else noise.behind(start)
             part = self._run_part(policy, requests[start:stop], autocast, force, drawn)
             batch.rollouts += part.rollouts

@@ -171,6 +171,7 @@ class GenerateSession:
             generation_config=self._generation_config(max(limits)),
             logits_processor=LogitsProcessorList([source]),
             stopping_criteria=StoppingCriteriaList([recorder]),
+            synced_gpus=False,  # parameters are gathered, and other processes have other numbers of turns
         )
         logprobs = torch.stack(recorder.logprobs, dim=1).tolist()
         results = []

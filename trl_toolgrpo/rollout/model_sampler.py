@@ -24,7 +24,7 @@ from .span import Span
 
 
 PREFILL_TOKENS = 8192
-"""Most tokens, padding included, of one prompt-prefill pass."""
+"""Most tokens, padding included, of one pass that reads prompts or tool results of several rows."""
 SAMPLED_AT_ONCE = 2**21
 """Most logits that are held in float32 at a time: few enough to stay in a processor's cache."""
 JOIN_AFTER = 4
@@ -225,9 +225,17 @@ class ModelSession:
         for row in joining:
             self._swap(self.rows[row].slot, self.running)
             self.running += 1
-        longest = max(len(self.rows[row].pending) for row in joining)
-        if longest > 1:
-            self._read(joining, first)
+        start = 0
+        while start < len(joining):
+            stop, longest = start + 1, len(self.rows[joining[start]].pending)
+            while stop < len(joining):
+                wider = max(longest, len(self.rows[joining[stop]].pending))
+                if (stop + 1 - start) * (wider - 1) > PREFILL_TOKENS:
+                    break
+                stop, longest = stop + 1, wider
+            if longest > 1:
+                self._read(joining[start:stop], first + start)
+            start = stop
 
     def _read(self, rows: list[int], first: int) -> None:
         """Read all but the last pending token of rows that sit in slots `first, first + 1, ...`."""

@@ -1,10 +1,14 @@
 """The policy on disk, as an engine outside the training process loads it: the adapter alone, or all the weights.
 
-Owns how it is written and what of an adapter such an engine can take. Fed by the trainer with the unwrapped policy.
+Owns how it is written, where to, and what of an adapter such an engine can take. Fed by the trainer with the unwrapped
+policy.
 """
 
 import json
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from torch import Tensor, nn
 
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG, WEIGHTS = "adapter_model.safetensors", "adapter_config.json", "model.safetensors"
+_CLAIMED = "trl_toolgrpo-policy-"
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,44 @@ def write_policy(policy: Any, folder: Path) -> None:
         policy.peft_config[adapter].save_pretrained(str(folder))
     else:
         policy.save_pretrained(folder, state_dict=state, max_shard_size="100TB")
+
+
+def claim_folder(name: str) -> tuple[Path, Callable[[], None]]:
+    """
+    A folder for policies among the temporary files. Those of processes that were killed are removed: each holds a lock
+    for as long as it lives.
+
+    Args:
+        name (`str`):
+            What tells it from all others.
+
+    Returns:
+        `tuple[Path, Callable]`: the folder, and what removes it.
+    """
+    import fcntl
+
+    for lock in Path(tempfile.gettempdir()).glob(f"{_CLAIMED}*.lock"):
+        with suppress(OSError), lock.open() as held:  # of a process that lives, or of another user
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            lock.unlink()
+    folder = policy_folder(name)
+    lock = folder.with_name(f"{folder.name}.lock")
+    held = lock.open("w")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    folder.mkdir(mode=0o700)
+
+    def remove() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.unlink(missing_ok=True)
+        held.close()
+
+    return folder, remove
+
+
+def policy_folder(name: str) -> Path:
+    """Where a folder of [`claim_folder`] is, for other processes of the machine."""
+    return Path(tempfile.gettempdir()) / f"{_CLAIMED}{name}"
 
 
 def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

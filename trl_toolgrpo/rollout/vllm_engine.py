@@ -22,6 +22,7 @@ from .vllm_worker import PolicyWorker
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks vLLM can make room for."""
+_MIX = 0x9E3779B1  # odd, so that versions have seeds of their own, far from those of other processes
 
 
 def supported_versions() -> SpecifierSet:
@@ -113,12 +114,14 @@ class VLLMEngine:
             The engine.
         sleeps (`bool`, *optional*, defaults to `False`):
             Whether its memory is given back between rollout batches.
+        seed (`int`, *optional*, defaults to `0`):
+            Of the noise it draws with, together with the version of the policy it has.
     """
 
-    def __init__(self, llm: Any, sleeps: bool = False):
+    def __init__(self, llm: Any, sleeps: bool = False, seed: int = 0):
         self.llm = llm
         self.max_length = int(llm.model_config.max_model_len)
-        self._sleeps = sleeps
+        self._sleeps, self._seed = sleeps, seed
         self._asleep = False
         self._policy: PolicyFile | None = None
         self._adapters = itertools.count(1)
@@ -150,7 +153,7 @@ class VLLMEngine:
                 f"log above; less memory is asked for by a lower `vllm_gpu_memory_utilization` (on a CPU: the "
                 f"environment variable VLLM_CPU_KVCACHE_SPACE) or `vllm_max_model_length`."
             ) from error
-        return cls(llm, sleeps=bool(options.get("enable_sleep_mode")))
+        return cls(llm, bool(options.get("enable_sleep_mode")), options.get("seed") or 0)
 
     async def load(self, policy: PolicyFile) -> None:
         """See [`TokenEngine.load`]: an adapter replaces the one before under a new name and id; nothing is merged."""
@@ -160,6 +163,9 @@ class VLLMEngine:
             else:
                 await self.llm.collective_rpc("reload_policy", args=(str(policy.folder),))
                 await self.llm.reset_prefix_cache()  # of the weights before
+            # An engine that is started for a run that goes on must not draw what it drew when the run began
+            mixed = (self._seed + _MIX * policy.version) % 2**32
+            await self.llm.collective_rpc("reseed", args=(mixed,))
         except Exception as error:
             what = "adapter" if policy.adapter else "weights"
             raise SamplerError(f"vLLM did not take the {what} of version {policy.version}: {_words(error)}") from error

@@ -1,9 +1,13 @@
-"""What a worker of vLLM does beside its own work: take all weights of a policy.
+"""What a worker of vLLM does beside its own work: take all weights of a policy, and draw with noise of its own.
 
 Owns an extension of vLLM's worker class, which vLLM loads by name inside its own process. Fed by `vllm_engine.py`.
 """
 
+import random
 from typing import Any
+
+import numpy as np
+import torch
 
 
 class PolicyWorker:
@@ -11,6 +15,12 @@ class PolicyWorker:
 
     reload_weights: Any
     model_runner: Any
+
+    def reseed(self, seed: int) -> None:
+        """Begin the noise that tokens are drawn with anew; the seed is a number of 32 bits."""
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
 
     def reload_policy(self, folder: str) -> None:
         """

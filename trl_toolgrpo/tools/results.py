@@ -4,6 +4,7 @@ Owns the text of a result and of every failure of the runtime; fed by what tools
 """
 
 import json
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -124,6 +125,33 @@ def encodable(value: Any) -> Any:
         # A surrogate pair is one character; a lone surrogate is none.
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return value
+
+
+def plain_reward(reward: Any, giver: str) -> float | None:
+    """
+    A reward as a number.
+
+    Args:
+        reward (`Any`):
+            A number, also one of numpy or torch; or `None`.
+        giver (`str`):
+            Who gave it, for the message.
+
+    Raises:
+        ValueError: if it is anything else, or not finite.
+    """
+    if reward is None:
+        return None
+    try:
+        number = math.nan if isinstance(reward, (str, bytes)) else float(reward)
+    except Exception:  # whatever the object raises
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(
+            f"{giver} gave the reward {_safe_str(reward)[:200]!r}, which is no finite number. Give a float, or None "
+            f"for no reward."
+        )
+    return number
 
 
 def plain_content(content: Any) -> Any:

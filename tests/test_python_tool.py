@@ -295,6 +295,7 @@ def tool():
         ("print('so far')\nwhile True: pass", "timeout", "so far\n[stopped after 0.3 seconds]"),
         ("import sys; print('x'); sys.exit(4)", "error", "x\n[exit code 4]"),
         ("import os; os.kill(os.getpid(), 11)", "error", "[ended by SIGSEGV]"),
+        ("import os; os.kill(os.getpid(), 40)", "error", "[ended by signal 40]"),
         ("print('x' * 3000)", None, "x" * 2000 + "\n[1001 more bytes of output were dropped]"),
     ],
 )

@@ -101,5 +101,10 @@ def _failure(report: Report, limits: Limits) -> tuple[str | None, str]:
     if report.status == "lost":
         return "error", "[the sandbox ended before the code did]"
     if report.code < 0:
-        return "error", f"[ended by {signal.Signals(-report.code).name}]"
+        return "error", f"[ended by {_signal_name(-report.code)}]"
     return (None, "") if report.code == 0 else ("error", f"[exit code {report.code}]")
+
+
+def _signal_name(number: int) -> str:
+    """Real-time signals have numbers alone."""
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"

@@ -10,6 +10,7 @@ TOOLS = {
     "pid": {},
     "note": {"text": {"type": "string"}},
     "notes": {},
+    "cut": {},
     "reset": {},
     "crash": {},
     "hang": {},
@@ -55,7 +56,7 @@ def call(name, arguments):
     if name == "forget":
         TOOLS.pop("pid", None)
         send({"method": "notifications/tools/list_changed"})
-    return {"pid": str(os.getpid()), "notes": " ".join(notes) or "none"}.get(name, "done")
+    return {"pid": str(os.getpid()), "notes": " ".join(notes) or "none", "cut": "half \ud83d"}.get(name, "done")
 
 
 for line in sys.stdin:

@@ -61,6 +61,20 @@ def fail(how: str):
     raise {"SystemExit": SystemExit(2), "MemoryError": MemoryError(), "KeyboardInterrupt": KeyboardInterrupt()}[how]
 
 
+def overpay():
+    """Gives a reward that is no number."""
+    from trl_toolgrpo import ToolResult
+
+    return ToolResult("a", reward="much")
+
+
+def busy_then_hang():
+    """Fails transiently, and hangs in the next attempt."""
+    global COUNT
+    COUNT += 1
+    return fail("transient") if COUNT == 1 else hang()
+
+
 def hang(path: str = os.devnull):
     """Ignores every request to end, and has a child and a daemon that do as well; writes down who they are."""
     code = "import signal, time\nfor s in (1, 2, 15): signal.signal(s, signal.SIG_IGN)\ntime.sleep(600)"

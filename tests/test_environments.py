@@ -9,7 +9,7 @@ import pytest
 from conftest import ScriptedSampler, chat_tokenizer, config, prompts, tiny_model
 from datasets import Dataset
 
-from trl_toolgrpo import ConfigError, Tool, ToolCall, ToolGRPOTrainer
+from trl_toolgrpo import ConfigError, Tool, ToolCall, ToolGRPOTrainer, ToolTimeoutError
 from trl_toolgrpo.rollout import engine
 from trl_toolgrpo.tools import ToolExecutor, environment_tools
 from trl_toolgrpo.tools.environments import on_own_thread
@@ -121,11 +121,17 @@ def test_an_environment_that_hangs_earns_nothing_and_is_not_handed_out_again(tmp
     script = [[call, "done<|im_end|>"], ["no<|im_end|>"]]
     sampler = ScriptedSampler(tokenizer, script, [tokenizer.eos_token_id])
     monkeypatch.setattr(engine, "make_sampler", lambda *args, **kwargs: sampler)
-    seen = []
+    seen, said = [], []
+
+    def balance(environment):
+        try:
+            return float(environment.connection.execute("SELECT amount FROM account").fetchone()[0])
+        except ToolTimeoutError as error:
+            said.append(str(error))
 
     def count(completions, environments, **kwargs):
         seen.append(list(environments))
-        return [0.0] * len(completions)
+        return [balance(environment) for environment in environments]
 
     trainer = ToolGRPOTrainer(
         tiny_model(tokenizer),
@@ -139,6 +145,8 @@ def test_an_environment_that_hangs_earns_nothing_and_is_not_handed_out_again(tmp
     log = trainer.state.log_history[0]
     assert log["tools/deposit/timeouts"] == 2.0
     assert log["rewards/Stuck/mean"] == 0.0  # of the two that were not stuck; the others were not scored
+    assert log["rewards/count/mean"] == 0.0 and len(said) == 2
+    assert "on the environment Stuck did not return within its time limit" in said[0] and "Connection" in said[0]
     pool = trainer._environment_pool[None]
     assert len(seen[0]) == 4 and len(pool) == 2
     assert all(environment in (seen[0][1], seen[0][3]) for environment in pool)

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import math
 import os
 import signal
 import sqlite3
@@ -14,7 +15,9 @@ import time
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from trl_toolgrpo.errors import ConfigError, ToolRuntimeError, ToolSchemaError, ToolTimeoutError, TransientToolError
 from trl_toolgrpo.tools import Tool, ToolCall, ToolExecutor, ToolResult, environment_tools, index_tools, result_text
@@ -542,6 +545,19 @@ def test_result_of_a_tool_is_passed_on(executor):
     result = run(executor, lambda: given)
     assert (result.content, result.reward, result.is_error) == ({"a": 1}, 0.5, False)
     assert result.seconds > 0 and given.seconds == 0.0
+
+
+@pytest.mark.parametrize("given", [0.5, np.float32(0.5), torch.tensor([0.5])])
+def test_a_reward_is_a_number(executor, given):
+    reward = run(executor, lambda: ToolResult("a", reward=given)).reward
+    assert reward == 0.5 and type(reward) is float
+
+
+@pytest.mark.parametrize("given", ["0.5", b"1", math.nan, math.inf, 10**400, [], object()])
+def test_a_reward_that_is_no_number_is_an_error_of_the_tool(executor, given):
+    result = run(executor, lambda: ToolResult("a", reward=given))
+    assert (result.reward, result.is_error, result.error_type) == (None, True, "error")
+    assert result.content["error"].startswith("The tool gave the reward ")
 
 
 def test_shutdown_answers_what_waits_and_refuses_more(make):

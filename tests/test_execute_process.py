@@ -154,6 +154,29 @@ def test_a_process_that_died_between_calls_is_replaced(executor):
     assert not second.is_error and second.content == [second.content[0], 1] != [first, 1]
 
 
+def test_a_reward_that_is_no_number_is_an_error_of_the_tool(executor):
+    result = call(executor, process_tools.overpay)
+    assert result.is_error and result.content["error"].startswith("The tool gave the reward 'much'")
+
+
+def test_a_process_that_starts_for_a_second_attempt_past_the_limit_ends():
+    executor = ToolExecutor(timeout=0.3, retries=1)
+    taken, take = [], executor._processes._take
+
+    def slow(tool):
+        if taken:
+            wait_until(lambda: result.done())
+        taken.append(take(tool))
+        return taken[-1]
+
+    executor._processes._take = slow
+    result = submit(executor, tool_of(process_tools.busy_then_hang))
+    assert result.result(timeout=30).error_type == "timeout"
+    wait_until(lambda: len(taken) == 2 and not taken[1].alive)
+    wait_until(lambda: executor.stuck == 0)
+    executor.shutdown()
+
+
 def test_transient_failures_are_tried_again():
     executor = ToolExecutor(retries=2)
     result = call(executor, process_tools.fail, how="transient")

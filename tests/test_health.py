@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from trl_toolgrpo import ConfigError, HealthError, ToolGRPOTrainer
 from trl_toolgrpo.health import RECOVERED, HealthMonitor, Rule, RunFacts, still_open
-from trl_toolgrpo.health_rollouts import ROLLOUT_RULES, correlation_within_groups
+from trl_toolgrpo.health_rollouts import ROLLOUT_RULES, _figures, correlation_within_groups
 from trl_toolgrpo.health_updates import UPDATE_RULES
 from trl_toolgrpo.rollout import model_sampler
 from trl_toolgrpo.run_files import read_lines
@@ -467,3 +467,8 @@ def test_lines_are_json(monkeypatch, tmp_path):
     trainer.train()
     for line in (tmp_path / "health.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_a_tool_may_be_called_mcp():
+    entry = {"tools/mcp/calls": 3.0, "tools/mcp/db/restarts": 1.0, "tools/add/calls": 2.0}
+    assert _figures(entry, "calls") == {"mcp": 3.0, "add": 2.0}

@@ -1,17 +1,20 @@
 """The rollout loop with scripted turns and real tools: why rollouts end, what is answered, what is recorded."""
 
 import json
+import math
 import threading
 import time
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
+import torch
 from conftest import ScriptedSampler, chat_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl.chat_template_utils import add_response_schema, get_training_chat_template
 
-from trl_toolgrpo import Tool, ToolResult
+from trl_toolgrpo import Tool, ToolResult, ToolRuntimeError
 from trl_toolgrpo.rollout.chat import TRUNCATION_MARKER, ToolChat
 from trl_toolgrpo.rollout.loop import RolloutLimits, RolloutLoop, RolloutRequest
 from trl_toolgrpo.rollout.sampler import SampledTokens
@@ -163,6 +166,33 @@ def test_what_tools_leave_in_turn_reward_is_the_reward_of_the_turn(executor):
         (rollout,) = RolloutLoop(session, [request], RolloutLimits(2000, 8, 200, 1), chat, executor).run()
     assert [turn.reward for turn in rollout.trajectory.turns] == [3.0, None, None]
     assert counter.turn_reward is None
+
+
+@pytest.mark.parametrize("given", [0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5, dtype=torch.bfloat16)])
+def test_numbers_of_other_libraries_are_rewards(executor, given):
+    (reward,) = reward_left(executor, given)
+    assert reward == 0.5 and type(reward) is float
+
+
+@pytest.mark.parametrize("given", ["0.5", math.nan, -math.inf, [1.0, 2.0], object()])
+def test_a_turn_reward_that_is_no_number_is_named(executor, given):
+    with pytest.raises(ToolRuntimeError, match=r"`turn_reward` of the environment Giver gave the reward .*finite"):
+        reward_left(executor, given)
+
+
+def reward_left(executor, given):
+    class Giver:
+        turn_reward = None
+
+        def give(self):
+            self.turn_reward = given
+
+    giver = Giver()
+    sampler = ScriptedSampler(tokenizer, [[call("give") + END, END]], [tokenizer.eos_token_id])
+    request = RolloutRequest(encode(PROMPT), {"give": tool("give", giver.give)}, giver, frozenset(["give"]))
+    with sampler.open([request.prompt_ids], 2000) as session:
+        (rollout,) = RolloutLoop(session, [request], RolloutLimits(2000, 8, 200, 1), chat, executor).run()
+    return [turn.reward for turn in rollout.trajectory.turns[:1]]
 
 
 def test_nothing_but_a_stop_token_is_an_empty_answer(executor):

@@ -300,6 +300,30 @@ def test_lines_that_are_no_messages_are_passed_over(run, caplog):
     assert run.mcp.restarts() == {"plain": 0}
 
 
+def test_half_an_emoji_is_replaced_in_both_directions(run, caplog):
+    """`json.dumps` writes it as an escape, which parsers of JSON refuse or take as they like."""
+    run = run(plain())
+    assert run.call("cut").content == "half \ufffd"
+    assert run.call("note", text="other half \ude00").content == "done"
+    assert run.call("notes").content == "other half \ufffd"
+    assert run.mcp.restarts() == {"plain": 0} and "no messages" not in caplog.text
+
+
+def test_a_message_that_cannot_be_written_ends_the_connection_and_not_the_calls(run, monkeypatch, caplog):
+    run = run(plain())
+    line_of = mcp_stdio._line_of
+
+    def refuse(message):
+        if "refuse me" in str(message):
+            raise RuntimeError("no such line")
+        return line_of(message)
+
+    monkeypatch.setattr(mcp_stdio, "_line_of", refuse)
+    assert "ended before it answered" in run.call("note", text="refuse me").content["error"]
+    assert run.call("notes").content == "none" and run.mcp.restarts() == {"plain": 1}
+    assert "could not be written: no such line" in caplog.text
+
+
 def test_a_tool_that_vanishes_is_an_error_of_its_calls(run, caplog):
     run = run(plain())
     assert run.call("forget").content == "done"
@@ -410,6 +434,36 @@ def test_servers_of_rollouts_are_made_ready_side_by_side_and_reused(run, monkeyp
         assert len({call("pid").content for call, _ in rollouts}) == 4
         run.mcp.take_back([session for _, session in rollouts])
     assert len(started) == 4
+
+
+@pytest.mark.parametrize("options", [{}, {"reset_tool": "reset"}])
+def test_servers_beyond_those_prepared_for_end_when_they_are_given_back(run, options):
+    run = run(plain(per_rollout=True, **options))
+    pool = run.mcp._pools["plain"]
+    for count in (5, 2, 3):
+        run.mcp.prepare(count)
+        rollouts = [run.rollout() for _ in range(count)]
+        pids = {call("pid").content for call, _ in rollouts}
+        assert len(pids) == count
+        run.mcp.take_back([session for _, session in rollouts])
+        wait_until(lambda: pool._lent == 0 and len(pool._instances) == len(pool._ready) == count)  # noqa: B023
+        wait_until(lambda: all(task.done() for task in pool._ready))
+
+
+def test_a_server_that_cannot_even_be_tried_is_not_counted_as_lent(run, monkeypatch):
+    run = run(plain(per_rollout=True))
+    pool = run.mcp._pools["plain"]
+    (call, session), (other, late) = run.rollout(), run.rollout()
+    assert call("pid").content.isdigit()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(mcp_pool.tempfile, "mkdtemp", full)
+    assert "No space left" in other("pid").content["error"]
+    assert pool._lent == 1
+    run.mcp.take_back([session, late])
+    wait_until(lambda: pool._lent == 0)
 
 
 def test_a_tool_of_a_rollouts_server_needs_a_rollout(run):

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl.chat_template_utils import parse_response
 
+from trl_toolgrpo.rollout.parsing import _read_call
+
 
 def assert_reads(fam, ids, prefix, calls, content=""):
     turn = fam.chat.parse(ids, prefix, TOOLS, 3)
@@ -127,6 +129,27 @@ def test_two_malformed_calls_in_a_row_keep_their_places():
     turn = fam.chat.parse(fam.encode(text), fam.render([USER], True), TOOLS, 0)
     assert [call.error is None for call in turn.calls] == [False, False, True, False, True]
     assert [call.error[-3:] for call in turn.calls if call.error] == ["'a'", "'b'", "'c'"]
+
+
+def test_half_an_emoji_written_as_an_escape_is_replaced_wherever_it_stands():
+    fam = family("qwen3")
+    call = r'{"name": "a\ud800", "arguments": {"b\udc00": ["c\ud83d", {"d": "\ud83d\ude00\ud83d"}], "e": 1.5}}'
+    ids = fam.encode(f"<tool_call>\n{call}\n</tool_call><|im_end|>")
+    arguments = {"b\ufffd": ["c\ufffd", {"d": "\U0001f600\ufffd"}], "e": 1.5}
+    assert_reads(fam, ids, fam.render([USER], True), [("a\ufffd", arguments)])
+
+
+def test_arguments_nested_too_deep_to_be_copied_are_malformed():
+    call = _read_call({"name": "add", "arguments": {"a": nested(100_000)}}, "call_0_0")
+    assert (call.name, call.arguments, call.error) == ("add", {}, '"arguments" of `add` are nested too deep')
+    assert _read_call({"name": "add", "arguments": {"a": nested(50)}}, "call_0_0").error is None
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
 
 
 def test_call_without_type_or_arguments_is_a_call():

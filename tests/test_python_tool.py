@@ -51,7 +51,7 @@ CHOSEN = [
     *("fork_bomb-0", "daemon-1", "deaf-0", "orphans_that_write-1", "refuses_to_end-0", "allocation-2"),
     *("memory_of_many-0", "memory_of_no_process-0", "flood-2", "forged_report-0", "environment-1", "home-0"),
     *("home-6", "writing_outside-0", "writing_outside-2", "connection-0", "kill-0", "kill-4", "trace-0"),
-    *("become_root-0", "namespaces-1"),
+    *("become_root-0", "namespaces-1", "shared_memory_of_many-0"),
 ]
 ALSO = ["shell_bomb-1", "thread_bomb-0", "many_files-0", "home-2", "other_sockets-0", "stop-1", "crash-4"]
 ATTACKS = [pytest.param("bubblewrap", name, marks=EVERY[0].marks) for name in CHOSEN + ALSO]
@@ -295,6 +295,7 @@ def tool():
         ("print('so far')\nwhile True: pass", "timeout", "so far\n[stopped after 0.3 seconds]"),
         ("import sys; print('x'); sys.exit(4)", "error", "x\n[exit code 4]"),
         ("import os; os.kill(os.getpid(), 11)", "error", "[ended by SIGSEGV]"),
+        ("import os; os.kill(os.getpid(), 40)", "error", "[ended by signal 40]"),
         ("print('x' * 3000)", None, "x" * 2000 + "\n[1001 more bytes of output were dropped]"),
     ],
 )
@@ -302,12 +303,20 @@ def test_what_the_policy_reads(tool, code, error, text):
     assert read(tool, code) == (error is not None, error, text)
 
 
-def test_memory_of_all_processes_counts_together():
-    if WORKING is None:
-        pytest.skip(str(MISSING))
-    tool = python_tool(seconds=10, memory_mb=256, processes=16)  # time enough to be seen on a machine under load
-    code = "import os, time\n[os.fork() for _ in range(3)]\nx = bytearray(90 * 2**20)\ntime.sleep(9)"
+@pytest.mark.parametrize("mode", EVERY)
+@pytest.mark.parametrize("data", ["bytearray(90 * 2**20)", "mmap.mmap(-1, 90 * 2**20); x.write(bytes(90 * 2**20))"])
+def test_memory_of_all_processes_counts_together(mode, data):
+    # Time enough to be seen on a machine under load
+    tool = python_tool(sandbox=mode, seconds=10, memory_mb=256, processes=16)
+    code = f"import mmap, os, time\n[os.fork() for _ in range(3)]\nx = {data}\ntime.sleep(9)"
     assert read(tool, code) == (True, "error", "[stopped: more than 256 MiB of memory]")
+
+
+@pytest.mark.parametrize("mode", EVERY)
+def test_shared_memory_within_the_limit_may_be_used(mode):
+    fill = "import mmap, os\nx = mmap.mmap(-1, 60 * 2**20)\nx.write(bytes(60 * 2**20))"
+    code = f"{fill}\nos.fork() or os._exit(0)\nos.wait()[1]"
+    assert Sandbox(mode, Limits(seconds=10, memory=256 * 2**20)).run(code) == Report("ended", 0, "0\n")
 
 
 def read(tool, code):

@@ -67,3 +67,13 @@ def test_log_records_of_a_library_are_redacted(caplog):
     with caplog.at_level(logging.DEBUG):
         logger.warning("sesame-open again")
     assert "sesame-open again" in caplog.text, "a filter lives no longer than what it is for"
+
+
+@pytest.mark.parametrize("secret", ["100000", "nabcdef", 'a"b\\c\nd', "\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9"])
+def test_json_stays_json_whatever_the_secret(secret):
+    """A number is no text, and an escape is one character."""
+    value = {"n": [100000, 1.5e300], f"key {secret}": f"\n{secret}\n", "line": "\nabcdef", "half": "\ud83d"}
+    for text in (json.dumps(value), json.dumps(value, ensure_ascii=False)):
+        found = json.loads(Redactor([secret]).json(text))
+        assert found == Redactor([secret]).data(value) and secret not in str(found["key [secret]"])
+    assert Redactor([secret]).json(deep := "[" * 100_000 + json.dumps(secret)) != deep

@@ -20,6 +20,7 @@ from trl_toolgrpo.report.packing import spread_order
 from trl_toolgrpo.report.tools import from_metrics
 from trl_toolgrpo.report.verdict import collect_findings, judge
 from trl_toolgrpo.report.vocabulary import Vocabulary
+from trl_toolgrpo.rollout_log import KEY
 
 
 def data_of(html):
@@ -173,6 +174,28 @@ def test_what_is_torn_foreign_or_newer_is_named_and_the_rest_is_shown(tmp_path):
     assert 'data-metric="reward"' in report.html
     for problem in report.runs[0].problems:
         assert problem.split(":")[0] in report.html
+
+
+def test_files_of_no_shape_at_all_are_named(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "run", rollouts=32, per_file=8)
+    files = sorted((folder / "rollouts").glob("*.parquet"))
+    table = pyarrow.parquet.read_table(files[0])
+    pyarrow.parquet.write_table(table.replace_schema_metadata({KEY: b"[1]"}), files[0])
+    place = table.column_names.index("tool_mask")
+    pyarrow.parquet.write_table(table.set_column(place, "tool_mask", pyarrow.array([1] * len(table))), files[1])
+    report = build_report([folder])
+    problems = "\n".join(report.runs[0].problems)
+    assert f"{files[0].name} is left out: its format is of version None" in problems
+    assert f"{files[1].name}: 8 of 8 rollouts are left out" in problems and report.shown == 16
+
+    def unreadable(*args, **kwargs):
+        raise pyarrow.ArrowNotImplementedError("a codec of tomorrow")
+
+    monkeypatch.setattr(pyarrow.parquet, "read_table", unreadable)
+    assert "a codec of tomorrow" in "".join(build_report([folder]).runs[0].problems)
+    monkeypatch.setattr(pyarrow.parquet, "read_metadata", unreadable)
+    report = build_report([folder])
+    assert report.shown == 0 and len([p for p in report.runs[0].problems if "a codec of tomorrow" in p]) == 4
 
 
 @pytest.mark.parametrize("kept", ["metrics.jsonl", "run.json", "health.jsonl", "rollouts"])

@@ -1,7 +1,9 @@
 """The rollout log: what is in it, that it is exact, bounded, cut back on resume, and refused where unreadable."""
 
+import errno
 import json
 import logging
+import os
 import random
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from peft import LoraConfig
 
 from trl_toolgrpo import ConfigError, MCPServer, RolloutLogError, ToolGRPOTrainer, read_rollouts
 from trl_toolgrpo import run_log as run_log_module
+from trl_toolgrpo.health import HealthMonitor
 from trl_toolgrpo.rollout_log import KEY, details, log_files, read_table, tensors_of
 from trl_toolgrpo.rollout_tensors import keep, restore
 from trl_toolgrpo.run_files import add_line, cut_back, describe_start, read_lines, run_redactor
@@ -170,6 +173,25 @@ def test_tool_calls_and_truth_of_a_conversation(monkeypatch, tmp_path):
     assert advantages == {0.0} and rows[0]["values"] is None
 
 
+def test_a_number_that_is_a_secret_elsewhere_and_half_an_emoji_can_be_read_back(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("NODE_KEY", "100000")
+    calls = [tool_call("add", a=100000, b=2), tool_call("add \ud800", **{"100000 \ud83d": "\ud83d"})]
+    trainer = ToolGRPOTrainer(
+        tiny_model(TOKENIZER), reward, config(tmp_path, max_completion_length=600, logprob_check="off"), prompts(),
+        processing_class=TOKENIZER, tools=[add],
+    )  # fmt: skip
+    script_ours(monkeypatch, TOKENIZER, [["\n".join(calls) + "<|im_end|>", "3<|im_end|>"], ["no<|im_end|>"]])
+    trainer.train()
+    row = next(read_rollouts(tmp_path))
+    first, second = row["turns"][0]["tool_calls"]
+    assert first["arguments"] == {"a": 100000, "b": 2}
+    assert (second["name"], second["arguments"]) == ("add \ufffd", {"[secret] \ufffd": "\ufffd"})
+    assert row["tools"] == ["add", "add \ufffd"]
+    assert row["turns"][0]["tool_results"][0]["content"] == 100002
+    said = [r.message for r in caplog.records if "environment variables" in r.message]
+    assert said == ["The values of these environment variables are replaced by [secret] in logs: NODE_KEY."]
+
+
 def test_assisted_batches_say_so(tmp_path):
     trainer = start(tmp_path, assist_warmup_steps=4, max_steps=8, advantage_estimator="group")
     trainer.train()
@@ -254,6 +276,38 @@ def test_no_log_is_written_where_none_is_asked_for(tmp_path):
         next(read_rollouts(tmp_path))
     with pytest.raises(ConfigError, match=r"rollout_log_limit=-1.0"):
         config(tmp_path, rollout_log_limit=-1.0)
+
+
+def test_a_full_disk_ends_the_lines_and_not_the_run(tmp_path, monkeypatch, caplog):
+    """The disk takes what fits on it: half of the second line of the metrics, and none of the health."""
+    full, written = errno.ENOSPC, []
+
+    def filling(path, record):
+        written.append(path.name)
+        if path.name == "metrics.jsonl" and written.count(path.name) == 1:
+            return add_line(path, record)
+        with path.open("a") as file:
+            file.write('{"step": ')
+        raise OSError(full, os.strerror(full))
+
+    monkeypatch.setattr(run_log_module, "add_line", filling)
+    monkeypatch.setattr(HealthMonitor, "step", lambda self, metrics: [{"step": 1, "rule": "r", "level": "ok"}])
+    trainer = start(tmp_path, max_steps=4)
+    trainer.train()
+    assert trainer.state.global_step == 4 and len(trainer.state.log_history) == 5
+    assert sorted(written) == ["health.jsonl", "metrics.jsonl", "metrics.jsonl"]
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1]
+    for name in ("metrics.jsonl", "health.jsonl"):
+        said = [r.message for r in caplog.records if f"Nothing is added to {name} any more" in r.message]
+        assert len(said) == 1 and "No space left on device" in said[0]
+
+
+def test_files_of_others_beside_the_log_are_left_alone(tmp_path):
+    foreign = tmp_path / "rollouts" / "x-000.parquet"
+    foreign.parent.mkdir()
+    foreign.write_bytes(b"of somebody else")
+    start(tmp_path, max_steps=1, rollout_log_limit=1e-6).train()
+    assert foreign.read_bytes() == b"of somebody else" and len(log_files(tmp_path)) == 1
 
 
 def test_a_disk_that_refuses_ends_the_log_and_not_the_run(tmp_path, monkeypatch, caplog):

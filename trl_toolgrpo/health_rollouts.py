@@ -52,7 +52,7 @@ def _figures(entry: dict[str, Any], figure: str) -> dict[str, float]:
     return {
         name[6 : -len(ending)]: value
         for name, value in entry.items()
-        if value is not None and name.startswith("tools/") and name.endswith(ending) and name[6:10] != "mcp/"
+        if value is not None and name.startswith("tools/") and name.endswith(ending)
     }
 
 

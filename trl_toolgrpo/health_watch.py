@@ -18,7 +18,7 @@ from .errors import HealthError
 from .health import HealthMonitor, RunFacts, still_open
 from .health_rollouts import ROLLOUT_RULES, SHORTCUTS, correlation_within_groups, costs
 from .health_updates import UPDATE_RULES
-from .run_files import HEALTH, add_line, read_lines
+from .run_files import HEALTH, read_lines
 from .run_log import RunLog
 
 
@@ -63,8 +63,7 @@ class HealthWatch(RunLog):
         found: list[Any] = [None]
         if self.accelerator.is_main_process:
             for line in monitor.step(metrics):
-                if self._run_folder is not None:
-                    add_line(self._run_folder / HEALTH, line)
+                self._add_line(HEALTH, line)
                 if line["level"] != "ok":
                     found[0] = found[0] or line
                     self._say(line)

@@ -21,6 +21,7 @@ from torch import Tensor
 from .errors import RolloutLogError
 from .rollout_tensors import keep, restore
 from .tools.redact import Redactor
+from .tools.results import encodable
 from .trajectory import Trajectory
 
 
@@ -131,8 +132,10 @@ def tabulate(batch: LoggedBatch, redactor: Redactor | None = None) -> pa.Table:
         parts = [part[name].detach().cpu() for part in batch.batches]
         tensors[name] = parts[0] if parts[0].ndim == 0 else torch.cat(parts)[place]
     columns = _columns(batch, tensors)
+    redactor = redactor or Redactor()
     for name in _JSON:
-        columns[name] = [_storable(text if redactor is None else redactor.text(text)) for text in columns[name]]
+        columns[name] = [_storable(redactor.json(text)) for text in columns[name]]
+    columns["tools"] = [[encodable(redactor.text(tool)) for tool in tools] for tools in columns["tools"]]
     rows: list[list[dict[str, Any]]] = [[] for _ in range(count)]
     kept = {name: keep(name, tensor, columns, rows) for name, tensor in tensors.items()}
     metadata = {

@@ -93,6 +93,11 @@ def cut_back(path: Path, step: int) -> None:
     os.replace(part, path)
 
 
+def secret_variables() -> dict[str, str]:
+    """The variables of the environment whose values count as secrets: by their names, such as `HF_TOKEN`."""
+    return {n: v for n, v in os.environ.items() if _NAMED_SECRET.search(n) and secret_values({n: v}, {}, None)}
+
+
 def run_redactor(args: Any, servers: Iterable[Any] = ()) -> Redactor:
     """
     Knows the secrets of a run: its Hub token, those of its MCP servers, and the keys in its environment.
@@ -103,8 +108,7 @@ def run_redactor(args: Any, servers: Iterable[Any] = ()) -> Redactor:
         servers (`Iterable[MCPServer]`, *optional*):
             The run's servers.
     """
-    named = {name: value for name, value in os.environ.items() if _NAMED_SECRET.search(name)}
-    secrets = secret_values(named, {}, None)
+    secrets = list(secret_variables().values())
     if getattr(args, "hub_token", None):
         secrets.append(str(args.hub_token))
     for server in servers:

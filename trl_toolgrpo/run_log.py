@@ -21,9 +21,19 @@ from trl.trainer.utils import get_config_model_id
 from .config import ToolGRPOConfig
 from .rollout.engine import RolloutBatch
 from .rollout_log import FOLDER, LoggedBatch, file_name, find_files, read_table, step_of, tabulate, with_ratios, write
-from .run_files import HEALTH, METRICS, RUN, add_line, cut_back, describe_start, run_redactor, write_json
+from .run_files import (
+    HEALTH,
+    METRICS,
+    RUN,
+    add_line,
+    cut_back,
+    describe_start,
+    run_redactor,
+    secret_variables,
+    write_json,
+)
 from .tools.mcp import MCPTools
-from .tools.redact import Redactor
+from .tools.redact import SECRET, Redactor
 from .tools.toolset import ToolSet
 
 
@@ -52,8 +62,8 @@ class RolloutWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout-log")
         self._writing: Future | None = None
         self._failed = False
-        own = [path for path in folder.glob(f"*-{process:03d}.parquet")]
-        self._sizes = {path: path.stat().st_size for path in sorted(own, key=step_of)}
+        own = [path for path in find_files(folder) if path.name.endswith(f"-{process:03d}.parquet")]
+        self._sizes = {path: path.stat().st_size for path in own}
 
     def put(self, step: int, batch: LoggedBatch | pa.Table, ratios: Ratios) -> None:
         """
@@ -116,6 +126,7 @@ class RunLog(GRPOTrainer):
     _toolset: ToolSet
     _mcp: MCPTools | None
     _run_folder: Path | None = None  # where the log of this run is, once it has begun
+    _full: set[str]  # files of it that could not be written to
     _redactor = Redactor()
     _writer: RolloutWriter | None = None
     _logged: LoggedBatch | pa.Table | None = None  # the batch in use
@@ -125,7 +136,7 @@ class RunLog(GRPOTrainer):
     _scores: Tensor | None = None
 
     def _prepare_run_log(self) -> None:
-        self._logged_ratios = {}
+        self._logged_ratios, self._full = {}, set()
         self.add_callback(_RunLogCallback(self))
 
     @property
@@ -136,7 +147,7 @@ class RunLog(GRPOTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's training; what was logged of it is on disk when it ends, however it does."""
-        self._logged, self._run_folder = None, None
+        self._logged, self._run_folder, self._full = None, None, set()
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -156,6 +167,7 @@ class RunLog(GRPOTrainer):
                 name = get_config_model_id(self.accelerator.unwrap_model(self.model).config)
                 tools = [tool.name for tool in self._toolset.known]
                 write_json(folder / RUN, describe_start(self.args, name, self.reward_func_names, tools, redactor))
+                _tell_of_secrets()
             self._run_folder = folder
         except OSError as error:
             logger.warning("Nothing is logged in `output_dir` (%s): %s.", folder, error)
@@ -179,7 +191,17 @@ class RunLog(GRPOTrainer):
         super().log(logs, start_time)
         if self._run_folder is not None and self.accelerator.is_main_process:
             entry = self.state.log_history[-1]
-            add_line(self._run_folder / METRICS, {"step": entry["step"], "time": time.time(), **entry})
+            self._add_line(METRICS, {"step": entry["step"], "time": time.time(), **entry})
+
+    def _add_line(self, name: str, record: dict[str, Any]) -> None:
+        """Add to a file of the run. A disk that does not take it ends the file, not the run."""
+        if self._run_folder is None or name in self._full:
+            return
+        try:
+            add_line(self._run_folder / name, record)
+        except OSError as error:
+            self._full.add(name)
+            logger.warning("Nothing is added to %s any more, which could not be written to: %s.", name, error)
 
     # Rollouts
 
@@ -271,6 +293,12 @@ class _RunLogCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._begin_run_log()
+
+
+def _tell_of_secrets() -> None:
+    names = ", ".join(sorted(secret_variables()))
+    if names:
+        logger.warning("The values of these environment variables are replaced by %s in logs: %s.", SECRET, names)
 
 
 def random_states(device: torch.device) -> dict[str, str]:

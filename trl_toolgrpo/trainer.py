@@ -186,6 +186,8 @@ class ToolGRPOTrainer(
         if not self._recording or not self.args.shared_prompt_updates:
             self._packs = False  # TRL's own pass, unchanged
         if not self._recording:
+            if self._mcp is not None:
+                self._check_descriptions(ToolChat(self._tokenizer, self.eos_token_ids, self.chat_template))
             return
         if self.use_transformers_continuous_batching:
             logger.warning("`use_transformers_continuous_batching` has no effect: the sampler batches by itself.")

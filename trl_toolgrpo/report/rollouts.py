@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from ..rollout_log import FOLDER, KEY, VERSION
 
@@ -22,6 +23,9 @@ _READ = (
     *REQUIRED, "rollout", "group", "prompt", "messages", "prompt_ids", "stop_reason", "turns", "tools", "rewards",
     "reward", "assisted", "advantages", "values", "ratios",
 )  # fmt: skip
+
+# Not all errors of pyarrow are ValueErrors
+_UNREADABLE = (OSError, ValueError, pa.ArrowException)
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ def find_rollout_files(folder: Path, problems: list[str]) -> list[RolloutFile]:
             meta = parquet.read_metadata(path)
             names = meta.schema.to_arrow_schema().names
             _check_format((meta.metadata or {}).get(KEY), names)
-        except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        except (*_UNREADABLE, RecursionError) as error:
             problems.append(f"{FOLDER}/{path.name} is left out: {_one_line(error)}")
             continue
         found.append(RolloutFile(path, meta.num_rows))
@@ -139,7 +143,8 @@ def find_rollout_files(folder: Path, problems: list[str]) -> list[RolloutFile]:
 def _check_format(written: bytes | None, names: list[str]) -> None:
     if written is None:
         raise ValueError("it is no file of a rollout log of trl_toolgrpo.")
-    version = json.loads(written).get("version")
+    described = json.loads(written)
+    version = described.get("version") if isinstance(described, dict) else None
     if not isinstance(version, int) or version > VERSION:
         raise ValueError(
             f"its format is of version {version}, and this version of trl_toolgrpo reads up to {VERSION}. Upgrade "
@@ -168,7 +173,7 @@ def read_tables(files: list[RolloutFile], problems: list[str]) -> Iterator[tuple
             known = parquet.read_schema(file.path).names
             table = parquet.read_table(file.path, columns=[column for column in _READ if column in known])
             read, dropped = _read_table(table)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (*_UNREADABLE, AttributeError, KeyError, TypeError) as error:
             problems.append(f"{name} is left out: {_one_line(error)}")
             continue
         if dropped:

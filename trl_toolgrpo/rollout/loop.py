@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from ..errors import ToolRuntimeError
 from ..tools.execute import ToolExecutor, result_text
+from ..tools.results import plain_reward
 from ..tools.types import Tool, ToolCall, ToolResult
 from ..trajectory import Trajectory, Turn
 from .chat import ToolChat, tool_message
@@ -334,7 +336,10 @@ def _take_turn_reward(environment: Any) -> float | None:
     if reward is None or callable(reward):
         return None
     environment.turn_reward = None
-    return float(reward)
+    try:
+        return plain_reward(reward, f"`turn_reward` of the environment {type(environment).__name__}")
+    except ValueError as error:
+        raise ToolRuntimeError(str(error)) from None
 
 
 def _decoded(chat: ToolChat | None, ids: list[int], known: dict[tuple[int, ...], str]) -> str:

@@ -21,6 +21,7 @@ from trl.chat_template_utils import (
     muse_glimmer_training_chat_template,
 )
 
+from ..tools.results import encodable
 from ..tools.types import ToolCall
 
 
@@ -177,17 +178,24 @@ def parse_turn(text: str, response_template: dict, prefix: str, tools: Sequence[
 
 
 def _read_call(item: Any, identifier: str) -> ToolCall:
-    """A call from what the response template made of it, or from the reason why it could make nothing of it."""
+    """
+    A call from what the response template made of it, or from the reason why it could make nothing of it.
+
+    Escapes in JSON can write a lone surrogate, which is no character and which nothing behind here could encode.
+    """
     if isinstance(item, str):
         return ToolCall(identifier, "", error=item)
     function: Any = item.get("function", item) if isinstance(item, dict) else {}
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name:
         return ToolCall(identifier, "", error=f'a call needs a "name", got {json.dumps(item, default=str)[:200]}')
-    arguments = function.get("arguments")
+    name, arguments = encodable(name), function.get("arguments")
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
         kind = type(arguments).__name__
         return ToolCall(identifier, name, error=f'"arguments" of `{name}` must be an object, got {kind}')
-    return ToolCall(identifier, name, arguments)
+    try:
+        return ToolCall(identifier, name, encodable(arguments))
+    except RecursionError:
+        return ToolCall(identifier, name, error=f'"arguments" of `{name}` are nested too deep')

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import ToolTimeoutError
 from .lanes import Job
-from .results import plain_content, raised, refused
+from .results import plain_content, plain_reward, raised, refused
 from .types import ToolResult
 
 
@@ -109,7 +109,8 @@ def _as_result(value: Any) -> ToolResult:
         return ToolResult(plain_content(value))
     failed = bool(value.is_error)
     kind = (value.error_type or "error") if failed else None
-    return replace(value, content=plain_content(value.content), is_error=failed, error_type=kind)
+    reward = plain_reward(value.reward, "The tool")
+    return replace(value, content=plain_content(value.content), is_error=failed, error_type=kind, reward=reward)
 
 
 def _is_final(result: ToolResult, retries_left: int, job: Job) -> bool:

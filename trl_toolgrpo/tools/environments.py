@@ -13,8 +13,11 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ToolTimeoutError
 from .execute import ToolExecutor
+
+
+_THREAD_BOUND = (sqlite3.Connection, sqlite3.Cursor)
 
 
 def on_own_thread(factory: Any, executor: ToolExecutor) -> Any:
@@ -100,7 +103,10 @@ def _threaded(kind: type, executor: ToolExecutor, home: int) -> type:
         if name.startswith("__") or threading.get_ident() != home:
             return plain(self, name)
         if executor.is_abandoned(self):  # its thread hangs: its state is read from here, and it earns nothing
-            return (lambda: None) if name == "get_reward" else plain(self, name)
+            if name == "get_reward":
+                return lambda: None
+            value = plain(self, name)
+            return _ThreadBound(value, self, executor) if isinstance(value, _THREAD_BOUND) else value
         return _stand_in(executor.run_on_owner(self, getattr, self, name), self, executor)
 
     body = {"__getattribute__": look_up, "__slots__": (), "__doc__": kind.__doc__, "__module__": kind.__module__}
@@ -110,7 +116,7 @@ def _threaded(kind: type, executor: ToolExecutor, home: int) -> type:
 
 def _stand_in(value: Any, owner: Any, executor: ToolExecutor) -> Any:
     """What the training thread gets to see of something that lives on the owner's thread."""
-    if isinstance(value, (sqlite3.Connection, sqlite3.Cursor)):
+    if isinstance(value, _THREAD_BOUND):
         return _ThreadBound(value, owner, executor)
     if inspect.ismethod(value) and value.__self__ is owner and not inspect.iscoroutinefunction(value):
 
@@ -128,23 +134,32 @@ class _ThreadBound:
     def __init__(self, target: Any, owner: Any, executor: ToolExecutor):
         self._target, self._owner, self._executor = target, owner, executor
 
+    def _run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._executor.is_abandoned(self._owner):
+            raise ToolTimeoutError(
+                f"A tool call on the environment {type(self._owner).__name__} did not return within its time limit "
+                f"and still holds the environment's thread, which alone may use its {type(self._target).__name__}. In "
+                f"a reward function, catch this ToolTimeoutError and return None for the rollout."
+            )
+        return self._executor.run_on_owner(self._owner, function, *args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
-        value = self._executor.run_on_owner(self._owner, getattr, self._target, name)
+        value = self._run(getattr, self._target, name)
         if not callable(value):
             return value
 
         def method(*args: Any, **kwargs: Any) -> Any:
-            result = self._executor.run_on_owner(self._owner, value, *args, **kwargs)
+            result = self._run(value, *args, **kwargs)
             return self if result is self._target else _stand_in(result, self._owner, self._executor)
 
         return method
 
     def __iter__(self) -> Any:
-        return iter(self._executor.run_on_owner(self._owner, list, self._target))
+        return iter(self._run(list, self._target))
 
     def __enter__(self) -> "_ThreadBound":
-        self._executor.run_on_owner(self._owner, self._target.__enter__)
+        self._run(self._target.__enter__)
         return self
 
     def __exit__(self, *error: Any) -> Any:
-        return self._executor.run_on_owner(self._owner, self._target.__exit__, *error)
+        return self._run(self._target.__exit__, *error)

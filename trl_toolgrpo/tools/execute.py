@@ -282,6 +282,8 @@ class ToolExecutor:
     def _begin_in_process(self, job: Job, call: ProcessCall) -> None:
         """The limit starts when there is a process: it may have to be started, and to import the tool's module."""
         job.cancellable = call
+        if job.expired:  # while the process of another attempt started
+            call.cancel()
         if job.alarm is None and job.tool is not None:
             job.started = time.monotonic()
             self._set_alarm(job, job.tool)

@@ -4,6 +4,7 @@ Owns which server is free, lent or being made ready; fed by `mcp.py`. Runs on th
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
@@ -11,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from ..errors import MCPServerError
 from .mcp_config import MCPServer
 from .mcp_connection import Connection
 
@@ -40,6 +40,7 @@ class Pool:
         self._on_tools = on_tools
         self._ready: list[asyncio.Task[Connection]] = []
         self._lent = 0
+        self._wanted = 0
         self._ended_restarts = 0
         self._instances: set[Connection] = set()
         self._work: set[asyncio.Task[None]] = set()
@@ -53,12 +54,14 @@ class Pool:
 
     def prepare(self, count: int) -> None:
         """
-        Begins to start instances, so many that there is one for each of a number of rollouts.
+        Begins to start instances, so many that there is one for each of a number of rollouts. What is more than that
+        ends when the next one is taken back.
 
         Args:
             count (`int`):
                 Rollouts in flight.
         """
+        self._wanted = count
         while len(self._ready) + self._lent < count:
             self._ready.append(self._begin(self._start()))
 
@@ -80,6 +83,7 @@ class Pool:
             MCPServerError: if it does not start.
         """
         self._lent += 1
+        self._wanted = max(self._wanted, self._lent)
         # The first that is up, or else the first that will be
         up = [task for task in self._ready if task.done()]
         task = next(iter([*up, *self._ready]), None) or self._begin(self._start())
@@ -87,17 +91,16 @@ class Pool:
             self._ready.remove(task)
         try:
             return await asyncio.shield(task)
-        except asyncio.CancelledError:
+        except BaseException as error:
             self._lent -= 1
-            self._ready.append(task)
-            raise
-        except MCPServerError:
-            self._lent -= 1
+            if isinstance(error, asyncio.CancelledError):
+                self._ready.append(task)
             raise
 
     def release(self, instance: Connection, usable: bool = True) -> None:
         """
-        Takes an instance back and makes it, or another one, ready for the next rollout; does not wait for that.
+        Takes an instance back and makes it, or another one, ready for the next rollout, if there will be one; does not
+        wait for that.
 
         Args:
             instance ([`Connection`]):
@@ -106,13 +109,15 @@ class Pool:
                 Whether all its calls came to an end.
         """
         self._lent -= 1
-        if self.server.reset_tool is not None and usable:
+        wanted = len(self._ready) + self._lent < self._wanted
+        if wanted and self.server.reset_tool is not None and usable:
             self._ready.append(self._begin(self._reset(instance)))
             return
-        work = asyncio.create_task(self._end(instance))
-        self._work.add(work)
-        work.add_done_callback(self._work.discard)
-        self._ready.append(self._begin(self._start()))
+        self._go_on(self._end(instance))
+        if wanted:
+            self._ready.append(self._begin(self._start()))
+        while self._ready and len(self._ready) + self._lent > self._wanted:
+            self._go_on(self._end_when_up(self._ready.pop()))
 
     async def close(self) -> None:
         """Ends every instance."""
@@ -122,6 +127,11 @@ class Pool:
         if tasks:
             await asyncio.wait(tasks)
         await asyncio.gather(*(self._end(instance) for instance in list(self._instances)))
+
+    def _go_on(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
 
     def _begin(self, work: Coroutine[Any, Any, Connection]) -> "asyncio.Task[Connection]":
         task = asyncio.create_task(work)
@@ -164,6 +174,10 @@ class Pool:
         )
         await self._end(instance)
         return await self._start()
+
+    async def _end_when_up(self, task: "asyncio.Task[Connection]") -> None:
+        with contextlib.suppress(Exception):  # one that did not start has ended
+            await self._end(await task)
 
     async def _end(self, instance: Connection) -> None:
         if instance in self._instances:

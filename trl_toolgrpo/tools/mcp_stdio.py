@@ -7,6 +7,7 @@ included, keeps neither error output nor the process, and leaves a server alone 
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -19,6 +20,7 @@ from ..errors import MCPServerError
 from .guard import guarded
 from .mcp_config import MCPServer
 from .redact import Redactor
+from .results import encodable
 
 
 logger = logging.getLogger(__name__)
@@ -138,15 +140,14 @@ class ServerProcess:
     async def _read(self, process: Any, incoming: Any) -> None:
         """Hands over what the server writes; what is no message, such as a stray `print`, is passed over."""
         import anyio
-        import mcp_types
         from mcp.shared.message import SessionMessage
 
         with contextlib.suppress(anyio.BrokenResourceError, anyio.ClosedResourceError, ValueError, ConnectionError):
             # ValueError: a line without end
             while line := await process.stdout.readline():
                 try:
-                    message = mcp_types.jsonrpc_message_adapter.validate_json(line, by_name=False)
-                except ValueError:
+                    message = _message_of(line)
+                except (ValueError, RecursionError):
                     self._warn_of(line)
                     continue
                 await incoming.send(SessionMessage(message))
@@ -155,10 +156,13 @@ class ServerProcess:
     async def _write(self, process: Any, outgoing: Any, incoming: Any) -> None:
         try:
             async for session_message in outgoing:
-                text = session_message.message.model_dump_json(by_alias=True, exclude_unset=True)
-                process.stdin.write(text.encode(errors="replace") + b"\n")
+                process.stdin.write(_line_of(session_message.message))
                 await process.stdin.drain()
         except OSError:
+            self._end(incoming)
+        except Exception as error:  # else those who wait for an answer would wait for ever
+            reason = self.redactor.text(str(error))
+            logger.warning("A message to the MCP server %r could not be written: %s", self.server.name, reason)
             self._end(incoming)
 
     def _end(self, incoming: Any) -> None:
@@ -198,6 +202,25 @@ class ServerProcess:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         process._transport.close()  # or its pipes stay open until the garbage is collected
+
+
+def _message_of(line: bytes) -> Any:
+    """A message as a server wrote it; half an emoji in it, which the SDK's parser refuses, is replaced."""
+    from mcp_types import jsonrpc_message_adapter as adapter
+
+    try:
+        return adapter.validate_json(line, by_name=False)
+    except ValueError:
+        return adapter.validate_python(encodable(json.loads(line)), by_name=False)
+
+
+def _line_of(message: Any) -> bytes:
+    """A message as a server reads it."""
+    try:
+        text = message.model_dump_json(by_alias=True, exclude_unset=True)
+    except ValueError:
+        text = json.dumps(encodable(message.model_dump(by_alias=True, exclude_unset=True)))
+    return f"{text}\n".encode()
 
 
 async def _ends(process: Any, seconds: float) -> bool:

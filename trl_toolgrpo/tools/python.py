@@ -40,8 +40,8 @@ def python_tool(
     private folder that is gone afterwards. With `sandbox="auto"` it runs under bubblewrap where `bwrap` is installed,
     else in Linux namespaces, else with resource limits alone; which of them it is, and what that does not stop, is
     logged once, here, where each is tried. Neither of the first two stops a fault of the kernel. Limits alone do not
-    stop network connections, reading what any user may read, or many small files; and if the run does not belong to
-    root, nor reading the user's own files and signals to the user's processes.
+    stop network connections, reading what any user may read, many small files, or System V shared memory, which stays;
+    and if the run does not belong to root, nor reading the user's own files and signals to the user's processes.
 
     Args:
         name (`str`, *optional*, defaults to `"python"`):
@@ -101,5 +101,10 @@ def _failure(report: Report, limits: Limits) -> tuple[str | None, str]:
     if report.status == "lost":
         return "error", "[the sandbox ended before the code did]"
     if report.code < 0:
-        return "error", f"[ended by {signal.Signals(-report.code).name}]"
+        return "error", f"[ended by {_signal_name(-report.code)}]"
     return (None, "") if report.code == 0 else ("error", f"[exit code {report.code}]")
+
+
+def _signal_name(number: int) -> str:
+    """Real-time signals have numbers alone."""
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"

@@ -31,6 +31,7 @@ _PUBLIC = frozenset(
         *("TMPDIR", "TZ", "USER", "USERNAME", "VIRTUAL_ENV"),
     }
 )
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')  # of JSON
 _SCHEMES = re.compile(r"(?:basic|bearer|token)\s+", re.IGNORECASE)
 
 
@@ -58,6 +59,18 @@ class Redactor:
                 Any text.
         """
         return self._pattern.sub(SECRET, text) if self._pattern is not None else text
+
+    def json(self, text: str) -> str:
+        """
+        JSON without the secrets: they are looked for in its strings, keys included, so that it stays JSON.
+
+        Args:
+            text (`str`):
+                JSON, however deep.
+        """
+        if self._pattern is None or self._pattern.search(text) is None:
+            return text
+        return _STRING.sub(lambda found: _encoded(self.text(json.loads(found.group()))), text)
 
     def data(self, value: Any) -> Any:
         """
@@ -149,12 +162,16 @@ class _RecordFilter(logging.Filter):
         return True
 
 
+def _encoded(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
 def _spellings(secret: str) -> Iterable[str]:
     """A secret as it stands, in JSON, in Python's `repr` and in a URL; and the lines of one that has several."""
     for text in (secret, *(line for line in secret.splitlines() if len(line) >= _SHORTEST)):
         yield text
         yield json.dumps(text)[1:-1]
-        yield json.dumps(text, ensure_ascii=False)[1:-1]
+        yield _encoded(text)[1:-1]
         yield repr(text)[1:-1]
         yield urllib.parse.quote(text)
         yield urllib.parse.quote(text, safe="")

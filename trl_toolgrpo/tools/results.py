@@ -4,6 +4,7 @@ Owns the text of a result and of every failure of the runtime; fed by what tools
 """
 
 import json
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -28,13 +29,7 @@ def result_text(result: ToolResult) -> str:
     content = result.content
     if result.is_error and not isinstance(content, dict):
         content = {"error": _plain_text(content)}
-    text = _plain_text(content)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        # A surrogate pair is one character; a lone surrogate is none.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+    return encodable(_plain_text(content))
 
 
 def refused(error_type: str, message: str) -> ToolResult:
@@ -104,6 +99,59 @@ def malformed(call: ToolCall) -> ToolResult:
         f"The tool call could not be read: {reason}. Nothing was run. Write the call again in the format given for "
         f"tool calls, with the tool's name and a JSON object of arguments.",
     )
+
+
+def encodable(value: Any) -> Any:
+    """
+    JSON data whose texts can be encoded as UTF-8, keys included: a lone surrogate, as `json.loads` makes of an emoji
+    that was cut in two, becomes U+FFFD.
+
+    Args:
+        value (`Any`):
+            Strings, dicts and lists are gone through; anything else is returned as it is.
+
+    Raises:
+        RecursionError: if it is nested too deep.
+    """
+    if isinstance(value, dict):
+        return {encodable(key): encodable(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [encodable(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        # A surrogate pair is one character; a lone surrogate is none.
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value
+
+
+def plain_reward(reward: Any, giver: str) -> float | None:
+    """
+    A reward as a number.
+
+    Args:
+        reward (`Any`):
+            A number, also one of numpy or torch; or `None`.
+        giver (`str`):
+            Who gave it, for the message.
+
+    Raises:
+        ValueError: if it is anything else, or not finite.
+    """
+    if reward is None:
+        return None
+    try:
+        number = math.nan if isinstance(reward, (str, bytes)) else float(reward)
+    except Exception:  # whatever the object raises
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(
+            f"{giver} gave the reward {_safe_str(reward)[:200]!r}, which is no finite number. Give a float, or None "
+            f"for no reward."
+        )
+    return number
 
 
 def plain_content(content: Any) -> Any:

@@ -27,8 +27,9 @@ NOT_STOPPED = {
     "bubblewrap": "faults of the kernel, and processor time up to its limit",
     "namespaces": "faults of the kernel, and processor time up to its limit",
     "limits": (
-        "network connections, reading whatever any user may read, filling the disk with many small files, and, unless "
-        "the run belongs to root, reading the user's own files and signals to the user's processes"
+        "network connections, reading whatever any user may read, filling the disk with many small files, System V "
+        "shared memory, which stays, and, unless the run belongs to root, reading the user's own files and signals to "
+        "the user's processes"
     ),
 }
 

@@ -180,7 +180,7 @@ def _reap(child: int) -> int | None:
 
 
 def _memory(mode: str) -> int:
-    """Bytes that the code's processes hold together: in private pages, shared segments and anonymous files."""
+    """Bytes that the code's processes hold together: in pages, shared segments and anonymous files."""
     processes = list(_descendants() if mode == "limits" else _others())
     total = sum(map(_resident, processes))
     files = {}
@@ -198,8 +198,12 @@ def _memory(mode: str) -> int:
 
 
 def _resident(process: int) -> int:
-    """Bytes of private memory; pages that a fork shares are counted for each process."""
+    """Bytes of memory that no file on a disk stands behind; pages that processes share are counted for each."""
     try:
+        with open(f"/proc/{process}/status", errors="replace") as file:
+            lines = dict(line.split(":", 1) for line in file if ":" in line)
+        if "RssShmem" in lines:
+            return sum(int(lines[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024
         with open(f"/proc/{process}/statm") as file:
             fields = file.read().split()
     except OSError:

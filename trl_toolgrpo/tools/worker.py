@@ -74,7 +74,7 @@ def main(requests: BinaryIO, replies: BinaryIO) -> None:
 
 
 def _call(function: Callable[..., Any], arguments: dict[str, Any], limit: int) -> dict[str, Any]:
-    from trl_toolgrpo.tools.results import plain_content, raised
+    from trl_toolgrpo.tools.results import plain_content, plain_reward, raised
     from trl_toolgrpo.tools.types import ToolResult
 
     reusable = True
@@ -82,16 +82,16 @@ def _call(function: Callable[..., Any], arguments: dict[str, Any], limit: int) -
         value = function(**arguments)
         value = asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value
         result = value if isinstance(value, ToolResult) else ToolResult(value)
-        content = _bounded(plain_content(result.content), limit)
+        content, reward = _bounded(plain_content(result.content), limit), plain_reward(result.reward, "The tool")
     except BaseException as error:
         result = raised(error)
-        content = _bounded(result.content, limit)
+        content, reward = _bounded(result.content, limit), None
         reusable = isinstance(error, Exception) and not isinstance(error, MemoryError)
     return {
         "content": content,
         "is_error": bool(result.is_error),
         "error_type": None if result.error_type is None else str(result.error_type),
-        "reward": None if result.reward is None else float(result.reward),
+        "reward": reward,
         "transient": bool(result.transient),
         "reusable": reusable,
     }

@@ -233,6 +233,17 @@ def test_no_control_token_lies_across_a_boundary(name):
             assert controls(fam, suffix) == expected, content
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_a_result_may_begin_like_anything(name):
+    """Contents are found again in the rendered text, whatever they begin with."""
+    fam = family(name)
+    for start in ("rg", "arg", "v", "a", "z", "i"):
+        content = f"{start}ue"
+        suffix, _ = fam.chat.tool_suffix(fam.id(fam.end_of_turn), tool_messages(CALLS[:1], [content]))
+        assert controls(fam, suffix) == controls(fam, benign(fam))
+        assert content in fam.tokenizer.decode(suffix)
+
+
 def test_output_cannot_move_a_control_token_of_the_template():
     """A token that overlaps with itself could begin in the output and take the template's place, one for one."""
     tokenizer = chat_tokenizer("qwen3")

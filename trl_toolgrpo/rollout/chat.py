@@ -124,7 +124,7 @@ class ToolChat:
             inner = content.strip() if self._trims else content
             wrapped.append({**message, "content": f"{self._mark}a{inner}{self._mark}z"})
         rendered = self._render(wrapped)
-        start = rendered.rindex(f"{self._mark}arg") + len(f"{self._mark}arg")
+        start = rendered.rindex(f"{self._mark}v") + len(f"{self._mark}v")
         pieces = rendered[start:].split(f"{self._mark}a")
         # pieces[0] is what follows the call; each later piece is a content, its end mark, and template text
         head, context = self._after_turn(pieces[0], last_id)
@@ -228,7 +228,7 @@ class ToolChat:
             {**result, "name": self._header_name(result.get("name")), "tool_call_id": f"call_0_{index}"}
             for index, result in enumerate(results)
         ]
-        return self.render_call(results[0]["name"], {"argument": f"{self._mark}arg"}, results)
+        return self.render_call(results[0]["name"], {"argument": f"{self._mark}v"}, results)
 
     def render_call(self, name: str, arguments: dict[str, Any], results: Sequence[dict[str, Any]] = ()) -> str:
         """Text of a dummy conversation with one call; it ends on the call, or behind its results as the next turn
@@ -259,7 +259,7 @@ class ToolChat:
         try:
             rendered = self._render([{"role": "tool", "name": "tool", "content": f"  {inner}  "}])
             place = rendered.index(inner)
-            rendered.rindex(f"{self._mark}arg")
+            rendered.rindex(f"{self._mark}v")
         except Exception as error:
             raise ChatTemplateError(
                 f"The chat template cannot render a tool conversation (user, assistant with a call, tool result): "

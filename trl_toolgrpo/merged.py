@@ -80,6 +80,7 @@ class MergedReference:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(trained[name])
         self._randomness = random.Random(0)
+        self._layers = _tuner_layers(model)
         with torch.no_grad():
             self._tensors = {name: tensor.clone() for name, tensor in effective_weights(model, adapter)}
 
@@ -89,10 +90,11 @@ class MergedReference:
         Average, then compare. A few columns of each linear layer, drawn anew for each sync, are compared with what the
         layer itself gives for unit vectors, and the whole with its being finite; everything else entry by entry.
         """
-        layers = {f"{name}.weight": layer for name, layer in _tuner_layers(self._model).items()}
+        layers = {f"{name}.weight": layer for name, layer in self._layers.items()}
         linear = {name: width for name, layer in layers.items() if (width := _inputs_of(layer)) is not None}
-        for name, width in linear.items():
-            self._sync_linear(name, layers[name], width, alpha, comparison)
+        with scoring_mode(self._model):
+            for name, width in linear.items():
+                self._sync_linear(name, layers[name], width, alpha, comparison)
         for name, policy in effective_weights(self._model, self._adapter, skip=linear):
             if name in layers:
                 _compare_with_peft(comparison, name, policy, layers[name], self._adapter)
@@ -120,7 +122,7 @@ class MergedReference:
 
     def scoring(self) -> bool:
         """Whether the model's forward is the reference's now: the base model's, without an adapter."""
-        return any(layer.disable_adapters for layer in _tuner_layers(self._model).values())
+        return any(layer.disable_adapters for layer in self._layers.values())
 
     @contextmanager
     def weights(self) -> Iterator[None]:
@@ -226,8 +228,7 @@ def _columns(layer: Any, columns: slice, width: int) -> tuple[Tensor, float]:
     some = next(p for p in layer.parameters() if p.is_floating_point())
     units = some.new_zeros(columns.stop - columns.start + 1, width)  # the last one for the bias
     units[:-1, columns].fill_diagonal_(1.0)
-    with scoring_mode(layer):
-        output = layer(units)
+    output = layer(units)
     precision = max(torch.finfo(output.dtype).eps, torch.finfo(some.dtype).eps)
     return (output[:-1] - output[-1]).float().T, precision
 

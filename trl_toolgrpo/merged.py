@@ -22,9 +22,6 @@ from .rollout.sampler import scoring_mode
 from .sharding import assign, full, local, whole
 
 
-_PROBES = 4  # neighbouring columns of each weight that a sync reads back
-
-
 def average(comparison: Comparison, name: str, reference: Tensor, policy: Tensor, alpha: float) -> None:
     """
     Move a tensor of the reference toward the policy's, and check that it did.
@@ -87,8 +84,8 @@ class MergedReference:
     @torch.no_grad()
     def sync(self, alpha: float, comparison: Comparison) -> SyncReport:
         """
-        Average, then compare. A few columns of each linear layer, drawn anew for each sync, are compared with what the
-        layer itself gives for unit vectors, and the whole with its being finite; everything else entry by entry.
+        Average, then compare. A column of each linear layer, drawn anew for each sync, is compared with what the layer
+        itself gives for a unit vector, and the whole with its being finite; everything else entry by entry.
         """
         layers = {f"{name}.weight": layer for name, layer in self._layers.items()}
         linear = {name: width for name, layer in layers.items() if (width := _inputs_of(layer)) is not None}
@@ -103,12 +100,11 @@ class MergedReference:
 
     def _sync_linear(self, name: str, layer: Any, width: int, alpha: float, comparison: Comparison) -> None:
         reference = self._tensors[name]
-        start = self._randomness.randrange(max(width - _PROBES, 0) + 1)
-        columns = slice(start, min(start + _PROBES, width))
+        place = self._randomness.randrange(width)
         turned = getattr(layer, "fan_in_fan_out", False)
         own = reference.T if turned else reference
-        acting, precision = _columns(layer, columns, width)
-        expected = alpha * acting + (1 - alpha) * own[:, columns]
+        acting, precision = _column(layer, place, width)
+        expected = alpha * acting + (1 - alpha) * own[:, place]
         if _is_plain(layer, self._adapter):
             weight = dequantize_module_weight(layer.get_base_layer()).detach().to(reference.dtype)
             reference.lerp_(weight, alpha)
@@ -117,7 +113,7 @@ class MergedReference:
             own.addmm_(up, down, alpha=alpha * layer.scaling[self._adapter])  # no dense difference in between
         else:
             reference.lerp_(_effective_weight(name, layer, self._adapter), alpha)
-        found = own[:, columns] + 0 * reference.sum()  # NaN and infinity anywhere show
+        found = own[:, place] + 0 * reference.sum()  # NaN and infinity anywhere show
         comparison.add(name, found, expected, 8 * precision * float(expected.abs().max()))
 
     def scoring(self) -> bool:
@@ -223,14 +219,21 @@ def _inputs_of(layer: Any) -> int | None:
     return base.nx if isinstance(base, Conv1D) else None
 
 
-def _columns(layer: Any, columns: slice, width: int) -> tuple[Tensor, float]:
-    """Columns of the weight a layer acts with, float32, from its own forward pass; and its precision."""
+def _column(layer: Any, place: int, width: int) -> tuple[Tensor, float]:
+    """A column of the weight a layer acts with, float32, from its own forward pass; and its precision."""
     some = next(p for p in layer.parameters() if p.is_floating_point())
-    units = some.new_zeros(columns.stop - columns.start + 1, width)  # the last one for the bias
-    units[:-1, columns].fill_diagonal_(1.0)
-    output = layer(units)
+    unit = some.new_zeros(1, width)
+    unit[0, place] = 1.0
+    output = layer(unit)
     precision = max(torch.finfo(output.dtype).eps, torch.finfo(some.dtype).eps)
-    return (output[:-1] - output[-1]).float().T, precision
+    if _adds_bias(layer):
+        output = output - layer(torch.zeros_like(unit))
+    return output[0].float(), precision
+
+
+def _adds_bias(layer: Any) -> bool:
+    biased = [layer.get_base_layer(), *getattr(layer, "lora_B", {}).values()]
+    return any(getattr(module, "bias", None) is not None for module in biased)
 
 
 def _compare_with_peft(comparison: Comparison, name: str, weight: Tensor, layer: Any, adapter: str) -> None:

@@ -22,7 +22,6 @@ RUNS = {
     "full": {"method": "full", "gradient_checkpointing": False},
     "lora": {"method": "lora", "lora_rank": 16, "gradient_checkpointing": False},
     "full, checkpointing": {"method": "full", "gradient_checkpointing": True},
-    "lora, checkpointing": {"method": "lora", "lora_rank": 16, "gradient_checkpointing": True},
 }
 
 

@@ -5,7 +5,8 @@ TR-DPO (arXiv 2404.09656). Fed by the policy's parameters; `sync.py` says when, 
 """
 
 import random
-from collections.abc import Container, Iterator
+from collections import Counter
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,7 +80,7 @@ class MergedReference:
         self._randomness = random.Random(0)
         self._layers = _tuner_layers(model)
         with torch.no_grad():
-            self._tensors = {name: tensor.clone() for name, tensor in effective_weights(model, adapter)}
+            self._tensors = _in_blocks(lambda: effective_weights(model, adapter))
 
     @torch.no_grad()
     def sync(self, alpha: float, comparison: Comparison) -> SyncReport:
@@ -142,6 +143,22 @@ class MergedReference:
         """Take over a state. Its names and shapes have been checked."""
         for name, tensor in self._tensors.items():
             tensor.copy_(state[name])
+
+
+def _in_blocks(weights: Callable[[], Iterator[tuple[str, Tensor]]]) -> dict[str, Tensor]:
+    """
+    Copies of float32 tensors, those of a device in one block of memory: weights that lie scattered make the scoring of
+    a CPU a few percent slower. The tensors are asked for twice, so that they need not all be there at a time.
+    """
+    sizes: Counter[torch.device] = Counter()
+    for _, tensor in weights():
+        sizes[tensor.device] += tensor.numel()
+    free = {device: torch.empty(size, device=device) for device, size in sizes.items()}
+    copies = {}
+    for name, tensor in weights():
+        own, free[tensor.device] = free[tensor.device].tensor_split([tensor.numel()])
+        copies[name] = own.view(tensor.shape).copy_(tensor)
+    return copies
 
 
 def effective_weights(model: Any, adapter: str, skip: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:

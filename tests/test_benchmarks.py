@@ -10,6 +10,7 @@ import pytest
 
 FOLDER = Path(__file__).parent / "benchmarks"
 SMALL = ["--prompts", "1", "--samples", "2", "--turns", "2", "--prompt_tokens", "150", "--repeats", "1"]
+SMALL += ["--threads", "1"]
 
 
 @pytest.mark.long
@@ -17,7 +18,6 @@ SMALL = ["--prompts", "1", "--samples", "2", "--turns", "2", "--prompt_tokens", 
     ("script", "flags", "line"),
     [
         ("rollout.py", ["--cases", "custom"], r"as given +[\d.]+ +[\d.]+ +\d+% +[\d.]+ +[\d.]+x +[\d.]+x"),
-        ("rollout.py", ["--cases", "custom", "--ragged"], r"as given +[\d.]+ +[\d.]+ +\d+% +[\d.]+ +[\d.]+x"),
         ("step.py", [], r"times faster than TRL: rollouts [\d.]+x, update [\d.]+x, step [\d.]+x; [\d.]+x its peak"),
     ],
 )

@@ -9,8 +9,8 @@ import pytest
 
 
 FOLDER = Path(__file__).parent / "benchmarks"
-SMALL = ["--prompts", "1", "--samples", "2", "--turns", "2", "--prompt_tokens", "150", "--repeats", "1"]
-SMALL += ["--threads", "1"]
+SIZES = {"prompts": 1, "samples": 2, "turns": 2, "prompt_tokens": 150, "repeats": 1, "threads": 1}
+SMALL = [f"--{name}={size}" for name, size in SIZES.items()]
 
 
 @pytest.mark.long

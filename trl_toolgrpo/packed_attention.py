@@ -5,8 +5,8 @@ over all of it would have most of its entries false. Here the prompt attends to 
 and itself, with the model's own attention (torch's) for every piece. Fed by `scoring.py`.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .rollout.shared_prefix import exchanged_attention
+
 
 ATTENTION_NAME = "toolgrpo_packed_prompt"
 Piece = tuple[int, Sequence[int]]
@@ -22,8 +24,7 @@ Piece = tuple[int, Sequence[int]]
 _CURRENT: ContextVar[Sequence[tuple[int, Sequence[tuple[int, Tensor]]]]] = ContextVar("toolgrpo_packed_pieces")
 
 
-@contextmanager
-def packed_attention(model: Any, pieces: Sequence[Piece], device: torch.device) -> Iterator[None]:
+def packed_attention(model: Any, pieces: Sequence[Piece], device: torch.device) -> AbstractContextManager[None]:
     """
     While open, a model's forward pass takes each sequence of a packed batch for a prompt and segments behind it.
 
@@ -37,16 +38,8 @@ def packed_attention(model: Any, pieces: Sequence[Piece], device: torch.device) 
         device (`torch.device`):
             Where the model is.
     """
-    config = model.config.get_text_config()
-    before = config._attn_implementation
     masks = [(start, [(count, _visible(start, count, device)) for count in counts]) for start, counts in pieces]
-    token = _CURRENT.set(masks)
-    config._attn_implementation = ATTENTION_NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-        _CURRENT.reset(token)
+    return exchanged_attention(model.config.get_text_config(), ATTENTION_NAME, _CURRENT, masks)
 
 
 def dense_mask(pieces: Sequence[Piece], length: int) -> Tensor:

@@ -78,8 +78,13 @@ class RolloutTools(GRPOTrainer):
             if not self._toolset.decided_at_reset:
                 check_tool_names(name, dataset, self._toolset.known)
 
-    def _check_descriptions(self, chat: ToolChat) -> None:
-        """Prompts are no tool output: what a server says of its tools is rendered as it is, so it must be harmless."""
+    def _make_chat(self) -> ToolChat:
+        """
+        The conversation's tokens. Prompts are no tool output: what a server says of its tools is rendered as it is, so
+        it must be harmless.
+        """
+        kwargs: Any = self.chat_template_kwargs
+        chat = ToolChat(self._tokenizer, self.eos_token_ids, self.chat_template, kwargs)
         for tool in self._mcp.tools if self._mcp is not None else ():
             pieces = chat.pieces(json.dumps(tool.schema, ensure_ascii=False))
             found = {chat.tokenizer.convert_ids_to_tokens(piece) for piece in pieces if isinstance(piece, int)}
@@ -89,6 +94,7 @@ class RolloutTools(GRPOTrainer):
                     f"({', '.join(sorted(found))}), which would forge every prompt that shows it. Leave the tool out "
                     f"(`tools: [...]` of the server names those you want), or do not use the server."
                 )
+        return chat
 
     def _lend_servers(self, requests: list[RolloutRequest]) -> list[RolloutRequest]:
         """Rollouts with the MCP servers that are their own."""

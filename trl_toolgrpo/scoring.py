@@ -272,10 +272,11 @@ class SharedPromptScoring(GRPOTrainer):
     def _score_packed(self, model: Any, parts: list[PackedBatch], compute_entropy: bool) -> Any:
         logps, entropies, values, read = [], [], [], []
         bare = self.accelerator.unwrap_model(model)
+        in_pieces = not self.args.gradient_checkpointing and suits(bare)
         attention: AbstractContextManager[None]
         for part in parts:
             mask, attention = part.attention_mask, nullcontext()
-            if part.pieces is not None and not self.args.gradient_checkpointing and suits(bare):
+            if part.pieces is not None and in_pieces:
                 attention = packed_attention(bare, part.pieces, part.input_ids.device)
             elif part.pieces is not None:
                 mask = dense_mask(part.pieces, part.input_ids.shape[1]).to(part.input_ids.device)

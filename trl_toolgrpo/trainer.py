@@ -41,7 +41,6 @@ from .quantized import keep_trainable
 from .replay import Replay
 from .resume import ExactResume
 from .rollout.budget import check_cache
-from .rollout.chat import ToolChat
 from .rollout.engine import RolloutBatch, RolloutEngine, check_gathering, unwrapped_policy
 from .rollout.forcing import ForcePolicy
 from .rollout.loop import RolloutRequest
@@ -187,7 +186,7 @@ class ToolGRPOTrainer(
             self._packs = False  # TRL's own pass, unchanged
         if not self._recording:
             if self._mcp is not None:
-                self._check_descriptions(ToolChat(self._tokenizer, self.eos_token_ids, self.chat_template))
+                self._make_chat()
             return
         if self.use_transformers_continuous_batching:
             logger.warning("`use_transformers_continuous_batching` has no effect: the sampler batches by itself.")
@@ -198,11 +197,7 @@ class ToolGRPOTrainer(
         if self.environment_factories is not None:
             self._read_environments()
         self._standalone_tools: list[Any] = []  # called by the executor, not by TRL's loop
-        chat = None
-        if self.tools:
-            kwargs: Any = self.chat_template_kwargs
-            chat = ToolChat(self._tokenizer, self.eos_token_ids, self.chat_template, kwargs)
-            self._check_descriptions(chat)
+        chat = self._make_chat() if self.tools else None
         self._executor = executor
         pad_id = self._tokenizer.pad_token_id
         self._engine = RolloutEngine(self.args, self.eos_token_ids, pad_id, chat, executor, force_policy)

@@ -7,9 +7,9 @@ FlashDecoding). Fed by `model_sampler.py`.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from .span import Span
 
 
 ATTENTION_NAME = "toolgrpo_shared_prefix"
+Given = TypeVar("Given")
 _CURRENT: ContextVar["KeyValueStore"] = ContextVar("toolgrpo_key_value_store")
 
 
@@ -205,17 +206,31 @@ class RowCache(DynamicCache):
 
 
 @contextmanager
-def shared_prefix_attention(model: torch.nn.Module, store: KeyValueStore) -> Iterator[None]:
-    """Run `model` with the shared-prefix attention over `store`; the model's own attention is put back at the end."""
-    config: Any = model.config
+def exchanged_attention(config: Any, name: str, variable: ContextVar[Given], given: Given) -> Iterator[None]:
+    """
+    While open, a model runs with an attention function of another name; its own is put back at the end.
+
+    Args:
+        config (`PretrainedConfig`):
+            Configuration of the model.
+        name (`str`):
+            Name the function is registered by.
+        variable (`ContextVar`), given:
+            Where the function looks for what it needs, and what that is.
+    """
     before = config._attn_implementation
-    token = _CURRENT.set(store)
-    config._attn_implementation = ATTENTION_NAME
+    token = variable.set(given)
+    config._attn_implementation = name
     try:
         yield
     finally:
         config._attn_implementation = before
-        _CURRENT.reset(token)
+        variable.reset(token)
+
+
+def shared_prefix_attention(model: Any, store: KeyValueStore) -> AbstractContextManager[None]:
+    """Run `model` with the shared-prefix attention over `store`; the model's own attention is put back at the end."""
+    return exchanged_attention(model.config, ATTENTION_NAME, _CURRENT, store)
 
 
 # torch's own attention kernel for CPUs gives the log-sum-exp too, in float32 and without materializing the scores
@@ -347,4 +362,7 @@ def _attention(
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention)
 
-__all__ = ["ATTENTION_NAME", "Cache", "KeyValueStore", "PromptCache", "RowCache", "shared_prefix_attention"]
+__all__ = [
+    "ATTENTION_NAME", "Cache", "KeyValueStore", "PromptCache", "RowCache", "exchanged_attention",
+    "shared_prefix_attention",
+]  # fmt: skip

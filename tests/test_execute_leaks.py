@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import wait
 from pathlib import Path
 
 import process_tools
@@ -13,7 +14,7 @@ from conftest import ScriptedSampler, chat_tokenizer, tool_call
 from footprint import Footprint, footprint
 from trl.chat_template_utils import add_response_schema, get_training_chat_template
 
-from trl_toolgrpo import Tool
+from trl_toolgrpo import Tool, ToolCall
 from trl_toolgrpo.rollout.chat import ToolChat
 from trl_toolgrpo.rollout.loop import RolloutLimits, RolloutLoop, RolloutRequest
 from trl_toolgrpo.tools import ToolExecutor, environment_tools, index_tools
@@ -49,13 +50,14 @@ def fail():
     raise SystemExit("y" * 10_000)
 
 
+PROCESS = Tool("process", "d", ANY, process_tools.where, isolation="process")
 TOOLS = [
     Tool("now", "d", ANY, lambda: {"z": ["z" * 100] * 100}),
     Tool("later", "d", ANY, later),
     Tool("fail", "d", ANY, fail),
     Tool("hang", "d", ANY, lambda: time.sleep(0.05), timeout=0.01),
     Tool("hang_later", "d", ANY, hang_later, timeout=0.01),
-    Tool("process", "d", ANY, process_tools.where, isolation="process"),
+    PROCESS,
     Tool("crash", "d", ANY, process_tools.fail, isolation="process"),
 ]
 
@@ -64,7 +66,7 @@ def test_nothing_is_left_of_twenty_batches():
     tokenizer = chat_tokenizer("qwen3")
     add_response_schema(tokenizer)
     chat = ToolChat(tokenizer, [tokenizer.eos_token_id], get_training_chat_template(tokenizer))
-    executor = ToolExecutor(timeout=5.0)
+    executor = ToolExecutor(max_concurrent=8, timeout=5.0)
     calls = [tool_call(t.name, **({"how": "_exit"} if t.name == "crash" else {})) for t in TOOLS]
     script = [["".join(calls[:4]) + tool_call("weigh") + END, calls[4] + calls[5] + END, END]] * 3
     script[-1] = [calls[5] + calls[6] + END, END]
@@ -82,12 +84,23 @@ def test_nothing_is_left_of_twenty_batches():
         for environment in environments:
             executor.release(environment)
 
+    def fill_pools():
+        # Threads and processes that are done are kept, and those of a call that was given up are not: how many there
+        # are is chance. As many calls at once as may ever be make it as many as there may ever be.
+        wait([executor.submit(ToolCall("1", "process", {"seconds": 0.5}), PROCESS) for _ in range(8)])
+        deadline = time.monotonic() + 5
+        while len(executor._idle) < 8:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
     for _ in range(5):
         batch()
+    fill_pools()
     time.sleep(0.3)  # the last calls that were given up end
     before = footprint()
     for _ in range(20):
         batch()
+    fill_pools()
     after = footprint(before)
     executor.shutdown()
     assert after.grown(before) == [], f"before: {before}; after: {after}"

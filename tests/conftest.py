@@ -142,6 +142,17 @@ def full_disk(trainer, step):
     del trainer._write_checkpoint
 
 
+def add(a: int, b: int) -> int:
+    """
+    Add two numbers.
+
+    Args:
+        a: First.
+        b: Second.
+    """
+    return a + b
+
+
 class ScriptedSampler:
     """
     A sampler that writes a given text for each turn of each row, with log-prob -0.5 for every token.
@@ -236,12 +247,12 @@ def script_trl(trainer, tokenizer, script):
 
 
 def script_ours(monkeypatch, tokenizer, script):
-    """Make a recording trainer write `script`; returns the samplers that were made, the last one last."""
+    """Make a recording trainer write `script`; returns a list of the sampler made last, which is all that is kept."""
     made = []
 
     def make(policy, supported, stop_ids, **options):
-        made.append(ScriptedSampler(tokenizer, script, stop_ids))
-        return made[-1]
+        made[:] = [ScriptedSampler(tokenizer, script, stop_ids)]
+        return made[0]
 
     monkeypatch.setattr(MAKE_SAMPLER, make)
     return made

@@ -6,21 +6,10 @@ import os
 import sys
 
 import torch
-from conftest import ScriptedSampler, chat_tokenizer, config, prompts, tiny_model
+from conftest import ScriptedSampler, add, chat_tokenizer, config, prompts, tiny_model
 
 from trl_toolgrpo import ToolGRPOTrainer
 from trl_toolgrpo.rollout import engine
-
-
-def add(a: int, b: int) -> int:
-    """
-    Add two numbers.
-
-    Args:
-        a: First.
-        b: Second.
-    """
-    return a + b
 
 
 faulthandler.dump_traceback_later(100, exit=True)

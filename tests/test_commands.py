@@ -33,6 +33,7 @@ ON_THIS_MACHINE = ["--bf16", "false", "--use_cpu", "true"]
 # Programs that are too long for a test of commands, and the test that runs what they run
 RUN_BY = {
     "tests/benchmarks/rollout.py": "test_benchmarks.py",
+    "tests/benchmarks/step.py": "test_benchmarks.py",
     "tests/benchmarks/hostile_python.py": "test_python_tool.py",
     "tests/benchmarks/kills.py": "test_resume.py",
     "tests/benchmarks/report.py": "test_report_browser.py",

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -70,20 +71,34 @@ def test_unequal_tool_counts_train_together(tmp_path, processes):
     }
 
 
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_OFFLOAD_PARAMS": "false",
+}  # fmt: skip
+ZERO2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the extra deepspeed")
+ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+
+
 @pytest.mark.long
-def test_a_sharded_run_trains_as_one_process_does_and_resumes(tmp_path):
-    """FSDP2 as `accelerate_configs/fsdp2.yaml` sets it up, in two processes on the CPU."""
-    variables = {
-        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_OFFLOAD_PARAMS": "false",
-    }  # fmt: skip
-    outputs = launch("fsdp_training.py", str(tmp_path / "two"), beside=[str(tmp_path / "one")], **variables)
+@pytest.mark.parametrize(
+    ("variables", "kind"),
+    [
+        pytest.param(FSDP2, "FSDP", id="fsdp2"),
+        pytest.param(ZERO2, "DEEPSPEED", id="zero2", marks=needs_deepspeed),
+        pytest.param(ZERO3, "DEEPSPEED", id="zero3", marks=needs_deepspeed),
+    ],
+)
+def test_a_sharded_run_trains_as_one_process_does_and_resumes(tmp_path, variables, kind):
+    """With a value head, as the files of `accelerate_configs/` set it up, in two processes on the CPU."""
+    outputs = launch("sharded_training.py", str(tmp_path / "two"), beside=[str(tmp_path / "one")], **variables)
     two, one = (json.loads(output[output.index('{"losses"') :].splitlines()[0]) for output in outputs)
-    assert two["sharded"] > 20 and two["fault"] is None
+    assert two["type"] == kind and (two["sharded"] > 20) == (variables is not ZERO2) and two["fault"] is None
     assert len(one["losses"]) == 4 and two["losses"] == pytest.approx(one["losses"], abs=1e-5, rel=0)
     assert two["resumed"] == two["losses"] and two["differ"] == 0.0
-    assert two["unsaved"] == ["checkpoint-3", "checkpoint-1"]  # the main process's disk was full at the second
+    if variables is FSDP2:
+        assert two["unsaved"] == ["checkpoint-3", "checkpoint-1"]  # the main process's disk was full at the second
 
 
 @pytest.mark.long

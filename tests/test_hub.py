@@ -14,7 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from conftest import chat_tokenizer, config, prompts, tiny_model
+from conftest import add, chat_tokenizer, config, prompts, tiny_model
 from hub_server import TOKEN, USER, hub
 from huggingface_hub import HfApi, constants
 from peft import LoraConfig, PeftModel
@@ -47,17 +47,6 @@ def server(monkeypatch, tmp_path):
         huggingface_hub.utils.close_session()
         yield running
         huggingface_hub.utils.close_session()
-
-
-def add(a: int, b: int) -> int:
-    """
-    Add two numbers.
-
-    Args:
-        a: First.
-        b: Second.
-    """
-    return a + b
 
 
 def length_reward(completion_ids, **kwargs):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import chat_tokenizer, config, prompts, scripted_model_sampler, tiny_model, tool_call
+from conftest import add, chat_tokenizer, config, prompts, scripted_model_sampler, tiny_model, tool_call
 from transformers import PrinterCallback, ProgressCallback
 
 from trl_toolgrpo import ToolGRPOTrainer
@@ -16,17 +16,6 @@ from trl_toolgrpo.progress import RolloutProgress, on_a_terminal
 
 TOKENIZER = chat_tokenizer("qwen3_instruct_2507")
 SCRIPT = [[tool_call("add", a=row, b=1) + "<|im_end|>", f"the sum is {row}<|im_end|>"] for row in range(8)]
-
-
-def add(a: int, b: int) -> int:
-    """
-    Add two numbers.
-
-    Args:
-        a: First.
-        b: Second.
-    """
-    return a + b
 
 
 def varied(completion_ids, **kwargs):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import chat_tokenizer, config, prompts, tiny_model
+from conftest import add, chat_tokenizer, config, prompts, tiny_model
 from peft import LoraConfig
 
 from trl_toolgrpo import ConfigError, RolloutLogError, ToolGRPOTrainer
@@ -20,17 +20,6 @@ LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.2)
 
 def reward(completion_ids, **kwargs):
     return [float((7 * len(ids) + sum(ids)) % 11) for ids in completion_ids]
-
-
-def add(a: int, b: int) -> int:
-    """
-    Add two numbers.
-
-    Args:
-        a: First.
-        b: Second.
-    """
-    return a + b
 
 
 def start(path, rewards=reward, lora=None, seed=0, **changes):

@@ -32,17 +32,6 @@ TIMES = ("time", "seconds", "per_second", "wait", "runtime", "train_loss", "tota
 TOKENIZER = chat_tokenizer("qwen3_instruct_2507")
 
 
-def add(a: int, b: int) -> int:
-    """
-    Add two numbers.
-
-    Args:
-        a: First.
-        b: Second.
-    """
-    return a + b
-
-
 class Watched(ToolGRPOTrainer):
     """Notes what each micro-batch consists of."""
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import chat_tokenizer, config, prompts, run_script, script_ours, tiny_model, tool_call
+from conftest import add, chat_tokenizer, config, prompts, run_script, script_ours, tiny_model, tool_call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
@@ -26,17 +26,6 @@ from trl_toolgrpo.run_files import add_line, cut_back, describe_start, read_line
 
 TOKENIZER = chat_tokenizer("qwen3_instruct_2507")
 TIMES = ("time", "seconds", "per_second", "wait", "runtime", "latency", "train_loss", "total_flos")
-
-
-def add(a: int, b: int) -> int:
-    """
-    Add two numbers.
-
-    Args:
-        a: First.
-        b: Second.
-    """
-    return a + b
 
 
 def reward(completion_ids, **kwargs):

@@ -77,8 +77,8 @@ FSDP2 = {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_OFFLOAD_PARAMS": "false",
 }  # fmt: skip
 ZERO2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the extra deepspeed")
 ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the extra deepspeed")
 
 
 @pytest.mark.long
@@ -91,7 +91,7 @@ ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": 
     ],
 )
 def test_a_sharded_run_trains_as_one_process_does_and_resumes(tmp_path, variables, kind):
-    """With a value head, as the files of `accelerate_configs/` set it up, in two processes on the CPU."""
+    """With a value head, on the CPU; FSDP2 as in `accelerate_configs/fsdp2.yaml`, of DeepSpeed's files the stage."""
     outputs = launch("sharded_training.py", str(tmp_path / "two"), beside=[str(tmp_path / "one")], **variables)
     two, one = (json.loads(output[output.index('{"losses"') :].splitlines()[0]) for output in outputs)
     assert two["type"] == kind and (two["sharded"] > 20) == (variables is not ZERO2) and two["fault"] is None

@@ -36,7 +36,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from warm_start import WarmStart
 from workspace import build_workspace
 
-from trl_toolgrpo import ToolGRPOConfig, ToolGRPOTrainer, find_checkpoint
+from trl_toolgrpo import ToolGRPOConfig, ToolGRPOTrainer, find_checkpoint, keep_batch_size
 
 
 DEFAULT_CONFIG = Path(__file__).with_name("tiny_cpu.yaml")
@@ -335,6 +335,15 @@ def checkpoint_to_resume(training: ToolGRPOConfig) -> str | None:
     return None if found is None else str(found)
 
 
+def flags_that_keep_batches(checkpoint: str | None, training: ToolGRPOConfig) -> list[str]:
+    """Flags with which rollout batches stay as they are in a checkpoint, which may be of more or fewer processes."""
+    changes = {} if checkpoint is None else keep_batch_size(checkpoint, training)
+    flags = [text for name, value in changes.items() for text in (f"--{name}", str(value))]
+    if flags and training.process_index == 0:
+        print(f"Rollout batches stay as they are in {checkpoint}: {' '.join(flags)}", flush=True)
+    return flags
+
+
 def keep_freed_memory() -> None:
     """
     Have glibc keep memory it was given back, up to 1 GiB a piece.
@@ -358,6 +367,9 @@ def main() -> None:
         for name, _ in SWITCHES.values():
             print(f"{name}: {getattr(training, name)}", flush=True)
     checkpoint = checkpoint_to_resume(training)
+    flags = flags_that_keep_batches(checkpoint, training)
+    if flags:
+        recipe, training, model = parse_arguments([*sys.argv[1:], *flags], os.environ)
     trainer, scoreboard = build_trainer(build_task(recipe, training), recipe, training, model)
     if training.process_index == 0:
         RunSettings.of(recipe, training, model).save(training.output_dir)  # for `evaluate.py`

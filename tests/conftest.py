@@ -124,14 +124,14 @@ def config(path, **changes) -> ToolGRPOConfig:
 
 
 @contextmanager
-def full_disk(trainer, step):
-    """A disk that takes no file beyond 1 KiB while the checkpoint of a step is written; for real, by a limit."""
+def full_disk(trainer, room):
+    """A disk that takes files of so many bytes while the checkpoint of a step is written; for real, by a limit."""
     save = type(trainer)._write_checkpoint
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def on_a_full_disk(*args):
-        if trainer.state.global_step == step:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2**10, limits[1]))
+        if trainer.state.global_step in room:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room[trainer.state.global_step], limits[1]))
         try:
             save(trainer, *args)
         finally:

@@ -58,7 +58,7 @@ try:
 except CheckpointError as error:
     found["refused"] = "num_generations (value): 2 in the checkpoint, 4 here" in str(error)
 unsaved = start(folder / "unsaved", max_steps=3)
-with full_disk(unsaved, 2) if dist.get_rank() == 0 else nullcontext():
+with full_disk(unsaved, {2: 2**10}) if dist.get_rank() == 0 else nullcontext():
     unsaved.train()
 found["unsaved"] = [path.name for path in checkpoints(folder / "unsaved")]
 output = [None, None]

@@ -59,8 +59,8 @@ def parameters(trainer):
         return [full(parameter).clone() for parameter in trainer.model.parameters()]
 
 
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+def logged(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
 faulthandler.dump_traceback_later(140, exit=True)
@@ -73,7 +73,7 @@ if processes > 1:
 tokenizer = chat_tokenizer("qwen3_instruct_2507")
 whole = start(folder / "whole")
 whole.train()
-found = {"losses": losses(whole)}
+found = {"losses": logged(whole, "loss"), "norms": logged(whole, "value/grad_norm")}
 if processes > 1:
     found["type"] = whole.accelerator.distributed_type.value
     found["sharded"] = sum(
@@ -83,14 +83,13 @@ if processes > 1:
     found["fault"] = fault_of(checkpoint)
     resumed = start(folder / "resumed")
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    found["resumed"] = losses(resumed)
+    found["resumed"] = logged(resumed, "loss")
     pairs = zip(parameters(whole), parameters(resumed), strict=True)
     found["differ"] = max(float((one - other).abs().max()) for one, other in pairs)
-    if not deepspeed:  # which waits for the process whose disk is full
-        unsaved = start(folder / "unsaved", max_steps=3, save_steps=1)
-        with full_disk(unsaved, 2) if unsaved.accelerator.is_main_process else nullcontext():
-            unsaved.train()
-        found["unsaved"] = [path.name for path in checkpoints(folder / "unsaved")]
+    unsaved = start(folder / "unsaved", save_steps=1)
+    with full_disk(unsaved, {2: 2**10, 3: 0}) if unsaved.accelerator.is_main_process else nullcontext():
+        unsaved.train()
+    found["unsaved"] = [path.name for path in checkpoints(folder / "unsaved")]
 if whole.accelerator.is_main_process:
     print(json.dumps(found), flush=True)
 whole.accelerator.wait_for_everyone()

@@ -741,6 +741,24 @@ def test_templates_that_get_a_response_template():
         assert hasattr(templates, name), f"trl.chat_template_utils has no `{name}`; rollout/parsing.py imports it."
 
 
+def test_what_deepspeed_writes_between_two_collectives():
+    engine = pytest.importorskip("deepspeed.runtime.engine")
+    assert "save_latest" in parameters(engine.DeepSpeedEngine.save_checkpoint), (
+        "DeepSpeed's save_checkpoint has no `save_latest`; resume.ExactResume._latest_written_by_us passes it."
+    )
+    held = {
+        "save_checkpoint": ("from shutil import copytree", 'tag = f"global_step{self.global_steps}"', "fd.write(tag)"),
+        "_copy_recovery_script": ("copyfile(src, dst)",),
+    }
+    for name, texts in held.items():
+        source = inspect.getsource(getattr(engine.DeepSpeedEngine, name))
+        missing = [text for text in texts if text not in source]
+        assert not missing, (
+            f"DeepSpeedEngine.{name} is written otherwise, without {missing}; checkpoint.attempt and "
+            f"resume.ExactResume._latest_written_by_us keep a full disk there from stopping the other processes."
+        )
+
+
 def test_version_is_the_one_this_was_written_for():
     assert trl.__version__.startswith("1.16."), (
         f"TRL is {trl.__version__}; setup.cfg allows 1.16 only. Read trainer.py against the new grpo_trainer.py, and "

@@ -246,6 +246,13 @@ def test_more_epochs_of_a_sharded_head_are_refused(tmp_path, sharding):
         trainer._prepare_critic()
 
 
+def test_a_warm_up_of_the_critic_under_deepspeed_is_refused(tmp_path):
+    trainer, _ = make(tmp_path, value_warmup_steps=1)
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ConfigError, match="`value_warmup_steps=1` with DeepSpeed"):
+        trainer._prepare_critic()
+
+
 def test_the_head_has_a_learning_rate_of_its_own(tmp_path):
     for given, expected in ((None, 1e-3), (0.02, 0.02)):
         trainer, _ = make(tmp_path, value_learning_rate=given, learning_rate=1e-5, weight_decay=0.1)

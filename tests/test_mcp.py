@@ -293,6 +293,20 @@ def test_a_server_that_hangs_is_started_again(run, monkeypatch):
     assert not alive(int(first))
 
 
+def test_a_server_is_ended_without_being_polled(run, monkeypatch, caplog):
+    """Which `Popen` does before it signals: it takes the return code that the watcher of asyncio waits for."""
+    monkeypatch.setattr(mcp_connection, "_PROBE_TIMEOUT", 0.3)
+    monkeypatch.setattr(mcp_stdio, "_GRACE", 0.1)
+    polled, poll = [], subprocess.Popen.poll
+    monkeypatch.setattr(subprocess.Popen, "poll", lambda self: polled.append(self.pid) or poll(self))
+    run = run(plain(), timeout=0.5)
+    pid = int(run.call("pid").content)
+    assert run.call("hang").error_type == "timeout"
+    wait_until(lambda: run.mcp._shared["plain"].restarts == 1)
+    assert not alive(pid) and not polled
+    assert "Unknown child process" not in caplog.text
+
+
 def test_lines_that_are_no_messages_are_passed_over(run, caplog):
     run = run(plain())
     assert [run.call("garble").content for _ in range(3)] == ["done"] * 3

@@ -1,5 +1,6 @@
 """The recipes: every shipped configuration is read as a user's would be, and the tiny model is what it says."""
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
 import qwen3_tools
-from qwen3_tools import checkpoint_to_resume, parse_arguments, read_switches
+from qwen3_tools import checkpoint_to_resume, flags_that_keep_batches, parse_arguments, read_switches
 from scoreboard import Rates, Scoreboard
 from tiny_model import TinyModel, build_tiny_model
 from warm_start import WarmStart
@@ -112,6 +113,20 @@ def test_resuming_takes_the_newest_checkpoint_and_what_was_known_of_the_start(tm
     first.on_save(training, SimpleNamespace(is_world_process_zero=True, global_step=2), None)
     assert again.recall(tmp_path / "checkpoint-2") and again.evaluations == first.evaluations
     assert not Scoreboard(SimpleNamespace(judge=None)).recall(tmp_path / "checkpoint-10")
+
+
+def test_a_run_of_two_processes_is_gone_on_from_with_one(tmp_path, capsys):
+    _, training, _ = parse(tmp_path)
+    stored = {"batch": {"generation_batch_size": 2 * training.generation_batch_size}, "layout": {
+        "processes": 2, "steps_per_generation": 1, "gradient_accumulation_steps": 1,
+    }}  # fmt: skip
+    (tmp_path / "run.json").write_text(json.dumps(stored))
+    flags = flags_that_keep_batches(str(tmp_path), training)
+    assert f"Rollout batches stay as they are in {tmp_path}: {' '.join(flags)}" in capsys.readouterr().out
+    _, changed, _ = parse(tmp_path, *flags)
+    assert changed.generation_batch_size == 2 * training.generation_batch_size
+    assert changed.gradient_accumulation_steps == changed.steps_per_generation == 2
+    assert flags_that_keep_batches(str(tmp_path), changed) == flags_that_keep_batches(None, training) == []
 
 
 def test_the_main_process_looks_for_the_checkpoint_to_resume(monkeypatch):

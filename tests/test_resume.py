@@ -22,7 +22,14 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_toolgrpo import CheckpointError, CheckpointSaveError, ToolGRPOTrainer, checkpoint, find_checkpoint
+from trl_toolgrpo import (
+    CheckpointError,
+    CheckpointSaveError,
+    ToolGRPOTrainer,
+    checkpoint,
+    find_checkpoint,
+    keep_batch_size,
+)
 from trl_toolgrpo.checkpoint import UNFINISHED, check_shared, check_whole, clear_away, fault_of, publish
 from trl_toolgrpo.hub import HubPush
 from trl_toolgrpo.identity import describe_adapter, describe_dataset, describe_model, differences
@@ -113,6 +120,18 @@ def test_a_resumed_run_is_the_same_to_the_bit(runs, tmp_path, name, step):
             assert torch.equal(tensor, resumed._reference.state()[key]), key
     progress = load_file(checkpoint / "progress_0.safetensors")
     assert any(key.startswith("batch/") for key in progress) == (step % 4 != 0)
+
+
+def test_a_run_that_has_ended_trains_no_further(runs, tmp_path, caplog):
+    checkpoint = str(Path(runs("full").args.output_dir) / "checkpoint-10")
+    resumed = start(tmp_path, **SETTINGS["full"][1])
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert_same(runs("full"), resumed)
+    assert resumed.state.global_step == 10 and not hasattr(resumed, "used")
+    assert "All 10 steps of this run have been made: nothing is trained." in caplog.text
+    resumed.args.max_steps = 11
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert resumed.state.global_step == 11 and len(resumed.used) == 1
 
 
 def test_resuming_goes_on_from_where_the_same_trainer_was(runs, tmp_path):
@@ -362,6 +381,7 @@ def another_base():
         ({"lora": LoraConfig(r=4, target_modules=["q_proj"])}, r"target_modules .*, 'v_proj'\] .*\['q_proj'\]"),
         ({"data": prompts(5, "goodbye")}, r"dataset: content \(checksum of content\)"),
         ({"data": prompts(6)}, r"dataset: rows \(value\): 5 in the checkpoint, 6 here"),
+        ({"per_device_train_batch_size": 8}, r"batch: generation_batch_size.* Here `per_device_train_batch_size=4`"),
         ({"seed": 4}, r"batch: seed \(value\): 3 in the checkpoint, 4 here"),
         ({"num_generations": 2}, r"batch: num_generations \(value\): 4 in the checkpoint, 2 here"),
         ({"num_iterations": 1}, r"optimizer steps per rollout batch \(value\): 4\.0 in the checkpoint, 2\.0 here"),
@@ -393,6 +413,38 @@ def test_another_number_of_processes_is_taken_between_rollout_batches(runs, tmp_
     resumed = start(tmp_path, **SETTINGS["full"][1])
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert "Resumed with another layout" in caplog.text and resumed._step == 10
+
+
+@pytest.mark.parametrize(
+    ("stored", "own", "expected"),
+    [  # rollout batch, processes, micro-batches in one batch and in one step; micro-batch, processes
+        ((64, 1, 1, 1), (64, 1), None),  # the same
+        ((64, 2, 1, 1), (32, 2), None),
+        ((128, 2, 1, 1), (64, 1), (64, 2, 2)),
+        ((64, 1, 1, 1), (64, 2), (32, 1, 1)),
+        ((64, 1, 4, 2), (16, 4), (8, 1, 2)),  # two optimizer steps for each batch as before
+        ((96, 3, 4, 4), (8, 1), (8, 12, 12)),
+        ((96, 1, 1, 1), (64, 4), (24, 1, 1)),
+        ((10, 1, 1, 1), (10, 4), None),  # 10 rows cannot be dealt out to 4
+    ],
+)
+def test_batches_keep_their_size_with_other_processes(tmp_path, stored, own, expected):
+    size, processes, steps, accumulated = stored
+    layout = {"processes": processes, "steps_per_generation": steps, "gradient_accumulation_steps": accumulated}
+    (tmp_path / "run.json").write_text(json.dumps({"batch": {"generation_batch_size": size}, "layout": layout}))
+    micro_batch, world = own
+    asked = SimpleNamespace(
+        per_device_train_batch_size=micro_batch, world_size=world, generation_batch_size=micro_batch * world,
+        steps_per_generation=1, gradient_accumulation_steps=1,
+    )  # fmt: skip
+    found = keep_batch_size(tmp_path, asked)
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
+    assert found == ({} if expected is None else dict(zip(names, expected, strict=True)))
+    if found:
+        assert found["per_device_train_batch_size"] * world * found["steps_per_generation"] == size
+        assert found["steps_per_generation"] * accumulated == found["gradient_accumulation_steps"] * steps
+    (tmp_path / "run.json").unlink()
+    assert keep_batch_size(tmp_path, asked) == {}
 
 
 def test_a_run_is_described_by_what_it_is_made_of(tokenizer):

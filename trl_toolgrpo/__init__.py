@@ -28,6 +28,7 @@ from .errors import (
     TransientToolError,
     ValueHeadError,
 )
+from .identity import keep_batch_size
 from .memory import MemoryEstimate, ModelShape, estimate_memory
 from .rollout_log import read_rollouts
 from .tools.mcp_config import MCPServer
@@ -80,6 +81,7 @@ __all__ = [
     "__version__",
     "estimate_memory",
     "find_checkpoint",
+    "keep_batch_size",
     "python_tool",
     "read_rollouts",
 ]

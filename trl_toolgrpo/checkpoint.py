@@ -8,12 +8,13 @@ import json
 import logging
 import os
 import shutil
+import sys
 import time
 import traceback
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -231,23 +232,37 @@ def attempt(work: Callable[[], None]) -> list[str]:
     """
     Write something in every process; returns what the disk refused, over all of them.
 
-    A process whose disk refuses goes on all the same wherever the others wait for it: see [`tolerated`], which
-    `torch.save` is under as well, since accelerate and DeepSpeed call it between two collectives.
+    A process whose disk refuses goes on all the same wherever the others wait for it: see [`tolerated`], which what
+    accelerate and DeepSpeed write with between two collectives is under as well.
     """
     global _refused
-    _refused, save = [], torch.save
-
-    def tolerant_save(*args: Any, **kwargs: Any) -> None:
-        with tolerated():
-            save(*args, **kwargs)
-
-    torch.save = tolerant_save
+    _refused = []
+    engine = sys.modules.get("deepspeed.runtime.engine")
+    writers = [(torch, "save"), *([(shutil, "copytree"), (engine, "copyfile")] if engine is not None else [])]
     try:
-        with tolerated():
+        with ExitStack() as stack, tolerated():
+            for module, name in writers:
+                stack.enter_context(_tolerant(module, name))
             work()
         return gather_object(_refused)
     finally:
-        torch.save, _refused = save, None
+        _refused = None
+
+
+@contextmanager
+def _tolerant(module: Any, name: str) -> Iterator[None]:
+    """Put a function of a module under [`tolerated`]."""
+    write = getattr(module, name)
+
+    def tolerant(*args: Any, **kwargs: Any) -> None:
+        with tolerated():
+            write(*args, **kwargs)
+
+    setattr(module, name, tolerant)
+    try:
+        yield
+    finally:
+        setattr(module, name, write)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ that TRL has scored; the value of each token was recorded when the token was sam
 """
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class Critic(GRPOTrainer):
     _value_inputs: Tensor | None = None
     _rewards: Tensor
     _warned_of_turn_rewards = False
+    _passing: "_PassingGradient | None" = None
     _seen: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # what the head has read since the last optimizer step
 
     def _prepare_critic(self) -> None:
@@ -65,6 +67,12 @@ class Critic(GRPOTrainer):
                 f"You passed `value_epochs={self.args.value_epochs}` with FSDP or DeepSpeed, which shard the value "
                 f"head and step it together with the policy. Set `value_epochs=1`, or train with DDP."
             )
+        if self.args.value_warmup_steps > 0 and self.is_deepspeed_enabled:
+            raise ConfigError(
+                f"You passed `value_warmup_steps={self.args.value_warmup_steps}` with DeepSpeed, which steps all "
+                f"parameters within the backward pass, so that the policy cannot be left as it is while the critic "
+                f"learns. Set `value_warmup_steps=0`, or train with FSDP2 or DDP."
+            )
         weight = self.model.get_input_embeddings().weight
         head = ValueHead(self.model.config.get_text_config().hidden_size, detach=self.args.value_detach)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -73,6 +81,7 @@ class Critic(GRPOTrainer):
         if (folder / FILE).is_file():
             load_value_head(self._value_head, folder)
         attach_value_head(self.model, self._value_head)
+        self._passing = _PassingGradient(self._value_head) if self.is_deepspeed_enabled else None
         self._seen = []
         if self.args.value_epochs > 1:
             self.add_callback(_MoreValueEpochs(self))
@@ -231,7 +240,8 @@ class Critic(GRPOTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._value_head is not None and self.accelerator.sync_gradients:
             own = {id(parameter) for parameter in self._value_head.parameters()}
-            norm = _gradient_norm(self._value_head)
+            passed = None if self._passing is None else self.accelerator.reduce(self._passing.take(), reduction="mean")
+            norm = _gradient_norm(self._value_head) if passed is None else float(passed.norm())
             if norm is not None and self.state.global_step >= self.args.assist_warmup_steps:
                 self._metrics["train"]["value/grad_norm"].append(norm)
             if self._value_warmup:  # not merely a gradient of 0, which decay and momentum would still act on
@@ -305,6 +315,25 @@ class _MoreValueEpochs(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._train_value_head_on()
+
+
+class _PassingGradient:
+    """The gradient of a module as it passes: DeepSpeed keeps none, and has made its step when backward returns."""
+
+    def __init__(self, module: nn.Module) -> None:
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
+        for place, parameter in enumerate(parameters):
+            parameter.register_hook(partial(self._add, place))
+
+    def _add(self, place: int, gradient: Tensor) -> None:
+        self._sums[place] = self._sums[place].to(gradient.device) + gradient.detach()
+
+    def take(self) -> Tensor:
+        """What this process has added to the gradient since it was last asked, as one vector."""
+        taken = torch.cat([summed.flatten() for summed in self._sums])
+        self._sums = [torch.zeros_like(summed) for summed in self._sums]
+        return taken
 
 
 def _gradient_norm(module: nn.Module) -> float | None:

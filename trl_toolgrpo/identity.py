@@ -6,6 +6,7 @@ Owns the description that is kept in a checkpoint and its comparison with the ru
 import json
 import zlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from .reference import ADAPTER
 
+
+RUN = "run.json"
+"""Where a checkpoint has the description."""
 
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "vocab_size")
 _ADAPTER = ("peft_type", "r", "lora_alpha", "use_dora", "use_rslora", "bias", "modules_to_save", "target_modules")
@@ -55,6 +59,51 @@ def describe_run(args: Any, model: Any, dataset: Any) -> dict[str, Any]:
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
         },
     }
+
+
+def keep_batch_size(checkpoint: str | Path, args: Any) -> dict[str, int]:
+    """
+    How a run that resumes takes rollout batches of the size of its checkpoint's, and as many steps on each.
+
+    With another number of processes the same configuration makes batches of another size, and what goes on from a
+    checkpoint with other batches is another run, which is refused. The micro-batches of a process get no larger than
+    they are.
+
+    Args:
+        checkpoint (`str` or `Path`):
+            The checkpoint.
+        args ([`ToolGRPOConfig`]):
+            Configuration of the run that resumes.
+
+    Returns:
+        `dict[str, int]`: what to change `per_device_train_batch_size`, `gradient_accumulation_steps` and
+        `steps_per_generation` to; empty if they are the same already, if there is no such division, or if the
+        checkpoint does not say.
+    """
+    if not (Path(checkpoint) / RUN).is_file():
+        return {}
+    stored = json.loads((Path(checkpoint) / RUN).read_text(encoding="utf-8"))
+    return division(stored, args)
+
+
+def division(stored: Mapping[str, Any], args: Any) -> dict[str, int]:
+    """[`keep_batch_size`] for the description that a checkpoint has."""
+    size, layout = stored["batch"]["generation_batch_size"], stored["layout"]
+    same_steps = args.steps_per_generation * layout["gradient_accumulation_steps"] == (
+        args.gradient_accumulation_steps * layout["steps_per_generation"]
+    )
+    if args.generation_batch_size == size and same_steps:
+        return {}
+    for micro_batch in range(args.per_device_train_batch_size, 0, -1):
+        steps, rest = divmod(size, micro_batch * args.world_size)
+        accumulated, part = divmod(steps * layout["gradient_accumulation_steps"], layout["steps_per_generation"])
+        if rest == part == 0 and accumulated > 0:
+            return {
+                "per_device_train_batch_size": micro_batch,
+                "gradient_accumulation_steps": accumulated,
+                "steps_per_generation": steps,
+            }
+    return {}
 
 
 def describe_model(model: Any) -> dict[str, Any]:

@@ -10,9 +10,10 @@ import os
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,11 @@ from .checkpoint import (
 from .config import ToolGRPOConfig
 from .diagnostics import RatioStatistics
 from .errors import CheckpointError, CheckpointSaveError
-from .identity import describe_run, differences
+from .identity import RUN, describe_run, differences, division
 from .reference import SyncReport
 
 
 logger = logging.getLogger(__name__)
-
-RUN = "run.json"
-
 
 class ExactResume(GRPOTrainer):
     """Part of [`ToolGRPOTrainer`]: checkpoints that are whole, and from which a run goes on as if it had not ended."""
@@ -132,9 +130,11 @@ class ExactResume(GRPOTrainer):
         pairs = ((section, source[section], self._run[section]) for section in sections)
         found = [f"{section}: {text}" for section, theirs, ours in pairs for text in differences(theirs, ours)]
         if found:
+            same = [f"`{name}={value}`" for name, value in division(source, self.args).items()]
+            hint = f" Here {', '.join(same)} make batches of its size." if same else ""
             raise CheckpointError(
                 f"You resume from {folder}, which belongs to another run. {'; '.join(found)}. Resume with what it was "
-                f"written with, or start a new run from its weights in another `output_dir`."
+                f"written with, or start a new run from its weights in another `output_dir`.{hint}"
             )
         found = list(differences(source["layout"], self._run["layout"]))
         if found and source["in_batch"]:
@@ -176,7 +176,8 @@ class ExactResume(GRPOTrainer):
             super()._push_from_checkpoint(str(target))
 
     def _write_checkpoint(self, model: Any, trial: Any, staged: Path, target: Path) -> None:
-        super()._save_checkpoint(model, trial)
+        with self._latest_written_by_us(staged):
+            super()._save_checkpoint(model, trial)
         tensors, record = self._progress()
         file = staged / PROGRESS.format(self.accelerator.process_index)
         save_file(tensors, file, {"progress": json.dumps(record)})
@@ -186,6 +187,24 @@ class ExactResume(GRPOTrainer):
         if self.state.best_model_checkpoint == str(staged):  # TRL looked for it where it is written
             self.state.best_model_checkpoint = str(target)
             self.state.save_to_json(str(staged / "trainer_state.json"))
+
+    @contextmanager
+    def _latest_written_by_us(self, staged: Path) -> Iterator[None]:
+        """
+        DeepSpeed's first process writes the file `latest`, which names its folder, while the others wait for it: what
+        the disk refuses there would leave them waiting. It is written here, behind all of that.
+        """
+        if not self.is_deepspeed_enabled:
+            yield
+            return
+        engine: Any = self.model_wrapped
+        engine.save_checkpoint = partial(engine.save_checkpoint, save_latest=False)
+        try:
+            yield
+        finally:
+            del engine.save_checkpoint
+        if self.args.should_save:
+            (staged / "latest").write_text(f"global_step{engine.global_steps}", encoding="utf-8")
 
     def _report_unsaved(self, target: Path, problem: str) -> None:
         """The run goes on without a checkpoint; only at its end there is no later one to hope for."""
@@ -266,7 +285,15 @@ class ExactResume(GRPOTrainer):
                     self._buffered_inputs[int(index)][key] = tensor
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """TRL's epoch; a resumed run first takes up the loss that was not logged yet."""
+        """TRL's epoch; a resumed run first takes up the loss that was not logged yet, one at its end has none left."""
+        if self.state.global_step >= self.state.max_steps:  # transformers would make one step more
+            logger.warning(
+                "All %d steps of this run have been made: nothing is trained. Raise `max_steps` or `num_train_epochs` "
+                "to go on.",
+                self.state.max_steps,
+            )
+            self.control.should_training_stop = True
+            return
         if self._unlogged is not None:
             loss, self._globalstep_last_logged = self._unlogged
             self._tr_loss, self._unlogged = self._tr_loss + loss, None

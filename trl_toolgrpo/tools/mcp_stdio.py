@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -191,11 +192,11 @@ class ServerProcess:
         """Closes the server's input, then asks it to end, then ends it; what it wrote last is kept."""
         self._stopping = True
         process.stdin.close()
-        for seconds, end in ((_GRACE, process.terminate), (_TERMINATION, process.kill), (_TERMINATION, None)):
+        for seconds, end in ((_GRACE, signal.SIGTERM), (_TERMINATION, signal.SIGKILL), (_TERMINATION, None)):
             if await _ends(process, seconds) or end is None:
                 break
             with contextlib.suppress(ProcessLookupError):
-                end()
+                os.kill(process.pid, end)  # `terminate` polls first, and takes the return code from asyncio's watcher
         self.returncode = process.returncode
         await asyncio.wait(tasks, timeout=0.5)
         for task in tasks:

@@ -1,4 +1,4 @@
-"""Curves of one or several runs as a picture, from the `trainer_state.json` each run of `qwen3_tools.py` leaves.
+"""Curves of one or several runs as a picture, from the log each run leaves in its output folder.
 
     python recipes/curves.py assisted=outputs/one alone=outputs/other --metrics valid_calls success --out curves.svg
 
@@ -6,10 +6,11 @@ Owns the reading of logs and the drawing; needs matplotlib (extra `report`).
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from trl_toolgrpo.report.folder import read_folder
 
 
 LABELS = {
@@ -25,7 +26,7 @@ def read_curve(log: Sequence[dict[str, Any]], metric: str) -> tuple[list[int], l
 
     Args:
         log (`Sequence[dict]`):
-            `log_history` of a run.
+            Logged figures of a run; `None` for one that was not finite.
         metric (`str`):
             Name of a metric; with the prefix `eval_` that of the evaluations.
 
@@ -33,7 +34,7 @@ def read_curve(log: Sequence[dict[str, Any]], metric: str) -> tuple[list[int], l
         `tuple[list[int], list[float]]`: optimizer steps, and the values there.
     """
     points = [(entry["step"], entry[metric]) for entry in log if metric in entry]
-    return [step for step, _ in points], [float(value) for _, value in points]
+    return [step for step, _ in points], [float("nan" if value is None else value) for _, value in points]
 
 
 def smooth(values: Sequence[float], width: int) -> list[float]:
@@ -78,7 +79,7 @@ def draw(runs: dict[str, list[Path]], metrics: Sequence[str], out: Path, width: 
         for number, (label, folders) in enumerate(runs.items()):
             color = f"C{number}"
             for index, folder in enumerate(folders):
-                log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+                log = read_folder(folder).metrics
                 steps, values = read_curve(log, metric)
                 axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
                 axis.plot(steps, smooth(values, width), color=color, label=label if index == 0 else None)

@@ -54,8 +54,10 @@ class RunSettings:
 
     @classmethod
     def load(cls, folder: str | Path) -> "RunSettings":
-        """Those that a run left in its output folder; the defaults where there are none."""
+        """Those that a run left in its output folder, for its checkpoints too; the defaults where there are none."""
         file = Path(folder) / SETTINGS
+        if not file.is_file() and Path(folder).name.startswith("checkpoint-"):
+            file = Path(folder).parent / SETTINGS
         known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         return cls(**{name: value for name, value in known.items() if name in {f.name for f in fields(cls)}})
 

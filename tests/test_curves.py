@@ -1,6 +1,7 @@
 """The curves of a run: what is read from its log, what is counted, and that a picture comes of it."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def test_a_curve_is_read_by_its_name():
     assert read_curve(LOG, "success") == ([1, 2, 3], [0.0, 0.5, 1.0])
     assert read_curve(LOG, "eval_success") == ([0, 3], [0.1, 0.9])
     assert read_curve(LOG, "missing") == ([], [])
+    assert math.isnan(read_curve([{"step": 1, "loss": None}], "loss")[1][0])
 
 
 def test_smoothing_and_steps_by_hand():
@@ -35,7 +37,8 @@ def test_smoothing_and_steps_by_hand():
 def test_a_picture_shows_every_label(tmp_path, monkeypatch):
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "trainer_state.json").write_text(json.dumps({"log_history": LOG}))
+    (tmp_path / "one" / "trainer_state.json").write_text(json.dumps({"log_history": LOG}))
+    (tmp_path / "other" / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in LOG))  # killed
     draw({"group": [tmp_path / "one", tmp_path / "other"]}, ["success"], tmp_path / "a.svg")
     assert (tmp_path / "a.svg").read_text().startswith("<?xml")
     arguments = ["curves.py", f"with={tmp_path}/one", f"{tmp_path}/other", "--out", str(tmp_path / "b.png")]

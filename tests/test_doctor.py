@@ -58,6 +58,8 @@ def make_trainer(arguments):
             return [float(number) for number in range(len(completions))]
     if fault == "sampling":
         options["top_k"] = 20
+    if changes.pop("push_to_hub", None):
+        options["push_to_hub"] = True
     if fault == "weights":
         options["logprob_check_tolerance"] = 1e-12
     if fault == "bug":
@@ -95,6 +97,12 @@ def test_a_healthy_recipe_is_a_go(tmp_path, capsys):
     assert "means little" in said
     assert "fault" not in said and "find_employee, get_manager" in said
     assert not (tmp_path / "out").exists() and set(RECIPES.parent.iterdir()) == before
+
+
+def test_a_look_makes_no_repository_on_the_hub(script, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *args, **kwargs: made.append(args))
+    assert examine(script, ["--push_to_hub=1"]).go and not made
 
 
 def test_a_script_of_ones_own_is_a_go_and_every_question_is_answered(script):

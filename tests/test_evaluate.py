@@ -55,6 +55,9 @@ def test_settings_of_a_run_are_kept(tmp_path):
     settings.save(tmp_path)
     given = evaluate.parse_arguments(["--model", str(tmp_path)])
     assert evaluate.settings_of(given) == settings
+    (tmp_path / "checkpoint-3").mkdir()
+    given = evaluate.parse_arguments(["--model", str(tmp_path / "checkpoint-3")])
+    assert evaluate.settings_of(given) == settings
     given = evaluate.parse_arguments(["--model", str(tmp_path), "--limit", "5", "--temperature", "1.5"])
     assert evaluate.settings_of(given) == RunSettings(task="bfcl", held_out_size=5, temperature=1.5)
     assert evaluate.settings_of(evaluate.parse_arguments(["--model", "a/b"])) == RunSettings()

@@ -293,6 +293,19 @@ def test_a_server_that_hangs_is_started_again(run, monkeypatch):
     assert not alive(int(first))
 
 
+@pytest.mark.parametrize("per_rollout", [False, True])
+def test_rewards_ask_for_tools_the_policy_does_not_get(run, per_rollout):
+    run = run(plain(tools=["note"], per_rollout=per_rollout, reset_tool="reset" if per_rollout else None))
+    call, session = run.rollout()
+    assert set(run.tools) == {"note"} and call("note", text="x").content == "done"
+    assert session.call("notes").content == "x"
+    with pytest.raises(ToolNameError, match=r"No MCP server has a tool 'rest'\. The tools are: .*notes.*note\."):
+        session.call("rest")
+    if per_rollout:  # that one is the pool's
+        with pytest.raises(ToolNameError, match="has a tool 'reset'"):
+            session.call("reset")
+
+
 def test_a_server_is_ended_without_being_polled(run, monkeypatch, caplog):
     """Which `Popen` does before it signals: it takes the return code that the watcher of asyncio waits for."""
     monkeypatch.setattr(mcp_connection, "_PROBE_TIMEOUT", 0.3)

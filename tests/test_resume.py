@@ -30,7 +30,7 @@ from trl_toolgrpo import (
     find_checkpoint,
     keep_batch_size,
 )
-from trl_toolgrpo.checkpoint import UNFINISHED, check_shared, check_whole, clear_away, fault_of, publish
+from trl_toolgrpo.checkpoint import UNFINISHED, check_shared, check_whole, clear_away, fault_of, publish, set_aside
 from trl_toolgrpo.hub import HubPush
 from trl_toolgrpo.identity import describe_adapter, describe_dataset, describe_model, differences
 
@@ -247,6 +247,31 @@ def test_a_run_that_ends_while_saving_leaves_the_checkpoint_before(tmp_path, mon
     assert fault_of(tmp_path / "checkpoint-2") is None and not (tmp_path / UNFINISHED).exists()
 
 
+def test_a_new_run_does_not_take_the_checkpoints_of_an_earlier_one_for_its_own(tmp_path, caplog):
+    """They are set aside, whatever their number, and none of them is resumed from or cleared away."""
+    options = {"save_total_limit": 1, "save_steps": 2, "steps_per_generation": 1, "num_iterations": 1}
+    start(tmp_path, max_steps=4, **options).train()
+    first = torch.load(tmp_path / "checkpoint-4" / "optimizer.pt")["state"][0]["exp_avg"]
+    start(tmp_path, max_steps=2, learning_rate=1e-3, **options).train()
+    assert f"are now in {tmp_path / 'earlier-run-1'}" in caplog.text
+    assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    kept = tmp_path / "earlier-run-1" / "checkpoint-4"
+    assert fault_of(kept) is None and torch.equal(torch.load(kept / "optimizer.pt")["state"][0]["exp_avg"], first)
+    resumed = start(tmp_path, max_steps=3, learning_rate=1e-3, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 3 and not (tmp_path / "earlier-run-2").exists()
+    start(tmp_path, max_steps=1, save_strategy="no").train()
+    assert (tmp_path / "earlier-run-2" / "checkpoint-3").is_dir() and find_checkpoint(tmp_path) is None
+
+
+def test_a_base_model_stays_where_the_adapter_looks_for_it(tmp_path):
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert set_aside(tmp_path, tmp_path / "checkpoint-2") == tmp_path / "earlier-run-1"
+    assert (tmp_path / "checkpoint-2").is_dir() and (tmp_path / "earlier-run-1" / "checkpoint-1").is_dir()
+    assert set_aside(tmp_path, tmp_path / "checkpoint-2") is None
+
+
 def test_publishing_replaces_what_is_there(tmp_path):
     for text in ("old", "new"):
         folder = tmp_path / UNFINISHED / "checkpoint-3"
@@ -285,6 +310,7 @@ def test_a_kill_while_a_checkpoint_is_replaced_loses_none(tmp_path, monkeypatch,
         check_whole(target)
     else:
         start(tmp_path, max_steps=1).train()
+        target = tmp_path / "earlier-run-1" / target.name
     assert (target / "file").read_text() == "old" and fault_of(target) is None
 
 

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 UNFINISHED = "_unfinished"
 """Folder in the output folder for checkpoints that are being written or removed."""
+EARLIER = "earlier-run-"
+"""Folders in the output folder with checkpoints of runs before."""
 MANIFEST = "manifest.json"
 PREFIX = "checkpoint-"
 PROGRESS = "progress_{}.safetensors"
@@ -214,6 +216,32 @@ def clear_away(output_dir: Path, limit: int | None, kept: set[Path]) -> None:
         trash.mkdir(exist_ok=True)
         os.replace(path, trash / f"removed-{path.name}")  # at once: a kill leaves no half of it in its place
     shutil.rmtree(trash, ignore_errors=True)
+
+
+def set_aside(output_dir: Path, needed: Path | None = None) -> Path | None:
+    """
+    Move the checkpoints of an earlier run out of the way of a new one, which would take them for its own.
+
+    Args:
+        output_dir (`Path`):
+            Output folder of both.
+        needed (`Path`, *optional*):
+            A checkpoint that stays, since the new run's adapter names it as its base model.
+
+    Returns:
+        `Path` or `None`: the folder in `output_dir` they are in now; `None` if there were none.
+    """
+    put_back(output_dir)
+    found = [path for path in checkpoints(output_dir) if needed is None or path.resolve() != needed.resolve()]
+    if not found:
+        return None
+    number = 1
+    while (folder := output_dir / f"{EARLIER}{number}").exists():
+        number += 1
+    folder.mkdir()
+    for path in found:
+        os.replace(path, folder / path.name)
+    return folder
 
 
 def is_storage_failure(error: BaseException) -> bool:

@@ -35,6 +35,7 @@ from .checkpoint import (
     find_checkpoint,
     publish,
     put_back,
+    set_aside,
 )
 from .config import ToolGRPOConfig
 from .diagnostics import RatioStatistics
@@ -65,7 +66,8 @@ class ExactResume(GRPOTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
-        TRL's training. Resumed from a checkpoint it goes on exactly there, in the middle of a rollout batch too.
+        TRL's training. Resumed from a checkpoint it goes on exactly there, in the middle of a rollout batch too; a new
+        run first moves the checkpoints that an earlier one has left in `output_dir` to a folder `earlier-run-1` there.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
@@ -78,7 +80,7 @@ class ExactResume(GRPOTrainer):
                 batch, or to another number of processes in the middle of a rollout batch; the message says what
                 differs.
             CheckpointSaveError: if the output folder cannot be written to, is not shared by the machines that take
-                part, or does not take the last checkpoint.
+                part, or does not take the last checkpoint; if checkpoints of an earlier run cannot be moved.
         """
         self._run = describe_run(self.args, self.accelerator.unwrap_model(self.model), self.train_dataset)
         self._source = self._unlogged = None
@@ -89,7 +91,28 @@ class ExactResume(GRPOTrainer):
         if resume_from_checkpoint:
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
             self._check_same_run(Path(resume_from_checkpoint))
+        else:
+            self._set_aside_earlier_run()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _set_aside_earlier_run(self) -> None:
+        if self.args.should_save:
+            adapters = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {}).values()
+            base = next((str(adapter.base_model_name_or_path) for adapter in adapters), None)
+            try:
+                folder = set_aside(Path(str(self.args.output_dir)), None if base is None else Path(base))
+            except OSError as error:
+                raise CheckpointSaveError(
+                    f"`output_dir` ({self.args.output_dir}) has checkpoints of an earlier run, which cannot be moved "
+                    f"out of the way: {error}. Pass another `output_dir`."
+                ) from error
+            if folder is not None:
+                logger.warning(
+                    "A new run begins: checkpoints of an earlier one in `output_dir` are now in %s. Remove it when "
+                    "they are not needed.",
+                    folder,
+                )
+        self.accelerator.wait_for_everyone()
 
     # Which checkpoint
 

@@ -10,11 +10,13 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import Trainer
 
 from ..errors import (
     ChatTemplateError,
@@ -134,7 +136,8 @@ def construct(make: Callable[[Sequence[str]], Any], arguments: Sequence[str]) ->
         `tuple[Any, Finding | None]`: the trainer, or what is wrong.
     """
     try:
-        return make(arguments), None
+        with _without_hub():
+            return make(arguments), None
     except SystemExit:  # argparse has said why
         words = "The command line or the YAML cannot be read; the reason stands above."
         return None, Finding("configuration", FAULT, words, "Correct it, or see the script's --help.")
@@ -150,6 +153,17 @@ def construct(make: Callable[[Sequence[str]], Any], arguments: Sequence[str]) ->
         traceback.print_exc()
         remedy = "See the traceback above: it comes from the script, or from a library it calls."
         return None, Finding("construction", FAULT, words, remedy)
+
+
+@contextmanager
+def _without_hub() -> Iterator[None]:
+    """With `push_to_hub`, making a trainer makes a repository; a look at it does not."""
+    trainer: Any = Trainer
+    create, trainer.init_hf_repo = trainer.init_hf_repo, lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        trainer.init_hf_repo = create
 
 
 def _split(message: str) -> tuple[str, str]:

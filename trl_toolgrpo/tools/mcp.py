@@ -21,7 +21,7 @@ from .arguments import check_schema
 from .loops import LoopThread
 from .mcp_config import MCPServer
 from .mcp_connection import SDK_LOGGERS, Connection
-from .mcp_names import ToolOrigin, choose_tools, name_tools
+from .mcp_names import ToolOrigin, choose_tools, name_tools, tools_left_out
 from .mcp_pool import Pool
 from .mcp_session import MCPSession
 from .owners import wait
@@ -67,12 +67,16 @@ class MCPTools:
         self._warned: set[str] = set()
         self._closed = False
         self._origins: dict[str, ToolOrigin] = {}
+        self._for_rewards: dict[str, ToolOrigin] = {}  # tools the policy does not get
         for server in servers:
             redact_logs(SDK_LOGGERS, server.redactor)
         try:
             listed = self.wait(self._start())
-            self._origins = name_tools(listed, taken)
-            self.tools = [self._tool(name, listed[of.server][of.tool]) for name, of in self._origins.items()]
+            chosen = {server.name: choose_tools(server, listed[server.name]) for server in servers}
+            self._origins = name_tools(chosen, taken)
+            others = {name: set(tools) - {self.servers[name].reset_tool} for name, tools in listed.items()}
+            self._for_rewards = tools_left_out(others, chosen, self._origins)
+            self.tools = [self._tool(name, chosen[of.server][of.tool]) for name, of in self._origins.items()]
         except BaseException:
             self.close()
             raise
@@ -104,7 +108,7 @@ class MCPTools:
 
         Args:
             name (`str`):
-                Name of the tool in this run.
+                Name of the tool in this run, or of one that `tools` of its server leaves out.
             arguments (`dict`):
                 Its arguments.
             session ([`MCPSession`]):
@@ -113,9 +117,10 @@ class MCPTools:
         Raises:
             ToolNameError: if no server has the tool.
         """
-        if name not in self._origins:
-            raise ToolNameError(f"No MCP server has a tool {name!r}. The tools are: {', '.join(self._origins)}.")
-        limit = self.servers[self._origins[name].server].timeout or _REWARD_TIMEOUT
+        known = {**self._for_rewards, **self._origins}
+        if name not in known:
+            raise ToolNameError(f"No MCP server has a tool {name!r}. The tools are: {', '.join(known)}.")
+        limit = self.servers[known[name].server].timeout or _REWARD_TIMEOUT
         try:
             return self.wait(asyncio.wait_for(self.answer(name, arguments, session), limit))
         except asyncio.TimeoutError:
@@ -195,7 +200,7 @@ class MCPTools:
             session ([`MCPSession`], *optional*):
                 The rollout that calls it.
         """
-        origin = self._origins[name]
+        origin = self._origins.get(name) or self._for_rewards[name]
         shared = self._shared.get(origin.server)
         if shared is not None:
             return await shared.call(origin.tool, arguments)
@@ -231,7 +236,7 @@ class MCPTools:
             else:
                 connection = self._shared[server.name] = Connection(server, None, on_tools)
                 await connection.start()
-            return choose_tools(server, {tool.name: tool for tool in connection.tools})
+            return {tool.name: tool for tool in connection.tools}
 
         outcomes = await asyncio.gather(*map(start, self.servers.values()), return_exceptions=True)
         for outcome in outcomes:

@@ -103,6 +103,26 @@ def name_tools(listed: Mapping[str, Collection[str]], taken: Collection[str]) ->
     return found
 
 
+def tools_left_out(
+    listed: Mapping[str, Collection[str]], chosen: Mapping[str, Collection[str]], named: Collection[str]
+) -> dict[str, ToolOrigin]:
+    """
+    The tools that the policy does not get, which a reward function may still ask for by their own names.
+
+    Args:
+        listed, chosen (`Mapping[str, Collection[str]]`):
+            Names of the tools of each server: all that a run may call, and those the policy gets.
+        named (`Collection[str]`):
+            Names that stand for another tool.
+
+    Returns:
+        `dict[str, ToolOrigin]`: what each name stands for; one that two servers have stands for none.
+    """
+    left = [(tool, server) for server, tools in listed.items() for tool in sorted(tools) if tool not in chosen[server]]
+    count = Counter(tool for tool, _ in left)
+    return {tool: ToolOrigin(server, tool) for tool, server in left if count[tool] == 1 and tool not in named}
+
+
 def identifiers(names: Iterable[str], taken: Collection[str] = ()) -> dict[str, str]:
     """
     An identifier for each name.

@@ -38,7 +38,8 @@ class MCPSession:
 
         Args:
             tool (`str`):
-                Name of the tool in this run.
+                Name of the tool in this run; or one that the policy does not get, since `tools` of its server leaves
+                it out.
             arguments:
                 Its arguments.
 

@@ -25,7 +25,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from bfcl import build_bfcl
 from conversation import SampleConversation
-from evaluation import RunSettings
+from evaluation import RunSettings, check_writable
 from mcp_task import build_mcp
 from scoreboard import Scoreboard, comparison
 from server_environment import FOLDER, make_environment
@@ -146,16 +146,13 @@ def parse_arguments(
     Raises:
         ValueError: for an environment variable that is neither true nor false, or an unknown key in the YAML.
     """
-    arguments = [part for argument in arguments for part in _split_config(argument)]
+    parts = [text.split("=", 1) if text.startswith("--config=") else [text] for text in arguments]
+    arguments = [part for pair in parts for part in pair]
     if "--config" not in arguments:
         arguments = ["--config", str(DEFAULT_CONFIG), *arguments]
     parser = TrlParser((RecipeArguments, ToolGRPOConfig, ModelConfig))
     parser.set_defaults_with_config(**read_switches(environment))
     return parser.parse_args_and_config(arguments)
-
-
-def _split_config(argument: str) -> list[str]:
-    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
 
 
 def read_switches(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -325,19 +322,25 @@ def checkpoint_to_resume(training: ToolGRPOConfig) -> str | None:
     found: Any = None
     if training.process_index == 0:  # the others take what it found
         found = find_checkpoint(training.output_dir)
-        print(
-            f"No checkpoint in {training.output_dir} yet: starting from the beginning."
-            if found is None
-            else f"Resuming from {found}.",
-            flush=True,
-        )
+        begins = f"No checkpoint in {training.output_dir} yet: starting from the beginning."
+        print(begins if found is None else f"Resuming from {found}.", flush=True)
     (found,) = broadcast_object_list([found])
     return None if found is None else str(found)
 
 
-def flags_that_keep_batches(checkpoint: str | None, training: ToolGRPOConfig) -> list[str]:
-    """Flags with which rollout batches stay as they are in a checkpoint, which may be of more or fewer processes."""
+def flags_that_keep_batches(
+    checkpoint: str | None, training: ToolGRPOConfig, arguments: Sequence[str] = ()
+) -> list[str]:
+    """
+    Flags with which rollout batches stay as they are in a checkpoint, which may be of more or fewer processes; none
+    where the command line says how large batches are.
+    """
     changes = {} if checkpoint is None else keep_batch_size(checkpoint, training)
+    given = {argument.partition("=")[0].removeprefix("--") for argument in arguments}
+    if given & {*changes, "generation_batch_size"}:
+        return []
+    if changes.get("steps_per_generation") == changes.get("gradient_accumulation_steps"):
+        changes.pop("steps_per_generation", None)  # as it is by default
     flags = [text for name, value in changes.items() for text in (f"--{name}", str(value))]
     if flags and training.process_index == 0:
         print(f"Rollout batches stay as they are in {checkpoint}: {' '.join(flags)}", flush=True)
@@ -366,8 +369,9 @@ def main() -> None:
     if training.process_index == 0:
         for name, _ in SWITCHES.values():
             print(f"{name}: {getattr(training, name)}", flush=True)
+    check_writable(str(training.output_dir), training.process_index == 0)
     checkpoint = checkpoint_to_resume(training)
-    flags = flags_that_keep_batches(checkpoint, training)
+    flags = flags_that_keep_batches(checkpoint, training, sys.argv[1:])
     if flags:
         recipe, training, model = parse_arguments([*sys.argv[1:], *flags], os.environ)
     trainer, scoreboard = build_trainer(build_task(recipe, training), recipe, training, model)

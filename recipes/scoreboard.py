@@ -2,19 +2,27 @@
 
 Owns the reward function that keeps score, and the callback that turns each evaluation into rates; fed by the task's
 judge and by the trainer. A held-out evaluation is the trainer's own (`trainer.evaluate()`), so its rollouts are
-sampled exactly as in training, at the training temperature, once per question.
+sampled exactly as in training, at the training temperature, once per question. The rates are also kept in the output
+folder, for a run that goes on from one of its checkpoints.
 """
 
 import json
+import logging
+import os
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from task import Task, Verdict
 from transformers import TrainerCallback
 
+from trl_toolgrpo.checkpoint import EARLIER
+
+
+logger = logging.getLogger(__name__)
 
 FILE = "evaluations.json"
 
@@ -93,6 +101,10 @@ class Scoreboard(TrainerCallback):
         log_metric("valid_calls", sum(verdict.valid_call for verdict in verdicts) / size)
         return [verdict.reward for verdict in verdicts]
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin the record in the output folder: with what was recalled, and nothing of an earlier run."""
+        self._keep(args, state, new=state.global_step == 0)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate where an assisted warm-up ends, except in a replay, which samples nothing."""
         if state.global_step == args.assist_warmup_steps and args.replay is None:
@@ -104,21 +116,67 @@ class Scoreboard(TrainerCallback):
         if records:
             self.records = records
             self.evaluations.append(success_rates(records, state.global_step))
+            self._keep(args, state)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the record beside a checkpoint."""
-        if state.is_world_process_zero:
-            file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE
-            if file.parent.is_dir():  # not if the disk was full
-                file.write_text(json.dumps([asdict(rates) for rates in self.evaluations]), encoding="utf-8")
+    def _keep(self, args: Any, state: Any, new: bool = False) -> None:
+        if not state.is_world_process_zero:
+            return
+        file = Path(args.output_dir) / FILE
+        try:
+            if new:
+                _set_aside(file)
+            unfinished = file.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps([asdict(rates) for rates in self.evaluations]), encoding="utf-8")
+            os.replace(unfinished, file)  # at once: a kill leaves no half of it
+        except OSError as error:
+            logger.warning(
+                "The rates of the evaluations so far could not be kept in %s: %s. The run goes on; one that is "
+                "resumed may not know them.",
+                file,
+                error,
+            )
 
     def recall(self, checkpoint: Path) -> bool:
-        """Take up the record of a checkpoint; returns whether it holds an evaluation."""
-        file = checkpoint / FILE
-        for kept in json.loads(file.read_text(encoding="utf-8")) if file.is_file() else ():
-            kept["by_difficulty"] = {int(name): rate for name, rate in kept["by_difficulty"].items()}
-            self.evaluations.append(Rates(**kept))
+        """
+        Take up what the run of a checkpoint had on record by then. The main process reads it; all have to call this.
+
+        Args:
+            checkpoint (`Path`):
+                Checkpoint folder in the output folder of its run.
+
+        Returns:
+            `bool`: whether there was an evaluation, the same in every process.
+        """
+        (self.evaluations,) = broadcast_object_list([_read(checkpoint) if PartialState().is_main_process else None])
         return bool(self.evaluations)
+
+
+def _read(checkpoint: Path) -> list[Rates]:
+    checkpoint = checkpoint.resolve()
+    try:
+        step = int(checkpoint.name.rpartition("-")[2])
+        known = json.loads((checkpoint.parent / FILE).read_text(encoding="utf-8"))
+        found = [
+            Rates(**{**kept, "by_difficulty": {int(name): rate for name, rate in kept["by_difficulty"].items()}})
+            for kept in known
+        ]
+        return [rates for rates in found if rates.step <= step]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning(
+            "The rates before %s are not known (%s: %s). Those at its step stand for the rates before training.",
+            checkpoint,
+            type(error).__name__,
+            error,
+        )
+        return []
+
+
+def _set_aside(file: Path) -> None:
+    """Take the record of an earlier run away, to where the trainer has just moved the checkpoints of that run."""
+    folders = sorted(file.parent.glob(f"{EARLIER}*"), key=lambda folder: folder.stat().st_mtime)
+    if file.is_file() and folders and not (folders[-1] / FILE).exists():
+        os.replace(file, folders[-1] / FILE)
+    file.unlink(missing_ok=True)
 
 
 def success_rates(records: list[tuple[str, int, Verdict]], step: int = 0) -> Rates:

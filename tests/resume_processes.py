@@ -12,7 +12,7 @@ import torch.distributed as dist
 from conftest import chat_tokenizer, config, full_disk, prompts, tiny_model
 from peft import LoraConfig
 
-from trl_toolgrpo import CheckpointError, ToolGRPOTrainer
+from trl_toolgrpo import CheckpointError, CheckpointSaveError, ToolGRPOTrainer
 from trl_toolgrpo.checkpoint import checkpoints, fault_of
 
 
@@ -61,6 +61,15 @@ unsaved = start(folder / "unsaved", max_steps=3)
 with full_disk(unsaved, {2: 2**10}) if dist.get_rank() == 0 else nullcontext():
     unsaved.train()
 found["unsaved"] = [path.name for path in checkpoints(folder / "unsaved")]
+blocked = folder / "blocked"
+if dist.get_rank() == 0:
+    blocked.mkdir()
+    (blocked / "_unfinished").touch()  # where a folder has to be
+dist.barrier()
+try:
+    start(blocked).train()
+except CheckpointSaveError as error:
+    found["blocked"] = "Nothing can be written to" in str(error)
 output = [None, None]
 dist.all_gather_object(output, found)
 if dist.get_rank() == 0:

@@ -1,6 +1,7 @@
 """
 A run that is sharded by FSDP2 or DeepSpeed over processes on the CPU, saved and resumed; or the same run in one
-process. Run by `test_distributed.py` with torchrun, or alone. Prints losses.
+process. With the argument `lora` it has an adapter, and a reference that follows it. Run by `test_distributed.py` with
+torchrun, or alone. Prints losses.
 """
 
 import faulthandler
@@ -14,6 +15,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from conftest import add, chat_tokenizer, config, full_disk, prompts, tiny_model
+from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
 from trl_toolgrpo import ToolGRPOTrainer
@@ -39,6 +41,9 @@ def shard_on_cpu():
 
 
 def start(path, **changes):
+    if lora:
+        synced = {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 1.0}
+        changes = {**synced, **changes}
     return ToolGRPOTrainer(
         tiny_model(tokenizer),
         lambda completion_ids, **kwargs: [float((7 * len(ids) + sum(ids)) % 11) for ids in completion_ids],
@@ -50,6 +55,7 @@ def start(path, **changes):
         prompts(9),
         processing_class=tokenizer,
         tools=[add],
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if lora else None,
     )  # fmt: skip
 
 
@@ -67,7 +73,7 @@ faulthandler.dump_traceback_later(140, exit=True)
 torch.set_num_threads(1)
 processes = int(os.environ.get("WORLD_SIZE", "1"))
 deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-folder = Path(sys.argv[1])
+folder, lora = Path(sys.argv[1]), sys.argv[2:] == ["lora"]
 if processes > 1:
     shard_on_cpu()
 tokenizer = chat_tokenizer("qwen3_instruct_2507")
@@ -86,6 +92,11 @@ if processes > 1:
     found["resumed"] = logged(resumed, "loss")
     pairs = zip(parameters(whole), parameters(resumed), strict=True)
     found["differ"] = max(float((one - other).abs().max()) for one, other in pairs)
+    if lora:
+        states = [trainer._reference.state() for trainer in (whole, resumed)]
+        found["reference"] = max(float((states[0][name] - states[1][name]).abs().max()) for name in states[0])
+        found["moved"] = max(float(states[1][name].abs().max()) for name in states[1] if "lora_B" in name)
+        found["syncs"] = [whole._syncs, resumed._syncs]
     unsaved = start(folder / "unsaved", save_steps=1)
     with full_disk(unsaved, {2: 2**10, 3: 0}) if unsaved.accelerator.is_main_process else nullcontext():
         unsaved.train()

@@ -741,6 +741,19 @@ def test_templates_that_get_a_response_template():
         assert hasattr(templates, name), f"trl.chat_template_utils has no `{name}`; rollout/parsing.py imports it."
 
 
+def test_fsdp_finds_its_root_in_the_first_pass():
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+
+    assert "_is_root = None" in inspect.getsource(FSDPState.__init__).replace(": bool | None", "").replace(
+        ": Optional[bool]", ""
+    ) and parameters(FSDPState._lazy_init) == ["self"], (
+        "torch's FSDP2 no longer has `_is_root` and `_lazy_init`; rollout/engine.gathered_parameters calls it before "
+        "the first pass of a policy with an adapter."
+    )
+    assert hasattr(FSDPModule, "_get_fsdp_state"), "FSDPModule has no `_get_fsdp_state`; rollout/engine.py calls it."
+
+
 def test_what_deepspeed_writes_between_two_collectives():
     engine = pytest.importorskip("deepspeed.runtime.engine")
     assert "save_latest" in parameters(engine.DeepSpeedEngine.save_checkpoint), (

@@ -90,13 +90,18 @@ needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="nee
         pytest.param(ZERO3, "DEEPSPEED", id="zero3", marks=needs_deepspeed),
     ],
 )
-def test_a_sharded_run_trains_as_one_process_does_and_resumes(tmp_path, variables, kind):
+@pytest.mark.parametrize("policy", ["full", "lora"])
+def test_a_sharded_run_trains_as_one_process_does_and_resumes(tmp_path, variables, kind, policy):
     """With a value head, on the CPU; FSDP2 as in `accelerate_configs/fsdp2.yaml`, of DeepSpeed's files the stage."""
-    outputs = launch("sharded_training.py", str(tmp_path / "two"), beside=[str(tmp_path / "one")], **variables)
+    more = [policy] if policy == "lora" else []
+    beside = [str(tmp_path / "one"), *more]
+    outputs = launch("sharded_training.py", str(tmp_path / "two"), *more, beside=beside, **variables)
     two, one = (json.loads(output[output.index('{"losses"') :].splitlines()[0]) for output in outputs)
     assert two["type"] == kind and (two["sharded"] > 20) == (variables is not ZERO2) and two["fault"] is None
     assert len(one["losses"]) == 4 and two["losses"] == pytest.approx(one["losses"], abs=1e-5, rel=0)
     assert two["resumed"] == two["losses"] and two["differ"] == 0.0
+    if policy == "lora":
+        assert two["reference"] == 0.0 and two["moved"] > 0 and two["syncs"] == [2, 2]
     assert len(one["norms"]) == 4 and two["norms"] == pytest.approx(one["norms"], rel=1e-4) and min(one["norms"]) > 0
     assert two["unsaved"] == ["checkpoint-4", "checkpoint-1"]  # the main process's disk was full in between
 
@@ -120,7 +125,8 @@ def test_two_processes_resume_to_the_bit(tmp_path):
     output = launch("resume_processes.py", str(tmp_path))
     found = [json.loads(line) for line in output.splitlines() if line.startswith('{"differ')]
     unsaved = ["checkpoint-3", "checkpoint-1"]  # the main process's disk was full at the second
-    assert found == [{"differ": 0, "figures": True, "fault": None, "refused": True, "unsaved": unsaved}] * 2
+    told = {"refused": True, "unsaved": unsaved, "blocked": True}
+    assert found == [{"differ": 0, "figures": True, "fault": None, **told}] * 2
     names = {path.name for path in (tmp_path / "whole" / "checkpoint-3").iterdir()}
     assert {"progress_0.safetensors", "progress_1.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= names
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import time
 from pathlib import Path
 
@@ -246,6 +247,19 @@ def test_raise_saves_a_checkpoint_and_ends_the_run(monkeypatch, tmp_path):
     resumed = start(tmp_path, monkeypatch, **changes)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 6 and list(named(tmp_path)) == ["advantages_zero"]
+
+
+def test_raise_on_a_full_disk_says_where_the_model_is(monkeypatch, tmp_path):
+    changes = {"rewards": constant, "advantage_estimator": "group", "max_steps": 6}
+    trainer = start(tmp_path / "run", monkeypatch, health_checks="raise", **changes)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(trainer, "_progress", lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    words = r"the health rule `advantages_zero`.* could not be written: .*No space left"
+    with pytest.raises(HealthError, match=words) as told:
+        trainer.train()
+    kept = re.search(r"written to (\S+) instead", str(told.value))[1]
+    assert "checkpoint-3; resume from there" not in str(told.value) and list(Path(kept).glob("*.safetensors"))
 
 
 def test_nothing_is_looked_for_when_it_is_off(monkeypatch, tmp_path):

@@ -4,8 +4,10 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,14 +16,19 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from conftest import add, chat_tokenizer, config, prompts, tiny_model
-from hub_server import TOKEN, USER, hub
+from hub_server import TOKEN, USER, _Handler, hub
 from huggingface_hub import HfApi, constants
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM, TrainerCallback
 
 from trl_toolgrpo import CheckpointSaveError, HubPushError, MCPServer, ToolGRPOTrainer, ValueHead, ValueHeadError
-from trl_toolgrpo.model_card import bars, command, compose, curves, tools
+from trl_toolgrpo.model_card import bars, command, compose, configuration, curves, tools
+from trl_toolgrpo.run_card import _set_fields, launcher, machines
+from trl_toolgrpo.tools.redact import SECRET, config_secrets, masked, masked_arguments
 
 
 NAME = "run"
@@ -67,13 +74,14 @@ def start(base, folder, **changes):
     """A run with an adapter, a value head, and a reference adapter that follows it."""
     options = {
         "push_to_hub": True, "max_steps": 2, "advantage_estimator": "gae", "beta": 0.1, "sync_ref_model": True,
-        "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 1, "hub_token": TOKEN, **changes,
+        "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 1, "hub_token": TOKEN,
+        "model_init_kwargs": {"dtype": "float32"}, **changes,
     }  # fmt: skip
     mcp = options.pop("mcp_servers", None)
     return ToolGRPOTrainer(
         str(base),
         length_reward,
-        config(folder, model_init_kwargs={"dtype": "float32"}, **options),
+        config(folder, **options),
         prompts(8),
         tools=[add],
         mcp_servers=mcp,
@@ -143,6 +151,35 @@ def test_the_card_tells_of_the_run(server, base, tmp_path, monkeypatch):
     assert MCPServer(**servers["weather"]).redactor.text("what-nobody-may-know") == "[secret]"
 
 
+def test_what_the_configuration_has_in_confidence_is_not_pushed(server, base, tmp_path, monkeypatch):
+    """Neither with the card nor with a checkpoint; the run goes on with it."""
+    token, password = "hf_of_the_configuration", "passw0rd"
+    given = {"dtype": torch.float32, "token": token}
+    options = [f'{{"token": "{token}", "dtype": "float32"}}', "--where", f"http://user:{password}@host:8000"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model_init_kwargs", *options, '--more={"api_key": "sh0rt"}'])
+    address = f"http://user:{password}@host:8000/v1"
+    trainer = start(
+        base, tmp_path / NAME, model_init_kwargs=given, vllm_server_base_url=address, save_strategy="steps",
+        save_steps=1, max_steps=1, hub_strategy="checkpoint",
+    )  # fmt: skip
+    trainer.reward_funcs[0] = named = lambda **kwargs: length_reward(**kwargs)
+    named.__doc__ = f"Asks with {token}."
+    trainer.train()
+    name = f"{USER}/{NAME}"
+    assert "last-checkpoint/training_args.bin" in server.repos[name]
+    for hidden in (token, password, "sh0rt", "user:"):
+        assert hidden.encode() not in everything(server, name), hidden
+    card = server.repos[name]["README.md"].decode()
+    for part in (
+        "  token: '[secret]'", "  dtype: float32", "vllm_server_base_url: http://...@host:8000/v1\n",
+        "| Asks with [secret]. |",
+        """train.py --model_init_kwargs '{"token": "[secret]", "dtype": "float32"}' --where http://...@host:8000 """,
+        """'--more={"api_key": "[secret]"}'""",
+    ):  # fmt: skip
+        assert part in card, part
+    assert trainer.args.model_init_kwargs["token"] == token and trainer.args.vllm_server_base_url == address
+
+
 def test_every_save_is_pushed_in_the_background(server, base, tmp_path):
     trainer = start(
         base, tmp_path / NAME, save_strategy="steps", save_steps=1, hub_strategy="checkpoint", hub_always_push=True
@@ -158,6 +195,106 @@ def test_every_save_is_pushed_in_the_background(server, base, tmp_path):
     assert {"optimizer.pt", "manifest.json", "reference.safetensors", "training_args.bin"} <= kept
     assert TOKEN.encode() not in everything(server, name)
     assert trainer.args.hub_token == TOKEN
+
+
+def hold(monkeypatch):
+    """Keep each upload from its begin until an event is set."""
+    route, event = _Handler._route, threading.Event()
+
+    def held(self, path, body):
+        assert "/preupload/" not in path or event.wait(60)
+        return route(self, path, body)
+
+    monkeypatch.setattr(_Handler, "_route", held)
+    return event
+
+
+class Watch(TrainerCallback):
+    """Calls a function after each save."""
+
+    def __init__(self, look):
+        self.look = look
+
+    def on_save(self, args, state, control, **kwargs):
+        self.look(state.global_step)
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
+def test_checkpoints_that_are_being_uploaded_are_known(server, base, tmp_path, strategy, monkeypatch):
+    arrived, seen = hold(monkeypatch), []
+    trainer = start(base, tmp_path / NAME, save_strategy="steps", save_steps=1, hub_strategy=strategy)
+
+    def look(step):
+        seen.append({path.name for path in trainer._uploading})
+        if step == 2:
+            arrived.set()
+
+    trainer.add_callback(Watch(look))
+    assert trainer._uploading == set()
+    trainer.train()
+    assert seen == [{"checkpoint-1"}, {"checkpoint-1"}] and trainer._uploading == set()
+    messages = [message for _, message in server.commits]
+    assert messages == ["Training in progress, step 1", "Training in progress, step 1, checkpoint"]
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
+def test_a_limit_of_checkpoints_loses_no_upload(server, base, tmp_path, strategy, monkeypatch, caplog):
+    """The first is uploaded still when the second and third are saved, and the limit would remove it."""
+    arrived = hold(monkeypatch)
+    options = {"save_total_limit": 1, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    trainer = start(base, tmp_path / NAME, hub_strategy=strategy, **options)
+    trainer.add_callback(Watch(lambda step: arrived.set() if step == 3 else None))
+    trainer.train()
+    assert "Training in progress, step 1, checkpoint" in [message for _, message in server.commits]
+    assert "failed" not in caplog.text
+    place = "last-checkpoint" if strategy == "checkpoint" else "checkpoint-1"
+    assert f"{place}/manifest.json" in server.repos[f"{USER}/{NAME}"]
+
+
+def test_training_ends_when_the_upload_has(server, base, tmp_path, monkeypatch):
+    """What TRL then removes beside the best checkpoint is on the Hub."""
+    arrived, seen = hold(monkeypatch), []
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "hub_strategy": "checkpoint"}
+    trainer = start(base, tmp_path / NAME, **options)
+    trainer.add_callback(Watch(lambda step: threading.Timer(1, arrived.set).start()))
+    monkeypatch.setattr(
+        transformers.trainer, "sort_checkpoints", lambda **kwargs: seen.append(trainer._uploading) or []
+    )
+    trainer.train()
+    assert seen == [set()] and len(server.commits) == 2
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_folder_that_is_gone_is_not_said_to_be_there(server, base, tmp_path, gone, monkeypatch, caplog):
+    trainer = start(base, tmp_path / NAME, save_strategy="no", hub_strategy="checkpoint", max_steps=1)
+    folder = tmp_path / NAME / "checkpoint-1"
+    (folder / "part").mkdir(parents=True)
+    (folder / "part" / "file.txt").write_text("some")
+    ready = hold(monkeypatch)
+    server.drop = ["POST .*/commit/", 2]  # that of the adapter, that of the checkpoint
+    trainer._push_from_checkpoint(str(folder))
+    if gone:
+        shutil.rmtree(folder)
+    ready.set()
+    trainer._finish_current_push()
+    deadline = time.monotonic() + 5  # it is logged by the thread that pushed
+    while "checkpoint-1" not in caplog.text and time.monotonic() < deadline:
+        time.sleep(0.01)
+    told = next(record.getMessage() for record in caplog.records if "checkpoint-1" in record.getMessage())
+    if gone:
+        assert f"{folder}, which was to be pushed, is no longer there" in told and "hf upload" not in told
+    else:
+        assert the_command_of(told) == ["hf", "upload", f"{USER}/{NAME}", str(folder), "last-checkpoint"]
+
+
+def test_a_push_waits_for_the_one_before_to_read_the_folder(server, base, tmp_path, monkeypatch):
+    trainer = start(base, tmp_path / NAME, save_strategy="no")
+    arrived = hold(monkeypatch)
+    threading.Timer(1, arrived.set).start()
+    first = trainer.push_to_hub(blocking=False)
+    trainer.push_to_hub("second")
+    assert first.exception() is None
+    assert [message for _, message in server.commits] == ["End of training", "second"]
 
 
 def test_a_whole_model_is_pushed_too(server, tmp_path):
@@ -296,6 +433,112 @@ def test_command_keeps_secrets_back():
     given = ["a.py", "--hub_token=x", "--api_key", "y", "--steps", "3", "--secret", "--flag", "a b"]
     shown = "a.py '--hub_token=[secret]' --api_key '[secret]' --steps 3 --secret --flag 'a b'"
     assert f"torchrun --nproc_per_node 2 {shown}\n" in command(["torchrun", "--nproc_per_node", "2"], given)
+
+
+def test_a_command_line_is_shown_without_secrets():
+    given = ["a.py", "--url=https://me:pw@x.org/d?sig=abcdefg", '{"a": [{"password": 5}]}', "HF_TOKEN=xyz", "http://["]
+    shown = ["a.py", "--url=https://...@x.org/d?sig=...", '{"a": [{"password": "[secret]"}]}', f"HF_TOKEN={SECRET}"]
+    assert masked_arguments(given) == [*shown, "http://["]
+    plain = ["--max_tokens", "5", "--tokenizer=x", "--eos_token", "<|im_end|>", '{"a":1}', "https://x.org/#part"]
+    assert masked_arguments(plain) == plain
+    assert "On each of 2 machines" in command(["torchrun"], plain, 2) and "machines" not in command(["python"], plain)
+
+
+def test_a_configuration_is_shown_without_secrets():
+    given = {
+        "model": {"token": "hf_abcdef", "use_auth_token": True, "revision": None, "secret_key": ""},
+        "headers": {"Authorization": "Bearer zyxwvut", "Accept": "text"},
+        "list": [{"apiKey": "k-123456"}, ("https://abcdef@h", 1)],
+        "credentials": {"user": "someone", "ports": [1, 2]},
+        "vocabulary": {"pad_token": "<pad>", "pad_token_id": 3},
+        "json": '{"password": "hunter2-x"}',
+    }
+    shown = masked(given)
+    assert shown == {
+        "model": {**given["model"], "token": SECRET},
+        "headers": {"Authorization": SECRET, "Accept": "text"},
+        "list": [{"apiKey": SECRET}, ("https://...@h", 1)],
+        "credentials": SECRET,
+        "vocabulary": given["vocabulary"],
+        "json": '{"password": "[secret]"}',
+    }
+    assert masked(shown) == shown
+    found = {"hf_abcdef", "Bearer zyxwvut", "zyxwvut", "k-123456", "abcdef", "someone", "hunter2-x"}
+    assert set(config_secrets(given)) == found
+    assert set(config_secrets("https://me%40x:p%40ss-word@h?token=tok-en-1&page=100000")) == {
+        "me%40x:p%40ss-word", "p%40ss-word", "p@ss-word", "tok-en-1",
+    }  # fmt: skip
+
+
+def test_what_is_no_plain_value_is_shown_in_words(tmp_path):
+    shown = configuration(_set_fields(config(tmp_path, model_init_kwargs={"where": Path("x"), "ends": (1, 2)})))
+    assert "model_init_kwargs:\n  ends:\n  - 1\n  - 2\n  where: x\n" in shown
+
+
+def environment_of(words, monkeypatch):
+    """What `accelerate launch` tells the processes it starts."""
+    assert words[:2] == ["accelerate", "launch"]
+    filled = ["1" if word == "MACHINE_RANK" else word for word in words[2:]]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args([*filled, "train.py"]))
+    arguments.deepspeed_fields_from_accelerate_config = ""
+    made = prepare_deepspeed_cmd_env(arguments)[1] if arguments.use_deepspeed else prepare_multi_gpu_env(arguments)
+    for name, value in made.items():
+        monkeypatch.setenv(name, value)
+    return arguments
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT"},
+        {"reshard_after_forward": False, "cpu_offload": True, "activation_checkpointing": True},
+        {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 7, "cpu_ram_efficient_loading": True},
+        {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_cls_names_to_wrap": ["A", "B"]},
+    ],
+)
+def test_the_command_shards_as_fsdp_did(options, monkeypatch):
+    monkeypatch.setenv("FSDP_VERSION", "0")  # is put back with the others
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **options)
+    words = launcher(4, 1, fsdp=plugin)
+    assert words[2:7] == ["--num_processes", "4", "--use_fsdp", "--fsdp_version", "2"]
+    environment_of(words, monkeypatch)
+    again = FullyShardedDataParallelPlugin()
+    for name in ("fsdp_version", "state_dict_type", "min_num_params", "cpu_ram_efficient_loading", *options):
+        assert getattr(again, name) == getattr(plugin, name), name
+    assert again.auto_wrap_policy == plugin.auto_wrap_policy and again.cpu_offload == plugin.cpu_offload
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"zero_stage": 1},
+        {"zero_stage": 2, "offload_optimizer_device": "cpu"},
+        {"zero_stage": 3, "zero3_save_16bit_model": True, "offload_param_device": "cpu"},
+        {"zero_stage": 3, "zero3_init_flag": False},
+    ],
+)
+def test_the_command_shards_as_deepspeed_did(options, monkeypatch):
+    plugin = DeepSpeedPlugin(**options)
+    words = launcher(16, 2, deepspeed=plugin)
+    several = "--num_machines 2 --machine_rank MACHINE_RANK --main_process_ip FIRST_MACHINE"
+    assert f"--num_processes 16 {several} --use_deepspeed" in " ".join(words)
+    arguments = environment_of(words, monkeypatch)
+    assert (arguments.nnodes, arguments.nproc_per_node, arguments.node_rank) == ("2", "8", 1)
+    again = DeepSpeedPlugin()
+    for name in ("zero_stage", "zero3_init_flag", "zero3_save_16bit_model", "offload_optimizer_device", *options):
+        assert getattr(again, name) == getattr(plugin, name), name
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds.json")
+    assert launcher(2, deepspeed=plugin)[4:] == ["--use_deepspeed", "--deepspeed_config_file", "ds.json"]
+
+
+def test_the_command_says_on_how_many_machines(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert machines(16) == 1 and launcher(1) == ["python"]
+    assert launcher(2) == ["torchrun", "--nproc_per_node", "2"]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert machines(16) == 2 and machines(8) == 1
+    nodes = ["--nnodes", "2", "--node_rank", "MACHINE_RANK", "--master_addr", "FIRST_MACHINE"]
+    assert launcher(16, 2) == ["torchrun", *nodes, "--nproc_per_node", "8"]
 
 
 def test_sections_without_content():

@@ -1,6 +1,8 @@
 """The recipes: every shipped configuration is read as a user's would be, and the tiny model is what it says."""
 
 import json
+import logging
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,14 +10,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from transformers import TrainerState
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
+import evaluation
 import qwen3_tools
+import scoreboard
 from qwen3_tools import checkpoint_to_resume, flags_that_keep_batches, parse_arguments, read_switches
 from scoreboard import Rates, Scoreboard
+from task import Verdict
 from tiny_model import TinyModel, build_tiny_model
 from warm_start import WarmStart
 from workspace import build_workspace
@@ -98,7 +104,7 @@ def test_resuming_starts_from_the_beginning_where_there_is_no_checkpoint(tmp_pat
     assert capsys.readouterr().out == said
 
 
-def test_resuming_takes_the_newest_checkpoint_and_what_was_known_of_the_start(tmp_path, capsys):
+def test_resuming_takes_the_newest_checkpoint(tmp_path, capsys):
     for step in (2, 10):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -108,11 +114,121 @@ def test_resuming_takes_the_newest_checkpoint_and_what_was_known_of_the_start(tm
     assert f"Resuming from {tmp_path / 'checkpoint-10'}." in capsys.readouterr().out
     _, training, _ = parse(tmp_path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-2"))
     assert checkpoint_to_resume(training) == str(tmp_path / "checkpoint-2")
-    first, again = Scoreboard(SimpleNamespace(judge=None)), Scoreboard(SimpleNamespace(judge=None))
-    first.evaluations.append(Rates(0.5, {1: 0.75, 2: 0.25}, 1.0, 0))
-    first.on_save(training, SimpleNamespace(is_world_process_zero=True, global_step=2), None)
-    assert again.recall(tmp_path / "checkpoint-2") and again.evaluations == first.evaluations
-    assert not Scoreboard(SimpleNamespace(judge=None)).recall(tmp_path / "checkpoint-10")
+
+
+def board():
+    return Scoreboard(SimpleNamespace(judge=None))
+
+
+def evaluate(scoreboard, folder, step, *right, main_process=True):
+    """An evaluation of as many questions, of difficulty 1, 2 and so on."""
+    scoreboard._held_out = [(f"q{n}", n, Verdict(good, float(good), True)) for n, good in enumerate(right, 1)]
+    state = TrainerState(global_step=step, is_world_process_zero=main_process)
+    scoreboard.on_evaluate(SimpleNamespace(output_dir=folder), state, None)
+
+
+def begin(scoreboard, folder, step=0):
+    scoreboard.on_train_begin(SimpleNamespace(output_dir=folder), TrainerState(global_step=step), None)
+
+
+def test_a_resumed_run_knows_the_rates_up_to_its_checkpoint(tmp_path):
+    first = board()
+    begin(first, tmp_path)
+    for step, right in ((0, [True, False]), (4, [True, True]), (8, [False, True])):
+        evaluate(first, tmp_path, step, *right)
+    known = [Rates(0.5, {1: 1.0, 2: 0.0}, 1.0, 0), Rates(1.0, {1: 1.0, 2: 1.0}, 1.0, 4)]
+    assert first.evaluations == [*known, Rates(0.5, {1: 0.0, 2: 1.0}, 1.0, 8)]
+    (tmp_path / "checkpoint-6").mkdir()
+    resumed = board()
+    assert resumed.recall(tmp_path / "checkpoint-6") and resumed.evaluations == known
+    begin(resumed, tmp_path / "checkpoint-6", step=6)  # an output folder of its own
+    elsewhere = board()
+    assert elsewhere.recall(tmp_path / "checkpoint-6" / "checkpoint-7") and elsewhere.evaluations == known
+    assert not list((tmp_path / "checkpoint-6").glob("*.unfinished"))
+
+
+def test_a_kill_while_the_rates_are_written_leaves_those_before(tmp_path, monkeypatch):
+    first, resumed = board(), board()
+    evaluate(first, tmp_path, 0, True)
+
+    def killed(self, text, **kwargs):
+        with open(self, "w") as stream:
+            stream.write(text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", killed)
+        evaluate(first, tmp_path, 4, True)
+    assert resumed.recall(tmp_path / "checkpoint-4") and resumed.evaluations == first.evaluations[:1]
+
+
+@pytest.mark.parametrize("text", [None, '[{"overall": 0.5, "by_diff', "null", "[3]", '[{"overall": 0.5}]'])
+def test_rates_that_are_missing_or_torn_are_done_without(tmp_path, caplog, text):
+    if text is not None:
+        (tmp_path / scoreboard.FILE).write_text(text)
+    resumed = board()
+    assert not resumed.recall(tmp_path / "checkpoint-4") and resumed.evaluations == []
+    assert f"The rates before {tmp_path / 'checkpoint-4'} are not known" in caplog.text
+
+
+def test_a_full_disk_costs_the_record_and_not_the_run(tmp_path, monkeypatch, caplog):
+    def refuse(*args, **kwargs):
+        raise OSError(28, "No space left")
+
+    first, resumed = board(), board()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", refuse)
+        evaluate(first, tmp_path, 0, True)
+    (warning,) = caplog.records
+    assert warning.levelno == logging.WARNING and "could not be kept" in caplog.text and "No space left" in caplog.text
+    evaluate(first, tmp_path, 4, True)  # there is room again
+    assert resumed.recall(tmp_path / "checkpoint-4") and resumed.evaluations == first.evaluations
+    evaluate(board(), tmp_path / "other", 0, True, main_process=False)
+    assert not (tmp_path / "other").exists() and len(caplog.records) == 1
+    monkeypatch.setattr(Path, "write_text", refuse)
+    begin(resumed, tmp_path, step=4)
+    assert board().recall(tmp_path / "checkpoint-4")
+    begin(board(), tmp_path)
+    assert not board().recall(tmp_path / "checkpoint-4")  # they are not the new run's
+
+
+def test_a_new_run_leaves_the_rates_of_an_earlier_one_to_its_checkpoints(tmp_path):
+    for number, right in ((1, True), (2, False)):
+        evaluate(board(), tmp_path, 0, right)
+        (tmp_path / f"earlier-run-{number}").mkdir()  # as the trainer does when the next run begins
+        begin(board(), tmp_path)
+        os.utime(tmp_path / f"earlier-run-{number}", (number, number))  # long ago
+        assert not board().recall(tmp_path / "checkpoint-4")
+    evaluate(board(), tmp_path, 0, True)
+    begin(board(), tmp_path)  # after a run that left no checkpoint
+    assert not board().recall(tmp_path / "checkpoint-4")
+    for number, rate in ((1, 1.0), (2, 0.0)):
+        earlier = board()
+        assert earlier.recall(tmp_path / f"earlier-run-{number}" / "checkpoint-4")
+        assert [rates.overall for rates in earlier.evaluations] == [rate]
+
+
+def test_the_main_process_reads_the_rates_for_all(tmp_path, monkeypatch):
+    known = [Rates(0.5, {1: 0.5}, 1.0)]
+    monkeypatch.setattr(scoreboard, "PartialState", lambda: SimpleNamespace(is_main_process=False))
+    monkeypatch.setattr(scoreboard, "broadcast_object_list", lambda found: [known] if found == [None] else found)
+    evaluate(board(), tmp_path, 0, True)
+    resumed = board()
+    assert resumed.recall(tmp_path / "checkpoint-4") and resumed.evaluations == known
+
+
+def test_the_recipe_says_at_once_that_its_folder_cannot_be_written_to(tmp_path, monkeypatch):
+    (tmp_path / "taken").write_text("a file")
+    monkeypatch.setattr(qwen3_tools, "build_task", lambda *_: pytest.fail("the run has begun"))
+    monkeypatch.setattr(sys, "argv", ["qwen3_tools.py", "--output_dir", str(tmp_path / "taken"), *ON_THIS_MACHINE])
+    with pytest.raises(OSError, match=r"taken\), which cannot be written to: .*File exists.* Pass --output_dir with"):
+        qwen3_tools.main()
+    evaluation.check_writable(tmp_path / "new", True)
+    assert list((tmp_path / "new").iterdir()) == []
+    monkeypatch.setattr(evaluation, "broadcast_object_list", lambda found: ["Read-only"] if found == [None] else found)
+    with pytest.raises(OSError, match="cannot be written to: Read-only"):  # what the main process has met with
+        evaluation.check_writable(tmp_path / "other", False)
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_run_of_two_processes_is_gone_on_from_with_one(tmp_path, capsys):
@@ -127,6 +243,9 @@ def test_a_run_of_two_processes_is_gone_on_from_with_one(tmp_path, capsys):
     assert changed.generation_batch_size == 2 * training.generation_batch_size
     assert changed.gradient_accumulation_steps == changed.steps_per_generation == 2
     assert flags_that_keep_batches(str(tmp_path), changed) == flags_that_keep_batches(None, training) == []
+    assert flags_that_keep_batches(str(tmp_path), training, ["--per_device_train_batch_size=64"]) == []  # a flag wins
+    (tmp_path / "run.json").write_text('{"batch"')
+    assert flags_that_keep_batches(str(tmp_path), training) == []  # torn, which is said when it is resumed
 
 
 def test_the_main_process_looks_for_the_checkpoint_to_resume(monkeypatch):

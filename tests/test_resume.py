@@ -32,7 +32,7 @@ from trl_toolgrpo import (
 )
 from trl_toolgrpo.checkpoint import UNFINISHED, check_shared, check_whole, clear_away, fault_of, publish, set_aside
 from trl_toolgrpo.hub import HubPush
-from trl_toolgrpo.identity import describe_adapter, describe_dataset, describe_model, differences
+from trl_toolgrpo.identity import describe_adapter, describe_dataset, describe_model, describe_run, differences
 
 
 TIMES = ("time", "seconds", "per_second", "wait", "runtime", "train_loss", "total_flos", "max_abs_diff")
@@ -331,7 +331,8 @@ def test_machines_with_output_folders_of_their_own_are_refused(tmp_path, monkeyp
     assert not list(tmp_path.glob(".shared-*"))
     elsewhere = tmp_path / "other machine"
     monkeypatch.setattr(checkpoint, "_PROBE_SECONDS", 0.2)
-    monkeypatch.setattr(checkpoint, "gather_object", lambda seen: [*seen, checkpoint._appears(elsewhere / "probe")])
+    probe = elsewhere / "probe"
+    monkeypatch.setattr(checkpoint, "gather_object", lambda seen: [*seen, seen[0] and checkpoint._appears(probe)])
     with pytest.raises(CheckpointSaveError, match=r"run of 2 processes, 1 of which do not see.*all machines share"):
         check_shared(tmp_path, True)
     trainer = start(tmp_path, max_steps=1)
@@ -441,6 +442,26 @@ def test_another_number_of_processes_is_taken_between_rollout_batches(runs, tmp_
     assert "Resumed with another layout" in caplog.text and resumed._step == 10
 
 
+def test_another_number_of_processes_is_refused_with_deepspeed(runs, tmp_path):
+    folder = tmp_path / "checkpoint-4"
+    shutil.copytree(Path(runs("full").args.output_dir) / folder.name, folder)
+    record = json.loads((folder / "run.json").read_text())
+    record["layout"]["processes"] = 2
+    (folder / "run.json").write_text(json.dumps(record))
+    resumed = start(tmp_path, **SETTINGS["full"][1])
+    resumed.is_deepspeed_enabled = True
+    resumed._run = describe_run(resumed.args, resumed.model, resumed.train_dataset)
+    with pytest.raises(CheckpointError, match="whose optimizer states are divided over 2 processes, in 1"):
+        resumed._check_same_run(folder)
+
+
+def test_a_checkpoint_of_the_model_alone_says_that_the_rest_begins_anew(tmp_path, caplog):
+    options = {"save_only_model": True, "steps_per_generation": 1, "num_iterations": 1}
+    start(tmp_path, max_steps=1, **options).train()
+    start(tmp_path, max_steps=2, **options).train(resume_from_checkpoint=True)
+    assert "was written with `save_only_model=True`: optimizer, learning rate" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("stored", "own", "expected"),
     [  # rollout batch, processes, micro-batches in one batch and in one step; micro-batch, processes
@@ -518,6 +539,38 @@ def test_a_run_goes_on_when_a_checkpoint_cannot_be_written(tmp_path, monkeypatch
     assert fault_of(tmp_path / "checkpoint-1") is None and fault_of(tmp_path / "checkpoint-3") is None
     assert f"{tmp_path / 'checkpoint-2'} could not be written: " in caplog.text
     assert "tries again at the next checkpoint" in caplog.text
+
+
+def test_a_checkpoint_that_could_not_be_replaced_is_put_back(tmp_path, monkeypatch, caplog):
+    trainer, replace = start(tmp_path, max_steps=1), os.replace
+    trainer.train()
+
+    def full(source, place):
+        if Path(place) == tmp_path / "checkpoint-1" and UNFINISHED in str(source) and "replaced" not in str(source):
+            raise OSError(28, "No space left on device")
+        replace(source, place)
+
+    monkeypatch.setattr(os, "replace", full)
+    trainer.state.max_steps, trainer.control.should_training_stop = 9, False
+    with caplog.at_level(logging.ERROR):
+        trainer._save_checkpoint(trainer.model, None)
+    assert "Checkpoints that were there before are still valid" in caplog.text
+    assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-1" and not (tmp_path / UNFINISHED).exists()
+
+
+def test_checkpoints_that_cannot_be_removed_do_not_end_the_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("trl_toolgrpo.resume.clear_away", lambda *args: os.mkdir(tmp_path / "checkpoint-1"))
+    trainer = start(tmp_path, max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2 and "beyond `save_total_limit` could not be removed" in caplog.text
+
+
+def test_a_checkpoint_without_the_part_of_a_process_is_not_published(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_PROBE_SECONDS", 0.2)
+    (tmp_path / "progress_0.safetensors").touch()
+    checkpoint.check_parts(tmp_path, 1)
+    with pytest.raises(OSError, match=r"the part of process 1 \(progress_1\.safetensors\) is not to be seen"):
+        checkpoint.check_parts(tmp_path, 2)
 
 
 def test_the_last_checkpoint_has_to_be_written(tmp_path, monkeypatch):

@@ -304,9 +304,9 @@ def test_batches_are_of_like_length_and_a_pass_gives_everything_once():
         next(batches_by_length(examples[:3], 4, random.Random(0)))
 
 
-def test_scoreboard_rewards_records_and_reports():
+def test_scoreboard_rewards_records_and_reports(tmp_path):
     task = build_workspace(5, 5)
-    logged = {}
+    logged, args = {}, SimpleNamespace(output_dir=tmp_path)
     scoreboard = Scoreboard(task)
 
     def score(rows, right):
@@ -330,12 +330,12 @@ def test_scoreboard_rewards_records_and_reports():
     assert score(list(task.train), [True, False, True, True, False]) == [1.0, 0.5, 1.0, 1.0, 0.5]
     assert logged == {"success": 0.6, "valid_calls": 1.0}
     assert scoreboard.sample[2] == Verdict(True, 1.0, True)
-    scoreboard.on_evaluate(None, TrainerState(), None)
+    scoreboard.on_evaluate(args, TrainerState(), None)
     assert scoreboard.evaluations == []  # training rollouts are on no record
     score(list(task.held_out), [True, False, True, True, False])
-    scoreboard.on_evaluate(None, TrainerState(global_step=0), None)
+    scoreboard.on_evaluate(args, TrainerState(global_step=0), None)
     score(list(task.held_out), [True] * 5)
-    scoreboard.on_evaluate(None, TrainerState(global_step=4), None)
+    scoreboard.on_evaluate(args, TrainerState(global_step=4), None)
     before, after = scoreboard.evaluations
     assert before == Rates(0.6, {1: 1.0, 2: 0.5, 3: 0.5}, 1.0, 0)
     assert after == Rates(1.0, {1: 1.0, 2: 1.0, 3: 1.0}, 1.0, 4)

@@ -39,6 +39,7 @@ PROGRESS = "progress_{}.safetensors"
 
 _CHUNK = 2**22
 _REPLACED = "replaced-"
+_REMOVED = "removed-"
 _PROBE_SECONDS = 10  # a network file system may be slow to show what another machine wrote
 
 
@@ -132,6 +133,8 @@ def find_checkpoint(output_dir: str | Path) -> Path | None:
     """
     put_back(Path(output_dir))
     for path in sorted((Path(output_dir) / UNFINISHED).glob(f"*{PREFIX}*")):
+        if path.name.startswith(_REMOVED):
+            continue
         logger.warning("Skipped %s: the run ended while it was written.", path)
     for path in checkpoints(output_dir):
         fault = fault_of(path)
@@ -172,7 +175,8 @@ def check_shared(output_dir: Path, writes: bool) -> None:
     """
     name = [f".shared-{uuid.uuid4().hex}"]
     if writes:
-        (output_dir / name[0]).touch()
+        with suppress(OSError):  # then it is seen by none
+            (output_dir / name[0]).touch()
     probe = output_dir / broadcast_object_list(name)[0]
     seen = gather_object([_appears(probe)])
     if writes:
@@ -183,6 +187,40 @@ def check_shared(output_dir: Path, writes: bool) -> None:
             f"do not see what the first writes there. Each adds its own part to a checkpoint, so that none would be "
             f"whole. Pass a folder that all machines share, or `save_strategy='no'`."
         )
+
+
+def check_parts(folder: Path, processes: int) -> None:
+    """
+    Check that the part of every process is there to be seen; a file system may be slow to show what another wrote.
+
+    Args:
+        folder (`Path`):
+            A checkpoint that is not published yet.
+        processes (`int`):
+            How many write to it.
+
+    Raises:
+        OSError: if one is missing.
+    """
+    for index in range(processes):
+        if not _appears(folder / PROGRESS.format(index)):
+            raise OSError(f"the part of process {index} ({PROGRESS.format(index)}) is not to be seen")
+
+
+def same_error(error: Exception | None) -> None:
+    """
+    Raise in every process what went wrong in one; all have to call this.
+
+    Args:
+        error (`Exception`, *optional*):
+            What went wrong in this process.
+
+    Raises:
+        CheckpointSaveError: if something did.
+    """
+    problems = [problem for problem in gather_object([None if error is None else str(error)]) if problem is not None]
+    if problems:
+        raise CheckpointSaveError(problems[0]) from error
 
 
 def _appears(file: Path) -> bool:
@@ -214,7 +252,7 @@ def clear_away(output_dir: Path, limit: int | None, kept: set[Path]) -> None:
     trash = output_dir / UNFINISHED
     for path in surplus[: len(found) - max(limit, len(kept))]:
         trash.mkdir(exist_ok=True)
-        os.replace(path, trash / f"removed-{path.name}")  # at once: a kill leaves no half of it in its place
+        os.replace(path, trash / f"{_REMOVED}{path.name}")  # at once: a kill leaves no half of it in its place
     shutil.rmtree(trash, ignore_errors=True)
 
 

@@ -73,9 +73,11 @@ class ToolGRPOConfig(GRPOConfig):
             when it is over. A function on a thread cannot be: it is answered, left to itself and counted in
             `tools/abandoned`, and when more than 64 such calls still run, training stops with `ToolRuntimeError`.
         tool_retries (`int`, *optional*, defaults to `0`):
-            Further tries of a call whose error is marked transient.
+            Further tries of a call that raises `TransientToolError`, or returns a `ToolResult` that is an error and
+            `transient`.
         max_tool_output_tokens (`int`, *optional*, defaults to `512`):
-            Tokens after which a tool result is cut, with a visible marker.
+            Tokens after which a tool result is cut, with a visible marker. They count towards
+            `max_completion_length`, which should be several times as large.
         parse_error_budget (`int`, *optional*, defaults to `1`):
             Malformed calls answered with a corrective tool message before the rollout stops.
         force_rate (`float`, *optional*, defaults to `0.0`):

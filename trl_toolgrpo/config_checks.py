@@ -69,6 +69,7 @@ def check_fields(config: Any, defaults: dict[str, Any]) -> None:
             raise ConfigError(f"You passed `{name}={value!r}`; it must be a positive number or None.")
     _check_correction(config, defaults)
     _check_log(config)
+    _check_saving(config)
     _check_forcing(config)
     _check_critic(config, defaults)
     _check_reference(config)
@@ -145,6 +146,20 @@ def _check_vllm(config: Any) -> None:
         raise ConfigError(
             "You passed `force_level='schema'` with vLLM, which samples without this package's constraints. Use "
             "`force_level='call'` or 'name', or `rollout_backend='transformers'`."
+        )
+
+
+def _check_saving(config: Any) -> None:
+    """Checkpoints are written once, between two optimizer steps."""
+    if config.save_on_each_node:
+        raise ConfigError(
+            "You passed `save_on_each_node=True`. Every process adds its part to one checkpoint, which machines that "
+            "each write their own would take apart. Leave it out, and pass an `output_dir` that all machines share."
+        )
+    if config.enable_jit_checkpoint:
+        raise ConfigError(
+            "You passed `enable_jit_checkpoint=True`, which saves in the middle of an optimizer step: a run that "
+            "resumed from there would lose a rollout batch. Leave it out, and lower `save_steps`."
         )
 
 

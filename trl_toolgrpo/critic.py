@@ -237,6 +237,8 @@ class Critic(GRPOTrainer):
         return loss + 0.0 * sum(parameter.sum() for parameter in self._value_head.parameters())
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        if self._passing is not None:
+            self._passing.scale = float(getattr(getattr(model, "optimizer", None), "loss_scale", 1.0))
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._value_head is not None and self.accelerator.sync_gradients:
             own = {id(parameter) for parameter in self._value_head.parameters()}
@@ -320,6 +322,8 @@ class _MoreValueEpochs(TrainerCallback):
 class _PassingGradient:
     """The gradient of a module as it passes: DeepSpeed keeps none, and has made its step when backward returns."""
 
+    scale = 1.0  # of the loss, in float16
+
     def __init__(self, module: nn.Module) -> None:
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
@@ -327,7 +331,7 @@ class _PassingGradient:
             parameter.register_hook(partial(self._add, place))
 
     def _add(self, place: int, gradient: Tensor) -> None:
-        self._sums[place] = self._sums[place].to(gradient.device) + gradient.detach()
+        self._sums[place] = self._sums[place].to(gradient.device) + gradient.detach() / self.scale
 
     def take(self) -> Tensor:
         """What this process has added to the gradient since it was last asked, as one vector."""

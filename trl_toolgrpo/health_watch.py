@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checkpoint import PREFIX
 from .diagnostics import check_tolerance, compute_dtype
-from .errors import HealthError
+from .errors import CheckpointSaveError, HealthError
 from .health import HealthMonitor, RunFacts, still_open
 from .health_rollouts import ROLLOUT_RULES, SHORTCUTS, correlation_within_groups, costs
 from .health_updates import UPDATE_RULES
@@ -78,13 +78,20 @@ class HealthWatch(RunLog):
 
     def _stop_for(self, line: dict[str, Any]) -> None:
         """End the run as it stands, in every process."""
-        self._save_checkpoint(self.model, trial=None)
-        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         folder = Path(self._get_output_dir(trial=None)) / f"{PREFIX}{self.state.global_step}"
+        kept = (
+            f"The run as it stands is in {folder}; resume from there with `health_checks='warn'` to go on all the "
+            f"same, or from an earlier checkpoint."
+        )
+        self.control.should_training_stop = True  # so that a checkpoint that cannot be written is an error
+        try:
+            self._save_checkpoint(self.model, trial=None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        except CheckpointSaveError as error:
+            kept = str(error)
         raise HealthError(
             f"The run was stopped in step {line['step']} by the health rule `{line['rule']}`, as "
-            f"`health_checks='raise'` asks for. {line['message']} The run as it stands is in {folder}; resume from "
-            f"there with `health_checks='warn'` to go on all the same, or from an earlier checkpoint."
+            f"`health_checks='raise'` asks for. {line['message']} {kept}"
         )
 
 

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers.utils.hub import hf_api
 from .checkpoint import attempt, find_checkpoint, tolerated
 from .errors import CheckpointSaveError, HubPushError
 from .run_card import RunCard
+from .tools.redact import masked
 
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ class HubPush(RunCard):
     push_in_progress: Any = None
     _publishing = False  # the folder is written, and the push goes on from it
     _along = False  # a push that comes along with saving: the run goes on without it
+    _upload: tuple[Path, Future] | None = None  # of the last checkpoint that was pushed
 
     # Pushing
 
@@ -87,6 +90,7 @@ class HubPush(RunCard):
         """
         if self.args.should_save and kwargs.get("model_name") is None:
             kwargs["model_name"] = (self.args.hub_model_id or self._name_of_run).split("/")[-1]
+        self._finish_current_push()  # it reads the folder that is written anew
         folder = self._publish(kwargs)
         found, problem = None, None
         try:
@@ -101,6 +105,8 @@ class HubPush(RunCard):
             self._report_unpushed(folder, problem)
         elif isinstance(found, Future):
             found.add_done_callback(lambda future: self._look_at(future, folder))
+            jobs: Any = [found]
+            self.push_in_progress = PushInProgress(jobs)
         return found
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -110,24 +116,35 @@ class HubPush(RunCard):
         (busy,) = broadcast_object_list([busy])
         if strategy == HubStrategy.END or (busy and not self.args.hub_always_push):
             return
-        self._finish_current_push()  # it reads the folder that is written anew
         message = f"Training in progress, step {self.state.global_step}"
         jobs = [self._push_along(message, blocking=False)]
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS) and isinstance(jobs[0], Future):
             folder = Path(checkpoint_folder)
+            place = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name
             job = hf_api().upload_folder(
                 repo_id=str(self.hub_model_id),
                 folder_path=folder,
-                path_in_repo="last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name,
+                path_in_repo=place,
                 commit_message=f"{message}, checkpoint",
                 token=self.args.hub_token,
                 revision=self.args.hub_revision,
                 run_as_future=True,
             )
-            job.add_done_callback(lambda future: self._look_at(future, folder))
+            job.add_done_callback(lambda future: self._look_at(future, folder, place))
             jobs.append(job)
+            self._upload = folder, job
         started: Any = [job for job in jobs if isinstance(job, Future)]
         self.push_in_progress = PushInProgress(started)
+
+    @property
+    def _uploading(self) -> set[Path]:
+        """Checkpoint folders whose upload to the Hub has not ended: until then they have to stay."""
+        return {self._upload[0]} if self._upload is not None and not self._upload[1].done() else set()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, which removes checkpoints beside the best one; first what is being uploaded arrives."""
+        self._finish_current_push()
+        return super()._finalize_training(*args, **kwargs)
 
     def _push_along(self, message: str, **options: Any) -> Any:
         self._along = True
@@ -151,21 +168,31 @@ class HubPush(RunCard):
         if self.is_world_process_zero():
             logger.error("%s The run goes on.", message)
 
-    def _look_at(self, future: Future, folder: Path) -> None:
-        """Say what became of a push in the background."""
+    def _look_at(self, future: Future, folder: Path, place: str = ".") -> None:
+        """Say what became of a push in the background, of a folder to a place in the repository."""
         error = future.exception() if not future.cancelled() else None
-        if error is not None:
+        if error is None:
+            return
+        problem = self._redacted(_words(error))
+        if folder.is_dir():
             logger.error(
                 "A push in the background failed: %s. What was to be pushed is in %s; `%s` pushes it later.",
-                self._redacted(_words(error)),
+                problem,
                 folder,
-                self._later(folder),
+                self._later(folder, place),
+            )
+        else:
+            logger.error(
+                "A push in the background failed: %s. %s, which was to be pushed, is no longer there: the next save "
+                "pushes what the run has by then, `trainer.push_to_hub()` the model alone.",
+                problem,
+                folder,
             )
 
-    def _later(self, folder: Path) -> str:
+    def _later(self, folder: Path, place: str = ".") -> str:
         """The command that pushes a folder."""
         name = self.hub_model_id or self.args.hub_model_id or self._name_of_run
-        command = ["hf", "upload", name, str(folder), "."]
+        command = ["hf", "upload", name, str(folder), place]
         command += ["--revision", str(self.args.hub_revision)] if self.args.hub_revision else []
         command += ["--private"] if self.args.hub_private_repo else []
         return shlex.join(command)
@@ -284,13 +311,22 @@ class HubPush(RunCard):
         return f"`{self._later(folder)} --exclude {TRAINING_ARGS_NAME}` pushes it to the Hub"
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """TRL's, without the Hub token in the arguments that are pickled beside the model."""
-        token, self.args.hub_token = self.args.hub_token, None
+        """TRL's, without secrets in the arguments that are pickled beside the model."""
+        with self._public_arguments(), tolerated():
+            super()._save(output_dir, state_dict)
+
+    @contextmanager
+    def _public_arguments(self) -> Iterator[None]:
+        given = {field.name: getattr(self.args, field.name) for field in fields(self.args)}
+        shown = {name: masked(value, name) for name, value in given.items()} | {"hub_token": None}
+        changed = {name: value for name, value in given.items() if shown[name] is not value and shown[name] != value}
         try:
-            with tolerated():
-                super()._save(output_dir, state_dict)
+            for name in changed:
+                setattr(self.args, name, shown[name])
+            yield
         finally:
-            self.args.hub_token = token
+            for name, value in changed.items():
+                setattr(self.args, name, value)
 
 
 def _words(error: BaseException) -> str:

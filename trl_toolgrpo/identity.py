@@ -80,10 +80,10 @@ def keep_batch_size(checkpoint: str | Path, args: Any) -> dict[str, int]:
         `steps_per_generation` to; empty if they are the same already, if there is no such division, or if the
         checkpoint does not say.
     """
-    if not (Path(checkpoint) / RUN).is_file():
+    try:
+        return division(json.loads((Path(checkpoint) / RUN).read_text(encoding="utf-8")), args)
+    except (OSError, ValueError, KeyError, TypeError):  # of another trainer, or torn, which is said when it is resumed
         return {}
-    stored = json.loads((Path(checkpoint) / RUN).read_text(encoding="utf-8"))
-    return division(stored, args)
 
 
 def division(stored: Mapping[str, Any], args: Any) -> dict[str, int]:

@@ -1,10 +1,9 @@
 """What a model card says of a run: its use, task, tools, rewards, curves, configuration, command and versions.
 
-Owns the texts, as pure functions of plain values; `hub.py` gathers those and puts the texts into the card that TRL
-writes.
+Owns the texts, as pure functions of plain values; `run_card.py` gathers those and puts the texts into the card that
+TRL writes.
 """
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -12,12 +11,16 @@ from typing import Any
 
 import yaml
 
+from .tools.redact import masked_arguments
 from .tools.types import Tool
 
 
 PROCEDURE = "## Training procedure"
 VERSIONS = "### Framework versions\n"
 """Headings of TRL's card; what stands behind the first of them is kept."""
+RANK = "MACHINE_RANK"
+FIRST = "FIRST_MACHINE"
+"""What a reader of a command for several machines replaces."""
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 30
@@ -180,7 +183,7 @@ def configuration(fields: Mapping[str, Any]) -> str:
     return f"## Configuration\n\nWhat differs from the defaults:\n\n{_code(plain.rstrip(), 'yaml')}"
 
 
-def command(launcher: Sequence[str], arguments: Sequence[str]) -> str:
+def command(launcher: Sequence[str], arguments: Sequence[str], machines: int = 1) -> str:
     """
     The command that reproduces the run.
 
@@ -188,19 +191,15 @@ def command(launcher: Sequence[str], arguments: Sequence[str]) -> str:
         launcher (`Sequence[str]`):
             What starts the script.
         arguments (`Sequence[str]`):
-            Script and its arguments. The values of options that are named for a token, key, secret or password are
-            left out.
+            Script and its arguments, shown without their secrets: see [`masked_arguments`].
+        machines (`int`, *optional*, defaults to `1`):
+            On how many it is to be given.
     """
-    shown, secret = [], False
-    for argument in arguments:
-        name, sign, _ = argument.partition("=")
-        private = name.startswith("--") and re.search(r"token|key|secret|password|credential", name, re.IGNORECASE)
-        if secret and not argument.startswith("--"):
-            shown.append("[secret]")
-        else:
-            shown.append(f"{name}=[secret]" if private and sign else argument)
-        secret = bool(private) and not sign
-    return f"## Command\n\n{_code(shlex.join([*launcher, *shown]), 'bash')}"
+    text = "## Command\n\n"
+    if machines > 1:
+        text += f"On each of {machines} machines, with its number from 0 for `{RANK}` and the address of the first "
+        text += f"for `{FIRST}`:\n\n"
+    return text + _code(shlex.join([*launcher, *masked_arguments(arguments)]), "bash")
 
 
 def first_paragraph(text: str | None) -> str:

@@ -29,12 +29,14 @@ from .checkpoint import (
     PROGRESS,
     UNFINISHED,
     attempt,
+    check_parts,
     check_shared,
     check_whole,
     clear_away,
     find_checkpoint,
     publish,
     put_back,
+    same_error,
     set_aside,
 )
 from .config import ToolGRPOConfig
@@ -61,6 +63,7 @@ class ExactResume(GRPOTrainer):
     _staging: Path | None = None
     _push_later = False
     _rescue: Callable[[], str]  # of `hub.py`
+    _uploading: set[Path]  # of `hub.py`
     _train_sampler: Any = None
     _unlogged: tuple[Tensor, int] | None = None
 
@@ -84,8 +87,8 @@ class ExactResume(GRPOTrainer):
         """
         self._run = describe_run(self.args, self.accelerator.unwrap_model(self.model), self.train_dataset)
         self._source = self._unlogged = None
-        if self.args.save_strategy != "no" and self.args.should_save:
-            _check_writable(Path(str(self.args.output_dir)))
+        if self.args.save_strategy != "no":
+            same_error(_why_not_writable(Path(str(self.args.output_dir))) if self.args.should_save else None)
         if self.args.save_strategy != "no" and self.accelerator.num_processes > 1:
             check_shared(Path(str(self.args.output_dir)), self.accelerator.is_main_process)
         if resume_from_checkpoint:
@@ -96,23 +99,24 @@ class ExactResume(GRPOTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _set_aside_earlier_run(self) -> None:
-        if self.args.should_save:
-            adapters = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {}).values()
-            base = next((str(adapter.base_model_name_or_path) for adapter in adapters), None)
-            try:
+        adapters = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {}).values()
+        base = next((str(adapter.base_model_name_or_path) for adapter in adapters), None)
+        folder = problem = None
+        try:
+            if self.args.should_save:
                 folder = set_aside(Path(str(self.args.output_dir)), None if base is None else Path(base))
-            except OSError as error:
-                raise CheckpointSaveError(
-                    f"`output_dir` ({self.args.output_dir}) has checkpoints of an earlier run, which cannot be moved "
-                    f"out of the way: {error}. Pass another `output_dir`."
-                ) from error
-            if folder is not None:
-                logger.warning(
-                    "A new run begins: checkpoints of an earlier one in `output_dir` are now in %s. Remove it when "
-                    "they are not needed.",
-                    folder,
-                )
-        self.accelerator.wait_for_everyone()
+        except OSError as error:
+            problem = CheckpointSaveError(
+                f"`output_dir` ({self.args.output_dir}) has checkpoints of an earlier run, which cannot be moved out "
+                f"of the way: {error}. Pass another `output_dir`."
+            )
+        same_error(problem)
+        if folder is not None:
+            logger.warning(
+                "A new run begins: checkpoints of an earlier one in `output_dir` are now in %s. Remove it when they "
+                "are not needed.",
+                folder,
+            )
 
     # Which checkpoint
 
@@ -160,6 +164,18 @@ class ExactResume(GRPOTrainer):
                 f"written with, or start a new run from its weights in another `output_dir`.{hint}"
             )
         found = list(differences(source["layout"], self._run["layout"]))
+        if self.is_deepspeed_enabled and source["layout"]["processes"] != self.args.world_size:
+            raise CheckpointError(
+                f"You resume from {folder} with DeepSpeed, whose optimizer states are divided over "
+                f"{source['layout']['processes']} processes, in {self.args.world_size}. Resume with as many, or start "
+                f"a new run from its weights in another `output_dir`."
+            )
+        if source.get("only_model"):
+            logger.warning(
+                "%s was written with `save_only_model=True`: optimizer, learning rate schedule and random numbers "
+                "begin anew, so that the run does not go on exactly.",
+                folder,
+            )
         if found and source["in_batch"]:
             steps = self._run["batch"]["optimizer steps per rollout batch"]
             raise CheckpointError(
@@ -179,14 +195,11 @@ class ExactResume(GRPOTrainer):
         best = self.state.best_model_checkpoint
         self._staging, self._push_later = run_dir / UNFINISHED, False
         staged = self._staging / target.name
-        if self.args.should_save:
-            put_back(run_dir)
-            shutil.rmtree(self._staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
         try:
-            problems = attempt(lambda: staged.mkdir(parents=True, exist_ok=True))
+            problems = attempt(lambda: self._make_room(run_dir))
+            problems = problems or attempt(lambda: staged.mkdir(parents=True, exist_ok=True))
             problems = problems or attempt(lambda: self._write_checkpoint(model, trial, staged, target))
-            problems = problems or attempt(lambda: publish(staged, target) if self.args.should_save else None)
+            problems = problems or attempt(lambda: self._publish_checkpoint(staged, target))
         finally:
             self._staging = None
         if problems:
@@ -194,9 +207,22 @@ class ExactResume(GRPOTrainer):
             return self._report_unsaved(target, problems[0])
         if self.args.should_save:
             kept = {target, *([Path(self.state.best_model_checkpoint)] if self.state.best_model_checkpoint else [])}
-            clear_away(run_dir, self.args.save_total_limit, kept)
+            try:
+                clear_away(run_dir, self.args.save_total_limit, kept | self._uploading)
+            except OSError as error:
+                logger.warning("Checkpoints beyond `save_total_limit` could not be removed: %s.", error)
         if self._push_later:
             super()._push_from_checkpoint(str(target))
+
+    def _make_room(self, run_dir: Path) -> None:
+        if self.args.should_save:
+            put_back(run_dir)
+            shutil.rmtree(run_dir / UNFINISHED, ignore_errors=True)
+
+    def _publish_checkpoint(self, staged: Path, target: Path) -> None:
+        if self.args.should_save:
+            check_parts(staged, self.accelerator.num_processes)
+            publish(staged, target)
 
     def _write_checkpoint(self, model: Any, trial: Any, staged: Path, target: Path) -> None:
         with self._latest_written_by_us(staged):
@@ -206,7 +232,8 @@ class ExactResume(GRPOTrainer):
         save_file(tensors, file, {"progress": json.dumps(record)})
         if not self.args.should_save:
             return
-        (staged / RUN).write_text(json.dumps({**self._run, "in_batch": self._in_batch()}, indent=1), encoding="utf-8")
+        about = {**self._run, "in_batch": self._in_batch(), "only_model": self.args.save_only_model}
+        (staged / RUN).write_text(json.dumps(about, indent=1), encoding="utf-8")
         if self.state.best_model_checkpoint == str(staged):  # TRL looked for it where it is written
             self.state.best_model_checkpoint = str(target)
             self.state.save_to_json(str(staged / "trainer_state.json"))
@@ -226,12 +253,14 @@ class ExactResume(GRPOTrainer):
             yield
         finally:
             del engine.save_checkpoint
-        if self.args.should_save:
+        if self.args.should_save and not self.args.save_only_model:
             (staged / "latest").write_text(f"global_step{engine.global_steps}", encoding="utf-8")
 
     def _report_unsaved(self, target: Path, problem: str) -> None:
         """The run goes on without a checkpoint; only at its end there is no later one to hope for."""
         if self.args.should_save:
+            with suppress(OSError):
+                put_back(target.parent)
             shutil.rmtree(target.parent / UNFINISHED, ignore_errors=True)
         free = shutil.disk_usage(target.parent).free / 2**20
         message = (
@@ -336,17 +365,18 @@ class ExactResume(GRPOTrainer):
         return epochs, micro_batches
 
 
-def _check_writable(output_dir: Path) -> None:
-    """Raise before the run begins if none of its checkpoints could be written."""
+def _why_not_writable(output_dir: Path) -> Exception | None:
+    """What to raise before the run begins if none of its checkpoints could be written."""
     folder = output_dir / UNFINISHED
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise CheckpointSaveError(
+        return CheckpointSaveError(
             f"Nothing can be written to `output_dir` ({output_dir}): {error}. The run has not started, since its "
             f"checkpoints would be lost. Pass another `output_dir`, or `save_strategy='no'`."
-        ) from error
+        )
     with suppress(OSError):  # what a killed run has left there stays, to be named
         os.rmdir(folder)
+    return None

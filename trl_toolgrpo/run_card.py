@@ -3,17 +3,18 @@
 Owns what is gathered and where the card is written, as a mixin of the trainer; the texts are those of `model_card.py`.
 """
 
+import json
 import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import get_int_from_env
 from huggingface_hub import ModelCard, get_token
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
@@ -22,7 +23,7 @@ from . import model_card
 from .checkpoint import tolerated
 from .config import ToolGRPOConfig
 from .tools.mcp import MCPTools
-from .tools.redact import Redactor, secret_values
+from .tools.redact import Redactor, config_secrets, masked, secret_values
 from .tools.toolset import ToolSet
 from .value import ValueHead
 from .version import __version__
@@ -30,6 +31,10 @@ from .version import __version__
 
 _PACKAGES = {"PEFT": "peft", "Accelerate": "accelerate", "huggingface_hub": "huggingface_hub"}
 _SECRET_VARIABLES = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL")
+_POLICIES = {
+    "transformer_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "size_based_auto_wrap_policy": "SIZE_BASED_WRAP",
+}
 # Fields that are of this machine or account, not of the run
 _UNTOLD = re.compile(r"(output_dir|logging_dir|run_name|push_to_hub|hub_.*|.*token|trackio_.*|project|disable_tqdm)$")
 
@@ -110,28 +115,116 @@ class RunCard(GRPOTrainer):
             model_card.rewards(rewards),
             model_card.curves(self.state.log_history),
             model_card.configuration(_set_fields(self.args)),
-            model_card.command(self._launcher(), sys.argv),
+            model_card.command(self._launcher(), sys.argv, machines(self.args.world_size)),
         ]
 
-    def _launcher(self) -> Sequence[str]:
-        processes = str(self.args.world_size)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            kind = "--use_fsdp" if self.is_fsdp_enabled else "--use_deepspeed"
-            return ["accelerate", "launch", "--num_processes", processes, kind]
-        return ["python"] if processes == "1" else ["torchrun", "--nproc_per_node", processes]
+    def _launcher(self) -> list[str]:
+        """What started this run. What its own arguments shard is not for the launcher to shard."""
+        state, processes = self.accelerator.state, self.args.world_size
+        fsdp = state.fsdp_plugin if self.is_fsdp_enabled and not self.args.fsdp else None
+        deepspeed = state.deepspeed_plugin if self.is_deepspeed_enabled and not self.args.deepspeed else None
+        return launcher(processes, machines(processes), fsdp, deepspeed)
 
     def _redacted(self, text: str) -> str:
-        """A text without the secrets of this run: tokens, and what MCP servers were given in confidence."""
+        """
+        A text without the secrets of this run: those of its environment, its configuration and its command line, and
+        what MCP servers were given in confidence.
+        """
         own = {name: value for name, value in os.environ.items() if _SECRET_VARIABLES.search(name.upper())}
-        own |= {"hub": self.args.hub_token or "", "stored": get_token() or ""}
+        own["stored"] = get_token() or ""
         for server in self._mcp.servers.values() if self._mcp is not None else ():
             text = server.redactor.text(text)
-        found = secret_values(own, {}, None)
+        configured = {field.name: getattr(self.args, field.name) for field in fields(self.args)}
+        found = [*secret_values(own, {}, None), *config_secrets(configured), *config_secrets(sys.argv)]
         return Redactor([*found, *map(shlex.quote, found)]).text(text)
 
 
+def machines(processes: int) -> int:
+    """
+    On how many machines a run is; launchers tell each process how many are on its own.
+
+    Args:
+        processes (`int`):
+            All processes of the run.
+    """
+    here = get_int_from_env(["LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"], processes)
+    return -(-processes // max(here, 1))
+
+
+def launcher(processes: int, machines: int = 1, fsdp: Any = None, deepspeed: Any = None) -> list[str]:
+    """
+    What starts the script of a run, with what the launcher would otherwise do by its own defaults.
+
+    Args:
+        processes (`int`):
+            All processes of the run.
+        machines (`int`, *optional*, defaults to `1`):
+            On how many machines they are.
+        fsdp (`FullyShardedDataParallelPlugin`, *optional*):
+            That of the accelerator, if accelerate's launcher is to shard.
+        deepspeed (`DeepSpeedPlugin`, *optional*):
+            As above.
+    """
+    several = machines > 1
+    if fsdp is None and deepspeed is None:
+        if processes == 1:
+            return ["python"]
+        nodes = ["--nnodes", str(machines), "--node_rank", model_card.RANK, "--master_addr", model_card.FIRST]
+        return ["torchrun", *(nodes if several else []), "--nproc_per_node", str(processes // machines)]
+    words = ["accelerate", "launch", "--num_processes", str(processes)]
+    if several:
+        words += ["--num_machines", str(machines), "--machine_rank", model_card.RANK]
+        words += ["--main_process_ip", model_card.FIRST]
+    if fsdp is not None:
+        return [*words, "--use_fsdp", *_words_of(_fsdp_options(fsdp))]
+    standard = ["--deepspeed_multinode_launcher", "standard"] if several else []
+    return [*words, "--use_deepspeed", *standard, *_words_of(_deepspeed_options(deepspeed))]
+
+
+def _words_of(options: dict[str, Any]) -> list[str]:
+    """Options of a command line; those without a value are left out."""
+    given = {name: str(value).lower() if value is True or value is False else value for name, value in options.items()}
+    return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def _fsdp_options(plugin: Any) -> dict[str, Any]:
+    """Options of `accelerate launch` for a plugin; the defaults of the two versions differ."""
+    policy = getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy)  # partial, once there is a model
+    kind = _POLICIES.get(getattr(policy, "__name__", ""))
+    layers = plugin.transformer_cls_names_to_wrap if kind == "TRANSFORMER_BASED_WRAP" else None
+    reshard = plugin.reshard_after_forward if plugin.fsdp_version == 2 else None
+    offload = type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy"  # of version 2
+    return {
+        "fsdp_version": plugin.fsdp_version,
+        "fsdp_auto_wrap_policy": kind,
+        "fsdp_transformer_layer_cls_to_wrap": ",".join(layers) if layers else None,
+        "fsdp_min_num_params": plugin.min_num_params if kind == "SIZE_BASED_WRAP" else None,
+        "fsdp_reshard_after_forward": reshard,
+        "fsdp_state_dict_type": plugin.state_dict_type.name,
+        "fsdp_offload_params": offload or None,
+        "fsdp_activation_checkpointing": plugin.activation_checkpointing or None,
+        "fsdp_cpu_ram_efficient_loading": None if plugin.cpu_ram_efficient_loading else False,
+    }
+
+
+def _deepspeed_options(plugin: Any) -> dict[str, Any]:
+    """Options of `accelerate launch` for a plugin; a file of DeepSpeed's own says all by itself."""
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file != "none":
+        return {"deepspeed_config_file": file}
+    third = plugin.zero_stage == 3
+    optimizer, parameters = plugin.offload_optimizer_device, plugin.offload_param_device
+    return {
+        "zero_stage": plugin.zero_stage,
+        "offload_optimizer_device": None if optimizer == "none" else optimizer,
+        "offload_param_device": None if parameters == "none" else parameters,
+        "zero3_init_flag": plugin.zero3_init_flag if third else None,
+        "zero3_save_16bit_model": plugin.zero3_save_16bit_model if third else None,
+    }
+
+
 def _set_fields(args: Any) -> dict[str, Any]:
-    """Fields of a configuration that differ from their defaults, as plain values."""
+    """Fields of a configuration that differ from their defaults, as plain values without secrets."""
     found = {}
     for field in fields(args):
         default = field.default_factory() if field.default_factory is not MISSING else field.default
@@ -139,5 +232,5 @@ def _set_fields(args: Any) -> dict[str, Any]:
         value = value.value if isinstance(value, Enum) else value
         plain = isinstance(value, (str, int, float, bool, list, dict)) or value is None
         if field.init and plain and value != default and not _UNTOLD.match(field.name):
-            found[field.name] = value
+            found[field.name] = json.loads(json.dumps(masked(value, field.name), default=str))
     return found

@@ -21,7 +21,7 @@ import torch
 import transformers
 import trl
 
-from .tools.redact import SECRET, Redactor, secret_values
+from .tools.redact import Redactor, config_secrets, masked, masked_arguments, secret_values
 from .version import __version__
 
 
@@ -100,7 +100,8 @@ def secret_variables() -> dict[str, str]:
 
 def run_redactor(args: Any, servers: Iterable[Any] = ()) -> Redactor:
     """
-    Knows the secrets of a run: its Hub token, those of its MCP servers, and the keys in its environment.
+    Knows the secrets of a run: those of its configuration, command line and MCP servers, and the keys in its
+    environment.
 
     Args:
         args ([`ToolGRPOConfig`]):
@@ -108,9 +109,8 @@ def run_redactor(args: Any, servers: Iterable[Any] = ()) -> Redactor:
         servers (`Iterable[MCPServer]`, *optional*):
             The run's servers.
     """
-    secrets = list(secret_variables().values())
-    if getattr(args, "hub_token", None):
-        secrets.append(str(args.hub_token))
+    configured = {field.name: getattr(args, field.name) for field in fields(args)}
+    secrets = [*secret_variables().values(), *config_secrets(configured), *config_secrets(sys.argv)]
     for server in servers:
         secrets += secret_values(server.env, server.headers, server.url)
     return Redactor(secrets)
@@ -143,23 +143,11 @@ def describe_start(
             "model": model,
             "reward_funcs": list(reward_funcs),
             "tools": list(tools),
-            "config": changed,
+            "config": masked(changed),
             "versions": {"trl_toolgrpo": __version__, **versions, "python": platform.python_version()},
-            "command": _without_secrets(sys.argv),
+            "command": masked_arguments(sys.argv),
         }
     )
-
-
-def _without_secrets(command: Sequence[str]) -> list[str]:
-    """The command line without what follows a flag such as `--hub_token`."""
-    shown: list[str] = []
-    hidden = False
-    for part in command:
-        name, equals, _ = part.partition("=")
-        secret = part.startswith("--") and _NAMED_SECRET.search(name) is not None
-        shown.append(SECRET if hidden else f"{name}={SECRET}" if secret and equals else part)
-        hidden = secret and not equals
-    return shown
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

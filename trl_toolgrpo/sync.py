@@ -182,6 +182,12 @@ class ReferenceSync(GRPOTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_reference(Path(resume_from_checkpoint) / FILE)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """TRL's, and the reference where DeepSpeed loads the policy past `_load_from_checkpoint`."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._reference is not None and self.is_deepspeed_enabled:
+            self._load_reference(Path(checkpoint) / FILE)
+
     def _load_reference(self, file: Path) -> None:
         reference: Any = self._reference
         if not file.is_file():

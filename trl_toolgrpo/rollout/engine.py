@@ -86,6 +86,10 @@ def gathered_parameters(model: torch.nn.Module) -> Iterator[None]:
             The policy.
     """
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if sharded:
+        state: Any = sharded[0]._get_fsdp_state()
+        if state._is_root is None:  # before its first pass; else the part that sampling calls would become the root
+            state._lazy_init()
     settings = [setting for module in sharded for setting in _reshard_settings(module, module is sharded[0])]
     for module in sharded:
         module.unshard()

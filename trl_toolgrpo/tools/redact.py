@@ -1,7 +1,8 @@
 """Secrets out of texts: what a server was given in confidence is not repeated.
 
-Owns which values count as secrets and how they are found; fed by the `env`, `headers` and `url` of MCP servers, and
-applied to all that comes back from one: results, tool lists, error output, exceptions, log records.
+Owns which values count as secrets and how they are found. Fed by the `env`, `headers` and `url` of MCP servers, and
+applied to all that comes back from one: results, tool lists, error output, exceptions, log records. Fed too by the
+configuration and the command line of a run, before they are shown.
 """
 
 import json
@@ -9,7 +10,7 @@ import logging
 import re
 import urllib.parse
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -33,6 +34,14 @@ _PUBLIC = frozenset(
 )
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')  # of JSON
 _SCHEMES = re.compile(r"(?:basic|bearer|token)\s+", re.IGNORECASE)
+# What settings with a secret are named, and tokens of a vocabulary, which are none
+_NAMED = re.compile(
+    r"(?:token|key|pwd|passphrase|authorization|cookie|signature)$|secret|passw|credential", re.IGNORECASE
+)
+_OF_VOCABULARY = re.compile(
+    r"(?:^|[_-])(?:bos|eos|eot|pad|unk|sep|cls|mask|start|stop|image|video|audio)_token$", re.IGNORECASE
+)
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s\"'<>`]+", re.IGNORECASE)
 
 
 class Redactor:
@@ -109,7 +118,75 @@ def secret_values(env: Mapping[str, str], headers: Mapping[str, str], url: str |
         parts = urllib.parse.urlsplit(url)
         found += [part for part in (parts.username, parts.password) if part]
         found += [value for _, value in urllib.parse.parse_qsl(parts.query)]
-    return [value for value in found if len(value) >= _SHORTEST and value.lower() not in _TRIVIAL]
+    return _worth_hiding(found)
+
+
+def config_secrets(value: Any) -> list[str]:
+    """
+    What of a configuration is secret: see [`masked`].
+
+    Args:
+        value (`Any`):
+            Dicts, lists and strings, nested.
+    """
+    found: list[str] = []
+    masked(value, found=found)
+    return _worth_hiding(found)
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a setting is named for a token, key, password or the like."""
+    return _NAMED.search(name) is not None and _OF_VOCABULARY.search(name) is None
+
+
+def masked(value: Any, name: str = "", found: list[str] | None = None) -> Any:
+    """
+    A configuration without its secrets: what is named for one, at any depth and in strings of JSON too, and the logins
+    and queries of URLs.
+
+    Args:
+        value (`Any`):
+            Dicts, lists, tuples and strings, nested; anything else is no secret if its name says nothing.
+        name (`str`, *optional*, defaults to `""`):
+            What the value is set as.
+        found (`list[str]`, *optional*):
+            Gets the secrets, short ones included.
+
+    Returns:
+        `Any`: a copy of the same form; a secret is `"[secret]"` there, and a URL is as in [`masked_url`].
+    """
+    found = [] if found is None else found
+    plain = isinstance(value, (str, int, float, dict, list, tuple)) and value and value is not True
+    if plain and is_secret_name(name):
+        found += _leaves(value)
+        return SECRET
+    if isinstance(value, dict):
+        return {key: masked(inner, str(key), found) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        inside = [masked(inner, "", found) for inner in value]
+        return inside if isinstance(value, list) else tuple(inside)
+    return _masked_text(value, found) if isinstance(value, str) else value
+
+
+def masked_arguments(arguments: Sequence[str]) -> list[str]:
+    """
+    A command line without its secrets: the values of options that are named for one, and what [`masked`] finds.
+
+    Args:
+        arguments (`Sequence[str]`):
+            Script and its arguments.
+    """
+    shown: list[str] = []
+    awaited = False  # the option before is named for a secret
+    for argument in arguments:
+        name, sign, value = argument.partition("=")
+        option = re.fullmatch(r"-*[\w.-]+", name) is not None
+        if awaited and not argument.startswith("--"):
+            shown.append(SECRET)
+        else:
+            shown.append(f"{name}={masked(value, name)}" if option and sign else masked(argument))
+        awaited = option and not sign and name.startswith("-") and is_secret_name(name)
+    return shown
 
 
 def masked_url(url: str) -> str:
@@ -162,8 +239,46 @@ class _RecordFilter(logging.Filter):
         return True
 
 
-def _encoded(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+def _worth_hiding(values: Iterable[str]) -> list[str]:
+    return [value for value in values if len(value) >= _SHORTEST and value.lower() not in _TRIVIAL]
+
+
+def _leaves(value: Any) -> Iterable[str]:
+    """The values of something that is secret as a whole; of "Bearer xyz", "xyz" too."""
+    if isinstance(value, (dict, list, tuple)):
+        inner = value.values() if isinstance(value, dict) else value
+        return [leaf for part in inner for leaf in _leaves(part)]
+    return [str(value), _SCHEMES.sub("", value, count=1)] if isinstance(value, str) else [str(value)]
+
+
+def _masked_text(text: str, found: list[str]) -> str:
+    if text.lstrip().startswith(("{", "[")):
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError):
+            data = None
+        if (shown := masked(data, found=found)) != data:
+            return _encoded(shown)
+    return _URL.sub(lambda url: _masked_login(url.group(), found), text)
+
+
+def _masked_login(url: str, found: list[str]) -> str:
+    """A URL without its login and query, if it has any. The user is secret if there is no password."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:  # such as an IPv6 address without its end
+        return url if "@" not in url else SECRET
+    login = parts.netloc.rpartition("@")[0]
+    if not login and not parts.query:
+        return url
+    secret = parts.password or parts.username
+    found += [login, secret, urllib.parse.unquote(secret)] if secret else []
+    found += [value for name, value in urllib.parse.parse_qsl(parts.query) if is_secret_name(name)]
+    return masked_url(url)
+
+
+def _encoded(data: Any) -> str:
+    return json.dumps(data, ensure_ascii=False)
 
 
 def _spellings(secret: str) -> Iterable[str]:

@@ -1,18 +1,16 @@
 """What an evaluation found: rates with confidence intervals, as a table and as JSON; and what a run was set to.
 
 Owns the arithmetic and the two records; fed by `evaluate.py`, which makes the rollouts, and by `qwen3_tools.py`, which
-leaves its settings in the output folder once that is known to take them.
+leaves its settings in the output folder.
 """
 
 import json
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from task import Verdict
 
 
@@ -67,35 +65,6 @@ class RunSettings:
         """Leave them in an output folder."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / SETTINGS).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-
-
-def check_writable(output_dir: str | Path, writes: bool) -> None:
-    """
-    Check that a run can leave something in its output folder; all processes have to call this.
-
-    Args:
-        output_dir (`str` or `Path`):
-            The folder, made if it is not there.
-        writes (`bool`):
-            Whether this is the main process.
-
-    Raises:
-        OSError: in every process, if the main process cannot write there.
-    """
-    problem: Any = None
-    if writes:
-        try:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=output_dir):
-                pass
-        except OSError as error:
-            problem = str(error)
-    (problem,) = broadcast_object_list([problem])
-    if problem is not None:
-        raise OSError(
-            f"You passed `output_dir` ({output_dir}), which cannot be written to: {problem}. The recipe leaves its "
-            f"model, checkpoints and settings there. Pass --output_dir with a folder that can be written to."
-        )
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from bfcl import build_bfcl
 from conversation import SampleConversation
-from evaluation import RunSettings, check_writable
+from evaluation import RunSettings
 from mcp_task import build_mcp
 from scoreboard import Scoreboard, comparison
 from server_environment import FOLDER, make_environment
@@ -37,6 +37,7 @@ from warm_start import WarmStart
 from workspace import build_workspace
 
 from trl_toolgrpo import ToolGRPOConfig, ToolGRPOTrainer, find_checkpoint, keep_batch_size
+from trl_toolgrpo.checkpoint import same_error, why_not_writable
 
 
 DEFAULT_CONFIG = Path(__file__).with_name("tiny_cpu.yaml")
@@ -369,7 +370,7 @@ def main() -> None:
     if training.process_index == 0:
         for name, _ in SWITCHES.values():
             print(f"{name}: {getattr(training, name)}", flush=True)
-    check_writable(str(training.output_dir), training.process_index == 0)
+    same_error(why_not_writable(Path(str(training.output_dir))) if training.process_index == 0 else None)
     checkpoint = checkpoint_to_resume(training)
     flags = flags_that_keep_batches(checkpoint, training, sys.argv[1:])
     if flags:

@@ -90,6 +90,10 @@ SIGNATURES = {
         ["self", "checkpoint_folder"],
         "resume.ExactResume._push_from_checkpoint waits; hub.HubPush._push_from_checkpoint replaces it",
     ),
+    "_finalize_training": (
+        ["self", "trial", "num_train_samples", "start_time"],
+        "hub.HubPush._finalize_training waits for uploads before checkpoints are removed",
+    ),
     "init_hf_repo": (["self", "token", "private"], "hub.HubPush.init_hf_repo goes on without the Hub"),
     "push_to_hub": (
         ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"],

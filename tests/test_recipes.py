@@ -16,7 +16,6 @@ from transformers import TrainerState
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
-import evaluation
 import qwen3_tools
 import scoreboard
 from qwen3_tools import checkpoint_to_resume, flags_that_keep_batches, parse_arguments, read_switches
@@ -26,7 +25,7 @@ from tiny_model import TinyModel, build_tiny_model
 from warm_start import WarmStart
 from workspace import build_workspace
 
-from trl_toolgrpo import ToolGRPOConfig
+from trl_toolgrpo import CheckpointSaveError, ToolGRPOConfig, checkpoint
 
 
 ON_THIS_MACHINE = ["--bf16", "false", "--use_cpu", "true"]
@@ -221,14 +220,13 @@ def test_the_recipe_says_at_once_that_its_folder_cannot_be_written_to(tmp_path, 
     (tmp_path / "taken").write_text("a file")
     monkeypatch.setattr(qwen3_tools, "build_task", lambda *_: pytest.fail("the run has begun"))
     monkeypatch.setattr(sys, "argv", ["qwen3_tools.py", "--output_dir", str(tmp_path / "taken"), *ON_THIS_MACHINE])
-    with pytest.raises(OSError, match=r"taken\), which cannot be written to: .*File exists.* Pass --output_dir with"):
+    words = r"Nothing can be written to .*taken\): .* Pass an `output_dir` that can be written to"
+    with pytest.raises(CheckpointSaveError, match=words):
         qwen3_tools.main()
-    evaluation.check_writable(tmp_path / "new", True)
-    assert list((tmp_path / "new").iterdir()) == []
-    monkeypatch.setattr(evaluation, "broadcast_object_list", lambda found: ["Read-only"] if found == [None] else found)
-    with pytest.raises(OSError, match="cannot be written to: Read-only"):  # what the main process has met with
-        evaluation.check_writable(tmp_path / "other", False)
-    assert not (tmp_path / "other").exists()
+    assert checkpoint.why_not_writable(tmp_path / "new") is None and list((tmp_path / "new").iterdir()) == []
+    monkeypatch.setattr(checkpoint, "gather_object", lambda found: ["Read-only", *found])
+    with pytest.raises(CheckpointSaveError, match=r"^Read-only$"):  # what the main process has met with
+        checkpoint.same_error(None)
 
 
 def test_a_run_of_two_processes_is_gone_on_from_with_one(tmp_path, capsys):

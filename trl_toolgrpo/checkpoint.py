@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 import time
 import traceback
 import uuid
@@ -158,6 +159,29 @@ def check_whole(folder: str | Path) -> None:
             f"You asked to resume from {folder}, which is no whole checkpoint: {fault}. Pass another one, or "
             f"`resume_from_checkpoint=True` for the newest that is whole."
         )
+
+
+def why_not_writable(output_dir: Path) -> CheckpointSaveError | None:
+    """
+    What to raise before a run begins if nothing of it could be written; see [`same_error`].
+
+    Args:
+        output_dir (`Path`):
+            Output folder of the run, made if it is not there.
+    """
+    folder = output_dir / UNFINISHED
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        return CheckpointSaveError(
+            f"Nothing can be written to `output_dir` ({output_dir}): {error}. The run has not started, since what it "
+            f"makes would be lost. Pass an `output_dir` that can be written to."
+        )
+    with suppress(OSError):  # what a killed run has left there stays, to be named
+        os.rmdir(folder)
+    return None
 
 
 def check_shared(output_dir: Path, writes: bool) -> None:

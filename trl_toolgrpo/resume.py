@@ -6,9 +6,7 @@ folders are those of `checkpoint.py`, the description of a run is that of `ident
 
 import json
 import logging
-import os
 import shutil
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -38,6 +36,7 @@ from .checkpoint import (
     put_back,
     same_error,
     set_aside,
+    why_not_writable,
 )
 from .config import ToolGRPOConfig
 from .diagnostics import RatioStatistics
@@ -47,6 +46,7 @@ from .reference import SyncReport
 
 
 logger = logging.getLogger(__name__)
+
 
 class ExactResume(GRPOTrainer):
     """Part of [`ToolGRPOTrainer`]: checkpoints that are whole, and from which a run goes on as if it had not ended."""
@@ -88,7 +88,7 @@ class ExactResume(GRPOTrainer):
         self._run = describe_run(self.args, self.accelerator.unwrap_model(self.model), self.train_dataset)
         self._source = self._unlogged = None
         if self.args.save_strategy != "no":
-            same_error(_why_not_writable(Path(str(self.args.output_dir))) if self.args.should_save else None)
+            same_error(why_not_writable(Path(str(self.args.output_dir))) if self.args.should_save else None)
         if self.args.save_strategy != "no" and self.accelerator.num_processes > 1:
             check_shared(Path(str(self.args.output_dir)), self.accelerator.is_main_process)
         if resume_from_checkpoint:
@@ -363,20 +363,3 @@ class ExactResume(GRPOTrainer):
             for _ in range(epochs):
                 torch.randperm(self._train_sampler.num_samples, generator=generator)
         return epochs, micro_batches
-
-
-def _why_not_writable(output_dir: Path) -> Exception | None:
-    """What to raise before the run begins if none of its checkpoints could be written."""
-    folder = output_dir / UNFINISHED
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        return CheckpointSaveError(
-            f"Nothing can be written to `output_dir` ({output_dir}): {error}. The run has not started, since its "
-            f"checkpoints would be lost. Pass another `output_dir`, or `save_strategy='no'`."
-        )
-    with suppress(OSError):  # what a killed run has left there stays, to be named
-        os.rmdir(folder)
-    return None

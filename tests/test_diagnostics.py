@@ -12,11 +12,11 @@ from trl_toolgrpo import LogprobMismatchError, ToolCall, ToolResult, Trajectory,
 from trl_toolgrpo.diagnostics import (
     RatioStatistics,
     check_logprobs,
-    check_tolerance,
     console_line,
     rollout_counts,
     rollout_metrics,
 )
+from trl_toolgrpo.rounding import Exact
 
 
 # Ratio
@@ -175,7 +175,7 @@ def recomputed():
 
 
 def test_equal_logprobs_pass_with_any_tolerance():
-    check_logprobs(recomputed(), rollouts(), (1e-7, 1e-7), "transformers")
+    check_logprobs(recomputed(), rollouts(), Exact(1e-7), "transformers")
 
 
 def test_what_one_process_finds_is_raised_in_all():
@@ -186,25 +186,25 @@ def test_what_one_process_finds_is_raised_in_all():
         return [*mine, "found by the other"]
 
     with pytest.raises(LogprobMismatchError, match="found by the other"):
-        check_logprobs(recomputed(), rollouts(), (1e-7, 1e-7), "transformers", gather)
-    with pytest.raises(LogprobMismatchError, match="Rollout 0, turn 0"):
-        check_logprobs(recomputed() - 1, rollouts(), (1e-7, 1e-7), "transformers", gather)
-    assert told[0] is None and "Rollout 0, turn 0" in told[1]
+        check_logprobs(recomputed(), rollouts(), Exact(1e-7), "transformers", gather)
+    with pytest.raises(LogprobMismatchError, match="rollout 0, turn 0"):
+        check_logprobs(recomputed() - 1, rollouts(), Exact(1e-7), "transformers", gather)
+    assert told[0] is None and "rollout 0, turn 0" in told[1]
 
 
 def test_one_wrong_token_is_named_with_both_values():
     scored = recomputed()
     scored[0, 4] = -0.75
     with pytest.raises(LogprobMismatchError) as caught:
-        check_logprobs(scored, rollouts(), (1e-3, 1e-3), "transformers")
+        check_logprobs(scored, rollouts(), Exact(1e-3), "transformers")
     assert str(caught.value) == (
-        "The log-probs recorded by the transformers sampler are not those the trainer computes. Rollout 0, turn 1, "
-        "completion token 4 (id 14): recorded -0.500000, recomputed -0.750000; mean difference 5.00e-02 over 5 "
-        "tokens, accepted 0.001 at most and 0.001 on average. Every ratio would be wrong by as much. Check that "
-        "sampling and training use the same weights, dtype and temperature; raise `logprob_check_tolerance` only if "
+        "The log-probs recorded by the transformers sampler are not those the trainer computes: over 5 tokens, the "
+        "largest difference is 2.50e-01 nats, accepted 0.001. The largest is in rollout 0, turn 1, completion token 4 "
+        "(id 14): recorded -0.500000, recomputed -0.750000. Every ratio would be wrong by as much. Check that sampling "
+        "and training use the same weights, adapter, dtype and temperature; raise `logprob_check_tolerance` only if "
         "the difference is known rounding."
     )
-    check_logprobs(scored, rollouts(), (0.26, 0.051), "transformers")
+    check_logprobs(scored, rollouts(), Exact(0.26), "transformers")
     assert isinstance(caught.value, ArithmeticError)
 
 
@@ -212,47 +212,28 @@ def test_worst_token_of_the_batch_is_named():
     scored = recomputed()
     scored[0, 0] -= 0.1
     scored[1, 1] -= 0.2
-    with pytest.raises(LogprobMismatchError, match=r"Rollout 1, turn 0, completion token 1 \(id 21\): recorded -2.0"):
-        check_logprobs(scored, rollouts(), (0.15, 1.0), "transformers")
-
-
-def test_largest_and_mean_difference_have_a_limit_each():
-    scored = recomputed() - 0.05
-    check_logprobs(scored, rollouts(), (0.051, 0.051), "x")
-    with pytest.raises(LogprobMismatchError, match=r"mean difference 5\.00e-02"):
-        check_logprobs(scored, rollouts(), (0.15, 0.02), "x")
-    scored = recomputed()
-    scored[0, 0] += 0.09
-    check_logprobs(scored, rollouts(), (0.15, 0.02), "x")  # 0.018 on average
-    with pytest.raises(LogprobMismatchError, match="Rollout 0, turn 0, completion token 0"):
-        check_logprobs(scored, rollouts(), (0.08, 0.02), "x")
+    with pytest.raises(LogprobMismatchError, match=r"rollout 1, turn 0, completion token 1 \(id 21\): recorded -2.0"):
+        check_logprobs(scored, rollouts(), Exact(0.15), "transformers")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_value_that_is_no_number_is_a_mismatch(value):
     scored = recomputed()
     scored[1, 2] = value
-    with pytest.raises(LogprobMismatchError, match=r"Rollout 1, turn 0, completion token 2 .* mean difference inf"):
-        check_logprobs(scored, rollouts(), (0.15, 0.02), "x")
+    with pytest.raises(LogprobMismatchError, match=r"difference is inf nats.* rollout 1, turn 0, completion token 2"):
+        check_logprobs(scored, rollouts(), Exact(0.15), "x")
 
 
 def test_logprobs_shifted_by_one_token_do_not_pass():
     scored = recomputed().roll(1, dims=1)
     with pytest.raises(LogprobMismatchError):
-        check_logprobs(scored, rollouts(), (0.15, 0.02), "x")
+        check_logprobs(scored, rollouts(), Exact(0.15), "x")
 
 
 def test_rollouts_without_sampled_tokens_pass():
     empty = Trajectory([1], [5, 6], [0.0, 0.0], [0, 0], [0, 0], [], "stop")
-    check_logprobs(torch.full((1, 2), math.nan), [empty], (1e-9, 1e-9), "x")
-    check_logprobs(torch.zeros(1, 0), [Trajectory([1], [], [], [], [], [], "stop")], (1e-9, 1e-9), "x")
-
-
-def test_tolerance_goes_by_the_compute_dtype_unless_given():
-    assert check_tolerance(torch.float32, None) == (1e-3, 1e-3)
-    assert check_tolerance(torch.float64, None) == (1e-3, 1e-3)
-    assert check_tolerance(torch.bfloat16, None) == check_tolerance(torch.float16, None) == (0.15, 0.02)
-    assert check_tolerance(torch.bfloat16, 0.5) == check_tolerance(torch.float32, 0.5) == (0.5, 0.5)
+    check_logprobs(torch.full((1, 2), math.nan), [empty], Exact(1e-9), "x")
+    check_logprobs(torch.zeros(1, 0), [Trajectory([1], [], [], [], [], [], "stop")], Exact(1e-9), "x")
 
 
 # Rollouts

@@ -383,7 +383,7 @@ def test_a_spread_is_asked_for_only_where_it_is_due():
 def test_the_mean_of_a_reused_batch_may_drift_a_little():
     assert not found_by("ratio_mean", stream(4, ratio__mean=1.05), steps_per_batch=2)
     assert found_by("ratio_mean", stream(4, ratio__mean=1.2), steps_per_batch=2)
-    assert not found_by("ratio_mean", stream(4, ratio__mean=1.03), low_precision=True)
+    assert not found_by("ratio_mean", stream(4, ratio__mean=1.03), dtype="bfloat16")
 
 
 def test_groups_without_a_spread_are_no_fault_once_the_task_is_solved():

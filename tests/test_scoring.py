@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from conftest import chat_tokenizer, config, prompts, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -100,7 +101,7 @@ def test_a_pass_that_fails_is_decided_on_with_the_other_processes(tmp_path, monk
     monkeypatch.setattr(trainer.accelerator, "gather", lambda found: gathered.append(found) or gather(found))
     monkeypatch.setattr(trainer, "_score_packed", lambda *args: (_ for _ in ()).throw(RuntimeError("no such mask")))
     assert trainer._try_packing(trainer.model, [batch_of([[1, 2, 3]] * 4, [[7, 8], [9], [7], [8]])], True) is False
-    assert trainer._packs is False and gathered[0].shape == (1, 2) and gathered[0].min() > 1e30
+    assert trainer._packs is False and gathered[0].tolist() == [[0, 1, 1, 1]]
     assert "RuntimeError: no such mask" in caplog.text and "differ by" not in caplog.text
 
 
@@ -223,6 +224,70 @@ def test_a_model_that_packing_would_change_is_found_out(tmp_path, monkeypatch, c
     trainer.model.forward = deaf
     trainer.train()
     assert trainer._packs is False and "scored one by one" in caplog.text
+
+
+MIXED = {
+    "Lfm2": {"conv_L_cache": 3, "layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
+    "FalconH1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8},
+    "Jamba": {"mamba_d_state": 8, "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1,
+              "use_mamba_kernels": False},
+    "Bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8,
+              "attn_layer_indices": [1]},
+    "Qwen3Next": {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "head_dim": 8,
+                  "shared_expert_intermediate_size": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+                  "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+                  "layer_types": ["linear_attention", "full_attention"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_layers_that_read_across_rollouts_are_known_by_their_kind(name):
+    shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    made = getattr(transformers, f"{name}Config")(**{**shape, **heads, **MIXED[name]})
+    assert "layers, which read on" in unpackable_reason(getattr(transformers, f"{name}ForCausalLM")(made))
+
+
+class Recurrent(torch.nn.Module):
+    """A layer that hands a little of each token on to the next ones, by a name that says nothing of it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden, *args, **kwargs):
+        mixed = hidden + 1e-4 * hidden.cumsum(dim=1)
+        return self.inner(mixed, *args, **kwargs)
+
+
+@pytest.mark.parametrize("low_precision", [False, True])
+def test_what_leaks_from_one_rollout_into_another_is_found_however_little(tmp_path, low_precision, caplog):
+    tokenizer = chat_tokenizer()
+    model = tiny_model(tokenizer)
+    model.model.layers[1].mlp = Recurrent(model.model.layers[1].mlp)
+    trainer = trainer_of(tmp_path, model, tokenizer, logprob_check="off", bf16=low_precision)
+    batch = batch_of([list(range(1, 40))] * 3, [[7, 8, 9, 10], [9, 4, 2], [7, 11]])
+    trainer._get_per_token_logps_and_entropies(trainer.model, *batch)
+    assert trainer._packs is False and "the text of one changes the log-probs of another" in caplog.text
+
+
+def test_running_out_of_memory_says_nothing_about_the_model(tmp_path, monkeypatch):
+    tokenizer = chat_tokenizer()
+    trainer = trainer_of(tmp_path, tiny_model(tokenizer), tokenizer)
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(trainer, "_score_packed", full)
+    batch = batch_of([list(range(1, 40))] * 3, [[7, 8, 9, 10], [9, 4, 2], [7, 11]])
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        trainer._try_packing(trainer.model, [batch], True)
+    assert trainer._packs is None
+    monkeypatch.undo()
+    gather = trainer.accelerator.gather  # another process ran out of memory
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda x: torch.cat([gather(x), torch.ones_like(x)]))
+    with pytest.raises(RuntimeError, match="Another process ran out of memory"):
+        trainer._try_packing(trainer.model, [batch], True)
 
 
 def test_without_recording_trls_pass_is_untouched(tmp_path):

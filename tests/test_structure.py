@@ -16,6 +16,8 @@ ORDER = [
     "errors",
     "config_checks",
     "config",
+    "rounding",
+    "lm_head",
     "tools.types",
     "trajectory",
     "tools.names",

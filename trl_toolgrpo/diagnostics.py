@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import LogprobMismatchError
+from .rounding import Accepted
 from .trajectory import STOP_REASONS, Trajectory, locate
 
 
@@ -123,31 +124,24 @@ def length_metrics(lengths: Tensor, truncated: Tensor) -> dict[str, float]:
     }
 
 
-def check_tolerance(dtype: torch.dtype, given: float | None) -> tuple[float, float]:
-    """Largest and mean difference in nats the self-check accepts for a compute dtype."""
-    if given is not None:
-        return given, given
-    return (0.15, 0.02) if dtype in (torch.bfloat16, torch.float16) else (1e-3, 1e-3)
-
-
 def check_logprobs(
     recomputed: Tensor,
     trajectories: Sequence[Trajectory],
-    tolerance: tuple[float, float],
+    accepted: Accepted,
     source: str,
     gather: Callable[[list[Any]], list[Any]] = list,
 ) -> None:
     """
-    Compare recorded log-probs with recomputed ones, token by token, through tool boundaries. What one process finds is
-    raised in all, so that none waits for it.
+    Compare recorded log-probs with recomputed ones, over all tokens and over those that begin a turn after a tool
+    result. What one process finds is raised in all, so that none waits for it.
 
     Args:
         recomputed (`Tensor`):
             The trainer's log-probs, shape (B, T), nats, right-padded.
         trajectories (`Sequence[Trajectory]`):
             The rollouts, in the order of the rows.
-        tolerance (`tuple[float, float]`):
-            Largest and mean difference accepted, in nats.
+        accepted ([`Exact`] or [`Rounding`]):
+            Which differences are accepted.
         source (`str`):
             What sampled, for the message.
         gather (`Callable`, *optional*):
@@ -156,37 +150,44 @@ def check_logprobs(
     Raises:
         LogprobMismatchError: naming the rollout, the turn, the token and both values.
     """
-    found = gather([_mismatch(recomputed.float().cpu(), trajectories, tolerance, source)])
+    found = gather([_mismatch(recomputed.double().cpu(), trajectories, accepted, source)])
     problem = next((text for text in found if text is not None), None)
     if problem is not None:
         raise LogprobMismatchError(problem)
 
 
 def _mismatch(
-    recomputed: Tensor, trajectories: Sequence[Trajectory], tolerance: tuple[float, float], source: str
+    recomputed: Tensor, trajectories: Sequence[Trajectory], accepted: Accepted, source: str
 ) -> str | None:
     """What is wrong with the log-probs of this process; `None` if nothing is."""
-    worst, where, total, count = 0.0, (0, 0), 0.0, 0
+    gaps, begins, places = [], [], []
     for row, trajectory in enumerate(trajectories):
-        mask = torch.tensor(trajectory.trainable_mask, dtype=torch.bool)
-        if not bool(mask.any()):
-            continue
-        gap = (recomputed[row, : len(mask)] - torch.tensor(trajectory.logprobs)).abs()
-        gap = torch.where(mask, gap.nan_to_num(nan=math.inf, posinf=math.inf), 0.0)
-        total, count = total + float(gap.sum()), count + int(mask.sum())
-        if float(gap.max()) > worst:
-            worst, where = float(gap.max()), (row, int(gap.argmax()))
-    if count == 0 or (worst <= tolerance[0] and total / count <= tolerance[1]):
+        sampled = torch.tensor(trajectory.trainable_mask, dtype=torch.bool).nonzero()[:, 0]
+        recorded = torch.tensor(trajectory.logprobs, dtype=torch.float64)
+        gap = (recomputed[row, : len(recorded)] - recorded)[sampled].abs()
+        gaps.append(gap.nan_to_num(nan=math.inf, posinf=math.inf))
+        starts = [turn.start for turn in trajectory.turns[1:]]
+        begins.append(torch.isin(sampled, torch.tensor(starts, dtype=torch.long)))
+        places += [(row, place) for place in sampled.tolist()]
+    if not places:
         return None
-    row, place = where
+    gap, begin = torch.cat(gaps), torch.cat(begins)
+    excess = accepted.excess(gap)
+    if excess is None:
+        excess = accepted.excess(gap[begin])
+        if excess is None:
+            return None
+        excess = f"of the tokens that begin a turn after tool results, {excess}"
+        gap = gap.masked_fill(~begin, -1.0)
+    row, place = places[int(gap.argmax())]
     trajectory = trajectories[row]
     return (
-        f"The log-probs recorded by the {source} sampler are not those the trainer computes. Rollout {row}, turn "
-        f"{locate(trajectory, place)}, completion token {place} (id {trajectory.completion_ids[place]}): recorded "
-        f"{trajectory.logprobs[place]:.6f}, recomputed {float(recomputed[row, place]):.6f}; mean difference "
-        f"{total / count:.2e} over {count} tokens, accepted {tolerance[0]:g} at most and {tolerance[1]:g} on average. "
-        f"Every ratio would be wrong by as much. Check that sampling and training use the same weights, dtype and "
-        f"temperature; raise `logprob_check_tolerance` only if the difference is known rounding."
+        f"The log-probs recorded by the {source} sampler are not those the trainer computes: over {len(places)} "
+        f"tokens, {excess}. The largest is in rollout {row}, turn {locate(trajectory, place)}, completion token "
+        f"{place} (id {trajectory.completion_ids[place]}): recorded {trajectory.logprobs[place]:.6f}, recomputed "
+        f"{float(recomputed[row, place]):.6f}. Every ratio would be wrong by as much. Check that sampling and "
+        f"training use the same weights, adapter, dtype and temperature; raise `logprob_check_tolerance` only if the "
+        f"difference is known rounding."
     )
 
 

@@ -25,8 +25,8 @@ class RunFacts:
     Args:
         logprob_tolerance (`float`, *optional*, defaults to `1e-3`):
             Mean difference in nats that rounding explains between recorded and recomputed log-probs.
-        low_precision (`bool`, *optional*, defaults to `False`):
-            Whether the policy computes in bfloat16 or float16.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            What the policy computes in.
         steps_per_batch (`int`, *optional*, defaults to `1`):
             Optimizer steps that a rollout batch feeds.
         policy_from (`int`, *optional*, defaults to `0`):
@@ -40,12 +40,22 @@ class RunFacts:
     """
 
     logprob_tolerance: float = 1e-3
-    low_precision: bool = False
+    dtype: str = "float32"
     steps_per_batch: int = 1
     policy_from: int = 0
     sync_steps: int | None = None
     copies_policy: bool = True
     max_grad_norm: float = 1.0
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether the policy computes in bfloat16 or float16."""
+        return self.dtype in ("bfloat16", "float16")
+
+    @property
+    def rounding_spread(self) -> float:
+        """Standard deviation of the ratio that rounding explains: differences of log-probs are about normal."""
+        return 1.5 * self.logprob_tolerance
 
 
 @dataclass(frozen=True)

@@ -31,16 +31,26 @@ def _ratio_mean(window: Window, facts: RunFacts) -> Finding | None:
     if value is None:
         return None
     fresh = "sampling/logp_diff_mean" in entry and facts.steps_per_batch == 1
-    limit = (0.05 if facts.low_precision else 0.01) if fresh else 0.15
+    limit = (max(0.05, facts.rounding_spread) if facts.low_precision else 0.01) if fresh else 0.15
     if abs(value - 1) <= limit:
         return None
     return Finding(
         f"The mean ratio of the policy to the one that sampled is {value:.3f}, and should be 1 within {limit:g}. The "
         f"recorded log-probs are not those of the policy that sampled, or the policy has moved far within one rollout "
         f"batch. Look at `sampling/logp_diff_max` and set `logprob_check='always'`; if log-probs agree, lower "
-        f"`learning_rate` or `num_iterations`.",
+        f"`learning_rate` or `num_iterations`.{_spread_by_rounding(entry, facts)}",
         value,
         limit,
+    )
+
+
+def _spread_by_rounding(entry: dict, facts: RunFacts) -> str:
+    """What of the spread of a fresh ratio is the dtype's, for a message; empty in float32."""
+    if not facts.low_precision or "sampling/logp_diff_mean" not in entry or entry.get("ratio/std") is None:
+        return ""
+    return (
+        f" (The ratio's spread is {entry['ratio/std']:.3f}; rounding in {facts.dtype} explains about "
+        f"{facts.rounding_spread:.3f} of it, and is no fault.)"
     )
 
 
@@ -72,13 +82,16 @@ def _logprob_gap(window: Window, facts: RunFacts) -> Finding | None:
     gap, widest = window[-1].get("sampling/logp_diff_mean"), window[-1].get("sampling/logp_diff_max")
     if gap is None or widest is None:
         return None
-    value, limit = (gap, facts.logprob_tolerance) if gap > facts.logprob_tolerance else (widest, 1.0)
+    known = facts.logprob_tolerance
+    # Rounding grows with the logits while a policy trains, and single tokens show many times its mean
+    most, most_at_once = (4 * known, max(1.0, 40 * known)) if facts.low_precision else (known, 1.0)
+    value, limit = (gap, most) if gap > most else (widest, most_at_once)
     if value <= limit:
         return None
     return Finding(
         f"Log-probs recorded while sampling and those the trainer computes differ by {gap:.2e} nats on average and "
-        f"{widest:.2e} at most, before the policy has moved; rounding explains {facts.logprob_tolerance:g}. Every "
-        f"ratio is wrong by as much. Usual causes: dropout in the policy, another temperature, dtype or set of "
+        f"{widest:.2e} at most, before the policy has moved; rounding in {facts.dtype} explains {known:.2g} on "
+        f"average. Every ratio is wrong by as much. Usual causes: dropout in the policy, another temperature, dtype or set of "
         f"weights in the sampler. Set `disable_dropout=True`, compare dtypes, and set `logprob_check='always'` to "
         f"see the first token.",
         value,

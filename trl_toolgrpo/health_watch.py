@@ -5,6 +5,7 @@ Owns, as a mixin of the trainer, what `health_checks` does. The rules are in `he
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,27 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from .checkpoint import PREFIX
-from .diagnostics import check_tolerance, compute_dtype
+from .diagnostics import compute_dtype
 from .errors import CheckpointSaveError, HealthError
 from .health import HealthMonitor, RunFacts, still_open
 from .health_rollouts import ROLLOUT_RULES, SHORTCUTS, correlation_within_groups, costs
 from .health_updates import UPDATE_RULES
+from .rounding import EXACT_TOLERANCE, LOW_PRECISION, Accepted
 from .run_files import HEALTH, read_lines
 from .run_log import RunLog
 
 
 logger = logging.getLogger(__name__)
 
+UNMEASURED = 0.05
+"""Mean difference in nats taken for rounding in bfloat16 or float16 where no batch was scored twice."""
+
 
 class HealthWatch(RunLog):
     """Part of [`ToolGRPOTrainer`]; see `health_checks` of [`ToolGRPOConfig`]."""
 
     _monitor: HealthMonitor | None = None
+    _rounding: Accepted | None
 
     def _begin_run_log(self) -> None:
         super()._begin_run_log()
@@ -61,6 +67,8 @@ class HealthWatch(RunLog):
 
     def _check_health(self, monitor: HealthMonitor, metrics: dict[str, Any]) -> None:
         found: list[Any] = [None]
+        if self._rounding is not None and self.args.logprob_check_tolerance is None:
+            monitor.facts = replace(monitor.facts, logprob_tolerance=self._rounding.mean)
         if self.accelerator.is_main_process:
             for line in monitor.step(metrics):
                 self._add_line(HEALTH, line)
@@ -108,8 +116,8 @@ def facts_of(args: Any, model: Any) -> RunFacts:
     dtype = compute_dtype(args, model)
     micro_batches = (args.steps_per_generation or 1) * args.num_iterations
     return RunFacts(
-        logprob_tolerance=check_tolerance(dtype, args.logprob_check_tolerance)[1],
-        low_precision=dtype in (torch.bfloat16, torch.float16),
+        logprob_tolerance=args.logprob_check_tolerance or (UNMEASURED if dtype in LOW_PRECISION else EXACT_TOLERANCE),
+        dtype=str(dtype).removeprefix("torch."),
         steps_per_batch=max(1, micro_batches // args.gradient_accumulation_steps),
         policy_from=args.assist_warmup_steps + args.value_warmup_steps,
         sync_steps=args.ref_model_sync_steps if args.sync_ref_model else None,

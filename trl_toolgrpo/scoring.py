@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from .config import ToolGRPOConfig
-from .diagnostics import check_tolerance, compute_dtype
+from .diagnostics import compute_dtype
+from .lm_head import head_in_float32
 from .packed_attention import Piece, dense_mask, packed_attention, suits
+from .rollout.backends import layers_beside_attention
 from .rollout.sampler import scoring_mode
+from .rounding import COMPARED_TOKENS, LOW_PRECISION, Accepted, Exact, Rounding, score_in_pieces, ulp_of
 
 
 logger = logging.getLogger(__name__)
@@ -113,9 +117,25 @@ def _groups(input_ids: Tensor, prompt_mask: Tensor) -> dict[tuple[int, ...], lis
 
 
 def _few_of_a_group(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> tuple[Tensor, Tensor, int]:
-    """A batch of a few rollouts of the largest group."""
-    rows = max(_groups(input_ids, attention_mask[:, :-completion_length]).values(), key=len)[:TRIAL_ROLLOUTS]
+    """A batch of the longest few rollouts of the largest group."""
+    rows = max(_groups(input_ids, attention_mask[:, :-completion_length]).values(), key=len)
+    lengths = attention_mask[:, -completion_length:].sum(dim=1)
+    rows = [row for row in rows if lengths[row]] or rows
+    rows = sorted(rows, key=lambda row: int(lengths[row]), reverse=True)[:TRIAL_ROLLOUTS]
     return input_ids[rows], attention_mask[rows], completion_length
+
+
+def _with_other_texts(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> PackedBatch | None:
+    """The same batch packed, each completion but the last one with other tokens; `None` if there is none to change."""
+    completions = input_ids[:, -completion_length:]
+    lengths = attention_mask[:, -completion_length:].sum(dim=1)
+    known = input_ids[attention_mask.bool()].unique()
+    if len(known) < 2 or lengths[-1] == 0 or not bool((lengths[:-1] > 1).any()):  # its last token is not read
+        return None
+    other = known.roll(1)[torch.searchsorted(known, completions.clamp(known[0], known[-1]))]
+    other[-1] = completions[-1]
+    ids = torch.cat([input_ids[:, :-completion_length], other], dim=1)
+    return pack(ids, attention_mask, completion_length)
 
 
 def _divide(groups: dict[tuple[int, ...], list[int]], lengths: list[int]) -> list[tuple[tuple[int, ...], list[int]]]:
@@ -220,9 +240,18 @@ def unpackable_reason(model: Any) -> str | None:
         return f"its attention is `{config._attn_implementation}`, which takes no mask of its own"
     if getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None):
         return "its attention is limited to a window"
+    others = layers_beside_attention(model)
+    if others:
+        return f"it has {', '.join(others)} layers, which read on from one rollout into the next"
     if any(getattr(adapter, "is_prompt_learning", False) for adapter in getattr(model, "peft_config", {}).values()):
         return "its adapter puts tokens of its own before the prompt"
     return None
+
+
+def _has_experts(model: Any) -> bool:
+    """Whether tokens are routed to experts, whose products are rounded by how many tokens they get."""
+    config = model.config.get_text_config()
+    return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
 class SharedPromptScoring(GRPOTrainer):
@@ -235,6 +264,7 @@ class SharedPromptScoring(GRPOTrainer):
 
     args: ToolGRPOConfig
     _packs: bool | None = None
+    _rounding: Accepted | None = None  # measured with the first rollout batch
     _ask_values = False
     _values: Tensor | None = None
     _value_inputs: Tensor | None = None
@@ -317,32 +347,112 @@ class SharedPromptScoring(GRPOTrainer):
             self._packs = False
             return False
         few = _few_of_a_group(*chunks[0])
-        packed = pack(*few)
-        everyone = torch.tensor(float(ready and packed is not None), device=self.accelerator.device)
-        if self.accelerator.reduce(everyone, reduction="mean") < 1 or packed is None:
+        packed, changed = pack(*few), _with_other_texts(*few)
+        possible = ready and packed is not None and changed is not None
+        everyone = torch.tensor(float(possible), device=self.accelerator.device)
+        if self.accelerator.reduce(everyone, reduction="mean") < 1 or packed is None or changed is None:
             return False
         checkpointing: Any = self.args.gradient_checkpointing_kwargs
         asked, self._ask_values = self._ask_values, False
-        failed = False
-        with scoring_mode(model), disable_gradient_checkpointing(bare, checkpointing):
-            plain, _, _ = super()._get_per_token_logps_and_entropies(model, *few)
-            try:
-                gap = (self._score_packed(model, [packed], False)[0] - plain).abs()
-            except (TypeError, ValueError, RuntimeError) as error:  # of a model that takes no such mask
-                logger.warning("Rollouts are scored one by one: %s: %s", type(error).__name__, error)
-                gap, failed = torch.full_like(plain, torch.inf), True  # the other processes wait for this one's
-            finally:
-                self._ask_values = asked
-        gap = gap.nan_to_num(nan=torch.inf)
-        found = torch.stack([gap.max(), gap.sum() / packed.scored.sum().clamp(min=1)])
-        widest, mean = self.accelerator.gather(found[None]).amax(dim=0).tolist()
-        limits = check_tolerance(compute_dtype(self.args, model), None)
-        self._packs = widest <= limits[0] and mean <= limits[1]
-        if not self._packs and not failed:
+        gaps, failure = torch.full((1,), torch.inf), None
+        leak = torch.inf
+        try:
+            with scoring_mode(model), disable_gradient_checkpointing(bare, checkpointing):
+                plain, _, _ = super()._get_per_token_logps_and_entropies(model, *few)
+                if self._rounding is None:
+                    self._rounding = self._measure_rounding(model, *few, plain)
+                first, second = (self._score_packed(model, [part], False)[0] for part in (packed, changed))
+            gaps = (first - plain).abs()[packed.scored]
+            leak = float((first - second).abs()[-1].nan_to_num(nan=torch.inf).max())
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+            failure = error  # the other processes wait for what this one found
+        finally:
+            self._ask_values = asked
+        return self._decide_packing(bare, gaps, leak, failure)
+
+    def _decide_packing(self, bare: Any, gaps: Tensor, leak: float, failure: Exception | None) -> bool:
+        """Judge the trial of all processes; running out of memory says nothing about the model, and is raised."""
+        out_of_memory = failure is not None and should_reduce_batch_size(failure)
+        accepted = self._rounding or Exact()
+        excess = accepted.excess(gaps.float().cpu())
+        leaks = leak > 0 and not (_has_experts(bare) and accepted.excess(torch.tensor([leak])) is None)
+        verdict = torch.tensor([out_of_memory, failure is not None, excess is not None, leaks]).float()
+        everywhere = self.accelerator.gather(verdict[None].to(self.accelerator.device)).amax(dim=0).bool().tolist()
+        if everywhere[0]:
+            if out_of_memory and failure is not None:
+                raise failure
+            raise RuntimeError("Another process ran out of memory in the first pass over its rollouts.")
+        self._packs = not any(everywhere)
+        if failure is not None:
+            logger.warning("Rollouts are scored one by one: %s: %s", type(failure).__name__, failure)
+        elif everywhere[3]:
             logger.warning(
-                "Rollouts are scored one by one: log-probs of sequences packed behind a shared prompt differ by up to "
-                "%.2e (%.2e on average), which is more than rounding. Training is right, and slower than it could be.",
-                widest,
-                mean,
+                "Rollouts are scored one by one: packed behind a shared prompt, the text of one changes the log-probs "
+                "of another by %.2e. The model has layers that read across the rollouts of a sequence.",
+                leak,
             )
-        return bool(self._packs)
+        elif not self._packs:
+            logger.warning(
+                "Rollouts are scored one by one: packed behind a shared prompt, their log-probs are not those of "
+                "separate sequences (%s).",
+                excess or "in another process",
+            )
+        return self._packs
+
+    def _measure_rounding(self, model: Any, ids: Tensor, mask: Tensor, width: int, logps: Tensor) -> Accepted:
+        """
+        Measure what rounding does to log-probs of the policy: a few rollouts are scored a second time, with the cache.
+
+        Args:
+            model (`PreTrainedModel` or `PeftModel`):
+                The policy.
+            ids, mask (`Tensor`):
+                Prompts and completions, padded on both sides, int64, and 1 for tokens, shape (B, P + `width`).
+            width (`int`):
+                Padded length of the completions.
+            logps (`Tensor`):
+                Their log-probs as training computes them, nats, shape (B, `width`).
+        """
+        dtype = compute_dtype(self.args, model)
+        if dtype not in LOW_PRECISION:
+            return Exact()
+        rows = max(_groups(ids, mask[:, :-width]).values(), key=len)[:TRIAL_ROLLOUTS]
+        ids, mask, logps = ids[rows], mask[rows], logps[rows]
+        completions, scored = ids[:, -width:], mask[:, -width:].bool()
+        longest = self.accelerator.gather(scored.sum(dim=1).max()[None]).max()  # the same passes in every process
+        length = min(int(longest), COMPARED_TOKENS)
+        prompt = ids[0, :-width][mask[0, :-width].bool()].tolist()
+        padded = torch.nn.functional.pad(completions, (0, max(0, length - width)))[:, :length]
+        bare, size = self.accelerator.unwrap_model(model), 0.0
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
+        with (
+            scoring_mode(bare),
+            disable_gradient_checkpointing(bare, checkpointing),  # which would take the cache away
+            self._head_in_float32(bare),
+        ):
+            try:
+                second, size = score_in_pieces(bare, prompt, padded, self.temperature, self.accelerator.autocast)
+            except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+                if should_reduce_batch_size(error):
+                    raise
+                second = self._score_alone(model, ids, mask, width)  # a model without such a cache
+        length = min(length, width)
+        gaps = (second[:, :length] - logps[:, :length]).abs()[scored[:, :length]]
+        found = Rounding.of(gaps.cpu(), ulp_of(dtype, size))
+        figures = torch.tensor([[found.mean, *found.quantiles]], device=self.accelerator.device)
+        mean, *quantiles = self.accelerator.gather(figures).amax(dim=0).tolist()
+        return Rounding(mean, tuple(quantiles))
+
+    def _head_in_float32(self, model: Any) -> AbstractContextManager[None]:
+        """The LM head as it is scored by, for a pass that gives logits."""
+        return head_in_float32(model, self.args.cast_lm_head_to_fp32)
+
+    def _score_alone(self, model: Any, ids: Tensor, mask: Tensor, width: int) -> Tensor:
+        """Log-probs of a few rollouts, each in a pass of its own without padding before it; shape (B, `width`)."""
+        found = []
+        for index in range(TRIAL_ROLLOUTS):  # the same number of passes in every process
+            row = index % len(ids)
+            kept = slice(int(mask[row].nonzero()[0, 0]), None)
+            one = ids[row : row + 1, kept], mask[row : row + 1, kept], width
+            found.append(super()._get_per_token_logps_and_entropies(model, *one)[0])
+        return torch.cat(found)[: len(ids)]

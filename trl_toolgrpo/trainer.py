@@ -28,8 +28,6 @@ from .deterministic import Determinism
 from .diagnostics import (
     RatioStatistics,
     check_logprobs,
-    check_tolerance,
-    compute_dtype,
     console_line,
     length_metrics,
     rollout_counts,
@@ -37,6 +35,7 @@ from .diagnostics import (
 )
 from .grouping import GroupedUpdates
 from .hub import HubPush
+from .lm_head import cast_heads, without_trls_cast
 from .quantized import keep_trainable
 from .replay import Replay
 from .resume import ExactResume
@@ -47,6 +46,7 @@ from .rollout.loop import RolloutRequest
 from .rollout.parsing import add_missing_response_template
 from .rollout.sampler import scoring_mode
 from .rollout_tools import RolloutTools
+from .rounding import Exact
 from .scoring import SharedPromptScoring
 from .sync import ReferenceSync, synced_by_us
 from .tools.environments import on_own_thread
@@ -148,7 +148,11 @@ class ToolGRPOTrainer(
         if tools or environment_factory is not None:
             check_template(processing_class)
             add_missing_response_template(processing_class)
-        with synced_by_us(args, model, peft_config), without_trls_vllm(args, self._recording):
+        with (
+            synced_by_us(args, model, peft_config),
+            without_trls_vllm(args, self._recording),
+            without_trls_cast(args, self._recording),
+        ):
             super().__init__(
                 model=model,
                 reward_funcs=reward_funcs,
@@ -172,6 +176,10 @@ class ToolGRPOTrainer(
         """Everything that TRL's constructor had to make the model for."""
         check_optimizer(self.args)
         keep_trainable(self.model)
+        if self._recording and self.args.cast_lm_head_to_fp32:
+            cast_heads(self.model, self.temperature)
+            if self.ref_model is not None:
+                cast_heads(self.accelerator.unwrap_model(self.ref_model), self.temperature, ("log_probs",))
         self._prepare_reference()
         self._prepare_run_log()
         self._ratio = RatioStatistics()
@@ -325,8 +333,10 @@ class ToolGRPOTrainer(
         with scoring_mode(self.model), disable_gradient_checkpointing(self.model, checkpointing):
             width, size = output["completion_ids"].size(1), self.args.per_device_train_batch_size
             logps, _, _ = super()._get_per_token_logps_and_entropies(self.model, ids, mask, width, batch_size=size)
-        tolerance = check_tolerance(compute_dtype(self.args, self.model), self.args.logprob_check_tolerance)
-        check_logprobs(logps, batch.trajectories, tolerance, self.args.rollout_backend, gather_object)
+        self._rounding = self._measure_rounding(self.model, ids, mask, width, logps)
+        tolerance = self.args.logprob_check_tolerance
+        accepted = self._rounding if tolerance is None else Exact(tolerance)
+        check_logprobs(logps, batch.trajectories, accepted, self.args.rollout_backend, gather_object)
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any

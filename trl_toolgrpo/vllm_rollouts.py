@@ -67,7 +67,7 @@ class VLLMRollouts(GRPOTrainer):
 
     def _prepare_vllm(self) -> None:
         """Start the engine, or connect to it."""
-        if self.args.rollout_backend != "vllm":
+        if self.args.rollout_backend != "vllm" or self.args.replay is not None:  # a replayed run samples nothing
             return
         policy = self.accelerator.unwrap_model(self.model)
         config = policy.active_peft_config if hasattr(policy, "peft_config") else None

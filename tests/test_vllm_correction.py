@@ -159,3 +159,170 @@ def test_the_kl_term_is_trls(monkeypatch, tmp_path, bias_correction):
         found.append(loss_and_gradient(trainer, {**inputs, "ref_per_token_logps": reference}))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=2e-5, atol=1e-6)
     assert (found[0][1] - found[1][1]).norm() <= 2e-5 * found[1][1].norm()
+
+
+def by_token_gradient(trainer, batch, logps):
+    """The loss, and its gradient by the log-prob of each token; the scoring pass is replaced by those log-probs."""
+    leaf = logps.clone().requires_grad_()
+    trainer._packs, trainer._score_packed = True, lambda *args: (leaf, torch.zeros_like(leaf), None)
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer._compute_loss(trainer.model, batch)
+    loss.backward()
+    return loss.item(), leaf.grad
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_loss_by_loops(monkeypatch, tmp_path, mode, moved):
+    """A token at a time, with a tool's tokens among them. TRL weighs every token of a sequence by its whole ratio; once
+    the policy has moved its own steps are in the ratio, too, and it is the ratio of the loss that is bounded."""
+    low, high = 0.6, 3.0
+    trainer = vllm_trainer(
+        monkeypatch, tmp_path, loss_type="bnpo", epsilon=0.999, epsilon_high=1000.0,
+        vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_min=low,
+    )  # fmt: skip
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions(ROW)
+    batch["tool_mask"] = torch.ones_like(batch["completion_mask"])
+    batch["tool_mask"][:, 1] = 0
+    advantages = batch["advantages"] = torch.tensor([1.0, -1.0, 2.0, -0.5])
+    width = batch["completion_ids"].size(1)
+    factors = torch.ones(4, width)
+    for row, found in enumerate(ratios()):
+        factors[row, : len(found)] = found
+    logps = batch["old_per_token_logps"] + factors.log()
+    trainer.state.global_step += moved
+    loss, gradient = by_token_gradient(trainer, batch, logps)
+
+    expected, expected_gradient, count, met = 0.0, torch.zeros(4, width), 0, 0
+    for row, length in enumerate(LENGTHS):
+        places = [place for place in range(length) if place != 1]
+        ratio = {place: factors[row, place].item() for place in places}
+        product = math.prod(ratio.values())
+        for place in places:
+            count += 1
+            judged = product if mode.startswith("sequence") else ratio[place]
+            inside = low <= judged <= high
+            met += not inside
+            bounded = min(max(judged, low), high)
+            if mode.endswith("mask") and not inside:
+                weight = 0.0
+            elif mode.startswith("sequence") and moved:  # its own ratio, with its share of the sequence's excess
+                weight = ratio[place] * (bounded / product) ** (1 / len(places))
+            else:
+                weight = bounded
+            expected -= weight * advantages[row].item()
+            expected_gradient[row, place] = -weight * advantages[row]
+    assert 0 < met < count
+    assert loss == pytest.approx(expected / count, rel=1e-4)
+    torch.testing.assert_close(gradient, expected_gradient / count, rtol=1e-4, atol=1e-6)
+    assert trainer._metrics["train"]["sampling/corrected"] == [pytest.approx(met / count)]
+    assert ("sampling/importance_sampling_ratio/mean" in trainer._metrics["train"]) is not moved
+
+
+def test_a_policy_that_has_moved_is_clipped(monkeypatch, tmp_path):
+    """TRL's `epsilon` clips what the policy has moved, not what the sampler is off by."""
+    trainer = vllm_trainer(monkeypatch, tmp_path, loss_type="bnpo", vllm_importance_sampling_mode="token_truncate")
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions(ROW)
+    batch["advantages"] = torch.ones(4)
+    logps = batch["old_per_token_logps"] + math.log(1.5) * batch["completion_mask"]
+    sampled = batch["completion_mask"].bool()
+    assert by_token_gradient(trainer, batch, logps)[1][sampled].all()
+    trainer.state.global_step += 1
+    assert not by_token_gradient(trainer, batch, logps)[1].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "TRL's vllm_importance_sampling_mode=sequence_mask, ratios of a sequence above 3 take no part in"),
+        (
+            {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_min": 0.5},
+            "TRL's vllm_importance_sampling_mode=token_truncate, ratios of a token below 0.5 or above 3 are held there",
+        ),
+        ({"vllm_importance_sampling_cap": 1.5}, "sequence_mask, ratios of a sequence above 1.5 take no part"),
+        ({"vllm_importance_sampling_clip_max": None}, "sequence_mask, ratios of a sequence, without bounds"),
+        ({"vllm_importance_sampling_correction": False}, "sampler correction: none"),
+        (
+            {"sampler_correction": "mask", "sampler_correction_cap": 4.0},
+            "sampler_correction=mask, ratios of a token above 4 take no part in the policy loss (in place of TRL's",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The `vllm_importance_sampling_cap`:FutureWarning")
+def test_a_run_says_which_correction_acts(monkeypatch, tmp_path, capsys, changes, said):
+    trainer = vllm_trainer(monkeypatch, tmp_path, **changes)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sampler correction")]
+    assert len(lines) == 1 and said in lines[0]
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    acts = "vllm_importance_sampling_correction" not in changes
+    assert ("sampling/corrected" in logged) is acts
+    assert ("sampling/importance_sampling_ratio/max" in logged) is (acts and "sampler_correction" not in changes)
+
+
+def test_without_vllm_the_default_is_no_correction(tmp_path, capsys):
+    tokenizer = chat_tokenizer()
+    trainer = ToolGRPOTrainer(
+        tiny_model(tokenizer), lambda completions, **kwargs: [1.0, 2.0, 3.0, 4.0], config(tmp_path), prompts(),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    assert "sampler correction" not in capsys.readouterr().out
+    assert not [name for name in trainer.state.log_history[0] if "corrected" in name or "importance" in name]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"vllm_importance_sampling_correction": False}, {"sampler_correction": "truncate"}]
+)
+def test_what_is_switched_off_or_replaced_does_nothing(monkeypatch, tmp_path, changes):
+    """TRL's mode and bounds do not matter any more."""
+    losses = []
+    for more in ({}, {"vllm_importance_sampling_mode": "token_mask", "vllm_importance_sampling_clip_max": 1.1}):
+        trainer = vllm_trainer(monkeypatch, tmp_path, epsilon_high=5.0, **changes, **more)
+        trainer.model.train()
+        losses.append(loss_and_gradient(trainer, trainer._generate_and_score_completions(ROW)))
+    assert torch.equal(losses[0][1], losses[1][1]) and losses[0][0] == losses[1][0]
+
+
+def test_an_evaluation_is_corrected_as_trl_corrects_it(monkeypatch, tmp_path):
+    changes = {"per_device_eval_batch_size": 4, "num_generations_eval": 4}
+    ours = vllm_trainer(monkeypatch, tmp_path, **changes)
+    ours.model.eval()
+    ours.state.global_step = 3
+    batch = ours._generate_and_score_completions(ROW)
+    trl = trls_trainer(tmp_path, batch, ours.processing_class, **changes)
+    trl.model.eval()
+    with torch.no_grad():
+        expected = trl._compute_loss(trl.model, trl._generate_and_score_completions(ROW))
+        torch.testing.assert_close(ours._compute_loss(ours.model, batch), expected, rtol=2e-5, atol=1e-6)
+    assert ours._metrics["eval"]["sampling/importance_sampling_ratio/max"]
+
+
+def test_a_run_is_replayed_with_its_correction(monkeypatch, tmp_path):
+    """The same configuration, vLLM included, gives the same weights; nothing is sampled."""
+    changes = {"max_steps": 3, "num_iterations": 2, "learning_rate": 1e-2}
+    first = vllm_trainer(monkeypatch, tmp_path / "first", **changes)
+    first.train()
+
+    def never(*args, **kwargs):
+        raise AssertionError("a replayed run samples nothing")
+
+    again = vllm_trainer(monkeypatch, tmp_path / "again", never, replay=str(tmp_path / "first"), **changes)
+    monkeypatch.setattr(vllm_rollouts.VLLMEngine, "start", never)
+    again.train()
+    assert first.state.log_history[0]["sampling/corrected"] > 0
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+
+
+def test_corrections_that_cannot_act_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="vespo.*sequence_mask.*'token_truncate' or 'token_mask'"):
+        config(tmp_path, use_vllm=True, loss_type="vespo")
+    config(tmp_path, use_vllm=True, loss_type="vespo", vllm_importance_sampling_mode="token_mask")
+    config(tmp_path, use_vllm=True, loss_type="vespo", vllm_importance_sampling_correction=False)
+    config(tmp_path, use_vllm=True, loss_type="vespo", sampler_correction="mask")
+    config(tmp_path, loss_type="vespo")
+    with pytest.raises(ConfigError, match=r"vllm_importance_sampling_mode='tokens'.*token_truncate, token_mask"):
+        config(tmp_path, use_vllm=True, vllm_importance_sampling_mode="tokens")

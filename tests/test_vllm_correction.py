@@ -174,8 +174,8 @@ def by_token_gradient(trainer, batch, logps):
 @pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_the_loss_by_loops(monkeypatch, tmp_path, mode, moved):
-    """A token at a time, with a tool's tokens among them. TRL weighs every token of a sequence by its whole ratio; once
-    the policy has moved its own steps are in the ratio, too, and it is the ratio of the loss that is bounded."""
+    """A token at a time, with a tool's tokens among them. TRL weighs every token of a sequence by its whole ratio;
+    once the policy has moved its own steps are in the ratio, too, and it is the ratio of the loss that is bounded."""
     low, high = 0.6, 3.0
     trainer = vllm_trainer(
         monkeypatch, tmp_path, loss_type="bnpo", epsilon=0.999, epsilon_high=1000.0,
@@ -239,7 +239,7 @@ def test_a_policy_that_has_moved_is_clipped(monkeypatch, tmp_path):
         ({}, "TRL's vllm_importance_sampling_mode=sequence_mask, ratios of a sequence above 3 take no part in"),
         (
             {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_min": 0.5},
-            "TRL's vllm_importance_sampling_mode=token_truncate, ratios of a token below 0.5 or above 3 are held there",
+            "TRL's vllm_importance_sampling_mode=token_truncate, ratios of a token below 0.5 or above 3 are held",
         ),
         ({"vllm_importance_sampling_cap": 1.5}, "sequence_mask, ratios of a sequence above 1.5 take no part"),
         ({"vllm_importance_sampling_clip_max": None}, "sequence_mask, ratios of a sequence, without bounds"),
@@ -318,7 +318,7 @@ def test_a_run_is_replayed_with_its_correction(monkeypatch, tmp_path):
 
 
 def test_corrections_that_cannot_act_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="vespo.*sequence_mask.*'token_truncate' or 'token_mask'"):
+    with pytest.raises(ConfigError, match=r"vespo.*sequence_mask.*'token_truncate' or 'token_mask'"):
         config(tmp_path, use_vllm=True, loss_type="vespo")
     config(tmp_path, use_vllm=True, loss_type="vespo", vllm_importance_sampling_mode="token_mask")
     config(tmp_path, use_vllm=True, loss_type="vespo", vllm_importance_sampling_correction=False)

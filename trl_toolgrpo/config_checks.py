@@ -173,8 +173,8 @@ def idle_fields(config: Any, defaults: dict[str, Any]) -> dict[str, str]:
     """
     Fields of TRL's that were set and have no effect on a recorded run, each with the reason.
 
-    What would make other rollouts or other updates than TRL's is refused by [`check_fields`]; these fields only say how
-    a part of TRL's that is not in use does its work.
+    What would make other rollouts or other updates than TRL's is refused by [`check_fields`]; these fields only say
+    how a part of TRL's that is not in use does its work.
 
     Args:
         config ([`ToolGRPOConfig`]):

@@ -1,7 +1,7 @@
 """Correction of the ratio where the sampler and the policy disagree about a token.
 
-The old log-prob is the one recorded when a token was sampled, so that the ratio of the loss is π_θ/π_sample as a whole:
-a sampler's rounding and the steps the policy has made since are both in it, and one bound on its detached value
+The old log-prob is the one recorded when a token was sampled, so that the ratio of the loss is π_θ/π_sample as a
+whole: a sampler's rounding and the steps the policy has made since are both in it, and one bound on its detached value
 corrects for both.
 """
 
@@ -100,7 +100,8 @@ class SamplerCorrection(GRPOTrainer):
         return output
 
     def _correct(self, inputs: dict[str, Any], logps: Tensor) -> None:
-        """Bound the ratio of `inputs` by its value at the policy's log-probs (B, T), and log how many tokens it met."""
+        """Bound the ratio of `inputs` by its value at the policy's log-probs (B, T), and log how many tokens that met.
+        """
         correction = correction_of(self.args)
         if correction is None:
             return

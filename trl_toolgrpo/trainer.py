@@ -20,7 +20,15 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id
 
 from .assist import AssistedWarmup
-from .checks import check_dataset, check_forcing, check_optimizer, check_template, named_datasets, warn_of_dropout
+from .checks import (
+    check_dataset,
+    check_forcing,
+    check_optimizer,
+    check_template,
+    named_datasets,
+    refuse_unrecorded,
+    warn_of_dropout,
+)
 from .config import ToolGRPOConfig, defaults
 from .config_checks import idle_fields
 from .correction import SamplerCorrection, correction_line
@@ -136,6 +144,8 @@ class ToolGRPOTrainer(
         # Whether rollouts are this package's own; a `rollout_func` and multimodal models take TRL's way
         self._recording = args.record_sample_logprobs and rollout_func is None
         check_forcing(args, self._recording, bool(tools or environment_factory or mcp_servers), train_dataset)
+        if rollout_func is not None:
+            refuse_unrecorded(args, "a `rollout_func`")
         tools = self._start_servers(mcp_servers, tools, environment_factory)
         toolset = self._toolset = ToolSet(tools)
         executor = None

@@ -20,6 +20,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from trl import GRPOTrainer
 
+from .checks import refuse_unrecorded
 from .config import ToolGRPOConfig
 from .diagnostics import compute_dtype
 from .errors import ConfigError
@@ -51,6 +52,7 @@ def refuse_multimodal(args: ToolGRPOConfig) -> None:
             "You passed a multimodal model with vLLM (`rollout_backend='vllm'` or `use_vllm=True`), whose rollouts "
             "are TRL's own. For TRL's vLLM set `record_sample_logprobs=False` and `use_vllm=True`."
         )
+    refuse_unrecorded(args, "a multimodal model")
 
 
 class VLLMRollouts(GRPOTrainer):

@@ -417,7 +417,8 @@ ATTRIBUTES = {
     "is_fsdp_enabled": "sync._prepare_reference refuses merged weights",
     "is_deepspeed_enabled": "sync._prepare_reference refuses merged weights",
     "model_wrapped": "trainer._policy",
-    "use_transformers_continuous_batching": "trainer._prepare_recording",
+    "use_vllm": "correction._correct has TRL's loss multiplied by the importance sampling weight",
+    "vllm_importance_sampling_correction": "correction._correct",
 }
 
 
@@ -595,6 +596,10 @@ def test_config_is_derived_as_we_assume():
         "use_vllm",
         "vllm_enable_sleep_mode",
         "vllm_gpu_memory_utilization",
+        "vllm_importance_sampling_clip_max",
+        "vllm_importance_sampling_clip_min",
+        "vllm_importance_sampling_correction",
+        "vllm_importance_sampling_mode",
         "vllm_max_model_length",
         "vllm_mode",
         "vllm_model_impl",
@@ -612,6 +617,21 @@ def test_config_is_derived_as_we_assume():
 
 def test_trl_says_which_versions_of_vllm_it_supports():
     assert str(supported_versions()), "TRL's metadata names no vLLM; rollout/vllm_engine.py reads the versions there."
+
+
+def test_trls_loss_takes_an_importance_sampling_weight():
+    loss = source(GRPOTrainer._compute_loss)
+    condition = 'self.use_vllm and self.vllm_importance_sampling_correction and self.loss_type != "vespo"'
+    assert condition in loss and 'per_token_loss * inputs["importance_sampling_ratio"]' in loss, (
+        "GRPOTrainer._compute_loss multiplies by the importance sampling weight under another condition; "
+        "correction._correct sets `use_vllm` for it."
+    )
+    assert 'importance_sampling_ratio=inputs.get("importance_sampling_ratio")' in loss, (
+        "VESPO takes its importance sampling weight from elsewhere; correction._correct puts it into the inputs."
+    )
+    assert 'old_per_token_logps = inputs.get("old_per_token_logps")' in loss.split(
+        "_get_per_token_logps_and_entropies("
+    )[1], "GRPOTrainer._compute_loss reads old log-probs before it scores; correction._correct replaces them then."
 
 
 def test_trl_makes_its_vllm_engine_by_an_option_and_a_name():

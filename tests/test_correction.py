@@ -7,22 +7,51 @@ import torch
 from conftest import chat_tokenizer, config, prompts, tiny_model
 
 from trl_toolgrpo import ToolGRPOTrainer
-from trl_toolgrpo.losses import capped_old_logps, within_cap
+from trl_toolgrpo.losses import bounded_ratio
 
 
-OLD = torch.tensor([[-1.0, -2.0, -3.0], [-0.5, -4.0, 0.0]])
-RATIOS = torch.tensor([[1.0, 1.9, 2.5], [0.01, 40.0, 2.1]])
+MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
-def test_a_cap_by_hand():
-    logps = (OLD + RATIOS.log()).requires_grad_()
-    assert within_cap(logps, OLD, 2.0).tolist() == [[True, True, False], [True, False, False]]
-    capped = capped_old_logps(logps, OLD, 2.0)
-    assert not capped.requires_grad
-    ratio = (logps - capped).exp()
-    torch.testing.assert_close(ratio, torch.tensor([[1.0, 1.9, 2.0], [0.01, 2.0, 2.0]]))
-    ratio.sum().backward()  # the gradient of a ratio is the ratio itself, times that of the log-prob
-    torch.testing.assert_close(logps.grad, ratio.detach())
+@pytest.mark.parametrize("bounds", [(None, 3.0), (0.5, 3.0), (0.5, None), (0.9, 1.1), (None, 2.0)])
+@pytest.mark.parametrize("mode", MODES)
+def test_bounds_by_loops(mode, bounds):
+    """Every token by itself, in plain Python."""
+    low, high = bounds[0] or 0.0, bounds[1] or math.inf
+    generator = torch.Generator().manual_seed(3)
+    log_ratio = 0.6 * torch.randn(12, 9, generator=generator, dtype=torch.float64)
+    log_ratio[0] = 0.0  # a sampler that agrees
+    log_ratio[1, :] = 500.0  # further off than a number can say
+    log_ratio[2, :] = -500.0
+    mask = (torch.rand(12, 9, generator=generator) < 0.7).long()
+    mask[3] = 0  # nothing sampled
+    mask[1:3, :5] = 1
+    found = bounded_ratio(log_ratio.requires_grad_(), mask, mode, *bounds)
+    assert not any(tensor.requires_grad for tensor in found)
+    outside = 0
+    for row in range(12):
+        places = [place for place in range(9) if mask[row, place]]
+        logs = {place: log_ratio[row, place].item() for place in places}
+        groups = [places] if mode.startswith("sequence") else [[place] for place in places]
+        for group in groups:
+            total = sum(logs[place] for place in group)
+            ratio = math.exp(total) if total < 700 else math.inf
+            within = low <= ratio <= high
+            outside += not within
+            weight = ratio if within else min(max(ratio, low), high) if mode.endswith("truncate") else 0.0
+            column = group[0] if group and mode.startswith("token") else 0
+            assert found.weight[row, column].item() == pytest.approx(weight)
+            for place in group:
+                assert found.within[row, place].item() == within
+                logs_after = found.log_ratio[row, place].item()
+                if within:
+                    assert logs_after == logs[place]
+            if not within:
+                after = sum(found.log_ratio[row, place].item() for place in group)
+                assert after == pytest.approx(math.log(min(max(ratio, low), high)))
+        assert not found.log_ratio[row][mask[row] == 0].any()
+    assert outside > 3
+    assert found.weight.shape == ((12, 1) if mode.startswith("sequence") else (12, 9))
 
 
 def trainer_of(path, **changes):

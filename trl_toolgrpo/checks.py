@@ -99,6 +99,36 @@ def check_tool_names(name: str, dataset: Any, tools: Sequence[Tool]) -> None:
         logger.warning("`%s`: %s", name, warning)
 
 
+def refuse_unrecorded(args: ToolGRPOConfig, whose: str) -> None:
+    """
+    Check that nothing is asked for that acts on recorded rollouts alone, where rollouts are TRL's own.
+
+    Args:
+        args ([`ToolGRPOConfig`]):
+            Configuration.
+        whose (`str`):
+            What makes them TRL's own, for the message.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    neutral: dict[str, Any] = {
+        "sampler_correction": None,
+        "advantage_estimator": "group",
+        "deterministic_rollouts": False,
+        "force_rate": 0,
+        "assist_warmup_steps": 0,
+    }
+    if not args.use_vllm:  # which is TRL's own option
+        neutral["rollout_backend"] = "transformers"
+    for name, value in neutral.items():
+        if getattr(args, name) != value:
+            raise ConfigError(
+                f"You passed `{name}={getattr(args, name)!r}` with {whose}, whose rollouts are TRL's own. It acts on "
+                f"rollouts of this package alone. Leave one of them out."
+            )
+
+
 def check_forcing(args: Any, recording: bool, has_tools: bool, train_dataset: Any = None) -> None:
     """
     Check that forcing, where asked for, can act, and that training outlasts it; and that rollouts which are to be

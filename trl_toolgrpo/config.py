@@ -45,8 +45,10 @@ class ToolGRPOConfig(GRPOConfig):
         sampler_correction (`str`, *optional*):
             What is done with tokens whose ratio, of the policy's probability to the sampler's, is above
             `sampler_correction_cap`: `"truncate"` holds the ratio there, `"mask"` leaves the token out of the policy
-            loss. `None` does neither. It is the one ratio of the loss, by its detached value; there is no second
-            factor.
+            loss. It is the one ratio of the loss, by its detached value; there is no second factor. `None` leaves
+            the ratio as it is with `rollout_backend="transformers"`, and with `"vllm"` lets TRL's
+            `vllm_importance_sampling_*` act, by their defaults too (`"sequence_mask"` above 3): before the first
+            optimizer step on a rollout batch exactly as in TRL, afterwards as bounds of the one ratio.
         sampler_correction_cap (`float`, *optional*, defaults to `2.0`):
             Largest ratio `sampler_correction` lets through, above 1.
         shared_prompt_updates (`bool`, *optional*, defaults to `True`):
@@ -169,7 +171,7 @@ class ToolGRPOConfig(GRPOConfig):
         metadata={
             "help": "What is done with tokens whose ratio (policy to sampler) is above sampler_correction_cap: "
             "truncate holds the ratio there, mask leaves the token out of the policy loss. It is the one ratio of the "
-            "loss; there is no second factor.",
+            "loss; there is no second factor. None: with vLLM, TRL's vllm_importance_sampling_* act.",
             "choices": list(SAMPLER_CORRECTIONS),
         },
     )

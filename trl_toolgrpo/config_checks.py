@@ -12,6 +12,7 @@ from .errors import ConfigError
 
 ROLLOUT_BACKENDS = ("transformers", "vllm")
 SAMPLER_CORRECTIONS = ("truncate", "mask")
+TRL_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 ADVANTAGE_ESTIMATORS = ("group", "gae", "group_gae")
 GAE_UNITS = ("token", "turn")
 FORCE_LEVELS = ("call", "name", "schema")
@@ -90,10 +91,10 @@ def _check_log(config: Any) -> None:
         raise ConfigError(
             f"You passed `rollout_log_limit={config.rollout_log_limit}`; it is a size in MiB, and 0 logs no rollouts."
         )
-    if config.replay is not None and (config.use_vllm or not config.record_sample_logprobs):
+    if config.replay is not None and not config.record_sample_logprobs:
         raise ConfigError(
-            f"You passed `replay={config.replay!r}` with rollouts of TRL's own (`use_vllm` or "
-            f"`record_sample_logprobs=False`), which are in no rollout log. Leave those out, or it."
+            f"You passed `replay={config.replay!r}` with rollouts of TRL's own (`record_sample_logprobs=False`), "
+            f"which are in no rollout log. Leave one of them out."
         )
 
 
@@ -147,6 +148,73 @@ def _check_vllm(config: Any) -> None:
             "You passed `force_level='schema'` with vLLM, which samples without this package's constraints. Use "
             "`force_level='call'` or 'name', or `rollout_backend='transformers'`."
         )
+    if config.sampler_correction is None and config.vllm_importance_sampling_correction:
+        _check_choice(config, "vllm_importance_sampling_mode", TRL_CORRECTIONS)
+        if config.loss_type == "vespo" and config.vllm_importance_sampling_mode.startswith("sequence"):
+            raise ConfigError(
+                f"You passed `loss_type='vespo'` with vLLM and `vllm_importance_sampling_mode="
+                f"{config.vllm_importance_sampling_mode!r}`. VESPO weighs a sequence by the ratios of its tokens, so "
+                f"that each must be bounded by itself. Set `vllm_importance_sampling_mode` to 'token_truncate' or "
+                f"'token_mask', or `vllm_importance_sampling_correction=False`."
+            )
+
+
+_SERVER = ("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout")
+_ENGINE = {  # what `python -m trl_toolgrpo.serve` is told instead
+    "vllm_gpu_memory_utilization": "--gpu-memory-utilization",
+    "vllm_tensor_parallel_size": "--tensor-parallel-size",
+    "vllm_max_model_length": "--max-model-len",
+    "vllm_model_impl": "--engine-args",
+    "vllm_enable_sleep_mode": "--engine-args",
+}
+
+
+def idle_fields(config: Any, defaults: dict[str, Any]) -> dict[str, str]:
+    """
+    Fields of TRL's that were set and have no effect on a recorded run, each with the reason.
+
+    What would make other rollouts or other updates than TRL's is refused by [`check_fields`]; these fields only say
+    how a part of TRL's that is not in use does its work.
+
+    Args:
+        config ([`ToolGRPOConfig`]):
+            The configuration.
+        defaults (`dict[str, Any]`):
+            Default of each of its fields.
+    """
+    idle: dict[str, str] = {}
+    extra = config.generation_kwargs if isinstance(config.generation_kwargs, dict) else {}
+    own_cache = "the sampler keeps keys and values in a cache of its own, which `rollout_cache_gib` bounds"
+    idle["cache_implementation"] = own_cache
+    if extra.get("cache_implementation") is not None:
+        idle["generation_kwargs: cache_implementation"] = own_cache
+    for name in (
+        "use_transformers_continuous_batching", "use_transformers_paged", "transformers_continuous_batching_config"
+    ):  # fmt: skip
+        idle[name] = "the sampler batches by itself"
+    if config.advantage_estimator == "gae":
+        for name in ("scale_rewards", "multi_objective_aggregation"):
+            idle[name] = "advantages of `advantage_estimator='gae'` are estimated from rewards and whitened"
+    idle["vllm_group_port"] = "the policy is sent to a server through its own port, without a process group"
+    of_vllm = [name for name in defaults if name.startswith("vllm_")]
+    corrections = [name for name in of_vllm if name.startswith("vllm_importance_sampling_")]
+    if config.rollout_backend != "vllm":
+        idle |= dict.fromkeys(of_vllm, "rollouts are not sampled with vLLM, which `use_vllm=True` asks for")
+    else:
+        if config.vllm_mode == "server":
+            idle |= {name: f"the engine is the server's, which takes `{flag}`" for name, flag in _ENGINE.items()}
+            if config.vllm_server_base_url is not None:
+                idle |= dict.fromkeys(_SERVER[1:3], "`vllm_server_base_url` says where the server is")
+        else:
+            idle |= dict.fromkeys(_SERVER, "there is no server with `vllm_mode='colocate'`")
+        if config.sampler_correction is not None:
+            idle |= dict.fromkeys(corrections, "`sampler_correction` takes its place")
+        elif not config.vllm_importance_sampling_correction:
+            corrections.remove("vllm_importance_sampling_correction")
+            idle |= dict.fromkeys(corrections, "`vllm_importance_sampling_correction=False` turns it off")
+    # TRL writes False as "none" and True as "group" at construction
+    neutral = {**defaults, "scale_rewards": "group"}
+    return {name: why for name, why in idle.items() if name not in neutral or getattr(config, name) != neutral[name]}
 
 
 def _check_saving(config: Any) -> None:
@@ -272,6 +340,12 @@ def _check_recording(config: Any) -> None:
         raise ConfigError(
             f"You passed `max_completion_length={config.max_completion_length}` while `record_sample_logprobs=True`. "
             f"The recording sampler needs a budget of at least 1 token. Set a number."
+        )
+    if config.neftune_noise_alpha:
+        raise ConfigError(
+            f"You passed `neftune_noise_alpha={config.neftune_noise_alpha}` while `record_sample_logprobs=True`. The "
+            f"noise it adds to embeddings in training is not there when tokens are sampled, so every ratio is off. "
+            f"Leave it out, or set `record_sample_logprobs=False` for TRL's own path."
         )
     if not config.temperature > 0:
         raise ConfigError(

@@ -1,10 +1,11 @@
 """Correction of the ratio where the sampler and the policy disagree about a token.
 
-Owns what `sampler_correction` changes in an update, as a mixin of the trainer. The old log-prob is the one recorded
-when a token was sampled, so that the ratio of the loss is π_θ/π_sample as a whole: a sampler's rounding and the steps
-the policy has made since are both in it, and one cap on its detached value corrects for both.
+The old log-prob is the one recorded when a token was sampled, so that the ratio of the loss is π_θ/π_sample as a
+whole: a sampler's rounding and the steps the policy has made since are both in it, and one bound on its detached value
+corrects for both.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,24 +13,85 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from .config import ToolGRPOConfig
-from .losses import capped_old_logps, within_cap
+from .losses import BoundedRatio, bounded_ratio
+
+
+@dataclass(frozen=True)
+class Correction:
+    """
+    What is done to ratios out of bounds.
+
+    Args:
+        mode (`str`):
+            One of TRL's modes; see [`bounded_ratio`].
+        low, high (`float`, *optional*):
+            Bounds of the ratio.
+        of_trl (`bool`):
+            Whether TRL's `vllm_importance_sampling_*` ask for it, and not `sampler_correction`.
+    """
+
+    mode: str
+    low: float | None
+    high: float | None
+    of_trl: bool
+
+
+def correction_of(args: ToolGRPOConfig) -> Correction | None:
+    """
+    The correction a run asks for: `sampler_correction` where it is set, else, with vLLM, TRL's own.
+
+    Args:
+        args ([`ToolGRPOConfig`]):
+            Configuration.
+    """
+    if args.sampler_correction is not None:
+        return Correction(f"token_{args.sampler_correction}", None, args.sampler_correction_cap, of_trl=False)
+    if args.rollout_backend != "vllm" or not args.vllm_importance_sampling_correction:
+        return None
+    low, high = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
+    return Correction(args.vllm_importance_sampling_mode, low, high, of_trl=True)
+
+
+def correction_line(args: ToolGRPOConfig) -> str | None:
+    """
+    One line that says which correction acts in a run; `None` for a run whose sampler is the model itself, uncorrected.
+
+    Args:
+        args ([`ToolGRPOConfig`]):
+            Configuration.
+    """
+    found = correction_of(args)
+    if found is None:
+        return "sampler correction: none" if args.rollout_backend == "vllm" else None
+    level, _, action = found.mode.partition("_")
+    bounds = (("below", found.low), ("above", found.high))
+    outside = [f"{side} {bound:g}" for side, bound in bounds if bound is not None]
+    done = "are held there" if action == "truncate" else "take no part in the policy loss"
+    whose = f"ratios of a {level} {' or '.join(outside)} {done}" if outside else f"ratios of a {level}, without bounds"
+    if found.of_trl:
+        return f"sampler correction: TRL's vllm_importance_sampling_mode={found.mode}, {whose}"
+    instead = " (in place of TRL's vllm_importance_sampling_*)" if args.rollout_backend == "vllm" else ""
+    return f"sampler correction: sampler_correction={args.sampler_correction}, {whose}{instead}"
 
 
 class SamplerCorrection(GRPOTrainer):
-    """Part of [`ToolGRPOTrainer`]; see `sampler_correction` of [`ToolGRPOConfig`]."""
+    """Part of [`ToolGRPOTrainer`]; see `sampler_correction` of [`ToolGRPOConfig`] and TRL's
+    `vllm_importance_sampling_*`."""
 
     args: ToolGRPOConfig
     model: Any
-    _corrected: dict[str, Any] | None = None  # what TRL's loss, in progress, reads behind the scoring pass
+    _recording: bool
+    _sampled_at: int
+    _corrected: dict[str, Any] | None = None  # what TRL's loss, in progress, reads after the scoring pass
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        if self.args.sampler_correction is None or "old_per_token_logps" not in inputs:
+        if not self._recording or correction_of(self.args) is None or "old_per_token_logps" not in inputs:
             return super()._compute_loss(model, inputs)
-        self._corrected = dict(inputs)
+        self._corrected, kept = dict(inputs), self.use_vllm
         try:
             return super()._compute_loss(model, self._corrected)
         finally:
-            self._corrected = None
+            self._corrected, self.use_vllm = None, kept
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         output = super()._get_per_token_logps_and_entropies(*args, **kwargs)
@@ -38,16 +100,41 @@ class SamplerCorrection(GRPOTrainer):
         return output
 
     def _correct(self, inputs: dict[str, Any], logps: Tensor) -> None:
-        """Cap the ratio of `inputs` by its value at the policy's log-probs (B, T), and log how many tokens it met."""
-        old, cap = inputs["old_per_token_logps"], self.args.sampler_correction_cap
-        within = within_cap(logps, old, cap)
-        if self.args.sampler_correction == "truncate":
-            inputs["old_per_token_logps"] = capped_old_logps(logps, old, cap)
-        else:  # no advantage, and no part in the ratio of its sequence where a loss takes that; the KL term stays
+        """Bound the ratio of `inputs` by its value at the policy's log-probs (B, T), and log how many tokens that met.
+        """
+        correction = correction_of(self.args)
+        if correction is None:
+            return
+        old, mask = inputs["old_per_token_logps"], inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        present = logps.detach()
+        found = bounded_ratio(present - old, mask, correction.mode, correction.low, correction.high)
+        moved = self.model.training and self.state.global_step != self._sampled_at
+        if correction.of_trl and not moved:
+            # What TRL makes of it: its old log-probs, recomputed, are the present ones, so that nothing is clipped,
+            # and its loss is multiplied by the weight
+            inputs["old_per_token_logps"], inputs["importance_sampling_ratio"] = present, found.weight
+            self.use_vllm = True  # for TRL's loss alone
+            self._log_weights(present - old, found, mask)
+        elif correction.mode.endswith("truncate"):
+            inputs["old_per_token_logps"] = torch.where(found.within, old, present - found.log_ratio)
+        else:  # no advantage, and no part in the ratio of its sequence, by value and gradient; the KL term stays
             advantages = inputs["advantages"]
-            inputs["advantages"] = (advantages if advantages.dim() == 2 else advantages[:, None]) * within
-            inputs["old_per_token_logps"] = torch.where(within, old, logps)
-        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        counts = torch.stack([(~within * mask).sum(), mask.sum()]).float()
+            inputs["advantages"] = (advantages if advantages.dim() == 2 else advantages[:, None]) * found.within
+            inputs["old_per_token_logps"] = torch.where(found.within, old, logps)
+        counts = torch.stack([(~found.within * mask).sum(), mask.sum()]).float()
         met, tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
         self._metrics["train" if self.model.training else "eval"]["sampling/corrected"].append(met / max(tokens, 1))
+
+    def _log_weights(self, log_ratio: Tensor, found: BoundedRatio, mask: Tensor) -> None:
+        """The figures TRL logs of its correction, under TRL's names, of a micro-batch over all processes."""
+        weights = found.weight.flatten() if found.weight.size(1) == 1 else found.weight[mask.bool()]
+        gaps, none = log_ratio[mask.bool()].abs(), log_ratio.new_zeros(1)
+        weights, gaps = (values if values.numel() else none for values in (weights, gaps))
+        figures = torch.stack([weights.min(), weights.mean(), weights.max(), gaps.mean(), gaps.max()])
+        gathered = self.accelerator.gather(figures[None])
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["sampling/importance_sampling_ratio/min"].append(gathered[:, 0].min().item())
+        metrics["sampling/importance_sampling_ratio/mean"].append(gathered[:, 1].mean().item())
+        metrics["sampling/importance_sampling_ratio/max"].append(gathered[:, 2].max().item())
+        metrics["sampling/sampling_logp_difference/mean"].append(gathered[:, 3].mean().item())
+        metrics["sampling/sampling_logp_difference/max"].append(gathered[:, 4].max().item())

@@ -4,7 +4,7 @@ Owns the supervised loss of assisted steps, the loss of the value head and what 
 the trainer with log-probs and values it computed under its own autocast.
 """
 
-import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,37 +58,57 @@ def assisted_loss(logps: Tensor, mask: Tensor, count: Tensor | float) -> Tensor:
     return -(logps * mask).sum() / count
 
 
-def within_cap(logps: Tensor, old_logps: Tensor, cap: float) -> Tensor:
+class BoundedRatio(NamedTuple):
     r"""
-    Which tokens have a ratio \\(\pi_\theta / \pi_{sample}\\) of at most `cap`.
+    What a correction makes of the ratio \\(\pi_\theta / \pi_{sample}\\), without gradients.
+
+    Attributes:
+        weight (`Tensor`):
+            The ratio of each token, shape (B, T), or of each rollout, shape (B, 1), brought to the nearest bound by
+            the `*_truncate` modes and set to 0 out of bounds by the `*_mask` modes.
+        within (`Tensor`):
+            Whether it is within bounds, bool, shape (B, T).
+        log_ratio (`Tensor`):
+            Logarithm of the ratio of each token that puts the ratio of its token or rollout within bounds, nats, shape
+            (B, T). A rollout's excess is shared evenly by its tokens.
+    """
+
+    weight: Tensor
+    within: Tensor
+    log_ratio: Tensor
+
+
+def bounded_ratio(
+    log_ratio: Tensor, mask: Tensor, mode: str, low: float | None, high: float | None
+) -> BoundedRatio:
+    """
+    Truncate or mask importance sampling ratios by token or by rollout, as TRL's `vllm_importance_sampling_mode` means
+    it (truncation: arXiv 1802.01561).
 
     Args:
-        logps (`Tensor`):
-            Log-probs under the policy, nats, shape (B, T).
-        old_logps (`Tensor`):
-            Log-probs recorded when the tokens were sampled, nats, shape (B, T).
-        cap (`float`):
-            Largest ratio.
+        log_ratio (`Tensor`):
+            Log-probs under the policy minus those recorded when the tokens were sampled, nats, shape (B, T).
+        mask (`Tensor`):
+            1 for tokens the policy sampled, shape (B, T); all others have a ratio of 1.
+        mode (`str`):
+            `"token_truncate"`, `"token_mask"`, `"sequence_truncate"` or `"sequence_mask"`. The ratio of a sequence is
+            the product of those of its tokens.
+        low, high (`float`, *optional*):
+            Bounds of the ratio, which are themselves within; `None` for none.
 
     Returns:
-        `Tensor`: bool, shape (B, T).
+        [`BoundedRatio`]
     """
-    return logps.detach() - old_logps <= math.log(cap)
-
-
-def capped_old_logps(logps: Tensor, old_logps: Tensor, cap: float) -> Tensor:
-    """
-    Old log-probs under which no ratio is above `cap`: truncated importance sampling (arXiv 1802.01561) on the one
-    ratio of the loss, whose gradient is then that of the log-prob, times at most `cap`.
-
-    Args:
-        logps, old_logps, cap:
-            As in [`within_cap`].
-
-    Returns:
-        `Tensor`: nats, shape (B, T), without a gradient; `old_logps` wherever the ratio is at most `cap`.
-    """
-    return torch.maximum(old_logps, logps.detach() - math.log(cap))
+    by_token = torch.where(mask.bool(), log_ratio.detach(), 0.0)
+    logs = by_token.sum(dim=-1, keepdim=True) if mode.startswith("sequence") else by_token
+    ratio = logs.exp()
+    nearest = ratio if low is None and high is None else ratio.clamp(low, high)
+    within = nearest == ratio
+    weight = nearest if mode.endswith("truncate") else torch.where(within, ratio, 0.0)
+    excess = torch.where(within, 0.0, logs - nearest.log())  # exactly 0 within bounds
+    if mode.startswith("sequence"):
+        excess = excess / mask.sum(dim=-1, keepdim=True).clamp(min=1)
+    return BoundedRatio(weight, within.expand_as(by_token), by_token - excess * mask.bool())
 
 
 def value_loss(values: Tensor, old_values: Tensor, targets: Tensor, mask: Tensor, clip: float | None) -> Tensor:

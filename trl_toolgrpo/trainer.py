@@ -20,9 +20,18 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id
 
 from .assist import AssistedWarmup
-from .checks import check_dataset, check_forcing, check_optimizer, check_template, named_datasets, warn_of_dropout
-from .config import ToolGRPOConfig
-from .correction import SamplerCorrection
+from .checks import (
+    check_dataset,
+    check_forcing,
+    check_optimizer,
+    check_template,
+    named_datasets,
+    refuse_unrecorded,
+    warn_of_dropout,
+)
+from .config import ToolGRPOConfig, defaults
+from .config_checks import idle_fields
+from .correction import SamplerCorrection, correction_line
 from .critic import Critic
 from .deterministic import Determinism
 from .diagnostics import (
@@ -135,6 +144,8 @@ class ToolGRPOTrainer(
         # Whether rollouts are this package's own; a `rollout_func` and multimodal models take TRL's way
         self._recording = args.record_sample_logprobs and rollout_func is None
         check_forcing(args, self._recording, bool(tools or environment_factory or mcp_servers), train_dataset)
+        if rollout_func is not None:
+            refuse_unrecorded(args, "a `rollout_func`")
         tools = self._start_servers(mcp_servers, tools, environment_factory)
         toolset = self._toolset = ToolSet(tools)
         executor = None
@@ -196,8 +207,11 @@ class ToolGRPOTrainer(
             if self._mcp is not None:
                 self._make_chat()
             return
-        if self.use_transformers_continuous_batching:
-            logger.warning("`use_transformers_continuous_batching` has no effect: the sampler batches by itself.")
+        for name, why in idle_fields(self.args, defaults()).items():
+            logger.warning(f"You set `{name}`, which has no effect here: {why}.")
+        line = correction_line(self.args)
+        if line is not None and self.accelerator.is_main_process:
+            print(line, flush=True)
         check_gathering(self)
         check_cache(self.args, self.model)
         warn_of_dropout(self.model, self.args.disable_dropout)

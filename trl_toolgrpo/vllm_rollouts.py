@@ -20,6 +20,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from trl import GRPOTrainer
 
+from .checks import refuse_unrecorded
 from .config import ToolGRPOConfig
 from .diagnostics import compute_dtype
 from .errors import ConfigError
@@ -51,6 +52,7 @@ def refuse_multimodal(args: ToolGRPOConfig) -> None:
             "You passed a multimodal model with vLLM (`rollout_backend='vllm'` or `use_vllm=True`), whose rollouts "
             "are TRL's own. For TRL's vLLM set `record_sample_logprobs=False` and `use_vllm=True`."
         )
+    refuse_unrecorded(args, "a multimodal model")
 
 
 class VLLMRollouts(GRPOTrainer):
@@ -67,7 +69,7 @@ class VLLMRollouts(GRPOTrainer):
 
     def _prepare_vllm(self) -> None:
         """Start the engine, or connect to it."""
-        if self.args.rollout_backend != "vllm":
+        if self.args.rollout_backend != "vllm" or self.args.replay is not None:  # a replayed run samples nothing
             return
         policy = self.accelerator.unwrap_model(self.model)
         config = policy.active_peft_config if hasattr(policy, "peft_config") else None

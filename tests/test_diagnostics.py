@@ -200,9 +200,9 @@ def test_one_wrong_token_is_named_with_both_values():
     assert str(caught.value) == (
         "The log-probs recorded by the transformers sampler are not those the trainer computes: over 5 tokens, the "
         "largest difference is 2.50e-01 nats, accepted 0.001. The largest is in rollout 0, turn 1, completion token 4 "
-        "(id 14): recorded -0.500000, recomputed -0.750000. Every ratio would be wrong by as much. Check that sampling "
-        "and training use the same weights, adapter, dtype and temperature; raise `logprob_check_tolerance` only if "
-        "the difference is known rounding."
+        "(id 14): recorded -0.500000, recomputed -0.750000. Every ratio would be wrong by as much. Check that "
+        "sampling and training use the same weights, adapter, dtype and temperature; raise `logprob_check_tolerance` "
+        "only if the difference is known rounding."
     )
     check_logprobs(scored, rollouts(), Exact(0.26), "transformers")
     assert isinstance(caught.value, ArithmeticError)

@@ -11,7 +11,7 @@ import torch
 from conftest import add
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from trl_toolgrpo import LogprobMismatchError, ToolGRPOConfig, ToolGRPOTrainer
 from trl_toolgrpo.rollout.model_sampler import ModelSession

@@ -91,9 +91,9 @@ def _logprob_gap(window: Window, facts: RunFacts) -> Finding | None:
     return Finding(
         f"Log-probs recorded while sampling and those the trainer computes differ by {gap:.2e} nats on average and "
         f"{widest:.2e} at most, before the policy has moved; rounding in {facts.dtype} explains {known:.2g} on "
-        f"average. Every ratio is wrong by as much. Usual causes: dropout in the policy, another temperature, dtype or set of "
-        f"weights in the sampler. Set `disable_dropout=True`, compare dtypes, and set `logprob_check='always'` to "
-        f"see the first token.",
+        f"average. Every ratio is wrong by as much. Usual causes: dropout in the policy, another temperature, dtype "
+        f"or set of weights in the sampler. Set `disable_dropout=True`, compare dtypes, and set "
+        f"`logprob_check='always'` to see the first token.",
         value,
         limit,
     )

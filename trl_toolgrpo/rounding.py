@@ -2,8 +2,8 @@
 
 In float32 two correct forward passes agree to about 1e-6, and a fixed bound tells a fault from rounding. In bfloat16
 one unit in the last place (ulp) of a logit between 16 and 32 is 0.125, so that two correct passes of a pretrained
-model differ by 0.03 nats on average and by 0.3 on single tokens. How much it is depends on the model, so it is measured
-there: the model scores a few rollouts twice, at once and piece by piece with its cache, and what differs is rounding.
+model differ by 0.03 nats on average and by 0.3 on single tokens. How much depends on the model, so it is measured: the
+model scores a few rollouts twice, at once and piece by piece with its cache, and what differs is rounding.
 """
 
 import inspect

@@ -231,12 +231,16 @@ def _dropout_rates(model: torch.nn.Module) -> dict[str, float]:
     """Rates above 0 by the name of what holds them: modules, numbers of layers, the model's configuration."""
     text_config = getattr(model, "config", None)
     text_config = text_config.get_text_config() if text_config is not None else None
-    held = dict(vars(text_config)) if text_config is not None else {}
+    held = [] if text_config is None else list(vars(text_config).items())
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
-            held[next((part for part in reversed(name.split(".")) if "drop" in part), "dropout")] = module.p
-        held.update({key: value for key, value in vars(module).items() if type(value) is float})
-    return {key: value for key, value in held.items() if "drop" in key and type(value) is float and value > 0}
+            held.append((next((part for part in reversed(name.split(".")) if "drop" in part), "dropout"), module.p))
+        held += vars(module).items()
+    rates: dict[str, float] = {}
+    for key, value in held:
+        if "drop" in key and type(value) is float and value > 0:
+            rates[key] = max(value, rates.get(key, 0.0))
+    return rates
 
 
 def _differs_in_training(model: torch.nn.Module) -> bool:

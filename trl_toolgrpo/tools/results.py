@@ -5,6 +5,7 @@ Owns the text of a result and of every failure of the runtime; fed by what tools
 
 import dataclasses
 import enum
+import functools
 import inspect
 import json
 import math
@@ -243,7 +244,7 @@ def _plain_array(value: Any) -> Any:
 def _plain_object(value: Any) -> str:
     text = _safe_str(value)
     iterates = isinstance(value, (Iterator, AsyncIterator, Awaitable))
-    if iterates or inspect.isroutine(value) or _ADDRESS.search(text):
+    if iterates or inspect.isroutine(value) or isinstance(value, functools.partial) or _ADDRESS.search(text):
         kind = type(value).__name__
         advice = "a list of what it gives" if iterates else "text, or data that JSON can hold"
         raise TypeError(f"The tool returned an object of type {kind}, which has no text. It should return {advice}")

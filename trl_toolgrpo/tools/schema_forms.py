@@ -14,6 +14,7 @@ HOLDS_ONE = (
 HOLDS_LIST = ("anyOf", "oneOf", "allOf", "prefixItems")
 HOLDS_NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
 
+_DEFINITIONS = ("$defs", "definitions")
 _NOTES = frozenset({"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"})
 _MOST_SCHEMAS = 2000
 """Schemas that references may grow into; those of a schema that would be larger stay as they are."""
@@ -75,7 +76,7 @@ def inline_references(schema: dict[str, Any]) -> dict[str, Any]:
         inlined = _inlined(schema, schema, (), [_MOST_SCHEMAS])
     except _TooLarge:
         return schema
-    body = {keyword: value for keyword, value in inlined.items() if keyword not in ("$defs", "definitions")}
+    body = {keyword: value for keyword, value in inlined.items() if keyword not in _DEFINITIONS}
     return inlined if any("$ref" in inner for inner in _walk(body)) else body
 
 
@@ -144,7 +145,8 @@ def _inlined(schema: Any, root: dict[str, Any], seen: tuple[str, ...], left: lis
         return schema if merged is None else merged
     copied = schema
     for path, inner in places(schema):
-        copied = replaced(copied, path, _inlined(inner, root, seen, left))
+        if path[0] not in _DEFINITIONS:
+            copied = replaced(copied, path, _inlined(inner, root, seen, left))
     return copied
 
 

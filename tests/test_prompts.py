@@ -78,11 +78,9 @@ def schema_tool(inner):
     return Tool("f", "Does it.", {**parameters, "$defs": {"P": INNER}}, lambda **arguments: None)
 
 
-@pytest.mark.parametrize("template", ALL)
+@pytest.mark.parametrize("template", [name for name in ALL if name != "deepseekv3"])  # which shows no tool
 def test_a_tool_that_is_accepted_is_shown_whole(template):
     fam, refused = family(template), []
-    if template == "deepseekv3":  # shows no tool at all
-        return
     for label, (inner, needed) in SCHEMAS.items():
         tool = schema_tool(inner)
         try:
@@ -94,17 +92,9 @@ def test_a_tool_that_is_accepted_is_shown_whole(template):
             [{"role": "user", "content": "hi"}], tools=[tool.schema], tokenize=False, chat_template=fam.template
         ).lower()
         assert not [word for word in needed if word not in text], (template, label)
-    prints_types = {
-        "optional",
-        "anyOf",
-        "allOf",
-        "const",
-        "enum of numbers",
-        "enum without a type",
-        "enum of booleans",
-    }
+    lost = {"optional", "anyOf", "allOf", "const", "enum of numbers", "enum without a type", "enum of booleans"}
     if template.startswith(("gemma", "diffusion")) or template == "gptoss":
-        assert prints_types < set(refused) and "one type" not in refused and "reference" not in refused
+        assert lost < set(refused) and "one type" not in refused and "reference" not in refused
         assert ("oneOf" in refused) == (template != "gptoss")
     else:
         assert not refused

@@ -233,8 +233,9 @@ def _dropout_rates(model: torch.nn.Module) -> dict[str, float]:
     text_config = text_config.get_text_config() if text_config is not None else None
     held = [] if text_config is None else list(vars(text_config).items())
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
-            held.append((next((part for part in reversed(name.split(".")) if "drop" in part), "dropout"), module.p))
+        if "drop" in type(module).__name__.lower():
+            own_name = next((part for part in reversed(name.split(".")) if "drop" in part), "dropout")
+            held.append((own_name, getattr(module, "p", None)))
         held += vars(module).items()
     rates: dict[str, float] = {}
     for key, value in held:

@@ -123,7 +123,7 @@ def test_a_script_of_ones_own_is_a_go_and_every_question_is_answered(script):
     [
         ("template", "template", "template", "trl/chat_templates"),
         ("schema", "tools", "cannot render the tool 'either'", "Write the schema in words"),
-        ("prompt", "data: train_dataset", "does not fit into the model's 2048 positions", "Shorten the prompts"),
+        ("prompt", "data", "tools included, and the model 2048 positions", "Shorten the prompt"),
         ("sampling", "configuration", "top_k=20", "neutral value"),
         ("weights", "self-check", "not those the trainer computes", "same weights"),
         ("rewards", "rollouts", "the judge is not at home", "training would end there too"),

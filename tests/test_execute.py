@@ -1,10 +1,17 @@
 """The tool runtime: concurrency, order, threads, time limits, and failures as data."""
 
 import asyncio
+import collections
+import datetime
+import decimal
+import enum
+import functools
 import gc
+import io
 import json
 import math
 import os
+import pathlib
 import signal
 import sqlite3
 import subprocess
@@ -12,8 +19,12 @@ import sys
 import textwrap
 import threading
 import time
+import types
 import weakref
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -681,3 +692,102 @@ def test_text_of_an_error_is_json():
     assert json.loads(result_text(ToolResult("no", is_error=True))) == {"error": "no"}
     assert json.loads(result_text(ToolResult({"error": "no"}, is_error=True))) == {"error": "no"}
     assert json.loads(result_text(ToolResult(None, is_error=True))) == {"error": "None"}
+
+
+class Point(NamedTuple):
+    x: int
+    y: int
+
+
+class Color(enum.Enum):
+    RED = "red"
+
+
+@dataclass
+class Reading:
+    when: datetime.date
+    values: Any
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        ({"a": np.int64(3), (1, 2): 5}, '{"a": 3, "[1, 2]": 5}'),
+        ({1: 3, None: 2, 2.5: 4, Color.RED: 5}, '{"1": 3, "null": 2, "2.5": 4, "red": 5}'),
+        ({1: "a", "1": "b"}, '[["1", "a"], ["1", "b"]]'),
+        ({"deep": [{np.str_("k"): np.float32(0.5)}, (np.bool_(True),)]}, '{"deep": [{"k": 0.5}, [true]]}'),
+        (np.arange(4).reshape(2, 2), "[[0, 1], [2, 3]]"),
+        (np.int64(7), "7"),
+        (torch.tensor([1.5, 2.0]), "[1.5, 2.0]"),
+        ({"b", "a", "c"}, '["a", "b", "c"]'),
+        (frozenset({2, 1}), "[1, 2]"),
+        (range(3), "[0, 1, 2]"),
+        ({"k": 1}.keys(), '["k"]'),
+        ({"k": 1}.items(), '[["k", 1]]'),
+        (collections.deque([1, 2]), "[1, 2]"),
+        (types.MappingProxyType({"k": {"n": 1}}), '{"k": {"n": 1}}'),
+        (Reading(datetime.date(2024, 5, 1), {decimal.Decimal("1.10")}), '{"when": "2024-05-01", "values": ["1.10"]}'),
+        (Point(1, 2), "[1, 2]"),
+        (b"caf\xc3\xa9", "café"),
+        ([pathlib.PurePosixPath("a/b"), Color.RED, 2 + 1j], '["a/b", "red", "(2+1j)"]'),
+        (datetime.datetime(2024, 5, 1, 12), "2024-05-01 12:00:00"),
+        (ToolResult({(1,): {3}}), '{"[1]": [3]}'),
+    ],
+)  # fmt: skip
+def test_what_a_tool_returns_is_json(executor, value, text):
+    result = executor.submit(ToolCall("1", "f"), schemaless(lambda: value)).result(30)
+    assert not result.is_error and result_text(result) == text
+
+
+async def _coroutine():
+    return 1
+
+
+async def _async_generator():
+    yield 1
+
+
+class Bare:
+    pass
+
+
+@pytest.mark.parametrize(
+    "make, kind",
+    [
+        (lambda: (x for x in [1]), "generator"),
+        (lambda: map(str, [1]), "map"),
+        (lambda: filter(None, [1]), "filter"),
+        (lambda: zip([1], [2], strict=True), "zip"),
+        (lambda: iter([1]), "list_iterator"),
+        (lambda: {"rows": (x for x in [1])}, "generator"),
+        (lambda: [map(str, [1])], "map"),
+        (lambda: ToolResult(zip([1], strict=True)), "zip"),
+        (lambda: _async_generator(), "async_generator"),
+        (lambda: lambda: 1, "function"),
+        (lambda: len, "builtin_function_or_method"),
+        (lambda: functools.partial(len, "a"), "partial"),
+        (lambda: functools.partial(lambda: 1), "partial"),
+        (Bare, "Bare"),
+        (lambda: {"it": [Bare()]}, "Bare"),
+        (lambda: Bare().__str__, "method-wrapper"),
+        (lambda: io.StringIO("text"), "StringIO"),
+        (lambda: Future(), "Future"),
+    ],
+)
+def test_what_has_no_text_is_an_error_and_never_an_address(executor, make, kind):
+    result = executor.submit(ToolCall("1", "f"), schemaless(make)).result(30)
+    text = result_text(result)
+    assert result.is_error and result.error_type == "error" and " at 0x" not in text, text
+    assert f"an object of type {kind}, which has no text" in text
+
+
+def test_a_coroutine_that_gives_a_coroutine_is_an_error(executor):
+    async def twice():
+        return _coroutine()
+
+    result = executor.submit(ToolCall("1", "f"), schemaless(twice)).result(30)
+    assert result.is_error and "of type coroutine, which has no text" in result_text(result)
+
+
+def schemaless(function):
+    return Tool("f", "Does it.", ANY, function)

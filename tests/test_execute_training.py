@@ -82,7 +82,7 @@ ACTS = {
     "cancel": (raiser(asyncio.CancelledError()), error("CancelledError"), "error"),
     "interrupt": (raiser(KeyboardInterrupt()), error("KeyboardInterrupt"), "error"),
     "flood": (lambda: LARGE, "y" * LIMIT + CUT, None),
-    "object": (lambda: {"at": ValueError, (1): {2}}, json.dumps({"at": str(ValueError), "1": "{2}"}), None),
+    "object": (lambda: {"at": ValueError, (1): {2}}, json.dumps({"at": str(ValueError), "1": [2]}), None),
     "textless": (lambda: [Strange()], '["<Strange>"]', None),
     "nan": (lambda: {"x": math.nan, "y": -math.inf}, '{"x": NaN, "y": -Infinity}', None),
     "surrogate": (lambda: "a \ud800 b \udfff", "a \ufffd b \ufffd", None),

@@ -226,3 +226,65 @@ def test_index_by_name_and_duplicates():
     other = Tool("add", "d", {"type": "object", "properties": {}}, Shelf.reset)
     with pytest.raises(ToolNameError, match=r"'add': \S*test_functions\.add and \S*test_functions\.Shelf\.reset"):
         index_tools([add, other])
+
+
+def pages(n: int) -> list:
+    """
+    Gives pages.
+
+    Args:
+        n: How many.
+    """
+    yield from range(n)
+
+
+async def pages_async(n: int) -> list:
+    """
+    Gives pages.
+
+    Args:
+        n: How many.
+    """
+    yield n
+
+
+class Pager:
+    """An environment, and an object to call, whose bodies yield."""
+
+    def __call__(self, n: int) -> list:
+        """
+        Gives pages.
+
+        Args:
+            n: How many.
+        """
+        yield n
+
+    def pages(self, n: int) -> list:
+        """
+        Gives pages.
+
+        Args:
+            n: How many.
+        """
+        yield n
+
+
+@pytest.mark.parametrize(
+    "thing", [pages, pages_async, Pager(), Pager().pages, functools.partial(pages, 3), functools.partial(Pager(), n=3)]
+)
+def test_generator_functions_are_refused(thing):
+    with pytest.raises(ToolSchemaError, match=r"is a generator function.*Return what it yields"):
+        as_tool(thing)
+    with pytest.raises(ToolSchemaError, match="The function of tool 'pages' is a generator function"):
+        Tool("pages", "Gives pages.", {"type": "object", "properties": {}}, thing)
+
+
+def test_environments_whose_methods_yield_are_refused():
+    with pytest.raises(ToolSchemaError, match="tool 'pages' is a generator function"):
+        environment_tools(Pager())
+
+
+def test_a_wrapper_that_collects_a_generator_is_a_tool():
+    collected = functools.wraps(pages)(lambda n: list(pages(n)))
+    assert as_tool(collected).function(n=2) == [0, 1]

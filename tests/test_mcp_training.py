@@ -246,9 +246,10 @@ def test_a_schema_the_template_cannot_render_is_refused(template, chat_template,
 
 
 def test_the_schemas_of_servers_are_rendered_at_construction(tmp_path, monkeypatch):
-    monkeypatch.setattr(rollout_tools, "check_rendering", lambda processing, tools, *rest: _refuse(tools))
-    with pytest.raises(ToolSchemaError, match="pid note notes crash hang garble forget"):
-        make_trainer(tmp_path, monkeypatch, [])
+    rendered = []
+    monkeypatch.setattr(rollout_tools, "shown_tool", lambda processing, tool, *rest: rendered.append(tool) or tool)
+    make_trainer(tmp_path, monkeypatch, [])
+    assert [tool.name for tool in rendered] == TOOLS
 
 
 @pytest.mark.parametrize("recording", [True, False])
@@ -258,7 +259,3 @@ def test_a_description_that_would_forge_prompts_is_refused(tmp_path, monkeypatch
         make_trainer(tmp_path, monkeypatch, [], mcp_servers=forged, record_sample_logprobs=recording)
     without = {"plain": {**forged["plain"], "tools": ["pid"]}}
     make_trainer(tmp_path, monkeypatch, [], mcp_servers=without, record_sample_logprobs=recording)
-
-
-def _refuse(tools):
-    raise ToolSchemaError(" ".join(tool.name for tool in tools))

@@ -8,7 +8,9 @@ import itertools
 import json
 import logging
 import math
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,11 +20,17 @@ from trl.chat_template_utils import supports_tool_calling
 
 from .config import ToolGRPOConfig
 from .errors import ChatTemplateError, ConfigError, DatasetError, ToolSchemaError
+from .prompt_checks import PromptRenderer
+from .shown_in_prompts import Part, hidden_parts
 from .tools.names import check_tool_columns, check_tool_mentions
+from .tools.schema_forms import plain_form
 from .tools.types import Tool
 
 
 logger = logging.getLogger(__name__)
+
+GREETING = [{"role": "user", "content": "Hello."}]
+"""A prompt that tools are rendered with."""
 
 ROWS_CHECKED = 20_000
 """Rows of each data set whose prompts are searched for tools that do not exist."""
@@ -81,18 +89,27 @@ def check_dataset(name: str, dataset: Any, has_tools: bool, has_environment: boo
             )
 
 
-def check_tool_names(name: str, dataset: Any, tools: Sequence[Tool]) -> None:
+def check_tool_names(name: str, dataset: Any, rows: Sequence[dict[str, Any]], tools: Sequence[Tool]) -> None:
     """
     Check that prompts name only tools that exist; what is merely suspicious is logged.
+
+    Args:
+        name (`str`):
+            Name of the data set, for messages.
+        dataset (`Dataset` or `IterableDataset`):
+            The data set.
+        rows (`Sequence[dict]`):
+            Its rows, as [`prompt_rows`] reads them.
+        tools (`Sequence[Tool]`):
+            The tools.
 
     Raises:
         ToolNameError: for a prompt or a `tools` column that names a tool which does not exist.
     """
-    if not tools or not isinstance(dataset, (Dataset, IterableDataset)):
+    if not tools or not rows:
         return
     names = [tool.name for tool in tools]
     known = {*(dataset.column_names or ()), *itertools.chain.from_iterable(_parameters(tool) for tool in tools)}
-    rows = list(_rows(dataset, ROWS_CHECKED))
     for row in rows:
         check_tool_columns([*_listed(row.get("tools")), *_called(row.get("prompt"))], names)
     for warning in check_tool_mentions(_texts(rows), names, known):
@@ -127,6 +144,17 @@ def refuse_unrecorded(args: ToolGRPOConfig, whose: str) -> None:
                 f"You passed `{name}={getattr(args, name)!r}` with {whose}, whose rollouts are TRL's own. It acts on "
                 f"rollouts of this package alone. Leave one of them out."
             )
+
+
+def prompt_rows(dataset: Any) -> list[dict[str, Any]]:
+    """
+    Prompts and `tools` columns of the first rows of a data set, as many as are checked.
+
+    Args:
+        dataset (`Any`):
+            A data set; of anything but a `Dataset` or an `IterableDataset` no row is read.
+    """
+    return list(_rows(dataset, ROWS_CHECKED)) if isinstance(dataset, (Dataset, IterableDataset)) else []
 
 
 def check_forcing(args: Any, recording: bool, has_tools: bool, train_dataset: Any = None) -> None:
@@ -208,18 +236,60 @@ def training_steps(args: Any, rows: int) -> int:
     return math.ceil(args.num_train_epochs * max(math.ceil(micro_batches / args.gradient_accumulation_steps), 1))
 
 
-def warn_of_dropout(model: torch.nn.Module, disabled: bool) -> None:
-    """Warn where the policy is trained with dropout, without which its tokens are sampled."""
+def warn_of_dropout(model: torch.nn.Module) -> None:
+    """
+    Warn where the policy is trained with dropout, without which its tokens are sampled.
+
+    Dropout is a module, a number in a layer or one in the configuration; which of these acts, two passes in training
+    mode tell, where one of them is above 0.
+
+    Args:
+        model (`nn.Module`):
+            The policy, before it is wrapped.
+    """
+    rates = _dropout_rates(model)
+    if rates and _differs_in_training(model):
+        logger.warning(
+            "The policy has active dropout (%s). Tokens are sampled without it and trained with it, so the ratio is "
+            "not 1 even before the first update. Set `disable_dropout=True`, which reaches modules, `lora_dropout=0`, "
+            "and the dropout of the model's configuration to 0, which `disable_dropout` does not reach.",
+            ", ".join(f"`{name}={rate:g}`" for name, rate in sorted(rates.items())[:8]),
+        )
+
+
+def _dropout_rates(model: torch.nn.Module) -> dict[str, float]:
+    """Rates above 0 by the name of what holds them: modules, numbers of layers, the model's configuration."""
     text_config = getattr(model, "config", None)
     text_config = text_config.get_text_config() if text_config is not None else None
-    functional = any(getattr(text_config, name, 0) for name in ("attention_dropout", "attn_pdrop", "resid_pdrop"))
-    active = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
-    if functional or (active and not disabled):
-        logger.warning(
-            "The policy has active dropout. Tokens are sampled without it and trained with it, so the ratio is not 1 "
-            "even before the first update. Set `disable_dropout=True`, and `attention_dropout` of the model's "
-            "configuration to 0, which it does not reach."
-        )
+    held = [] if text_config is None else list(vars(text_config).items())
+    for name, module in model.named_modules():
+        if "drop" in type(module).__name__.lower():
+            own_name = next((part for part in reversed(name.split(".")) if "drop" in part), "dropout")
+            held.append((own_name, getattr(module, "p", None)))
+        held += vars(module).items()
+    rates: dict[str, float] = {}
+    for key, value in held:
+        if "drop" in key and type(value) is float and value > 0:
+            rates[key] = max(value, rates.get(key, 0.0))
+    return rates
+
+
+def _differs_in_training(model: torch.nn.Module) -> bool:
+    """Whether two passes over the same tokens differ in training mode; true where that cannot be tried."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        device = next(model.parameters()).device
+        size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        ids = (torch.arange(32, device=device) * 7 + 3)[None] % size
+        with torch.random.fork_rng(), torch.no_grad():
+            model.train()
+            first, second = (model(input_ids=ids, use_cache=False).logits for _ in range(2))
+        return not torch.equal(first, second)
+    except Exception:  # parameters that are sharded already, a model that takes other inputs
+        return True
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _rows(dataset: Any, count: int) -> Iterable[dict[str, Any]]:
@@ -230,6 +300,8 @@ def _rows(dataset: Any, count: int) -> Iterable[dict[str, Any]]:
             if not read:
                 return ()
             dataset = dataset.select_columns(read)
+            batch = dataset[: min(count, len(dataset))]  # at once: row by row takes ten times as long
+            return (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
         return (dataset[index] for index in range(min(count, len(dataset))))
     return itertools.islice(iter(dataset), min(count, STREAMED_ROWS_CHECKED))
 
@@ -252,7 +324,8 @@ def check_template(processing_class: Any) -> None:
 
 def check_rendering(processing_class: Any, tools: Sequence[Tool], chat_template: str | None, kwargs: Any) -> None:
     """
-    Check that a chat template can show each tool to the policy.
+    Check that a chat template can show each tool to the policy; what it leaves out of a tool that can be called
+    without it is logged. A template that shows no tools at all is no matter here.
 
     Args:
         processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`):
@@ -265,23 +338,89 @@ def check_rendering(processing_class: Any, tools: Sequence[Tool], chat_template:
             More arguments of `apply_chat_template`.
 
     Raises:
-        ToolSchemaError: for a tool with a schema the template fails on.
+        ToolSchemaError: for a tool with a schema the template fails on, or of which it leaves out a property, a type
+            or the values that are allowed.
     """
-    prompt = [{"role": "user", "content": "Hello."}]
+    renderer = PromptRenderer(processing_class, (), chat_template, kwargs)
     for tool in tools:
+        hidden: list[Part] = []
         try:
-            text = processing_class.apply_chat_template(
-                prompt, tools=[tool.schema], chat_template=chat_template, tokenize=False, **(kwargs or {})
-            )
+            text = renderer.text(GREETING, [tool.schema])
             reason = _garbled(text, tool.parameters)
+            if reason is None and text != renderer.text(GREETING, []):
+                hidden = hidden_parts(tool.schema, lambda schema: renderer.text(GREETING, [schema]))
         except Exception as error:
             reason = str(error)
+        needed = [part.words for part in hidden if part.needed]
+        if needed:
+            reason = f"it does not show {', '.join(needed[:6])}{' and more' if len(needed) > 6 else ''}"
         if reason is not None:
             raise ToolSchemaError(
                 f"The chat template cannot render the tool {tool.name!r}: {reason}. Its parameters are "
                 f"{json.dumps(tool.parameters)[:400]}. Write the schema in words that the template knows (one `type` "
-                f"for each property is what all of them do), leave the tool out, or use another template."
+                f"for each property, and an `enum` of strings, are what all of them do), leave the tool out, or use "
+                f"another template."
             )
+        if hidden:
+            logger.warning(
+                "The chat template does not show all of the tool %r: %s. Say it in a description that is shown, where "
+                "it matters.",
+                tool.name,
+                ", ".join(part.words for part in hidden[:8]) + (" and more" if len(hidden) > 8 else ""),
+            )
+
+
+def shown_tool(processing_class: Any, tool: Tool, chat_template: str | None, kwargs: Any) -> Tool:
+    """
+    Return a tool as the prompt should show it: as it is, or with its schema written in plainer words that mean the
+    same, where a chat template does not know those of the schema.
+
+    Args:
+        processing_class, chat_template, kwargs:
+            As in [`check_rendering`].
+        tool ([`Tool`]):
+            The tool.
+
+    Raises:
+        ToolSchemaError: if the template can show neither.
+    """
+    try:
+        check_rendering(processing_class, [tool], chat_template, kwargs)
+        return tool
+    except ToolSchemaError as error:
+        parameters = plain_form(tool.schema["function"]["parameters"])
+        if parameters == tool.schema["function"]["parameters"]:
+            raise
+        plain = replace(tool, parameters=parameters)
+        try:
+            check_rendering(processing_class, [plain], chat_template, kwargs)
+        except ToolSchemaError:
+            raise error from None
+        return plain
+
+
+def warn_of_hidden_tools(renderer: PromptRenderer, tools: Sequence[Tool], rows: Sequence[dict[str, Any]]) -> None:
+    """
+    Warn of a chat template that ignores tools, unless the first prompt names each of them by itself.
+
+    Args:
+        renderer ([`PromptRenderer`]):
+            Renders prompts.
+        tools (`Sequence[Tool]`):
+            The tools.
+        rows (`Sequence[dict]`):
+            Rows of the training data.
+    """
+    if not tools or renderer.text(GREETING, [tools[0].schema]) != renderer.text(GREETING, []):
+        return
+    said = " ".join(_texts(rows[:1]))
+    if not all(re.search(rf"(?<!\w){re.escape(tool.name)}(?!\w)", said) for tool in tools):
+        names = ", ".join(tool.name for tool in tools[:8])
+        logger.warning(
+            "The chat template does not show tools: no prompt tells the policy of %s, or how to call it. Describe the "
+            "tools in a system message, or use a template that shows them (trl/chat_templates has some).",
+            names,
+        )
 
 
 def _garbled(text: str, schema: Any) -> str | None:

@@ -19,10 +19,13 @@ from trl.chat_template_utils import (
     is_chat_template_prefix_preserving,
 )
 
-from .checks import check_rendering, check_tool_names, named_datasets
+from .checks import check_tool_names, named_datasets, prompt_rows, shown_tool, warn_of_hidden_tools
 from .errors import ConfigError, ToolSchemaError
+from .prompt_checks import PromptRenderer, check_prompt_lengths, check_prompts
 from .rollout.chat import ToolChat
+from .rollout.context_length import context_length
 from .rollout.loop import RolloutRequest
+from .rollout.prompt_messages import PromptMessages
 from .tools.environments import scoring_plain_instances
 from .tools.execute import ToolExecutor
 from .tools.mcp import MCPTools
@@ -45,6 +48,8 @@ class RolloutTools(GRPOTrainer):
     _recording: bool
     _toolset: ToolSet
     _executor: ToolExecutor | None
+    _messages: PromptMessages
+    _renderer: PromptRenderer
     _mcp: MCPTools | None = None
     _sessions: Sequence[MCPSession] = ()
 
@@ -69,14 +74,74 @@ class RolloutTools(GRPOTrainer):
                     f"trainer."
                 )
 
-    def _check_tools(self, train_dataset: Any, eval_dataset: Any) -> None:
-        """Check that prompts can show the tools, and name only those that exist."""
+    def _check_prompts(self, train_dataset: Any, eval_dataset: Any) -> None:
+        """Check that prompts show the tools and their own messages, name only tools that exist, and fit the model."""
         self._refuse_own_servers(self._mcp.servers.values() if self._mcp is not None else ())
-        template, kwargs = self.chat_template, self.chat_template_kwargs
-        check_rendering(self.processing_class, self._toolset.known, template, kwargs)
+        kwargs: Any = self.chat_template_kwargs
+        template = self.chat_template
+        self._show_tools(template, kwargs)
+        shown = [self._toolset.shown(tool) for tool in self._toolset.known]
+        renderer = PromptRenderer(self.processing_class, [tool.schema for tool in shown], template, kwargs)
+        self._renderer = renderer
+        self._messages = PromptMessages(renderer.takes_arguments_as_text(), joins_text=not renderer.is_processor)
         for name, dataset in named_datasets(train_dataset, eval_dataset):
+            rows = prompt_rows(dataset)
+            if name == "train_dataset" and not self._toolset.decided_at_reset:
+                warn_of_hidden_tools(renderer, self._toolset.known, rows)
             if not self._toolset.decided_at_reset:
-                check_tool_names(name, dataset, self._toolset.known)
+                check_tool_names(name, dataset, rows, self._toolset.known)
+            if self.rollout_func is None:  # which renders prompts by itself
+                self._check_dataset_prompts(name, rows, renderer)
+
+    def _show_tools(self, template: str | None, kwargs: Any) -> None:
+        """Check that the template shows each tool, in other words where it does not know those of the schema."""
+        found: dict[str, Tool] = {}
+
+        def shown(tool: Tool) -> Tool:
+            key = json.dumps(tool.schema)
+            if key not in found:
+                found[key] = shown_tool(self.processing_class, tool, template, kwargs)
+            parameters = found[key].parameters
+            return tool if parameters == tool.parameters else replace(tool, parameters=parameters)
+
+        pairs = [(tool, shown(tool)) for tool in self._toolset.known]
+        rewritten = {tool.name: plain for tool, plain in pairs if plain != tool}
+        self._toolset.shown = shown
+        if not rewritten:
+            return
+
+        def prompt_tools(tools: list[Any]) -> list[Any]:
+            return [PromptTool(rewritten[t.__name__]) if t.__name__ in rewritten else t for t in tools]
+
+        self.tools = prompt_tools(self.tools)
+        if self.environment_factories is not None:
+            self._env_tools = {name: prompt_tools(tools) for name, tools in self._env_tools.items()}
+
+    def _check_dataset_prompts(self, name: str, rows: Sequence[dict[str, Any]], renderer: PromptRenderer) -> None:
+        tools = {tool.name: tool for tool in self._toolset.known}
+        prompts = [(number, row["prompt"]) for number, row in enumerate(rows) if "prompt" in row]
+        check_prompts(name, prompts, self._messages, renderer, tools)
+        args: Any = self.args
+        positions = context_length(self.model.config)
+        if positions is not None and args.use_vllm and args.vllm_max_model_length is not None:
+            positions = min(positions, args.vllm_max_model_length)
+        if positions is not None and not renderer.is_processor:  # images take positions, too
+
+            def rewritten(prompt: Any) -> Any:
+                return self._messages.rewritten(prompt, tools)
+
+            check_prompt_lengths(name, prompts, renderer, positions, args.max_completion_length or 1, rewritten)
+
+    def _tokenize_prompts(self, prompts: list) -> Any:
+        """TRL's rendering of prompts, of messages that the chat template can read."""
+        known = {tool.name: tool for tool in self._toolset.known}
+        rewritten = []
+        for row, prompt in enumerate(prompts):
+            tools = known
+            if self.environments and self._toolset.decided_at_reset and _calls_tools(prompt):
+                tools = self._toolset.of_rollout(self.environments[row])[0]
+            rewritten.append(self._messages.rewritten(prompt, tools))
+        return super()._tokenize_prompts(rewritten)
 
     def _make_chat(self) -> ToolChat:
         """
@@ -153,6 +218,10 @@ class RolloutTools(GRPOTrainer):
         if self.environments and self._executor is not None:
             for name, pool in self._environment_pool.items():
                 self._environment_pool[name] = [e for e in pool if not self._executor.is_abandoned(e)]
+
+
+def _calls_tools(prompt: Any) -> bool:
+    return isinstance(prompt, list) and any(message.get("tool_calls") for message in prompt)
 
 
 def _method_names(environment_factory: Any) -> set[str]:

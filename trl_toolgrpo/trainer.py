@@ -181,7 +181,7 @@ class ToolGRPOTrainer(
                 environment_factory=environment_factory,
             )
         self._prepare_recording(executor, force_policy)
-        self._check_tools(train_dataset, eval_dataset)
+        self._check_prompts(train_dataset, eval_dataset)
 
     def _prepare_recording(self, executor: ToolExecutor | None, force_policy: ForcePolicy | None) -> None:
         """Everything that TRL's constructor had to make the model for."""
@@ -214,7 +214,7 @@ class ToolGRPOTrainer(
             print(line, flush=True)
         check_gathering(self)
         check_cache(self.args, self.model)
-        warn_of_dropout(self.model, self.args.disable_dropout)
+        warn_of_dropout(self.model)
         self._prepare_critic()
         if self.environment_factories is not None:
             self._read_environments()
@@ -284,8 +284,13 @@ class ToolGRPOTrainer(
         if not self._recording or self._batch is None:
             return output
         self._log_rollouts(self._batch)
-        *rest, extra_fields, images, tool_images = output
-        return (*rest, {**extra_fields, "trajectories": self._batch.trajectories}, images, tool_images)
+        prompt_ids, *rest, extra_fields, images, tool_images = output
+        # A prompt longer than the model has no completion to learn from, and scoring could not read it
+        prompt_ids = [
+            ids[-1:] if long else ids for ids, long in zip(prompt_ids, self._batch.without_room, strict=True)
+        ]
+        fields = {**extra_fields, "trajectories": self._batch.trajectories}
+        return (prompt_ids, *rest, fields, images, tool_images)
 
     def _log_rollouts(self, batch: RolloutBatch) -> None:
         """Add this package's figures, and correct TRL's where it takes the last token for the stop reason."""

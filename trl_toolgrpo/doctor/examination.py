@@ -3,16 +3,18 @@
 Owns the order and the verdict.
 """
 
+import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .chat_questions import check_chat, check_tools
 from .data_questions import check_data
-from .findings import FAULT, OK, Finding
+from .findings import FAULT, NOTE, OK, Finding
 from .script import construct, load_maker, output_folder
 from .surroundings import check_hardware, check_versions
 from .trial import check_memory, try_rollouts, try_update
@@ -61,7 +63,9 @@ def examine(script: Path, arguments: Sequence[str]) -> Examination:
 
 def _ask(load: Callable[[], Any], arguments: Sequence[str]) -> Iterator[Finding]:
     yield check_versions()
-    trainer, wrong = construct(lambda given: load()(given), arguments)
+    with _warnings() as said:
+        trainer, wrong = construct(lambda given: load()(given), arguments)
+    yield from (Finding("construction", NOTE, words) for words in dict.fromkeys(said))
     if wrong is not None:
         yield check_hardware(Path.cwd())
         yield wrong
@@ -82,6 +86,20 @@ def _ask(load: Callable[[], Any], arguments: Sequence[str]) -> Iterator[Finding]
         update, _ = _guarded(lambda: ([try_update(trainer, batch)], None), "update")
         yield from update
         yield check_memory(trainer)
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """What the package warns of meanwhile, such as a tool that the chat template does not show whole."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger(__package__.partition(".")[0])
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
 
 
 def _guarded(question: Callable[[], tuple[list[Finding], Any]], subject: str) -> tuple[list[Finding], Any]:

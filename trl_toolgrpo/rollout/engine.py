@@ -24,6 +24,7 @@ from .backends import make_sampler, unsupported_reason
 from .budget import parts_that_fit
 from .chat import ToolChat
 from .constraint import CallConstraints
+from .context_length import context_length
 from .forcing import CallPrefixes, ForcePolicy, Forcing
 from .loop import Rollout, RolloutLimits, RolloutLoop, RolloutRequest, RolloutStats
 from .noise import RolloutNoise
@@ -126,12 +127,15 @@ class RolloutBatch:
             Rollouts whose record broke its contract and that were masked out.
         unconstrained (`int`):
             Forced calls at level `"schema"` whose body was left free, since the schema cannot be satisfied.
+        without_room (`list[bool]`):
+            Rollouts whose prompt fills the model's context, so that nothing was sampled.
     """
 
     rollouts: list[Rollout]
     stats: RolloutStats
     invalid: list[bool] = field(default_factory=list)
     unconstrained: int = 0
+    without_room: list[bool] = field(default_factory=list)
 
     @property
     def trajectories(self) -> list[Trajectory]:
@@ -251,12 +255,19 @@ class RolloutEngine:
         Raises:
             TrajectoryError: for a record that breaks its contract, unless `strict_trajectories=False`.
         """
-        positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
-        self.limits.max_sequence_length = positions or math.inf
+        self.limits.max_sequence_length = context_length(policy.config) or math.inf
         if self.vllm is not None:
             self.limits.max_sequence_length = min(self.limits.max_sequence_length, self.vllm.max_length)
         batch = RolloutBatch([], RolloutStats())
-        prompts = [request.prompt_ids for request in requests]
+        prompts = self._read_prompts(requests)
+        without_room = [not self.limits.has_room(request.prompt_ids) for request in requests]
+        if any(without_room):
+            logger.warning(
+                "%s of %s prompts have as many tokens as the model has positions (%s), or more: there is no room for "
+                "a completion. These rollouts end with stop reason `length` and take no part in the update. Shorten "
+                "what the data set and the environments put into the prompt.",
+                *(sum(without_room), len(requests), self.limits.max_sequence_length),
+            )
         parts = [(0, len(requests))]  # vLLM has a cache of its own
         if self.vllm is None:
             parts = parts_that_fit(self.args, policy, prompts, shares=self._is_supported(policy))
@@ -275,6 +286,7 @@ class RolloutEngine:
             if not trajectory.completion_ids:  # TRL needs one token; nobody wrote this one, so nothing trains on it
                 trajectory.completion_ids, trajectory.logprobs = [self.pad_id], [0.0]
                 trajectory.tool_mask, trajectory.forced_mask, trajectory.values = [0], [0], None
+        batch.without_room = without_room
         batch.invalid = [self._is_invalid(row, trajectory) for row, trajectory in enumerate(batch.trajectories)]
         return batch
 
@@ -301,12 +313,15 @@ class RolloutEngine:
                 float32_head=self.args.cast_lm_head_to_fp32,
                 **({} if noise is None else {"noise": noise}),
             )
-        prompts = [request.prompt_ids for request in requests]
-        with sampler.open(prompts, self.limits.max_completion_length) as session:
+        with sampler.open(self._read_prompts(requests), self.limits.max_completion_length) as session:
             forcing = self._forcing(noise) if force else None
             in_order = noise is not None
             loop = RolloutLoop(session, requests, self.limits, self.chat, self.executor, forcing, in_order)
             return RolloutBatch(loop.run(), loop.stats)
+
+    def _read_prompts(self, requests: Sequence[RolloutRequest]) -> list[list[int]]:
+        """Prompts as a sampler reads them: of one that leaves no room for a completion, a token that is not used."""
+        return [r.prompt_ids if self.limits.has_room(r.prompt_ids) else r.prompt_ids[-1:] for r in requests]
 
     def _forcing(self, noise: RolloutNoise | None) -> Forcing | None:
         if self._prefixes is None:

@@ -4,7 +4,7 @@ Owns the compiled validators and the words of a refusal; fed by `Tool.parameters
 """
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from functools import lru_cache
 from typing import Any
 
@@ -16,19 +16,12 @@ from referencing.jsonschema import DRAFT202012
 
 from ..errors import ToolSchemaError
 from .results import malformed, refused, unknown_tool
+from .schema_forms import HOLDS_LIST, HOLDS_NAMED, HOLDS_ONE, places
 from .types import Tool, ToolCall, ToolResult
 
 
-# Where JSON Schema 2020-12 (and the older `definitions`) keeps schemas; anything else in a schema is data.
-_ONE = (
-    *("items", "contains", "unevaluatedItems"),
-    *("additionalProperties", "unevaluatedProperties", "propertyNames"),
-    *("not", "if", "then", "else", "contentSchema"),
-)
-_MANY = ("anyOf", "oneOf", "allOf", "prefixItems")
-_NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
 # With one of these, adding "null" to `type` would not let null through.
-_BLOCKS_NULL = frozenset({*_MANY[:3], "const", "not", "if", "$ref", "$dynamicRef"})
+_BLOCKS_NULL = frozenset({*HOLDS_LIST[:3], "const", "not", "if", "$ref", "$dynamicRef"})
 
 _SHOWN_ERRORS = 3
 _SHOWN_CHARS = 80
@@ -76,6 +69,23 @@ def validate_arguments(tool: Tool, arguments: Any) -> str | None:
         return None
     sentences = list(dict.fromkeys(_sentence(best_match([error])) for error in errors))
     return "; ".join(sentences[:_SHOWN_ERRORS])
+
+
+def allows_null(schema: Any, tool: Tool) -> bool:
+    """
+    Whether a part of a tool's schema allows null.
+
+    Args:
+        schema (`dict` or `bool`):
+            The part.
+        tool ([`Tool`]):
+            The tool, whose definitions the part may refer to.
+    """
+    definitions = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
+    try:
+        return bool(_compiled(json.dumps({"properties": {"value": schema}, **definitions})).is_valid({"value": None}))
+    except Unresolvable:  # it refers to the schema as a whole, which is an object
+        return False
 
 
 def refusal(call: ToolCall, tool: Tool | None, available: Collection[str]) -> ToolResult | None:
@@ -131,16 +141,6 @@ def _compiled(text: str) -> Draft202012Validator:
     return Draft202012Validator(_without_nullable(schema), registry=registry)
 
 
-def _subschemas(schema: dict[str, Any]) -> Iterator[Any]:
-    for keyword in _ONE:
-        if keyword in schema:
-            yield schema[keyword]
-    for keyword in _MANY:
-        yield from schema.get(keyword, ())
-    for keyword in _NAMED:
-        yield from schema.get(keyword, {}).values()
-
-
 def _resolve_references(schema: Any, resolver: Any) -> None:
     if not isinstance(schema, dict):
         return
@@ -148,7 +148,7 @@ def _resolve_references(schema: Any, resolver: Any) -> None:
     for keyword in ("$ref", "$dynamicRef"):
         if keyword in schema:
             resolver.lookup(schema[keyword])
-    for inner in _subschemas(schema):
+    for _, inner in places(schema):
         _resolve_references(inner, resolver)
 
 
@@ -158,11 +158,11 @@ def _without_nullable(schema: Any) -> Any:
         return schema
     result = dict(schema)
     for keyword, value in schema.items():
-        if keyword in _ONE:
+        if keyword in HOLDS_ONE:
             result[keyword] = _without_nullable(value)
-        elif keyword in _MANY:
+        elif keyword in HOLDS_LIST:
             result[keyword] = [_without_nullable(inner) for inner in value]
-        elif keyword in _NAMED:
+        elif keyword in HOLDS_NAMED:
             result[keyword] = {name: _without_nullable(inner) for name, inner in value.items()}
     return _or_null(result) if result.pop("nullable", False) is True else result
 

@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 from transformers.utils import get_json_schema
 
 from ..errors import ToolNameError, ToolSchemaError
-from .types import Tool
+from .types import Tool, refuse_generator
 
 
 _SECTIONS = ("Args:", "Returns:", "Raises:")
@@ -31,7 +31,8 @@ def as_tool(function_or_tool: Callable[..., Any] | Tool) -> Tool:
         [`Tool`]: The tool; its `schema` is what `apply_chat_template(tools=[function])` renders.
 
     Raises:
-        ToolSchemaError: if it cannot be called, its schema cannot be derived, or it cannot be called by keyword.
+        ToolSchemaError: if it cannot be called, its schema cannot be derived, it cannot be called by keyword, or it is
+            a generator function.
     """
     if isinstance(function_or_tool, Tool):
         return function_or_tool
@@ -41,6 +42,7 @@ def as_tool(function_or_tool: Callable[..., Any] | Tool) -> Tool:
             f"callable object or a `Tool`."
         )
     name = _name(function_or_tool)
+    refuse_generator(name, function_or_tool)
     try:
         function = _plain(function_or_tool)
         parameters = inspect.signature(function).parameters.values()

@@ -3,13 +3,34 @@
 Owns the text of a result and of every failure of the runtime; fed by what tools return and raise.
 """
 
+import dataclasses
+import enum
+import functools
+import inspect
 import json
 import math
-from collections.abc import Collection
+import re
+from collections import deque
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Collection,
+    ItemsView,
+    Iterator,
+    KeysView,
+    Mapping,
+    Sequence,
+    Set,
+    ValuesView,
+)
 from typing import Any
 
 from ..errors import TransientToolError
 from .types import ToolCall, ToolResult
+
+
+_ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+")
+"""How Python writes an object that has no text of its own."""
 
 
 def result_text(result: ToolResult) -> str:
@@ -163,17 +184,71 @@ def plain_content(content: Any) -> Any:
             Whatever a tool returned.
 
     Returns:
-        `Any`: JSON scalars as they are, dicts and lists as JSON holds them, anything else as its text. Nothing is
-        raised.
+        `Any`: JSON scalars as they are. Mappings become dicts; their keys that are no strings become the JSON text of
+        the key (a tuple `(1, 2)` the key `"[1, 2]"`). Lists, tuples, sets (in the order of their JSON text), ranges,
+        and arrays of numpy and torch become lists; dataclasses and pydantic models become dicts; members of an `Enum`
+        become their values, and bytes their UTF-8 text. Anything else becomes its text, as `str` gives it.
+
+    Raises:
+        TypeError: for an iterator, a function or an object whose text is its place in memory: none of them says
+            anything, and the address would differ from run to run.
     """
-    if content is None or isinstance(content, (str, bool, int, float)):
-        return content
-    if isinstance(content, (dict, list, tuple)):
-        try:
-            return json.loads(json.dumps(content, ensure_ascii=False, default=_safe_str))
-        except BaseException:
-            return _safe_str(content)
-    return _safe_str(content)
+    try:
+        return _plain(content)
+    except RecursionError:  # cyclic, or nested too deep for JSON
+        return _safe_str(content)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return _plain(value.value)
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, Mapping):
+        return _plain_dict(value)
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value).decode("utf-8", "replace")
+    if type(value).__module__.partition(".")[0] in ("numpy", "torch") and callable(getattr(value, "tolist", None)):
+        return _plain_array(value)
+    if isinstance(value, Set):
+        return sorted(map(_plain, value), key=_json_text)
+    if isinstance(value, (Sequence, KeysView, ValuesView, ItemsView, deque)):
+        return [_plain(inner) for inner in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if callable(getattr(type(value), "model_dump", None)):  # pydantic
+        return _plain(value.model_dump(mode="json"))
+    return _plain_object(value)
+
+
+def _plain_dict(value: Mapping[Any, Any]) -> Any:
+    pairs = [(_key_text(key), _plain(inner)) for key, inner in value.items()]
+    plain = dict(pairs)
+    return plain if len(plain) == len(pairs) else [list(pair) for pair in pairs]  # as 1 and "1" have one text
+
+
+def _key_text(key: Any) -> str:
+    plain = _plain(key)
+    return plain if isinstance(plain, str) else _json_text(plain)
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _plain_array(value: Any) -> Any:
+    plain = value.tolist()
+    return _safe_str(value) if type(plain) is type(value) else _plain(plain)  # numpy's wide floats stay what they are
+
+
+def _plain_object(value: Any) -> str:
+    text = _safe_str(value)
+    iterates = isinstance(value, (Iterator, AsyncIterator, Awaitable))
+    if iterates or inspect.isroutine(value) or isinstance(value, functools.partial) or _ADDRESS.search(text):
+        kind = type(value).__name__
+        advice = "a list of what it gives" if iterates else "text, or data that JSON can hold"
+        raise TypeError(f"The tool returned an object of type {kind}, which has no text. It should return {advice}")
+    return text
 
 
 def _plain_text(content: Any) -> str:
@@ -183,9 +258,9 @@ def _plain_text(content: Any) -> str:
         return "\n".join(block["text"] for block in content)
     if isinstance(content, (dict, list, tuple)):
         try:
-            return json.dumps(content, ensure_ascii=False, default=str)
+            return json.dumps(content, ensure_ascii=False, default=_safe_str)
         except BaseException:
-            # Cyclic, too deep, exotic keys, or an object inside whose `str` fails.
+            # Cyclic, too deep, exotic keys: content that no tool of a run has given
             return _safe_str(content)
     return _safe_str(content)
 

@@ -34,6 +34,8 @@ class ToolSet:
         self.own = list(index_tools(tools or []).values())
         self.of_environments: list[Tool] = []
         self.decided_at_reset = False
+        # Gives a tool as the chat template can show it, once that is known
+        self.shown: Callable[[Tool], Tool] = lambda tool: tool
         for tool in self.own:
             check_schema(tool)
 
@@ -45,7 +47,7 @@ class ToolSet:
     def prompt_tools(self, environment: object | None = None) -> list[PromptTool]:
         """What the prompt of a rollout is rendered with."""
         brought = [] if environment is None else environment_tools(environment)
-        return [PromptTool(tool) for tool in (*self.own, *brought)]
+        return [PromptTool(self.shown(tool)) for tool in (*self.own, *brought)]
 
     def of_rollout(self, environment: object | None = None) -> tuple[dict[str, Tool], frozenset[str]]:
         """Tools of a rollout by name, and the names of those that belong to its environment."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ToolSchemaError
+from .schema_forms import inline_references
 
 
 ISOLATIONS = ("thread", "process")
@@ -51,7 +52,8 @@ class Tool:
 
     Raises:
         ToolSchemaError: if the name is empty or not an identifier, the parameters are no object schema, the
-            function cannot be called or not be sent to a process, or the time limit is not positive.
+            function cannot be called, is a generator function or cannot be sent to a process, or the time limit is
+            not positive.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Tool:
             )
         if not callable(self.function):
             raise ToolSchemaError(f"The function of tool {self.name!r} is {self.function!r}, which cannot be called.")
+        refuse_generator(self.name, self.function)
         if self.timeout is not None and not self.timeout > 0:
             raise ToolSchemaError(
                 f"You passed `timeout={self.timeout}` for the tool {self.name!r}; it must be a positive number of "
@@ -106,20 +109,45 @@ class Tool:
     @property
     def is_async(self) -> bool:
         """Whether calling the tool gives an awaitable to run on the event loop."""
-        function: Any = self.function
-        while hasattr(function, "func"):  # functools.partial
-            function = function.func
-        return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-            getattr(function, "__call__", None)  # noqa: B004
-        )
+        return _is_or_calls(self.function, inspect.iscoroutinefunction)
 
     @property
     def schema(self) -> dict[str, Any]:
-        """The tool as chat templates expect it: `{"type": "function", "function": {...}}`."""
-        function: dict[str, Any] = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        """
+        The tool as chat templates expect it, `{"type": "function", "function": {...}}`; references within the
+        parameters are replaced by what they refer to, as most templates show none.
+        """
+        parameters = inline_references(self.parameters)
+        function: dict[str, Any] = {"name": self.name, "description": self.description, "parameters": parameters}
         if self.returns is not None:
             function["return"] = self.returns
         return {"type": "function", "function": function}
+
+
+def refuse_generator(name: str, function: Callable[..., Any]) -> None:
+    """
+    Refuse a function whose calls give a generator, asynchronous or not.
+
+    Args:
+        name (`str`):
+            Name of the tool.
+        function (`Callable`):
+            Function, method, `functools.partial` or an object with `__call__`.
+
+    Raises:
+        ToolSchemaError: if it is a generator function.
+    """
+    if _is_or_calls(function, inspect.isgeneratorfunction) or _is_or_calls(function, inspect.isasyncgenfunction):
+        raise ToolSchemaError(
+            f"The function of tool {name!r} is a generator function (it has a `yield`): a call gives a generator, and "
+            f"nothing of its body runs. Return what it yields, as a list or as text."
+        )
+
+
+def _is_or_calls(function: Any, kind: Callable[[Any], bool]) -> bool:
+    while hasattr(function, "func"):  # functools.partial
+        function = function.func
+    return kind(function) or kind(getattr(function, "__call__", None))  # noqa: B004
 
 
 @dataclass

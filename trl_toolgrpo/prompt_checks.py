@@ -1,0 +1,251 @@
+"""Checks of the prompts of data sets, at construction: each can be rendered, shows what it says and fits the model."""
+
+import heapq
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from transformers import ProcessorMixin
+from trl.data_utils import prepare_multimodal_messages
+
+from .errors import DatasetError
+from .rollout.prompt_messages import PromptMessages
+from .shown_in_prompts import hidden_messages, message_kind
+from .tools.types import Tool
+
+
+logger = logging.getLogger(__name__)
+
+PROMPTS_MEASURED = 256
+"""Longest prompts of each data set that are tokenized, where their characters say that they might not fit."""
+
+
+class PromptRenderer:
+    """
+    Renders prompts as the trainer does.
+
+    Args:
+        processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`):
+            Holds the chat template.
+        schemas (`Sequence[dict]`):
+            The tools, as the template gets them.
+        chat_template (`str`, *optional*):
+            Template to render with, instead of the tokenizer's own.
+        kwargs (`dict`, *optional*):
+            More arguments of `apply_chat_template`.
+    """
+
+    def __init__(
+        self,
+        processing_class: Any,
+        schemas: Sequence[dict[str, Any]] = (),
+        chat_template: str | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ):
+        self.processing_class = processing_class
+        self.is_processor = isinstance(processing_class, ProcessorMixin)
+        self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self.schemas = list(schemas)
+        self.chat_template = chat_template
+        self.kwargs = dict(kwargs or {})
+
+    def text(self, prompt: list[dict[str, Any]], schemas: Sequence[dict[str, Any]] | None = None) -> str:
+        """
+        Text of a conversation that the policy continues.
+
+        Args:
+            prompt (`list[dict]`):
+                Its messages.
+            schemas (`Sequence[dict]`, *optional*):
+                Other tools than the renderer's.
+        """
+        if self.is_processor:
+            prompt = prepare_multimodal_messages(prompt)
+        tools = self.schemas if schemas is None else list(schemas)
+        rendered: str = self.processing_class.apply_chat_template(
+            prompt,
+            tools=tools or None,
+            chat_template=self.chat_template,
+            add_generation_prompt=True,
+            tokenize=False,
+            **self.kwargs,
+        )
+        return rendered
+
+    def length(self, prompt: Any, schemas: Sequence[dict[str, Any]] | None = None) -> int:
+        """
+        Tokens of a prompt.
+
+        Args:
+            prompt (`str` or `list[dict]`):
+                Text or messages.
+            schemas (`Sequence[dict]`, *optional*):
+                Other tools than the renderer's.
+        """
+        if isinstance(prompt, str):
+            return len(self.tokenizer(prompt)["input_ids"])
+        return len(self.tokenizer(self.text(prompt, schemas), add_special_tokens=False)["input_ids"])
+
+    def takes_arguments_as_text(self) -> bool:
+        """Whether the template fails on the arguments of a call unless they are JSON text (DeepSeek-V3's is one)."""
+        answers = []
+        for arguments in ({"key": "value"}, '{"key": "value"}'):
+            call = {"type": "function", "id": "call_0_0", "function": {"name": "tool", "arguments": arguments}}
+            message = {"role": "assistant", "content": "", "tool_calls": [call]}
+            result = {"role": "tool", "name": "tool", "tool_call_id": "call_0_0", "content": "result"}
+            try:
+                self.text([{"role": "user", "content": "Hello."}, message, result])
+                answers.append(True)
+            except Exception:  # whatever a template raises
+                answers.append(False)
+        return answers == [False, True]
+
+
+def check_prompts(
+    name: str, prompts: Iterable[tuple[int, Any]], messages: PromptMessages, renderer: PromptRenderer,
+    tools: Mapping[str, Tool],
+) -> None:  # fmt: skip
+    """
+    Check that the prompts of a data set can be rendered, and that what their messages say is shown.
+
+    A prompt is rendered if it holds a kind of message, or two kinds in a row, that none before it held: as many
+    prompts as there are kinds.
+
+    Args:
+        name (`str`):
+            Name of the data set, for messages.
+        prompts (`Iterable[tuple[int, Any]]`):
+            Rows and their prompts.
+        messages ([`PromptMessages`]):
+            Rewrites messages for the template.
+        renderer ([`PromptRenderer`]):
+            Renders them.
+        tools (`Mapping[str, Tool]`):
+            The tools, by name.
+
+    Raises:
+        DatasetError: for a prompt that cannot be rendered, or whose text or calls are not in what the policy reads.
+    """
+    seen: set[Any] = set()
+    warned: set[str] = set()
+    for row, prompt in prompts:
+        if not isinstance(prompt, list):
+            continue
+        try:
+            prompt = messages.rewritten(prompt, tools)
+        except DatasetError as error:
+            raise DatasetError(f"`{name}`, row {row}: {error}.") from None
+        kinds = [None, *(message_kind(m) if isinstance(m, dict) else type(m) for m in prompt), None]
+        pairs = set(itertools.pairwise(kinds))
+        if pairs <= seen:
+            continue
+        seen |= pairs
+        for part in _hidden(name, row, prompt, renderer):
+            if part.needed:
+                raise DatasetError(
+                    f"`{name}`, row {row}: the chat template does not show {part.words}, so the policy would never "
+                    f"read it. {_remedy(prompt)}"
+                )
+            if part.words.partition(" of message")[0] not in warned:
+                warned.add(part.words.partition(" of message")[0])
+                logger.warning("`%s`, row %s: the chat template does not show %s.", name, row, part.words)
+    if messages.doubtful:
+        logger.warning(
+            "`%s`: earlier calls have nulls in %s, whose schema does not say what it holds. They are shown as they "
+            "are; if `datasets` has put them there, write the arguments as JSON text.",
+            name,
+            ", ".join(sorted(messages.doubtful)[:8]),
+        )
+        messages.doubtful.clear()
+
+
+def _hidden(name: str, row: int, prompt: list[Any], renderer: PromptRenderer) -> list[Any]:
+    try:
+        renderer.text(prompt)
+        return hidden_messages(prompt, renderer.text)
+    except Exception as error:  # whatever jinja and the template raise
+        roles = ", ".join(str(m.get("role")) if isinstance(m, dict) else type(m).__name__ for m in prompt)
+        raise DatasetError(
+            f"`{name}`, row {row}: the chat template cannot render the prompt: {type(error).__name__}: {error}. Its "
+            f"messages are {roles}. Write them as the template expects, drop such rows, or use another template."
+        ) from error
+
+
+def _remedy(prompt: list[Any]) -> str:
+    roles = {message.get("role") for message in prompt}
+    if "developer" in roles:
+        return "Give the message the role 'system', or use a template that knows 'developer'."
+    if "function" in roles:
+        return "Give results of tools the role 'tool', or use a template that knows 'function'."
+    if any(len(message.get("tool_calls") or ()) > 1 for message in prompt):
+        return "Give each call a message of its own, followed by its result, or use another template."
+    return "Write it in a message that the template shows, drop such rows, or use another template."
+
+
+def check_prompt_lengths(
+    name: str, prompts: Iterable[tuple[int, Any]], renderer: PromptRenderer, positions: int, budget: int,
+    rewritten: Callable[[Any], Any],
+) -> None:  # fmt: skip
+    """
+    Check that the prompts of a data set fit into the model, and warn where they leave less than the budget.
+
+    Only prompts are tokenized whose bytes, of which a token has at least one, could be too many tokens; of those the
+    [`PROMPTS_MEASURED`] longest.
+
+    Args:
+        name (`str`):
+            Name of the data set, for messages.
+        prompts (`Iterable[tuple[int, Any]]`):
+            Rows and their prompts.
+        renderer ([`PromptRenderer`]):
+            Renders prompts.
+        positions (`int`):
+            Positions of the model.
+        budget (`int`):
+            Most tokens of a completion.
+        rewritten (`Callable`):
+            Gives a prompt as it is rendered.
+
+    Raises:
+        DatasetError: for a prompt that leaves no position to write to.
+    """
+    frame: int | None = None
+    long = []
+    for row, prompt in prompts:
+        if isinstance(prompt, list) and frame is None:
+            frame = len(renderer.text([{"role": "user", "content": "Hello."}]).encode())
+        size = _most_tokens(prompt) + (frame or 0)
+        if size + budget > positions:
+            long.append((size, -row, prompt))
+    longest = -1, -1
+    for _, row, prompt in heapq.nlargest(PROMPTS_MEASURED, long, key=lambda entry: entry[:2]):
+        longest = max(longest, (renderer.length(rewritten(prompt)), row))
+    tokens, row = longest[0], -longest[1]
+    if tokens >= positions:
+        raise DatasetError(
+            f"`{name}`, row {row}: the prompt has {tokens} tokens, tools included, and the model {positions} "
+            f"positions, so there is no room for a completion. Shorten the prompt or drop such rows "
+            f"(`dataset.filter`), show fewer tools, or take a model with a longer context."
+        )
+    if tokens + budget > positions:
+        logger.warning(
+            "`%s`, row %s: the prompt has %s tokens, tools included, which leaves %s of the model's %s positions, "
+            "fewer than `max_completion_length=%s`. Rollouts of such prompts end there, with stop reason `length`.",
+            *(name, row, tokens, positions - tokens, positions, budget),
+        )
+
+
+_MESSAGE_FRAME = 64
+"""Tokens that a template writes around a message, at most."""
+
+
+def _most_tokens(value: Any) -> int:
+    """Bytes of all text in a prompt, keys and the frames of messages included."""
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode("utf-8", "replace"))
+    if isinstance(value, dict):
+        return _MESSAGE_FRAME + sum(len(key) + _most_tokens(inner) for key, inner in value.items())
+    if isinstance(value, list):
+        return sum(map(_most_tokens, value))
+    return 0 if value is None else len(str(value))

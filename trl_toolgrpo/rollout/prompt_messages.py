@@ -1,0 +1,187 @@
+"""Messages of a data set as chat templates read them.
+
+`datasets` gives the structs of a column one set of keys, and fills those that a row has not with nulls; OpenAI's
+messages have arguments as JSON text and results without a name. Both say plainly what they mean, and few templates
+read them.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..errors import DatasetError
+from ..tools.arguments import allows_null
+from ..tools.schema_forms import plain_form
+from ..tools.types import Tool
+
+
+class PromptMessages:
+    """
+    Rewrites the messages of prompts for one chat template.
+
+    Args:
+        arguments_as_text (`bool`, *optional*, defaults to `False`):
+            Whether the template takes the arguments of calls as JSON text, not as an object.
+        joins_text (`bool`, *optional*, defaults to `True`):
+            Whether a content of text parts alone becomes one text; not for a processor, whose templates read parts.
+
+    Attributes:
+        doubtful (`set[str]`):
+            Arguments whose nulls were kept, since no schema says what their objects hold.
+    """
+
+    def __init__(self, arguments_as_text: bool = False, joins_text: bool = True):
+        self.arguments_as_text = arguments_as_text
+        self.joins_text = joins_text
+        self.doubtful: set[str] = set()
+
+    def rewritten(self, prompt: Any, tools: Mapping[str, Tool]) -> Any:
+        """
+        Return a prompt whose messages mean the same and can be rendered.
+
+        Nulls are dropped, with their keys: of a message, a call or a part of a content always, of the arguments of a
+        call where the tool's schema does not know the key or allows no null. A missing content becomes `""`.
+        Arguments become an object, or JSON text where the template takes that. A call without `function` gets one, and
+        a result without a name that of the call it answers.
+
+        Args:
+            prompt (`str` or `list[dict]`):
+                The prompt; it is not changed. Text is returned as it is.
+            tools (`Mapping[str, Tool]`):
+                The tools of the prompt, by name.
+
+        Raises:
+            DatasetError: for arguments that are neither an object nor the JSON text of one.
+        """
+        if not isinstance(prompt, list):
+            return prompt
+        names: dict[str, str] = {}  # of the calls so far, by id; without one, of the only call of the latest turn
+        rewritten = []
+        for message in prompt:
+            plain = isinstance(message, dict) and message.keys() == _PLAIN and isinstance(message["content"], str)
+            rewrite = isinstance(message, dict) and not plain
+            rewritten.append(self._message(message, tools, names) if rewrite else message)
+        return rewritten
+
+    def _message(self, message: dict[str, Any], tools: Mapping[str, Tool], names: dict[str, str]) -> dict[str, Any]:
+        message = {key: value for key, value in message.items() if value is not None}
+        message["content"] = self._content(message.get("content", ""))
+        calls = message.get("tool_calls")
+        if calls is not None:
+            message["tool_calls"] = calls = [self._call(call, tools) for call in calls]
+            if not calls:
+                del message["tool_calls"]
+            called = [call["function"].get("name") for call in calls if "function" in call]
+            names.pop("", None)
+            names.update({call["id"]: name for call, name in zip(calls, called, strict=False) if call.get("id")})
+            if len(called) == 1:
+                names[""] = called[0]
+        if message.get("role") == "tool" and "name" not in message:
+            name = names.get(message.get("tool_call_id", ""), names.get(""))
+            message.update({} if name is None else {"name": name})
+        return message
+
+    def _content(self, content: Any) -> Any:
+        if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+            return content
+        parts = [{key: value for key, value in part.items() if value is not None} for part in content]
+        if self.joins_text and all(part.get("type") == "text" for part in parts):
+            return "".join(part.get("text", "") for part in parts)
+        return parts
+
+    def _call(self, call: Any, tools: Mapping[str, Tool]) -> Any:
+        if not isinstance(call, dict):
+            return call
+        call = {key: value for key, value in call.items() if value is not None}
+        if "function" not in call and "name" in call:
+            function = {key: call.pop(key) for key in ("name", "arguments") if key in call}
+            call = {"type": "function", **call, "function": function}
+        function = call.get("function")
+        if isinstance(function, dict):
+            arguments = self._arguments(function.get("name"), function.get("arguments"), tools)
+            text = json.dumps(arguments, ensure_ascii=False) if self.arguments_as_text else None
+            kept = {key: value for key, value in function.items() if value is not None}
+            call["function"] = {**kept, "arguments": arguments if text is None else text}
+        return call
+
+    def _arguments(self, name: Any, arguments: Any, tools: Mapping[str, Tool]) -> dict[str, Any]:
+        if isinstance(arguments, str) and arguments.strip():
+            given = arguments
+            try:
+                arguments = json.loads(arguments)
+            except ValueError:
+                arguments = None
+            if not isinstance(arguments, dict):
+                raise DatasetError(
+                    f"a message calls the tool {name!r} with the arguments {given[:200]!r}, which are text that is no "
+                    f"JSON object. Write an object, {{'argument': value}}, or its JSON text"
+                )
+            return arguments
+        if arguments is None or arguments == "":
+            return {}
+        if not isinstance(arguments, dict):
+            raise DatasetError(
+                f"a message calls the tool {name!r} with the arguments {str(arguments)[:200]!r} of type "
+                f"{type(arguments).__name__}. Write an object, {{'argument': value}}, or its JSON text"
+            )
+        tool = tools.get(name) if isinstance(name, str) else None
+        if tool is None or not _holds_null(arguments):
+            return arguments
+        schema = plain_form(tool.schema["function"]["parameters"])
+        return {
+            key: self._without_nulls(inner, expected, tool, f"{tool.name}.{key}")
+            for key, inner, expected in _expected(arguments, schema)
+            if inner is not None or allows_null(expected, tool)
+        }
+
+    def _without_nulls(self, value: Any, schema: Any, tool: Tool, place: str) -> Any:
+        """A value within arguments, without the nulls that its schema does not allow."""
+        if isinstance(value, list):
+            items = schema.get("items") if isinstance(schema, dict) else None
+            return [self._without_nulls(inner, items, tool, place) for inner in value]
+        if not isinstance(value, dict):
+            return value
+        if not _says_its_keys(schema):
+            if _holds_null(value):
+                self.doubtful.add(place)
+            return value
+        return {
+            key: self._without_nulls(inner, expected, tool, f"{place}.{key}")
+            for key, inner, expected in _expected(value, schema)
+            if inner is not None or allows_null(expected, tool)
+        }
+
+
+_PLAIN = frozenset({"role", "content"})
+
+
+def _holds_null(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_null, value.values()))
+    return any(map(_holds_null, value)) if isinstance(value, list) else value is None
+
+
+def _says_its_keys(schema: Any) -> bool:
+    """Whether a schema says which keys an object has, or of which kind their values are."""
+    if not isinstance(schema, dict):
+        return False
+    more = schema.get("additionalProperties")
+    return bool(_properties(schema)) or more is False or (isinstance(more, dict) and bool(more))
+
+
+def _properties(schema: dict[str, Any]) -> dict[str, Any]:
+    """The properties of an object and, where it is one of several, of each of them."""
+    found: dict[str, Any] = {}
+    variants = [inner for keyword in ("anyOf", "oneOf", "allOf") for inner in schema.get(keyword) or ()]
+    for part in (*(_properties(inner) for inner in variants if isinstance(inner, dict)), schema.get("properties")):
+        for name, inner in (part or {}).items():
+            found[name] = {"anyOf": [found[name], inner]} if name in found and found[name] != inner else inner
+    return found
+
+
+def _expected(value: dict[str, Any], schema: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Keys and values of an object with the schema of each; `False` for a key that the schema does not speak of."""
+    known, more = _properties(schema), schema.get("additionalProperties")
+    other = more if isinstance(more, dict) and more else False
+    for key, inner in value.items():
+        yield key, inner, known.get(key, other)

@@ -1,0 +1,199 @@
+"""Other ways to write a JSON schema that mean the same, for chat templates that read only some of them."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+
+# Where JSON Schema 2020-12 (and the older `definitions`) keeps schemas; anything else in a schema is data.
+HOLDS_ONE = (
+    *("items", "contains", "unevaluatedItems"),
+    *("additionalProperties", "unevaluatedProperties", "propertyNames"),
+    *("not", "if", "then", "else", "contentSchema"),
+)
+HOLDS_LIST = ("anyOf", "oneOf", "allOf", "prefixItems")
+HOLDS_NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+
+_DEFINITIONS = ("$defs", "definitions")
+_NOTES = frozenset({"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"})
+_MOST_SCHEMAS = 2000
+"""Schemas that references may grow into; those of a schema that would be larger stay as they are."""
+
+
+def places(schema: dict[str, Any]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """
+    The schemas directly inside a schema, each with the path to it.
+
+    Args:
+        schema (`dict`):
+            JSON schema.
+    """
+    for keyword, value in schema.items():
+        if keyword in HOLDS_ONE:
+            yield (keyword,), value
+        elif keyword in HOLDS_LIST and isinstance(value, list):
+            yield from (((keyword, index), inner) for index, inner in enumerate(value))
+        elif keyword in HOLDS_NAMED and isinstance(value, dict):
+            yield from (((keyword, name), inner) for name, inner in value.items())
+
+
+def replaced(schema: Any, path: tuple[str | int, ...], value: Any) -> Any:
+    """
+    A copy of nested dicts and lists with another value at a path; what is not on the path is shared.
+
+    Args:
+        schema (`Any`):
+            Dict or list.
+        path (`tuple[str | int, ...]`):
+            Keys and indices.
+        value (`Any`):
+            The new value.
+    """
+    if not path:
+        return value
+    copied = schema.copy()
+    copied[path[0]] = replaced(schema[path[0]], path[1:], value)
+    return copied
+
+
+def inline_references(schema: dict[str, Any]) -> dict[str, Any]:
+    """
+    Return a schema with what its local references (`"#/$defs/..."`) point to in their place.
+
+    pydantic and MCP servers write nested objects as references, which only templates that print the schema as JSON
+    show. A reference that leads back to itself, or to another document, stays, and so do the definitions then.
+
+    Args:
+        schema (`dict`):
+            JSON schema of a tool's parameters.
+
+    Returns:
+        `dict`: the same object where nothing refers to anything.
+    """
+    if not any("$ref" in inner for inner in _walk(schema)):
+        return schema
+    try:
+        inlined = _inlined(schema, schema, (), [_MOST_SCHEMAS])
+    except _TooLarge:
+        return schema
+    body = {keyword: value for keyword, value in inlined.items() if keyword not in _DEFINITIONS}
+    return inlined if any("$ref" in inner for inner in _walk(body)) else body
+
+
+def plain_form(schema: dict[str, Any]) -> dict[str, Any]:
+    """
+    Return a schema with one `type` for each property where it can be written so: a union with null as `nullable`, as
+    `transformers` writes `X | None`; a union or intersection of one schema as that schema; a union of bare types as a
+    list of types; `const` as an `enum` of one; the type of an `enum` whose values have one.
+
+    Args:
+        schema (`dict`):
+            JSON schema, without references.
+    """
+    plain = dict(schema)
+    for path, inner in places(schema):
+        if isinstance(inner, dict):
+            plain = replaced(plain, path, plain_form(inner))
+    for keyword in ("anyOf", "oneOf"):
+        plain = _without_union(plain, keyword)
+    parts = plain.get("allOf")
+    if isinstance(parts, list) and all(isinstance(part, dict) for part in parts):
+        merged: dict[str, Any] | None = {key: value for key, value in plain.items() if key != "allOf"}
+        for part in parts:
+            merged = None if merged is None else _merged(merged, part)
+        plain = plain if merged is None else merged
+    if "const" in plain and "enum" not in plain:
+        plain["enum"] = [plain.pop("const")]
+    types = {_json_type(value) for value in plain.get("enum") or ()}
+    if "type" not in plain and len(types) == 1:
+        plain["type"] = types.pop()
+    if isinstance(plain.get("type"), list):
+        rest = [kind for kind in plain["type"] if kind != "null"]
+        if len(rest) == 1:
+            nullable = {"nullable": True} if len(rest) < len(plain["type"]) else {}
+            plain = {**plain, "type": rest[0], **nullable}
+    return plain
+
+
+class _TooLarge(Exception):
+    pass
+
+
+def _walk(schema: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(schema, dict):
+        yield schema
+        for _, inner in places(schema):
+            yield from _walk(inner)
+
+
+def _inlined(schema: Any, root: dict[str, Any], seen: tuple[str, ...], left: list[int]) -> Any:
+    if not isinstance(schema, dict):
+        return schema
+    left[0] -= 1
+    if left[0] < 0:
+        raise _TooLarge
+    reference = schema.get("$ref")
+    if isinstance(reference, str):
+        target = _target(root, reference)
+        if not isinstance(target, dict) or reference in seen:
+            return schema
+        inlined = _inlined(target, root, (*seen, reference), left)
+        beside = {key: value for key, value in schema.items() if key != "$ref"}
+        if not beside:
+            return inlined
+        merged = _merged(inlined, _inlined(beside, root, seen, left), notes_of_second=True)
+        return schema if merged is None else merged
+    copied = schema
+    for path, inner in places(schema):
+        if path[0] not in _DEFINITIONS:
+            copied = replaced(copied, path, _inlined(inner, root, seen, left))
+    return copied
+
+
+def _target(root: dict[str, Any], reference: str) -> Any:
+    """What a JSON pointer leads to; `None` for the root itself, other documents and anchors."""
+    if not reference.startswith("#/"):
+        return None
+    found: Any = root
+    for step in reference[2:].split("/"):
+        step = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, dict) and step in found:
+            found = found[step]
+        elif isinstance(found, list) and step.isdecimal() and int(step) < len(found):
+            found = found[int(step)]
+        else:
+            return None
+    return found
+
+
+def _merged(first: dict[str, Any], second: dict[str, Any], notes_of_second: bool = False) -> dict[str, Any] | None:
+    """Both schemas in one; `None` where they say different things under one keyword."""
+    clash = [key for key in first.keys() & second.keys() if first[key] != second[key]]
+    if any(key not in _NOTES for key in clash):
+        return None
+    return {**first, **second} if notes_of_second else {**second, **first}
+
+
+def _without_union(schema: dict[str, Any], keyword: str) -> dict[str, Any]:
+    variants = schema.get(keyword)
+    if not isinstance(variants, list) or not all(isinstance(variant, dict) for variant in variants):
+        return schema
+    rest = [variant for variant in variants if not _is_null(variant)]
+    outer = {key: value for key, value in schema.items() if key != keyword}
+    nullable = {"nullable": True} if len(rest) < len(variants) else {}
+    if len(rest) == 1:
+        merged = _merged(outer, rest[0])
+        return schema if merged is None else {**merged, **nullable}
+    if rest and "type" not in outer and all(set(v) == {"type"} and isinstance(v["type"], str) for v in rest):
+        return {**outer, "type": [*dict.fromkeys(v["type"] for v in rest), *(["null"] if nullable else [])]}
+    return schema
+
+
+def _is_null(schema: dict[str, Any]) -> bool:
+    bare = {key: value for key, value in schema.items() if key not in _NOTES}
+    return json.dumps(bare) in ('{"type": "null"}', '{"const": null}', '{"enum": [null]}')
+
+
+def _json_type(value: Any) -> str:
+    kinds: dict[type, str] = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
+    return kinds.get(type(value), "array" if isinstance(value, list) else "object")

@@ -13,14 +13,16 @@ LOSS_OPTIONS = {
     "cispo, unclamped": {"loss_type": "cispo", "epsilon_high": 5.0},
     **{f"{name}, by sequence": {"loss_type": name, "importance_sampling_level": "sequence"} for name in LOSS_TYPES},
     "delta": {"delta": 1.5, "epsilon_high": 0.3},
-    "off-policy mask": {"off_policy_mask_threshold": 1e-6},
+    "off-policy mask": {
+        "off_policy_mask_threshold": 1e-3, "num_iterations": 2, "max_steps": 4, "learning_rate": 1e-2,
+    },
     "kl": {"beta": 0.5},
     "kl, corrected": {"beta": 0.5, "use_bias_correction_kl": True},
     "entropy quantile": {"top_entropy_quantile": 0.2},
     "entropy quantile, kl": {"top_entropy_quantile": 0.5, "beta": 0.5, "loss_type": "grpo"},
     "entropy bonus": {"entropy_coef": 0.3},
     "entropy bonus and quantile": {"entropy_coef": 0.3, "top_entropy_quantile": 0.3},
-    "adaptive entropy": {"use_adaptive_entropy": True, "entropy_coef": 0.1, "entropy_target": 100.0},
+    "adaptive entropy": {"use_adaptive_entropy": True, "entropy_coef": 0.1, "entropy_target": 100.0, "max_steps": 3},
     "router loss": {"router_aux_loss_coef": 0.5},
     "router loss, grpo": {"router_aux_loss_coef": 0.5, "loss_type": "grpo"},
     "mixture of experts": {"router_aux_loss_coef": 0.0},
@@ -73,19 +75,16 @@ class Gradients(TrainerCallback):
         self.steps.append(torch.cat(found).clone())
 
 
-def run(kind, path, options, rewards, tools=None, prepare=None):
+def run(kind, path, options, rewards, tools=None, prepare=None, stops=range(40)):
     """Train with some options over four micro-batches of four groups, or as the options say; the trainer and the
-    gradients of its steps."""
+    gradients of its steps. Rollouts end at any of the tokens `stops`, so that they differ in length."""
     tokenizer = chat_tokenizer()
     model, adapter = model_of(options, tokenizer)
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(40)]  # rollouts of many lengths
-    given = {
-        "gradient_accumulation_steps": 4, "max_grad_norm": 0.0, "logprob_check": "off", "learning_rate": 1e-3, **options,
-    }  # fmt: skip
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *stops]
+    given = {"gradient_accumulation_steps": 4, "max_grad_norm": 0.0, "logprob_check": "off", "learning_rate": 1e-3}
+    args = config(path, **{**given, **options})
     torch.manual_seed(0)
-    trainer = kind(
-        model, rewards, config(path, **given), prompts(24), processing_class=tokenizer, peft_config=adapter, tools=tools
-    )
+    trainer = kind(model, rewards, args, prompts(24), processing_class=tokenizer, peft_config=adapter, tools=tools)
     if prepare is not None:
         prepare(trainer, tokenizer)
     gradients = Gradients()

@@ -19,6 +19,7 @@ from peft import LoraConfig
 from trl_toolgrpo import ConfigError, MCPServer, RolloutLogError, ToolGRPOTrainer, read_rollouts
 from trl_toolgrpo import run_log as run_log_module
 from trl_toolgrpo.health import HealthMonitor
+from trl_toolgrpo.report.page import build_report
 from trl_toolgrpo.rollout_log import KEY, details, log_files, read_table, tensors_of
 from trl_toolgrpo.rollout_tensors import keep, restore
 from trl_toolgrpo.run_files import add_line, cut_back, describe_start, read_lines, run_redactor
@@ -115,6 +116,39 @@ def test_ratios_are_those_of_the_last_update(run, tmp_path):
     assert max(found) == pytest.approx(max(step["ratio/max"] for step in steps), rel=1e-6)
     assert min(found) == pytest.approx(min(step["ratio/min"] for step in steps), rel=1e-6)
     assert max(abs(value - 1) for value in found) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("accumulated", "per_batch", "passes", "names"),
+    [
+        (4, 2, 1, ["000000", "000000.1", "000001", "000001.1", "000002", "000002.1"]),
+        (3, 1, 1, [f"00000{step}{nth}" for step in range(3) for nth in ("", ".1", ".2")]),
+        (4, 1, 2, ["000000", "000000.1", "000001", "000001.1", "000002", "000002.1"]),
+        (3, 4, 1, ["000000", "000001", "000002"]),
+        (2, 2, 1, ["000000", "000001", "000002"]),
+    ],
+)
+def test_every_rollout_batch_has_a_file(tmp_path, accumulated, per_batch, passes, names):
+    """However many rollout batches an optimizer step takes."""
+    options = {
+        "gradient_accumulation_steps": accumulated, "steps_per_generation": per_batch, "num_iterations": passes,
+        "max_steps": 3, "beta": 0.0, "advantage_estimator": "group", "learning_rate": 1e-3, "health_checks": "raise",
+    }  # fmt: skip
+    trainer = start(tmp_path, lora=False, save_strategy="no", **options)
+    trainer.train()
+    assert [path.name.removesuffix("-000.parquet") for path in log_files(tmp_path)] == names
+    rows = list(read_rollouts(tmp_path))
+    made = [t for batch in trainer.rolled for t in batch]
+    assert [row["completion_ids"] for row in rows] == [t.completion_ids for t in made]
+    assert [row["batch"] for row in rows] == [place // (4 * per_batch) for place in range(len(made))]
+    assert [int(name[:6]) for name in names for _ in range(4 * per_batch)] == [row["step"] for row in rows]
+    assert all(row["ratios"] is not None for row in rows[: 3 * 4 * accumulated // passes])
+    steps = [entry for entry in trainer.state.log_history if "ratio/mean" in entry]
+    assert len(steps) == 3
+    if accumulated % (per_batch * passes) == 0:  # every micro-batch comes before the first step on its rollout batch
+        assert all(entry["ratio/mean"] == pytest.approx(1.0, abs=1e-4) for entry in steps)
+    packed = build_report([tmp_path])
+    assert packed.shown == packed.total == len(rows)
 
 
 def test_datasets_and_json_open_what_is_written(run):

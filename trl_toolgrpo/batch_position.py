@@ -4,6 +4,7 @@
 above `gradient_accumulation_steps` a batch feeds several of them, and below it a step takes several batches.
 """
 
+import math
 from typing import Any
 
 
@@ -20,9 +21,8 @@ def optimizer_steps_of(args: Any) -> int:
     can reach into one step more than its size tells.
     """
     every, accumulated = micro_batches_of(args), args.gradient_accumulation_steps
-    if every % accumulated == 0 or accumulated % every == 0:
-        return max(1, every // accumulated)
-    return (every + accumulated - 2) // accumulated + 1
+    latest = accumulated - math.gcd(every, accumulated)  # micro-batch of a step that a rollout batch can begin with
+    return math.ceil((latest + every) / accumulated)
 
 
 def batch_number(trainer: Any) -> int:

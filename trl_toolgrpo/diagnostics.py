@@ -104,10 +104,10 @@ def compute_dtype(args: Any, model: torch.nn.Module) -> torch.dtype:
     return torch.bfloat16 if low else torch.float32
 
 
-def averages(metrics: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
+def averages(metrics: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """
-    Mean of what was collected of each metric since the last log, as TRL takes it: without NaN, and `None` where nothing
-    else is left.
+    Mean of what was collected of each metric since the last log, as TRL takes it: without NaN, and `None` where there
+    is nothing else.
 
     Args:
         metrics (`Mapping[str, Sequence[float]]`):

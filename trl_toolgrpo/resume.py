@@ -311,7 +311,7 @@ class ExactResume(GRPOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         self._buffered_inputs: Any = None
-        # A new run begins with a rollout batch, also where this trainer has trained before; TRL's checkpoints say no more
+        # A new run begins with a rollout batch, also where this trainer has trained before
         self._step = 0 if checkpoint is None else self.state.global_step * self.args.gradient_accumulation_steps
         if checkpoint is None or self._source is None:
             return

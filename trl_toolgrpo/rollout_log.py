@@ -1,8 +1,8 @@
 """The rollout log: every rollout batch of a run, a parquet file for each process, to look at and to train from again.
 
-What is in a file, how it is written and read. Files are `rollouts/<step>-<process>.parquet` in the output folder, and
-`<step>.1-<process>.parquet` and so on for further rollout batches of the same optimizer step; the column `batch` counts
-the rollout batches of the run. `datasets.load_dataset("parquet", ...)` opens them too.
+What is in a file, how it is written and read. Files are `rollouts/<step>-<process>.parquet` in the output folder,
+`<step>.1-<process>.parquet` and so on for further rollout batches of the same optimizer step; the column `batch`
+counts the rollout batches of the run. `datasets.load_dataset("parquet", ...)` opens them too.
 """
 
 import json
@@ -62,8 +62,8 @@ SCHEMA = pa.schema(
         ("tensors", _TENSORS),
     ]
 )
-"""Columns of a file; one row is one rollout. `place` and `tensors` are what training again needs beside the rest. Logs of
-earlier versions have no `batch`, which is null there."""
+"""Columns of a file; one row is one rollout. `place` and `tensors` are what training again needs in addition to the
+rest. Logs of earlier versions have no `batch`, which is null there."""
 
 
 @dataclass

@@ -66,6 +66,7 @@ class ExactResume(GRPOTrainer):
     _push_later = False
     _rescue: Callable[[], str]  # of `hub.py`
     _uploading: set[Path]  # of `hub.py`
+    _buffered_inputs: Any
     _train_sampler: Any = None
     _unlogged: tuple[Tensor, int] | None = None
 
@@ -96,7 +97,8 @@ class ExactResume(GRPOTrainer):
         if resume_from_checkpoint:
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
             self._check_same_run(Path(resume_from_checkpoint))
-        else:
+        else:  # a new run begins with a rollout batch, also where this trainer has trained before
+            self._step, self._buffered_inputs = 0, None
             self._set_aside_earlier_run()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -310,10 +312,11 @@ class ExactResume(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        self._buffered_inputs: Any = None
-        # A new run begins with a rollout batch, also where this trainer has trained before
-        self._step = 0 if checkpoint is None else self.state.global_step * self.args.gradient_accumulation_steps
-        if checkpoint is None or self._source is None:
+        if checkpoint is None:
+            return
+        self._buffered_inputs = None
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps  # TRL's checkpoints say no more
+        if self._source is None:
             return
         same = self._source["layout"] == self._run["layout"]
         file = Path(checkpoint) / PROGRESS.format(self.accelerator.process_index if same else 0)

@@ -134,7 +134,8 @@ def files_by_hand(steps, accumulated, per_batch, passes):
 
 
 @pytest.mark.parametrize(
-    ("accumulated", "per_batch", "passes"), [(4, 2, 1), (3, 1, 1), (4, 1, 2), (3, 4, 1), (2, 2, 1), (1, 2, 2), (13, 1, 1)]
+    ("accumulated", "per_batch", "passes"),
+    [(4, 2, 1), (3, 1, 1), (4, 1, 2), (3, 4, 1), (2, 2, 1), (1, 2, 2), (13, 1, 1)],
 )
 def test_every_rollout_batch_has_a_file(tmp_path, accumulated, per_batch, passes):
     """However many rollout batches an optimizer step takes, and optimizer steps a rollout batch."""

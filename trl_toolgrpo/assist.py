@@ -69,5 +69,7 @@ class AssistedWarmup(GRPOTrainer):
         window = self.current_gradient_accumulation_steps / (self.args.steps_per_generation or 1)
         count = inputs["assist_count"].clamp(min=1) * window / self.accelerator.num_processes
         loss = assisted_loss(logps, inputs["assist_mask"], count)
-        self._metrics["train"]["forced/loss"].append(self.accelerator.reduce(loss.detach(), reduction="mean").item())
+        # The mean over the micro-batches of an optimizer step is the token mean of the step
+        shown = self.accelerator.reduce(loss.detach(), reduction="mean") * self.current_gradient_accumulation_steps
+        self._metrics["train"]["forced/loss"].append(shown.item())
         return self.args.forced_loss_coef * loss

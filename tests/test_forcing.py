@@ -384,3 +384,15 @@ def test_a_force_policy_chooses_the_tool(tmp_path, monkeypatch):
     trainer.train()
     text = trainer.processing_class.decode(kept[0][1][0].completion_ids)
     assert text.startswith('<tool_call>\n{"name": "other')
+
+
+def test_the_share_of_forced_tokens_is_that_of_the_micro_batches_used(tmp_path, monkeypatch):
+    """Of three logged steps two take a forced rollout batch, and one takes the next, which is not forced."""
+    options = {"force_rate": 1.0, "assist_warmup_steps": 2, "steps_per_generation": 2, "max_steps": 6}
+    each, _ = make(tmp_path / "each", monkeypatch, **options)
+    each.train()
+    shares = [log["forced/fraction"] for log in logs_of(each)]
+    assert shares[0] == shares[1] > 0 and shares[2:] == [0.0] * 4
+    three, _ = make(tmp_path / "three", monkeypatch, logging_steps=3, **options)
+    three.train()
+    assert [log["forced/fraction"] for log in logs_of(three)] == pytest.approx([2 / 3 * shares[0], 0.0])

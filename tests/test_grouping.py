@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from conftest import chat_tokenizer, config, prompts, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import TrainerCallback
+from loss_options import LOSS_OPTIONS, run
 
 from trl_toolgrpo import ToolGRPOTrainer
 from trl_toolgrpo.grouping import divided, whole_groups
@@ -15,7 +14,7 @@ def test_a_division_by_hand():
     groups, lengths = [0, 0, 1, 1, 2, 2, 3, 3], [9, 2, 1, 1, 8, 7, 2, 1]
     parts = whole_groups(groups, lengths, 2)
     assert sorted(map(sorted, parts)) == [[0, 1, 4, 5], [2, 3, 6, 7]]  # short groups with short ones
-    assert [1, 0, 5, 4] in parts and [2, 3, 7, 6] in parts  # in a group, too, short rows come first
+    assert parts == [[2, 3, 7, 6], [1, 0, 5, 4]]  # in a group, too, short rows come first
     assert sorted(whole_groups(groups, lengths, 8)) == [[row] for row in range(8)]
 
 
@@ -31,9 +30,10 @@ def test_every_row_has_one_place(groups, parts, seed):
         assert sum(any(groups[row] == group for row in part) for part in found) <= (rows - 1) // (12 // parts) + 2
 
 
-def test_micro_batches_come_in_any_order():
-    orders = {tuple(part[0] for part in whole_groups([0, 1, 2], [1, 2, 3], 3)) for _ in range(100)}
-    assert len(orders) == 6
+def test_nothing_is_drawn():
+    before = torch.get_rng_state()
+    whole_groups([0, 1, 2], [1, 2, 3], 3)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_rows_move_as_a_whole():
@@ -44,50 +44,66 @@ def test_rows_move_as_a_whole():
     assert one["n"] == 7 and one["x"] is None
 
 
-class _Gradients(TrainerCallback):
-    """Keeps the gradients of the first optimizer step."""
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.found = torch.cat([p.grad.flatten() for p in model.parameters()])
+def rewards(completions, completion_ids, **kwargs):
+    """Differ within a group."""
+    return [float((7 * len(ids) + sum(ids)) % 11) for ids in completion_ids]
 
 
-def first_step(path, shapes, **changes):
-    """Gradients of one optimizer step over four micro-batches, its logs, and the groups in each micro-batch."""
-    torch.manual_seed(0)
-    tokenizer = chat_tokenizer()
-    rewards = lambda completions, **kwargs: [float(len(str(c)) % 5) for c in completions]  # noqa: E731
-    options = {"gradient_accumulation_steps": 4, "beta": 0.0, "max_grad_norm": 0.0, "logprob_check": "off", **changes}
-    trainer = ToolGRPOTrainer(
-        tiny_model(tokenizer), rewards, config(path, **options), prompts(4), processing_class=tokenizer
+def watched(shapes):
+    """Note how many prompts there are in each micro-batch of a trainer."""
+
+    def prepare(trainer, tokenizer):
+        take = trainer._prepare_inputs
+
+        def watch(batch):
+            inputs = take(batch)
+            shapes.append(len(inputs["prompt_ids"].unique(dim=0)))
+            return inputs
+
+        trainer._prepare_inputs = watch
+
+    return prepare
+
+
+LOGGED = ("loss", "policy_loss", "entropy_coef", "aux_loss", "reward")
+
+
+@pytest.mark.parametrize("name", LOSS_OPTIONS)
+def test_no_update_depends_on_it(tmp_path, name):
+    """Loss and gradients of every optimizer step are those of `shared_prompt_updates=False`, for every option."""
+    options, whole, cut = LOSS_OPTIONS[name], [], []
+    ours, found = run(ToolGRPOTrainer, tmp_path / "a", options, rewards, prepare=watched(whole))
+    other, expected = run(
+        ToolGRPOTrainer, tmp_path / "b", {**options, "shared_prompt_updates": False}, rewards, prepare=watched(cut)
     )
-    keep = _Gradients()
-    trainer.add_callback(keep)
-    prepare = trainer._prepare_inputs
-
-    def watch(batch):
-        inputs = prepare(batch)
-        shapes.append(len(inputs["prompt_ids"].unique(dim=0)))
-        return inputs
-
-    trainer._prepare_inputs = watch
-    trainer.train()
-    return keep.found, trainer.state.log_history[0], trainer
+    assert other._packs is False and max(cut) > 1 and len(found) == len(expected) == options.get("max_steps", 1)
+    for mine, plain in zip(found, expected, strict=True):
+        assert plain.norm() > 0 and (mine - plain).norm() <= 1e-4 * plain.norm()
+    for entry, plain in zip(ours.state.log_history[:-1], other.state.log_history[:-1], strict=True):
+        for figure in LOGGED:
+            if figure in plain:
+                assert entry[figure] == pytest.approx(plain[figure], rel=1e-4, abs=1e-6), figure
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-def test_loss_and_gradients_are_those_of_shuffled_rows(tmp_path, loss_type):
-    whole, cut = [], []
-    ours, logs, trainer = first_step(tmp_path, whole, loss_type=loss_type)
-    plain, expected, other = first_step(tmp_path, cut, loss_type=loss_type, shared_prompt_updates=False)
-    assert trainer._packs is True and other._packs is False
-    assert whole == [1, 1, 1, 1] and max(cut) > 1
-    assert (ours - plain).norm() <= 1e-5 * plain.norm() and plain.norm() > 0
-    assert logs["loss"] == pytest.approx(expected["loss"], rel=1e-5, abs=1e-7)
-    assert logs["reward"] == expected["reward"]  # the same rollouts
+@pytest.mark.parametrize("name", ["dapo", "grpo", "luspo, by sequence", "kl", "passes over a batch"])
+def test_groups_stay_together_where_nothing_depends_on_it(tmp_path, name):
+    shapes = []
+    trainer, _ = run(ToolGRPOTrainer, tmp_path, LOSS_OPTIONS[name], rewards, prepare=watched(shapes))
+    assert trainer._packs is True and set(shapes) == {1}
 
 
-@pytest.mark.parametrize("changes", [{"loss_type": "bnpo"}, {"deterministic_rollouts": True}])
+def test_the_rows_of_an_optimizer_step_stay_its_rows(tmp_path):
+    """Where a batch feeds several steps, groups stay together as far as TRL has put their rows into one step."""
+    shapes = {}
+    for shared in (True, False):
+        found = shapes[shared] = []
+        options = {**LOSS_OPTIONS["steps on a batch"], "shared_prompt_updates": shared}
+        run(ToolGRPOTrainer, tmp_path / str(shared), options, rewards, prepare=watched(found))
+    assert sum(shapes[True]) < sum(shapes[False])
+
+
+@pytest.mark.parametrize("changes", [{"loss_type": "bnpo"}, {"deterministic_rollouts": True}, {"entropy_coef": 0.1}])
 def test_where_the_division_matters_it_is_left_alone(tmp_path, changes):
     found = []
-    first_step(tmp_path, found, **changes)
+    run(ToolGRPOTrainer, tmp_path, changes, rewards, prepare=watched(found))
     assert max(found) > 1

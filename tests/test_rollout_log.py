@@ -19,6 +19,7 @@ from peft import LoraConfig
 from trl_toolgrpo import ConfigError, MCPServer, RolloutLogError, ToolGRPOTrainer, read_rollouts
 from trl_toolgrpo import run_log as run_log_module
 from trl_toolgrpo.health import HealthMonitor
+from trl_toolgrpo.report.page import build_report
 from trl_toolgrpo.rollout_log import KEY, details, log_files, read_table, tensors_of
 from trl_toolgrpo.rollout_tensors import keep, restore
 from trl_toolgrpo.run_files import add_line, cut_back, describe_start, read_lines, run_redactor
@@ -115,6 +116,51 @@ def test_ratios_are_those_of_the_last_update(run, tmp_path):
     assert max(found) == pytest.approx(max(step["ratio/max"] for step in steps), rel=1e-6)
     assert min(found) == pytest.approx(min(step["ratio/min"] for step in steps), rel=1e-6)
     assert max(abs(value - 1) for value in found) > 1e-3
+
+
+def files_by_hand(steps, accumulated, per_batch, passes):
+    """Names of the rollout batches of a run over five prompts; an optimizer step ends with its epoch, too."""
+    names, step, every = [], 0, per_batch * passes
+    epoch = 5 // per_batch * every  # micro-batches; each rollout batch has `per_batch` prompts
+    while step < steps:
+        for place in range(epoch):
+            if place % every == 0:
+                nth = sum(name.startswith(f"{step:06d}") for name in names)
+                names.append(f"{step:06d}{f'.{nth}' if nth else ''}-000.parquet")
+            step += (place + 1) % accumulated == 0 or place + 1 == epoch
+            if step == steps:
+                break
+    return names
+
+
+@pytest.mark.parametrize(
+    ("accumulated", "per_batch", "passes"),
+    [(4, 2, 1), (3, 1, 1), (4, 1, 2), (3, 4, 1), (2, 2, 1), (1, 2, 2), (13, 1, 1)],
+)
+def test_every_rollout_batch_has_a_file(tmp_path, accumulated, per_batch, passes):
+    """However many rollout batches an optimizer step takes, and optimizer steps a rollout batch."""
+    options = {
+        "gradient_accumulation_steps": accumulated, "steps_per_generation": per_batch, "num_iterations": passes,
+        "max_steps": 3, "beta": 0.0, "advantage_estimator": "group", "learning_rate": 1e-3,
+    }  # fmt: skip
+    trainer = start(tmp_path, lora=False, save_strategy="no", **options)
+    trainer.train()
+    names = [path.name for path in log_files(tmp_path)]
+    assert names == files_by_hand(3, accumulated, per_batch, passes)
+    rows = list(read_rollouts(tmp_path))
+    made = [t for batch in trainer.rolled for t in batch]
+    assert [row["completion_ids"] for row in rows] == [t.completion_ids for t in made]
+    assert [row["batch"] for row in rows] == [place // (4 * per_batch) for place in range(len(made))]
+    assert [row["step"] for row in rows] == [int(name[:6]) for name in names for _ in range(4 * per_batch)]
+    assert not any("ratio" in line["rule"] for line in read_lines(tmp_path / "health.jsonl"))
+    steps = [entry for entry in trainer.state.log_history if "ratio/mean" in entry]
+    assert len(steps) == 3
+    if accumulated % (per_batch * passes) == 0:  # every micro-batch comes before the first step on its rollout batch
+        assert all(entry["ratio/mean"] == pytest.approx(1.0, abs=1e-4) for entry in steps)
+        assert all("sampling/logp_diff_mean" in entry for entry in steps)
+        assert all(row["ratios"] is not None for row in rows)
+    report = build_report([tmp_path])
+    assert report.shown == report.total == len(rows)
 
 
 def test_datasets_and_json_open_what_is_written(run):

@@ -14,6 +14,7 @@ PACKAGE = Path(trl_toolgrpo.__file__).parent
 ORDER = [
     "version",
     "errors",
+    "batch_position",
     "config_checks",
     "config",
     "rounding",

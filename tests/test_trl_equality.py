@@ -10,11 +10,13 @@ from conftest import (
     config,
     prompts,
     run_script,
+    script_trl,
     scripted_model_sampler,
     telling_reward,
     tiny_model,
     tool_call,
 )
+from loss_options import LOSS_OPTIONS, LOSS_TYPES, run
 from peft import LoraConfig, PeftModel, get_peft_model
 from trl import GRPOConfig, GRPOTrainer
 
@@ -22,7 +24,6 @@ from trl_toolgrpo import ToolGRPOTrainer
 
 
 END = "<|im_end|>"
-LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 
 
 def add(a: int, b: int) -> int:
@@ -443,6 +444,57 @@ def test_loss_and_gradients(recorded, tmp_path, loss_type):
     # Of the whole gradient, since LUSPO multiplies it by the length of a rollout
     gap = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
     assert gap <= (5 * rounding if loss_type == "vespo" else 1e-5)
+
+
+def a_batch_of_rollouts():
+    """Sixteen rollouts that differ in length, calls and how they end."""
+    rng = random.Random(4)
+    words = ["tree", "forty-two", "the name of the employee", "naive", "so it is"]
+
+    def turns():
+        calls = [[], [CALL + END], [f"{CALL}\n{SHOUT}{END}"], [SHOUT + END, CALL + END]][rng.randrange(4)]
+        return [*calls, rng.choice(words) * rng.randint(1, 3) + (END if rng.random() < 0.8 else " and on" * 200)]
+
+    return [turns() for _ in range(16)]
+
+
+@pytest.mark.parametrize("name", LOSS_OPTIONS)
+def test_every_optimizer_step_is_trls(monkeypatch, tmp_path, name):
+    """
+    Whole training steps over the same rollouts: gradients and logged losses are TRL's for every option of its loss.
+    Sampling and the shuffle after it draw different numbers in the two, so that the seed is set in between.
+    """
+    script = a_batch_of_rollouts()
+    options = {"max_completion_length": 160, **LOSS_OPTIONS[name]}
+
+    def prepare(trainer, tokenizer):
+        generate = trainer._generate_and_score_completions
+
+        def seeded(rows):
+            batch = generate(rows)
+            torch.manual_seed(trainer._step)
+            return batch
+
+        trainer._generate_and_score_completions = seeded
+        if isinstance(trainer, ToolGRPOTrainer):
+            scripted_model_sampler(monkeypatch, tokenizer, script)
+        else:
+            script_trl(trainer, tokenizer, script)
+
+    runs = [
+        run(kind, tmp_path / kind.__name__, options, telling_reward([]), [add, shout], prepare, stops=())
+        for kind in (ToolGRPOTrainer, GRPOTrainer)
+    ]
+    (ours, found), (trl, expected) = runs
+    assert len(found) == len(expected) == options.get("max_steps", 1)
+    # VESPO weighs a rollout by exp of its summed log ratio, so that the rounding of every token adds up
+    rounding = 2e-3 if options.get("loss_type") == "vespo" else 2e-4
+    for mine, theirs in zip(found, expected, strict=True):
+        assert theirs.norm() > 0 and (mine - theirs).norm() <= rounding * theirs.norm()
+    logged = {"loss", "reward", "entropy_coef", "aux_loss", "policy_loss", "completions/mean_length", "num_tokens"}
+    for mine, theirs in zip(ours.state.log_history[:-1], trl.state.log_history[:-1], strict=True):
+        for figure in logged & theirs.keys():
+            assert mine[figure] == pytest.approx(theirs[figure], rel=rounding, abs=1e-6), figure
 
 
 @pytest.mark.parametrize("tools", [None, [add]])

@@ -51,7 +51,7 @@ class AssistedWarmup(GRPOTrainer):
         mine = self._rewards[self.accelerator.process_index * count :][:count]
         mask = torch.zeros_like(output["completion_ids"])
         for row, learned in enumerate(assisted_rows(mine, self._rewards).tolist()):
-            if learned:
+            if learned and not batch.invalid[row]:
                 tokens = calling_tokens(batch.trajectories[row])
                 mask[row, : len(tokens)] = torch.tensor(tokens)
         output["assist_mask"] = mask
@@ -60,12 +60,16 @@ class AssistedWarmup(GRPOTrainer):
     def _assisted_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Supervised loss of a micro-batch; the micro-batches of an accumulation window add up to its token mean."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        completion_mask = torch.maximum(inputs["completion_mask"], inputs["assist_mask"])
-        mask = torch.cat([inputs["prompt_mask"], completion_mask], dim=1)
+        # What is learned is one mask, what is read another: all tokens before one that is learned, also those of a
+        # rollout that `completion_mask` leaves out of the policy loss
+        read = torch.maximum(inputs["completion_mask"], inputs["assist_mask"]).flip(1).cummax(dim=1).values.flip(1)
+        mask = torch.cat([inputs["prompt_mask"], read], dim=1)
         width = inputs["completion_ids"].size(1)
         logps, _, _ = self._get_per_token_logps_and_entropies(model, ids, mask, width)
         window = self.current_gradient_accumulation_steps / (self.args.steps_per_generation or 1)
         count = inputs["assist_count"].clamp(min=1) * window / self.accelerator.num_processes
         loss = assisted_loss(logps, inputs["assist_mask"], count)
-        self._metrics["train"]["forced/loss"].append(self.accelerator.reduce(loss.detach(), reduction="mean").item())
+        # The mean over the micro-batches of an optimizer step is the token mean of the step
+        shown = self.accelerator.reduce(loss.detach(), reduction="mean") * self.current_gradient_accumulation_steps
+        self._metrics["train"]["forced/loss"].append(shown.item())
         return self.args.forced_loss_coef * loss

@@ -521,3 +521,29 @@ def check_reference(args: ToolGRPOConfig, model: Any, peft_config: Any) -> None:
             f"You passed `sync_ref_model=True` with an adapter of type {kind}, which a reference of the kind {mode!r} "
             f"cannot follow. Use LoRA (`LoraConfig`); supported are {', '.join(supported)}."
         )
+
+
+def check_best_metric(args: ToolGRPOConfig, eval_dataset: Any) -> None:
+    """
+    Check that the metric which chooses the best model is one of some evaluation set.
+
+    Args:
+        args ([`ToolGRPOConfig`]):
+            Configuration.
+        eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
+            What is evaluated.
+
+    Raises:
+        ConfigError: if there are several sets, and the metric is of none of them.
+    """
+    metric = args.metric_for_best_model
+    if not isinstance(eval_dataset, dict) or metric is None or args.eval_strategy == "no":
+        return
+    bare = metric.removeprefix("eval_")
+    if any(bare.startswith(f"{name}_") for name in eval_dataset):
+        return
+    choices = " or ".join(repr(f"eval_{name}_{bare}") for name in eval_dataset)
+    raise ConfigError(
+        f"You passed `eval_dataset` as a dict, and the best model is chosen by `metric_for_best_model={metric!r}`. "
+        f"Each set has figures of its own, so that there is no `eval_{bare}`. Pass {choices}."
+    )

@@ -53,9 +53,11 @@ class ToolGRPOConfig(GRPOConfig):
             Largest ratio `sampler_correction` lets through, above 1.
         shared_prompt_updates (`bool`, *optional*, defaults to `True`):
             Score the prompt of a group once for all its rollouts in a micro-batch, where the model's attention allows
-            it, and keep groups whole when a rollout batch is divided over micro-batches (TRL shuffles rows). Log-probs
-            and gradients are the same up to rounding. With `loss_type="bnpo"`, whose loss depends on the division,
-            and `deterministic_rollouts`, which has one of its own, groups are not kept whole.
+            it, and put the rows of a group into one micro-batch, as far as TRL's shuffle gives them to one optimizer
+            step. Loss and gradients of every step are the same up to rounding. TRL's division stays where the loss
+            depends on it (`loss_type="bnpo"`, `top_entropy_quantile` below 1, `entropy_coef`, `use_adaptive_entropy`,
+            the router loss of a mixture of experts), with `deterministic_rollouts`, which has one of its own, and
+            where a rollout batch ends within an optimizer step.
         rollout_cache_gib (`float`, *optional*):
             Most memory, in GiB, for the keys and values of rollouts in progress on one process. A rollout batch that
             could need more is sampled in several parts. `None` for no limit.
@@ -181,8 +183,8 @@ class ToolGRPOConfig(GRPOConfig):
     shared_prompt_updates: bool = field(
         default=True,
         metadata={
-            "help": "Score the prompt of a group once for all its rollouts in a micro-batch, and keep groups whole "
-            "when a rollout batch is divided over micro-batches."
+            "help": "Score the prompt of a group once for all its rollouts in a micro-batch, and keep the groups of "
+            "an optimizer step together when it is divided over micro-batches."
         },
     )
     rollout_cache_gib: float | None = field(

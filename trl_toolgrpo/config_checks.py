@@ -7,6 +7,7 @@ or the data are in `checks.py`.
 import math
 from typing import Any
 
+from .batch_position import micro_batches_of
 from .errors import ConfigError
 
 
@@ -252,7 +253,7 @@ def _check_forcing(config: Any) -> None:
             f"You passed `assist_warmup_steps={steps}` while `max_steps={config.max_steps}`: the warm-up would be "
             f"longer than training. Lower it, or train longer."
         )
-    generate_every = (config.steps_per_generation or 1) * config.num_iterations
+    generate_every = micro_batches_of(config)
     if steps * config.gradient_accumulation_steps % generate_every:
         per_batch = generate_every // math.gcd(generate_every, config.gradient_accumulation_steps)
         raise ConfigError(

@@ -145,7 +145,7 @@ class Critic(GRPOTrainer):
                 missing += 1
         values = values.to(device)
         if self.accelerator.reduce(missing.to(device), reduction="sum") > 0:
-            values = self._computed_values(output)
+            values = self._computed_values(output, batch)
         if not bool(values.isfinite().all()):
             rows = (~values.isfinite()).any(dim=1).nonzero()[:, 0].tolist()
             raise ValueHeadError(
@@ -154,10 +154,10 @@ class Critic(GRPOTrainer):
             )
         return values
 
-    def _computed_values(self, output: dict[str, Any]) -> Tensor:
+    def _computed_values(self, output: dict[str, Any], batch: RolloutBatch) -> Tensor:
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
-        mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
         width, size = output["completion_ids"].size(1), self.args.per_device_train_batch_size
+        mask = torch.cat([output["prompt_mask"], batch.attention_mask(width, ids.device)], dim=1)
         checkpointing: Any = self.args.gradient_checkpointing_kwargs
         with scoring_mode(self.model), disable_gradient_checkpointing(self.model, checkpointing):
             self._ask_values = True
@@ -213,14 +213,15 @@ class Critic(GRPOTrainer):
         if head is None or not seen:
             return
         read, old_values, targets = (torch.cat(parts) for parts in list(zip(*seen, strict=True))[:3])
-        steps, mask = seen[0][3], torch.ones_like(targets)
+        # Each step weighs as in the loss itself, where rollout batches of one optimizer step differ in size
+        weights = torch.cat([(1 / steps).to(own.dtype).expand_as(own) for _, _, own, steps in seen])
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # not scaled, as these losses are not
         parameters = list(head.parameters())
         for parameter in self.model.parameters():
             parameter.grad = None
         for _ in range(self.args.value_epochs - 1):
             with torch.enable_grad():
-                loss = value_loss(head(read), old_values, targets, mask, self.args.value_clip) / steps
+                loss = value_loss(head(read), old_values, targets, weights, self.args.value_clip)
                 gradients = torch.autograd.grad(self.args.value_loss_coef * loss, parameters)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = self.accelerator.reduce(gradient, reduction="sum")

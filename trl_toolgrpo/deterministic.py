@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from trl import GRPOTrainer
 
+from .batch_position import batch_number
 from .config import ToolGRPOConfig
 from .grouping import divided
 from .rollout.noise import RolloutNoise
@@ -28,8 +29,7 @@ class Determinism(GRPOTrainer):
             return None
         own = self.accelerator.process_index * count
         if self.model.training:
-            every = (self.args.steps_per_generation or 1) * self.num_iterations
-            return RolloutNoise(self.args.seed, self._step // every, own)
+            return RolloutNoise(self.args.seed, batch_number(self), own)
         first = self._evaluated + own
         self._evaluated += self.accelerator.num_processes * count
         return RolloutNoise(self.args.seed, self.state.global_step, first, "eval")

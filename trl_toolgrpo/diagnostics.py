@@ -4,7 +4,7 @@ Owns every figure that is logged beside TRL's own. Pure functions and small accu
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -103,6 +103,19 @@ def compute_dtype(args: Any, model: torch.nn.Module) -> torch.dtype:
         return torch.bfloat16 if args.bf16 else torch.float16
     low = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
     return torch.bfloat16 if low else torch.float32
+
+
+def averages(metrics: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """
+    Mean of what was collected of each metric since the last log, as TRL takes it: without NaN, and `None` where there
+    is nothing else.
+
+    Args:
+        metrics (`Mapping[str, Sequence[float]]`):
+            The values of each.
+    """
+    kept = {name: [value for value in values if not math.isnan(value)] for name, values in metrics.items()}
+    return {name: sum(values) / len(values) if values else None for name, values in kept.items()}
 
 
 def length_metrics(lengths: Tensor, truncated: Tensor) -> dict[str, float]:

@@ -28,7 +28,7 @@ class RunFacts:
         dtype (`str`, *optional*, defaults to `"float32"`):
             What the policy computes in.
         steps_per_batch (`int`, *optional*, defaults to `1`):
-            Optimizer steps that a rollout batch feeds.
+            Most optimizer steps that a rollout batch feeds.
         policy_from (`int`, *optional*, defaults to `0`):
             Optimizer steps before the policy gradient begins: assisted ones and those of the critic alone.
         sync_steps (`int`, *optional*):

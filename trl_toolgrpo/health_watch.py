@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
+from .batch_position import optimizer_steps_of
 from .checkpoint import PREFIX
 from .diagnostics import compute_dtype
 from .errors import CheckpointSaveError, HealthError
@@ -114,11 +115,10 @@ def facts_of(args: Any, model: Any) -> RunFacts:
             The policy.
     """
     dtype = compute_dtype(args, model)
-    micro_batches = (args.steps_per_generation or 1) * args.num_iterations
     return RunFacts(
         logprob_tolerance=args.logprob_check_tolerance or (UNMEASURED if dtype in LOW_PRECISION else EXACT_TOLERANCE),
         dtype=str(dtype).removeprefix("torch."),
-        steps_per_batch=max(1, micro_batches // args.gradient_accumulation_steps),
+        steps_per_batch=optimizer_steps_of(args),
         policy_from=args.assist_warmup_steps + args.value_warmup_steps,
         sync_steps=args.ref_model_sync_steps if args.sync_ref_model else None,
         copies_policy=args.ref_model_mixup_alpha == 1,

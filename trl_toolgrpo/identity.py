@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .batch_position import micro_batches_of
 from .reference import ADAPTER
 
 
@@ -44,14 +45,13 @@ def describe_run(args: Any, model: Any, dataset: Any) -> dict[str, Any]:
         change between two rollout batches.
     """
     adapter = getattr(model, "active_adapter", None) if hasattr(model, "peft_config") else None
-    micro_batches = (args.steps_per_generation or 1) * args.num_iterations
     return {
         "model": describe_model(model),
         "adapter": {} if adapter is None else describe_adapter(model.peft_config[adapter].to_dict()),
         "dataset": describe_dataset(dataset),
         "batch": {
             **{name: getattr(args, name) for name in _BATCH},
-            "optimizer steps per rollout batch": micro_batches / args.gradient_accumulation_steps,
+            "optimizer steps per rollout batch": micro_batches_of(args) / args.gradient_accumulation_steps,
         },
         "layout": {
             "processes": args.world_size,

@@ -146,7 +146,8 @@ def curves(log: Sequence[Mapping[str, Any]]) -> str:
     found: dict[str, list[float]] = {}
     for entry in log:
         for name, value in entry.items():
-            if (name.removeprefix("eval_") in _SHOWN or name.startswith("rewards/")) and _is_number(value):
+            held_out = name.startswith("eval_") and any(name.endswith(f"_{shown}") for shown in _SHOWN)
+            if (name in _SHOWN or held_out or name.startswith("rewards/")) and _is_number(value):
                 found.setdefault(name, []).append(float(value))
     if not found:
         return "## Curves\n\nNothing was logged."

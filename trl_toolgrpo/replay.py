@@ -1,8 +1,7 @@
 """Training again from a rollout log: the batches of another run, without sampling, tools or rewards.
 
-Owns, as a mixin of the trainer, what `replay` does. A batch is put back as it was when its run trained on it, with the
-state of the random number generators, so that the same configuration gives the same weights to the bit. Fed by
-`rollout_log.py`.
+A mixin of the trainer: what `replay` does. A batch is put back as it was when its run trained on it, with the
+state of the random number generators, so that the same configuration gives the same weights to the bit.
 """
 
 import math
@@ -13,9 +12,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from .batch_position import batch_is_due, batch_number, micro_batches_of
 from .errors import ConfigError, RolloutLogError
 from .live import Live
-from .rollout_log import details, file_name, log_files, read_table, rows_of, step_of, tensors_of
+from .rollout_log import batch_files, details, log_files, read_table, rows_of, step_of, tensors_of
 
 
 class Replay(Live):
@@ -26,6 +26,7 @@ class Replay(Live):
     _unevaluated: bool
     _sync_pending: bool
     _unmoved: bool
+    _numbered: dict[int, Path] | None = None  # files of the log by the number of their rollout batch
 
     def _prepare_run_log(self) -> None:
         super()._prepare_run_log()
@@ -43,22 +44,16 @@ class Replay(Live):
         return self.args.replay is None and super()._logs_rollouts
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        every = (self.args.steps_per_generation or 1) * self.num_iterations
-        due = self._step % every == 0 or self._buffered_inputs is None
-        if self.args.replay is None or not self.model.training or not due:
+        if self.args.replay is None or not self.model.training or not batch_is_due(self):
             return super()._prepare_inputs(generation_batch)
         batches = self._buffered_inputs = self._replayed_batches()
         return batches[self._step % len(batches)]
 
     def _replayed_batches(self) -> list[dict[str, Any]]:
-        """The micro-batches that the logged run trained on from this step."""
+        """The micro-batches of the rollout batch that the logged run trained on here."""
         if self._sync_pending:
             self.sync_reference()  # type: ignore[attr-defined]
-        path = log_files(str(self.args.replay))[0].with_name(
-            file_name(self.state.global_step, self.accelerator.process_index)
-        )
-        if not path.is_file():
-            raise RolloutLogError(self._what_is_missing(path))
+        path = self._file_of_batch()
         table = read_table(path)
         self._check_fits(table, path)
         self._log_again(table)
@@ -73,6 +68,26 @@ class Replay(Live):
             elif torch.cuda.is_available():
                 torch.cuda.set_rng_state(found, self.accelerator.device)
         return batches
+
+    def _file_of_batch(self) -> Path:
+        """Where the log has the rollout batch that begins now, by its number."""
+        files, name = log_files(str(self.args.replay)), self._name_of_batch()
+        if self._numbered is None:
+            self._numbered = batch_files(files, self.accelerator.process_index)
+        found = self._numbered.get(batch_number(self))
+        if found is not None:
+            return found
+        path = files[0].with_name(name)
+        if not path.is_file() or path in self._numbered.values():
+            raise RolloutLogError(self._what_is_missing(path))
+        # Of a version that did not count rollout batches and named them by their steps alone
+        in_a_step = self.args.gradient_accumulation_steps // micro_batches_of(self.args)
+        if in_a_step > 1:
+            raise RolloutLogError(
+                f"{path} was written by an earlier version, which kept only the last rollout batch of an optimizer "
+                f"step; this run takes {in_a_step} in each. The others are lost: replay a log of this version."
+            )
+        return path
 
     def _what_is_missing(self, path: Path) -> str:
         steps = sorted({step_of(found) for found in log_files(path.parent)})

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from trl import GRPOTrainer
 
+from .batch_position import batch_in_use, micro_batches_of
 from .checkpoint import (
     PREFIX,
     PROGRESS,
@@ -55,6 +56,7 @@ class ExactResume(GRPOTrainer):
     model: Any
     _ratio: RatioStatistics
     _carried: dict[str, float]
+    _forced_shares: list[float]
     _packs: bool | None
     _unmoved: bool
     _sync_report: SyncReport | None
@@ -64,6 +66,7 @@ class ExactResume(GRPOTrainer):
     _push_later = False
     _rescue: Callable[[], str]  # of `hub.py`
     _uploading: set[Path]  # of `hub.py`
+    _buffered_inputs: Any
     _train_sampler: Any = None
     _unlogged: tuple[Tensor, int] | None = None
 
@@ -94,7 +97,8 @@ class ExactResume(GRPOTrainer):
         if resume_from_checkpoint:
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
             self._check_same_run(Path(resume_from_checkpoint))
-        else:
+        else:  # a new run begins with a rollout batch, also where this trainer has trained before
+            self._step, self._buffered_inputs = 0, None
             self._set_aside_earlier_run()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -232,7 +236,7 @@ class ExactResume(GRPOTrainer):
         save_file(tensors, file, {"progress": json.dumps(record)})
         if not self.args.should_save:
             return
-        about = {**self._run, "in_batch": self._in_batch(), "only_model": self.args.save_only_model}
+        about = {**self._run, "in_batch": batch_in_use(self), "only_model": self.args.save_only_model}
         (staged / RUN).write_text(json.dumps(about, indent=1), encoding="utf-8")
         if self.state.best_model_checkpoint == str(staged):  # TRL looked for it where it is written
             self.state.best_model_checkpoint = str(target)
@@ -285,17 +289,12 @@ class ExactResume(GRPOTrainer):
 
     # Progress
 
-    def _in_batch(self) -> bool:
-        """Whether the rollout batch in use has updates left to feed."""
-        every = (self.args.steps_per_generation or 1) * self.num_iterations
-        return self._buffered_inputs is not None and self._step % every != 0
-
     def _progress(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors, and plain values, that say where this process is in the run."""
         tensors = {f"ratio/{name}": tensor for name, tensor in self._ratio.state().items()}
         tensors["loss"] = self._tr_loss
         batches: list[dict[str, Any]] = []
-        for index, batch in enumerate(self._buffered_inputs or () if self._in_batch() else ()):
+        for index, batch in enumerate(self._buffered_inputs or () if batch_in_use(self) else ()):
             batches.append({name: value for name, value in batch.items() if not isinstance(value, Tensor)})
             tensors |= {f"batch/{index}/{name}": value for name, value in batch.items() if isinstance(value, Tensor)}
         record = {
@@ -304,6 +303,7 @@ class ExactResume(GRPOTrainer):
             "metrics": self._metrics["train"],
             "last_logged": self._globalstep_last_logged,
             "carried": self._carried,
+            "forced_shares": self._forced_shares,
             "packs": self._packs,
             "unmoved": self._unmoved,
             "sync_report": asdict(self._sync_report) if self._sync_report is not None else None,
@@ -312,7 +312,11 @@ class ExactResume(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self._source is None:
+        if checkpoint is None:
+            return
+        self._buffered_inputs = None
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps  # TRL's checkpoints say no more
+        if self._source is None:
             return
         same = self._source["layout"] == self._run["layout"]
         file = Path(checkpoint) / PROGRESS.format(self.accelerator.process_index if same else 0)
@@ -322,11 +326,13 @@ class ExactResume(GRPOTrainer):
         self._carried, self._packs, self._unmoved = record["carried"], record["packs"], record["unmoved"]
         report = record["sync_report"]
         self._sync_report = None if report is None else SyncReport(**report)
-        self._buffered_inputs: Any = None
-        self._step = record["step"] if same else self.state.global_step * self.args.gradient_accumulation_steps
-        if not same:
+        self._step = record["step"]
+        if not same:  # between two rollout batches, of which there were as many
+            passes = (self._source["layout"]["steps_per_generation"] or 1) * self._source["batch"]["num_iterations"]
+            self._step = self._step // passes * micro_batches_of(self.args)
             return
         self._metrics["train"] = defaultdict(list, record["metrics"])
+        self._forced_shares = record.get("forced_shares", [])  # versions before did not count them
         self._ratio.load({n.removeprefix("ratio/"): t for n, t in tensors.items() if n.startswith("ratio/")})
         self._unlogged = tensors["loss"], record["last_logged"]
         if record["batches"]:

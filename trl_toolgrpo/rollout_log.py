@@ -1,7 +1,8 @@
 """The rollout log: every rollout batch of a run, a parquet file for each process, to look at and to train from again.
 
-Owns the format: what is in a file, how it is written and read. Files are `rollouts/<step>-<process>.parquet` in the
-output folder; `datasets.load_dataset("parquet", ...)` opens them too. Fed by `run_log.py`, read by `replay.py`.
+What is in a file, how it is written and read. Files are `rollouts/<step>-<process>.parquet` in the output folder,
+`<step>.1-<process>.parquet` and so on for further rollout batches of the same optimizer step; the column `batch`
+counts the rollout batches of the run. `datasets.load_dataset("parquet", ...)` opens them too.
 """
 
 import json
@@ -30,7 +31,7 @@ FOLDER = "rollouts"
 KEY = b"trl_toolgrpo.rollout_log"
 """Key of the schema metadata that makes a parquet file a rollout log."""
 
-_NAME = re.compile(r"(\d{6,})-(\d{3,})\.parquet")
+_NAME = re.compile(r"(?P<step>\d{6,})(?:\.(?P<nth>\d+))?-(?P<process>\d{3,})\.parquet")
 _JSON = ("prompt", "messages", "turns", "rewards")
 _FLOATS = pa.list_(pa.float32())
 _TENSORS = pa.list_(pa.struct([("name", pa.string()), ("data", pa.binary())]))
@@ -38,6 +39,7 @@ _TENSORS = pa.list_(pa.struct([("name", pa.string()), ("data", pa.binary())]))
 SCHEMA = pa.schema(
     [
         ("step", pa.int64()),
+        ("batch", pa.int64()),
         ("rollout", pa.int64()),
         ("group", pa.int64()),
         ("prompt", pa.string()),
@@ -60,7 +62,8 @@ SCHEMA = pa.schema(
         ("tensors", _TENSORS),
     ]
 )
-"""Columns of a file; one row is one rollout. `place` and `tensors` are what training again needs beside the rest."""
+"""Columns of a file; one row is one rollout. `place` and `tensors` are what training again needs in addition to the
+rest. Logs of earlier versions have no `batch`, which is null there."""
 
 
 @dataclass
@@ -89,6 +92,8 @@ class LoggedBatch:
             Figures that were logged with it.
         random (`dict[str, str]`, *optional*):
             State of the random number generators when it was ready, by device, in hexadecimal.
+        number (`int`, *optional*):
+            Which rollout batch of the run it is, counted from 0.
     """
 
     step: int
@@ -103,11 +108,22 @@ class LoggedBatch:
     batches: list[dict[str, Any]]
     metrics: dict[str, list[float]] = field(default_factory=dict)
     random: dict[str, str] = field(default_factory=dict)
+    number: int | None = None
 
 
-def file_name(step: int, process: int) -> str:
-    """Name of the file of a rollout batch."""
-    return f"{step:06d}-{process:03d}.parquet"
+def file_name(step: int, process: int, nth: int = 0) -> str:
+    """
+    Name of the file of a rollout batch.
+
+    Args:
+        step (`int`):
+            Optimizer steps done when it was generated.
+        process (`int`):
+            Whose rollouts it holds.
+        nth (`int`, *optional*, defaults to `0`):
+            Which rollout batch of that optimizer step it is.
+    """
+    return f"{step:06d}{f'.{nth}' if nth else ''}-{process:03d}.parquet"
 
 
 # Writing
@@ -157,6 +173,7 @@ def _columns(batch: LoggedBatch, tensors: dict[str, Tensor]) -> dict[str, Any]:
     turns = [json.dumps([vars(turn) for turn in t.turns], default=_plain, ensure_ascii=False) for t in trajectories]
     return {
         "step": [batch.step] * count,
+        "batch": [batch.number] * count,
         "rollout": [first + row for row in range(count)],
         "group": [(first + row) // batch.num_generations for row in range(count)],
         "prompt": [_as_json(prompt) for prompt in batch.prompts],
@@ -250,15 +267,20 @@ def write(table: pa.Table, path: Path) -> int:
 
 
 def find_files(folder: Path) -> list[Path]:
-    """Files of a rollout log in a folder, in order of steps and processes; there may be none."""
-    named = [(_NAME.fullmatch(path.name), path) for path in folder.glob("*.parquet")]
-    found = [(tuple(map(int, match.groups())), path) for match, path in named if match is not None]
-    return [path for _, path in sorted(found)]
+    """Files of a rollout log in a folder, in order of rollout batches and processes; there may be none."""
+    placed = [(place_in_log(path), path) for path in folder.glob("*.parquet")]
+    return [path for _, path in sorted((place, path) for place, path in placed if place is not None)]
+
+
+def place_in_log(path: Path) -> tuple[int, int, int] | None:
+    """Step, rollout batch of that step, and process in the name of a file; `None` if it is no name of a log."""
+    match = _NAME.fullmatch(path.name)
+    return None if match is None else (int(match["step"]), int(match["nth"] or 0), int(match["process"]))
 
 
 def log_files(folder: str | Path) -> list[Path]:
     """
-    Files of a rollout log, in order of steps and processes.
+    Files of a rollout log, in order of rollout batches and processes.
 
     Args:
         folder (`str` or `Path`):
@@ -281,8 +303,33 @@ def log_files(folder: str | Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The step in the name of a file."""
-    return int(path.name.partition("-")[0])
+    """The step in the name of a file of a log."""
+    return int(re.match(r"\d+", path.name)[0])  # type: ignore[index]
+
+
+def batch_files(files: Iterable[Path], process: int) -> dict[int, Path]:
+    """
+    The files of one process by the number of their rollout batch. What has no such number, or cannot be read, is left
+    out.
+
+    Args:
+        files (`Iterable[Path]`):
+            From [`log_files`].
+        process (`int`):
+            Whose files.
+    """
+    found = {}
+    for path in files:
+        place = place_in_log(path)
+        if place is None or place[2] != process:
+            continue
+        try:
+            numbers = pq.read_table(path, columns=["batch"])["batch"]
+        except (OSError, pa.ArrowException, KeyError):
+            continue
+        if len(numbers) and numbers[0].is_valid:
+            found[numbers[0].as_py()] = path
+    return found
 
 
 def read_table(path: str | Path) -> pa.Table:
@@ -311,6 +358,8 @@ def read_table(path: str | Path) -> pa.Table:
             f"{path} has version {metadata['version']} of the rollout log, this package reads version {VERSION} and "
             f"older. Install a newer trl_toolgrpo."
         )
+    if "batch" not in table.column_names:
+        table = table.append_column(SCHEMA.field("batch"), pa.nulls(table.num_rows, pa.int64()))
     missing = [name for name in SCHEMA.names if name not in table.column_names]
     if missing:
         raise RolloutLogError(f"{path} is no whole rollout log: the columns {', '.join(missing)} are missing.")

@@ -1,6 +1,6 @@
 """What a run leaves in its output folder while it goes on: its start, its metrics and its rollouts.
 
-Owns, as a mixin of the trainer, what is taken down of a rollout batch and when it is written: once its last update is
+A mixin of the trainer: what is taken down of a rollout batch and when it is written: once its last update is
 over, on a thread of its own, so that training waits for no disk. The formats are those of `rollout_log.py` and
 `run_files.py`.
 """
@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
+from .batch_position import batch_in_use, batch_number
 from .config import ToolGRPOConfig
 from .rollout.engine import RolloutBatch
 from .rollout_log import FOLDER, LoggedBatch, file_name, find_files, read_table, step_of, tabulate, with_ratios, write
@@ -65,13 +66,13 @@ class RolloutWriter:
         own = [path for path in find_files(folder) if path.name.endswith(f"-{process:03d}.parquet")]
         self._sizes = {path: path.stat().st_size for path in own}
 
-    def put(self, step: int, batch: LoggedBatch | pa.Table, ratios: Ratios) -> None:
+    def put(self, name: str, batch: LoggedBatch | pa.Table, ratios: Ratios) -> None:
         """
         Write a batch, when the one before is written.
 
         Args:
-            step (`int`):
-                Step of the batch.
+            name (`str`):
+                Name of its file.
             batch ([`LoggedBatch`] or `pa.Table`):
                 The batch.
             ratios (`list[tuple[Tensor, Tensor]]`):
@@ -79,7 +80,7 @@ class RolloutWriter:
         """
         self.wait()
         if not self._failed:
-            self._writing = self._thread.submit(self._write, step, batch, ratios)
+            self._writing = self._thread.submit(self._write, name, batch, ratios)
 
     def table(self, batch: LoggedBatch | pa.Table, ratios: Ratios) -> pa.Table:
         """A batch as it is written."""
@@ -104,8 +105,8 @@ class RolloutWriter:
         finally:
             self._thread.shutdown()
 
-    def _write(self, step: int, batch: LoggedBatch | pa.Table, ratios: Ratios) -> None:
-        path = self._folder / file_name(step, self._process)
+    def _write(self, name: str, batch: LoggedBatch | pa.Table, ratios: Ratios) -> None:
+        path = self._folder / name
         self._sizes.pop(path, None)
         self._sizes[path] = write(self.table(batch, ratios), path)
         while sum(self._sizes.values()) > self._limit and len(self._sizes) > 1:
@@ -130,7 +131,8 @@ class RunLog(GRPOTrainer):
     _redactor = Redactor()
     _writer: RolloutWriter | None = None
     _logged: LoggedBatch | pa.Table | None = None  # the batch in use
-    _logged_step = 0
+    _logged_name = ""  # of its file
+    _begun: tuple[int, int] = (-1, 0)  # an optimizer step, and the rollout batches that have begun in it
     _logged_ratios: dict[int, tuple[Tensor, Tensor]]  # by micro-batch
     _asked: tuple[list, list] = ([], [])  # prompts and completions
     _scores: Tensor | None = None
@@ -147,7 +149,7 @@ class RunLog(GRPOTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's training; what was logged of it is on disk when it ends, however it does."""
-        self._logged, self._run_folder, self._full = None, None, set()
+        self._logged, self._run_folder, self._full, self._begun = None, None, set(), (-1, 0)
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -225,6 +227,7 @@ class RunLog(GRPOTrainer):
     def _take_down(self, counts: dict[str, int]) -> None:
         """Keep what is logged of the rollout batch that was just made."""
         batches: Any = self._buffered_inputs
+        name = self._name_of_batch()
         if self._batch is None or self._scores is None or "rollout" not in batches[0]:
             return
         trajectories = self._batch.trajectories
@@ -233,7 +236,7 @@ class RunLog(GRPOTrainer):
             name: values if name == "num_tokens" else values[counts.get(name, 0) :]
             for name, values in self._metrics["train"].items()
         }
-        self._logged_step, self._logged_ratios = self.state.global_step, {}
+        self._logged_name, self._logged_ratios = name, {}
         self._logged = LoggedBatch(
             step=self.state.global_step,
             process=self.accelerator.process_index,
@@ -247,7 +250,15 @@ class RunLog(GRPOTrainer):
             batches=list(batches),
             metrics={name: list(values) for name, values in metrics.items() if values},
             random=random_states(self.accelerator.device),
+            number=batch_number(self),
         )
+
+    def _name_of_batch(self) -> str:
+        """Name of the file of the rollout batch that has just begun; to be asked for once for each of them."""
+        step, (last, count) = self.state.global_step, self._begun
+        nth = count if step == last else 0
+        self._begun = step, nth + 1
+        return file_name(step, self.accelerator.process_index, nth)
 
     def _note_ratios(self, inputs: dict[str, Any], logps: Tensor, mask: Tensor) -> None:
         """Keep the ratios of a micro-batch, shape (B, T): 1 at tokens that do not train."""
@@ -257,14 +268,14 @@ class RunLog(GRPOTrainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._step % ((self.args.steps_per_generation or 1) * self.num_iterations) == 0:
+        if not batch_in_use(self):
             self._put_logged()
         return loss
 
     def _put_logged(self) -> None:
         """Write the batch whose last update is over."""
         if self._logged is not None and self._writer is not None:
-            self._writer.put(self._logged_step, self._logged, list(self._logged_ratios.values()))
+            self._writer.put(self._logged_name, self._logged, list(self._logged_ratios.values()))
         self._logged, self._logged_ratios = None, {}
 
     # Checkpoints
@@ -273,7 +284,7 @@ class RunLog(GRPOTrainer):
         super()._write_checkpoint(model, trial, staged, target)  # type: ignore[misc]
         if self._logged is not None and self._writer is not None:
             table = self._writer.table(self._logged, list(self._logged_ratios.values()))
-            write(table, staged / FOLDER / file_name(self._logged_step, self.accelerator.process_index))
+            write(table, staged / FOLDER / self._logged_name)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -282,7 +293,7 @@ class RunLog(GRPOTrainer):
         own = f"-{self.accelerator.process_index:03d}.parquet"
         for path in find_files(Path(checkpoint) / FOLDER):
             if path.name.endswith(own):
-                self._logged, self._logged_step, self._logged_ratios = read_table(path), step_of(path), {}
+                self._logged, self._logged_name, self._logged_ratios = read_table(path), path.name, {}
 
 
 class _RunLogCallback(TrainerCallback):

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
+from .batch_position import batch_in_use
 from .checkpoint import tolerated
 from .checks import check_reference, reference_mode
 from .config import ToolGRPOConfig
@@ -86,7 +87,7 @@ class ReferenceSync(GRPOTrainer):
                 "`sync_reference()` was called, but this run has no reference to sync. Pass `sync_ref_model=True` and "
                 "a `beta` above 0."
             )
-        if self._batch_in_use():
+        if batch_in_use(self):
             self._sync_pending = True
             return None
         self._sync_pending = False
@@ -101,10 +102,6 @@ class ReferenceSync(GRPOTrainer):
         self._syncs += 1
         self._sync_report, self._unmoved = report, True
         return report
-
-    def _batch_in_use(self) -> bool:
-        every = (self.args.steps_per_generation or 1) * self.num_iterations
-        return self._buffered_inputs is not None and self._step % every != 0
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         training = self.model.training

@@ -20,7 +20,9 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id
 
 from .assist import AssistedWarmup
+from .batch_position import micro_batches_of
 from .checks import (
+    check_best_metric,
     check_dataset,
     check_forcing,
     check_optimizer,
@@ -36,6 +38,7 @@ from .critic import Critic
 from .deterministic import Determinism
 from .diagnostics import (
     RatioStatistics,
+    averages,
     check_logprobs,
     console_line,
     length_metrics,
@@ -113,6 +116,7 @@ class ToolGRPOTrainer(
     model: Any
     processing_class: Any
     _recording = _skip_scoring = _capturing = _evaluating = _unevaluated = False
+    _eval_prefix = "eval"  # of the evaluation in progress
     _batch: RolloutBatch | None = None
     _captured: Tensor | None = None
 
@@ -141,6 +145,7 @@ class ToolGRPOTrainer(
         args = ToolGRPOConfig.from_grpo_config(args)
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             check_dataset(name, dataset, bool(tools or mcp_servers), environment_factory is not None)
+        check_best_metric(args, eval_dataset)
         # Whether rollouts are this package's own; a `rollout_func` and multimodal models take TRL's way
         self._recording = args.record_sample_logprobs and rollout_func is None
         check_forcing(args, self._recording, bool(tools or environment_factory or mcp_servers), train_dataset)
@@ -196,13 +201,15 @@ class ToolGRPOTrainer(
         self._ratio = RatioStatistics()
         self._sampled_at = -1
         self._carried: dict[str, float] = {}  # figures of the current rollout batch, for steps that reuse it
+        self._forced_shares: list[float] = []  # `forced/fraction` of the batch of each micro-batch not yet logged
         self._checked = self.args.logprob_check == "off"
         if self._recording and self._is_vlm:
             refuse_multimodal(self.args)
             self._recording = False
             logger.warning("The model is multimodal: its rollouts take TRL's path, and no log-prob is recorded.")
-        if not self._recording or not self.args.shared_prompt_updates:
-            self._packs = False  # TRL's own pass, unchanged
+        # TRL's own pass, unchanged. Which tokens are above a quantile of the entropies also depends on how they round
+        if not self._recording or not self.args.shared_prompt_updates or self.top_entropy_quantile < 1.0:
+            self._packs = False
         if not self._recording:
             if self._mcp is not None:
                 self._make_chat()
@@ -344,10 +351,9 @@ class ToolGRPOTrainer(
             return
         self._checked = self.args.logprob_check == "first"
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
-        mask = torch.zeros_like(output["completion_ids"])  # TRL's own mask leaves out truncated completions
-        for row, trajectory in enumerate(batch.trajectories):
-            mask[row, : len(trajectory.completion_ids)] = 1
-        mask = torch.cat([output["prompt_mask"], mask], dim=1)
+        # TRL's own mask leaves out truncated completions
+        own = batch.attention_mask(output["completion_ids"].size(1), ids.device)
+        mask = torch.cat([output["prompt_mask"], own], dim=1)
         checkpointing: Any = self.args.gradient_checkpointing_kwargs
         with scoring_mode(self.model), disable_gradient_checkpointing(self.model, checkpointing):
             width, size = output["completion_ids"].size(1), self.args.per_device_train_batch_size
@@ -377,14 +383,15 @@ class ToolGRPOTrainer(
 
     def _scores_old_logprobs(self) -> bool:
         """Whether TRL's first pass of a batch is the one for old log-probs: when steps and batches are not aligned."""
-        generate_every = (self.args.steps_per_generation or 1) * self.num_iterations
-        return self.args.gradient_accumulation_steps % generate_every != 0
+        return self.args.gradient_accumulation_steps % micro_batches_of(self.args) != 0
 
     # Updates
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if not self._recording:
             return super()._compute_loss(model, inputs)
+        if self.model.training:
+            self._carry_over()
         if "assist_mask" in inputs:
             return self._touch_value_head(self._assisted_loss(model, inputs))
         self._capturing, self._ask_values = True, "value_targets" in inputs
@@ -402,10 +409,45 @@ class ToolGRPOTrainer(
         self._captured = None
         return self._add_value_loss(loss, inputs) if "value_targets" in inputs else loss
 
+    def _carry_over(self) -> None:
+        """A step that reuses a rollout batch has its share of forced tokens, and tells of its tool calls."""
+        metrics = self._metrics["train"]
+        for name in ("forced/fraction", "tools/call_frequency", "tools/failure_frequency"):
+            if metrics.get(name):
+                self._carried[name] = metrics[name][-1]
+        if "forced/fraction" in self._carried:
+            self._forced_shares.append(self._carried["forced/fraction"])
+
+    # Figures
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """
+        TRL's evaluation. All figures of a data set have its prefix: with several of them, `eval_<name>_reward`.
+
+        Args:
+            eval_dataset, ignore_keys, metric_key_prefix:
+                As in [`~transformers.Trainer.evaluate`].
+
+        Returns:
+            `dict[str, float]`: the figures.
+        """
+        before, self._eval_prefix = self._eval_prefix, metric_key_prefix
+        self._metrics["eval"].clear()  # of an evaluation that failed, or of `predict`
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._eval_prefix = before
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not self.model.training and self._eval_prefix != "eval":  # TRL would write `eval_` before each of them
+            logs.update({f"{self._eval_prefix}_{name}": x for name, x in averages(self._metrics["eval"]).items()})
+            self._metrics["eval"].clear()
         training = self._recording and self.model.training
         if training:
-            self._carry_over()
+            if self._forced_shares:
+                self._metrics["train"]["forced/fraction"], self._forced_shares = self._forced_shares, []
             found = self._ratio.metrics(lambda x: self.accelerator.reduce(x, reduction="sum"), self.accelerator.gather)
             self._metrics["train"].update({name: [value] for name, value in found.items()})
             self._ratio.reset()
@@ -413,12 +455,3 @@ class ToolGRPOTrainer(
         line = console_line({**self._carried, **logs}) if training else None
         if line is not None and self.accelerator.is_main_process:
             print(line, flush=True)
-
-    def _carry_over(self) -> None:
-        """A step that reuses a rollout batch has its share of forced tokens, and tells of its tool calls."""
-        metrics = self._metrics["train"]
-        for name in ("forced/fraction", "tools/call_frequency", "tools/failure_frequency"):
-            if metrics.get(name):
-                self._carried[name] = sum(metrics[name]) / len(metrics[name])
-        if "forced/fraction" in self._carried and (self._ratio.filled or metrics.get("forced/loss")):
-            metrics["forced/fraction"] = [self._carried["forced/fraction"]]

@@ -6,6 +6,7 @@ or newer than this version becomes a problem in words, and the rest is read all 
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +63,19 @@ class RunFolder:
         logged = [(entry["step"], entry[metric]) for entry in self.metrics if metric in entry]
         points = [(step, value) for step, value in logged if value is None or _is_number(value)]
         return [step for step, _ in points], [math.nan if value is None else float(value) for _, value in points]
+
+    def evaluations(self) -> list[tuple[str, str]]:
+        """Prefix and name of each evaluation set, by the time it took, which is always logged; one without a name, or
+        of which that is not known, is `("eval_", "")`."""
+        logged = dict.fromkeys(name for entry in self.metrics for name in entry)
+        names = [name[len("eval_") : -len("_runtime")] for name in logged if re.fullmatch("eval_.+_runtime", name)]
+        plain = [("eval_", "")] if "eval_runtime" in logged or not names else []
+        return plain + [(f"eval_{name}_", name) for name in names]
+
+    def metric_of(self, name: str) -> str:
+        """A metric without the prefix of the evaluation set it is of."""
+        prefixes = [prefix for prefix, _ in self.evaluations() if name.startswith(prefix)]
+        return name[len(max(prefixes, key=len, default="")) :]
 
     def metric_names(self) -> list[str]:
         """Every metric that has a number somewhere, in the order of its first appearance."""

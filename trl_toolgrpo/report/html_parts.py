@@ -15,14 +15,8 @@ from .verdict import Finding, Verdict, edges
 
 
 MARKS = {"ok": "✓", "warning": "!", "error": "✕", "unknown": "?"}
-COMPARED = (
-    "reward",
-    "eval_reward",
-    "rollout/tokens_per_second",
-    "tools/failure_frequency",
-    "completions/clipped_ratio",
-)
-"""Metrics that a comparison puts side by side."""
+COMPARED = ("rollout/tokens_per_second", "tools/failure_frequency", "completions/clipped_ratio")
+"""Metrics that a comparison puts side by side, after the rewards of training and of each evaluation set."""
 
 
 def verdict_html(run: RunFolder, verdict: Verdict, number: int, several: bool) -> str:
@@ -61,7 +55,8 @@ def curves_html(runs: Sequence[RunFolder]) -> str:
     """The panels of all metrics: those of [`FIRST`], then the rest folded away."""
     names = list(dict.fromkeys(name for run in runs for name in run.metric_names()))
     trained = [name for name in names if not name.startswith("eval_")]
-    trained += [name[5:] for name in names if name.startswith("eval_") and name[5:] not in trained]
+    evaluated = [run.metric_of(name) for run in runs for name in run.metric_names() if name.startswith("eval_")]
+    trained = list(dict.fromkeys([*trained, *evaluated]))
     first = [name for name in FIRST if name in trained]
     rest = [name for name in trained if name not in first]
     if not trained:
@@ -75,10 +70,12 @@ def curves_html(runs: Sequence[RunFolder]) -> str:
 def _lines(runs: Sequence[RunFolder], metric: str) -> list[Line]:
     lines = []
     for number, run in enumerate(runs):
-        for kind, name in (("train", metric), ("eval", f"eval_{metric}")):
-            steps, values = run.curve(name)
+        sets = [("eval", prefix, name) for prefix, name in run.evaluations()]
+        for kind, prefix, name in [("train", "", ""), *sets]:
+            steps, values = run.curve(f"{prefix}{metric}")
             if steps:
-                lines.append(Line(run.name, steps, values, kind, number))
+                label = f"{run.name}, {name}" if name else run.name
+                lines.append(Line(label, steps, values, kind, number))
     return lines
 
 
@@ -166,7 +163,8 @@ def _short(value: Any) -> str:
 def comparison_html(runs: Sequence[RunFolder]) -> str:
     """Begin and end of the main figures of two runs, side by side."""
     rows = []
-    for metric in COMPARED:
+    held_out = list(dict.fromkeys(f"{prefix}reward" for run in runs for prefix, _ in run.evaluations()))
+    for metric in ("reward", *held_out, *COMPARED):
         found = [edges(run.curve(metric)[1]) for run in runs]
         if any(found):
             rows.append(_row(metric, ["" if ends is None else f"{ends[0]:.3g} → {ends[1]:.3g}" for ends in found]))

@@ -32,6 +32,7 @@ class Index:
     """What the list of rollouts shows and filters by, one entry in each column for each rollout."""
 
     step: list[int] = field(default_factory=list)
+    batch: list[int] = field(default_factory=list)
     group: list[int] = field(default_factory=list)
     rollout: list[int] = field(default_factory=list)
     reward: list[float | None] = field(default_factory=list)
@@ -139,6 +140,7 @@ def _index(table: RolloutTable, rows: range) -> Index:
     rewards = [float(table.reward[row]) for row in rows]
     return Index(
         step=[int(table.step[row]) for row in rows],
+        batch=[int(table.batch[row]) for row in rows],
         group=[int(table.group[row]) for row in rows],
         rollout=[int(table.rollout[row]) for row in rows],
         reward=[round(reward, 4) if np.isfinite(reward) else None for reward in rewards],

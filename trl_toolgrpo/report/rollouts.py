@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..rollout_log import FOLDER, KEY, VERSION
+from ..rollout_log import FOLDER, KEY, VERSION, place_in_log
 
 
 REQUIRED = ("step", "completion_ids", "logprobs", "tool_mask", "forced_mask")
 FIGURES = {"logprob": "logprobs", "ratio": "ratios", "advantage": "advantages", "value": "values"}
 """Figures of each completion token, and the columns that hold them."""
 _READ = (
-    *REQUIRED, "rollout", "group", "prompt", "messages", "prompt_ids", "stop_reason", "turns", "tools", "rewards",
+    *REQUIRED, "batch",
+    "rollout", "group", "prompt", "messages", "prompt_ids", "stop_reason", "turns", "tools", "rewards",
     "reward", "assisted", "advantages", "values", "ratios",
 )  # fmt: skip
 
@@ -75,8 +76,8 @@ class RolloutTable:
     Rollouts of one file.
 
     Args:
-        step, group, rollout (`np.ndarray`):
-            Integers, shape (rows,).
+        step, batch, group, rollout (`np.ndarray`):
+            Integers, shape (rows,); -1 where the file has none.
         reward (`np.ndarray`):
             Weighted sum of rewards; NaN where a rollout is unscored.
         stop_reason, prompt, messages (`list[str]`):
@@ -92,6 +93,7 @@ class RolloutTable:
     """
 
     step: np.ndarray
+    batch: np.ndarray
     group: np.ndarray
     rollout: np.ndarray
     reward: np.ndarray
@@ -128,7 +130,8 @@ def find_rollout_files(folder: Path, problems: list[str]) -> list[RolloutFile]:
     import pyarrow.parquet as parquet
 
     found = []
-    for path in sorted((folder / FOLDER).glob("*.parquet")):
+    paths = (folder / FOLDER).glob("*.parquet")
+    for path in sorted(paths, key=lambda path: (place_in_log(path) or (), path.name)):
         try:
             meta = parquet.read_metadata(path)
             names = meta.schema.to_arrow_schema().names
@@ -203,6 +206,7 @@ def _read_table(table: Any) -> tuple[RolloutTable, int]:
             elif len(found.values):
                 figures[figure] = _spread(found, completion_ids)
     integers = {name: _column(table, name, -1) for name in ("step", "group", "rollout")}
+    integers["batch"] = [-1 if number is None else number for number in _column(table, "batch", -1)]
     return RolloutTable(
         **{name: np.array(values, dtype=np.int64) for name, values in integers.items()},
         reward=np.array([np.nan if x is None else x for x in _column(table, "reward", None)], dtype=np.float64),

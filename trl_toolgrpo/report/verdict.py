@@ -144,8 +144,9 @@ def summarize(run: RunFolder) -> list[str]:
     times = [entry["time"] for entry in run.metrics if isinstance(entry.get("time"), (int, float))]
     lasted = f", {_duration(times[-1] - times[0])}" if len(times) > 1 and times[-1] > times[0] else ""
     sentences = [f"Steps {first} to {last} are logged{lasted}."]
-    for metric, what in (("reward", "The mean reward of training"), ("eval_reward", "The held-out reward")):
-        sentences += _moved(run, metric, what)
+    sentences += _moved(run, "reward", "The mean reward of training")
+    for prefix, name in run.evaluations():
+        sentences += _moved(run, f"{prefix}reward", f"The held-out reward{f' on {name}' if name else ''}")
     for metric, words in (
         ("ratio/mean", "The ratio of the policy to what sampled was {:.3f} on average over the last steps."),
         (

@@ -154,6 +154,11 @@ class RolloutBatch:
         """Recorded log-probs, nats, float32, shape (B, `width`), right-padded with 0.0."""
         return _padded([trajectory.logprobs for trajectory in self.trajectories], width).to(device)
 
+    def attention_mask(self, width: int, device: torch.device) -> Tensor:
+        """1 for every token of a completion, whether or not it trains, int64, shape (B, `width`)."""
+        lengths = torch.tensor([len(trajectory.completion_ids) for trajectory in self.trajectories])
+        return (torch.arange(width) < lengths[:, None]).long().to(device)
+
     def entropies(self, width: int, device: torch.device) -> Tensor | None:
         """Recorded entropies, nats, float32, shape (B, `width`), right-padded with 0.0; `None` if there are none."""
         recorded = [rollout.entropies for rollout in self.rollouts if rollout.entropies is not None]

@@ -32,6 +32,7 @@ function drawFacts(entry) {
     append(fact, "b", "", value);
   };
   add("step", entry.step);
+  if (entry.batch >= 0) add("rollout batch", entry.batch);
   add("group", entry.group);
   add("rollout", entry.rollout);
   add("reward", shown(entry.reward));

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import ConfigError, ReferenceSyncError
-from .reference import ADAPTER, Comparison, SyncReport
+from .reference import Comparison, SyncReport, remove_twin
 from .rollout.sampler import scoring_mode
 from .sharding import assign, full, local, whole
 
@@ -72,11 +72,7 @@ class MergedReference:
 
     def __init__(self, model: Any, adapter: str) -> None:
         self._model, self._adapter = model, adapter
-        if ADAPTER in model.peft_config and adapter != ADAPTER:
-            trained = {name: p.requires_grad for name, p in model.named_parameters()}
-            model.delete_adapter(ADAPTER)
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(trained[name])
+        remove_twin(model)
         self._randomness = random.Random(0)
         self._layers = _tuner_layers(model)
         with torch.no_grad():
@@ -194,8 +190,9 @@ def effective_weights(model: Any, adapter: str, skip: Container[str] = ()) -> It
             if f"{name}.weight" not in skip:
                 yield f"{name}.weight", _effective_weight(name, layer, adapter)
             if getattr(layer, "lora_bias", {}).get(adapter):
-                difference = layer.lora_B[adapter].bias.detach() * layer.scaling[adapter]
-                yield f"{name}.bias", layer.get_base_layer().bias.detach().float() + difference.float()
+                bias = layer.get_base_layer().bias
+                difference = layer.lora_B[adapter].bias.detach().float() * layer.scaling[adapter]
+                yield f"{name}.bias", difference if bias is None else bias.detach().float() + difference
     for name, parameter in base.named_parameters():
         outside = ".modules_to_save." not in f".{name}" and not name.startswith("value_head.")
         if parameter.requires_grad and outside and name.endswith("bias") and "lora_" not in name:

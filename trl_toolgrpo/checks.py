@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from trl.chat_template_utils import supports_tool_calling
 
@@ -239,6 +240,26 @@ def check_policy_is_trained(model: Any) -> None:
         reason = f"no parameter of the adapter {', '.join(map(repr, active))} requires a gradient"
         remedy = f"Call `model.set_adapter({active[0]!r})`, which makes it trainable, or pass a `peft_config`."
     raise ConfigError(f"{start}{reason}, and the base model is frozen. {remedy}")
+
+
+def check_head(model: Any) -> None:
+    """
+    Check that log-probs can be computed with the LM head of a policy, whose weight and bias TRL reads by themselves.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The policy.
+
+    Raises:
+        ConfigError: for a head that shares the trained tokens of the embedding it is tied to.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, AuxiliaryTrainingWrapper) and not isinstance(head, ModulesToSaveWrapper):
+        raise ConfigError(
+            f"You passed `trainable_token_indices` for a model whose LM head is tied to its embedding, so that the "
+            f"head is a {type(head).__name__}, with which TRL cannot compute log-probs. Leave "
+            f"`trainable_token_indices` out, or untie the head (`tie_word_embeddings=False`) before adding the adapter."
+        )
 
 
 def check_optimizer_holds_policy(model: Any, optimizer: Any, scheduler: Any = None) -> None:

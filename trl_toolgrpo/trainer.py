@@ -23,6 +23,7 @@ from .assist import AssistedWarmup
 from .checks import (
     check_dataset,
     check_forcing,
+    check_head,
     check_optimizer,
     check_optimizer_holds_policy,
     check_policy_is_trained,
@@ -184,6 +185,7 @@ class ToolGRPOTrainer(
         """Everything that TRL's constructor had to make the model for."""
         check_optimizer(self.args)
         check_policy_is_trained(self.model)
+        check_head(self.model)
         check_optimizer_holds_policy(self.model, self.optimizer, self.lr_scheduler)
         keep_trainable(self.model)
         self._prepare_reference(given_adapter)

@@ -246,7 +246,6 @@ def test_a_second_trainer_takes_the_policy_as_it_is(tmp_path):
     trainer, _ = started(tmp_path, "lora", True)
     trainer.train()
     model = trainer.model
-    del model.forward  # as TRL leaves it, bound to the first trainer
     by_hand = get_peft_model(base(), lora())
     with torch.no_grad():
         for name, parameter in by_hand.named_parameters():

@@ -298,7 +298,7 @@ def check_optimizer_holds_policy(model: Any, optimizer: Any, scheduler: Any = No
     if len(missing) == len(trained) or stale:
         raise ConfigError(
             f"You passed an optimizer that leaves {len(missing)} of the policy's {len(trained)} trained tensors as "
-            f"they are: {some}. It holds {len(held)} others, such as those of the model before its adapter was added "
+            f"they are: {some}. It holds {len(held - {id(p) for p in trained.values()})} others, such as those of the model before its adapter was added "
             f"(`peft_config` adds one when the trainer is made) or of another model. Leave the optimizer out and set "
             f"`optim` and `learning_rate`; or wrap the model with `get_peft_model` first, make the optimizer from its "
             f"parameters, and pass both without `peft_config`."

@@ -1,6 +1,6 @@
 """The reference of each variant of an adapter, as the trainer scores it, against a model kept by hand.
 
-The model by hand is a deep copy of the policy as it was, or a plain model with weights that PEFT has merged and that are
+The model by hand is a copy of the policy as it was, or a plain model with weights that PEFT has merged and that are
 averaged here; its log-probs come from a plain forward pass.
 """
 
@@ -226,7 +226,7 @@ def test_several_adapters_in_a_model_are_told_apart(tmp_path):
         model.set_adapter("default")
         move(model, 1)
         by_hand = copy.deepcopy(model)
-        synced = {} if mode is None else {"sync_ref_model": True, "ref_sync_mode": mode, "ref_model_mixup_alpha": alpha}
+        synced = {"sync_ref_model": True, "ref_sync_mode": mode, "ref_model_mixup_alpha": alpha} if mode else {}
         trainer = ToolGRPOTrainer(
             model, lambda completions, **kwargs: [1.0] * len(completions), config(tmp_path, beta=0.1, **synced),
             prompts(8), processing_class=TOKENIZER,

@@ -187,17 +187,21 @@ def effective_weights(model: Any, adapter: str, skip: Container[str] = ()) -> It
         elif isinstance(module, AuxiliaryTrainingWrapper):
             raise _unmergeable(name, type(module).__name__)
         elif isinstance(module, BaseTunerLayer) and _has(module, adapter):
-            layer: Any = module
-            if (weight := weight_name(name, layer)) not in skip:
-                yield weight, _effective_weight(name, layer, adapter)
-            if getattr(layer, "lora_bias", {}).get(adapter):
-                bias = layer.get_base_layer().bias
-                difference = layer.lora_B[adapter].bias.detach().float() * layer.scaling[adapter]
-                yield f"{name}.bias", difference if bias is None else bias.detach().float() + difference
+            yield from _effective_tensors(name, module, adapter, skip)
     for name, parameter in base.named_parameters():
         outside = ".modules_to_save." not in f".{name}" and not name.startswith("value_head.")
         if parameter.requires_grad and outside and name.endswith("bias") and "lora_" not in name:
             yield name.replace(".base_layer.", "."), parameter.detach().float()
+
+
+def _effective_tensors(name: str, layer: Any, adapter: str, skip: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    """Weight of an adapted layer, and its bias if the adapter has one, whether the layer itself has one or not."""
+    if (weight := weight_name(name, layer)) not in skip:
+        yield weight, _effective_weight(name, layer, adapter)
+    if getattr(layer, "lora_bias", {}).get(adapter):
+        bias = layer.get_base_layer().bias
+        difference = layer.lora_B[adapter].bias.detach().float() * layer.scaling[adapter]
+        yield f"{name}.bias", difference if bias is None else bias.detach().float() + difference
 
 
 def _effective_weight(name: str, layer: Any, adapter: str) -> Tensor:

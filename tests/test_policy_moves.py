@@ -242,6 +242,13 @@ def test_weights_that_do_not_move_raise_an_alarm(tmp_path, peft, estimator):
     assert "policy_still" in alarms(tmp_path)
 
 
+def test_rollouts_of_trl_are_watched_too(tmp_path):
+    trainer = start(tmp_path, record_sample_logprobs=False)
+    trainer.add_callback(Restore())
+    trainer.train()
+    assert "policy_still" in alarms(tmp_path) and not any("policy/moved" in entry for entry in entries(trainer))
+
+
 def test_a_rate_that_rounds_to_nothing_raises_an_alarm(tmp_path):
     start(tmp_path, learning_rate=1e-30).train()
     assert "policy_still" in alarms(tmp_path)

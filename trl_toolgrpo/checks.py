@@ -258,7 +258,7 @@ def check_head(model: Any) -> None:
         raise ConfigError(
             f"You passed `trainable_token_indices` for a model whose LM head is tied to its embedding, so that the "
             f"head is a {type(head).__name__}, with which TRL cannot compute log-probs. Leave "
-            f"`trainable_token_indices` out, or untie the head (`tie_word_embeddings=False`) before adding the adapter."
+            f"`trainable_token_indices` out, or untie the head (`tie_word_embeddings=False`) before you add it."
         )
 
 
@@ -293,19 +293,20 @@ def check_optimizer_holds_policy(model: Any, optimizer: Any, scheduler: Any = No
     if not missing:
         return
     adapted = {id(parameter) for parameter in trained.values()} & set(_adapter_parameters(model))
-    stale = bool(held - known) or (bool(adapted) and not adapted & held)  # made before the adapter, or of another model
+    # Made for another model, or before the adapter was added
+    stale = bool(held - known) or (bool(adapted) and not adapted & held)
     some = f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
     if len(missing) == len(trained) or stale:
         raise ConfigError(
             f"You passed an optimizer that leaves {len(missing)} of the policy's {len(trained)} trained tensors as "
-            f"they are: {some}. It holds {len(held - {id(p) for p in trained.values()})} others, such as those of the model before its adapter was added "
-            f"(`peft_config` adds one when the trainer is made) or of another model. Leave the optimizer out and set "
-            f"`optim` and `learning_rate`; or wrap the model with `get_peft_model` first, make the optimizer from its "
-            f"parameters, and pass both without `peft_config`."
+            f"they are: {some}. It holds {len(held - {id(p) for p in trained.values()})} others, such as those of the "
+            f"model before its adapter was added (`peft_config` adds one when the trainer is made) or of another "
+            f"model. Leave the optimizer out and set `optim` and `learning_rate`; or wrap the model with "
+            f"`get_peft_model` first, make the optimizer from its parameters, and pass both without `peft_config`."
         )
     logger.warning(
-        "The optimizer you passed holds %d of the policy's %d trained tensors; the others get a gradient and are never "
-        "moved: %s. Freeze them with `requires_grad_(False)` if that is meant.",
+        "The optimizer you passed holds %d of the policy's %d trained tensors; the others get a gradient and are "
+        "never moved: %s. Freeze them with `requires_grad_(False)` if that is meant.",
         len(trained) - len(missing),
         len(trained),
         some,
@@ -507,7 +508,7 @@ def _check_given_adapters(beta: float, model: Any, adapters: dict[str, Any]) -> 
     if not isinstance(model, PeftModel):
         raise ConfigError(
             f"You passed a model with adapters that transformers has loaded into it and `beta={beta}`. No reference "
-            f"can be kept of them. Load the adapter with `PeftModel.from_pretrained(model, folder, is_trainable=True)`."
+            f"can be kept of them. Load them with `PeftModel.from_pretrained(model, folder, is_trainable=True)`."
         )
     if "default" not in adapters:
         raise ConfigError(

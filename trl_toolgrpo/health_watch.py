@@ -65,13 +65,13 @@ class HealthWatch(RunLog):
         return scores
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._motion is not None and self.model.training and "loss" in logs:
-            moved = self._motion.take()
-            if moved is not None:
-                self._metrics["train"]["policy/moved"].append(moved)
+        moved = self._motion.take() if self._motion is not None and self.model.training and "loss" in logs else None
+        if moved is not None and self._recording:  # else the log is TRL's own
+            self._metrics["train"]["policy/moved"].append(moved)
         super().log(logs, start_time)
         if self._monitor is not None and self.model.training and "loss" in logs:
-            self._check_health(self._monitor, self.state.log_history[-1])
+            known = {} if moved is None else {"policy/moved": moved}
+            self._check_health(self._monitor, {**self.state.log_history[-1], **known})
 
     def _check_health(self, monitor: HealthMonitor, metrics: dict[str, Any]) -> None:
         found: list[Any] = [None]

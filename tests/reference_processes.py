@@ -17,9 +17,10 @@ from trl_toolgrpo.reference import AdapterReference, Comparison
 from trl_toolgrpo.sharding import full
 
 
-def reduce(tensor):
-    dist.all_reduce(tensor)
-    return tensor
+def gather(tensor):
+    shares = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(shares, tensor)
+    return torch.cat(shares)
 
 
 def sharded(tokenizer):
@@ -35,7 +36,7 @@ def sharded(tokenizer):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(1.0)
-    report = reference.sync(1.0, Comparison(reduce))
+    report = reference.sync(1.0, Comparison(gather))
     for name, tensor in reference.state().items():
         assert torch.equal(tensor, full(model.get_parameter(name))), name
         assert not torch.equal(tensor, start[name]), name

@@ -65,6 +65,8 @@ def make_trainer(arguments):
     if fault == "bug":
         return [][0]
     model = tiny_model(tokenizer, max_position_embeddings=2048)
+    if fault == "frozen":
+        model.requires_grad_(False)
     return ToolGRPOTrainer(
         model, reward, config({home!r}, **options), data, processing_class=tokenizer, tools=tools
     )
@@ -125,6 +127,7 @@ def test_a_script_of_ones_own_is_a_go_and_every_question_is_answered(script):
         ("schema", "tools", "cannot render the tool 'either'", "Write the schema in words"),
         ("prompt", "data", "tools included, and the model 2048 positions", "Shorten the prompt"),
         ("sampling", "configuration", "top_k=20", "neutral value"),
+        ("frozen", "configuration", "Nothing of the policy would be trained", "requires_grad_(True)"),
         ("weights", "self-check", "not those the trainer computes", "same weights"),
         ("rewards", "rollouts", "the judge is not at home", "training would end there too"),
         ("bug", "construction", "IndexError", "traceback"),

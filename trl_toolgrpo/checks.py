@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
 from trl.chat_template_utils import supports_tool_calling
 
 from .config import ToolGRPOConfig
@@ -219,6 +221,163 @@ def check_optimizer(args: Any) -> None:
             f"You passed `optim={name!r}` on a CPU. Paged optimizers move their state between a GPU and its host, and "
             f"on a CPU there is nothing to page. Use `optim={instead!r}`, or train on a GPU."
         )
+
+
+# The policy, and what moves it
+
+
+def policy_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """
+    Return the parameters of a policy that training can move, by name.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The policy, with a value head or without.
+
+    Returns:
+        `dict[str, nn.Parameter]`: those that require a gradient and take part in the forward pass. The value head is
+        left out, and so are adapters that are not active, switched off or merged into the base weights.
+    """
+    adapters = _adapter_parameters(model)
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and "value_head." not in name and adapters.get(id(parameter), ("", True))[1]
+    }
+
+
+def _adapter_parameters(model: Any) -> dict[int, tuple[str, bool]]:
+    """Return, by the id of each parameter of an adapter, the adapter's name and whether the forward pass uses it."""
+    found = {}
+    for module in model.modules() if hasattr(model, "peft_config") else ():
+        off = getattr(module, "disable_adapters", False) is True or bool(getattr(module, "merged_adapters", ()))
+        for table in getattr(module, "adapter_layer_names", ()):
+            for adapter, layer in getattr(getattr(module, table, None), "items", dict)():
+                used = not off and adapter in module.active_adapters
+                own = layer.parameters() if isinstance(layer, nn.Module) else (layer,)
+                found.update({id(parameter): (adapter, used) for parameter in own})
+    return found
+
+
+def check_policy_is_trained(model: Any) -> None:
+    """
+    Check that something of the policy can be trained.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The policy.
+
+    Raises:
+        ConfigError: for a policy that is frozen: says what is, and what to do.
+    """
+    if policy_parameters(model):
+        return
+    start = "Nothing of the policy would be trained: "
+    if not isinstance(model, PeftModel):
+        raise ConfigError(
+            f"{start}no parameter of the {type(model).__name__} you passed requires a gradient. Call "
+            f"`model.requires_grad_(True)`, or pass a `peft_config` to train an adapter of the frozen model."
+        )
+    active, adapters = list(model.active_adapters), _adapter_parameters(model)
+    loaded = [name for name in active if getattr(model.peft_config[name], "inference_mode", False)]
+    waiting = sorted({adapters[id(p)][0] for p in model.parameters() if p.requires_grad and id(p) in adapters})
+    named = ", ".join(map(repr, waiting))
+    if set(waiting) & set(active):
+        reason = f"the adapter {named} is switched off or merged into the base weights, so no gradient reaches it"
+        remedy = "Call `model.enable_adapter_layers()`, or `model.unmerge_adapter()` if it was merged."
+    elif waiting:
+        reason = f"the adapter {named} requires gradients, but {active} is active and frozen"
+        remedy = f"Call `model.set_adapter({waiting[0]!r})`, or load the adapter to train with `is_trainable=True`."
+    elif loaded:
+        reason = f"the adapter {', '.join(map(repr, loaded))} was loaded for inference, which is PEFT's default"
+        remedy = (
+            "Load it with `PeftModel.from_pretrained(model, folder, is_trainable=True)`, or leave `inference_mode` "
+            "of its configuration at False."
+        )
+    else:
+        reason = f"no parameter of the adapter {', '.join(map(repr, active))} requires a gradient"
+        remedy = f"Call `model.set_adapter({active[0]!r})`, which makes it trainable, or pass a `peft_config`."
+    raise ConfigError(f"{start}{reason}, and the base model is frozen. {remedy}")
+
+
+def check_head(model: Any) -> None:
+    """
+    Check that log-probs can be computed with the LM head of a policy, whose weight and bias TRL reads by themselves.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The policy.
+
+    Raises:
+        ConfigError: for a head that shares the trained tokens of the embedding it is tied to.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, AuxiliaryTrainingWrapper) and not isinstance(head, ModulesToSaveWrapper):
+        raise ConfigError(
+            f"You passed `trainable_token_indices` for a model whose LM head is tied to its embedding, so that the "
+            f"head is a {type(head).__name__}, with which TRL cannot compute log-probs. Leave "
+            f"`trainable_token_indices` out, or untie the head (`tie_word_embeddings=False`) before you add it."
+        )
+
+
+def check_optimizer_holds_policy(model: Any, optimizer: Any, scheduler: Any = None) -> None:
+    """
+    Check that an optimizer moves the policy; one that leaves a part of it as it is on purpose is logged.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The policy.
+        optimizer (`torch.optim.Optimizer`, *optional*):
+            The optimizer, where there is one already.
+        scheduler (`LRScheduler`, *optional*):
+            What sets its learning rate.
+
+    Raises:
+        ConfigError: for an optimizer of other parameters than those that are trained, and a scheduler of another
+            optimizer.
+    """
+    driven = getattr(scheduler, "optimizer", None)
+    if driven is not None and driven is not getattr(optimizer, "optimizer", optimizer) and driven is not optimizer:
+        raise ConfigError(
+            "You passed a learning-rate scheduler made for another optimizer than the one you passed with it, so the "
+            "rate would never change. Pass both in `optimizers=(optimizer, scheduler)`, or neither and set "
+            "`lr_scheduler_type`."
+        )
+    held = _held_parameters(optimizer)
+    if held is None:
+        return
+    trained, known = policy_parameters(model), {id(parameter) for parameter in model.parameters()}
+    missing = [name for name, parameter in trained.items() if id(parameter) not in held]
+    if not missing:
+        return
+    adapted = {id(parameter) for parameter in trained.values()} & set(_adapter_parameters(model))
+    # Made for another model, or before the adapter was added
+    stale = bool(held - known) or (bool(adapted) and not adapted & held)
+    some = f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+    if len(missing) == len(trained) or stale:
+        raise ConfigError(
+            f"You passed an optimizer that leaves {len(missing)} of the policy's {len(trained)} trained tensors as "
+            f"they are: {some}. It holds {len(held - {id(p) for p in trained.values()})} others, such as those of the "
+            f"model before its adapter was added (`peft_config` adds one when the trainer is made) or of another "
+            f"model. Leave the optimizer out and set `optim` and `learning_rate`; or wrap the model with "
+            f"`get_peft_model` first, make the optimizer from its parameters, and pass both without `peft_config`."
+        )
+    logger.warning(
+        "The optimizer you passed holds %d of the policy's %d trained tensors; the others get a gradient and are "
+        "never moved: %s. Freeze them with `requires_grad_(False)` if that is meant.",
+        len(trained) - len(missing),
+        len(trained),
+        some,
+    )
+
+
+def _held_parameters(optimizer: Any) -> set[int] | None:
+    """Return the ids of the parameters an optimizer moves; `None` where it does not tell, as those of DeepSpeed."""
+    by_layer = getattr(optimizer, "optimizer_dict", None)  # transformers' layer-wise ones hold a dummy
+    if by_layer:
+        return {id(parameter) for parameter in by_layer}
+    groups = getattr(optimizer, "param_groups", None)
+    return None if groups is None else {id(parameter) for group in groups for parameter in group["params"]}
 
 
 def training_steps(args: Any, rows: int) -> int:
@@ -480,7 +639,7 @@ def reference_mode(args: ToolGRPOConfig) -> str:
 
 def check_reference(args: ToolGRPOConfig, model: Any, peft_config: Any) -> None:
     """
-    Whether the reference of a run can be synced, before TRL builds it.
+    Check that the reference of a run can be kept, and synced if it is to be, before TRL builds it.
 
     Args:
         args ([`ToolGRPOConfig`]):
@@ -489,15 +648,11 @@ def check_reference(args: ToolGRPOConfig, model: Any, peft_config: Any) -> None:
             As passed to the trainer.
 
     Raises:
-        ConfigError: for an adapter that cannot be followed, by name, and an adapter mode without an adapter.
+        ConfigError: for adapters of which no reference can be kept, by name, and an adapter mode without an adapter.
     """
     adapters: dict[str, Any] = getattr(model, "peft_config", None) or {}
-    if adapters and args.beta != 0 and "default" not in adapters:
-        raise ConfigError(
-            f"You passed a model with the adapters {', '.join(map(repr, adapters))} and `beta={args.beta}`, but none "
-            f"named 'default', which is the one that is trained and copied for the reference. Load it with "
-            f"`adapter_name='default'`."
-        )
+    if args.beta != 0 and adapters:
+        _check_given_adapters(args.beta, model, adapters)
     if not args.sync_ref_model:
         return
     config: PeftConfig | None = peft_config or adapters.get("default")
@@ -508,12 +663,6 @@ def check_reference(args: ToolGRPOConfig, model: Any, peft_config: Any) -> None:
                 f"is a second model. Leave it at 'auto', or pass a `peft_config`."
             )
         return
-    active = getattr(model, "active_adapters", ["default"]) if adapters else ["default"]
-    if list(active) != ["default"]:
-        raise ConfigError(
-            f"You passed a model with the active adapters {list(active)}; the reference follows one, named 'default'. "
-            f"Call `model.set_adapter('default')`."
-        )
     mode, kind = reference_mode(args), str(getattr(config.peft_type, "value", config.peft_type))
     supported = COPIED if mode == "adapter" else MERGED
     if kind not in supported:
@@ -547,3 +696,24 @@ def check_best_metric(args: ToolGRPOConfig, eval_dataset: Any) -> None:
         f"You passed `eval_dataset` as a dict, and the best model is chosen by `metric_for_best_model={metric!r}`. "
         f"Each set has figures of its own, so that there is no `eval_{bare}`. Pass {choices}."
     )
+
+
+def _check_given_adapters(beta: float, model: Any, adapters: dict[str, Any]) -> None:
+    """Check that a model that comes with adapters trains the one that its reference is a copy of."""
+    if not isinstance(model, PeftModel):
+        raise ConfigError(
+            f"You passed a model with adapters that transformers has loaded into it and `beta={beta}`. No reference "
+            f"can be kept of them. Load them with `PeftModel.from_pretrained(model, folder, is_trainable=True)`."
+        )
+    if "default" not in adapters:
+        raise ConfigError(
+            f"You passed a model with the adapters {', '.join(map(repr, adapters))} and `beta={beta}`, but none "
+            f"named 'default', which is the one that is trained and copied for the reference. Load it with "
+            f"`adapter_name='default'`."
+        )
+    active = list(model.active_adapters)
+    if active != ["default"]:
+        raise ConfigError(
+            f"You passed a model with the active adapters {active} and `beta={beta}`; the reference follows one, "
+            f"named 'default'. Call `model.set_adapter('default')`, or load the adapter to train under that name."
+        )

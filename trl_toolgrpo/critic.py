@@ -5,6 +5,7 @@ that TRL has scored; the value of each token was recorded when the token was sam
 """
 
 import logging
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -244,7 +245,7 @@ class Critic(GRPOTrainer):
         if self._value_head is not None and self.accelerator.sync_gradients:
             own = {id(parameter) for parameter in self._value_head.parameters()}
             passed = None if self._passing is None else self.accelerator.reduce(self._passing.take(), reduction="mean")
-            norm = _gradient_norm(self._value_head) if passed is None else float(passed.norm())
+            norm = self._head_gradient_norm() if passed is None else float(passed.norm())
             if norm is not None and self.state.global_step >= self.args.assist_warmup_steps:
                 self._metrics["train"]["value/grad_norm"].append(norm)
             if self._value_warmup:  # not merely a gradient of 0, which decay and momentum would still act on
@@ -252,6 +253,16 @@ class Critic(GRPOTrainer):
                     if id(parameter) not in own:
                         parameter.grad = None
         return loss
+
+    def _head_gradient_norm(self) -> float | None:
+        """
+        Return the norm of the head's gradient, without the scale that float16 puts on the loss; `None` where there is
+        no gradient to see, and where it overflowed, so that the scaler leaves the step out.
+        """
+        norm, scaler = _gradient_norm(self._value_head), self.accelerator.scaler  # type: ignore[arg-type]
+        if norm is None or scaler is None or not scaler.is_enabled():
+            return norm
+        return norm / scaler.get_scale() if math.isfinite(norm) else None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """TRL's optimizer, with the value head in a group of its own, at its own learning rate."""

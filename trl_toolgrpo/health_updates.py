@@ -145,12 +145,28 @@ def _reference_differs(window: Window, facts: RunFacts) -> Finding | None:
     )
 
 
+def _policy_still(window: Window, facts: RunFacts) -> Finding | None:
+    """`policy/moved` is there only where the optimizer had a gradient and a learning rate to move the policy with."""
+    moved = latest(window, "policy/moved", 2)
+    if "policy/moved" not in window[-1] or window[-1].get("grad_norm") == 0 or len(moved) < 2 or any(moved):
+        return None
+    return Finding(
+        "The policy does not move: it has a gradient and a learning rate, and not one of its weights has changed over "
+        "the last 2 logged steps. Every further update is wasted. Usual causes: an optimizer made for other "
+        "parameters, a callback that restores weights, a learning rate so low that it rounds to nothing in the dtype "
+        "of the weights. Leave `optimizers` out, keep trained weights in float32, or raise `learning_rate`.",
+        0.0,
+        0.0,
+    )
+
+
 def _critic_still(window: Window, facts: RunFacts) -> Finding | None:
+    """A head that already tells the returns has no loss, and so no gradient, as where every reward is 0."""
     entry = window[-1]
     if "value/loss" not in entry:
         return None
     explained = [e["value/explained_variance"] for e in window if e.get("value/explained_variance") is not None]
-    frozen = len(window) >= 2 and all("value/loss" in e and not e.get("value/grad_norm") for e in window[-2:])
+    frozen = len(window) >= 2 and all(e.get("value/loss") and not e.get("value/grad_norm") for e in window[-2:])
     if not frozen and not (len(explained) >= 4 and all(abs(value) < 1e-6 for value in explained[-4:])):
         return None
     return Finding(
@@ -284,6 +300,7 @@ UPDATE_RULES = (
     Rule("forced_in_update", _forced_in_update),
     Rule("reference_still", _reference_still),
     Rule("reference_differs", _reference_differs, "error"),
+    Rule("policy_still", _policy_still, "error"),
     Rule("critic_still", _critic_still),
     Rule("critic_worse", _critic_worse),
     Rule("value_loss", _value_loss),

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
+from transformers import TrainerCallback
 
 from .batch_position import optimizer_steps_of
 from .checkpoint import PREFIX
+from .checks import policy_parameters
 from .diagnostics import compute_dtype
 from .errors import CheckpointSaveError, HealthError
 from .health import HealthMonitor, RunFacts, still_open
@@ -23,6 +25,7 @@ from .health_updates import UPDATE_RULES
 from .rounding import EXACT_TOLERANCE, LOW_PRECISION, Accepted
 from .run_files import HEALTH, read_lines
 from .run_log import RunLog
+from .sharding import local
 
 
 logger = logging.getLogger(__name__)
@@ -36,6 +39,13 @@ class HealthWatch(RunLog):
 
     _monitor: HealthMonitor | None = None
     _rounding: Accepted | None
+    _motion: "_PolicyMotion | None" = None
+
+    def _prepare_run_log(self) -> None:
+        super()._prepare_run_log()
+        if self.args.health_checks != "off":
+            self._motion = _PolicyMotion(self)
+            self.add_callback(self._motion)
 
     def _begin_run_log(self) -> None:
         super()._begin_run_log()
@@ -62,9 +72,13 @@ class HealthWatch(RunLog):
         return scores
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        moved = self._motion.take() if self._motion is not None and self.model.training and "loss" in logs else None
+        if moved is not None and self._recording:  # else the log is TRL's own
+            self._metrics["train"]["policy/moved"].append(moved)
         super().log(logs, start_time)
         if self._monitor is not None and self.model.training and "loss" in logs:
-            self._check_health(self._monitor, self.state.log_history[-1])
+            known = {} if moved is None else {"policy/moved": moved}
+            self._check_health(self._monitor, {**self.state.log_history[-1], **known})
 
     def _check_health(self, monitor: HealthMonitor, metrics: dict[str, Any]) -> None:
         found: list[Any] = [None]
@@ -102,6 +116,69 @@ class HealthWatch(RunLog):
             f"The run was stopped in step {line['step']} by the health rule `{line['rule']}`, as "
             f"`health_checks='raise'` asks for. {line['message']} {kept}"
         )
+
+
+class _PolicyMotion(TrainerCallback):
+    """Notes whether the weights of a policy move where the optimizer has reason to move them."""
+
+    def __init__(self, trainer: HealthWatch) -> None:
+        self._trainer = trainer
+        self._before: dict[str, Tensor] = {}
+        self._has_gradient = False
+        self._due = 0  # optimizer steps since the last look that are to have moved the policy
+
+    def _policy(self) -> dict[str, Any]:
+        return policy_parameters(self._trainer.accelerator.unwrap_model(self._trainer.model))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._before, self._due = {}, 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._before:
+            self._before = _fingerprints(self._policy())
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer.is_deepspeed_enabled:  # which has made its step by now, and keeps no gradient
+            self._has_gradient = True
+            return
+        gradients = (parameter.grad for parameter in self._policy().values())
+        self._has_gradient = any(bool(local(gradient).any()) for gradient in gradients if gradient is not None)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer: Any = self._trainer
+        own = {id(parameter) for parameter in self._policy().values()}
+        groups = trainer.optimizer.param_groups  # DeepSpeed's hold flat copies, the policy's first
+        rates = [g["lr"] for g in groups if any(id(p) in own for p in g["params"])] or [groups[0]["lr"]]
+        if self._has_gradient and max(rates) > 0 and not trainer.accelerator.optimizer_step_was_skipped:
+            self._due += 1
+
+    def take(self) -> float | None:
+        """
+        Return the share of the policy's trained tensors that have changed since this was last asked.
+
+        Returns:
+            `float` or `None`: the same in every process; `None` if no optimizer step had both a gradient of the policy
+            and a learning rate. To be called in every process.
+        """
+        before, now = self._before, _fingerprints(self._policy())
+        due, self._due = self._due, 0
+        changed = [float(name not in before or not torch.equal(value, before[name])) for name, value in now.items()]
+        found = torch.tensor([float(due), *changed], device=self._trainer.accelerator.device)
+        due_anywhere, *moved = self._trainer.accelerator.reduce(found, reduction="sum").tolist()
+        if not due_anywhere or not moved:
+            return None
+        self._before = now
+        return sum(count > 0 for count in moved) / len(moved)
+
+
+def _fingerprints(parameters: dict[str, Any]) -> dict[str, Tensor]:
+    """Return a sum of the bits of each parameter (of this process's share, if it is sharded), on the CPU."""
+    sums = []
+    for parameter in parameters.values():
+        share = local(getattr(parameter, "ds_tensor", parameter))
+        bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}.get(share.element_size(), torch.int64)
+        sums.append(share.view(bits).sum(dtype=torch.int64))
+    return dict(zip(parameters, torch.stack(sums).cpu(), strict=True)) if sums else {}
 
 
 def facts_of(args: Any, model: Any) -> RunFacts:

@@ -112,7 +112,7 @@ def describe_model(model: Any) -> dict[str, Any]:
     config = base.config.get_text_config()
     shape = {name: getattr(config, name, None) for name in _SHAPE}
     checksum = 0
-    frozen = [(name, p) for name, p in base.named_parameters() if not p.requires_grad and f".{ADAPTER}." not in name]
+    frozen = [(n, p) for n, p in base.named_parameters() if not p.requires_grad and f".{ADAPTER}." not in f"{n}."]
     for name, parameter in frozen:
         if isinstance(parameter, DTensor) or hasattr(parameter, "ds_id"):
             return {**shape, _WEIGHTS: None}  # sharded: not to be had by one process

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import ConfigError, ReferenceSyncError
-from .reference import ADAPTER, Comparison, SyncReport
+from .reference import Comparison, SyncReport, remove_twin
 from .rollout.sampler import scoring_mode
 from .sharding import assign, full, local, whole
 
@@ -72,13 +72,9 @@ class MergedReference:
 
     def __init__(self, model: Any, adapter: str) -> None:
         self._model, self._adapter = model, adapter
-        if ADAPTER in model.peft_config and adapter != ADAPTER:
-            trained = {name: p.requires_grad for name, p in model.named_parameters()}
-            model.delete_adapter(ADAPTER)
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(trained[name])
+        remove_twin(model)
         self._randomness = random.Random(0)
-        self._layers = _tuner_layers(model)
+        self._layers = _tuner_layers(model, adapter)
         with torch.no_grad():
             self._tensors = _in_blocks(lambda: effective_weights(model, adapter))
 
@@ -88,7 +84,7 @@ class MergedReference:
         Average, then compare. A column of each linear layer, drawn anew for each sync, is compared with what the layer
         itself gives for a unit vector, and the whole with its being finite; everything else entry by entry.
         """
-        layers = {f"{name}.weight": layer for name, layer in self._layers.items()}
+        layers = {weight_name(name, layer): layer for name, layer in self._layers.items()}
         linear = {name: width for name, layer in layers.items() if (width := _inputs_of(layer)) is not None}
         with scoring_mode(self._model):
             for name, width in linear.items():
@@ -185,30 +181,37 @@ def effective_weights(model: Any, adapter: str, skip: Container[str] = ()) -> It
     module: Any
     for name, module in base.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
-            for part, parameter in module.modules_to_save[adapter].named_parameters():
-                yield f"{name}.{part}", parameter.detach().float()
+            if adapter in module.modules_to_save:
+                for part, parameter in module.modules_to_save[adapter].named_parameters():
+                    yield f"{name}.{part}", parameter.detach().float()
         elif isinstance(module, AuxiliaryTrainingWrapper):
             raise _unmergeable(name, type(module).__name__)
-        elif isinstance(module, BaseTunerLayer):
-            layer: Any = module
-            if f"{name}.weight" not in skip:
-                yield f"{name}.weight", _effective_weight(name, layer, adapter)
-            if getattr(layer, "lora_bias", {}).get(adapter):
-                difference = layer.lora_B[adapter].bias.detach() * layer.scaling[adapter]
-                yield f"{name}.bias", layer.get_base_layer().bias.detach().float() + difference.float()
+        elif isinstance(module, BaseTunerLayer) and _has(module, adapter):
+            yield from _effective_tensors(name, module, adapter, skip)
     for name, parameter in base.named_parameters():
         outside = ".modules_to_save." not in f".{name}" and not name.startswith("value_head.")
         if parameter.requires_grad and outside and name.endswith("bias") and "lora_" not in name:
             yield name.replace(".base_layer.", "."), parameter.detach().float()
 
 
+def _effective_tensors(name: str, layer: Any, adapter: str, skip: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    """Weight of an adapted layer, and its bias if the adapter has one, whether the layer itself has one or not."""
+    if (weight := weight_name(name, layer)) not in skip:
+        yield weight, _effective_weight(name, layer, adapter)
+    if getattr(layer, "lora_bias", {}).get(adapter):
+        bias = layer.get_base_layer().bias
+        difference = layer.lora_B[adapter].bias.detach().float() * layer.scaling[adapter]
+        yield f"{name}.bias", difference if bias is None else bias.detach().float() + difference
+
+
 def _effective_weight(name: str, layer: Any, adapter: str) -> Tensor:
-    base = layer.get_base_layer()
+    base, parameter = layer.get_base_layer(), _adapted_parameter(layer)
     variant = getattr(layer, "lora_variant", {}).get(adapter)
     dora = variant is None or "dora" in str(getattr(variant, "__name__", type(variant).__name__)).lower()
-    if not hasattr(layer, "get_delta_weight") or not hasattr(base, "weight") or not dora:
+    if not hasattr(layer, "get_delta_weight") or not hasattr(base, parameter) or not dora:
         raise _unmergeable(name, type(layer).__name__ if dora else str(variant))
-    weight = dequantize_module_weight(base).detach().float()
+    stored = dequantize_module_weight(base) if parameter == "weight" else getattr(base, parameter)
+    weight = stored.detach().float()
     if variant is None:
         return layer.get_delta_weight(adapter).detach().float().add_(weight)  # in place: the difference is ours
     merged = variant.merge_safe(layer, adapter, weight).detach().float()
@@ -255,11 +258,11 @@ def _adds_bias(layer: Any) -> bool:
 
 def _compare_with_peft(comparison: Comparison, name: str, weight: Tensor, layer: Any, adapter: str) -> None:
     """Whether a weight is what PEFT merges."""
-    base = layer.get_base_layer()
+    base, parameter = layer.get_base_layer(), _adapted_parameter(layer)
     kept = {key: p.data for key, p in base.named_parameters(recurse=False)}
     try:
         layer.merge(safe_merge=True, adapter_names=[adapter])
-        found = base.weight.detach().float()
+        found = getattr(base, parameter).detach().float()
     except ValueError as error:
         raise ReferenceSyncError(f"The reference was not synced: PEFT cannot merge `{name}`: {error}") from error
     finally:
@@ -267,7 +270,7 @@ def _compare_with_peft(comparison: Comparison, name: str, weight: Tensor, layer:
             getattr(base, key).data = data
         layer.merged_adapters.clear()
         getattr(layer, "_caches", {}).clear()
-    rounding = 4 * torch.finfo(base.weight.dtype).eps * float(weight.abs().max())
+    rounding = 4 * torch.finfo(kept[parameter].dtype).eps * float(weight.abs().max())
     comparison.add(f"{name} (merged by PEFT)", found, weight, rounding)
 
 
@@ -275,9 +278,24 @@ def _quantized(module: Any) -> bool:
     return not module.weight.is_floating_point() or type(module.weight).__name__ in ("Params4bit", "Int8Params")
 
 
-def _tuner_layers(model: Any) -> dict[str, Any]:
+def _tuner_layers(model: Any, adapter: str) -> dict[str, Any]:
+    """Return the layers that an adapter has factors in, by name; another adapter's are as good as not there."""
     modules = model.get_base_model().named_modules()
-    return {name: module for name, module in modules if isinstance(module, BaseTunerLayer)}
+    return {name: module for name, module in modules if isinstance(module, BaseTunerLayer) and _has(module, adapter)}
+
+
+def _has(layer: Any, adapter: str) -> bool:
+    return any(adapter in getattr(layer, table, ()) for table in layer.adapter_layer_names)
+
+
+def weight_name(name: str, layer: Any) -> str:
+    """Return the name in the base model of the weight an adapted layer acts with."""
+    nested = name.replace(".base_layer", "")  # of a module of which several parameters are adapted
+    return f"{nested}.{_adapted_parameter(layer)}"
+
+
+def _adapted_parameter(layer: Any) -> str:
+    return getattr(layer, "parameter_name", "weight")
 
 
 class _Dense(nn.Linear):
@@ -309,8 +327,9 @@ def _place(base: Any, name: str, tensor: Tensor) -> tuple[Any, str, str, Any]:
             dense.bias = inner.bias
             return holder, "_modules", "base_layer", dense
         holder = inner
-    current = holder._parameters[key]
-    stand_in = nn.Parameter(tensor.to(current.dtype), requires_grad=False)
+    current = holder._parameters[key]  # `None` for the bias that an adapter brings to a layer without one
+    dtype = next(p.dtype for p in (current, *holder.parameters()) if p is not None)
+    stand_in = nn.Parameter(tensor.to(dtype), requires_grad=False)
     return holder, "_parameters", key, stand_in
 
 
@@ -339,7 +358,8 @@ class ModelReference:
                 path, _, key = name.rpartition(".")
                 holder = model.get_submodule(path)
                 parameter = holder._parameters[key]
-                holder._parameters[key] = nn.Parameter(parameter.detach().clone(), requires_grad=False)  # not tied
+                own = torch.zeros_like(holder.weight[:, 0]) if parameter is None else parameter.detach().clone()
+                holder._parameters[key] = nn.Parameter(own, requires_grad=False)  # not tied
 
     def _policy_weights(self) -> Iterator[tuple[str, Tensor]]:
         if self._adapter is not None:

@@ -48,12 +48,13 @@ class Comparison:
     Collects differences tensor by tensor, over all processes.
 
     Args:
-        reduce (`Callable`, *optional*):
-            Sums a tensor over the processes, each of which may hold a share of every parameter.
+        gather (`Callable`, *optional*):
+            Concatenates a tensor of each process along the first dimension; each process may hold a share of every
+            parameter.
     """
 
-    def __init__(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
-        self._reduce = reduce or (lambda tensor: tensor)
+    def __init__(self, gather: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._gather = gather or (lambda tensor: tensor)
         self._names: list[str] = []
         self._found: list[Tensor] = []
         self._start = time.perf_counter()
@@ -69,10 +70,20 @@ class Comparison:
         """The result, the same in every process."""
         if not self._found:
             return SyncReport(0, (), 0.0, time.perf_counter() - self._start)
-        differs, differences = torch.stack(self._found).unbind(dim=1)
-        total = self._reduce(differs)
-        names = tuple(name for name, count in zip(self._names, total.tolist(), strict=True) if count)
+        shares = self._gather(torch.stack(self._found)[None])  # (processes, tensors, 2)
+        differs, differences = shares.amax(dim=0).unbind(dim=1)
+        names = tuple(name for name, found in zip(self._names, differs.tolist(), strict=True) if found)
         return SyncReport(len(self._names), names, float(differences.max()), time.perf_counter() - self._start)
+
+
+def remove_twin(model: Any) -> None:
+    """Remove the reference adapter that a trainer before has left in a policy, and change nothing else."""
+    if ADAPTER not in model.peft_config:
+        return
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.delete_adapter(ADAPTER)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained[name])
 
 
 class AdapterReference:
@@ -84,7 +95,7 @@ class AdapterReference:
 
     Args:
         model (`PeftModel`):
-            The policy, before its parameters are sharded. TRL may have added the adapter already.
+            The policy, before its parameters are sharded.
         adapter (`str`):
             Name of the policy's adapter.
 
@@ -97,13 +108,8 @@ class AdapterReference:
     def __init__(self, model: Any, adapter: str) -> None:
         self._model, self._adapter = model, adapter
         trained = {name: p.requires_grad for name, p in model.named_parameters()}
-        if ADAPTER not in model.peft_config:
-            config = copy.deepcopy(model.peft_config[adapter])
-            if hasattr(config, "init_lora_weights"):
-                config.init_lora_weights = True  # others change the base weights when an adapter is added
-            if hasattr(config, "bias"):
-                config.bias = "none"  # a base weight cannot be trained by two adapters
-            model.add_adapter(ADAPTER, config)
+        remove_twin(model)
+        self._add_twin()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained.get(name, False) and f".{ADAPTER}." not in f"{name}.")
         pairs = {name: (own, twin) for name, own, twin in self._pairs()}
@@ -115,11 +121,26 @@ class AdapterReference:
         others = [name for name in alone if not name.endswith("bias") and "value_head." not in name]
         if others:
             raise ConfigError(
-                f"You passed `sync_ref_model=True` for an adapter, but these parameters are trained outside of it: "
-                f"{', '.join(others[:5])}. No reference adapter can follow them. Name their modules in "
+                f"You passed `beta` above 0 for an adapter, but these parameters are trained outside of it: "
+                f"{', '.join(others[:5])}. No reference adapter can hold them. Name their modules in "
                 f"`modules_to_save`, or freeze them."
             )
         self._biases = {n: model.get_parameter(n).detach().clone() for n in alone if "value_head." not in n}
+
+    def _add_twin(self) -> None:
+        config = copy.deepcopy(self._model.peft_config[self._adapter])
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True  # others change the base weights when an adapter is added
+        if hasattr(config, "bias"):
+            config.bias = "none"  # a base weight cannot be trained by two adapters
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        try:
+            self._model.add_adapter(ADAPTER, config)
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"You passed `beta` above 0 for an adapter of type {kind}, whose reference is a second adapter, and "
+                f"PEFT cannot add one: {error} Set `beta=0`, or use LoRA (`LoraConfig`)."
+            ) from error
 
     def _pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Each tensor of the policy's adapter with that of the reference, as they are now: sharded or not."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -38,19 +38,29 @@ class ReferenceSync(GRPOTrainer):
 
     args: ToolGRPOConfig
     model: Any
-    _reference: AdapterReference | MergedReference | ModelReference | None = None
+    _reference: AdapterReference | MergedReference | ModelReference | None = None  # one that is synced
+    _start: AdapterReference | None = None  # one that stays the policy as it began, where TRL's own would not
     _syncs = 0
     _sync_pending = False  # one is due, but the rollout batch in use was scored with the present reference
     _sync_report: SyncReport | None = None
     _saving_checkpoint = False
     _unmoved = False  # the policy has not moved since the last sync
 
-    def _prepare_reference(self) -> None:
-        """Make the reference that is synced, before the policy's parameters are sharded."""
-        if not self.args.sync_ref_model:
-            return
+    def _prepare_reference(self, given_adapter: bool) -> None:
+        """
+        Make the reference that is synced, or that TRL's own would not equal, before parameters are sharded.
+
+        Args:
+            given_adapter (`bool`):
+                Whether the policy came with its adapter, which then is the reference as it came.
+        """
+        self.beta = self.args.beta
         policy = self.accelerator.unwrap_model(self.model)
-        adapter = adapter_of(policy)
+        adapter = adapter_of(policy) if self.beta != 0 else None
+        if not self.args.sync_ref_model:
+            if adapter is not None and (given_adapter or changes_base(policy.peft_config[adapter])):
+                self._start = AdapterReference(policy, adapter)
+            return
         separate = self.accelerator.unwrap_model(self.ref_model) if self.ref_model is not None else None
         if separate is not None:
             self._reference = ModelReference(separate, policy, adapter)
@@ -91,7 +101,7 @@ class ReferenceSync(GRPOTrainer):
             self._sync_pending = True
             return None
         self._sync_pending = False
-        comparison = Comparison(lambda tensor: self.accelerator.reduce(tensor, reduction="sum"))
+        comparison = Comparison(self.accelerator.gather)
         report = self._reference.sync(self.args.ref_model_mixup_alpha, comparison)
         if report.differ:
             raise ReferenceSyncError(
@@ -107,7 +117,8 @@ class ReferenceSync(GRPOTrainer):
         training = self.model.training
         if training and self._sync_pending:
             self.sync_reference()
-        output = super()._generate_and_score_completions(inputs)
+        with _same_parameters_trained(self.model):
+            output = super()._generate_and_score_completions(inputs)
         if training and self._unmoved:
             self._unmoved = False
             self._log_divergence(output)
@@ -126,7 +137,7 @@ class ReferenceSync(GRPOTrainer):
             self._metrics["train"]["ref/kl"].append(total / count)
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        reference = self._reference
+        reference = self._reference or self._start
         if reference is None or model is not self.model or not reference.scoring():
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         with reference.weights():
@@ -230,14 +241,42 @@ def adapter_of(model: Any) -> str | None:
 
 @contextmanager
 def synced_by_us(args: ToolGRPOConfig, model: Any, peft_config: Any) -> Iterator[None]:
-    """While TRL's constructor runs: check what it does not, and keep it from refusing to sync a PEFT run and from
-    adding a callback of its own."""
+    """While TRL's constructor runs: check what it does not, and keep it from refusing to sync a PEFT run, from adding
+    a callback of its own, and from copying a given adapter."""
     check_reference(args, model, peft_config)
-    kept, args.sync_ref_model = args.sync_ref_model, False
+    kept = args.sync_ref_model, args.beta
+    args.sync_ref_model = False
+    if isinstance(model, PeftModel):
+        args.beta = 0.0  # else TRL adds a copy by itself, whose initialization may change the base weights
     try:
         yield
     finally:
-        args.sync_ref_model = kept
+        args.sync_ref_model, args.beta = kept
+
+
+def changes_base(config: PeftConfig) -> bool:
+    """
+    Return whether a new adapter changes the base weights, so that without it the model is not what it was before.
+
+    Args:
+        config (`PeftConfig`):
+            The adapter's configuration. Initializations such as PiSSA and OLoRA take out of a weight what they put
+            into its factors, and `bias` trains the biases of the base.
+    """
+    start = getattr(config, "init_lora_weights", True)
+    return getattr(config, "bias", "none") != "none" or (isinstance(start, str) and start not in ("gaussian", "eva"))
+
+
+@contextmanager
+def _same_parameters_trained(model: Any) -> Iterator[None]:
+    """While rollouts are scored: switching adapters makes every parameter of the one in use require a gradient."""
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad != trained.get(name, parameter.requires_grad):
+                parameter.requires_grad_(trained[name])
 
 
 @contextmanager

@@ -25,7 +25,10 @@ from .checks import (
     check_best_metric,
     check_dataset,
     check_forcing,
+    check_head,
     check_optimizer,
+    check_optimizer_holds_policy,
+    check_policy_is_trained,
     check_template,
     named_datasets,
     refuse_unrecorded,
@@ -164,6 +167,7 @@ class ToolGRPOTrainer(
         if tools or environment_factory is not None:
             check_template(processing_class)
             add_missing_response_template(processing_class)
+        given_adapter = peft_config is None and hasattr(model, "peft_config")
         with (
             synced_by_us(args, model, peft_config),
             without_trls_vllm(args, self._recording),
@@ -185,18 +189,23 @@ class ToolGRPOTrainer(
                 rollout_func=rollout_func,
                 environment_factory=environment_factory,
             )
-        self._prepare_recording(executor, force_policy)
+        self._prepare_recording(executor, force_policy, given_adapter)
         self._check_prompts(train_dataset, eval_dataset)
 
-    def _prepare_recording(self, executor: ToolExecutor | None, force_policy: ForcePolicy | None) -> None:
+    def _prepare_recording(
+        self, executor: ToolExecutor | None, force_policy: ForcePolicy | None, given_adapter: bool
+    ) -> None:
         """Everything that TRL's constructor had to make the model for."""
         check_optimizer(self.args)
+        check_policy_is_trained(self.model)
+        check_head(self.model)
+        check_optimizer_holds_policy(self.model, self.optimizer, self.lr_scheduler)
         keep_trainable(self.model)
         if self._recording and self.args.cast_lm_head_to_fp32:
             cast_heads(self.model, self.temperature)
             if self.ref_model is not None:
                 cast_heads(self.accelerator.unwrap_model(self.ref_model), self.temperature, ("log_probs",))
-        self._prepare_reference()
+        self._prepare_reference(given_adapter)
         self._prepare_run_log()
         self._ratio = RatioStatistics()
         self._sampled_at = -1
@@ -386,6 +395,16 @@ class ToolGRPOTrainer(
         return self.args.gradient_accumulation_steps % micro_batches_of(self.args) != 0
 
     # Updates
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """TRL's optimizer, once it is known to move the policy."""
+        given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        policy = self.model if model is None else model
+        check_policy_is_trained(policy)
+        if not (given and model is not None):  # FSDP1 has replaced the parameters since
+            check_optimizer_holds_policy(policy, optimizer)
+        return optimizer
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if not self._recording:

@@ -14,6 +14,7 @@ PACKAGE = Path(trl_toolgrpo.__file__).parent
 ORDER = [
     "version",
     "errors",
+    "model_settings",
     "config_checks",
     "config",
     "tools.types",

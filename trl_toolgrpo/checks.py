@@ -18,6 +18,7 @@ from trl.chat_template_utils import supports_tool_calling
 
 from .config import ToolGRPOConfig
 from .errors import ChatTemplateError, ConfigError, DatasetError, ToolSchemaError
+from .model_settings import model_setting
 from .tools.names import check_tool_columns, check_tool_mentions
 from .tools.types import Tool
 
@@ -182,7 +183,7 @@ def warn_of_dropout(model: torch.nn.Module, disabled: bool) -> None:
     """Warn where the policy is trained with dropout, without which its tokens are sampled."""
     text_config = getattr(model, "config", None)
     text_config = text_config.get_text_config() if text_config is not None else None
-    functional = any(getattr(text_config, name, 0) for name in ("attention_dropout", "attn_pdrop", "resid_pdrop"))
+    functional = any(model_setting(text_config, name, 0) for name in ("attention_dropout", "attn_pdrop", "resid_pdrop"))
     active = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
     if functional or (active and not disabled):
         logger.warning(

@@ -18,6 +18,7 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from .config import ToolGRPOConfig
 from .diagnostics import check_tolerance, compute_dtype
+from .model_settings import model_setting
 from .packed_attention import Piece, dense_mask, packed_attention, suits
 from .rollout.sampler import scoring_mode
 
@@ -218,7 +219,7 @@ def unpackable_reason(model: Any) -> str | None:
     config = model.config.get_text_config()
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"its attention is `{config._attn_implementation}`, which takes no mask of its own"
-    if getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None):
+    if model_setting(config, "sliding_window") or model_setting(config, "attention_chunk_size"):
         return "its attention is limited to a window"
     if any(getattr(adapter, "is_prompt_learning", False) for adapter in getattr(model, "peft_config", {}).values()):
         return "its adapter puts tokens of its own before the prompt"

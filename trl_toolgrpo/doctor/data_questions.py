@@ -5,6 +5,7 @@ Owns the questions about data sets; they are asked of rows spread over each of t
 
 from typing import Any
 
+from ..model_settings import model_setting
 from .findings import FAULT, NOTE, OK, Finding
 
 
@@ -44,7 +45,7 @@ def check_data(trainer: Any) -> tuple[list[Finding], int | None]:
 
 def _judge(trainer: Any, subject: str, rows: int, row: int, lengths: list[int]) -> Finding:
     longest, room = max(lengths), trainer.args.max_completion_length
-    positions = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
+    positions = model_setting(trainer.model.config.get_text_config(), "max_position_embeddings")
     words = f"{rows} rows; prompts of {min(lengths)} to {longest} tokens, tools included"
     if positions is None or longest + room <= positions:
         return Finding(subject, OK, f"{words}.")

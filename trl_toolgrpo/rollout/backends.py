@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from ..model_settings import model_setting
 from .generate_sampler import GenerateSampler
 from .model_sampler import ModelSampler
-from .sampler import scoring_mode
+from .sampler import at_least_float32, scoring_mode
 
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def unsupported_reason(model: Any, token_ids: Sequence[int]) -> str | None:
         return "it is an encoder-decoder"
     if not getattr(base, "_supports_attention_backend", False):
         return "its attention does not go through transformers' attention interface"
-    layers = set(getattr(config, "layer_types", None) or ())
+    layers = set(model_setting(config, "layer_types") or ())
     if not layers <= _LAYER_TYPES:
         return f"it has {', '.join(sorted(layers - _LAYER_TYPES))} layers"
     return _trial(base, list(token_ids))
@@ -83,5 +84,5 @@ def _trial(model: Any, tokens: list[int]) -> str | None:
 def _gap(model: Any, history: list[int], recorded: list[tuple[int, float]]) -> float:
     with scoring_mode(model):
         ids = torch.tensor([history], device=next(model.parameters()).device)
-        scores = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0].float(), dim=-1)
+        scores = torch.log_softmax(at_least_float32(model(input_ids=ids, use_cache=False).logits[0]), dim=-1)
     return max(abs(float(scores[place - 1, history[place]]) - value) for place, value in recorded)

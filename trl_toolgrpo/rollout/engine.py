@@ -18,6 +18,7 @@ from trl.models import unwrap_model_for_generation
 
 from ..config import ToolGRPOConfig
 from ..errors import ConfigError, TrajectoryError
+from ..model_settings import model_setting
 from ..tools.execute import ToolExecutor
 from ..trajectory import Trajectory
 from .backends import make_sampler, unsupported_reason
@@ -251,7 +252,7 @@ class RolloutEngine:
         Raises:
             TrajectoryError: for a record that breaks its contract, unless `strict_trajectories=False`.
         """
-        positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+        positions = model_setting(policy.config.get_text_config(), "max_position_embeddings")
         self.limits.max_sequence_length = positions or math.inf
         if self.vllm is not None:
             self.limits.max_sequence_length = min(self.limits.max_sequence_length, self.vllm.max_length)

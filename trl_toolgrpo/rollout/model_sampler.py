@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import SamplerError
 from .noise import race
 from .packed_linear import packed_linears
-from .sampler import SampledTokens, TokenConstraint, constrain, scoring_mode
+from .sampler import SampledTokens, TokenConstraint, at_least_float32, constrain, scoring_mode
 from .shared_prefix import KeyValueStore, PromptCache, RowCache, shared_prefix_attention
 from .span import Span
 
@@ -44,8 +44,8 @@ def sample_tokens(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Te
             Uniform numbers in [0, 1), float32, shape (B,); or keys, int64, as in [`race`].
 
     Returns:
-        `tuple[Tensor, Tensor, Tensor]`: token ids, int64, shape (B,); their log-probs in nats, float32, shape (B,);
-        the entropies in nats of what they were drawn from, float32, shape (B,).
+        `tuple[Tensor, Tensor, Tensor]`: token ids, int64, shape (B,); their log-probs in nats, shape (B,); the
+        entropies in nats of what they were drawn from, shape (B,). Both are float32, or float64 for such logits.
     """
     rows = max(1, SAMPLED_AT_ONCE // logits.shape[-1])
     pieces = zip(logits.split(rows), noise.to(logits.device).split(rows), strict=True)
@@ -56,7 +56,7 @@ def sample_tokens(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Te
 
 def _sample_rows(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[`sample_tokens`] for so few rows that a float32 copy of their logits does no harm."""
-    scores = logits.float()
+    scores = at_least_float32(logits)
     if temperature != 1.0:
         scores = scores / temperature
     log_z = torch.logsumexp(scores, dim=-1, keepdim=True)
@@ -69,7 +69,7 @@ def _sample_rows(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Ten
         tokens = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)
         tokens.clamp_(max=logits.shape[-1] - 1)
     logprobs = (scores.gather(-1, tokens) - log_z).clamp_(max=0.0)  # rounding alone can pass 0
-    expected = torch.linalg.vecdot(probabilities, scores.clamp(min=torch.finfo(torch.float32).min))
+    expected = torch.linalg.vecdot(probabilities, scores.clamp(min=torch.finfo(scores.dtype).min))
     entropies = log_z[:, 0] - expected
     return tokens[:, 0], logprobs[:, 0], entropies
 

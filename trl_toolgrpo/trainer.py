@@ -37,6 +37,7 @@ from .diagnostics import (
 )
 from .grouping import GroupedUpdates
 from .hub import HubPush
+from .own_positions import OwnPositions
 from .quantized import keep_trainable
 from .replay import Replay
 from .resume import ExactResume
@@ -62,7 +63,7 @@ logger = logging.getLogger(__name__)
 
 class ToolGRPOTrainer(
     Replay, ExactResume, HubPush, Determinism, AssistedWarmup, Critic, ReferenceSync, GroupedUpdates,
-    SamplerCorrection, SharedPromptScoring, RolloutTools, VLLMRollouts, GRPOTrainer,
+    SamplerCorrection, SharedPromptScoring, OwnPositions, RolloutTools, VLLMRollouts, GRPOTrainer,
 ):  # fmt: skip
     """
     Drop-in for TRL's [`~trl.GRPOTrainer`] (arXiv 2402.03300) that trains a policy to call tools.

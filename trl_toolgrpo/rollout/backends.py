@@ -4,15 +4,18 @@ Owns the choice between the default sampler and the plain one: by what the model
 of tokens that has to agree with the model's own forward pass. Fed by the trainer.
 """
 
+import inspect
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..model_settings import model_setting
 from .generate_sampler import GenerateSampler
 from .model_sampler import ModelSampler
+from .padding import reads_padding
 from .sampler import at_least_float32, scoring_mode
 
 
@@ -43,6 +46,27 @@ def unsupported_reason(model: Any, token_ids: Sequence[int]) -> str | None:
     if not layers <= _LAYER_TYPES:
         return f"it has {', '.join(sorted(layers - _LAYER_TYPES))} layers"
     return _trial(base, list(token_ids))
+
+
+def generates_padded(model: Any) -> bool:
+    """
+    Return whether `model.generate` gives rows of different length what it gives each of them alone.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The policy, unwrapped.
+    """
+    device = next(model.parameters()).device
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+
+    def logits(ids: Tensor, mask: Tensor) -> Tensor:
+        # As `generate` does: positions are counted without padding, where a model takes them
+        positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0).to(device)} if takes_positions else {}
+        return model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **positions).logits
+
+    exact = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
+    with scoring_mode(model):
+        return not reads_padding(logits, model.config.get_text_config().vocab_size, exact)
 
 
 def make_sampler(model: Any, supported: bool, **options: Any) -> ModelSampler | GenerateSampler:

@@ -4,6 +4,7 @@ Owns `RolloutEngine`, which puts sampler, chat, tool runtime and loop together, 
 it. Fed by the trainer, which owns the policy.
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +22,14 @@ from ..errors import ConfigError, TrajectoryError
 from ..model_settings import model_setting
 from ..tools.execute import ToolExecutor
 from ..trajectory import Trajectory
-from .backends import make_sampler, unsupported_reason
+from .backends import generates_padded, make_sampler, unsupported_reason
 from .budget import parts_that_fit
 from .chat import ToolChat
 from .constraint import CallConstraints
 from .forcing import CallPrefixes, ForcePolicy, Forcing
 from .loop import Rollout, RolloutLimits, RolloutLoop, RolloutRequest, RolloutStats
 from .noise import RolloutNoise
+from .rotary import RowFrequencies
 from .sampler import Sampler
 from .vllm_sampler import VLLMSampler
 
@@ -218,6 +220,8 @@ class RolloutEngine:
         )
         self.vllm: VLLMSampler | None = None  # samples in place of the policy itself, where the trainer sets it
         self._supported: bool | None = None
+        self._pads = True
+        self._warned_of_border = False
         self._given_up = 0
         self._force_policy = force_policy
         forces = args.force_rate > 0 and chat is not None
@@ -261,12 +265,15 @@ class RolloutEngine:
         parts = [(0, len(requests))]  # vLLM has a cache of its own
         if self.vllm is None:
             parts = parts_that_fit(self.args, policy, prompts, shares=self._is_supported(policy))
-        for start, stop in parts:
+        longest = self.limits.max_sequence_length
+        for start, stop, limit in self._same_frequencies(policy, prompts, parts):
+            self.limits.max_sequence_length = min(longest, limit)
             drawn = None if noise is None else noise.behind(start)
             part = self._run_part(policy, requests[start:stop], autocast, force, drawn)
             batch.rollouts += part.rollouts
             batch.stats.seconds += part.stats.seconds
             batch.stats.tool_wait_seconds += part.stats.tool_wait_seconds
+        self.limits.max_sequence_length = longest
         if self.executor is not None:
             given_up = self.executor.abandoned
             batch.stats.abandoned, self._given_up = given_up - self._given_up, given_up
@@ -300,6 +307,7 @@ class RolloutEngine:
                 temperature=self.args.temperature,
                 autocast=autocast,
                 **({} if noise is None else {"noise": noise}),
+                **({} if self._pads else {"pads": False}),
             )
         prompts = [request.prompt_ids for request in requests]
         with sampler.open(prompts, self.limits.max_completion_length) as session:
@@ -307,6 +315,33 @@ class RolloutEngine:
             in_order = noise is not None
             loop = RolloutLoop(session, requests, self.limits, self.chat, self.executor, forcing, in_order)
             return RolloutBatch(loop.run(), loop.stats)
+
+    def _same_frequencies(
+        self, policy: Any, prompts: Sequence[Sequence[int]], parts: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[int, int, float]]:
+        """Divide parts further, by the rotary frequencies that their rollouts keep; each with the tokens, prompt
+        included, after which the frequencies would change."""
+        frequencies = RowFrequencies(policy)
+        limits = [frequencies.limit(len(prompt)) for prompt in prompts]
+        crossing = sum(
+            len(prompt) + self.limits.max_completion_length > limit
+            for prompt, limit in zip(prompts, limits, strict=True)
+        )
+        if crossing and not self._warned_of_border:
+            self._warned_of_border = True
+            logger.warning(
+                "The rotary frequencies of this model (`%s`) change after %s tokens, and with them what it says of "
+                "the tokens before: a log-prob that was recorded before is not that of the trainer after. "
+                "Rollouts that begin before that end there, with stop reason `length`, as %s of these %s may. Shorten "
+                "the prompts or lower `max_completion_length`, so that both fit into it.",
+                *(frequencies.kinds, frequencies.border, crossing, len(prompts)),
+            )
+        for start, stop in parts:
+            at = start
+            for limit, rows in itertools.groupby(limits[start:stop]):
+                count = len(list(rows))
+                yield at, at + count, limit
+                at += count
 
     def _forcing(self, noise: RolloutNoise | None) -> Forcing | None:
         if self._prefixes is None:
@@ -322,6 +357,12 @@ class RolloutEngine:
             self._supported = reason is None
             if reason is not None:
                 logger.warning("Sampling falls back to `model.generate` for this model: %s.", reason)
+                self._pads = generates_padded(policy)
+                if not self._pads:
+                    logger.warning(
+                        "This model reads padding although its attention mask hides it: rollouts are sampled together "
+                        "only while they are of one length, which is slow."
+                    )
         return self._supported
 
     def _is_invalid(self, row: int, trajectory: Trajectory) -> bool:

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from ..errors import SamplerError
 from .model_sampler import sample_tokens
+from .rotary import RowFrequencies
 from .sampler import SampledTokens, TokenConstraint, constrain, scoring_mode
 
 
@@ -101,6 +102,9 @@ class GenerateSampler:
             Gives the autocast context the trainer scores under.
         noise (`Callable`, *optional*):
             As in [`ModelSampler`]; by default `generate` draws.
+        pads (`bool`, *optional*, defaults to `True`):
+            Whether histories of different length are padded on the left and sampled together. A model that reads
+            padding although its mask hides it is given histories of one length at a time.
     """
 
     def __init__(
@@ -111,8 +115,10 @@ class GenerateSampler:
         temperature: float = 1.0,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         noise: Callable[[list[int]], Tensor] | None = None,
+        pads: bool = True,
     ):
         self.model = model
+        self.pads = pads
         self.noise = noise
         self.stop_ids = frozenset(stop_ids)
         self.pad_id = pad_id
@@ -122,7 +128,8 @@ class GenerateSampler:
     @contextmanager
     def open(self, prompts: Sequence[Sequence[int]], max_length: int) -> Iterator["GenerateSession"]:
         """See [`Sampler.open`]. The model is in evaluation mode, without gradients, while the session is open."""
-        with scoring_mode(self.model), _no_generation_settings(self.model), self.autocast():
+        frequencies = RowFrequencies(self.model).of()  # `generate` counts positions without padding
+        with scoring_mode(self.model), _no_generation_settings(self.model), self.autocast(), frequencies:
             yield GenerateSession(self, prompts)
 
 
@@ -155,8 +162,14 @@ class GenerateSession:
 
     def step(self) -> list[SampledTokens]:
         """See [`SamplerSession.step`]: here one step samples the whole turn of every queued row."""
-        rows, limits = list(self.budgets), list(self.budgets.values())
-        self.budgets = {}
+        budgets, self.budgets = self.budgets, {}
+        batches: dict[int, list[int]] = {}
+        for row in budgets:
+            batches.setdefault(0 if self.sampler.pads else len(self.histories[row]), []).append(row)
+        return [result for rows in batches.values() for result in self._sample(rows, [budgets[row] for row in rows])]
+
+    def _sample(self, rows: list[int], limits: list[int]) -> list[SampledTokens]:
+        """Sample the turns of some rows together."""
         device = next(self.sampler.model.parameters()).device
         width = max(len(self.histories[row]) for row in rows)
         padding = [width - len(self.histories[row]) for row in rows]

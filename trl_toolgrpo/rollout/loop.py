@@ -42,7 +42,8 @@ class RolloutLimits:
         parse_error_budget (`int`):
             Malformed calls that are answered before the rollout stops.
         max_sequence_length (`float`, *optional*):
-            Positions the model has, prompt included; a tool result that reaches the last of them does not fit.
+            Positions the model has, prompt included; a tool result that reaches the last of them does not fit, and a
+            prompt that does ends the rollout before it begins, with stop reason `"length"`.
     """
 
     max_completion_length: int
@@ -50,6 +51,10 @@ class RolloutLimits:
     max_tool_output_tokens: int
     parse_error_budget: int
     max_sequence_length: float = math.inf
+
+    def has_room(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether a prompt leaves the model a position to write to."""
+        return len(prompt_ids) < self.max_sequence_length
 
 
 @dataclass
@@ -172,9 +177,12 @@ class RolloutLoop:
         """Sample, call tools and go on until every rollout has ended; rollouts are in the order of the requests."""
         started = time.perf_counter()
         for row, state in enumerate(self.states):
-            left = self.limits.max_sequence_length - len(state.request.prompt_ids)
-            room = self.limits.max_completion_length
-            self._begin_turn(row, [], int(min(room, left)) if left >= 1 else room)
+            if self.limits.has_room(state.request.prompt_ids):
+                left = self.limits.max_sequence_length - len(state.request.prompt_ids)
+                self._begin_turn(row, [], int(min(self.limits.max_completion_length, left)))
+            else:
+                state.messages = [{"role": "assistant", "content": ""}] if state.request.tools else []
+                self._finish(row, "length")
         while True:
             for row in self._answered():
                 self._continue(row)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import SamplerError
 from .noise import race
 from .packed_linear import packed_linears
+from .rotary import RowFrequencies
 from .sampler import SampledTokens, TokenConstraint, at_least_float32, constrain, scoring_mode
 from .shared_prefix import KeyValueStore, PromptCache, RowCache, shared_prefix_attention
 from .span import Span
@@ -109,6 +110,7 @@ class ModelSampler:
         self.temperature = temperature
         self.autocast = autocast
         self.noise = noise or (lambda rows: torch.rand(len(rows)))
+        self.frequencies = RowFrequencies(self.model)
 
     @contextmanager
     def open(self, prompts: Sequence[Sequence[int]], max_length: int) -> Iterator["ModelSession"]:
@@ -207,7 +209,9 @@ class ModelSession:
                 stop += 1
             batch = self._padded(self.prompts[first:stop])
             positions = torch.arange(batch.shape[1], device=self.device)[None]
-            self._forward(batch, positions, PromptCache(self.store, first))
+            # The last token of a prompt is read by its rows, with the frequencies that the prompt has as a whole
+            lengths = self.store.prompt_lengths[first:stop] + 1
+            self._forward(batch, positions, PromptCache(self.store, first), lengths)
             first = stop
 
     def _should_join(self) -> bool:
@@ -245,7 +249,9 @@ class ModelSession:
         prompt_lengths = self.store.prompt_lengths[span.groups]
         offset = torch.arange(tokens.shape[1], device=self.device)
         self.store.begin(span)
-        self._forward(tokens, (prompt_lengths + span.lengths)[:, None] + offset, self.cache)
+        start = prompt_lengths + span.lengths
+        read = torch.tensor([len(state.pending) - 1 for state in states], device=self.device)
+        self._forward(tokens, start[:, None] + offset, self.cache, start + read)
         for state in states:
             state.length += len(state.pending) - 1
             state.pending = state.pending[-1:]
@@ -258,8 +264,8 @@ class ModelSession:
         span = self._span(states, 0, 1)
         tokens = torch.tensor([[state.pending[0]] for state in states], device=self.device)
         self.store.begin(span)
-        positions = (self.store.prompt_lengths[span.groups] + span.lengths)[:, None]
-        output = self._forward(tokens, positions, self.cache)
+        start = self.store.prompt_lengths[span.groups] + span.lengths
+        output = self._forward(tokens, start[:, None], self.cache, start + 1)
         logits = constrain(output.logits[:, -1], [state.constraint for state in states])
         sampled, logprobs, entropies = sample_tokens(logits, self.sampler.temperature, self.sampler.noise(rows))
         values = output["token_values"][:, -1].tolist() if self.sampler.with_values else None
@@ -286,18 +292,20 @@ class ModelSession:
             self._swap(self.rows[result.row].slot, self.running)
         return finished
 
-    def _forward(self, tokens: Tensor, positions: Tensor, cache: Any) -> Any:
-        """Run the model over (B, T) tokens; returns its output, with the logits after the last one."""
+    def _forward(self, tokens: Tensor, positions: Tensor, cache: Any, lengths: Tensor) -> Any:
+        """Run the model over (B, T) tokens of rows that have `lengths` tokens (B,) with them; returns its output, with
+        the logits after the last one."""
         if isinstance(cache, PromptCache):
             self.store.span = None
-        return self.sampler.model(
-            input_ids=tokens,
-            position_ids=positions.expand(tokens.shape[0], -1),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **({"with_values": True} if self.sampler.with_values else {}),
-        )
+        with self.sampler.frequencies.of(lengths):
+            return self.sampler.model(
+                input_ids=tokens,
+                position_ids=positions.expand(tokens.shape[0], -1),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+                **({"with_values": True} if self.sampler.with_values else {}),
+            )
 
     # Slots
 

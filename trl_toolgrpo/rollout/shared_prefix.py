@@ -99,6 +99,15 @@ class KeyValueStore:
             own.view(-1, own.shape[3]).index_copy_(0, places, new.reshape(-1, new.shape[3]))
         return self.keys[layer][span.slots : stop, :, :length], self.values[layer][span.slots : stop, :, :length]
 
+    def layer_of(self, key: Tensor, layer: int) -> int:
+        """Layer whose keys `key` are, a view that [`KeyValueStore.append`] returned: of `layer`, or of an earlier one
+        whose keys and values it uses in place of its own."""
+        own = layer < len(self.keys) and self.keys[layer].untyped_storage().data_ptr()
+        storage = key.untyped_storage().data_ptr()
+        if own == storage:
+            return layer
+        return next(at for at, kept in enumerate(self.keys) if kept.untyped_storage().data_ptr() == storage)
+
     def _place(self, heads: int) -> Tensor:
         """Index of each new key, in the order (B, H_kv, T), into the store flattened but for its last dimension."""
         if heads not in self._places:
@@ -354,6 +363,10 @@ def _attention(
     given, query = query.dtype, query.to(value.dtype)
     batch, all_heads, length, dim = query.shape
     heads = key.shape[1]
+    if length != (key.shape[2] if store.span is None else store.span.query_length):
+        # Layers that only use the keys of earlier ones may leave out tokens whose logits are not asked for. That is so
+        # in passes that fill the store, whose output nobody reads.
+        return value.new_zeros(batch, length, all_heads, value.shape[3], dtype=given), None
     grouped = query.view(batch, heads, all_heads // heads, length, dim)
     scale = dim**-0.5 if scaling is None else scaling
     if store.span is None:
@@ -362,7 +375,7 @@ def _attention(
             out, lse = _causal(grouped, key, value, scale, length, softcap, with_lse=True)
     else:
         options = {"scale": scale, "window": sliding_window, "softcap": softcap, "with_lse": s_aux is not None}
-        out, lse = _rows(store, module.layer_idx, grouped, key, value, options)
+        out, lse = _rows(store, store.layer_of(key, module.layer_idx), grouped, key, value, options)
     if s_aux is not None:  # an attention sink: a logit per head that takes part in the softmax and has no value
         sink = s_aux.view(1, heads, -1, 1, 1).to(lse.dtype)
         out = out * torch.sigmoid(lse - sink)

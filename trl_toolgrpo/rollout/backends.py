@@ -4,18 +4,17 @@ Owns the choice between the default sampler and the plain one: by what the model
 of tokens that has to agree with the model's own forward pass. Fed by the trainer.
 """
 
-import inspect
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from transformers import GenerationConfig
 
 from ..model_settings import model_setting
-from .generate_sampler import GenerateSampler
+from .generate_sampler import GenerateSampler, without_generation_settings
 from .model_sampler import ModelSampler
-from .padding import reads_padding
+from .padding import differs, trial_rows
 from .sampler import at_least_float32, scoring_mode
 
 
@@ -50,23 +49,37 @@ def unsupported_reason(model: Any, token_ids: Sequence[int]) -> str | None:
 
 def generates_padded(model: Any) -> bool:
     """
-    Return whether `model.generate` gives rows of different length what it gives each of them alone.
+    Return whether `model.generate` gives rows of different length what the model gives each of them alone.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
             The policy, unwrapped.
     """
     device = next(model.parameters()).device
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-
-    def logits(ids: Tensor, mask: Tensor) -> Tensor:
-        # As `generate` does: positions are counted without padding, where a model takes them
-        positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0).to(device)} if takes_positions else {}
-        return model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **positions).logits
-
+    long, other = trial_rows(model.config.get_text_config().vocab_size)
+    rows = [long, other[-3:]]
+    ids = torch.tensor([[0] * (len(long) - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (len(long) - len(row)) + [1] * len(row) for row in rows], device=device)
+    with scoring_mode(model), without_generation_settings(model):
+        settings = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0, disable_compile=True)
+        try:
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=settings,
+                output_logits=True,
+                return_dict_in_generate=True,
+                synced_gpus=False,
+            )
+        except (RuntimeError, ValueError, IndexError):  # such as no number to draw a token by
+            return False
+        found = torch.stack(output.logits, dim=1)
+        alone = [
+            model(input_ids=sequence[None, len(long) - len(row) :], use_cache=False).logits[0, -4:-1]
+            for row, sequence in zip(rows, output.sequences, strict=True)
+        ]
     exact = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
-    with scoring_mode(model):
-        return not reads_padding(logits, model.config.get_text_config().vocab_size, exact)
+    return not differs(found, torch.stack(alone), alone[1] - alone[0], exact)
 
 
 def make_sampler(model: Any, supported: bool, **options: Any) -> ModelSampler | GenerateSampler:

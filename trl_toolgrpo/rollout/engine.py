@@ -360,8 +360,8 @@ class RolloutEngine:
                 self._pads = generates_padded(policy)
                 if not self._pads:
                     logger.warning(
-                        "This model reads padding although its attention mask hides it: rollouts are sampled together "
-                        "only while they are of one length, which is slow."
+                        "`model.generate` gives rows of a padded batch something else than each of them alone: "
+                        "rollouts are sampled one after the other, which is slow."
                     )
         return self._supported
 

@@ -72,7 +72,7 @@ class _Recorder(StoppingCriteria):
 
 
 @contextmanager
-def _no_generation_settings(model: Any) -> Iterator[None]:
+def without_generation_settings(model: Any) -> Iterator[None]:
     """
     Without the model's own generation settings. `generate` fills them in wherever it is given none, and many a chat
     model brings a repetition penalty, which would reshape the distribution the trainer scores.
@@ -103,8 +103,8 @@ class GenerateSampler:
         noise (`Callable`, *optional*):
             As in [`ModelSampler`]; by default `generate` draws.
         pads (`bool`, *optional*, defaults to `True`):
-            Whether histories of different length are padded on the left and sampled together. A model that reads
-            padding although its mask hides it is given histories of one length at a time.
+            Whether histories are padded on the left and sampled together, or one after the other, for a model whose
+            `generate` gives rows of a batch something else than each of them alone.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class GenerateSampler:
     def open(self, prompts: Sequence[Sequence[int]], max_length: int) -> Iterator["GenerateSession"]:
         """See [`Sampler.open`]. The model is in evaluation mode, without gradients, while the session is open."""
         frequencies = RowFrequencies(self.model).of()  # `generate` counts positions without padding
-        with scoring_mode(self.model), _no_generation_settings(self.model), self.autocast(), frequencies:
+        with scoring_mode(self.model), without_generation_settings(self.model), self.autocast(), frequencies:
             yield GenerateSession(self, prompts)
 
 
@@ -165,7 +165,7 @@ class GenerateSession:
         budgets, self.budgets = self.budgets, {}
         batches: dict[int, list[int]] = {}
         for row in budgets:
-            batches.setdefault(0 if self.sampler.pads else len(self.histories[row]), []).append(row)
+            batches.setdefault(0 if self.sampler.pads else row, []).append(row)
         return [result for rows in batches.values() for result in self._sample(rows, [budgets[row] for row in rows])]
 
     def _sample(self, rows: list[int], limits: list[int]) -> list[SampledTokens]:

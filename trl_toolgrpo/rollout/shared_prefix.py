@@ -106,7 +106,7 @@ class KeyValueStore:
         storage = key.untyped_storage().data_ptr()
         if own == storage:
             return layer
-        return next(at for at, kept in enumerate(self.keys) if kept.untyped_storage().data_ptr() == storage)
+        return next((at for at, kept in enumerate(self.keys) if kept.untyped_storage().data_ptr() == storage), layer)
 
     def _place(self, heads: int) -> Tensor:
         """Index of each new key, in the order (B, H_kv, T), into the store flattened but for its last dimension."""

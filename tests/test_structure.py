@@ -82,6 +82,7 @@ ORDER = [
     "losses",
     "diagnostics",
     "own_positions",
+    "scoring_trial",
     "packed_attention",
     "scoring",
     "correction",

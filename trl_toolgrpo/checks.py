@@ -183,7 +183,8 @@ def warn_of_dropout(model: torch.nn.Module, disabled: bool) -> None:
     """Warn where the policy is trained with dropout, without which its tokens are sampled."""
     text_config = getattr(model, "config", None)
     text_config = text_config.get_text_config() if text_config is not None else None
-    functional = any(model_setting(text_config, name, 0) for name in ("attention_dropout", "attn_pdrop", "resid_pdrop"))
+    names = ("attention_dropout", "attn_pdrop", "resid_pdrop")
+    functional = any(model_setting(text_config, name, 0) for name in names)
     active = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
     if functional or (active and not disabled):
         logger.warning(

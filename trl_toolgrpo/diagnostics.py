@@ -111,7 +111,7 @@ def compute_dtype(args: Any, model: torch.nn.Module) -> torch.dtype:
     """
     if args.bf16 or args.fp16:
         return torch.bfloat16 if args.bf16 else torch.float16
-    found = {parameter.dtype for parameter in model.parameters()}
+    found: set[Any] = {parameter.dtype for parameter in model.parameters()}
     found |= {getattr(module, "compute_dtype", None) for module in model.modules()}  # of a layer of bitsandbytes
     coarsest_first = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     return next((dtype for dtype in coarsest_first if dtype in found), torch.float32)

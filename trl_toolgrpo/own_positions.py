@@ -126,7 +126,8 @@ class OwnPositions(GRPOTrainer):
                     compute_aux_loss,
                 )
             logps.append(batch.completions(scores))
-            entropies.append(batch.completions(entropy) if compute_entropy else None)
+            if compute_entropy:
+                entropies.append(batch.completions(entropy))
             losses.append(loss)
         return (
             torch.cat(logps),
@@ -159,7 +160,7 @@ class OwnPositions(GRPOTrainer):
 
 def scales_by_position(config: Any) -> bool:
     """
-    Return whether attention is scaled by a token's position (Ministral 3), which a trial of a few tokens does not show.
+    Return whether attention is scaled by a token's position (Ministral 3), which a short trial does not show.
 
     Args:
         config (`PretrainedConfig`):

@@ -49,6 +49,7 @@ from .rollout.parsing import add_missing_response_template
 from .rollout.sampler import scoring_mode
 from .rollout_tools import RolloutTools
 from .scoring import SharedPromptScoring
+from .scoring_trial import check_scoring
 from .sync import ReferenceSync, synced_by_us
 from .tools.environments import on_own_thread
 from .tools.execute import ToolExecutor
@@ -193,6 +194,7 @@ class ToolGRPOTrainer(
             logger.warning("`use_transformers_continuous_batching` has no effect: the sampler batches by itself.")
         check_gathering(self)
         check_cache(self.args, self.model)
+        check_scoring(self)
         warn_of_dropout(self.model, self.args.disable_dropout)
         self._prepare_critic()
         if self.environment_factories is not None:

@@ -27,6 +27,7 @@ from trl.chat_template_utils import add_response_schema
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 from trl_toolgrpo import model_card
+from trl_toolgrpo.rollout.rotary import RowFrequencies
 from trl_toolgrpo.rollout.vllm_engine import supported_versions
 
 
@@ -750,6 +751,29 @@ def test_models_have_what_the_default_sampler_asks_for():
     assert "logits_to_keep" in parameters(model.forward), (
         "Models no longer take `logits_to_keep`; rollout/model_sampler.ModelSession._forward passes it."
     )
+
+
+def test_rotary_embeddings_say_when_their_frequencies_change():
+    """rollout/rotary.RowFrequencies finds them by these names, and asks them row by row."""
+    by_layer = {"sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}
+    long = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    by_layer["full_attention"] = {**long, "factor": 4.0, "original_max_position_embeddings": 60}
+    sizes = {"vocab_size": 20, "hidden_size": 32, "intermediate_size": 8, "num_attention_heads": 4, "head_dim": 8}
+    layers = {"num_hidden_layers": 2, "layer_types": list(by_layer), "sliding_window": 9}
+    flat = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+    for settings, border in (
+        (transformers.Gemma3TextConfig(**sizes, **layers, rope_parameters=by_layer), 60),
+        (transformers.LlamaConfig(**sizes, max_position_embeddings=70, rope_parameters=flat), 70),
+        (transformers.LlamaConfig(**sizes), None),
+    ):
+        model = transformers.AutoModelForCausalLM.from_config(settings)
+        assert RowFrequencies(model).border == border, (
+            "Rotary embeddings no longer have `rope_type`, `original_max_seq_len` and `config.rope_parameters`; "
+            "rollout/rotary.py reads them."
+        )
+        assert list(parameters(model.model.rotary_emb.forward))[:2] == ["x", "position_ids"], (
+            "Rotary embeddings take other arguments; rollout/rotary.RowFrequencies passes on `x` and `position_ids`."
+        )
 
 
 def test_templates_that_get_a_response_template():

@@ -1,6 +1,7 @@
 """Figures against numpy and by hand, the self-check both ways, and the console line word for word."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +13,34 @@ from trl_toolgrpo import LogprobMismatchError, ToolCall, ToolResult, Trajectory,
 from trl_toolgrpo.diagnostics import (
     RatioStatistics,
     check_logprobs,
+    compute_dtype,
     console_line,
     rollout_counts,
     rollout_metrics,
 )
 from trl_toolgrpo.rounding import Exact
+
+
+# Dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_compute_dtype_is_that_of_the_weights(dtype):
+    args = SimpleNamespace(bf16=False, fp16=False)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).to(dtype)
+    assert compute_dtype(args, model) == dtype
+    if dtype != torch.float64:  # such as the factors of an adapter
+        model[1].to(torch.float64)
+        assert compute_dtype(args, model) == dtype
+    assert compute_dtype(SimpleNamespace(bf16=True, fp16=False), model) == torch.bfloat16
+    assert compute_dtype(SimpleNamespace(bf16=False, fp16=True), model) == torch.float16
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_compute_dtype_is_that_of_quantized_layers(dtype):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[0].compute_dtype = dtype  # as layers of bitsandbytes have it
+    assert compute_dtype(SimpleNamespace(bf16=False, fp16=False), model) == dtype
 
 
 # Ratio

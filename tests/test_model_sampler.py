@@ -149,6 +149,19 @@ def test_recorded_logprobs_are_those_of_plain_forward_passes(name, together, mon
     assert worst_gap(model, histories, recorded, temperature=0.8) < 2e-5
 
 
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_recorded_logprobs_of_a_float64_model_are_exact(name, together, monkeypatch):
+    """Rows of one step have own tokens of different number, up to about 40; transformers' own eager attention, which
+    Gemma 2 and gpt-oss have, takes its softmax in float32."""
+    model = build(name).double()
+    model.set_experts_implementation("eager")  # torch has no grouped product in float64
+    with batched(monkeypatch, together):
+        histories, recorded = roll(ModelSampler(model, STOPS, 0, temperature=0.8))
+    eager = model.config._attn_implementation == "eager"
+    assert worst_gap(model, histories, recorded, temperature=0.8) < (2e-6 if eager else 1e-9)
+
+
 def test_recorded_logprobs_are_those_of_one_forward_pass_for_each_token():
     model = build("Mistral")
     histories, recorded = roll(ModelSampler(model, STOPS, 0))

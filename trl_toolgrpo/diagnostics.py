@@ -98,11 +98,24 @@ class RatioStatistics:
 
 
 def compute_dtype(args: Any, model: torch.nn.Module) -> torch.dtype:
-    """Dtype a policy computes in, autocast and low-precision bases included."""
+    """
+    Dtype a policy computes in: autocast's, else the coarsest of its weights and of what quantized layers compute in.
+
+    Args:
+        args ([`ToolGRPOConfig`]):
+            Says whether there is autocast.
+        model (`nn.Module`):
+            The policy.
+
+    Returns:
+        `torch.dtype`: float64 only where all weights are.
+    """
     if args.bf16 or args.fp16:
         return torch.bfloat16 if args.bf16 else torch.float16
-    low = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
-    return torch.bfloat16 if low else torch.float32
+    found: set[Any] = {parameter.dtype for parameter in model.parameters()}
+    found |= {getattr(module, "compute_dtype", None) for module in model.modules()}  # of a layer of bitsandbytes
+    coarsest_first = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    return next((dtype for dtype in coarsest_first if dtype in found), torch.float32)
 
 
 def averages(metrics: Mapping[str, Sequence[float]]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .batch_position import micro_batches_of
+from .model_settings import model_setting
 from .reference import ADAPTER
 
 
@@ -110,7 +111,7 @@ def describe_model(model: Any) -> dict[str, Any]:
     """Shape of a policy, and a checksum of the weights that are not trained and so are in no checkpoint."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config.get_text_config()
-    shape = {name: getattr(config, name, None) for name in _SHAPE}
+    shape = {name: model_setting(config, name) for name in _SHAPE}
     checksum = 0
     frozen = [(n, p) for n, p in base.named_parameters() if not p.requires_grad and f".{ADAPTER}." not in f"{n}."]
     for name, parameter in frozen:

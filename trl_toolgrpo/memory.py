@@ -1,13 +1,15 @@
 """How much memory a run takes, before it is started.
 
-Owns the arithmetic, as pure functions of the model's shape and of the sizes of a run; imports nothing of the package.
-The table of the README is made with it:
+Pure functions of the model's shape and of the sizes of a run. The table of the README is made with it:
 
     python -m trl_toolgrpo.memory
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+
+from .model_settings import layer_settings, stored_values
 
 
 METHODS = ("full", "lora", "qlora")
@@ -26,19 +28,23 @@ class ModelShape:
     Args:
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
         vocab_size (`int`):
-            As in the model's configuration.
+            As in the model's configuration. `num_key_value_heads` and `head_dim` may be a tuple with the value of each
+            layer, where layers differ (Gemma 4).
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether the output layer is the embedding.
+        stored_values (`int`, *optional*):
+            Numbers that a cache keeps for a token, where that is not all layers' keys and values.
     """
 
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    num_key_value_heads: int | tuple[int, ...]
+    head_dim: int | tuple[int, ...]
     vocab_size: int
     tie_word_embeddings: bool = False
+    stored_values: int | None = None
 
     @classmethod
     def from_config(cls, config: Any) -> "ModelShape":
@@ -50,29 +56,44 @@ class ModelShape:
                 Configuration of a text model.
         """
         heads = config.num_attention_heads
-        return cls(
+        kept, stored = layer_settings(config, "num_key_value_heads"), stored_values(config)
+        shape = cls(
             config.hidden_size,
-            config.intermediate_size,
+            max(layer_settings(config, "intermediate_size")),
             config.num_hidden_layers,
             heads,
-            getattr(config, "num_key_value_heads", None) or heads,
-            getattr(config, "head_dim", None) or config.hidden_size // heads,
+            _one_if_equal([count or heads for count in kept]),
+            _one_if_equal([width or config.hidden_size // heads for width in layer_settings(config, "head_dim")]),
             config.vocab_size,
             bool(config.tie_word_embeddings),
         )
+        return shape if stored == shape.cached_values else replace(shape, stored_values=stored)
+
+    @property
+    def attention_widths(self) -> list[tuple[int, int]]:
+        """Width of the queries and of the keys of each block."""
+        kept, widths = _of_layers(self.num_key_value_heads, self), _of_layers(self.head_dim, self)
+        return [(self.num_attention_heads * width, count * width) for count, width in zip(kept, widths, strict=True)]
 
     @property
     def linear_layers(self) -> list[tuple[int, int]]:
-        """Inputs and outputs of the linear layers of a block."""
-        query, key = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        attention = [(self.hidden_size, query), *[(self.hidden_size, key)] * 2, (query, self.hidden_size)]
-        feed_forward = [*[(self.hidden_size, self.intermediate_size)] * 2, (self.intermediate_size, self.hidden_size)]
-        return [*attention, *feed_forward]
+        """Inputs and outputs of the linear layers of all blocks."""
+        size, found = self.hidden_size, []
+        for query, key in self.attention_widths:
+            found += [(size, query), *[(size, key)] * 2, (query, size)]
+            found += [*[(size, self.intermediate_size)] * 2, (self.intermediate_size, size)]
+        return found
 
     @property
     def linear_parameters(self) -> int:
         """Weights of the linear layers of all blocks, which is what is quantized."""
-        return self.num_hidden_layers * sum(inputs * outputs for inputs, outputs in self.linear_layers)
+        return sum(inputs * outputs for inputs, outputs in self.linear_layers)
+
+    @property
+    def cached_values(self) -> int:
+        """Numbers that a cache keeps for a token, over all blocks."""
+        own = sum(2 * key for _, key in self.attention_widths)
+        return own if self.stored_values is None else self.stored_values
 
     @property
     def parameters(self) -> int:
@@ -83,7 +104,15 @@ class ModelShape:
 
     def lora_parameters(self, rank: int) -> int:
         """Weights of LoRA factors on all linear layers of the blocks."""
-        return self.num_hidden_layers * rank * sum(inputs + outputs for inputs, outputs in self.linear_layers)
+        return rank * sum(inputs + outputs for inputs, outputs in self.linear_layers)
+
+
+def _of_layers(value: int | tuple[int, ...], shape: ModelShape) -> Sequence[int]:
+    return value if isinstance(value, tuple) else [value] * shape.num_hidden_layers
+
+
+def _one_if_equal(values: Sequence[int]) -> int | tuple[int, ...]:
+    return values[0] if len(set(values)) == 1 else tuple(values)
 
 
 @dataclass(frozen=True)
@@ -207,7 +236,7 @@ def estimate_memory(
         shape, micro_batch, prompt_length, completion_length, compute_bytes, gradient_checkpointing, method != "full"
     )
     tokens = rollouts * completion_length + -(-rollouts // num_generations) * prompt_length
-    cache = tokens * shape.num_hidden_layers * 2 * shape.num_key_value_heads * shape.head_dim * compute_bytes
+    cache = float(tokens * shape.cached_values * compute_bytes)
     cache += 3 * rollouts * shape.vocab_size * _FLOAT  # logits
     packed = shape.linear_parameters * float(_FLOAT) if on_cpu and method != "qlora" else 0.0
     return MemoryEstimate(weights, gradients, optimizer, activations, gathered, cache, packed)
@@ -218,7 +247,7 @@ def _activations(
 ) -> float:
     """Activations of a micro-batch that are kept for the backward pass, and their gradients, in bytes."""
     tokens = rows * (prompt + completion)
-    query, key = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    query, key = map(max, zip(*shape.attention_widths, strict=True))
     # Kept in a block: the stream and its normalized copies, queries, keys, values and the result of attention, the
     # gate, the other branch and what comes of them; adapters see the same inputs once more, in float32 at most
     block: float = tokens * size * (6 * shape.hidden_size + 3 * query + 3 * key + 4 * shape.intermediate_size)

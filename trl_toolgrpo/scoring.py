@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
-from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from .config import ToolGRPOConfig
 from .diagnostics import compute_dtype
 from .lm_head import head_in_float32
+from .model_settings import model_setting
+from .own_positions import AlignedBatch, OwnPositions, first_column
 from .packed_attention import Piece, dense_mask, packed_attention, suits
 from .rollout.backends import layers_beside_attention
+from .rollout.rotary import RowFrequencies
 from .rollout.sampler import scoring_mode
 from .rounding import COMPARED_TOKENS, LOW_PRECISION, Accepted, Exact, Rounding, score_in_pieces, ulp_of
 
@@ -64,6 +66,11 @@ class PackedBatch:
     place: Tensor
     scored: Tensor
     pieces: Sequence[Piece] | None = None
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """Tokens of each row where it is a sequence of its own, shape (R,); else the positions say that."""
+        return None if self.attention_mask is None else self.attention_mask.sum(dim=1)
 
     def labelled(self) -> Tensor:
         """Flat indices of the positions that predict a token, shape (K,); one of no use where there is none."""
@@ -185,17 +192,23 @@ def _fill(
     return PackedBatch(ids, positions, None, labels, place, scored, pieces)
 
 
-def lay_out(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> PackedBatch:
+def lay_out(
+    input_ids: Tensor, attention_mask: Tensor, completion_length: int, aligned: bool = False
+) -> PackedBatch:
     """
     The same record for rollouts that stay as they are, one a row.
 
     Args:
         input_ids, attention_mask, completion_length:
             As in [`pack`].
+        aligned (`bool`, *optional*, defaults to `False`):
+            Whether rows begin in the first column, as in [`first_column`], and not after the padding of the prompt.
 
     Returns:
         [`PackedBatch`]: with the rows of the batch.
     """
+    if aligned:
+        return _lay_out_aligned(first_column(input_ids, attention_mask, completion_length))
     rows, length = input_ids.shape
     scored = attention_mask[:, -completion_length:].bool()
     labels = torch.full_like(input_ids, -100)
@@ -205,6 +218,15 @@ def lay_out(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -
         rows, device=input_ids.device
     ).unsqueeze(1)
     return PackedBatch(input_ids, None, attention_mask, labels, place, scored)
+
+
+def _lay_out_aligned(batch: AlignedBatch) -> PackedBatch:
+    rows, length = batch.input_ids.shape
+    before = batch.place.clamp(min=1) - 1  # the position that predicts a token
+    flat = before + length * torch.arange(rows, device=before.device).unsqueeze(1)
+    labels = torch.full_like(batch.input_ids, -100)
+    labels.reshape(-1)[flat[batch.scored]] = batch.input_ids.gather(1, batch.place)[batch.scored]
+    return PackedBatch(batch.input_ids, None, batch.attention_mask, labels, flat, batch.scored)
 
 
 @contextmanager
@@ -238,7 +260,7 @@ def unpackable_reason(model: Any) -> str | None:
     config = model.config.get_text_config()
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"its attention is `{config._attn_implementation}`, which takes no mask of its own"
-    if getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None):
+    if model_setting(config, "sliding_window") or model_setting(config, "attention_chunk_size"):
         return "its attention is limited to a window"
     others = layers_beside_attention(model)
     if others:
@@ -251,10 +273,10 @@ def unpackable_reason(model: Any) -> str | None:
 def _has_experts(model: Any) -> bool:
     """Whether tokens are routed to experts, whose products are rounded by how many tokens they get."""
     config = model.config.get_text_config()
-    return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    return any(model_setting(config, name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
-class SharedPromptScoring(GRPOTrainer):
+class SharedPromptScoring(OwnPositions):
     """
     Part of [`ToolGRPOTrainer`]: TRL's scoring pass, over packed sequences where rollouts of a batch share prompts.
 
@@ -296,12 +318,14 @@ class SharedPromptScoring(GRPOTrainer):
             parts = [None] * len(chunks)
         if not self._ask_values and any(part is None for part in parts):
             return plain()
-        laid_out = [part or lay_out(*chunk) for part, chunk in zip(parts, chunks, strict=True)]
+        aligned = self._aligns(model)
+        laid_out = [part or lay_out(*chunk, aligned) for part, chunk in zip(parts, chunks, strict=True)]
         return self._score_packed(model, laid_out, compute_entropy)
 
     def _score_packed(self, model: Any, parts: list[PackedBatch], compute_entropy: bool) -> Any:
         logps, entropies, values, read = [], [], [], []
         bare = self.accelerator.unwrap_model(model)
+        frequencies = RowFrequencies(bare)
         in_pieces = not self.args.gradient_checkpointing and suits(bare)
         attention: AbstractContextManager[None]
         for part in parts:
@@ -317,7 +341,7 @@ class SharedPromptScoring(GRPOTrainer):
             if part.position_ids is not None:
                 options["position_ids"] = part.position_ids
             kept = part.labelled()
-            with self.accelerator.autocast(), only_at(bare, kept), attention:
+            with self.accelerator.autocast(), only_at(bare, kept), frequencies.of(part.lengths), attention:
                 output = model(
                     input_ids=part.input_ids,
                     attention_mask=mask,

@@ -51,6 +51,7 @@ from .diagnostics import (
 from .grouping import GroupedUpdates
 from .hub import HubPush
 from .lm_head import cast_heads, without_trls_cast
+from .own_positions import OwnPositions
 from .quantized import keep_trainable
 from .replay import Replay
 from .resume import ExactResume
@@ -63,6 +64,7 @@ from .rollout.sampler import scoring_mode
 from .rollout_tools import RolloutTools
 from .rounding import Exact
 from .scoring import SharedPromptScoring
+from .scoring_trial import check_scoring
 from .sync import ReferenceSync, synced_by_us
 from .tools.environments import on_own_thread
 from .tools.execute import ToolExecutor
@@ -77,7 +79,7 @@ logger = logging.getLogger(__name__)
 
 class ToolGRPOTrainer(
     Replay, ExactResume, HubPush, Determinism, AssistedWarmup, Critic, ReferenceSync, GroupedUpdates,
-    SamplerCorrection, SharedPromptScoring, RolloutTools, VLLMRollouts, GRPOTrainer,
+    SamplerCorrection, SharedPromptScoring, OwnPositions, RolloutTools, VLLMRollouts, GRPOTrainer,
 ):  # fmt: skip
     """
     Drop-in for TRL's [`~trl.GRPOTrainer`] (arXiv 2402.03300) that trains a policy to call tools.
@@ -230,6 +232,7 @@ class ToolGRPOTrainer(
             print(line, flush=True)
         check_gathering(self)
         check_cache(self.args, self.model)
+        check_scoring(self)
         warn_of_dropout(self.model)
         self._prepare_critic()
         if self.environment_factories is not None:

@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
+from ..model_settings import model_setting
 from ..rounding import Accepted, Exact, Rounding, score_in_pieces, ulp_of
-from .generate_sampler import GenerateSampler
+from .generate_sampler import GenerateSampler, without_generation_settings
 from .model_sampler import ModelSampler
-from .sampler import scoring_mode
+from .padding import differs, trial_rows
+from .sampler import at_least_float32, scoring_mode
 
 
 logger = logging.getLogger(__name__)
@@ -59,13 +62,48 @@ def layers_beside_attention(model: Any) -> list[str]:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config.get_text_config()
-    declared = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
+    declared = {*(model_setting(config, "layer_types") or ()), *(model_setting(config, "layers_block_type") or ())}
     found = {str(kind) for kind in declared} - _ATTENTION - _WITHOUT_CONTEXT
     if any(isinstance(module, nn.modules.conv._ConvNd) for module in base.modules()):
         found.add("convolution")
     if any(isinstance(module, nn.RNNBase) for module in base.modules()) or getattr(base, "_is_stateful", False):
         found.add("recurrent")
     return sorted(found)
+
+
+def generates_padded(model: Any) -> bool:
+    """
+    Return whether `model.generate` gives rows of different length what the model gives each of them alone.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The policy, unwrapped.
+    """
+    device = next(model.parameters()).device
+    long, other = trial_rows(model.config.get_text_config().vocab_size)
+    rows = [long, other[-3:]]
+    ids = torch.tensor([[0] * (len(long) - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (len(long) - len(row)) + [1] * len(row) for row in rows], device=device)
+    with scoring_mode(model), without_generation_settings(model):
+        settings = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0, disable_compile=True)
+        try:
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=settings,
+                output_logits=True,
+                return_dict_in_generate=True,
+                synced_gpus=False,
+            )
+        except (RuntimeError, ValueError, IndexError):  # such as no number to draw a token by
+            return False
+        found = torch.stack(output.logits, dim=1)
+        alone = [
+            model(input_ids=sequence[None, len(long) - len(row) :], use_cache=False).logits[0, -4:-1]
+            for row, sequence in zip(rows, output.sequences, strict=True)
+        ]
+    exact = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
+    return not differs(found, torch.stack(alone), alone[1] - alone[0], exact)
 
 
 def make_sampler(model: Any, supported: bool, **options: Any) -> ModelSampler | GenerateSampler:
@@ -114,7 +152,7 @@ def _plain_logprobs(model: Any, history: list[int]) -> Tensor:
     """Log-probs of all tokens but the first, by one pass without a cache, nats, shape (T - 1,)."""
     with scoring_mode(model):
         ids = torch.tensor([history], device=next(model.parameters()).device)
-        scores = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0].float(), dim=-1)
+        scores = torch.log_softmax(at_least_float32(model(input_ids=ids, use_cache=False).logits[0]), dim=-1)
     return scores[:-1].gather(-1, ids[0, 1:, None])[:, 0].cpu()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config import ToolGRPOConfig
 from ..errors import ConfigError
+from ..model_settings import stored_values
 
 
 def bytes_per_token(args: ToolGRPOConfig, model: Any) -> int:
@@ -21,12 +22,8 @@ def bytes_per_token(args: ToolGRPOConfig, model: Any) -> int:
         model (`PreTrainedModel` or `PeftModel`):
             The policy.
     """
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    stored = getattr(config, "num_key_value_heads", None) or heads
     item = 2 if args.bf16 or args.fp16 else model.get_input_embeddings().weight.element_size()
-    return 2 * config.num_hidden_layers * stored * dim * item
+    return stored_values(model.config.get_text_config()) * item
 
 
 def stored_tokens(args: ToolGRPOConfig, model: Any) -> int | None:

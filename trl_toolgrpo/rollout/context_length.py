@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from ..model_settings import model_setting
+
 
 _NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
 
@@ -19,10 +21,7 @@ def context_length(config: Any) -> int | None:
     """
     text_config = config.get_text_config()
     for name in _NAMES:
-        try:
-            value = getattr(text_config, name, None)
-        except Exception:  # configurations whose layers differ refuse some attributes, with errors of their own
-            continue
+        value = model_setting(text_config, name)
         if isinstance(value, int) and value > 0:
             return value
     return None

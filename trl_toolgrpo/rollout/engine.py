@@ -4,6 +4,7 @@ Owns `RolloutEngine`, which puts sampler, chat, tool runtime and loop together, 
 it. Fed by the trainer, which owns the policy.
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from ..config import ToolGRPOConfig
 from ..errors import ConfigError, TrajectoryError
 from ..tools.execute import ToolExecutor
 from ..trajectory import Trajectory
-from .backends import make_sampler, unsupported_reason
+from .backends import generates_padded, make_sampler, unsupported_reason
 from .budget import parts_that_fit
 from .chat import ToolChat
 from .constraint import CallConstraints
@@ -28,6 +29,7 @@ from .context_length import context_length
 from .forcing import CallPrefixes, ForcePolicy, Forcing
 from .loop import Rollout, RolloutLimits, RolloutLoop, RolloutRequest, RolloutStats
 from .noise import RolloutNoise
+from .rotary import RowFrequencies
 from .sampler import Sampler
 from .vllm_sampler import VLLMSampler
 
@@ -226,6 +228,8 @@ class RolloutEngine:
         )
         self.vllm: VLLMSampler | None = None  # samples in place of the policy itself, where the trainer sets it
         self._supported: bool | None = None
+        self._pads = True
+        self._warned_of_border = False
         self._given_up = 0
         self._force_policy = force_policy
         forces = args.force_rate > 0 and chat is not None
@@ -276,12 +280,15 @@ class RolloutEngine:
         parts = [(0, len(requests))]  # vLLM has a cache of its own
         if self.vllm is None:
             parts = parts_that_fit(self.args, policy, prompts, shares=self._is_supported(policy))
-        for start, stop in parts:
+        longest = self.limits.max_sequence_length
+        for start, stop, limit in self._same_frequencies(policy, prompts, parts):
+            self.limits.max_sequence_length = min(longest, limit)
             drawn = None if noise is None else noise.behind(start)
             part = self._run_part(policy, requests[start:stop], autocast, force, drawn)
             batch.rollouts += part.rollouts
             batch.stats.seconds += part.stats.seconds
             batch.stats.tool_wait_seconds += part.stats.tool_wait_seconds
+        self.limits.max_sequence_length = longest
         if self.executor is not None:
             given_up = self.executor.abandoned
             batch.stats.abandoned, self._given_up = given_up - self._given_up, given_up
@@ -317,6 +324,7 @@ class RolloutEngine:
                 autocast=autocast,
                 float32_head=self.args.cast_lm_head_to_fp32,
                 **({} if noise is None else {"noise": noise}),
+                **({} if self._pads else {"pads": False}),
             )
         with sampler.open(self._read_prompts(requests), self.limits.max_completion_length) as session:
             forcing = self._forcing(noise) if force else None
@@ -327,6 +335,33 @@ class RolloutEngine:
     def _read_prompts(self, requests: Sequence[RolloutRequest]) -> list[list[int]]:
         """Prompts as a sampler reads them: of one that leaves no room for a completion, a token that is not used."""
         return [r.prompt_ids if self.limits.has_room(r.prompt_ids) else r.prompt_ids[-1:] for r in requests]
+
+    def _same_frequencies(
+        self, policy: Any, prompts: Sequence[Sequence[int]], parts: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[int, int, float]]:
+        """Divide parts further, by the rotary frequencies that their rollouts keep; each with the tokens, prompt
+        included, after which the frequencies would change."""
+        frequencies = RowFrequencies(policy)
+        limits = [frequencies.limit(len(prompt)) for prompt in prompts]
+        crossing = sum(
+            len(prompt) + self.limits.max_completion_length > limit
+            for prompt, limit in zip(prompts, limits, strict=True)
+        )
+        if crossing and not self._warned_of_border:
+            self._warned_of_border = True
+            logger.warning(
+                "The rotary frequencies of this model (`%s`) change after %s tokens, and with them what it says of "
+                "the tokens before: a log-prob that was recorded before is not that of the trainer after. "
+                "Rollouts that begin before that end there, with stop reason `length`, as %s of these %s may. Shorten "
+                "the prompts or lower `max_completion_length`, so that both fit into it.",
+                *(frequencies.kinds, frequencies.border, crossing, len(prompts)),
+            )
+        for start, stop in parts:
+            at = start
+            for limit, rows in itertools.groupby(limits[start:stop]):
+                count = len(list(rows))
+                yield at, at + count, limit
+                at += count
 
     def _forcing(self, noise: RolloutNoise | None) -> Forcing | None:
         if self._prefixes is None:
@@ -342,6 +377,12 @@ class RolloutEngine:
             self._supported = reason is None
             if reason is not None:
                 logger.warning("Sampling falls back to `model.generate` for this model: %s.", reason)
+                self._pads = generates_padded(policy)
+                if not self._pads:
+                    logger.warning(
+                        "`model.generate` gives rows of a padded batch something else than each of them alone: "
+                        "rollouts are sampled one after the other, which is slow."
+                    )
         return self._supported
 
     def _is_invalid(self, row: int, trajectory: Trajectory) -> bool:

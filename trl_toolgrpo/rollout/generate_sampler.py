@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from ..errors import SamplerError
 from ..lm_head import head_in_float32
 from .model_sampler import sample_tokens
+from .rotary import RowFrequencies
 from .sampler import SampledTokens, TokenConstraint, constrain, scoring_mode
 
 
@@ -72,7 +73,7 @@ class _Recorder(StoppingCriteria):
 
 
 @contextmanager
-def _no_generation_settings(model: Any) -> Iterator[None]:
+def without_generation_settings(model: Any) -> Iterator[None]:
     """
     Without the model's own generation settings. `generate` fills them in wherever it is given none, and many a chat
     model brings a repetition penalty, which would reshape the distribution the trainer scores.
@@ -104,6 +105,9 @@ class GenerateSampler:
             As in [`ModelSampler`].
         noise (`Callable`, *optional*):
             As in [`ModelSampler`]; by default `generate` draws.
+        pads (`bool`, *optional*, defaults to `True`):
+            Whether histories are padded on the left and sampled together, or one after the other, for a model whose
+            `generate` gives rows of a batch something else than each of them alone.
     """
 
     def __init__(
@@ -115,9 +119,11 @@ class GenerateSampler:
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         noise: Callable[[list[int]], Tensor] | None = None,
         float32_head: bool = False,
+        pads: bool = True,
     ):
         self.model = model
         self.float32_head = float32_head
+        self.pads = pads
         self.noise = noise
         self.stop_ids = frozenset(stop_ids)
         self.pad_id = pad_id
@@ -128,7 +134,9 @@ class GenerateSampler:
     def open(self, prompts: Sequence[Sequence[int]], max_length: int) -> Iterator["GenerateSession"]:
         """See [`Sampler.open`]. The model is in evaluation mode, without gradients, while the session is open."""
         head = head_in_float32(self.model, self.float32_head)
-        with scoring_mode(self.model), _no_generation_settings(self.model), self.autocast(), head:
+        frequencies = RowFrequencies(self.model).of()  # `generate` counts positions without padding
+        settings = without_generation_settings(self.model)
+        with scoring_mode(self.model), settings, self.autocast(), head, frequencies:
             yield GenerateSession(self, prompts)
 
 
@@ -161,8 +169,14 @@ class GenerateSession:
 
     def step(self) -> list[SampledTokens]:
         """See [`SamplerSession.step`]: here one step samples the whole turn of every queued row."""
-        rows, limits = list(self.budgets), list(self.budgets.values())
-        self.budgets = {}
+        budgets, self.budgets = self.budgets, {}
+        batches: dict[int, list[int]] = {}
+        for row in budgets:
+            batches.setdefault(0 if self.sampler.pads else row, []).append(row)
+        return [result for rows in batches.values() for result in self._sample(rows, [budgets[row] for row in rows])]
+
+    def _sample(self, rows: list[int], limits: list[int]) -> list[SampledTokens]:
+        """Sample the turns of some rows together."""
         device = next(self.sampler.model.parameters()).device
         width = max(len(self.histories[row]) for row in rows)
         padding = [width - len(self.histories[row]) for row in rows]

@@ -19,7 +19,8 @@ from ..errors import SamplerError
 from ..lm_head import head_in_float32
 from .noise import race
 from .packed_linear import packed_linears
-from .sampler import SampledTokens, TokenConstraint, constrain, scoring_mode
+from .rotary import RowFrequencies
+from .sampler import SampledTokens, TokenConstraint, at_least_float32, constrain, scoring_mode
 from .shared_prefix import KeyValueStore, PromptCache, RowCache, shared_prefix_attention
 from .span import Span
 
@@ -45,8 +46,8 @@ def sample_tokens(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Te
             Uniform numbers in [0, 1), float32, shape (B,); or keys, int64, as in [`race`].
 
     Returns:
-        `tuple[Tensor, Tensor, Tensor]`: token ids, int64, shape (B,); their log-probs in nats, float32, shape (B,);
-        the entropies in nats of what they were drawn from, float32, shape (B,).
+        `tuple[Tensor, Tensor, Tensor]`: token ids, int64, shape (B,); their log-probs in nats, shape (B,); the
+        entropies in nats of what they were drawn from, shape (B,). Both are float32, or float64 for such logits.
     """
     rows = max(1, SAMPLED_AT_ONCE // logits.shape[-1])
     pieces = zip(logits.split(rows), noise.to(logits.device).split(rows), strict=True)
@@ -57,7 +58,7 @@ def sample_tokens(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Te
 
 def _sample_rows(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[`sample_tokens`] for so few rows that a float32 copy of their logits does no harm."""
-    scores = logits.float()
+    scores = at_least_float32(logits)
     if temperature != 1.0:
         scores = scores / temperature
     log_z = torch.logsumexp(scores, dim=-1, keepdim=True)
@@ -70,7 +71,7 @@ def _sample_rows(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Ten
         tokens = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)
         tokens.clamp_(max=logits.shape[-1] - 1)
     logprobs = (scores.gather(-1, tokens) - log_z).clamp_(max=0.0)  # rounding alone can pass 0
-    expected = torch.linalg.vecdot(probabilities, scores.clamp(min=torch.finfo(torch.float32).min))
+    expected = torch.linalg.vecdot(probabilities, scores.clamp(min=torch.finfo(scores.dtype).min))
     entropies = log_z[:, 0] - expected
     return tokens[:, 0], logprobs[:, 0], entropies
 
@@ -114,6 +115,7 @@ class ModelSampler:
         self.temperature = temperature
         self.autocast = autocast
         self.noise = noise or (lambda rows: torch.rand(len(rows)))
+        self.frequencies = RowFrequencies(self.model)
 
     @contextmanager
     def open(self, prompts: Sequence[Sequence[int]], max_length: int) -> Iterator["ModelSession"]:
@@ -212,7 +214,9 @@ class ModelSession:
                 stop += 1
             batch = self._padded(self.prompts[first:stop])
             positions = torch.arange(batch.shape[1], device=self.device)[None]
-            self._forward(batch, positions, PromptCache(self.store, first))
+            # The last token of a prompt is read by its rows, with the frequencies that the prompt has as a whole
+            lengths = self.store.prompt_lengths[first:stop] + 1
+            self._forward(batch, positions, PromptCache(self.store, first), lengths)
             first = stop
 
     def _should_join(self) -> bool:
@@ -250,7 +254,9 @@ class ModelSession:
         prompt_lengths = self.store.prompt_lengths[span.groups]
         offset = torch.arange(tokens.shape[1], device=self.device)
         self.store.begin(span)
-        self._forward(tokens, (prompt_lengths + span.lengths)[:, None] + offset, self.cache)
+        start = prompt_lengths + span.lengths
+        read = torch.tensor([len(state.pending) - 1 for state in states], device=self.device)
+        self._forward(tokens, start[:, None] + offset, self.cache, start + read)
         for state in states:
             state.length += len(state.pending) - 1
             state.pending = state.pending[-1:]
@@ -263,8 +269,8 @@ class ModelSession:
         span = self._span(states, 0, 1)
         tokens = torch.tensor([[state.pending[0]] for state in states], device=self.device)
         self.store.begin(span)
-        positions = (self.store.prompt_lengths[span.groups] + span.lengths)[:, None]
-        output = self._forward(tokens, positions, self.cache)
+        start = self.store.prompt_lengths[span.groups] + span.lengths
+        output = self._forward(tokens, start[:, None], self.cache, start + 1)
         logits = constrain(output.logits[:, -1], [state.constraint for state in states])
         sampled, logprobs, entropies = sample_tokens(logits, self.sampler.temperature, self.sampler.noise(rows))
         values = output["token_values"][:, -1].tolist() if self.sampler.with_values else None
@@ -291,18 +297,20 @@ class ModelSession:
             self._swap(self.rows[result.row].slot, self.running)
         return finished
 
-    def _forward(self, tokens: Tensor, positions: Tensor, cache: Any) -> Any:
-        """Run the model over (B, T) tokens; returns its output, with the logits after the last one."""
+    def _forward(self, tokens: Tensor, positions: Tensor, cache: Any, lengths: Tensor) -> Any:
+        """Run the model over (B, T) tokens of rows that have `lengths` tokens (B,) with them; returns its output, with
+        the logits after the last one."""
         if isinstance(cache, PromptCache):
             self.store.span = None
-        return self.sampler.model(
-            input_ids=tokens,
-            position_ids=positions.expand(tokens.shape[0], -1),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **({"with_values": True} if self.sampler.with_values else {}),
-        )
+        with self.sampler.frequencies.of(lengths):
+            return self.sampler.model(
+                input_ids=tokens,
+                position_ids=positions.expand(tokens.shape[0], -1),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+                **({"with_values": True} if self.sampler.with_values else {}),
+            )
 
     # Slots
 

@@ -116,6 +116,11 @@ class Sampler(Protocol):
         ...
 
 
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Logits in float32, or as they are where they are wider."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def constrain(logits: Tensor, constraints: Sequence[TokenConstraint | None]) -> Tensor:
     """
     Logits with -inf for every token that a row's constraint does not allow.

@@ -99,6 +99,15 @@ class KeyValueStore:
             own.view(-1, own.shape[3]).index_copy_(0, places, new.reshape(-1, new.shape[3]))
         return self.keys[layer][span.slots : stop, :, :length], self.values[layer][span.slots : stop, :, :length]
 
+    def layer_of(self, key: Tensor, layer: int) -> int:
+        """Layer whose keys `key` are, a view that [`KeyValueStore.append`] returned: of `layer`, or of an earlier one
+        whose keys and values it uses in place of its own."""
+        own = layer < len(self.keys) and self.keys[layer].untyped_storage().data_ptr()
+        storage = key.untyped_storage().data_ptr()
+        if own == storage:
+            return layer
+        return next((at for at, kept in enumerate(self.keys) if kept.untyped_storage().data_ptr() == storage), layer)
+
     def _place(self, heads: int) -> Tensor:
         """Index of each new key, in the order (B, H_kv, T), into the store flattened but for its last dimension."""
         if heads not in self._places:
@@ -124,11 +133,7 @@ class KeyValueStore:
         """
         if (part, window) not in self._biases:
             visible = self._prompt_visible(window) if part == "prompt" else self._own_visible(window)
-            bias = None
-            if not bool(visible.all()):
-                bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-                bias.masked_fill_(~visible, torch.finfo(dtype).min)
-            self._biases[part, window] = bias
+            self._biases[part, window] = None if bool(visible.all()) else additive_mask(visible, dtype)
         return self._biases[part, window]
 
     def _prompt_visible(self, window: int | None) -> Tensor:
@@ -142,19 +147,20 @@ class KeyValueStore:
         near[span.groups, span.ranks] = distance
         return visible & (key > near[..., None] - window)
 
-    def prompt_bias(self, prompt: int, size: int, rows: Tensor, window: int | None) -> Tensor | None:
+    def prompt_bias(
+        self, prompt: int, size: int, rows: Tensor, window: int | None, dtype: torch.dtype
+    ) -> Tensor | None:
         """Additive mask of some rows against their one prompt, shape (n, T, P); `None` where all of it is seen."""
         if size == 0:
             nothing = self._positions()[rows][..., None]
-            return torch.full(nothing.shape, torch.finfo(torch.float32).min, device=rows.device)
+            return torch.full(nothing.shape, torch.finfo(dtype).min, dtype=dtype, device=rows.device)
         if window is None:
             return None
         name = (f"prompt {prompt}", window)
         if name not in self._biases:
             key = torch.arange(size, device=rows.device)
             visible = key > size + self._positions()[rows][..., None] - window
-            bias = torch.zeros(visible.shape, device=rows.device)
-            self._biases[name] = bias.masked_fill_(~visible, torch.finfo(torch.float32).min)
+            self._biases[name] = additive_mask(visible, dtype)
         return self._biases[name]
 
     def _own_visible(self, window: int | None) -> Tensor:
@@ -237,17 +243,29 @@ def shared_prefix_attention(model: Any, store: KeyValueStore) -> AbstractContext
 _CPU_KERNEL = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask that is added to scores, in `dtype`: 0 where `visible` (bool, any shape), the least number elsewhere."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+        ~visible, torch.finfo(dtype).min
+    )
+
+
+def score_dtype(query: Tensor) -> torch.dtype:
+    """Dtype of attention scores and of masks added to them: float32, or the query's own where that is wider."""
+    return torch.promote_types(query.dtype, torch.float32)
+
+
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None, softcap: float | None):
-    """Attention and its log-sum-exp; query (B, H, Q, D), key and value (B, H, K, D). The log-sum-exp is float32."""
+    """Attention and its log-sum-exp; query (B, H, Q, D), key and value (B, H, K, D). The log-sum-exp and `bias` have
+    the dtype of scores: torch's kernel reads a mask for float64 queries as float64, whatever it is."""
+    wide = score_dtype(query)
     if _CPU_KERNEL is not None and query.device.type == "cpu" and softcap is None and key.shape == value.shape:
         if bias is not None:
             bias = bias.expand(query.shape[0], 1, query.shape[2], key.shape[2])
         out, lse = _CPU_KERNEL(query, key, value, 0.0, False, attn_mask=bias, scale=scale)
-        return out, lse[..., None].float()
-    if query.dtype == torch.float32:
-        scores = torch.matmul(query * scale, key.transpose(-1, -2))
-    else:  # products of low-precision inputs, accumulated and kept in float32
-        scores = torch.matmul(query.float() * scale, key.float().transpose(-1, -2))
+        return out, lse[..., None].to(wide)
+    # Products of low-precision inputs are accumulated and kept in float32
+    scores = torch.matmul(query.to(wide) * scale, key.to(wide).transpose(-1, -2))
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if bias is not None:
@@ -270,7 +288,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window, sof
     visible = position[None] <= position[:, None]
     if window is not None:
         visible &= position[None] > position[:, None] - window
-    bias = torch.zeros(length, length, device=key.device).masked_fill(~visible, torch.finfo(torch.float32).min)
+    bias = additive_mask(visible, score_dtype(query))
     batch, heads, groups = query.shape[:3]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     out, lse = _attend(query.flatten(1, 2), key, value, scale, bias, softcap)
@@ -284,7 +302,8 @@ def _rows(store: KeyValueStore, layer: int, query: Tensor, own_key: Tensor, own_
         raise RuntimeError("KeyValueStore.begin was not called before the forward pass.")
     scale, window, softcap = options["scale"], options["window"], options["softcap"]
     batch, heads, groups, length, dim = query.shape
-    own_bias = store.bias("own", window, torch.float32)
+    wide = score_dtype(query)
+    own_bias = store.bias("own", window, wide)
     if own_bias is not None:  # (B, T, L) -> (B, 1, G * T, L)
         own_bias = own_bias[:, None].expand(-1, groups, -1, -1).reshape(batch, 1, groups * length, -1)
     flat = query.reshape(batch, heads, groups * length, dim)
@@ -297,7 +316,7 @@ def _rows(store: KeyValueStore, layer: int, query: Tensor, own_key: Tensor, own_
         parts = [_one_prompt(store, layer, ordered, groups, member, options) for member in span.members]
         shared, shared_lse = (torch.cat(part) for part in zip(*parts, strict=True))
     shared, shared_lse = span.by_row(shared), span.by_row(shared_lse)
-    out = torch.lerp(own.float(), shared.float(), torch.sigmoid(shared_lse - own_lse))
+    out = torch.lerp(own.to(wide), shared.to(wide), torch.sigmoid(shared_lse - own_lse))
     lse = torch.logaddexp(own_lse, shared_lse) if options["with_lse"] else own_lse
     shape = (batch, heads, groups, length, -1)
     return out.view(*shape), lse.view(*shape)
@@ -310,7 +329,7 @@ def _one_prompt(store, layer, ordered, groups, member, options):
     value = store.prompt_values[layer][prompt : prompt + 1, :, : max(1, size)]
     mine = ordered[start:stop].transpose(0, 1)  # (H_kv, n, G * T, D)
     heads, count, queries, dim = mine.shape
-    bias = store.prompt_bias(prompt, size, store.span.order[start:stop], options["window"])
+    bias = store.prompt_bias(prompt, size, store.span.order[start:stop], options["window"], score_dtype(mine))
     if bias is not None:  # (n, T, P) -> (1, 1, n * G * T, P)
         bias = bias[:, None].expand(-1, groups, -1, -1).reshape(1, 1, count * queries, -1)
     packed = mine.reshape(1, heads, count * queries, dim)
@@ -326,7 +345,7 @@ def _batched_prompts(store, layer, ordered, groups, options):
     _, heads, queries, dim = ordered.shape
     packed = ordered.view(prompts, width, heads, queries, dim).transpose(1, 2)
     packed = packed.reshape(prompts, heads, width * queries, dim)
-    bias = store.bias("prompt", options["window"], torch.float32)
+    bias = store.bias("prompt", options["window"], score_dtype(ordered))
     if bias is not None and options["window"] is not None:  # (G, width, T, P) -> (G, 1, width * groups * T, P)
         bias = bias[:, :, None].expand(-1, -1, groups, -1, -1).reshape(prompts, 1, width * queries, -1)
     keys, values = store.prompt_keys[layer], store.prompt_values[layer]
@@ -344,6 +363,10 @@ def _attention(
     given, query = query.dtype, query.to(value.dtype)
     batch, all_heads, length, dim = query.shape
     heads = key.shape[1]
+    if length != (key.shape[2] if store.span is None else store.span.query_length):
+        # Layers that only use the keys of earlier ones may leave out tokens whose logits are not asked for. That is so
+        # in passes that fill the store, whose output nobody reads.
+        return value.new_zeros(batch, length, all_heads, value.shape[3], dtype=given), None
     grouped = query.view(batch, heads, all_heads // heads, length, dim)
     scale = dim**-0.5 if scaling is None else scaling
     if store.span is None:
@@ -352,7 +375,7 @@ def _attention(
             out, lse = _causal(grouped, key, value, scale, length, softcap, with_lse=True)
     else:
         options = {"scale": scale, "window": sliding_window, "softcap": softcap, "with_lse": s_aux is not None}
-        out, lse = _rows(store, module.layer_idx, grouped, key, value, options)
+        out, lse = _rows(store, store.layer_of(key, module.layer_idx), grouped, key, value, options)
     if s_aux is not None:  # an attention sink: a logit per head that takes part in the softmax and has no value
         sink = s_aux.view(1, heads, -1, 1, 1).to(lse.dtype)
         out = out * torch.sigmoid(lse - sink)

@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 
 from ..errors import RolloutServerError, SamplerError
+from ..model_settings import model_setting
 from .policy_file import PolicyFile
 from .vllm_engine import check_version
 from .vllm_sampler import TokenReply, TokenRequest
@@ -61,7 +62,7 @@ def model_shape(config: Any) -> dict[str, Any]:
     text = config.get_text_config()
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     names = ("model_type", *sizes, "num_attention_heads", "num_key_value_heads")
-    return {name: getattr(text, name, None) for name in names}
+    return {name: model_setting(text, name) for name in names}
 
 
 class ServedEngine:

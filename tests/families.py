@@ -71,6 +71,7 @@ class Family:
         self.chat = ToolChat(tokenizer, self.stops, self.template)
         own = {"gptoss": "<|call|>", "glm4moe": "<|observation|>"}
         self.end_of_turn = "<|tool_response>" if name in GEMMA4 else own.get(name, tokenizer.stop_texts[0])
+        self.end_of_text = "<|user|>" if name == "glm4moe" else tokenizer.stop_texts[0]
 
     def id(self, text):
         return self.tokenizer.convert_tokens_to_ids(text)
@@ -113,9 +114,10 @@ class Family:
         after = self.render([USER, self.assistant(calls, content)])
         assert after.startswith(before)
         text = after[len(before) :]
-        if self.end_of_turn in text:
-            return text[: text.index(self.end_of_turn) + len(self.end_of_turn)]
-        return text + self.end_of_turn
+        end = self.end_of_turn if calls else self.end_of_text
+        if end in text:
+            return text[: text.index(end) + len(end)]
+        return text + end
 
     def turn(self, calls, content=""):
         """The tokens of a turn as the policy writes them, and the prompt before it."""

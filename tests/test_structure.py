@@ -47,6 +47,8 @@ ORDER = [
     "tools.sandbox",
     "tools.python",
     "tools",
+    "rollout.response_templates",
+    "rollout.call_notation",
     "rollout.parsing",
     "rollout.chat",
     "rollout.call_grammar",

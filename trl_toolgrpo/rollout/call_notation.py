@@ -1,0 +1,271 @@
+"""How arguments are written in a call: where they end, what they say in JSON's terms, and which types their texts have.
+
+A call ends where its arguments end and not at the first closing marker, which a text among them may hold.
+"""
+
+import ast
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import regex
+from transformers.utils.chat_parsing.response_parser import _coerce
+from transformers.utils.chat_parsing.response_templates import ResponseTemplateField
+
+
+_SPACE = regex.compile(r"\s*")
+_JSON = json.JSONDecoder()
+_NAME = r"[\w.\-]+"
+_QUOTED = r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\""""
+_PYTHON_TEXT = regex.compile(_QUOTED, regex.DOTALL)
+# An argument whose text stands between single quotes as it is: it ends at the quote behind which the list goes on
+_RAW_ARGUMENT = regex.compile(
+    rf"""=\s*(?:'(?P<text>.*?)'(?=\s*(?:,\s*{_NAME}=|\)\s*(?:,\s*{_NAME}\(|\]\s*(?:<\|tool_call_end\|>|\Z))))"""
+    rf"""|(?P<nested>(?P<inner>[\[{{](?:[^\[\]{{}}'"]|{_QUOTED}|(?&inner))*+[\]}}]))|"(?:[^"\\]|\\.)*+")""",
+    regex.DOTALL,
+)
+_BARE_KEY = regex.compile(r'"(?:\\.|[^"\\])*"|(?<=[{,])(\s*)([^\s"{}\[\],:](?:[^"{}\[\],:]*[^\s"{}\[\],:])?)(\s*):')
+_PYTHON_NONE = regex.compile(r'"(?:\\.|[^"\\])*"|(?<=[:\[,])(\s*)None(?=\s*[,\]}])')
+
+
+def notation_types_values(field: ResponseTemplateField) -> bool:
+    """Whether a call's arguments are written so that a text cannot be taken for a number, as in JSON."""
+    if field.content != "xml-inline":
+        return field.content in ("json", "python-call-list")
+    return (field.content_args.get("value_parser") or {}).get("name", "text") == "json"
+
+
+def end_of_arguments(field: ResponseTemplateField, text: str, start: int) -> int | None:
+    """
+    Return where the arguments of a call end, before its closing marker.
+
+    Args:
+        field (`ResponseTemplateField`):
+            The response template's field for calls.
+        text (`str`):
+            The turn.
+        start (`int`):
+            Place in `text` just behind the opening of the call.
+
+    Returns:
+        `int` or `None`: a place in `text`; `None` if what stands there cannot be read, so that the call ends at the
+        first closing marker.
+    """
+    quoted = _quoted(field)
+    if quoted is not None:
+        return _first_outside(quoted, field.close_re, text, start) if field.close_re is not None else None
+    if field.content == "json":
+        try:
+            return _JSON.raw_decode(text, _behind_space(text, start))[1]
+        except (ValueError, RecursionError):
+            return None
+    if field.content == "xml-inline":
+        tag = regex.compile(field.content_args["tag_pattern"], regex.DOTALL)
+        end = start
+        while (argument := tag.match(text, _behind_space(text, end))) and argument.end() > end:
+            end = argument.end()
+        # An argument that is never closed does not reach into the next call
+        openings = field.open_re.finditer(text, start, end) if field.open_re is not None else ()
+        return None if any(tag.match(text, _behind_space(text, found.end())) for found in openings) else end
+    return None
+
+
+def goes_on_behind_its_end(field: ResponseTemplateField, text: str, close: Any, limit: int) -> Any:
+    """
+    Return the closing marker that ends a call which its arguments seem to end too early, if there is one.
+
+    Where arguments are written as plain text, one that holds the markup of the end of a call ends it, and what is left
+    of the call follows. It has no opening, so it shows that the call was not read as it was meant.
+
+    Args:
+        field (`ResponseTemplateField`):
+            The response template's field for calls.
+        text (`str`):
+            The turn.
+        close (`regex.Match`):
+            The closing marker that was found first.
+        limit (`int`):
+            Where the next call begins, or the turn ends.
+    """
+    marker = regex.search(r"<[^<>]+>", close.group())
+    if field.content != "xml-inline" or marker is None:
+        return None
+    last = text.rfind(marker.group(), close.end(), limit)
+    return None if last < 0 else field.close_re.search(text, last)
+
+
+def as_plain_notation(field: ResponseTemplateField, body: str) -> str:
+    """
+    Return the arguments of a call as transformers' parser for the field reads them without loss.
+
+    Args:
+        field (`ResponseTemplateField`):
+            The response template's field for calls.
+        body (`str`):
+            What stands between the markers of the call.
+
+    Raises:
+        ValueError: if there is text between the arguments, or one of them is written twice.
+    """
+    if field.content == "json" and field.content_args.get("string_delims"):
+        return _as_json(body, field.content_args["string_delims"])
+    if field.content == "python-call-list" and field.content_args.get("strings") == "raw":
+        return _RAW_ARGUMENT.sub(_as_call_list_value, body)
+    if field.content == "xml-inline":
+        tag = regex.compile(field.content_args["tag_pattern"], regex.DOTALL)
+        rest = tag.sub("", body).strip()
+        if rest:
+            raise ValueError(f"arguments are not written as the chat template writes them: {rest[:80]!r}")
+        keys = [argument["key"] for argument in tag.finditer(body)]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice and not field.content_args.get("merge_duplicates"):
+            raise ValueError(f"the argument {twice[0]!r} is written more than once")
+    return body
+
+
+def typed(arguments: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
+    """
+    Return arguments that were written as text with the types of the tool's schema.
+
+    Args:
+        arguments (`dict[str, Any]`):
+            Arguments by name.
+        parameters (`dict[str, Any]`):
+            JSON schema of the tool's arguments.
+    """
+    properties = parameters.get("properties")
+    if not isinstance(properties, dict):
+        return arguments
+    return {
+        name: _typed_text(value, properties[name], parameters)
+        if isinstance(value, str) and name in properties
+        else value
+        for name, value in arguments.items()
+    }
+
+
+def _typed_text(text: str, schema: Any, root: dict[str, Any]) -> Any:
+    """
+    The value a text stands for.
+
+    Where the schema takes a text too, the text is cast only if that value would be written in just this way: `00123`
+    and `1e3` stay texts then, `123` and `null` do not.
+    """
+    kinds = list(_kinds(schema, root, set()))
+    texts = [value for value in kinds if isinstance(value, _Constant)]
+    if any(constant.value == text for constant in texts):
+        return text
+    names = [kind for kind in kinds if isinstance(kind, str)]
+    values = [value for kind in names if kind != "string" and (value := _cast(text, kind)) is not text]
+    exact = [value for value in values if text in (json.dumps(value, ensure_ascii=False), str(value))]
+    if exact:
+        return exact[0]
+    if "string" in names:
+        values = [value for value in values if isinstance(value, dict | list)]
+    return values[0] if values else text
+
+
+def _cast(text: str, kind: str) -> Any:
+    """The value of one type that a text stands for; the text itself if it is none."""
+    try:
+        return _coerce(text, (kind,))
+    except (RecursionError, OverflowError):
+        return text
+
+
+class _Constant:
+    """A text that a schema names."""
+
+    def __init__(self, value: str):
+        self.value = value
+
+
+def _kinds(schema: Any, root: dict[str, Any], seen: set[str]) -> Iterable[Any]:
+    """Names of the types a schema allows, and the texts it names as constants."""
+    if not isinstance(schema, dict):
+        return
+    declared = schema.get("type")
+    names = declared if isinstance(declared, list) else [declared]
+    yield from (name for name in names if isinstance(name, str))
+    constants = [*(schema.get("enum") or ()), *([schema["const"]] if "const" in schema else ())]
+    for constant in constants:
+        if isinstance(constant, str):
+            yield _Constant(constant)
+        if declared is None:
+            yield _type_name(constant)
+    for key in ("anyOf", "oneOf", "allOf"):
+        for choice in schema.get(key) or ():
+            yield from _kinds(choice, root, seen)
+    if schema.get("nullable"):  # how transformers' get_json_schema marks what may be None
+        yield "null"
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#/") and reference not in seen:
+        target: Any = root
+        for part in reference[2:].split("/"):
+            target = target.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(target, dict) else None
+        yield from _kinds(target, root, seen | {reference})
+
+
+def _type_name(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else "boolean"
+    kinds = {int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+    return kinds.get(type(value), "string")
+
+
+def _quoted(field: ResponseTemplateField) -> Any:
+    """Pattern of the texts among which a closing marker does not count, for notations that are not JSON or XML."""
+    if field.content == "json" and (delimiters := field.content_args.get("string_delims")):
+        pairs = [rf"{regex.escape(opening)}.*?{regex.escape(closing)}" for opening, closing in delimiters]
+        return regex.compile("|".join(pairs), regex.DOTALL)
+    if field.content == "python-call-list":
+        return _RAW_ARGUMENT if field.content_args.get("strings") == "raw" else _PYTHON_TEXT
+    return None
+
+
+def _first_outside(quoted: Any, close: Any, text: str, start: int) -> int | None:
+    """Where `close` is first found outside of what `quoted` matches."""
+    marker = close.search(text, start)
+    while marker is not None:
+        inside = quoted.search(text, start)
+        if inside is None or inside.start() >= marker.start():
+            return marker.start()
+        start = inside.end()
+        if marker.start() < start:
+            marker = close.search(text, start)
+    return None
+
+
+def _behind_space(text: str, place: int) -> int:
+    return _SPACE.match(text, place).end()
+
+
+def _as_json(body: str, delimiters: list[list[str]]) -> str:
+    """JSON of a notation with keys that may have no quotes, marked texts, and Python's `None`."""
+    marks = "|".join(rf"{regex.escape(opening)}(.*?){regex.escape(closing)}" for opening, closing in delimiters)
+    pieces, place = [], 0
+    for marked in regex.finditer(marks, body, regex.DOTALL):
+        text = next(group for group in marked.groups() if group is not None)
+        pieces += [body[place : marked.start()], json.dumps(text)]
+        place = marked.end()
+    written = "".join([*pieces, body[place:]])
+    written = _BARE_KEY.sub(
+        lambda found: found[0] if found[2] is None else f"{found[1]}{json.dumps(found[2])}{found[3]}:", written
+    )
+    return _PYTHON_NONE.sub(lambda found: found[0] if found[1] is None else f"{found[1]}null", written)
+
+
+def _as_call_list_value(argument: Any) -> str:
+    """An argument of a Python-style call with its text in JSON's quotes; lists and mappings as JSON."""
+    if argument["text"] is not None:
+        return f"={json.dumps(argument['text'], ensure_ascii=False)}"
+    if argument["nested"] is None:
+        return argument[0]
+    try:
+        return f"={json.dumps(json.loads(argument['nested']), ensure_ascii=False)}"
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return f"={json.dumps(ast.literal_eval(argument['nested']), ensure_ascii=False)}"
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return argument[0]

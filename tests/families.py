@@ -127,9 +127,9 @@ class Family:
         if text.startswith(header):
             return self.encode(text[len(header) :]), prompt
         # The template closes an empty thought in another way than it opens one: the policy closes it itself
-        match = re.match(r"(.*<think>)\n?</think>|<｜Assistant｜>", text, re.DOTALL)
-        thought = "" if self.name == "deepseekv3" else "</think>"
-        closed = "</think>\n\n" if self.name == "deepseekv3" else thought
+        deepseek = self.name.startswith("deepseekv3")
+        match = re.match(r"<｜Assistant｜>" if deepseek else r"(.*?<think>)\n?</think>", text, re.DOTALL)
+        closed = "</think>\n\n" if deepseek else "</think>"
         return self.encode(closed + text[match.end() :]), prompt
 
 

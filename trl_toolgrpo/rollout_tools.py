@@ -23,6 +23,7 @@ from .checks import check_rendering, check_tool_names, named_datasets
 from .errors import ConfigError, ToolSchemaError
 from .rollout.chat import ToolChat
 from .rollout.loop import RolloutRequest
+from .rollout.response_templates import without_comments
 from .tools.environments import scoring_plain_instances
 from .tools.execute import ToolExecutor
 from .tools.mcp import MCPTools
@@ -143,10 +144,11 @@ class RolloutTools(GRPOTrainer):
         if had_tools or not self._toolset.decided_at_reset:
             return
         self.tools = [PromptTool(_TOOL_OF_RESET)]
-        if getattr(self._tokenizer, "response_template", None) is None:
-            add_response_schema(self.processing_class)
-        if not is_chat_template_prefix_preserving(self.processing_class):
-            self.chat_template = get_training_chat_template(self.processing_class)
+        with without_comments(self.processing_class):
+            if getattr(self._tokenizer, "response_template", None) is None:
+                add_response_schema(self.processing_class)
+            if not is_chat_template_prefix_preserving(self.processing_class):
+                self.chat_template = get_training_chat_template(self.processing_class)
 
     def _drop_stuck_environments(self) -> None:
         """Environments whose thread hangs are not handed out again."""

@@ -45,6 +45,7 @@ from .rollout.engine import RolloutBatch, RolloutEngine, check_gathering, unwrap
 from .rollout.forcing import ForcePolicy
 from .rollout.loop import RolloutRequest
 from .rollout.parsing import add_missing_response_template
+from .rollout.response_templates import without_comments
 from .rollout.sampler import scoring_mode
 from .rollout_tools import RolloutTools
 from .scoring import SharedPromptScoring
@@ -148,7 +149,11 @@ class ToolGRPOTrainer(
         if tools or environment_factory is not None:
             check_template(processing_class)
             add_missing_response_template(processing_class)
-        with synced_by_us(args, model, peft_config), without_trls_vllm(args, self._recording):
+        with (
+            synced_by_us(args, model, peft_config),
+            without_trls_vllm(args, self._recording),
+            without_comments(processing_class),
+        ):
             super().__init__(
                 model=model,
                 reward_funcs=reward_funcs,

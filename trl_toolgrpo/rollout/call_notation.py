@@ -9,11 +9,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import regex
+from transformers.utils.chat_parsing.content_parsers import parse_content
 from transformers.utils.chat_parsing.response_parser import _coerce
 from transformers.utils.chat_parsing.response_templates import ResponseTemplateField
 
 
 _SPACE = regex.compile(r"\s*")
+_NOTHING = regex.compile("")
 _JSON = json.JSONDecoder()
 _NAME = r"[\w.\-]+"
 _QUOTED = r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\""""
@@ -24,6 +26,7 @@ _RAW_ARGUMENT = regex.compile(
     rf"""|(?P<nested>(?P<inner>[\[{{](?:[^\[\]{{}}'"]|{_QUOTED}|(?&inner))*+[\]}}]))|"(?:[^"\\]|\\.)*+")""",
     regex.DOTALL,
 )
+_LIST_START = regex.compile(rf"\[\s*{_NAME}\(")
 _BARE_KEY = regex.compile(r'"(?:\\.|[^"\\])*"|(?<=[{,])(\s*)([^\s"{}\[\],:](?:[^"{}\[\],:]*[^\s"{}\[\],:])?)(\s*):')
 _PYTHON_NONE = regex.compile(r'"(?:\\.|[^"\\])*"|(?<=[:\[,])(\s*)None(?=\s*[,\]}])')
 
@@ -35,9 +38,9 @@ def notation_types_values(field: ResponseTemplateField) -> bool:
     return (field.content_args.get("value_parser") or {}).get("name", "text") == "json"
 
 
-def end_of_arguments(field: ResponseTemplateField, text: str, start: int) -> int | None:
+def end_of_call(field: ResponseTemplateField, text: str, start: int, first: Any) -> Any:
     """
-    Return where the arguments of a call end, before its closing marker.
+    Return the closing marker of a call: the one behind its arguments.
 
     Args:
         field (`ResponseTemplateField`):
@@ -46,52 +49,21 @@ def end_of_arguments(field: ResponseTemplateField, text: str, start: int) -> int
             The turn.
         start (`int`):
             Place in `text` just behind the opening of the call.
-
-    Returns:
-        `int` or `None`: a place in `text`; `None` if what stands there cannot be read, so that the call ends at the
-        first closing marker.
+        first (`regex.Match`):
+            The first closing marker behind `start`, which ends a call whose arguments cannot be read.
     """
-    quoted = _quoted(field)
-    if quoted is not None:
-        return _first_outside(quoted, field.close_re, text, start) if field.close_re is not None else None
-    if field.content == "json":
-        try:
-            return _JSON.raw_decode(text, _behind_space(text, start))[1]
-        except (ValueError, RecursionError):
-            return None
-    if field.content == "xml-inline":
-        tag = regex.compile(field.content_args["tag_pattern"], regex.DOTALL)
-        end = start
-        while (argument := tag.match(text, _behind_space(text, end))) and argument.end() > end:
-            end = argument.end()
-        # An argument that is never closed does not reach into the next call
-        openings = field.open_re.finditer(text, start, end) if field.open_re is not None else ()
-        return None if any(tag.match(text, _behind_space(text, found.end())) for found in openings) else end
-    return None
-
-
-def goes_on_behind_its_end(field: ResponseTemplateField, text: str, close: Any, limit: int) -> Any:
-    """
-    Return the closing marker that ends a call which its arguments seem to end too early, if there is one.
-
-    Where arguments are written as plain text, one that holds the markup of the end of a call ends it, and what is left
-    of the call follows. It has no opening, so it shows that the call was not read as it was meant.
-
-    Args:
-        field (`ResponseTemplateField`):
-            The response template's field for calls.
-        text (`str`):
-            The turn.
-        close (`regex.Match`):
-            The closing marker that was found first.
-        limit (`int`):
-            Where the next call begins, or the turn ends.
-    """
-    marker = regex.search(r"<[^<>]+>", close.group())
-    if field.content != "xml-inline" or marker is None:
-        return None
-    last = text.rfind(marker.group(), close.end(), limit)
-    return None if last < 0 else field.close_re.search(text, last)
+    end = _end_of_arguments(field, text, start)
+    if end is None:
+        return first
+    close = field.close_re.match(text, end) or field.close_re.match(text, _behind_space(text, end))
+    if close is None and field.content == "json" and not _writes_texts_raw(field):
+        opening = field.open_re.match(text, start)
+        if opening is not None and opening.end() == start:  # no marker before the arguments, none needed after them
+            return _NOTHING.match(text, end)
+        return field.close_re.search(text, end) or first
+    if close is None or not _is_readable(field, text[start : close.start()]):
+        return first
+    return _end_of_the_rest(field, text, close) or close
 
 
 def as_plain_notation(field: ResponseTemplateField, body: str) -> str:
@@ -116,11 +88,69 @@ def as_plain_notation(field: ResponseTemplateField, body: str) -> str:
         rest = tag.sub("", body).strip()
         if rest:
             raise ValueError(f"arguments are not written as the chat template writes them: {rest[:80]!r}")
-        keys = [argument["key"] for argument in tag.finditer(body)]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice and not field.content_args.get("merge_duplicates"):
-            raise ValueError(f"the argument {twice[0]!r} is written more than once")
+        if not field.content_args.get("merge_duplicates"):
+            _unique([(argument["key"], None) for argument in tag.finditer(body)])
     return body
+
+
+def _writes_texts_raw(field: ResponseTemplateField) -> bool:
+    """Whether a text among the arguments may look like the markup behind it, since nothing in it is escaped."""
+    args = field.content_args
+    return field.content == "xml-inline" or bool(args.get("string_delims")) or args.get("strings") == "raw"
+
+
+def _end_of_arguments(field: ResponseTemplateField, text: str, start: int) -> int | None:
+    """Where the arguments of a call end; `None` if what stands there is not as the notation has it."""
+    if field.content == "json" and not field.content_args.get("string_delims"):
+        try:
+            return _JSON.raw_decode(text, _behind_space(text, start))[1]
+        except (ValueError, RecursionError):
+            return None
+    if field.content == "xml-inline":
+        argument = regex.compile(field.content_args["tag_pattern"], regex.DOTALL)
+        end = start
+        while (found := argument.match(text, _behind_space(text, end))) and found.end() > end:
+            end = found.end()
+        return None if _opens_another(field, text, start, end, argument) else end
+    quoted = _quoted(field)
+    if quoted is None or field.close_re is None:
+        return None
+    end = _first_outside(quoted, field.close_re, text, start)
+    raw_list = field.content == "python-call-list" and _writes_texts_raw(field)
+    return None if raw_list and end and _opens_another(field, text, start, end, _LIST_START) else end
+
+
+def _opens_another(field: ResponseTemplateField, text: str, start: int, end: int, beginning: Any) -> bool:
+    """Whether another call begins in a part of `text`: an argument that is never closed does not reach into it."""
+    for opening in field.open_re.finditer(text, start, end) if field.open_re is not None else ():
+        named = "name" not in field.open_re.groupindex or opening["name"] is not None
+        if named and beginning.match(text, _behind_space(text, opening.end())):
+            return True
+    return False
+
+
+def _is_readable(field: ResponseTemplateField, body: str) -> bool:
+    """Whether arguments can be read."""
+    try:
+        parse_content(as_plain_notation(field, body), field.content, field.content_args)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
+    return True
+
+
+def _end_of_the_rest(field: ResponseTemplateField, text: str, close: Any) -> Any:
+    """
+    The closing marker that ends what is left of a call behind `close`, if anything is.
+
+    An argument written as it is may hold the markup of the end of a call. What follows in it has an end and no opening
+    then, which shows that the call was not read as it was meant.
+    """
+    marker = regex.search(r"<[^<>]+>", close.group())
+    if marker is None or not _writes_texts_raw(field):
+        return None
+    following = field.open_re.search(text, close.end()) if field.open_re is not None else None
+    last = text.rfind(marker.group(), close.end(), following.start() if following else len(text))
+    return None if last < 0 else field.close_re.search(text, last)
 
 
 def typed(arguments: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
@@ -152,8 +182,7 @@ def _typed_text(text: str, schema: Any, root: dict[str, Any]) -> Any:
     and `1e3` stay texts then, `123` and `null` do not.
     """
     kinds = list(_kinds(schema, root, set()))
-    texts = [value for value in kinds if isinstance(value, _Constant)]
-    if any(constant.value == text for constant in texts):
+    if any(isinstance(kind, _Constant) and kind.value == text for kind in kinds):
         return text
     names = [kind for kind in kinds if isinstance(kind, str)]
     values = [value for kind in names if kind != "string" and (value := _cast(text, kind)) is not text]
@@ -252,7 +281,18 @@ def _as_json(body: str, delimiters: list[list[str]]) -> str:
     written = _BARE_KEY.sub(
         lambda found: found[0] if found[2] is None else f"{found[1]}{json.dumps(found[2])}{found[3]}:", written
     )
-    return _PYTHON_NONE.sub(lambda found: found[0] if found[1] is None else f"{found[1]}null", written)
+    written = _PYTHON_NONE.sub(lambda found: found[0] if found[1] is None else f"{found[1]}null", written)
+    json.loads(written, object_pairs_hook=_unique)
+    return written
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, none of whose keys is written twice."""
+    keys = [key for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ValueError(f"the argument {twice[0]!r} is written more than once")
+    return dict(pairs)
 
 
 def _as_call_list_value(argument: Any) -> str:

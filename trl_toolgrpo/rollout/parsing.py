@@ -10,18 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import regex
 from transformers.utils.chat_parsing.response_parser import ResponseParser
 
 from ..tools.results import encodable
 from ..tools.types import ToolCall
-from .call_notation import (
-    as_plain_notation,
-    end_of_arguments,
-    goes_on_behind_its_end,
-    notation_types_values,
-    typed,
-)
+from .call_notation import as_plain_notation, end_of_call, notation_types_values, typed
 from .response_templates import response_template_of
 
 
@@ -85,29 +78,9 @@ class _TolerantParser(ResponseParser):
     def _scan(self, watch: list[Any], eos: bool) -> tuple[Any, int]:
         best, hold_start = super()._scan(watch, eos)
         if self._current == "tool_calls" and best is not None:
-            best = ("close", best[1], self._end_of_call(best[1], best[2]))
+            kind, field, first = best
+            best = (kind, field, end_of_call(field, self._buffer, self._start, first))
         return best, hold_start
-
-    def _end_of_call(self, field: Any, first: Any) -> Any:
-        """The match that closes the current call; `first` is the first closing marker of all."""
-        end = end_of_arguments(field, self._buffer, self._start)
-        if end is None:
-            return first
-        space = regex.compile(r"\s*").match(self._buffer, end).end()
-        close = field.close_re.match(self._buffer, end) or field.close_re.match(self._buffer, space)
-        if close is None:
-            if self._opened_by_arguments:
-                return regex.compile("").match(self._buffer, end)
-            return field.close_re.search(self._buffer, end) or first
-        after = field.open_re.search(self._buffer, close.end())
-        limit = after.start() if after is not None else len(self._buffer)
-        return goes_on_behind_its_end(field, self._buffer, close, limit) or close
-
-    @property
-    def _opened_by_arguments(self) -> bool:
-        """Whether the call has no marker before its arguments, so that it needs none behind them."""
-        opening = self._spec.fields["tool_calls"].open_re.match(self._buffer, self._start)
-        return opening is not None and opening.end() == self._start
 
     def _accumulate(self, events: list[dict], text: str) -> None:
         super()._accumulate(events, text)
@@ -149,7 +122,8 @@ def _reason(error: Exception, body: str) -> str:
     if isinstance(error, KeyError):  # the opening of the call captured no name
         reason = "no function name where the chat template writes it"
     else:
-        reason = str(error).splitlines()[-1].removeprefix("Error: ")
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line.removeprefix("Error: ") for line in lines if line.startswith("Error: ")), lines[0])
     return f"{reason} in {body.strip()[:200]!r}"
 
 

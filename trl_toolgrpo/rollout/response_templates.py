@@ -8,6 +8,7 @@ import contextlib
 import copy
 import functools
 import json
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -202,7 +203,7 @@ def response_template_of(tokenizer: Any) -> dict[str, Any] | None:
     if found is None:
         turns = _turns(tokenizer, tokenizer.chat_template)
         shipped = _shipped().items() if turns is not None else ()
-        found = next((answer for text, answer in shipped if _turns(tokenizer, text) == turns), None)
+        found = next((answer for text, answer in shipped if _begin_with(turns, _turns(tokenizer, text))), None)
     return copy.deepcopy(found)
 
 
@@ -221,11 +222,26 @@ def mended(template: dict[str, Any], rendered_text: str) -> dict[str, Any]:
     return next((ours for theirs, ours in _MENDED if theirs == template), template)
 
 
-def same_but_for_comments(chat_template: str) -> str | None:
-    """Return the chat template TRL ships that differs from `chat_template` in comments alone; `None` if there is
-    none."""
-    wanted = _without_comments(chat_template)
-    return next((text for text in _chat_templates().values() if _without_comments(text) == wanted), None)
+@contextlib.contextmanager
+def without_comments(processing_class: Any) -> Iterator[None]:
+    """
+    Let TRL, which knows its chat templates by their bytes, know one that differs from them in comments alone.
+
+    Args:
+        processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*):
+            What holds the chat template; it has its own again afterwards.
+    """
+    own = getattr(processing_class, "chat_template", None)
+    wanted = _without_comments(own) if isinstance(own, str) else None
+    shipped = next((text for text in _chat_templates().values() if wanted and _without_comments(text) == wanted), None)
+    if shipped is None or processing_class is None:
+        yield
+        return
+    processing_class.chat_template = shipped
+    try:
+        yield
+    finally:
+        processing_class.chat_template = own
 
 
 def _chat_templates() -> dict[str, str]:
@@ -272,6 +288,14 @@ def _turns(tokenizer: Any, chat_template: str) -> tuple[str, ...] | None:
     except Exception:  # whatever a template raises for what it does not render
         return None
     return tuple(text.removeprefix(start) for text in texts) if "look_up" in called else None
+
+
+def _begin_with(turns: tuple[str, ...] | None, others: tuple[str, ...] | None) -> bool:
+    """Whether turns are those others, but for what ends a turn, which the templates for training add."""
+    if turns is None or others is None:
+        return False
+    *written, prompt = zip(turns, others, strict=True)
+    return prompt[0] == prompt[1] and all(turn.startswith(other.rstrip()) for turn, other in written)
 
 
 def _without_comments(chat_template: str) -> list[tuple[str, str]]:

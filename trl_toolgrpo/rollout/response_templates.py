@@ -98,7 +98,8 @@ _MUSE_GLIMMER = {
             "transform": _FUNCTION,
         },
         "content": {
-            "open_pattern": r"(?: to=(?!self<)[^<\s]+)?<\|message\|>",
+            "open_pattern": r"(?: to=user)?<\|message\|>"
+            r"| to=(?!self<)[^<\s]+<\|message\|>(?=(?:(?!<\|eo[mt]\|>).)*<atem:)",
             "close_pattern": r"<\|eot\|>|<\|eom\|>(?:<\|start\|>assistant)?|(?=<atem:(?:function_calls|invoke)\b)|$",
             "content": "text",
         },

@@ -4,6 +4,7 @@ import re
 import time
 
 import pytest
+from conftest import add, chat_tokenizer, config, prompts, run_script, tiny_model
 from families import (
     ALL,
     CALLS,
@@ -22,7 +23,9 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from trl.chat_template_utils import parse_response
 
-from trl_toolgrpo.rollout.parsing import _read_call
+from trl_toolgrpo import ToolGRPOTrainer
+from trl_toolgrpo.rollout.chat import ToolChat
+from trl_toolgrpo.rollout.parsing import _read_call, add_missing_response_template
 
 
 def assert_reads(fam, ids, prefix, calls, content=""):
@@ -105,7 +108,23 @@ NOTE = {
 # Pieces of texts: characters of every markup, and the markers of every family
 PIECES = [
     *"<>|\"'\\{}[](),=:;/_-.`0a",
-    *("\n", "\t", " ", "\r", "\x00", "\x0b", "\x1c", "\x85", "\xa0", "\u2028", "é", "\U0001f600", "null", "None", "\\n"),
+    *(
+        "\n",
+        "\t",
+        " ",
+        "\r",
+        "\x00",
+        "\x0b",
+        "\x1c",
+        "\x85",
+        "\xa0",
+        "\u2028",
+        "é",
+        "\U0001f600",
+        "null",
+        "None",
+        "\\n",
+    ),
     *("<tool_call>", "</tool_call>", "<function=note>", "</function>", "<parameter=text>", "</parameter>"),
     *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "<think>", "</think>", '"}}\n</tool_call>'),
     *("<|tool_call_start|>[note(", "<|tool_call_end|>", "')]", "')]<|tool_call_end|>", "it's"),
@@ -184,7 +203,10 @@ def test_text_that_ends_its_call_makes_it_malformed(name, before, after):
 
 
 JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53) + 1, 2**53 - 1) | st.floats(allow_nan=False, allow_infinity=False)
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53) + 1, 2**53 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(codec="utf-8", exclude_characters="<>|"), max_size=6),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "b_2", "c"]), inner, max_size=3),
     max_leaves=6,
@@ -235,7 +257,9 @@ def test_text_around_calls_is_kept_in_order(name, texts):
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_templates_for_training_are_read_like_those_for_use(name):
-    assert family(name).tokenizer.response_template == family(name.removesuffix("_training")).tokenizer.response_template
+    assert (
+        family(name).tokenizer.response_template == family(name.removesuffix("_training")).tokenizer.response_template
+    )
 
 
 GOOD = '<tool_call>\n{"name": "get_salary", "arguments": {"year": %d}}\n</tool_call>'
@@ -373,6 +397,7 @@ MISWRITTEN = [
     ("lfm2_v2", '<|tool_call_start|>[note("x")]<|tool_call_end|>', ""),
     ("lfm2_v2", "<|tool_call_start|>[note(text='it's')]<|tool_call_end|>", ""),
     ("lfm2_v2", '<|tool_call_start|>{"name": "note", "arguments": {"text": "x"}}<|tool_call_end|>', ""),
+    ("lfm2_v2", "<|tool_call_start|>[]<|tool_call_end|>", ""),
     ("lfm2_2_5", "<|tool_call_start|>[note(text='x)]<|tool_call_end|>", ""),
     ("lfm2_2_5", "<|tool_call_start|>[note('x')]<|tool_call_end|>", ""),
     # arguments that are written twice, not closed, or never ended
@@ -557,3 +582,77 @@ def test_long_turn_is_read_in_time(name):
     started = time.process_time()
     fam.chat.parse(fam.encode("the sum is " * 2000), prompt, TOOLS, 0)
     assert time.process_time() - started < 2
+
+
+# Through the trainer
+
+
+def test_turn_that_hands_over_without_a_call_is_answered_and_counted(monkeypatch, tmp_path):
+    def get_salary(person: str) -> str:
+        """
+        Looks up a salary.
+
+        Args:
+            person: Whose.
+        """
+        return f"{person}: 10"
+
+    turns = [
+        "<|channel|>analysis<|message|>I look it up.<|call|>",
+        f"<|channel|>commentary<|message|>Again.<|end|><|start|>assistant{HARMONY} <|constrain|>json<|message|>{BODY}",
+        "<|channel|>final<|message|>10<|return|>",
+    ]
+    found = run_script(
+        ToolGRPOTrainer,
+        monkeypatch,
+        tmp_path,
+        [turns],
+        tools=[get_salary],
+        template="gptoss",
+        eos=["<|return|>", "<|call|>"],
+        max_completion_length=2000,
+    )
+    for trajectory, messages in zip(found.trajectories, found.completions, strict=True):
+        assert trajectory.stop_reason == "stop" and [len(turn.tool_calls) for turn in trajectory.turns] == [1, 1, 0]
+        assert [message["role"] for message in messages] == ["assistant", "tool", "assistant", "tool", "assistant"]
+        assert "could not be read" in messages[1]["content"] and "ends with <|call|>" in messages[1]["content"]
+        assert messages[2]["content"] == "Again." and messages[3]["content"] == "Ada: 10"
+        assert messages[4]["content"] == "10"
+    assert found.metric("tools/malformed_calls") > 0
+
+
+@pytest.mark.parametrize("name", ["qwen3_training", "glm4moe_training", "qwen3", "gptoss", "qwen3_5_think"])
+@pytest.mark.parametrize("comment", ["", "{# ours #}", "{#- ours -#}\n"])
+def test_trainer_knows_a_chat_template_by_what_it_renders(tmp_path, name, comment):
+    tokenizer = chat_tokenizer(name)
+    tokenizer.chat_template = own = tokenizer.chat_template + comment
+    model = tiny_model(tokenizer)
+    trainer = ToolGRPOTrainer(
+        model,
+        lambda completions, **_: [0.0] * len(completions),
+        config(tmp_path),
+        prompts(),
+        processing_class=tokenizer,
+        tools=[add],
+    )
+    known = family(name.removesuffix("_training"))
+    assert tokenizer.response_template == known.tokenizer.response_template and tokenizer.chat_template == own
+    assert trainer.chat_template == (None if name.endswith("_training") else known.template)
+
+
+def test_chat_template_that_renders_otherwise_is_not_taken_for_another():
+    tokenizer = chat_tokenizer("qwen3")
+    tokenizer.chat_template = tokenizer.chat_template.replace('"arguments": ', '"input": ')
+    add_missing_response_template(tokenizer)
+    assert tokenizer.response_template is None
+    tokenizer.chat_template = chat_tokenizer("qwen3").chat_template.replace("# Tools", "# What you can call")
+    add_missing_response_template(tokenizer)
+    assert tokenizer.response_template == family("qwen3").tokenizer.response_template
+
+
+def test_response_template_of_ones_own_is_left_alone():
+    tokenizer = chat_tokenizer("gptoss")
+    tokenizer.response_template = own = {"start_anchor": "x", "fields": {"content": {"close": "y", "content": "text"}}}
+    add_missing_response_template(tokenizer)
+    assert tokenizer.response_template is own
+    assert ToolChat(tokenizer, [tokenizer.eos_token_id]).response_template is own

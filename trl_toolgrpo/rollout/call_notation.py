@@ -1,4 +1,4 @@
-"""How arguments are written in a call: where they end, what they say in JSON's terms, and which types their texts have.
+"""How arguments are written in a call: where they end, what they say in JSON's terms, and of which types they are.
 
 A call ends where its arguments end and not at the first closing marker, which a text among them may hold.
 """
@@ -26,6 +26,7 @@ _RAW_ARGUMENT = regex.compile(
     rf"""|(?P<nested>(?P<inner>[\[{{](?:[^\[\]{{}}'"]|{_QUOTED}|(?&inner))*+[\]}}]))|"(?:[^"\\]|\\.)*+")""",
     regex.DOTALL,
 )
+_NO_CALL = regex.compile(r"\s*\[\s*\]\s*")
 _LIST_START = regex.compile(rf"\[\s*{_NAME}\(")
 _BARE_KEY = regex.compile(r'"(?:\\.|[^"\\])*"|(?<=[{,])(\s*)([^\s"{}\[\],:](?:[^"{}\[\],:]*[^\s"{}\[\],:])?)(\s*):')
 _PYTHON_NONE = regex.compile(r'"(?:\\.|[^"\\])*"|(?<=[:\[,])(\s*)None(?=\s*[,\]}])')
@@ -77,11 +78,13 @@ def as_plain_notation(field: ResponseTemplateField, body: str) -> str:
             What stands between the markers of the call.
 
     Raises:
-        ValueError: if there is text between the arguments, or one of them is written twice.
+        ValueError: if there is text between the arguments, one of them is written twice, or there is no call.
     """
     if field.content == "json" and field.content_args.get("string_delims"):
         return _as_json(body, field.content_args["string_delims"])
-    if field.content == "python-call-list" and field.content_args.get("strings") == "raw":
+    if field.content == "python-call-list" and _NO_CALL.fullmatch(body):
+        raise ValueError("the list of calls is empty")
+    if field.content == "python-call-list" and _writes_texts_raw(field):
         return _RAW_ARGUMENT.sub(_as_call_list_value, body)
     if field.content == "xml-inline":
         tag = regex.compile(field.content_args["tag_pattern"], regex.DOTALL)
@@ -108,10 +111,10 @@ def _end_of_arguments(field: ResponseTemplateField, text: str, start: int) -> in
             return None
     if field.content == "xml-inline":
         argument = regex.compile(field.content_args["tag_pattern"], regex.DOTALL)
-        end = start
-        while (found := argument.match(text, _behind_space(text, end))) and found.end() > end:
-            end = found.end()
-        return None if _opens_another(field, text, start, end, argument) else end
+        last = start
+        while (found := argument.match(text, _behind_space(text, last))) and found.end() > last:
+            last = found.end()
+        return None if _opens_another(field, text, start, last, argument) else last
     quoted = _quoted(field)
     if quoted is None or field.close_re is None:
         return None
@@ -123,7 +126,7 @@ def _end_of_arguments(field: ResponseTemplateField, text: str, start: int) -> in
 def _opens_another(field: ResponseTemplateField, text: str, start: int, end: int, beginning: Any) -> bool:
     """Whether another call begins in a part of `text`: an argument that is never closed does not reach into it."""
     for opening in field.open_re.finditer(text, start, end) if field.open_re is not None else ():
-        named = "name" not in field.open_re.groupindex or opening["name"] is not None
+        named = "name" not in field.open_re.groupindex or bool(opening["name"])
         if named and beginning.match(text, _behind_space(text, opening.end())):
             return True
     return False
@@ -248,7 +251,7 @@ def _quoted(field: ResponseTemplateField) -> Any:
         pairs = [rf"{regex.escape(opening)}.*?{regex.escape(closing)}" for opening, closing in delimiters]
         return regex.compile("|".join(pairs), regex.DOTALL)
     if field.content == "python-call-list":
-        return _RAW_ARGUMENT if field.content_args.get("strings") == "raw" else _PYTHON_TEXT
+        return _RAW_ARGUMENT if _writes_texts_raw(field) else _PYTHON_TEXT
     return None
 
 

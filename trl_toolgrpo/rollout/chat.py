@@ -57,7 +57,7 @@ class ToolChat:
         if getattr(tokenizer, "response_template", None) is None:
             raise ChatTemplateError(
                 "The tokenizer has tools to parse but no `response_template` that says how its chat template writes "
-                "calls. Use a chat template TRL ships (trl/chat_templates, byte for byte), or set "
+                "calls. Use a chat template that renders calls as one in trl/chat_templates does, or set "
                 "`tokenizer.response_template` (see transformers' docs on response parsing)."
             )
         self._mark = f"x{secrets.token_hex(8)}"
@@ -120,12 +120,16 @@ class ToolChat:
             stops = [self._first_stop(called, f"{self._mark}v"), self._first_stop(plain, said)]
         except Exception:  # of a template that renders no such conversation
             return frozenset()
-        return frozenset(stops[:1]) - {None, stops[1]}
+        return frozenset(stop for stop in stops[:1] if stop is not None and stop != stops[1])
 
     def _first_stop(self, rendered: str, before: str) -> int | None:
         """The first token after `before` that ends a turn."""
         zone = rendered[rendered.rindex(before) + len(before) :]
-        places = {zone.index(text): id for id, text in zip(sorted(self.stop_ids), self.stop_texts, strict=True) if text in zone}
+        places = {
+            zone.index(text): id
+            for id, text in zip(sorted(self.stop_ids), self.stop_texts, strict=True)
+            if text in zone
+        }
         return places[min(places)] if places else None
 
     # Writing what follows it

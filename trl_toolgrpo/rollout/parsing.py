@@ -55,8 +55,8 @@ class _TolerantParser(ResponseParser):
     """
     Reads a whole turn; a call that cannot be read is kept as text, in its place, instead of failing the turn.
 
-    A call ends where its arguments end. Every stretch of a text field is kept, in order, and so is text that belongs to
-    no field.
+    A call ends where its arguments end. Every stretch of a text field is kept, in order, and so is text that belongs
+    to no field.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -119,11 +119,8 @@ def _joined(before: Any, value: Any) -> Any:
 
 def _reason(error: Exception, body: str) -> str:
     """Why a call cannot be read, and its text."""
-    if isinstance(error, KeyError):  # the opening of the call captured no name
-        reason = "no function name where the chat template writes it"
-    else:
-        lines = str(error).splitlines() or [type(error).__name__]
-        reason = next((line.removeprefix("Error: ") for line in lines if line.startswith("Error: ")), lines[0])
+    lines = str(error).splitlines() or [type(error).__name__]
+    reason = next((line.removeprefix("Error: ") for line in lines if line.startswith("Error: ")), lines[0])
     return f"{reason} in {body.strip()[:200]!r}"
 
 

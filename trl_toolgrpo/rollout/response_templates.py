@@ -28,10 +28,11 @@ def _mended(template: dict[str, Any], **fields: dict[str, Any]) -> dict[str, Any
     return {**template, "fields": {**template["fields"], **fields}}
 
 
-# A call is opened by its marker alone, so that one which is not as the template writes it is malformed and not text.
+# A call is opened by its marker alone, with an empty name, so that one which is not as the template writes it is
+# malformed and not text.
 # An argument ends where the markup goes on behind its closing tag, and one newline at each end is markup.
 _XML_CALLS = {
-    "open_pattern": r"<tool_call>\s*(?:<function=(?P<name>[^\n>]+)>)?",
+    "open_pattern": r"<tool_call>\s*(?:<function=(?P<name>[^\n>]+)>|(?P<name>))",
     "close_pattern": r"\s*(?:</function>\s*)?</tool_call>\s*",
     "repeats": True,
     "content": "xml-inline",
@@ -43,7 +44,7 @@ _XML_CALLS = {
     "transform": _FUNCTION,
 }
 _GLM_CALLS = {
-    "open_pattern": r"<tool_call>\s*(?:(?P<name>[^\s<{]+)\s*)?",
+    "open_pattern": r"<tool_call>\s*(?P<name>[^\s<{]*)\s*",
     "close_pattern": r"\s*</tool_call>\s*",
     "repeats": True,
     "content": "xml-inline",
@@ -62,7 +63,7 @@ _DEEPSEEKV3 = {
         "reasoning_content": {"open": "<think>", "close_pattern": r"</think>\s*", "content": "text"},
         "tool_calls": {
             "open_pattern": r"(?:<｜tool▁calls▁begin｜>\s*)?<｜tool▁call▁begin｜>"
-            r"(?:function<｜tool▁sep｜>(?P<name>[^\n]+)\n```json\n)?",
+            r"(?:function<｜tool▁sep｜>(?P<name>[^\n]+)\n```json\n|(?P<name>))",
             "close_pattern": r"(?:\s*```)?<｜tool▁call▁end｜>\s*(?:<｜tool▁calls▁end｜>)?",
             "repeats": True,
             "content": "json",
@@ -72,7 +73,7 @@ _DEEPSEEKV3 = {
     },
 }
 
-# A message to a tool (` to=get_salary<|message|>`) that invokes none is a call without a name
+# A message to a tool (` to=get_salary<|message|>`) that invokes none is a call with an empty name
 _MUSE_GLIMMER = {
     "defaults": {"role": "assistant"},
     "start_anchor": "<|start|>assistant",
@@ -84,8 +85,9 @@ _MUSE_GLIMMER = {
         },
         "tool_calls": {
             "open_pattern": r"(?: to=[^<\s]+<\|message\|>\s*)?"
-            r'(?:<atem:function_calls>\s*(?:<atem:invoke name="(?P<name>[^"]+)">)?|<atem:invoke name="(?P<name>[^"]+)">)'
-            r"| to=(?!(?:user|self)<)[^<\s]+<\|message\|>(?!(?:(?!<\|eo[mt]\|>).)*<atem:)",
+            r'(?:<atem:function_calls>\s*(?:<atem:invoke name="(?P<name>[^"]+)">|(?P<name>))'
+            r'|<atem:invoke name="(?P<name>[^"]+)">)'
+            r"| to=(?!(?:user|self)<)[^<\s]+<\|message\|>(?!(?:(?!<\|eo[mt]\|>).)*<atem:)(?P<name>)",
             "close_pattern": r"\s*</atem:invoke>\s*(?:</atem:function_calls>)?(?:<\|eom\|><\|start\|>assistant)?"
             r"|<\|eom\|><\|start\|>assistant|(?=<\|eot\|>)",
             "repeats": True,
@@ -145,15 +147,16 @@ _LLAMA3 = _mended(
     },
 )
 
+_TRLS_GEMMA4: dict[str, Any] = trl_templates.gemma4_template
 _GEMMA4 = _mended(
-    trl_templates.gemma4_template,
+    _TRLS_GEMMA4,
     tool_calls={
-        **trl_templates.gemma4_template["fields"]["tool_calls"],
-        "open_pattern": r"<\|tool_call>(?:call:(?P<name>[\w.\-]+))?",
+        **_TRLS_GEMMA4["fields"]["tool_calls"],
+        "open_pattern": r"<\|tool_call>(?:call:(?P<name>[\w.\-]+)|(?P<name>))",
     },
 )
 
-_LFM2 = _mended(
+_LFM2: dict[str, Any] = _mended(
     trl_templates.lfm2_2_5_template,
     tool_calls={
         "open": "<|tool_call_start|>",
@@ -164,9 +167,7 @@ _LFM2 = _mended(
     },
 )
 # Texts between single quotes as they are, those that hold a quote included
-_LFM2_RAW = _mended(
-    _LFM2, tool_calls={**_LFM2["fields"]["tool_calls"], "content_args": {"strings": "raw"}}
-)
+_LFM2_RAW = _mended(_LFM2, tool_calls={**_LFM2["fields"]["tool_calls"], "content_args": {"strings": "raw"}})
 
 
 _MISSING = {
@@ -189,8 +190,8 @@ def response_template_of(tokenizer: Any) -> dict[str, Any] | None:
     Return the response template for what a tokenizer's chat template renders.
 
     A chat template is known by a call, a plain turn and a generation prompt as it renders them, so that the templates
-    TRL ships for training and those that differ elsewhere (a comment, another system prompt) are read like the one they
-    came from.
+    TRL ships for training and those that differ elsewhere (a comment, another system prompt) are read like the one
+    they came from.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
@@ -257,7 +258,7 @@ def _shipped() -> dict[str, dict[str, Any]]:
     """Response templates of the chat templates TRL ships for use, by the text of the chat template."""
     found = {}
     for name, text in _chat_templates().items():
-        holder = SimpleNamespace(chat_template=text, response_template=_MISSING.get(name))
+        holder: Any = SimpleNamespace(chat_template=text, response_template=_MISSING.get(name))
         if holder.response_template is None:
             with contextlib.suppress(ValueError):  # TRL cannot read calls of that one
                 trl_templates.add_response_schema(holder)
@@ -274,9 +275,7 @@ def _turns(tokenizer: Any, chat_template: str) -> tuple[str, ...] | None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": "0", "function": function}]}
 
     def render(*messages: dict[str, Any], **options: Any) -> str:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, chat_template=chat_template, **options
-        )
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, chat_template=chat_template, **options)
 
     try:
         start = render(user)
@@ -285,7 +284,11 @@ def _turns(tokenizer: Any, chat_template: str) -> tuple[str, ...] | None:
         except TypeError:  # DeepSeek-V3 joins arguments as text
             function["arguments"] = json.dumps(arguments)
             called = render(user, call)
-        texts = (called, render(user, {"role": "assistant", "content": "text"}), render(user, add_generation_prompt=True))
+        texts = (
+            called,
+            render(user, {"role": "assistant", "content": "text"}),
+            render(user, add_generation_prompt=True),
+        )
     except Exception:  # whatever a template raises for what it does not render
         return None
     return tuple(text.removeprefix(start) for text in texts) if "look_up" in called else None

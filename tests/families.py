@@ -22,12 +22,14 @@ def _tool_capable():
     found = []
     for path in sorted(TEMPLATES.glob("*.jinja")):
         tokenizer.chat_template = path.read_text(encoding="utf-8")
-        if not path.stem.endswith("_training") and supports_tool_calling(tokenizer):
+        if supports_tool_calling(tokenizer):
             found.append(path.stem)
     return found
 
 
-ALL = _tool_capable()
+_CAPABLE = _tool_capable()
+ALL = [name for name in _CAPABLE if not name.endswith("_training")]
+TRAINING = [name for name in _CAPABLE if name.endswith("_training")]
 GEMMA4 = [name for name in ALL if re.match(r"(diffusion_)?gemma", name) and name != "gemma4_v2"]
 ONE_CALL = ["llama3_1", "llama3_2"]  # templates that refuse parallel calls
 FIRST_CALL = ["gptoss"]  # a template that renders the first call only
@@ -55,6 +57,20 @@ CALLS = [
 ]
 
 
+_XML = "<tool_call>", "</tool_call>"
+# What a call begins and ends with, by the beginnings of the templates' names
+_MARKS = {
+    "deepseek": ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+    "diffusion_gemma": ("<|tool_call>", "<tool_call|>"),
+    "gemma": ("<|tool_call>", "<tool_call|>"),
+    "gptoss": (" to=functions", "}"),
+    "lfm": ("<|tool_call_start|>", "<|tool_call_end|>"),
+    "llama": ('{"name"', "}"),
+    "muse": (" to=", "</atem:function_calls>"),
+    **dict.fromkeys(("glm", "nemotron", "qwen"), _XML),
+}
+
+
 class Family:
     """A template with a tokenizer, set up as the trainer does."""
 
@@ -69,8 +85,10 @@ class Family:
             self.template = get_training_chat_template(tokenizer)
         self.stops = [self.id(text) for text in stop_texts or tokenizer.stop_texts]
         self.chat = ToolChat(tokenizer, self.stops, self.template)
+        base = name.removesuffix("_training")
         own = {"gptoss": "<|call|>", "glm4moe": "<|observation|>"}
-        self.end_of_turn = "<|tool_response>" if name in GEMMA4 else own.get(name, tokenizer.stop_texts[0])
+        self.end_of_turn = "<|tool_response>" if base in GEMMA4 else own.get(base, tokenizer.stop_texts[0])
+        self.end_of_text = "<|user|>" if base == "glm4moe" else tokenizer.stop_texts[0]
 
     def id(self, text):
         return self.tokenizer.convert_tokens_to_ids(text)
@@ -113,9 +131,34 @@ class Family:
         after = self.render([USER, self.assistant(calls, content)])
         assert after.startswith(before)
         text = after[len(before) :]
-        if self.end_of_turn in text:
-            return text[: text.index(self.end_of_turn) + len(self.end_of_turn)]
-        return text + self.end_of_turn
+        end = self.end_of_turn if calls else self.end_of_text
+        if end in text:
+            return text[: text.index(end) + len(end)]
+        return text + end
+
+    def turn_of(self, *parts):
+        """
+        Tokens of a turn with texts around calls, and the prompt before it.
+
+        A part is a text or a call (name, arguments) in the template's own words. Harmony and Muse Glimmer write texts
+        as messages of their own, the others as they are.
+        """
+        call = next(part for part in parts if isinstance(part, tuple))
+        ids, prompt = self.turn([call])
+        text = self.decode(ids)
+        begin, end = next(marks for prefix, marks in _MARKS.items() if self.name.startswith(prefix))
+        written = text[: text.index(begin)]
+        for index, part in enumerate(parts):
+            if isinstance(part, tuple):
+                call = self.decode(self.turn([part])[0])
+                part = call[call.index(begin) : call.rindex(end) + len(end)]
+            elif self.name.startswith("gptoss"):
+                part = f"<|channel|>commentary<|message|>{part}<|end|><|start|>assistant"
+            elif self.name.startswith("muse"):
+                part = f" to=user<|message|>{part}"
+            last = index == len(parts) - 1
+            written += part + ("<|eom|><|start|>assistant" if self.name.startswith("muse") and not last else "")
+        return self.encode(written + self.end_of_turn), prompt
 
     def turn(self, calls, content=""):
         """The tokens of a turn as the policy writes them, and the prompt before it."""
@@ -125,9 +168,9 @@ class Family:
         if text.startswith(header):
             return self.encode(text[len(header) :]), prompt
         # The template closes an empty thought in another way than it opens one: the policy closes it itself
-        match = re.match(r"(.*<think>)\n?</think>|<｜Assistant｜>", text, re.DOTALL)
-        thought = "" if self.name == "deepseekv3" else "</think>"
-        closed = "</think>\n\n" if self.name == "deepseekv3" else thought
+        deepseek = self.name.startswith("deepseekv3")
+        match = re.match(r"<｜Assistant｜>" if deepseek else r"(.*?<think>)\n?</think>", text, re.DOTALL)
+        closed = "</think>\n\n" if deepseek else "</think>"
         return self.encode(closed + text[match.end() :]), prompt
 
 

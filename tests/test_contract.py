@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import textwrap
 from importlib import resources
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -21,7 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.chat_parsing.response_parser import ResponseParser
+from transformers.utils.chat_parsing.response_parser import ResponseParser, parse_response
 from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import add_response_schema
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head
@@ -649,19 +650,22 @@ def test_trl_makes_its_vllm_engine_by_an_option_and_a_name():
 
 def test_response_parser_can_be_made_tolerant():
     members = {
-        "_close_current": "it is overridden",
-        "_reset_to_implicit": "it is called where a call cannot be read",
+        "_open_explicit": ["self", "events", "field", "m"],
+        "_scan": ["self", "watch", "eos"],
+        "_accumulate": ["self", "events", "text"],
+        "_close_current": ["self", "events"],
+        "_reset_to_implicit": ["self"],
+        "finalize": ["self"],
     }
-    for name, use in members.items():
-        assert callable(getattr(ResponseParser, name, None)), (
-            f"transformers {transformers.__version__} has no ResponseParser.{name}; in rollout/parsing.py {use}."
+    for name, expected in members.items():
+        found = parameters(getattr(ResponseParser, name, lambda: None))
+        assert found == expected, (
+            f"transformers {transformers.__version__}: ResponseParser.{name} takes {found}; "
+            f"rollout/parsing._TolerantParser overrides or calls it with {expected}."
         )
-    assert parameters(ResponseParser._close_current) == ["self", "events"], (
-        "ResponseParser._close_current has other parameters; rollout/parsing._TolerantParser overrides it."
-    )
     template = add_response_schema(chat_tokenizer()).response_template
     parser = ResponseParser(template, prefix="", tools=[])
-    for name in ("_body", "_current", "_output"):
+    for name in ("_body", "_buffer", "_current", "_opened", "_output", "_spec"):
         assert hasattr(parser, name), f"ResponseParser has no `{name}`; rollout/parsing._TolerantParser reads it."
     parser.feed('<tool_call>\n{"name": "a"')
     assert parser._current == "tool_calls" and parser._body.strip() == '{"name": "a"', (
@@ -670,6 +674,82 @@ def test_response_parser_can_be_made_tolerant():
     )
     with pytest.raises((ValueError, TypeError, KeyError)):
         parser.finalize()
+    parser = ResponseParser(template, prefix="", tools=[])
+    parser._buffer += "text</tool_call>"
+    assert parser.finalize()[0]["content"] == "text</tool_call>", (
+        "ResponseParser.finalize no longer reads what is in `_buffer`; rollout/parsing._TolerantParser.read puts the "
+        "whole turn there."
+    )
+    parser = ResponseParser(template, prefix="", tools=[])
+    parser._buffer = "<tool_call>"
+    (kind, field, match), _ = parser._scan(parser._watchlist(), True)
+    assert (kind, field.name, match.group()) == ("open", "tool_calls", "<tool_call>"), (
+        "ResponseParser._scan gives something else; rollout/parsing._TolerantParser._scan replaces the match it found."
+    )
+
+
+def test_texts_are_cast_as_rollout_call_notation_relies_on():
+    from transformers.utils.chat_parsing import content_parsers, response_parser
+
+    assert parameters(response_parser._coerce) == ["raw", "types"] and parameters(content_parsers.parse_content) == [
+        "text",
+        "name",
+        "args",
+    ], "transformers casts or parses arguments by other parameters; rollout/call_notation.py calls both."
+    text = "no number"
+    assert response_parser._coerce(text, ("integer",)) is text, (
+        "response_parser._coerce no longer gives back a text it cannot cast; rollout/call_notation._cast relies on it."
+    )
+    assert response_parser._coerce("null", ("null",)) is None and response_parser._coerce("7", ("integer",)) == 7
+
+
+MISREAD = {
+    # template: (a turn, the calls or the content it holds, what of ours reads it)
+    "gptoss": (
+        '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": "x"}<|call|>',
+        [{"a": "x"}],
+        "_GPTOSS",
+    ),
+    "qwen3_5_think": (
+        "</think><tool_call>\n<function=f>\n<parameter=a>\n x\n</parameter>\n</function>\n</tool_call><|im_end|>",
+        [{"a": " x"}],
+        "_XML_CALLS",
+    ),
+    "nemotron_3_nano": (
+        "</think><tool_call>\n<function=f>\n<parameter=a>\n x\n</parameter>\n</function>\n</tool_call><|im_end|>",
+        [{"a": " x"}],
+        "_XML_CALLS",
+    ),
+    "glm4moe": (
+        "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value> x</arg_value>\n</tool_call><|observation|>",
+        [{"a": " x"}],
+        "_GLM_CALLS",
+    ),
+    "lfm2_v2": ("<|tool_call_start|>[f(a='x\\', b=')]<|tool_call_end|><|im_end|>", [{"a": "x', b="}], "_LFM2"),
+    "lfm2_2_5": ("<|tool_call_start|>[f(a='it's')]<|tool_call_end|><|im_end|>", [{"a": "it's"}], "_LFM2_RAW"),
+    "gemma4": ('<|tool_call>call:f-g{a:<|"|>x<|"|>}<tool_call|><|tool_response>', [{"a": "x"}], "_GEMMA4"),
+    "llama3_1": ('{"name": "f", "parameters": {"a": "x"}} Done.<|eot_id|>', [{"a": "x"}], "_LLAMA3"),
+}
+
+
+@pytest.mark.parametrize("name", MISREAD)
+def test_trl_still_misreads_what_our_response_templates_read(name):
+    from families import USER, family
+
+    text, expected, ours = MISREAD[name]
+    fam = family(name)
+    prompt = fam.render([USER], True)
+    calls = fam.chat.parse(fam.encode(text), prompt, [], 0).calls
+    assert [call.arguments for call in calls if call.error is None] == expected
+    theirs = add_response_schema(chat_tokenizer(name)).response_template
+    try:
+        found = parse_response(text, theirs, prefix=prompt).get("tool_calls", [])
+    except ValueError:
+        found = []
+    assert [call["function"]["arguments"] for call in found] != expected, (
+        f"TRL {trl.__version__} reads {text!r} rightly with the template {name}. See whether "
+        f"rollout/response_templates.{ours} is still needed."
+    )
 
 
 def test_reset_to_implicit_leaves_the_current_call():
@@ -779,16 +859,22 @@ def test_rotary_embeddings_say_when_their_frequencies_change():
 def test_templates_that_get_a_response_template():
     import trl.chat_template_utils as templates
 
-    for name in (
-        "deepseekv3_chat_template",
-        "deepseekv3_training_chat_template",
-        "diffusion_gemma_chat_template",
-        "diffusion_gemma_training_chat_template",
-        "gemma4_template",
-        "muse_glimmer_chat_template",
-        "muse_glimmer_training_chat_template",
-    ):
-        assert hasattr(templates, name), f"trl.chat_template_utils has no `{name}`; rollout/parsing.py imports it."
+    names = ("qwen3_5", "nemotron_3", "glm4moe", "gptoss", "llama3", "gemma4", "lfm2_2_5")
+    for name in [f"{name}_template" for name in names]:
+        assert isinstance(getattr(templates, name, None), dict), (
+            f"trl.chat_template_utils has no `{name}`; rollout/response_templates.py replaces it."
+        )
+    for name in ("deepseekv3", "diffusion_gemma", "muse_glimmer"):
+        text = getattr(templates, f"{name}_chat_template", None)
+        assert isinstance(text, str), (
+            f"trl.chat_template_utils has no `{name}_chat_template`; rollout/response_templates.py goes by such names."
+        )
+        with pytest.raises(ValueError, match="Unrecognized chat template"):  # else ours can go
+            templates.add_response_schema(SimpleNamespace(chat_template=text))
+    known = SimpleNamespace(chat_template=templates.qwen3_chat_template)
+    assert templates.add_response_schema(known).response_template == templates.qwen3_template, (
+        "add_response_schema needs more than a chat template; rollout/response_templates._shipped calls it so."
+    )
 
 
 def test_fsdp_finds_its_root_in_the_first_pass():

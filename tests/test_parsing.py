@@ -4,12 +4,28 @@ import re
 import time
 
 import pytest
-from families import ALL, CALLS, GEMMA4, HEADLESS, TOOLS, USER, calls_of, family, tool_messages
-from hypothesis import given, settings
+from conftest import add, chat_tokenizer, config, prompts, run_script, tiny_model
+from families import (
+    ALL,
+    CALLS,
+    FIRST_CALL,
+    GEMMA4,
+    HEADLESS,
+    ONE_CALL,
+    TOOLS,
+    TRAINING,
+    USER,
+    calls_of,
+    family,
+    tool_messages,
+)
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from trl.chat_template_utils import parse_response
 
-from trl_toolgrpo.rollout.parsing import _read_call
+from trl_toolgrpo import ToolGRPOTrainer
+from trl_toolgrpo.rollout.chat import ToolChat
+from trl_toolgrpo.rollout.parsing import _read_call, add_missing_response_template
 
 
 def assert_reads(fam, ids, prefix, calls, content=""):
@@ -69,19 +85,181 @@ def test_empty_and_cut_off_turns_are_messages(name):
     assert fam.chat.parse([], prompt, TOOLS, 0).calls == []
 
 
-@settings(max_examples=30, deadline=None)
+NOTE = {
+    "type": "function",
+    "function": {
+        "name": "note",
+        "description": "Takes down a note.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "text": {"type": "string"},
+                "other": {"type": "string"},
+                "count": {"type": "integer"},
+                "rate": {"type": "number"},
+                "flag": {"type": "boolean"},
+                "maybe": {"type": ["string", "null"]},
+                "items": {"type": "array"},
+                "extra": {"type": "object"},
+            },
+        },
+    },
+}
+# Pieces of texts: characters of every markup, and the markers of every family
+PIECES = [
+    *"<>|\"'\\{}[](),=:;/_-.`0a",
+    *(
+        "\n",
+        "\t",
+        " ",
+        "\r",
+        "\x00",
+        "\x0b",
+        "\x1c",
+        "\x85",
+        "\xa0",
+        "\u2028",
+        "é",
+        "\U0001f600",
+        "null",
+        "None",
+        "\\n",
+    ),
+    *("<tool_call>", "</tool_call>", "<function=note>", "</function>", "<parameter=text>", "</parameter>"),
+    *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "<think>", "</think>", '"}}\n</tool_call>'),
+    *("<|tool_call_start|>[note(", "<|tool_call_end|>", "')]", "')]<|tool_call_end|>", "it's"),
+    *("<|tool_call>call:note{", "<tool_call|>", "}<tool_call|>", "<|channel>thought\n", "<channel|>"),
+    *("<|channel|>", "<|message|>", "<|start|>assistant", "<|end|>", "<|constrain|>", " to=functions.note"),
+    *("<｜tool▁call▁begin｜>", "\n```<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"),
+    *('<atem:invoke name="note">', "</atem:invoke>", "</atem:parameter>", "</atem:function_calls>"),
+    *('{"name": "note", "parameters": {', "<|eom|>"),
+]
+CHARACTERS = st.characters(codec="utf-8")
+FREE_TEXT = st.lists(st.one_of(st.sampled_from(PIECES), st.text(CHARACTERS, max_size=3)), max_size=7).map("".join)
+
+# Where a notation escapes nothing, a text that holds the markup behind it cannot be told from that markup
+AMBIGUOUS = {
+    r"qwen3_(5|6|8)|nemotron": r"</parameter>\s*(<parameter=|(</function>\s*)?</tool_call>)"
+    r"|<tool_call>\s*<function=[^\n>]+>\s*<parameter=",
+    r"glm": r"</arg_value>\s*(<arg_key>|</tool_call>)|<tool_call>\s*[^\s<{]+\s*<arg_key>",
+    r"muse": r"</atem:parameter>\s*(<atem:parameter name=|</atem:invoke>\s*(</atem:function_calls>|<atem:invoke))"
+    r'|<atem:invoke name="[^"]+">\s*<atem:parameter name=',
+    r"(diffusion_)?gemma": r'<\|"\|>',
+    r"lfm2_2_5(_v2)?(_training)?$": r"'\s*(,\s*[\w.-]+=|\)\s*(,\s*[\w.-]+\(|\]\s*<\|tool_call_end\|>))"
+    r"|<\|tool_call_start\|>\s*\[\s*[\w.-]+\(",
+}
+
+
+def is_ambiguous(name, text):
+    return any(re.match(names, name) and re.search(pattern, text) for names, pattern in AMBIGUOUS.items())
+
+
+def assert_note(name, arguments):
+    fam = family(name)
+    ids, prompt = fam.turn([("note", arguments)])
+    turn = fam.chat.parse(ids, prompt, [NOTE], 0)
+    assert [(call.name, call.arguments, call.error) for call in turn.calls] == [("note", arguments, None)]
+    assert [key for key, value in turn.calls[0].arguments.items() if isinstance(value, bool)] == [
+        key for key in turn.calls[0].arguments if isinstance(arguments[key], bool)
+    ]
+    assert turn.message["content"] == ""
+
+
+@settings(max_examples=25, deadline=None)
+@given(text=FREE_TEXT, other=st.none() | FREE_TEXT)
+@example(text=" it's (a, b) and ['c'] \n", other='say "hi"')
+@example(text="C:\\new\\table", other="\n\n")
+@example(text="", other="\t")
+@pytest.mark.parametrize("name", ALL + TRAINING)
+def test_any_text_arrives_as_the_template_wrote_it(name, text, other):
+    arguments = {"text": text} if other is None else {"text": text, "other": other}
+    fam = family(name)
+    for value in arguments.values():
+        assume(not is_ambiguous(name, value) and not any(stop in value for stop in fam.tokenizer.stop_texts))
+    assert_note(name, arguments)
+
+
+@settings(max_examples=20, deadline=None)
+@given(before=FREE_TEXT, after=FREE_TEXT)
+@pytest.mark.parametrize("name", [name for name in ALL if any(re.match(names, name) for names in AMBIGUOUS)])
+def test_text_that_ends_its_call_makes_it_malformed(name, before, after):
+    """The end of a call inside of an argument: the call is never run with what stands before it."""
+    endings = {
+        "glm": "</arg_value>\n</tool_call>",
+        "muse": "</atem:parameter>\n</atem:invoke>\n</atem:function_calls>",
+        "lfm": "')]<|tool_call_end|>",
+        "gemma": '<|"|>}<tool_call|>',
+        "diffusion": '<|"|>}<tool_call|>',
+    }
+    ending = next((text for prefix, text in endings.items() if name.startswith(prefix)), None)
+    ending = ending or "\n</parameter>\n</function>\n</tool_call>"
+    fam = family(name)
+    for part in (before, after):
+        assume(not is_ambiguous(name, part) and not any(stop in part for stop in fam.tokenizer.stop_texts))
+        assume(not any(marker in part for marker in ("<tool_call>", "<|tool_call", "atem:invoke", "'", "<|channel>")))
+    ids, prompt = fam.turn([("note", {"text": before + ending + after})])
+    calls = fam.chat.parse(ids, prompt, [NOTE], 0).calls
+    assert calls and all(call.error is not None for call in calls)
+
+
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53) + 1, 2**53 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(codec="utf-8", exclude_characters="<>|"), max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "b_2", "c"]), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=20, deadline=None)
 @given(
-    arguments=st.dictionaries(
-        st.sampled_from(["person", "note"]),
-        st.text(st.characters(codec="utf-8", exclude_characters="<>|"), max_size=12),
-        max_size=2,
+    arguments=st.fixed_dictionaries(
+        {},
+        optional={
+            "count": st.integers(-(2**53) + 1, 2**53 - 1),
+            "rate": st.floats(allow_nan=False, allow_infinity=False),
+            "flag": st.booleans(),
+            "maybe": st.none() | st.sampled_from(["", "nil", "Null", "00", " "]),
+            "items": st.lists(JSON_VALUES, max_size=3),
+            "extra": st.dictionaries(st.sampled_from(["a", "b_2", "c"]), JSON_VALUES, max_size=3),
+        },
     )
 )
-@pytest.mark.parametrize("name", ["qwen3", "gptoss", "deepseekv3"])
-def test_any_text_survives_a_call_written_as_json(name, arguments):
+@pytest.mark.parametrize("name", ALL + TRAINING)
+def test_any_value_arrives_as_the_template_wrote_it(name, arguments):
+    assert_note(name, arguments)
+
+
+LINES = st.text(st.characters(codec="utf-8", exclude_characters="<>|{}"), max_size=12)
+
+
+@settings(max_examples=12, deadline=None)
+@given(texts=st.tuples(LINES, LINES, LINES))
+@pytest.mark.parametrize("name", ALL + TRAINING)
+def test_text_around_calls_is_kept_in_order(name, texts):
     fam = family(name)
-    ids, prompt = fam.turn([("get_salary", arguments)])
-    assert_reads(fam, ids, prompt, [("get_salary", arguments)])
+    call = ("note", {"text": "x"})
+    base = name.removesuffix("_training")
+    if base in FIRST_CALL:
+        parts = [texts[0], call]  # a call is the last message of a turn
+    elif base in ONE_CALL:
+        parts = [texts[0], call, texts[1]]
+    else:
+        parts = [texts[0], call, texts[1], call, texts[2]]
+    ids, prompt = fam.turn_of(*parts)
+    turn = fam.chat.parse(ids, prompt, [NOTE], 0)
+    assert [(c.name, c.arguments, c.error) for c in turn.calls] == [(*p, None) for p in parts if isinstance(p, tuple)]
+    stretches = [part.strip() for part in parts if isinstance(part, str)]
+    assert turn.message["content"] == "\n".join(stretch for stretch in stretches if stretch)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_templates_for_training_are_read_like_those_for_use(name):
+    assert (
+        family(name).tokenizer.response_template == family(name.removesuffix("_training")).tokenizer.response_template
+    )
 
 
 GOOD = '<tool_call>\n{"name": "get_salary", "arguments": {"year": %d}}\n</tool_call>'
@@ -129,6 +307,208 @@ def test_two_malformed_calls_in_a_row_keep_their_places():
     turn = fam.chat.parse(fam.encode(text), fam.render([USER], True), TOOLS, 0)
     assert [call.error is None for call in turn.calls] == [False, False, True, False, True]
     assert [call.error[-3:] for call in turn.calls if call.error] == ["'a'", "'b'", "'c'"]
+
+
+HARMONY = "<|channel|>commentary to=functions.get_salary"
+BODY = '{"person": "Ada"}<|call|>'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{HARMONY} <|constrain|>json<|message|>{BODY}",
+        f"{HARMONY}<|constrain|>json<|message|>{BODY}",
+        f"{HARMONY} json<|message|>{BODY}",
+        f"{HARMONY} code<|message|>{BODY}",
+        f"{HARMONY}<|message|>{BODY}",
+        f" to=functions.get_salary<|channel|>commentary <|constrain|>json<|message|>{BODY}",
+        f" to=functions.get_salary<|channel|>commentary json<|message|>{BODY}",
+        f"<|channel|>analysis to=functions.get_salary <|constrain|>json<|message|>{BODY}",
+        f"<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant{HARMONY} <|constrain|>json<|message|>{BODY}",
+    ],
+)
+def test_every_form_of_a_harmony_call_is_read(text):
+    fam = family("gptoss")
+    turn = assert_reads(fam, fam.encode(text), fam.render([USER], True), [("get_salary", {"person": "Ada"})])
+    assert turn.message.get("thinking") == ("Hm." if "Hm." in text else None)
+
+
+def test_harmony_preambles_and_answers_are_content():
+    fam = family("gptoss")
+    prompt = fam.render([USER], True)
+    message = "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant"
+    call = ("get_salary", {"person": "Ada"})
+    assert_reads(fam, fam.encode(f"{message}{HARMONY} json<|message|>{BODY}"), prompt, [call], "I look.")
+    answer = fam.encode(f"{message}<|channel|>final <|constrain|>json<|message|>[1]<|return|>")
+    assert_reads(fam, answer, prompt, [], "I look.\n[1]")
+    assert_reads(fam, fam.encode("No channel.<|return|>"), prompt, [], "No channel.")
+
+
+HANDS_OVER = [name for name in ALL if re.match("gptoss|glm|diffusion_gemma|gemma4(_v[345])?$", name)]
+
+
+@pytest.mark.parametrize("name", HANDS_OVER)
+def test_turn_that_hands_over_to_a_tool_without_a_call_is_malformed(name):
+    """A stop token that the template writes after calls alone, such as `<|call|>`."""
+    fam = family(name)
+    prompt = fam.render([USER], True)
+    header = "<|channel|>final<|message|>" if name == "gptoss" else ""
+    turn = fam.chat.parse(fam.encode(f"{header}Let me see{fam.end_of_turn}"), prompt, TOOLS, 2)
+    (call,) = turn.calls
+    assert (call.id, call.name) == ("call_2_0", "") and f"ends with {fam.end_of_turn}" in call.error
+    assert "Let me see" in turn.message["content"] and "tool_calls" not in turn.message
+    assert fam.chat.parse(fam.encode(f"{header}Let me see{fam.end_of_text}"), prompt, TOOLS, 2).calls == []
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name not in HANDS_OVER])
+def test_other_stop_tokens_end_plain_turns(name):
+    fam = family(name)
+    for stop in fam.tokenizer.stop_texts:
+        assert fam.chat.parse(fam.encode(f"Let me see{stop}"), fam.render([USER], True), TOOLS, 2).calls == []
+
+
+QWEN, LLAMA = '<tool_call>\n{"name": "note", %s}\n</tool_call>', '{"name": "note", %s}'
+XML = "<tool_call>\n<function=note>\n%s</function>\n</tool_call>"
+TEXT, GLM_TEXT = "<parameter=text>\nx\n</parameter>\n", "<arg_key>text</arg_key>\n<arg_value>x</arg_value>\n"
+INVOKE = '<atem:function_calls>\n<atem:invoke name="note">\n%s</atem:invoke>\n</atem:function_calls>'
+MISWRITTEN = [
+    # arguments under another key, or under none
+    ("qwen3", QWEN % '"parameters": {"text": "x"}', "note"),
+    ("qwen3", QWEN % '"args": {"text": "x"}', "note"),
+    ("qwen3", QWEN % '"text": "x"', "note"),
+    ("qwen3", QWEN % '"arguments": null, "parameters": {"text": "x"}', "note"),
+    ("qwen3", QWEN % '"arguments": {}, "parameters": {"text": "x"}', "note"),
+    ("llama3_1", LLAMA % '"arguments": {"text": "x"}', ""),
+    ("llama3_1", '{"name": "note", "parameters": {"text": }}', ""),
+    # arguments in another notation than the template's
+    ("qwen3_5_think", XML % '{"text": "x"}\n', ""),
+    ("qwen3_5_think", '<tool_call>\n{"name": "note", "arguments": {"text": "x"}}\n</tool_call>', ""),
+    ("qwen3_8", XML % ("and " + TEXT), ""),
+    ("nemotron_3_nano", XML % (TEXT + "and"), ""),
+    ("glm4moe", '<tool_call>note\n{"text": "x"}\n</tool_call>', ""),
+    ("glm4moe", '<tool_call>{"name": "note", "arguments": {"text": "x"}}</tool_call>', ""),
+    ("glm4moe", f"<tool_call>note\n{GLM_TEXT}and</tool_call>", ""),
+    ("muse_glimmer", " to=note<|message|>" + INVOKE % '{"text": "x"}', ""),
+    ("muse_glimmer", ' to=note<|message|>{"text": "x"}', ""),
+    ("muse_glimmer", " to=note<|message|><atem:function_calls>\n</atem:function_calls>", ""),
+    ("gemma4", '<|tool_call>note(text="x")<tool_call|>', ""),
+    ("gemma4", "<|tool_call>call:note{text:x}<tool_call|>", ""),
+    ("deepseekv3", '<｜tool▁call▁begin｜>function<｜tool▁sep｜>note\n{"text": "x"}<｜tool▁call▁end｜>', ""),
+    ("lfm2_v2", '<|tool_call_start|>[note("x")]<|tool_call_end|>', ""),
+    ("lfm2_v2", "<|tool_call_start|>[note(text='it's')]<|tool_call_end|>", ""),
+    ("lfm2_v2", '<|tool_call_start|>{"name": "note", "arguments": {"text": "x"}}<|tool_call_end|>', ""),
+    ("lfm2_v2", "<|tool_call_start|>[]<|tool_call_end|>", ""),
+    ("lfm2_2_5", "<|tool_call_start|>[note(text='x)]<|tool_call_end|>", ""),
+    ("lfm2_2_5", "<|tool_call_start|>[note('x')]<|tool_call_end|>", ""),
+    # arguments that are written twice, not closed, or never ended
+    ("qwen3_5_think", XML % (TEXT + TEXT), ""),
+    ("glm4moe", f"<tool_call>note\n{GLM_TEXT}{GLM_TEXT}</tool_call>", ""),
+    ("gemma4", '<|tool_call>call:note{text:<|"|>x<|"|>,text:<|"|>y<|"|>}<tool_call|>', ""),
+    ("qwen3_5_think", XML % "<parameter=text>\nx\n", ""),
+    ("qwen3_5_think", f"<tool_call>\n<function=note>\n{TEXT}", ""),
+    ("glm4moe", f"<tool_call>note\n{GLM_TEXT}", ""),
+    ("gemma4", '<|tool_call>call:note{text:<|"|>x}<tool_call|>', ""),
+]
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize(("name", "text", "called"), MISWRITTEN)
+def test_call_in_another_form_than_the_templates_is_malformed(name, text, called, behind):
+    """It is not run with the tool's defaults, not taken for text, and the call behind it is read."""
+    fam = family(name)
+    good, prompt = fam.turn([("note", {"text": "good"})])
+    start = re.match(r"\s*(<think>)?\s*(</think>)?\s*", fam.decode(good)).group()
+    behind = behind and name not in ONE_CALL and text.rstrip().endswith(("_call>", "call|>", "_end|>"))
+    after = fam.decode(good)[len(start) :] if behind else fam.end_of_turn
+    turn = fam.chat.parse(fam.encode(start + text + after), prompt, [NOTE], 0)
+    assert len(turn.calls) == 1 + behind and turn.calls[0].error and turn.calls[0].name == called
+    assert len(turn.calls[0].error) < 1000
+    if behind:
+        assert (turn.calls[1].arguments, turn.calls[1].error) == ({"text": "good"}, None)
+
+
+def test_another_key_is_named():
+    fam = family("qwen3")
+    text = QWEN % '"parameters": {"text": "x"}'
+    (call,) = fam.chat.parse(fam.encode(text + "<|im_end|>"), fam.render([USER], True), [NOTE], 0).calls
+    assert call.error == "`note` needs \"arguments\", got ['parameters']"
+
+
+def typing_tool(schema):
+    parameters = {"type": "object", "properties": {"value": schema}, "$defs": {"Count": {"type": "integer"}}}
+    return {"type": "function", "function": {"name": "note", "description": "x", "parameters": parameters}}
+
+
+STRINGS = [
+    ({"type": ["integer", "string"]}, "00123"),
+    ({"type": "string", "nullable": True}, "Null"),
+    ({"anyOf": [{"type": "string"}, {"type": "number"}]}, "1e3"),
+    ({"type": ["string", "boolean"]}, "1"),
+    ({"type": "string"}, "7"),
+    ({"type": "string"}, "null"),
+    ({"oneOf": [{"enum": ["1", "2"]}, {"type": "integer"}]}, "1"),
+    ({"allOf": [{"type": "string"}]}, "7"),
+    ({}, "7"),
+]
+
+
+@pytest.mark.parametrize(("schema", "value"), STRINGS)
+@pytest.mark.parametrize("name", ALL)
+def test_text_that_the_schema_takes_stays_text(name, schema, value):
+    fam = family(name)
+    ids, prompt = fam.turn([("note", {"value": value})])
+    (call,) = fam.chat.parse(ids, prompt, [typing_tool(schema)], 0).calls
+    assert (call.arguments, call.error) == ({"value": value}, None)
+
+
+@pytest.mark.parametrize("schema", [{"type": ["integer", "null", "boolean"]}, {"type": "string", "nullable": True}])
+@pytest.mark.parametrize("value", ["7", "null", "None", "true", "[1]"])
+@pytest.mark.parametrize("name", [name for name in ALL if not any(re.match(xml, name) for xml in [*AMBIGUOUS][:3])])
+def test_text_stays_text_where_the_notation_says_that_it_is_one(name, value, schema):
+    fam = family(name)
+    ids, prompt = fam.turn([("note", {"value": value})])
+    assert fam.chat.parse(ids, prompt, [typing_tool(schema)], 0).calls[0].arguments == {"value": value}
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({"type": ["integer", "string"]}, 123),
+        ({"type": ["string", "null"]}, None),
+        ({"type": "string", "nullable": True}, None),
+        ({"anyOf": [{"type": "string"}, {"type": "number"}]}, 2.5),
+        ({"type": ["boolean", "integer"]}, 1),
+        ({"type": ["integer", "boolean"]}, True),
+        ({"type": ["integer", "number"]}, 2.0),
+        ({"enum": [1, 2, "auto"]}, 2),
+        ({"const": 5}, 5),
+        ({"$ref": "#/$defs/Count"}, 5),
+        ({"allOf": [{"$ref": "#/$defs/Count"}]}, 5),
+        ({"anyOf": [{"type": "array"}, {"type": "string"}]}, [1, "a"]),
+        ({"type": ["null", "object"]}, {"a": None}),
+    ],
+)
+@pytest.mark.parametrize("name", ALL)
+def test_values_written_as_text_get_the_type_of_the_schema(name, schema, value):
+    fam = family(name)
+    ids, prompt = fam.turn([("note", {"value": value})])
+    (call,) = fam.chat.parse(ids, prompt, [typing_tool(schema)], 0).calls
+    assert (call.arguments, call.error) == ({"value": value}, None)
+    assert type(call.arguments["value"]) is type(value)
+
+
+@pytest.mark.parametrize("written", ["\nx\n", "x", "\n x \n", "\n\nx\n\n"])
+def test_one_newline_at_each_end_of_an_xml_argument_is_markup(written):
+    fam = family("qwen3_5_think")
+    text = f"</think>{XML % f'<parameter=text>{written}</parameter>'}<|im_end|>"
+    (call,) = fam.chat.parse(fam.encode(text), fam.render([USER], True), [NOTE], 0).calls
+    assert call.arguments == {"text": written.removeprefix("\n").removesuffix("\n")}
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name.startswith("lfm")])
+def test_words_that_look_like_a_call_are_no_call_in_lfm2(name):
+    fam = family(name)
+    assert_reads(fam, fam.encode("Well, f(x) is 3<|im_end|>"), fam.render([USER], True), [], "Well, f(x) is 3")
 
 
 def test_half_an_emoji_written_as_an_escape_is_replaced_wherever_it_stands():
@@ -202,3 +582,77 @@ def test_long_turn_is_read_in_time(name):
     started = time.process_time()
     fam.chat.parse(fam.encode("the sum is " * 2000), prompt, TOOLS, 0)
     assert time.process_time() - started < 2
+
+
+# Through the trainer
+
+
+def test_turn_that_hands_over_without_a_call_is_answered_and_counted(monkeypatch, tmp_path):
+    def get_salary(person: str) -> str:
+        """
+        Looks up a salary.
+
+        Args:
+            person: Whose.
+        """
+        return f"{person}: 10"
+
+    turns = [
+        "<|channel|>analysis<|message|>I look it up.<|call|>",
+        f"<|channel|>commentary<|message|>Again.<|end|><|start|>assistant{HARMONY} <|constrain|>json<|message|>{BODY}",
+        "<|channel|>final<|message|>10<|return|>",
+    ]
+    found = run_script(
+        ToolGRPOTrainer,
+        monkeypatch,
+        tmp_path,
+        [turns],
+        tools=[get_salary],
+        template="gptoss",
+        eos=["<|return|>", "<|call|>"],
+        max_completion_length=2000,
+    )
+    for trajectory, messages in zip(found.trajectories, found.completions, strict=True):
+        assert trajectory.stop_reason == "stop" and [len(turn.tool_calls) for turn in trajectory.turns] == [1, 1, 0]
+        assert [message["role"] for message in messages] == ["assistant", "tool", "assistant", "tool", "assistant"]
+        assert "could not be read" in messages[1]["content"] and "ends with <|call|>" in messages[1]["content"]
+        assert messages[2]["content"] == "Again." and messages[3]["content"] == "Ada: 10"
+        assert messages[4]["content"] == "10"
+    assert found.metric("tools/malformed_calls") > 0
+
+
+@pytest.mark.parametrize("name", ["qwen3_training", "glm4moe_training", "qwen3", "gptoss", "qwen3_5_think"])
+@pytest.mark.parametrize("comment", ["", "{# ours #}", "{#- ours -#}\n"])
+def test_trainer_knows_a_chat_template_by_what_it_renders(tmp_path, name, comment):
+    tokenizer = chat_tokenizer(name)
+    tokenizer.chat_template = own = tokenizer.chat_template + comment
+    model = tiny_model(tokenizer)
+    trainer = ToolGRPOTrainer(
+        model,
+        lambda completions, **_: [0.0] * len(completions),
+        config(tmp_path),
+        prompts(),
+        processing_class=tokenizer,
+        tools=[add],
+    )
+    known = family(name.removesuffix("_training"))
+    assert tokenizer.response_template == known.tokenizer.response_template and tokenizer.chat_template == own
+    assert trainer.chat_template == (None if name.endswith("_training") else known.template)
+
+
+def test_chat_template_that_renders_otherwise_is_not_taken_for_another():
+    tokenizer = chat_tokenizer("qwen3")
+    tokenizer.chat_template = tokenizer.chat_template.replace('"arguments": ', '"input": ')
+    add_missing_response_template(tokenizer)
+    assert tokenizer.response_template is None
+    tokenizer.chat_template = chat_tokenizer("qwen3").chat_template.replace("# Tools", "# What you can call")
+    add_missing_response_template(tokenizer)
+    assert tokenizer.response_template == family("qwen3").tokenizer.response_template
+
+
+def test_response_template_of_ones_own_is_left_alone():
+    tokenizer = chat_tokenizer("gptoss")
+    tokenizer.response_template = own = {"start_anchor": "x", "fields": {"content": {"close": "y", "content": "text"}}}
+    add_missing_response_template(tokenizer)
+    assert tokenizer.response_template is own
+    assert ToolChat(tokenizer, [tokenizer.eos_token_id]).response_template is own

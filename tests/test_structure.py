@@ -54,6 +54,8 @@ ORDER = [
     "tools",
     "rollout.context_length",
     "rollout.prompt_messages",
+    "rollout.response_templates",
+    "rollout.call_notation",
     "rollout.parsing",
     "rollout.chat",
     "rollout.call_grammar",

@@ -26,6 +26,7 @@ from .rollout.chat import ToolChat
 from .rollout.context_length import context_length
 from .rollout.loop import RolloutRequest
 from .rollout.prompt_messages import PromptMessages
+from .rollout.response_templates import without_comments
 from .tools.environments import scoring_plain_instances
 from .tools.execute import ToolExecutor
 from .tools.mcp import MCPTools
@@ -208,10 +209,11 @@ class RolloutTools(GRPOTrainer):
         if had_tools or not self._toolset.decided_at_reset:
             return
         self.tools = [PromptTool(_TOOL_OF_RESET)]
-        if getattr(self._tokenizer, "response_template", None) is None:
-            add_response_schema(self.processing_class)
-        if not is_chat_template_prefix_preserving(self.processing_class):
-            self.chat_template = get_training_chat_template(self.processing_class)
+        with without_comments(self.processing_class):
+            if getattr(self._tokenizer, "response_template", None) is None:
+                add_response_schema(self.processing_class)
+            if not is_chat_template_prefix_preserving(self.processing_class):
+                self.chat_template = get_training_chat_template(self.processing_class)
 
     def _drop_stuck_environments(self) -> None:
         """Environments whose thread hangs are not handed out again."""

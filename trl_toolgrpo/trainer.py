@@ -60,6 +60,7 @@ from .rollout.engine import RolloutBatch, RolloutEngine, check_gathering, unwrap
 from .rollout.forcing import ForcePolicy
 from .rollout.loop import RolloutRequest
 from .rollout.parsing import add_missing_response_template
+from .rollout.response_templates import without_comments
 from .rollout.sampler import scoring_mode
 from .rollout_tools import RolloutTools
 from .rounding import Exact
@@ -174,6 +175,7 @@ class ToolGRPOTrainer(
             synced_by_us(args, model, peft_config),
             without_trls_vllm(args, self._recording),
             without_trls_cast(args, self._recording),
+            without_comments(processing_class),
         ):
             super().__init__(
                 model=model,

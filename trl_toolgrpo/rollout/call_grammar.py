@@ -153,8 +153,6 @@ class _WrittenOneByOne:
         for key in ("enum", "const"):
             if key in schema:
                 constants = schema[key] if key == "enum" else [schema[key]]
-                if "type" not in schema and not any(self.quotes):  # without quotes an untyped value is read as text
-                    constants = [value for value in constants if isinstance(value, str)]
                 if not constants:
                     raise ToolSchemaError(f"{where} allows no value that this chat template can write")
                 return _either(literal(self._constant(value, where)) for value in constants)

@@ -18,6 +18,7 @@ import regex
 from ..errors import ChatTemplateError
 from ..tools.types import ToolCall
 from .parsing import ParsedTurn, parse_turn
+from .response_templates import RAW_TEXT, mended
 
 
 TRUNCATION_MARKER = "\n[... truncated: the output was longer than {limit} tokens]"
@@ -56,7 +57,7 @@ class ToolChat:
         if getattr(tokenizer, "response_template", None) is None:
             raise ChatTemplateError(
                 "The tokenizer has tools to parse but no `response_template` that says how its chat template writes "
-                "calls. Use a chat template TRL ships (trl/chat_templates, byte for byte), or set "
+                "calls. Use a chat template that renders calls as one in trl/chat_templates does, or set "
                 "`tokenizer.response_template` (see transformers' docs on response parsing)."
             )
         self._mark = f"x{secrets.token_hex(8)}"
@@ -84,15 +85,52 @@ class ToolChat:
             number (`int`):
                 Index of the turn in its rollout.
         """
-        eos = self.tokenizer.eos_token or ""
         text = self.tokenizer.decode(ids)
-        turn = parse_turn(text, self.tokenizer.response_template, prefix, tools, eos, number)
+        endings = (*self.stop_texts, self.tokenizer.eos_token or "")
+        turn = parse_turn(text, self.response_template, prefix, tools, endings, number)
         calls = [] if turn is None else turn.calls
+        if not calls and ids and ids[-1] in self._call_stop_ids:
+            stop = self.tokenizer.decode([ids[-1]])
+            error = f"the turn ends with {stop}, as one that calls a tool, and holds no call that can be read"
+            calls = [ToolCall(f"call_{number}_0", "", error=error)]
         if turn is None or (calls and all(call.error is not None for call in calls)):
             # As in TRL, a turn of which no call can be read is text, so that reward functions see what was written
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
             return ParsedTurn({"role": "assistant", "content": text}, calls)
         return turn
+
+    @functools.cached_property
+    def response_template(self) -> dict[str, Any]:
+        """How the chat template writes calls: the tokenizer's response template, or ours where that one is wrong."""
+        template = self.tokenizer.response_template
+        try:
+            rendered = self.render_call("tool", {"argument": RAW_TEXT})
+        except Exception:  # of a template that renders no call; it is refused where one is needed
+            return template
+        return mended(template, rendered)
+
+    @functools.cached_property
+    def _call_stop_ids(self) -> frozenset[int]:
+        """Tokens that end a turn with a call and no other, such as `<|call|>`."""
+        try:
+            called = self._render([{"role": "tool", "name": "tool", "content": "dummy"}])
+            said = f"{self._mark}s"
+            user = {"role": "user", "content": "dummy"}
+            plain = self.render([user, {"role": "assistant", "content": said}, user])
+            stops = [self._first_stop(called, f"{self._mark}v"), self._first_stop(plain, said)]
+        except Exception:  # of a template that renders no such conversation
+            return frozenset()
+        return frozenset(stop for stop in stops[:1] if stop is not None and stop != stops[1])
+
+    def _first_stop(self, rendered: str, before: str) -> int | None:
+        """The first token after `before` that ends a turn."""
+        zone = rendered[rendered.rindex(before) + len(before) :]
+        places = {
+            zone.index(text): id
+            for id, text in zip(sorted(self.stop_ids), self.stop_texts, strict=True)
+            if text in zone
+        }
+        return places[min(places)] if places else None
 
     # Writing what follows it
 
@@ -153,7 +191,7 @@ class ToolChat:
 
     @functools.cached_property
     def _call_close(self) -> Any:
-        calls = self.tokenizer.response_template.get("fields", {}).get("tool_calls", {})
+        calls = self.response_template.get("fields", {}).get("tool_calls", {})
         pattern = calls.get("close_pattern") or regex.escape(calls.get("close", "")) or r"(?!)"
         return regex.compile(pattern.removesuffix(r"\s*"), regex.DOTALL)
 

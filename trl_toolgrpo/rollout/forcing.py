@@ -59,7 +59,7 @@ class CallPrefixes:
 
     def _opening(self, rendered: str) -> str:
         """Text from the start of the call to its name."""
-        calls = self._chat.tokenizer.response_template.get("fields", {}).get("tool_calls", {})
+        calls = self._chat.response_template.get("fields", {}).get("tool_calls", {})
         pattern = calls.get("open_pattern") or regex.escape(calls.get("open") or "")
         end = rendered.rfind(_NAME)
         starts = [match.start() for match in regex.finditer(pattern, rendered, regex.DOTALL) if match.start() < end]

@@ -1,97 +1,37 @@
 """Assistant turns as text: which calls the policy wrote, and which of them cannot be read.
 
-Owns the tolerant parser and response templates for chat templates that TRL renders but cannot parse. transformers'
-parser gives up on a whole turn at the first malformed call; here each call stands for itself. Fed by `chat.py`.
+transformers' parser gives up on a whole turn at the first malformed call; here each call stands for itself. It keeps
+the last stretch of text; here all of them are kept. And it casts texts to the types of the tool's schema; here only
+those that a notation without types was used for.
 """
 
-import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers.utils.chat_parsing.response_parser import ResponseParser
-from trl.chat_template_utils import (
-    deepseekv3_chat_template,
-    deepseekv3_training_chat_template,
-    diffusion_gemma_chat_template,
-    diffusion_gemma_training_chat_template,
-    gemma4_template,
-    muse_glimmer_chat_template,
-    muse_glimmer_training_chat_template,
-)
 
 from ..tools.results import encodable
 from ..tools.types import ToolCall
+from .call_notation import as_plain_notation, end_of_call, notation_types_values, typed
+from .response_templates import response_template_of
 
 
 # What the response parser raises for text it cannot read; JSON nested too deep ends in a RecursionError
 _UNREADABLE = (ValueError, TypeError, KeyError, RecursionError)
 
-_FUNCTION = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
-
-_DEEPSEEKV3_RESPONSE = {
-    "defaults": {"role": "assistant"},
-    "start_anchor_pattern": r"<｜Assistant｜>|<｜tool▁outputs▁end｜>",
-    "fields": {
-        "reasoning_content": {"open": "<think>", "close_pattern": r"</think>\s*", "content": "text"},
-        "tool_calls": {
-            "open_pattern": r"(?:<｜tool▁calls▁begin｜>)?<｜tool▁call▁begin｜>function<｜tool▁sep｜>"
-            r"(?P<name>[^\n]+)\n```json\n",
-            "close_pattern": r"\n```<｜tool▁call▁end｜>\s*(?:<｜tool▁calls▁end｜>)?",
-            "repeats": True,
-            "content": "json",
-            "transform": _FUNCTION,
-        },
-        "content": {"close_pattern": r"<｜end▁of▁sentence｜>\s*", "content": "text"},
-    },
-}
-
-_MUSE_GLIMMER_RESPONSE = {
-    "defaults": {"role": "assistant"},
-    "start_anchor": "<|start|>assistant",
-    "fields": {
-        "reasoning_content": {
-            "open": " to=self<|message|>",
-            "close_pattern": r"<\|eom\|>(?:<\|start\|>assistant)?",
-            "content": "text",
-        },
-        "tool_calls": {
-            "open_pattern": r"(?: to=[^<\s]+<\|message\|>)?(?:<atem:function_calls>\s*)?"
-            r'<atem:invoke name="(?P<name>[^"]+)">',
-            "close_pattern": r"</atem:invoke>\s*(?:</atem:function_calls>)?(?:<\|eom\|><\|start\|>assistant)?",
-            "repeats": True,
-            "content": "xml-inline",
-            "content_args": {
-                "tag_pattern": r'<atem:parameter name="(?P<key>[^"]+)">(?P<value>.*?)</atem:parameter>',
-                "value_parser": {"name": "text"},
-            },
-            "transform": _FUNCTION,
-        },
-        "content": {"open_pattern": r"(?: to=user)?<\|message\|>", "close_pattern": r"<\|eot\|>|$", "content": "text"},
-    },
-}
-
-_RESPONSE_TEMPLATES = {
-    deepseekv3_chat_template: _DEEPSEEKV3_RESPONSE,
-    deepseekv3_training_chat_template: _DEEPSEEKV3_RESPONSE,
-    diffusion_gemma_chat_template: gemma4_template,
-    diffusion_gemma_training_chat_template: gemma4_template,
-    muse_glimmer_chat_template: _MUSE_GLIMMER_RESPONSE,
-    muse_glimmer_training_chat_template: _MUSE_GLIMMER_RESPONSE,
-}
-
 
 def add_missing_response_template(tokenizer: Any) -> None:
-    """Give `tokenizer` a response template if it has none and its chat template is one TRL renders but cannot
-    parse."""
+    """Give `tokenizer` a response template if it has none and its chat template renders what one that TRL ships
+    does."""
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
     if tokenizer is None or not isinstance(tokenizer.chat_template, str):
         return
     if getattr(tokenizer, "response_template", None) is None:
-        template = _RESPONSE_TEMPLATES.get(tokenizer.chat_template)
+        template = response_template_of(tokenizer)
         if template is not None:
-            tokenizer.response_template = copy.deepcopy(template)
+            tokenizer.response_template = template
 
 
 @dataclass
@@ -112,61 +52,122 @@ class ParsedTurn:
 
 
 class _TolerantParser(ResponseParser):
-    """Keeps calls that cannot be read as text, in their place, instead of failing the whole turn."""
+    """
+    Reads a whole turn; a call that cannot be read is kept as text, in its place, instead of failing the turn.
+
+    A call ends where its arguments end. Every stretch of a text field is kept, in order, and so is text that belongs
+    to no field.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.unreadable: list[tuple[int, str]] = []
+        self._start = 0
+        self._reading = False
         super().__init__(*args, **kwargs)
 
+    def read(self, text: str) -> dict[str, Any]:
+        """The message of a turn."""
+        self._reading = True
+        self._buffer += text
+        return self.finalize()[0]
+
+    def _open_explicit(self, events: list[dict], field: Any, m: Any) -> None:
+        super()._open_explicit(events, field, m)
+        self._start = m.end()
+
+    def _scan(self, watch: list[Any], eos: bool) -> tuple[Any, int]:
+        best, hold_start = super()._scan(watch, eos)
+        if self._current == "tool_calls" and best is not None:
+            kind, field, first = best
+            best = (kind, field, end_of_call(field, self._buffer, self._start, first))
+        return best, hold_start
+
+    def _accumulate(self, events: list[dict], text: str) -> None:
+        super()._accumulate(events, text)
+        if self._current is None and self._reading and text.strip():
+            self._output["content"] = _joined(self._output.get("content"), text.strip())
+
     def _close_current(self, events: list[dict]) -> None:
-        body = self._body
-        field = self._current
+        name, body = self._current, self._body
+        if name is None or not self._opened:
+            return super()._close_current(events)
+        field = self._spec.fields[name]
+        keeps = field.repeats or field.join is not None
+        before = None if keeps else self._output.pop(name, None)
         try:
+            if name == "tool_calls":
+                self._body = as_plain_notation(field, body)
             super()._close_current(events)
         except _UNREADABLE as error:
-            if field != "tool_calls":
+            if name != "tool_calls":
                 raise
-            reason = str(error).splitlines()[-1].removeprefix("Error: ")
-            place = len(self._output.get("tool_calls", [])) + len(self.unreadable)
-            self.unreadable.append((place, f"{reason} in {body.strip()[:200]!r}"))
+            calls = before if before is not None else self._output.get(name, [])
+            self.unreadable.append((len(calls) + len(self.unreadable), _reason(error, body)))
             self._reset_to_implicit()
+        if before is not None:
+            self._output[name] = _joined(before, self._output.get(name))
 
 
-def parse_turn(text: str, response_template: dict, prefix: str, tools: Sequence[dict], eos_token: str, number: int):
+def _joined(before: Any, value: Any) -> Any:
+    """What a field held before and what it holds now: texts as paragraphs, lists as one; else the later of the two."""
+    if isinstance(before, str) and isinstance(value, str):
+        return "\n".join(text for text in (before, value) if text)
+    if isinstance(before, list) and isinstance(value, list):
+        return before + value
+    return before if value is None else value
+
+
+def _reason(error: Exception, body: str) -> str:
+    """Why a call cannot be read, and its text."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    reason = next((line.removeprefix("Error: ") for line in lines if line.startswith("Error: ")), lines[0])
+    return f"{reason} in {body.strip()[:200]!r}"
+
+
+def parse_turn(
+    text: str, response_template: Any, prefix: str, tools: Sequence[dict], endings: Sequence[str], number: int
+) -> ParsedTurn | None:
     """
     Parse the text of one assistant turn.
 
     Args:
         text (`str`):
             Decoded turn, special tokens included.
-        response_template (`dict`):
-            The tokenizer's response template.
+        response_template (`dict` or `ResponseTemplate`):
+            How the chat template writes a turn.
         prefix (`str`):
             Decoded context before the turn, at least from the start of the assistant's header.
         tools (`Sequence[dict]`):
             Schemas the prompt was rendered with; arguments written as text are typed with them.
-        eos_token (`str`):
-            Text of the end-of-sequence token, dropped from the end of the content.
+        endings (`Sequence[str]`):
+            Texts of the tokens that end a turn, dropped from the end of the content.
         number (`int`):
             Index of the turn in its rollout, from which call identifiers are made.
 
     Returns:
-        `ParsedTurn` or `None`: `None` if the turn as a whole cannot be read, so that it is plain text.
+        `ParsedTurn` or `None`: `None` if the turn as a whole cannot be read, so that it is plain text. `content` holds
+        every stretch of text before, between and after the calls, in order, each without the white space around it, as
+        lines of their own.
     """
-    parser = _TolerantParser(response_template, prefix=prefix, tools=list(tools))
+    parser = _TolerantParser(response_template, prefix=prefix)
     try:
-        parser.feed(text)
-        message, _ = parser.finalize()
+        message = parser.read(text)
     except _UNREADABLE:
         return None
-    if isinstance(message.get("content"), str):
-        message["content"] = message["content"].removesuffix(eos_token)
-    if not message.get("content"):
-        message["content"] = ""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        ending = next((ending for ending in endings if ending and content.endswith(ending)), "")
+        content = content.removesuffix(ending).rstrip() if ending else content
+    message["content"] = content
     written: list[Any] = list(message.pop("tool_calls", None) or [])
     for place, reason in parser.unreadable:
         written.insert(place, reason)
     calls = [_read_call(item, f"call_{number}_{index}") for index, item in enumerate(written)]
+    field = parser._spec.fields.get("tool_calls")
+    if field is not None and not notation_types_values(field):
+        schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
+        for call in calls:
+            call.arguments = typed(call.arguments, schemas.get(call.name, {}))
     valid = [
         {"type": "function", "function": {"name": call.name, "arguments": call.arguments}, "id": call.id}
         for call in calls
@@ -190,6 +191,9 @@ def _read_call(item: Any, identifier: str) -> ToolCall:
     if not isinstance(name, str) or not name:
         return ToolCall(identifier, "", error=f'a call needs a "name", got {json.dumps(item, default=str)[:200]}')
     name, arguments = encodable(name), function.get("arguments")
+    others = sorted(set(function) - {"name", "arguments", "type", "id"})
+    if not arguments and others:  # they may be the arguments, and the tool must not run with its defaults
+        return ToolCall(identifier, name, error=f'`{name}` needs "arguments", got {encodable(str(others))[:200]}')
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):

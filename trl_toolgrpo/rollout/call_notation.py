@@ -1,0 +1,314 @@
+"""How arguments are written in a call: where they end, what they say in JSON's terms, and of which types they are.
+
+A call ends where its arguments end and not at the first closing marker, which a text among them may hold.
+"""
+
+import ast
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import regex
+from transformers.utils.chat_parsing.content_parsers import parse_content
+from transformers.utils.chat_parsing.response_parser import _coerce
+from transformers.utils.chat_parsing.response_templates import ResponseTemplateField
+
+
+_SPACE = regex.compile(r"\s*")
+_NOTHING = regex.compile("")
+_JSON = json.JSONDecoder()
+_NAME = r"[\w.\-]+"
+_QUOTED = r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\""""
+_PYTHON_TEXT = regex.compile(_QUOTED, regex.DOTALL)
+# An argument whose text stands between single quotes as it is: it ends at the quote behind which the list goes on
+_RAW_ARGUMENT = regex.compile(
+    rf"""=\s*(?:'(?P<text>.*?)'(?=\s*(?:,\s*{_NAME}=|\)\s*(?:,\s*{_NAME}\(|\]\s*(?:<\|tool_call_end\|>|\Z))))"""
+    rf"""|(?P<nested>(?P<inner>[\[{{](?:[^\[\]{{}}'"]|{_QUOTED}|(?&inner))*+[\]}}]))|"(?:[^"\\]|\\.)*+")""",
+    regex.DOTALL,
+)
+_NO_CALL = regex.compile(r"\s*\[\s*\]\s*")
+_LIST_START = regex.compile(rf"\[\s*{_NAME}\(")
+_BARE_KEY = regex.compile(r'"(?:\\.|[^"\\])*"|(?<=[{,])(\s*)([^\s"{}\[\],:](?:[^"{}\[\],:]*[^\s"{}\[\],:])?)(\s*):')
+_PYTHON_NONE = regex.compile(r'"(?:\\.|[^"\\])*"|(?<=[:\[,])(\s*)None(?=\s*[,\]}])')
+
+
+def notation_types_values(field: ResponseTemplateField) -> bool:
+    """Whether a call's arguments are written so that a text cannot be taken for a number, as in JSON."""
+    if field.content != "xml-inline":
+        return field.content in ("json", "python-call-list")
+    return (field.content_args.get("value_parser") or {}).get("name", "text") == "json"
+
+
+def end_of_call(field: ResponseTemplateField, text: str, start: int, first: Any) -> Any:
+    """
+    Return the closing marker of a call: the one behind its arguments.
+
+    Args:
+        field (`ResponseTemplateField`):
+            The response template's field for calls.
+        text (`str`):
+            The turn.
+        start (`int`):
+            Place in `text` just behind the opening of the call.
+        first (`regex.Match`):
+            The first closing marker behind `start`, which ends a call whose arguments cannot be read.
+    """
+    end = _end_of_arguments(field, text, start)
+    if end is None:
+        return first
+    close = field.close_re.match(text, end) or field.close_re.match(text, _behind_space(text, end))
+    if close is None and field.content == "json" and not _writes_texts_raw(field):
+        opening = field.open_re.match(text, start)
+        if opening is not None and opening.end() == start:  # no marker before the arguments, none needed after them
+            return _NOTHING.match(text, end)
+        return field.close_re.search(text, end) or first
+    if close is None or not _is_readable(field, text[start : close.start()]):
+        return first
+    return _end_of_the_rest(field, text, close) or close
+
+
+def as_plain_notation(field: ResponseTemplateField, body: str) -> str:
+    """
+    Return the arguments of a call as transformers' parser for the field reads them without loss.
+
+    Args:
+        field (`ResponseTemplateField`):
+            The response template's field for calls.
+        body (`str`):
+            What stands between the markers of the call.
+
+    Raises:
+        ValueError: if there is text between the arguments, one of them is written twice, or there is no call.
+    """
+    if field.content == "json" and field.content_args.get("string_delims"):
+        return _as_json(body, field.content_args["string_delims"])
+    if field.content == "python-call-list" and _NO_CALL.fullmatch(body):
+        raise ValueError("the list of calls is empty")
+    if field.content == "python-call-list" and _writes_texts_raw(field):
+        return _RAW_ARGUMENT.sub(_as_call_list_value, body)
+    if field.content == "xml-inline":
+        tag = regex.compile(field.content_args["tag_pattern"], regex.DOTALL)
+        rest = tag.sub("", body).strip()
+        if rest:
+            raise ValueError(f"arguments are not written as the chat template writes them: {rest[:80]!r}")
+        if not field.content_args.get("merge_duplicates"):
+            _unique([(argument["key"], None) for argument in tag.finditer(body)])
+    return body
+
+
+def _writes_texts_raw(field: ResponseTemplateField) -> bool:
+    """Whether a text among the arguments may look like the markup behind it, since nothing in it is escaped."""
+    args = field.content_args
+    return field.content == "xml-inline" or bool(args.get("string_delims")) or args.get("strings") == "raw"
+
+
+def _end_of_arguments(field: ResponseTemplateField, text: str, start: int) -> int | None:
+    """Where the arguments of a call end; `None` if what stands there is not as the notation has it."""
+    if field.content == "json" and not field.content_args.get("string_delims"):
+        try:
+            return _JSON.raw_decode(text, _behind_space(text, start))[1]
+        except (ValueError, RecursionError):
+            return None
+    if field.content == "xml-inline":
+        argument = regex.compile(field.content_args["tag_pattern"], regex.DOTALL)
+        last = start
+        while (found := argument.match(text, _behind_space(text, last))) and found.end() > last:
+            last = found.end()
+        return None if _opens_another(field, text, start, last, argument) else last
+    quoted = _quoted(field)
+    if quoted is None or field.close_re is None:
+        return None
+    end = _first_outside(quoted, field.close_re, text, start)
+    raw_list = field.content == "python-call-list" and _writes_texts_raw(field)
+    return None if raw_list and end and _opens_another(field, text, start, end, _LIST_START) else end
+
+
+def _opens_another(field: ResponseTemplateField, text: str, start: int, end: int, beginning: Any) -> bool:
+    """Whether another call begins in a part of `text`: an argument that is never closed does not reach into it."""
+    for opening in field.open_re.finditer(text, start, end) if field.open_re is not None else ():
+        named = "name" not in field.open_re.groupindex or bool(opening["name"])
+        if named and beginning.match(text, _behind_space(text, opening.end())):
+            return True
+    return False
+
+
+def _is_readable(field: ResponseTemplateField, body: str) -> bool:
+    """Whether arguments can be read."""
+    try:
+        parse_content(as_plain_notation(field, body), field.content, field.content_args)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
+    return True
+
+
+def _end_of_the_rest(field: ResponseTemplateField, text: str, close: Any) -> Any:
+    """
+    The closing marker that ends what is left of a call behind `close`, if anything is.
+
+    An argument written as it is may hold the markup of the end of a call. What follows in it has an end and no opening
+    then, which shows that the call was not read as it was meant.
+    """
+    marker = regex.search(r"<[^<>]+>", close.group())
+    if marker is None or not _writes_texts_raw(field):
+        return None
+    following = field.open_re.search(text, close.end()) if field.open_re is not None else None
+    last = text.rfind(marker.group(), close.end(), following.start() if following else len(text))
+    return None if last < 0 else field.close_re.search(text, last)
+
+
+def typed(arguments: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
+    """
+    Return arguments that were written as text with the types of the tool's schema.
+
+    Args:
+        arguments (`dict[str, Any]`):
+            Arguments by name.
+        parameters (`dict[str, Any]`):
+            JSON schema of the tool's arguments.
+    """
+    properties = parameters.get("properties")
+    if not isinstance(properties, dict):
+        return arguments
+    return {
+        name: _typed_text(value, properties[name], parameters)
+        if isinstance(value, str) and name in properties
+        else value
+        for name, value in arguments.items()
+    }
+
+
+def _typed_text(text: str, schema: Any, root: dict[str, Any]) -> Any:
+    """
+    The value a text stands for.
+
+    Where the schema takes a text too, the text is cast only if that value would be written in just this way: `00123`
+    and `1e3` stay texts then, `123` and `null` do not.
+    """
+    kinds = list(_kinds(schema, root, set()))
+    if any(isinstance(kind, _Constant) and kind.value == text for kind in kinds):
+        return text
+    names = [kind for kind in kinds if isinstance(kind, str)]
+    values = [value for kind in names if kind != "string" and (value := _cast(text, kind)) is not text]
+    exact = [value for value in values if text in (json.dumps(value, ensure_ascii=False), str(value))]
+    if exact:
+        return exact[0]
+    if "string" in names:
+        values = [value for value in values if isinstance(value, dict | list)]
+    return values[0] if values else text
+
+
+def _cast(text: str, kind: str) -> Any:
+    """The value of one type that a text stands for; the text itself if it is none."""
+    try:
+        return _coerce(text, (kind,))
+    except (RecursionError, OverflowError):
+        return text
+
+
+class _Constant:
+    """A text that a schema names."""
+
+    def __init__(self, value: str):
+        self.value = value
+
+
+def _kinds(schema: Any, root: dict[str, Any], seen: set[str]) -> Iterable[Any]:
+    """Names of the types a schema allows, and the texts it names as constants."""
+    if not isinstance(schema, dict):
+        return
+    declared = schema.get("type")
+    names = declared if isinstance(declared, list) else [declared]
+    yield from (name for name in names if isinstance(name, str))
+    constants = [*(schema.get("enum") or ()), *([schema["const"]] if "const" in schema else ())]
+    for constant in constants:
+        if isinstance(constant, str):
+            yield _Constant(constant)
+        if declared is None:
+            yield _type_name(constant)
+    for key in ("anyOf", "oneOf", "allOf"):
+        for choice in schema.get(key) or ():
+            yield from _kinds(choice, root, seen)
+    if schema.get("nullable"):  # how transformers' get_json_schema marks what may be None
+        yield "null"
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#/") and reference not in seen:
+        target: Any = root
+        for part in reference[2:].split("/"):
+            target = target.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(target, dict) else None
+        yield from _kinds(target, root, seen | {reference})
+
+
+def _type_name(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else "boolean"
+    kinds = {int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+    return kinds.get(type(value), "string")
+
+
+def _quoted(field: ResponseTemplateField) -> Any:
+    """Pattern of the texts among which a closing marker does not count, for notations that are not JSON or XML."""
+    if field.content == "json" and (delimiters := field.content_args.get("string_delims")):
+        pairs = [rf"{regex.escape(opening)}.*?{regex.escape(closing)}" for opening, closing in delimiters]
+        return regex.compile("|".join(pairs), regex.DOTALL)
+    if field.content == "python-call-list":
+        return _RAW_ARGUMENT if _writes_texts_raw(field) else _PYTHON_TEXT
+    return None
+
+
+def _first_outside(quoted: Any, close: Any, text: str, start: int) -> int | None:
+    """Where `close` is first found outside of what `quoted` matches."""
+    marker = close.search(text, start)
+    while marker is not None:
+        inside = quoted.search(text, start)
+        if inside is None or inside.start() >= marker.start():
+            return marker.start()
+        start = inside.end()
+        if marker.start() < start:
+            marker = close.search(text, start)
+    return None
+
+
+def _behind_space(text: str, place: int) -> int:
+    return _SPACE.match(text, place).end()
+
+
+def _as_json(body: str, delimiters: list[list[str]]) -> str:
+    """JSON of a notation with keys that may have no quotes, marked texts, and Python's `None`."""
+    marks = "|".join(rf"{regex.escape(opening)}(.*?){regex.escape(closing)}" for opening, closing in delimiters)
+    pieces, place = [], 0
+    for marked in regex.finditer(marks, body, regex.DOTALL):
+        text = next(group for group in marked.groups() if group is not None)
+        pieces += [body[place : marked.start()], json.dumps(text)]
+        place = marked.end()
+    written = "".join([*pieces, body[place:]])
+    written = _BARE_KEY.sub(
+        lambda found: found[0] if found[2] is None else f"{found[1]}{json.dumps(found[2])}{found[3]}:", written
+    )
+    written = _PYTHON_NONE.sub(lambda found: found[0] if found[1] is None else f"{found[1]}null", written)
+    json.loads(written, object_pairs_hook=_unique)
+    return written
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, none of whose keys is written twice."""
+    keys = [key for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ValueError(f"the argument {twice[0]!r} is written more than once")
+    return dict(pairs)
+
+
+def _as_call_list_value(argument: Any) -> str:
+    """An argument of a Python-style call with its text in JSON's quotes; lists and mappings as JSON."""
+    if argument["text"] is not None:
+        return f"={json.dumps(argument['text'], ensure_ascii=False)}"
+    if argument["nested"] is None:
+        return argument[0]
+    try:
+        return f"={json.dumps(json.loads(argument['nested']), ensure_ascii=False)}"
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return f"={json.dumps(ast.literal_eval(argument['nested']), ensure_ascii=False)}"
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return argument[0]

@@ -121,6 +121,8 @@ DTYPES = {
     "bfloat16_weights": "bfloat16 weights, and autocast",
 }
 
+DTYPE_HELP = " ".join(f"{name}: {meaning}." for name, meaning in DTYPES.items())
+
 SIZES = ("prompts", "samples", "turns", "turn_tokens", "prompt_tokens", "tool_ms", "shape")
 
 
@@ -134,16 +136,10 @@ def gpu_case(name: str, dry_run: bool) -> Case:
 
 
 def add_case_flags(parser: argparse.ArgumentParser, default: Case) -> None:
-    """Give a command line a flag for each size of a case, and `--dtype`."""
+    """Give a command line a flag for each size of a case."""
     for name in SIZES:
         value = getattr(default, name)
         parser.add_argument(f"--{name}", type=type(value), default=value, choices=SHAPES if name == "shape" else None)
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="float32",
-        help=" ".join(f"{name}: {meaning}." for name, meaning in DTYPES.items()),
-    )
 
 
 def given_case(arguments: argparse.Namespace, **more: Any) -> Case:

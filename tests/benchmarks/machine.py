@@ -4,6 +4,7 @@ Also the two things that are measured in the same way everywhere: the clock afte
 """
 
 import contextlib
+import gc
 import hashlib
 import importlib.metadata
 import os
@@ -116,6 +117,13 @@ def now() -> float:
 def _cuda() -> Any:
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_available() else None
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more, so that it is not in the peak of what comes next."""
+    gc.collect()
+    if _cuda() is not None:
+        _cuda().empty_cache()
 
 
 def reset_peak() -> None:

@@ -12,6 +12,7 @@ adds is the memory of one more matrix, and its gradient and optimizer state wher
 import contextlib
 import itertools
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -245,6 +246,28 @@ class Worker:
         self.process.stdin.flush()
 
 
+class Warnings(logging.Handler):
+    """What this package warns of, such as a sampler that falls back: it belongs to the figures. Each line once."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+        logging.getLogger("trl_toolgrpo").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a warning."""
+        line = record.getMessage()
+        if line not in self.lines:
+            self.lines.append(line)
+
+    def take(self) -> list[str]:
+        """The warnings since the last time."""
+        taken, self.lines = self.lines, []
+        return taken
+
+
+WARNINGS = Warnings()
+
 MARK = "benchmark: "
 
 
@@ -254,8 +277,9 @@ def told() -> bool:
 
 
 def tell(**found: Any) -> None:
-    """In a worker: say what came of a round, with the peak memory so far."""
-    print(f"{MARK}{json.dumps({**found, 'peak_mib': peak_mib()})}", flush=True)
+    """In a worker: say what came of a round, with the peak memory so far, and what was warned of."""
+    warned = {"warnings": WARNINGS.lines} if WARNINGS.lines else {}
+    print(f"{MARK}{json.dumps({**found, 'peak_mib': peak_mib(), **warned})}", flush=True)
 
 
 def serve(work: Callable[[], dict[str, Any]]) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import markov
-from cases import CASES, Case, add_case_flags, autocast, device, given_case
+from cases import CASES, DTYPE_HELP, DTYPES, Case, add_case_flags, autocast, device, given_case
 from machine import machine_line, now
 from markov import (
     Worker,
@@ -209,6 +209,8 @@ def compare(arguments: argparse.Namespace, sides: list[str], flags: list[str]) -
         last = worker.found[-1]
         figures = {"speed": last["sampled"] / seconds, "seconds": seconds, "peak_mib": last["peak_mib"]}
         results[worker.name] = {**figures, "sampled": last["sampled"]}
+        for line in last.get("warnings", ()):  # such as a sampler that falls back
+            print(f"{worker.name} warns: {line}", flush=True)
     return results
 
 
@@ -230,6 +232,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vs", choices=["trl", "none"], default="trl")
     parser.add_argument("--cases", nargs="+", choices=[*CASES, "custom"], default=list(CASES))
     add_case_flags(parser, Case())
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help=DTYPE_HELP)
     parser.add_argument("--ragged", action="store_true")
     parser.add_argument("--vllm", action="store_true", help="Both sides sample with vLLM, in the trainer's process.")
     parser.add_argument("--growth", action="store_true", help="Also measure how the time grows with turns.")

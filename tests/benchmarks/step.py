@@ -15,7 +15,7 @@ import tempfile
 from typing import Any
 
 import markov
-from cases import STEP, Case, add_case_flags, given_case
+from cases import DTYPE_HELP, DTYPES, STEP, Case, add_case_flags, given_case
 from machine import machine_line, now
 from markov import Worker, build_model, build_tokenizer, conversations, ping, tell, told, trainer_options
 
@@ -126,6 +126,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vs", choices=["trl", "none"], default="trl")
     add_case_flags(parser, STEP)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help=DTYPE_HELP)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--vllm", action="store_true", help="Both sides sample with vLLM, in the trainer's process.")
     parser.add_argument("--repeats", type=int, default=3)

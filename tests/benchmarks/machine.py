@@ -96,12 +96,12 @@ def source_state() -> dict[str, str | None]:
     return {"commit": commit, "source": digest.hexdigest()[:16]}
 
 
-def machine_line(dtype: str, device: str | None = None) -> str:
+def machine_line(dtype: str) -> str:
     """One line for the head of a table: card or processor, flags, dtype."""
     found = describe_machine()
     card, flags = found["card"], ", ".join(flag.upper() for flag in found["flags"]) or "no known flags"
     processor = f"{found['processor']}, {found['cores']} cores, {flags}"
-    if device == "cpu" or card is None:
+    if card is None:
         return f"{processor}; {dtype}"
     return f"{card['name']} (compute capability {card['compute_cap']}, driver {card['driver_version']}); {dtype}"
 
@@ -124,6 +124,12 @@ def free_memory() -> None:
     gc.collect()
     if _cuda() is not None:
         _cuda().empty_cache()
+
+
+def leave_room() -> None:
+    """Give back what a card's allocator keeps for later, where that leaves too little for another process."""
+    if _cuda() is not None and _cuda().memory_reserved() > 0.3 * _cuda().mem_get_info()[1]:
+        free_memory()
 
 
 def reset_peak() -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from cases import SHAPES, device, dtype_options, in_dtype
-from machine import peak_mib
+from machine import leave_room, peak_mib
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -279,6 +279,7 @@ def told() -> bool:
 def tell(**found: Any) -> None:
     """In a worker: say what came of a round, with the peak memory so far, and what was warned of."""
     warned = {"warnings": WARNINGS.lines} if WARNINGS.lines else {}
+    leave_room()  # the other side is next
     print(f"{MARK}{json.dumps({**found, 'peak_mib': peak_mib(), **warned})}", flush=True)
 
 

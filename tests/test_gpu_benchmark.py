@@ -62,14 +62,20 @@ def imports(run, record):
     record(value=planted_package.VALUE, where=planted_package.__file__)
 
 def race(run, record):
-    gpu.race(run, record, "planted", ["600", "2000", "tools"], repeats=2)
+    gpu.race(run, record, "planted", ["600", "step", "2000", "tools"], repeats=2)
 
 def sides(side, cases, dtype):
     def one(name, case):
+        rounds = []
+        def work():
+            rounds.append(name)
+            if (side, name, len(rounds)) == ("trl", "step", 2):
+                raise ValueError("no second round")
+            text = name + (side if name == "tools" else "")
+            return {{"seconds": 1.0 if side == "trl" else 0.5, "sampled": 10, "text": text}}
         if (side, name) == ("trl", "600"):
             raise ValueError("no such side")
-        text = name + (side if name == "tools" else "")
-        serve(lambda: {{"seconds": 1.0 if side == "trl" else 0.5, "sampled": 10, "text": text}})
+        serve(work)
     gpu.each(cases, one)
 
 def crash(side, cases, dtype):
@@ -299,6 +305,9 @@ def test_a_side_that_fails_is_recorded_and_the_other_goes_on(planted, tmp_path):
     first, second, third = (race["figures"][name] for name in ("600", "2000", "tools"))
     assert any("no such side" in line for line in first["trl"]["error"]) and first["times_faster"] == {}
     assert first["trl_toolgrpo"]["rounds"] == 2 and first["trl_toolgrpo"]["tokens_per_second"] == 20
+    between = race["figures"]["step"]  # fails in the middle of a round
+    assert between["trl"]["rounds"] == 0 and "no second round" in between["trl"]["error"][-1]
+    assert "step, trl: ValueError: no second round" in race["error"] and between["trl_toolgrpo"]["rounds"] == 2
     assert second["times_faster"] == {"seconds": 2.0} and second["same_text"] is True
     assert third["same_text"] is False and "tools: the two trainers wrote different tokens" in race["error"]
     assert "times faster than TRL: seconds 2.0x" in done.stdout

@@ -46,7 +46,17 @@ from typing import Any
 import markov
 from cases import DTYPE_HELP, DTYPES, SHAPES, Case, device, dtype_options, gpu_case
 from machine import ROOT, describe_machine, free_memory, now, peak_mib, reset_peak, source_state, versions
-from markov import WARNINGS, Worker, WorkerError, build_model, build_tokenizer, conversations, ping, serve, tell, told
+from markov import (
+    WARNINGS,
+    Worker,
+    WorkerError,
+    build_model,
+    build_tokenizer,
+    conversations,
+    ping,
+    serve,
+    tell_failure,
+)
 from packaging.utils import canonicalize_name, parse_wheel_filename
 from pieces import join
 
@@ -532,10 +542,7 @@ def each(cases: list[tuple[str, Case]], one: Callable[[str, Case], None]) -> Non
         try:
             one(name, case)
         except Exception:
-            error = traceback.format_exc()
-            while told():
-                tell(error=error)
-                error = "This case has failed before."
+            tell_failure(traceback.format_exc())
         free_memory()
 
 

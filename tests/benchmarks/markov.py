@@ -269,11 +269,13 @@ class Warnings(logging.Handler):
 WARNINGS = Warnings()
 
 MARK = "benchmark: "
+_asked_for = [False]  # whether a round was asked for and is not answered yet
 
 
 def told() -> bool:
     """In a worker: wait to be told to do a round; `False` when there will be none, or none of this case."""
-    return sys.stdin.readline().strip() == "go"
+    _asked_for[0] = sys.stdin.readline().strip() == "go"
+    return _asked_for[0]
 
 
 def tell(**found: Any) -> None:
@@ -281,6 +283,13 @@ def tell(**found: Any) -> None:
     warned = {"warnings": WARNINGS.lines} if WARNINGS.lines else {}
     leave_room()  # the other side is next
     print(f"{MARK}{json.dumps({**found, 'peak_mib': peak_mib(), **warned})}", flush=True)
+    _asked_for[0] = False
+
+
+def tell_failure(error: str) -> None:
+    """In a worker: say that this case has failed, in answer to the round that was asked for and to any other."""
+    while _asked_for[0] or told():
+        tell(error=error)
 
 
 def serve(work: Callable[[], dict[str, Any]]) -> None:

@@ -67,6 +67,7 @@ def train(
         "max_tool_calling_iterations": case.turns - 1,
         "max_steps": rounds,
         "learning_rate": 0.0,  # the text stays the same
+        "shuffle_dataset": False,  # and so does its order
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,
@@ -83,16 +84,13 @@ def train(
         tools=[ping],
     )
     spent: dict[str, Any] = {}
+    if kept is not None:
+        keep_rollouts(trainer, backend, kept)
     prepare = trainer._generate
 
     def generate(*args: Any) -> Any:
         started = now()
-        if kept:
-            output, trainer._batch = kept["output"], kept["batch"]
-        else:
-            output = prepare(*args)
-        if kept is not None:
-            kept.update(output=output, batch=getattr(trainer, "_batch", None))
+        output = prepare(*args)
         spent["rollouts"] = now() - started
         spent["tokens"] = sum(map(len, output[1])) / len(output[1])
         spent["text"] = hashlib.sha256(json.dumps(sorted(output[1])).encode()).hexdigest()
@@ -119,6 +117,20 @@ def train(
     except EnoughRounds:
         return
     told()  # that there are no more
+
+
+def keep_rollouts(trainer: Any, backend: str, kept: dict[str, Any]) -> None:
+    """Have a trainer make the rollout batch that is in `kept`, or put its first one there."""
+    name = "_generate" if backend == "trl" else "_roll_out"
+    make = getattr(trainer, name)
+
+    def make_once(prompts: Any) -> Any:
+        if "batch" not in kept:
+            kept["batch"] = make(prompts)
+        trainer._batch = kept["batch"]  # where this package's trainer looks for it
+        return kept["batch"]
+
+    setattr(trainer, name, make_once)
 
 
 def parse_arguments() -> argparse.Namespace:

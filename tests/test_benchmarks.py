@@ -21,7 +21,15 @@ SMALL = [f"--{name}={size}" for name, size in SIZES.items()]
         ("step.py", [], r"times faster than TRL: rollouts [\d.]+x, update [\d.]+x, step [\d.]+x; [\d.]+x its peak"),
     ],
 )
-def test_a_benchmark_measures_both_sides(script, flags, line):
-    command = [sys.executable, str(FOLDER / script), *SMALL, *flags]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bfloat16_weights"])
+def test_a_benchmark_measures_both_sides(script, flags, line, dtype):
+    command = [sys.executable, str(FOLDER / script), *SMALL, *flags, "--dtype", dtype, "--shape", "tiny"]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert re.search(line, output), output
+    assert re.search(rf"^.+, \d+ cores, .+; {dtype}$", output.splitlines()[0]), output
+
+
+def test_sizes_are_not_taken_for_cases_that_have_their_own():
+    command = [sys.executable, str(FOLDER / "rollout.py"), "--cases", "600", "--turns", "8"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "--cases custom" in done.stderr

@@ -34,6 +34,8 @@ ON_THIS_MACHINE = ["--bf16", "false", "--use_cpu", "true"]
 RUN_BY = {
     "tests/benchmarks/rollout.py": "test_benchmarks.py",
     "tests/benchmarks/step.py": "test_benchmarks.py",
+    "tests/benchmarks/gpu.py": "test_gpu_benchmark.py",
+    "tests/benchmarks/gpu_wheels.py": "test_gpu_benchmark.py",
     "tests/benchmarks/hostile_python.py": "test_python_tool.py",
     "tests/benchmarks/kills.py": "test_resume.py",
     "tests/benchmarks/report.py": "test_report_browser.py",

@@ -3,35 +3,55 @@
 The policy is a known Markov chain at the true cost of its shape: every block's `o_proj` and `down_proj` are zero, so
 that the residual stream carries the current token alone, and the LM head is the transition table. Both trainers
 therefore write the same text, and the log-prob of every token is known.
+
+The LM head is not tied to the embedding, as it is in the small Qwen3 models: a tied one would make every token the
+likeliest to follow itself. A decoding step and an update multiply by the same matrices either way; what an untied head
+adds is the memory of one more matrix, and its gradient and optimizer state where all weights are trained.
 """
 
+import contextlib
 import itertools
 import json
+import logging
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from cases import SHAPES, device, dtype_options, in_dtype
+from machine import leave_room, peak_mib
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-TURN_TOKENS = 20
+CALL = ["<tool_call>", '\n{"name": "ping", "arguments": {}}\n', "</tool_call>", "<|im_end|>"]
 
 
-def chain_text() -> list[str]:
-    """The turn the policy writes: 16 words and a tool call, 20 tokens, no two of them alike."""
-    words = [f" step{i}" for i in range(TURN_TOKENS - 4)]
-    return [*words, "<tool_call>", '\n{"name": "ping", "arguments": {}}\n', "</tool_call>", "<|im_end|>"]
+def chain_text(tokens: int = 20, alternative: int = 0) -> list[str]:
+    """
+    The turn the policy writes: words and a tool call, no two of its tokens alike.
+
+    Args:
+        tokens (`int`, *optional*, defaults to 20):
+            Number of them, at least 5.
+        alternative (`int`, *optional*, defaults to 0):
+            Other words in the same places, for a policy that has a choice.
+
+    Returns:
+        `list[str]`: the text of each token.
+    """
+    other = f"or{alternative}" if alternative else ""
+    return [*(f" step{i}{other}" for i in range(tokens - len(CALL))), *CALL]
 
 
-def build_tokenizer() -> Any:
-    """A byte-level tokenizer with Qwen3's chat template, where each piece of the turn is one token."""
+def build_tokenizer(turn_tokens: int = 20, alternatives: int = 1) -> Any:
+    """A byte-level tokenizer with Qwen3's chat template, where each piece of each turn is one token."""
     import trl
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from tokenizers.trainers import BpeTrainer
@@ -45,43 +65,70 @@ def build_tokenizer() -> Any:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
     )
-    tokenizer.add_tokens([*chain_text(), "<|im_start|>", *(f" w{i}" for i in range(100))])
+    texts = [chain_text(turn_tokens, alternative) for alternative in range(alternatives)]
+    tokenizer.add_tokens([*dict.fromkeys(itertools.chain(*texts)), "<|im_start|>", *(f" w{i}" for i in range(100))])
     template = Path(trl.__file__).parent / "chat_templates" / "qwen3_instruct_2507.jinja"
     tokenizer.chat_template = template.read_text(encoding="utf-8")
     return tokenizer
 
 
-def build_model(tokenizer: Any, vocab_size: int = 8192) -> Any:
-    """A 12-layer Qwen3 of width 512 that writes `chain_text` after every newline that ends a prompt."""
+def build_model(
+    tokenizer: Any,
+    shape: str = "small",
+    turn_tokens: int = 20,
+    dtype: str = "float32",
+    alternatives: int = 1,
+    leak: float = 0.0,
+) -> Any:
+    """
+    A Qwen3 that writes `chain_text` after every newline that ends a prompt.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`):
+            That of `build_tokenizer` for the same turns.
+        shape (`str`, *optional*, defaults to `"small"`):
+            Key of `SHAPES`.
+        turn_tokens (`int`, *optional*, defaults to 20):
+            Tokens of a turn.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Key of `DTYPES`: of the weights.
+        alternatives (`int`, *optional*, defaults to 1):
+            Words to choose from at each place; with more than one the text is drawn, and log-probs are not 0.
+        leak (`float`, *optional*, defaults to 0):
+            What is left of each block's `o_proj` and `down_proj`: above 0, log-probs depend on all that came before,
+            and on every rounding on the way.
+
+    Returns:
+        `Qwen3ForCausalLM`: the model, on the device that it will be trained on.
+    """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=vocab_size,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=12,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
+        **asdict(SHAPES[shape]),
         tie_word_embeddings=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen3ForCausalLM(config)
+    with torch.device(device()):  # random numbers are drawn much faster on an accelerator
+        model = Qwen3ForCausalLM(config)
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
-    chain = [newline, *tokenizer.convert_tokens_to_ids(chain_text())]
+    texts = [chain_text(turn_tokens, alternative) for alternative in range(alternatives)]
+    places = [[newline], *(tokenizer.convert_tokens_to_ids(sorted(set(place))) for place in zip(*texts, strict=True))]
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-        model.lm_head.weight.zero_()
-        for current, following in itertools.pairwise(chain):
-            state = model.model.norm(model.model.embed_tokens.weight[current])
-            model.lm_head.weight[following] = 40 * state / state.square().sum()
+            layer.self_attn.o_proj.weight.mul_(leak)
+            layer.mlp.down_proj.weight.mul_(leak)
+        head = model.lm_head.weight.zero_()
+        for current, following in itertools.pairwise(places):
+            if len(following) > 1:  # which of them is likelier depends on the state, by a standard deviation of 1
+                head[following] = torch.randn(len(following), config.hidden_size).to(head) / config.hidden_size**0.5
+            for token in current:
+                state = model.model.norm(model.model.embed_tokens.weight[token])
+                head[following] += 40 * state / state.square().sum()
     model.config._name_or_path = "markov-chain"
-    return model
+    return in_dtype(model, dtype)
 
 
 def conversations(tokenizer: Any, prompts: int, tokens: int) -> list[list[dict[str, str]]]:
@@ -95,17 +142,29 @@ def conversations(tokenizer: Any, prompts: int, tokens: int) -> list[list[dict[s
     ]
 
 
-def device_options(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Options of either trainer for this machine: a CPU in float32, or an accelerator with vLLM in the process."""
-    import torch
+def trainer_options(model: Any, tokenizer: Any, dtype: str, vllm: bool = False) -> dict[str, Any]:
+    """
+    Options of either trainer for this machine.
 
-    if not torch.accelerator.is_available():
-        return {"use_cpu": True, "bf16": False}
+    Args:
+        model (`PreTrainedModel`), tokenizer (`PreTrainedTokenizerFast`):
+            The policy, saved where vLLM is to load it from.
+        dtype (`str`):
+            Key of `DTYPES`.
+        vllm (`bool`, *optional*, defaults to `False`):
+            Whether both sides sample with vLLM, in the process of the trainer; else with transformers.
+
+    Returns:
+        `dict[str, Any]`: arguments of `GRPOConfig` and of `ToolGRPOConfig`.
+    """
+    options = dtype_options(dtype)
+    if not vllm:
+        return options
     folder = tempfile.mkdtemp()  # vLLM loads the model by its name
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     model.config._name_or_path = folder
-    return {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.4, "bf16": False}
+    return {**options, "use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.4}
 
 
 def ping() -> str:
@@ -115,6 +174,10 @@ def ping() -> str:
 
 
 TOOL_SECONDS = 0.0
+
+
+class WorkerError(RuntimeError):
+    """A side of a comparison that could not do its round."""
 
 
 class Worker:
@@ -144,35 +207,89 @@ class Worker:
         self.found: list[dict[str, Any]] = []
 
     def work(self) -> dict[str, Any]:
-        """Have one round done; returns and keeps what the worker tells of it."""
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
+        """
+        Have one round done.
+
+        Returns:
+            `dict[str, Any]`: what the worker tells of it, which is also kept in `found`.
+
+        Raises:
+            WorkerError: if the round failed, with the worker's traceback, or if the process ended.
+        """
+        with contextlib.suppress(OSError):  # where it has ended, why is read below
+            self._say("go")
         while not (line := self.process.stdout.readline()).startswith(MARK):
             if not line:
                 self.errors.seek(0)
-                sys.exit(f"{self.name} failed:\n{self.errors.read()}")
-        self.found.append(json.loads(line.removeprefix(MARK)))
-        return self.found[-1]
+                raise WorkerError(f"{self.name} failed:\n{self.errors.read()}")
+        told = json.loads(line.removeprefix(MARK))
+        if "error" in told:
+            raise WorkerError(f"{self.name} failed:\n{told['error']}")
+        self.found.append(told)
+        return told
+
+    def move_on(self) -> None:
+        """Have the worker leave its case for the next one; what it told of this one is forgotten."""
+        self.found = []
+        with contextlib.suppress(OSError):
+            self._say("next")
 
     def end(self) -> None:
         """Let the process go."""
-        self.process.stdin.close()
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
         self.process.stdout.read()
         self.process.wait()
 
+    def _say(self, word: str) -> None:
+        self.process.stdin.write(f"{word}\n")
+        self.process.stdin.flush()
+
+
+class Warnings(logging.Handler):
+    """What this package warns of, such as a sampler that falls back: it belongs to the figures. Each line once."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+        logging.getLogger("trl_toolgrpo").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a warning."""
+        line = record.getMessage()
+        if line not in self.lines:
+            self.lines.append(line)
+
+    def take(self) -> list[str]:
+        """The warnings since the last time."""
+        taken, self.lines = self.lines, []
+        return taken
+
+
+WARNINGS = Warnings()
 
 MARK = "benchmark: "
+_asked_for = [False]  # whether a round was asked for and is not answered yet
 
 
 def told() -> bool:
-    """In a worker: wait to be told to do a round; `False` when there will be none."""
-    return bool(sys.stdin.readline())
+    """In a worker: wait to be told to do a round; `False` when there will be none, or none of this case."""
+    _asked_for[0] = sys.stdin.readline().strip() == "go"
+    return _asked_for[0]
 
 
 def tell(**found: Any) -> None:
-    """In a worker: say what came of a round, with the peak memory of the process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{MARK}{json.dumps({**found, 'peak_mib': peak})}", flush=True)
+    """In a worker: say what came of a round, with the peak memory so far, and what was warned of."""
+    warned = {"warnings": WARNINGS.lines} if WARNINGS.lines else {}
+    leave_room()  # the other side is next
+    print(f"{MARK}{json.dumps({**found, 'peak_mib': peak_mib(), **warned})}", flush=True)
+    _asked_for[0] = False
+
+
+def tell_failure(error: str) -> None:
+    """In a worker: say that this case has failed, in answer to the round that was asked for and to any other."""
+    while _asked_for[0] or told():
+        tell(error=error)
 
 
 def serve(work: Callable[[], dict[str, Any]]) -> None:

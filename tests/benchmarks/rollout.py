@@ -1,44 +1,41 @@
 """Rollouts of this package against TRL's: the same model, prompts, tools and text, each in a process of its own.
 
     python tests/benchmarks/rollout.py --vs trl
+    python tests/benchmarks/rollout.py --vs trl --cases 600 --dtype bfloat16 --repeats 1
 
-Prints, for each case, tokens per second of both, and of a plain lockstep loop: the prompts prefilled once, then one
-forward pass for each token of all rows, without a tool call. Sides take turns; figures are medians. `--growth` adds
-how the time grows with the number of turns, and `--picture` writes both as an SVG. Where there is an accelerator, both
-sides sample with vLLM (but for the ragged case, whose text is dictated to the samplers of a CPU).
+Prints the processor or card and the dtype, and for each case tokens per second of both, and of a plain lockstep loop:
+the prompts prefilled once, then one forward pass for each token of all rows, without a tool call. Sides take turns;
+figures are medians. `--growth` adds how the time grows with the number of turns, and `--picture` writes both as an
+SVG. Both sides sample with transformers, or with vLLM (`--vllm`; but for the ragged case, whose text is dictated).
 """
 
 import argparse
 import hashlib
 import json
-import os
 import random
 import statistics
-import time
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import markov
+from cases import CASES, DTYPE_HELP, DTYPES, Case, add_case_flags, autocast, device, given_case
+from machine import machine_line, now
 from markov import (
-    TURN_TOKENS,
     Worker,
     build_model,
     build_tokenizer,
     chain_text,
     conversations,
-    device_options,
     ping,
     serve,
+    trainer_options,
 )
 from picture import draw
 
 
-CASES: dict[str, dict[str, Any]] = {
-    "600": {"name": "600-token prompts, 2 x 8, 4 turns"},
-    "2000": {"name": "2,000-token prompts, 2 x 8, 4 turns", "prompt_tokens": 2000},
-    "tools": {"name": "600-token prompts, 4 x 8, 4 turns, tools of 100 ms", "prompts": 4, "tool_ms": 100.0},
-    "ragged": {"name": "ragged: 1 to 8 turns of 8 to 200 tokens, 2 x 8", "turns": 8, "ragged": True},
-}
 GROWTH = (1, 2, 4, 8)
 
 
@@ -107,24 +104,25 @@ def follow(trainer: Any, backend: str, script: list[list[list[int]]], pad_id: in
     engine.make_sampler, model_sampler.sample_tokens = make_sampler, sample_tokens
 
 
-def build_trainer(backend: str, arguments: argparse.Namespace) -> tuple[Any, list]:
+def build_trainer(backend: str, case: Case, dtype: str, vllm: bool = False) -> tuple[Any, list]:
     """A trainer of TRL's or of this package's, and the prompts of one rollout batch."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer)
-    distinct = conversations(tokenizer, arguments.prompts, arguments.prompt_tokens)
-    rows = [prompt for prompt in distinct for _ in range(arguments.samples)]
+    markov.TOOL_SECONDS = case.tool_ms / 1000
+    tokenizer = build_tokenizer(case.turn_tokens)
+    model = build_model(tokenizer, case.shape, case.turn_tokens, dtype)
+    distinct = conversations(tokenizer, case.prompts, case.prompt_tokens)
+    rows = [prompt for prompt in distinct for _ in range(case.samples)]
     options: dict[str, Any] = {
-        "output_dir": "/tmp/toolgrpo_benchmark" if os.name == "posix" else "toolgrpo_benchmark",
+        "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": len(rows),
-        "num_generations": arguments.samples,
-        "max_completion_length": arguments.turns * (256 if arguments.ragged else 128),
-        "max_tool_calling_iterations": arguments.turns - (0 if arguments.ragged else 1),
+        "num_generations": case.samples,
+        "max_completion_length": case.completion_limit,
+        "max_tool_calling_iterations": case.turns - (0 if case.ragged else 1),
         "report_to": "none",
         "gradient_checkpointing": False,
-        **device_options(model, tokenizer),
+        **trainer_options(model, tokenizer, dtype, vllm),
     }
     dataset = Dataset.from_list([{"prompt": prompt} for prompt in distinct])
     if backend == "trl":
@@ -134,11 +132,10 @@ def build_trainer(backend: str, arguments: argparse.Namespace) -> tuple[Any, lis
 
         kind, config = ToolGRPOTrainer, ToolGRPOConfig(**options)
     trainer: Any = kind(model, _reward, config, dataset, processing_class=tokenizer, tools=[ping])
-    if arguments.ragged:
-        if "use_vllm" in options:
-            raise SystemExit("The ragged case is for CPUs.")
-        script = script_of(len(rows), arguments.turns, tokenizer)
-        follow(trainer, backend, script, tokenizer.pad_token_id)
+    if case.ragged:
+        if vllm:
+            raise SystemExit("The ragged case dictates its text to transformers: leave out --vllm, or this case.")
+        follow(trainer, backend, script_of(len(rows), case.turns, tokenizer), tokenizer.pad_token_id)
     return trainer, rows
 
 
@@ -146,54 +143,53 @@ def _reward(completions: list, **kwargs: Any) -> list[float]:
     return [0.0] * len(completions)
 
 
-def roll_out(backend: str, arguments: argparse.Namespace) -> None:
-    """Worker: rollout batches of one trainer."""
-    trainer, rows = build_trainer(backend, arguments)
+def rollouts(backend: str, trainer: Any, rows: list) -> Callable[[], dict[str, Any]]:
+    """What makes one rollout batch of `rows`, and tells its seconds, sampled tokens and a digest of its text."""
 
     def work() -> dict[str, Any]:
         if backend == "trl":
             trainer._sync_tool_dicts = [{"ping": trainer.tools[0]}] * len(rows)
             trainer._async_tool_dicts = [{}] * len(rows)
-        started = time.perf_counter()
+        started = now()
         prompt_ids, completion_ids, tool_mask, *_ = trainer._generate(rows)
-        seconds = time.perf_counter() - started
+        seconds = now() - started
         text = json.dumps([prompt_ids, completion_ids, tool_mask])
         sampled = sum(map(sum, tool_mask))
         return {"seconds": seconds, "sampled": sampled, "text": hashlib.sha256(text.encode()).hexdigest()}
 
-    serve(work)
+    return work
 
 
-def lockstep(arguments: argparse.Namespace) -> None:
-    """Worker: the plain loop, over as many tokens a row as the rollouts have on average."""
+def lockstep(case: Case, dtype: str) -> Callable[[], dict[str, Any]]:
+    """The plain loop, over as many tokens a row as the rollouts have on average."""
     import torch
     from transformers import DynamicCache
 
     from trl_toolgrpo.rollout.model_sampler import sample_tokens
 
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer).eval()
-    distinct = conversations(tokenizer, arguments.prompts, arguments.prompt_tokens)
+    tokenizer, place = build_tokenizer(case.turn_tokens), device()
+    model = build_model(tokenizer, case.shape, case.turn_tokens, dtype).eval()
+    distinct = conversations(tokenizer, case.prompts, case.prompt_tokens)
     texts = [tokenizer.apply_chat_template(p, tools=[ping], add_generation_prompt=True)["input_ids"] for p in distinct]
-    steps, rows = arguments.turns * TURN_TOKENS, arguments.prompts * arguments.samples
-    if arguments.ragged:
-        script = script_of(rows, arguments.turns, tokenizer)
+    steps, rows = case.turns * case.turn_tokens, case.rows
+    if case.ragged:
+        script = script_of(rows, case.turns, tokenizer)
         steps = round(sum(len(turn) for turns in script for turn in turns) / rows)
 
     def work() -> dict[str, Any]:
-        started = time.perf_counter()
-        with torch.no_grad():
-            cache = DynamicCache(config=model.config)
-            logits = model(torch.tensor(texts), past_key_values=cache, logits_to_keep=1).logits[:, -1]
-            cache.batch_repeat_interleave(arguments.samples)
-            logits = logits.repeat_interleave(arguments.samples, dim=0)
+        started = now()
+        with torch.no_grad(), autocast(dtype):
+            cache, prompts = DynamicCache(config=model.config), torch.tensor(texts, device=place)
+            logits = model(prompts, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+            cache.batch_repeat_interleave(case.samples)
+            logits = logits.repeat_interleave(case.samples, dim=0)
             for step in range(steps):
-                tokens, _, _ = sample_tokens(logits, 1.0, torch.rand(rows))
+                tokens, _, _ = sample_tokens(logits, 1.0, torch.rand(rows, device=place))
                 if step + 1 < steps:
                     logits = model(tokens[:, None], past_key_values=cache).logits[:, -1]
-        return {"seconds": time.perf_counter() - started, "sampled": rows * steps}
+        return {"seconds": now() - started, "sampled": rows * steps}
 
-    serve(work)
+    return work
 
 
 def compare(arguments: argparse.Namespace, sides: list[str], flags: list[str]) -> dict[str, dict[str, float]]:
@@ -213,6 +209,8 @@ def compare(arguments: argparse.Namespace, sides: list[str], flags: list[str]) -
         last = worker.found[-1]
         figures = {"speed": last["sampled"] / seconds, "seconds": seconds, "peak_mib": last["peak_mib"]}
         results[worker.name] = {**figures, "sampled": last["sampled"]}
+        for line in last.get("warnings", ()):  # such as a sampler that falls back
+            print(f"{worker.name} warns: {line}", flush=True)
     return results
 
 
@@ -228,44 +226,57 @@ def report(name: str, results: dict[str, dict[str, float]]) -> float | None:
     return ratio
 
 
-def main() -> None:
-    """Run the cases, print the table, write the picture."""
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vs", choices=["trl", "none"], default="trl")
     parser.add_argument("--cases", nargs="+", choices=[*CASES, "custom"], default=list(CASES))
-    for flag, value in (("prompts", 2), ("samples", 8), ("turns", 4), ("prompt_tokens", 600)):
-        parser.add_argument(f"--{flag}", type=int, default=value)
-    parser.add_argument("--tool_ms", type=float, default=0.0)
+    add_case_flags(parser, Case())
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help=DTYPE_HELP)
     parser.add_argument("--ragged", action="store_true")
+    parser.add_argument("--vllm", action="store_true", help="Both sides sample with vLLM, in the trainer's process.")
     parser.add_argument("--growth", action="store_true", help="Also measure how the time grows with turns.")
     parser.add_argument("--picture", type=Path, help="Write an SVG there.")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--worker", choices=["trl", "trl_toolgrpo", "lockstep"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    sized = given_case(arguments, ragged=arguments.ragged) != Case()
+    if sized and not (arguments.worker or arguments.growth or "custom" in arguments.cases):
+        parser.error("the cases have sizes of their own: pass `--cases custom` with yours, or leave them out")
+    return arguments
+
+
+def work_for(arguments: argparse.Namespace) -> None:
+    """One side, in a process of its own."""
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    side, case = arguments.worker, given_case(arguments, ragged=arguments.ragged)
+    if side == "lockstep":
+        return serve(lockstep(case, arguments.dtype))
+    serve(rollouts(side, *build_trainer(side, case, arguments.dtype, arguments.vllm)))
+
+
+def main() -> None:
+    """Run the cases, print the table, write the picture."""
+    arguments = parse_arguments()
     if arguments.worker:
-        import torch
-
-        torch.set_num_threads(arguments.threads)
-        markov.TOOL_SECONDS = arguments.tool_ms / 1000
-        return lockstep(arguments) if arguments.worker == "lockstep" else roll_out(arguments.worker, arguments)
+        return work_for(arguments)
     trl = ["trl"] if arguments.vs == "trl" else []
-
-    def flags(**case: Any) -> list[str]:
-        given = {**vars(arguments), **case}
-        names = ("prompts", "samples", "turns", "prompt_tokens", "tool_ms", "threads")
-        return [*(f"--{name}={given[name]}" for name in names), *(["--ragged"] if given["ragged"] else [])]
-
+    common = [f"--dtype={arguments.dtype}", f"--threads={arguments.threads}", *(["--vllm"] * arguments.vllm)]
+    custom = given_case(arguments, ragged=arguments.ragged)
+    print(machine_line(arguments.dtype), flush=True)
     heads = f"{'here':>8} {'lockstep':>9} {'share':>7} {'TRL':>8} {'ratio':>7} {'memory':>8} {'MiB':>7}"
     print(f"{'tokens per second':<50} {heads}", flush=True)
     ratios, growth = {}, {}
     for key in arguments.cases:
-        case = dict(CASES.get(key, {"name": "as given"}))
-        name = case.pop("name")
-        ratios[name] = report(name, compare(arguments, ["trl_toolgrpo", "lockstep", *trl], flags(**case)))
+        case = CASES.get(key, custom)
+        found = compare(arguments, ["trl_toolgrpo", "lockstep", *trl], [*case.flags(), *common])
+        ratios[case.name] = report(case.name, found)
     if arguments.growth:
         for turns in GROWTH:
-            found = compare(arguments, ["trl_toolgrpo", *trl], flags(turns=turns))
+            found = compare(arguments, ["trl_toolgrpo", *trl], [*replace(custom, turns=turns).flags(), *common])
             growth[turns] = {side: figures["seconds"] for side, figures in found.items()}
             print(f"{turns} turns: " + ", ".join(f"{side} {s:.2f} s" for side, s in growth[turns].items()), flush=True)
     if arguments.picture:

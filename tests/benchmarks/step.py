@@ -4,6 +4,7 @@
 
 Prints the time of the update (scoring, loss and gradients), of the whole step, rollouts included, and the peak memory.
 Groups of rollouts are divided over micro-batches, one group's worth in each. Sides take turns; figures are medians.
+The first line names the processor or card and the dtype.
 """
 
 import argparse
@@ -11,43 +12,68 @@ import hashlib
 import json
 import statistics
 import tempfile
-import time
 from typing import Any
 
-from markov import Worker, build_model, build_tokenizer, conversations, device_options, ping, tell, told
+import markov
+from cases import DTYPE_HELP, DTYPES, STEP, Case, add_case_flags, given_case
+from machine import machine_line, now
+from markov import Worker, build_model, build_tokenizer, conversations, ping, tell, told, trainer_options
 
 
-TOLD = ("rollouts", "tokens", "text")
+FIGURES = ("rollouts", "update", "step")
 
 
-def train(backend: str, arguments: argparse.Namespace) -> None:
-    """Worker: one optimizer step for each round."""
-    import torch
+class EnoughRounds(Exception):
+    """No further step is asked for."""
+
+
+def train(
+    backend: str, case: Case, dtype: str, rounds: int, vllm: bool = False, kept: dict[str, Any] | None = None
+) -> None:
+    """
+    Worker: one optimizer step for each round that is asked for.
+
+    Args:
+        backend (`str`):
+            `"trl"` or `"trl_toolgrpo"`.
+        case (`Case`):
+            The batch.
+        dtype (`str`):
+            Key of `DTYPES`.
+        rounds (`int`):
+            The most rounds.
+        vllm (`bool`, *optional*, defaults to `False`):
+            Whether vLLM samples.
+        kept (`dict`, *optional*):
+            Where the first rollout batch is kept, for all later rounds and cases to update on; by default each round
+            samples its own.
+    """
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     from trl_toolgrpo import ToolGRPOConfig, ToolGRPOTrainer
 
-    torch.set_num_threads(arguments.threads)
-    tokenizer = build_tokenizer()
-    prompts = conversations(tokenizer, arguments.prompts, arguments.prompt_tokens)
+    markov.TOOL_SECONDS = case.tool_ms / 1000
+    tokenizer = build_tokenizer(case.turn_tokens)
+    prompts = conversations(tokenizer, case.prompts, case.prompt_tokens)
+    model = build_model(tokenizer, case.shape, case.turn_tokens, dtype)
     options: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(),
-        "per_device_train_batch_size": arguments.samples,
-        "gradient_accumulation_steps": arguments.prompts,
-        "num_generations": arguments.samples,
-        "max_completion_length": arguments.turns * 128,
-        "max_tool_calling_iterations": arguments.turns - 1,
-        "max_steps": arguments.repeats + 1,
+        "per_device_train_batch_size": case.samples,
+        "gradient_accumulation_steps": case.prompts,
+        "num_generations": case.samples,
+        "max_completion_length": case.completion_limit,
+        "max_tool_calling_iterations": case.turns - 1,
+        "max_steps": rounds,
         "learning_rate": 0.0,  # the text stays the same
+        "shuffle_dataset": False,  # and so does its order
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": case.gradient_checkpointing,
+        **trainer_options(model, tokenizer, dtype, vllm),
     }
-    model = build_model(tokenizer)
-    options |= device_options(model, tokenizer)
     kind, config = (GRPOTrainer, GRPOConfig) if backend == "trl" else (ToolGRPOTrainer, ToolGRPOConfig)
     trainer: Any = kind(
         model,
@@ -57,13 +83,15 @@ def train(backend: str, arguments: argparse.Namespace) -> None:
         processing_class=tokenizer,
         tools=[ping],
     )
-    spent = {}
+    spent: dict[str, Any] = {}
+    if kept is not None:
+        keep_rollouts(trainer, backend, kept)
     prepare = trainer._generate
 
     def generate(*args: Any) -> Any:
-        started = time.perf_counter()
+        started = now()
         output = prepare(*args)
-        spent["rollouts"] = time.perf_counter() - started
+        spent["rollouts"] = now() - started
         spent["tokens"] = sum(map(len, output[1])) / len(output[1])
         spent["text"] = hashlib.sha256(json.dumps(sorted(output[1])).encode()).hexdigest()
         return output
@@ -74,31 +102,64 @@ def train(backend: str, arguments: argparse.Namespace) -> None:
         """Steps begin when they are asked for."""
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            told()
-            spent["started"] = time.perf_counter()
+            if not told():
+                raise EnoughRounds
+            spent["started"] = now()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            whole = time.perf_counter() - spent["started"]
-            tell(step=whole, update=whole - spent["rollouts"], **{name: spent[name] for name in TOLD})
+            whole = now() - spent.pop("started")
+            tell(step=whole, update=whole - spent["rollouts"], **spent)
 
     trainer.add_callback(Rounds())
-    # The rollouts come with the first micro-batch, which TRL's loop asks for behind `on_step_begin`
-    trainer.train()
+    # The rollouts come with the first micro-batch, which TRL's loop asks for after `on_step_begin`
+    try:
+        trainer.train()
+    except EnoughRounds:
+        return
+    told()  # that there are no more
+
+
+def keep_rollouts(trainer: Any, backend: str, kept: dict[str, Any]) -> None:
+    """Have a trainer make the rollout batch that is in `kept`, or put its first one there."""
+    name = "_generate" if backend == "trl" else "_roll_out"
+    make = getattr(trainer, name)
+
+    def make_once(prompts: Any) -> Any:
+        if "batch" not in kept:
+            kept["batch"] = make(prompts)
+        trainer._batch = kept["batch"]  # where this package's trainer looks for it
+        return kept["batch"]
+
+    setattr(trainer, name, make_once)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vs", choices=["trl", "none"], default="trl")
+    add_case_flags(parser, STEP)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help=DTYPE_HELP)
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--vllm", action="store_true", help="Both sides sample with vLLM, in the trainer's process.")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--worker", choices=["trl", "trl_toolgrpo"], help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def main() -> None:
     """Run both, one step of each at a time, and print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vs", choices=["trl", "none"], default="trl")
-    for flag, value in (("prompts", 2), ("samples", 8), ("turns", 3), ("prompt_tokens", 600), ("repeats", 3)):
-        parser.add_argument(f"--{flag}", type=int, default=value)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--worker", choices=["trl", "trl_toolgrpo"], help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
+    case = given_case(arguments, gradient_checkpointing=arguments.gradient_checkpointing)
     if arguments.worker:
-        return train(arguments.worker, arguments)
-    names = ("prompts", "samples", "turns", "prompt_tokens", "repeats", "threads")
-    flags = [f"--{name}={getattr(arguments, name)}" for name in names]
+        import torch
+
+        torch.set_num_threads(arguments.threads)
+        return train(arguments.worker, case, arguments.dtype, arguments.repeats + 1, arguments.vllm)
+    print(machine_line(arguments.dtype), flush=True)
+    names = ("dtype", "repeats", "threads")
+    flags = [*case.flags(), *(f"--{name}={getattr(arguments, name)}" for name in names)]
+    flags += ["--vllm"] * arguments.vllm
     workers = [Worker(__file__, side, flags) for side in ("trl_toolgrpo", *(["trl"] if arguments.vs == "trl" else []))]
     for _ in range(arguments.repeats + 1):  # the first step is a warm-up
         for worker in workers:
@@ -106,7 +167,7 @@ def main() -> None:
     results = {}
     for worker in workers:
         worker.end()
-        found = {name: statistics.median(r[name] for r in worker.found[1:]) for name in ("rollouts", "update", "step")}
+        found = {name: statistics.median(r[name] for r in worker.found[1:]) for name in FIGURES}
         results[worker.name] = found = {**found, "peak": worker.found[-1]["peak_mib"]}
         print(
             f"{worker.name:>12}: rollouts {found['rollouts']:.2f} s, update {found['update']:.2f} s, step "
@@ -117,7 +178,7 @@ def main() -> None:
         raise SystemExit("The two trainers wrote different tokens: the ratios would mean nothing.")
     if len(results) == 2:
         ours, theirs = results["trl_toolgrpo"], results["trl"]
-        ratios = {name: theirs[name] / ours[name] for name in ("rollouts", "update", "step")}
+        ratios = {name: theirs[name] / ours[name] for name in FIGURES}
         told_ratios = ", ".join(f"{name} {ratio:.1f}x" for name, ratio in ratios.items())
         print(f"times faster than TRL: {told_ratios}; {ours['peak'] / theirs['peak']:.2f}x its peak memory")
 

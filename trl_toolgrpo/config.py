@@ -40,8 +40,10 @@ class ToolGRPOConfig(GRPOConfig):
             When to recompute recorded log-probs with the trainer and compare them token by token: for the `"first"`
             rollout batch, `"always"` or `"off"`.
         logprob_check_tolerance (`float`, *optional*):
-            Largest difference in nats. `None` picks by the compute dtype: 1e-3 in float32; 0.15 at most and 0.02 on
-            average in bfloat16 and float16.
+            Largest difference in nats. `None` judges by what rounding can do: 1e-3 in float32 and float64; in bfloat16
+            and float16 by what the policy's own log-probs differ by between two correct passes, which is measured
+            in the first rollout batch: up to 2.5 times its mean and its quantiles, over all tokens and over those
+            that begin a turn after tool results. `cast_lm_head_to_fp32=True` about halves it.
         sampler_correction (`str`, *optional*):
             What is done with tokens whose ratio, of the policy's probability to the sampler's, is above
             `sampler_correction_cap`: `"truncate"` holds the ratio there, `"mask"` leaves the token out of the policy
@@ -164,8 +166,8 @@ class ToolGRPOConfig(GRPOConfig):
     logprob_check_tolerance: float | None = field(
         default=None,
         metadata={
-            "help": "Largest difference in nats between a recorded and a recomputed log-prob. None picks by the "
-            "compute dtype: float32 1e-3; bfloat16 0.15 at most and 0.02 on average."
+            "help": "Largest difference in nats between a recorded and a recomputed log-prob. None judges by what "
+            "rounding can do: 1e-3 in float32; in bfloat16 and float16 measured on the policy in the first batch."
         },
     )
     sampler_correction: str | None = field(

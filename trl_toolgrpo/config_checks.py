@@ -144,6 +144,12 @@ def _check_vllm(config: Any) -> None:
             "constraint are not drawn from the distribution the trainer scores. Leave it out, or set "
             "`record_sample_logprobs=False` for TRL's own path."
         )
+    if config.cast_lm_head_to_fp32:
+        raise ConfigError(
+            "You passed `cast_lm_head_to_fp32=True` with vLLM, which computes logits in the policy's own dtype, so "
+            "that the two sides of every ratio would differ by more than with neither head in float32. Leave it at "
+            "False, or set `rollout_backend='transformers'`."
+        )
     if config.force_rate > 0 and config.force_level == "schema":
         raise ConfigError(
             "You passed `force_level='schema'` with vLLM, which samples without this package's constraints. Use "

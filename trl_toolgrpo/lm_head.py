@@ -4,7 +4,7 @@ Rounded to bfloat16, a logit between 16 and 32 is off by up to 0.06, which is ab
 recomputed log-probs differ by. TRL scores such a head outside autocast; the head that samples has to do the same.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,7 +37,7 @@ def without_trls_cast(args: Any, recording: bool) -> Iterator[None]:
 
 def cast_heads(model: Any, temperature: float, outputs: tuple[str, ...] = ("log_probs", "entropy")) -> None:
     """
-    Have a model scored with its LM head in float32, tied or not, under an adapter or not.
+    Have a model compute its logits in float32, outside autocast: a head that is tied or not, under an adapter or not.
 
     A head that is trained in low precision becomes float32 itself, as with TRL; a frozen one is cast as it is used.
 
@@ -58,6 +58,8 @@ def cast_heads(model: Any, temperature: float, outputs: tuple[str, ...] = ("log_
     given = {linear.weight.dtype for linear in trained} - {torch.float32, torch.float64}
     for linear in trained:
         linear.float()
+    for linear in linears:
+        linear.forward = _Float32Product(linear)
     embeddings = base.get_input_embeddings()
     if given and any(linear.weight is getattr(embeddings, "weight", None) for linear in trained):
         dtype = given.pop()  # what the layers above compute in
@@ -66,31 +68,25 @@ def cast_heads(model: Any, temperature: float, outputs: tuple[str, ...] = ("log_
 
 
 @contextmanager
-def head_in_float32(model: Any, wanted: bool = True) -> Iterator[None]:
+def held_head(model: Any) -> Iterator[None]:
     """
-    Compute the logits of a model in float32, outside autocast, while this is open and gradients are off.
+    Keep a float32 copy of a cast head's weight while this is open, in place of a cast at each token.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
-            The model. Its head's weights must not change while this is open: those in low precision are copied.
-        wanted (`bool`, *optional*, defaults to `True`):
-            `False` leaves the model as it is.
-
-    Raises:
-        ConfigError: if the head is quantized.
+            The model, its head cast or not. Its weights must not change while this is open.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    linears = _linears_of_head(base) if wanted else []
-    before = [linear.__dict__.get("forward") for linear in linears]
-    for linear in linears:
-        linear.forward = _float32_product(linear)
+    head = base.get_output_embeddings()
+    found = [module.__dict__.get("forward") for module in head.modules()] if isinstance(head, nn.Module) else []
+    products = [product for product in found if isinstance(product, _Float32Product)]
+    for product in products:
+        product.holds = True
     try:
         yield
     finally:
-        for linear, forward in zip(linears, before, strict=True):
-            del linear.forward
-            if forward is not None:
-                linear.forward = forward
+        for product in products:
+            product.holds, product.weight = False, None
 
 
 def _linears_of_head(base: Any) -> list[Any]:
@@ -107,17 +103,23 @@ def _linears_of_head(base: Any) -> list[Any]:
     return linears
 
 
-def _float32_product(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    kept: list[Tensor] = []
+class _Float32Product:
+    """The forward pass of a linear layer, in float32 and outside autocast."""
 
-    def forward(hidden: Tensor) -> Tensor:
+    def __init__(self, linear: nn.Linear):
+        self.linear = linear
+        self.holds = False
+        self.weight: Tensor | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            weight = linear.weight
-            if type(weight) is nn.Parameter and weight.dtype != torch.float32:
-                if not kept:
-                    kept.append(weight.detach().float())
-                weight = kept[0]
-            bias = None if linear.bias is None else linear.bias.float()
-            return nn.functional.linear(hidden.float(), weight.float(), bias)
+            bias = None if self.linear.bias is None else self.linear.bias.float()
+            return nn.functional.linear(hidden.float(), self._float32_weight(), bias)
 
-    return forward
+    def _float32_weight(self) -> Tensor:
+        weight: Tensor = self.linear.weight
+        if not self.holds or type(weight) is not nn.Parameter or weight.dtype == torch.float32:
+            return weight.float()
+        if self.weight is None:
+            self.weight = weight.detach().float()
+        return self.weight

@@ -18,7 +18,6 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from .config import ToolGRPOConfig
 from .diagnostics import compute_dtype
-from .lm_head import head_in_float32
 from .model_settings import model_setting
 from .own_positions import AlignedBatch, OwnPositions, first_column
 from .packed_attention import Piece, dense_mask, packed_attention, suits
@@ -449,11 +448,7 @@ class SharedPromptScoring(OwnPositions):
         padded = torch.nn.functional.pad(completions, (0, max(0, length - width)))[:, :length]
         bare, size = self.accelerator.unwrap_model(model), 0.0
         checkpointing: Any = self.args.gradient_checkpointing_kwargs
-        with (
-            scoring_mode(bare),
-            disable_gradient_checkpointing(bare, checkpointing),  # which would take the cache away
-            self._head_in_float32(bare),
-        ):
+        with scoring_mode(bare), disable_gradient_checkpointing(bare, checkpointing):  # which would take the cache
             try:
                 second, size = score_in_pieces(bare, prompt, padded, self.temperature, self.accelerator.autocast)
             except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
@@ -466,10 +461,6 @@ class SharedPromptScoring(OwnPositions):
         figures = torch.tensor([[found.mean, *found.quantiles]], device=self.accelerator.device)
         mean, *quantiles = self.accelerator.gather(figures).amax(dim=0).tolist()
         return Rounding(mean, tuple(quantiles))
-
-    def _head_in_float32(self, model: Any) -> AbstractContextManager[None]:
-        """The LM head as it is scored by, for a pass that gives logits."""
-        return head_in_float32(model, self.args.cast_lm_head_to_fp32)
 
     def _score_alone(self, model: Any, ids: Tensor, mask: Tensor, width: int) -> Tensor:
         """Log-probs of a few rollouts, each in a pass of its own without padding before it; shape (B, `width`)."""

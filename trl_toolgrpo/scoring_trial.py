@@ -8,7 +8,6 @@ from torch.distributed.tensor import DTensor
 
 from .diagnostics import compute_dtype
 from .errors import ConfigError
-from .lm_head import head_in_float32
 from .rollout.padding import differs, trial_rows
 from .rollout.sampler import scoring_mode
 
@@ -50,8 +49,7 @@ def check_scoring(trainer: Any) -> None:
         )
         return output.log_probs
 
-    head = head_in_float32(model, trainer.args.cast_lm_head_to_fp32)
-    with scoring_mode(model), trainer.accelerator.autocast(), head:
+    with scoring_mode(model), trainer.accelerator.autocast():
         try:
             found = score()
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, :-1]

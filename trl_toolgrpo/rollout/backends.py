@@ -165,4 +165,5 @@ def _rounding(model: Any, histories: list[list[int]], plain: list[Tensor]) -> Ro
             found, largest = score_in_pieces(model, history[:1], rest, 1.0, nullcontext)
         gaps.append((found[0].cpu() - scores).abs())
         size = max(size, largest)
-    return Rounding.of(torch.cat(gaps), ulp_of(next(model.parameters()).dtype, size))
+    coarsest = max((p.dtype for p in model.parameters() if p.is_floating_point()), key=lambda d: torch.finfo(d).eps)
+    return Rounding.of(torch.cat(gaps), ulp_of(coarsest, size))

@@ -322,7 +322,6 @@ class RolloutEngine:
                 pad_id=self.pad_id,
                 temperature=self.args.temperature,
                 autocast=autocast,
-                float32_head=self.args.cast_lm_head_to_fp32,
                 **({} if noise is None else {"noise": noise}),
                 **({} if self._pads else {"pads": False}),
             )

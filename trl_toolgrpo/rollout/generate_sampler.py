@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ..errors import SamplerError
-from ..lm_head import head_in_float32
+from ..lm_head import held_head
 from .model_sampler import sample_tokens
 from .rotary import RowFrequencies
 from .sampler import SampledTokens, TokenConstraint, constrain, scoring_mode
@@ -101,8 +101,6 @@ class GenerateSampler:
             Temperature of sampling and of the recorded log-probs.
         autocast (`Callable`, *optional*):
             Gives the autocast context the trainer scores under.
-        float32_head (`bool`, *optional*, defaults to `False`):
-            As in [`ModelSampler`].
         noise (`Callable`, *optional*):
             As in [`ModelSampler`]; by default `generate` draws.
         pads (`bool`, *optional*, defaults to `True`):
@@ -118,11 +116,9 @@ class GenerateSampler:
         temperature: float = 1.0,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         noise: Callable[[list[int]], Tensor] | None = None,
-        float32_head: bool = False,
         pads: bool = True,
     ):
         self.model = model
-        self.float32_head = float32_head
         self.pads = pads
         self.noise = noise
         self.stop_ids = frozenset(stop_ids)
@@ -133,10 +129,9 @@ class GenerateSampler:
     @contextmanager
     def open(self, prompts: Sequence[Sequence[int]], max_length: int) -> Iterator["GenerateSession"]:
         """See [`Sampler.open`]. The model is in evaluation mode, without gradients, while the session is open."""
-        head = head_in_float32(self.model, self.float32_head)
         frequencies = RowFrequencies(self.model).of()  # `generate` counts positions without padding
         settings = without_generation_settings(self.model)
-        with scoring_mode(self.model), settings, self.autocast(), head, frequencies:
+        with scoring_mode(self.model), settings, self.autocast(), held_head(self.model), frequencies:
             yield GenerateSession(self, prompts)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SamplerError
-from ..lm_head import head_in_float32
+from ..lm_head import held_head
 from .noise import race
 from .packed_linear import packed_linears
 from .rotary import RowFrequencies
@@ -91,8 +91,6 @@ class ModelSampler:
             Temperature of sampling and of the recorded log-probs.
         autocast (`Callable`, *optional*):
             Gives the autocast context the trainer scores under.
-        float32_head (`bool`, *optional*, defaults to `False`):
-            Whether logits are computed in float32, as they are scored with `cast_lm_head_to_fp32`.
         noise (`Callable[[list[int]], Tensor]`, *optional*):
             Gives one uniform number, or one key, for each of the given rows; defaults to torch's global generator.
     """
@@ -105,9 +103,7 @@ class ModelSampler:
         temperature: float = 1.0,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         noise: Callable[[list[int]], Tensor] | None = None,
-        float32_head: bool = False,
     ):
-        self.float32_head = float32_head
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.with_values = getattr(self.model, "value_head", None) is not None
         self.stop_ids = frozenset(stop_ids)
@@ -120,7 +116,7 @@ class ModelSampler:
     @contextmanager
     def open(self, prompts: Sequence[Sequence[int]], max_length: int) -> Iterator["ModelSession"]:
         """See [`Sampler.open`]. The model is in evaluation mode, without gradients, while the session is open."""
-        with scoring_mode(self.model), self.autocast(), head_in_float32(self.model, self.float32_head):
+        with scoring_mode(self.model), self.autocast(), held_head(self.model):
             session = ModelSession(self, prompts, max_length)
             with shared_prefix_attention(self.model, session.store), packed_linears(self.model):
                 session.prefill_prompts()

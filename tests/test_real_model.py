@@ -1,5 +1,6 @@
 """A pretrained model as users train it: SmolLM2-135M with its real weights, at TRL's defaults, in every dtype."""
 
+import copy
 import importlib.util
 import json
 import random
@@ -165,11 +166,9 @@ def test_planted_faults_are_caught_in_every_dtype(folder, tmp_path, monkeypatch,
             with policy.disable_adapter():
                 return run(policy, *args, **kwargs)
         if fault == "temperature":
-            monkeypatch.setattr(trainer._engine.args, "temperature", 0.8)
-        try:
-            return run(policy, *args, **kwargs)
-        finally:
-            monkeypatch.setattr(trainer._engine.args, "temperature", 1.0)
+            trainer._engine.args = copy.copy(trainer.args)
+            trainer._engine.args.temperature = 0.8
+        return run(policy, *args, **kwargs)
 
     if fault == "mask":
         from trl_toolgrpo.rollout import shared_prefix

@@ -1,20 +1,22 @@
 """The LM head in float32: the same logits for sampling and scoring, in every kind of head and dtype."""
 
+import copy
+
 import pytest
 import torch
 import transformers
 from conftest import add, chat_tokenizer, config, prompts, tiny_model
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_toolgrpo import ConfigError, ToolGRPOTrainer
-from trl_toolgrpo.lm_head import cast_heads, held_head
+from trl_toolgrpo.lm_head import adapted_head, cast_heads, held_head
 from trl_toolgrpo.rollout.generate_sampler import GenerateSampler
 from trl_toolgrpo.rollout.model_sampler import ModelSampler
 
 
 DTYPES = {"autocast": (torch.float32, True), "bfloat16": (torch.bfloat16, False), "float16": (torch.float16, False)}
-HEADS = ["untied", "tied", "gpt2", "softcapped", "biased", "lora", "tied_lora", "saved"]
+HEADS = ["untied", "tied", "gpt2", "softcapped", "biased", "lora", "tied_lora", "saved", "adapted", "tied_adapted"]
 
 
 def build(head, tokenizer, dtype=torch.float32):
@@ -43,6 +45,8 @@ def build(head, tokenizer, dtype=torch.float32):
                 parameter.normal_(std=2.0)
     model.config._name_or_path = f"tiny-{head}"
     adapter = None
+    if head.endswith("adapted"):
+        adapter = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
     if head in ("lora", "tied_lora", "saved"):
         saved = {"modules_to_save": ["lm_head"]} if head == "saved" else {}
         adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **saved)
@@ -73,7 +77,8 @@ def test_logits_are_those_of_a_float32_product_for_sampling_and_scoring(tmp_path
     with torch.no_grad(), autocast(), held_head(bare):
         logits = bare(input_ids=ids).logits
     seen.remove()
-    weight, bias = base.get_output_embeddings().weight, base.get_output_embeddings().bias
+    with adapted_head(base):
+        weight, bias = base.get_output_embeddings().weight, base.get_output_embeddings().bias
     expected = torch.nn.functional.linear(hidden[0].float(), weight.float(), None if bias is None else bias.float())
     if head == "softcapped":
         expected = 20 * torch.tanh(expected / 20)
@@ -105,7 +110,8 @@ def test_samplers_record_what_a_float32_head_says(tmp_path, dtype, head, kind):
 @pytest.mark.parametrize("dtype", ["autocast", "bfloat16"])
 @pytest.mark.parametrize("head", HEADS)
 def test_training_agrees_with_its_sampler(tmp_path, head, dtype):
-    trainer = trainer_of(tmp_path, head, dtype, beta=0.05 if "lora" in head else 0.0)
+    adapted = "lora" in head or "adapted" in head
+    trainer = trainer_of(tmp_path, head, dtype, beta=0.05 if adapted else 0.0)
     trainer.train()
     logs = [log for log in trainer.state.log_history if "sampling/logp_diff_mean" in log]
     assert len(logs) == 2 and all(log["sampling/logp_diff_mean"] < 0.05 for log in logs)
@@ -122,6 +128,56 @@ def test_a_reference_that_is_loaded_has_such_a_head_too(tmp_path):
     )  # fmt: skip
     trainer.train()
     assert trainer.state.log_history[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("lora_bias", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_on_the_head_is_scored_and_trained_as_it_is_sampled(tmp_path, tied, lora_bias):
+    """Log-probs and gradients of TRL's pass against autograd through the model's own logits, in float64."""
+    tokenizer = chat_tokenizer()
+    model, _ = build("tied" if tied else "untied", tokenizer, torch.float64)
+    adapter = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"], lora_bias=lora_bias)
+    trainer = ToolGRPOTrainer(
+        model, lambda completions, **kwargs: [float(i % 3) for i in range(len(completions))],
+        config(tmp_path, beta=0.05, sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=0.5,
+               max_steps=2, learning_rate=1e-2, logprob_check="always"),
+        prompts(8), processing_class=tokenizer, peft_config=adapter,
+    )  # fmt: skip
+    trainer.train()
+    head = trainer.model.get_base_model().lm_head
+    assert head.lora_B["default"].weight.abs().max() > 0  # it has moved
+    assert all(log["sampling/logp_diff_mean"] < 1e-6 for log in trainer.state.log_history if "ratio/mean" in log)
+    ids = torch.randint(3, 200, (3, 12), generator=torch.Generator().manual_seed(1))
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    found = []
+    for fused in (True, False):
+        if fused:
+            scored, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 6)
+        else:
+            scores = torch.log_softmax(trainer.model(input_ids=ids).logits, -1)
+            scored = scores[:, 5:-1].gather(-1, ids[:, 6:, None])[..., 0]
+        found.append((scored.detach(), torch.autograd.grad(scored.sum(), trained, allow_unused=True)))
+    torch.testing.assert_close(found[0][0].double(), found[1][0].double(), atol=1e-6, rtol=1e-6)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    with trainer.model.disable_adapter(), torch.no_grad():  # TRL's own pass: ours would be the reference's
+        scored, _, _ = GRPOTrainer._get_per_token_logps_and_entropies(trainer, trainer.model, ids, ids // ids, 6)
+        scores = torch.log_softmax(trainer.model(input_ids=ids).logits, -1)[:, 5:-1].gather(-1, ids[:, 6:, None])
+    torch.testing.assert_close(scored.double(), scores[..., 0].double(), atol=1e-6, rtol=1e-6)
+
+
+def test_other_adapters_on_the_head_are_refused_by_name(tmp_path):
+    model, _ = build("untied", chat_tokenizer())
+    for adapter in (LoraConfig(target_modules=["lm_head"], use_dora=True), IA3Config(
+        target_modules=["lm_head"], feedforward_modules=[], task_type="CAUSAL_LM"
+    )):  # fmt: skip
+        with pytest.raises(ValueError, match="lm_head"):
+            ToolGRPOTrainer(
+                copy.deepcopy(model), lambda completions, **kwargs: [0.0] * len(completions), config(tmp_path),
+                prompts(4), processing_class=chat_tokenizer(), peft_config=adapter,
+            )  # fmt: skip
 
 
 def test_a_step_is_trls_with_the_same_option(tmp_path):

@@ -4,11 +4,16 @@ Rounded to bfloat16, a logit between 16 and 32 is off by up to 0.06, which is ab
 recomputed log-probs differ by. TRL scores such a head outside autocast; the head that samples has to do the same.
 """
 
+import functools
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from trl.trainer.utils import add_fused_lm_head
 
@@ -87,6 +92,82 @@ def held_head(model: Any) -> Iterator[None]:
     finally:
         for product in products:
             product.holds, product.weight = False, None
+
+
+@dataclass(frozen=True)
+class _EffectiveHead:
+    """What TRL's fused LM head reads of an output layer: weight (V, H) and bias (V,), an adapter's part added."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@contextmanager
+def adapted_head(model: Any) -> Iterator[None]:
+    """
+    Have the output layer of a model show its effective weight, W + s·BA, while this is open.
+
+    TRL multiplies hidden states by `lm_head.weight`, and refuses an adapter there since it would be left out. Shown
+    the effective weight, it scores what the head computes, and the adapter gets its gradient through that weight.
+    Adapters of other kinds than LoRA, and DoRA, stay as they are, so that TRL refuses them.
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`):
+            The model, before or after it gets its adapter. Nothing is done for a model that TRL loads by its name.
+    """
+    if isinstance(model, str) or not hasattr(model, "get_output_embeddings"):
+        yield
+        return
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base.get_output_embeddings = lambda: _effective(type(base).get_output_embeddings(base))
+    try:
+        yield
+    finally:
+        del base.get_output_embeddings
+
+
+def score_adapted_head(model: Any) -> None:
+    """
+    Have a model with a LoRA adapter on its LM head scored with it, see [`adapted_head`]; others are left as they are.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The policy, with TRL's fused LM head.
+    """
+    if not has_adapted_head(model):
+        return
+    base = model.get_base_model()
+    original = base.forward
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            return original(*args, **kwargs)
+        with adapted_head(base):
+            return original(*args, fused_lm_head=True, **kwargs)
+
+    base.forward = types.MethodType(forward, base)
+
+
+def has_adapted_head(model: Any) -> bool:
+    """Return whether the LM head of a model carries a LoRA adapter."""
+    return isinstance(model, PeftModel) and isinstance(model.get_output_embeddings(), LoraLayer)
+
+
+def _effective(head: Any) -> Any:
+    """The output layer as TRL's fused head reads it."""
+    if not isinstance(head, LoraLayer) or not isinstance(head.get_base_layer(), nn.Linear):
+        return head
+    names = [] if head.disable_adapters or head.merged else [n for n in head.active_adapters if n in head.lora_A]
+    if any(head.use_dora.get(name) for name in names) or not head.get_base_layer().weight.is_floating_point():
+        return head
+    weight, bias = head.get_base_layer().weight, head.get_base_layer().bias
+    for name in names:
+        weight = weight + head.scaling[name] * (head.lora_B[name].weight @ head.lora_A[name].weight)
+        added = head.lora_B[name].bias
+        if added is not None:
+            bias = head.scaling[name] * added + (0.0 if bias is None else bias)
+    return _EffectiveHead(weight, bias)
 
 
 def _linears_of_head(base: Any) -> list[Any]:

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import ConfigError, ReferenceSyncError
 from .reference import Comparison, SyncReport, remove_twin
-from .rollout.sampler import scoring_mode
+from .rollout.sampler import at_least_float32, scoring_mode
 from .sharding import assign, full, local, whole
 
 
@@ -143,16 +143,17 @@ class MergedReference:
 
 def _in_blocks(weights: Callable[[], Iterator[tuple[str, Tensor]]]) -> dict[str, Tensor]:
     """
-    Copies of float32 tensors, those of a device in one block of memory: weights that lie scattered make the scoring of
-    a CPU a few percent slower. The tensors are asked for twice, so that they need not all be there at a time.
+    Copies of tensors, those of a device and dtype in one block of memory: weights that lie scattered make the scoring
+    of a CPU a few percent slower. The tensors are asked for twice, so that they need not all be there at a time.
     """
-    sizes: Counter[torch.device] = Counter()
+    sizes: Counter[tuple[torch.device, torch.dtype]] = Counter()
     for _, tensor in weights():
-        sizes[tensor.device] += tensor.numel()
-    free = {device: torch.empty(size, device=device) for device, size in sizes.items()}
+        sizes[tensor.device, tensor.dtype] += tensor.numel()
+    free = {block: torch.empty(size, device=block[0], dtype=block[1]) for block, size in sizes.items()}
     copies = {}
     for name, tensor in weights():
-        own, free[tensor.device] = free[tensor.device].tensor_split([tensor.numel()])
+        block = tensor.device, tensor.dtype
+        own, free[block] = free[block].tensor_split([tensor.numel()])
         copies[name] = own.view(tensor.shape).copy_(tensor)
     return copies
 
@@ -170,8 +171,8 @@ def effective_weights(model: Any, adapter: str, skip: Container[str] = ()) -> It
             Names of weights that are left out.
 
     Yields:
-        `tuple[str, Tensor]`: name in the base model, and tensor, float32: the weight of each adapted module (base plus
-        difference, from the dequantized base if that is quantized; the DoRA form), trained copies of
+        `tuple[str, Tensor]`: name in the base model, and tensor, float32 or float64: the weight of each adapted module
+        (base plus difference, from the dequantized base if that is quantized; the DoRA form), trained copies of
         `modules_to_save`, and biases that are trained.
 
     Raises:
@@ -183,7 +184,7 @@ def effective_weights(model: Any, adapter: str, skip: Container[str] = ()) -> It
         if isinstance(module, ModulesToSaveWrapper):
             if adapter in module.modules_to_save:
                 for part, parameter in module.modules_to_save[adapter].named_parameters():
-                    yield f"{name}.{part}", parameter.detach().float()
+                    yield f"{name}.{part}", at_least_float32(parameter.detach())
         elif isinstance(module, AuxiliaryTrainingWrapper):
             raise _unmergeable(name, type(module).__name__)
         elif isinstance(module, BaseTunerLayer) and _has(module, adapter):
@@ -191,7 +192,7 @@ def effective_weights(model: Any, adapter: str, skip: Container[str] = ()) -> It
     for name, parameter in base.named_parameters():
         outside = ".modules_to_save." not in f".{name}" and not name.startswith("value_head.")
         if parameter.requires_grad and outside and name.endswith("bias") and "lora_" not in name:
-            yield name.replace(".base_layer.", "."), parameter.detach().float()
+            yield name.replace(".base_layer.", "."), at_least_float32(parameter.detach())
 
 
 def _effective_tensors(name: str, layer: Any, adapter: str, skip: Container[str]) -> Iterator[tuple[str, Tensor]]:
@@ -200,8 +201,8 @@ def _effective_tensors(name: str, layer: Any, adapter: str, skip: Container[str]
         yield weight, _effective_weight(name, layer, adapter)
     if getattr(layer, "lora_bias", {}).get(adapter):
         bias = layer.get_base_layer().bias
-        difference = layer.lora_B[adapter].bias.detach().float() * layer.scaling[adapter]
-        yield f"{name}.bias", difference if bias is None else bias.detach().float() + difference
+        difference = at_least_float32(layer.lora_B[adapter].bias.detach()) * layer.scaling[adapter]
+        yield f"{name}.bias", difference if bias is None else at_least_float32(bias.detach()) + difference
 
 
 def _effective_weight(name: str, layer: Any, adapter: str) -> Tensor:
@@ -211,10 +212,11 @@ def _effective_weight(name: str, layer: Any, adapter: str) -> Tensor:
     if not hasattr(layer, "get_delta_weight") or not hasattr(base, parameter) or not dora:
         raise _unmergeable(name, type(layer).__name__ if dora else str(variant))
     stored = dequantize_module_weight(base) if parameter == "weight" else getattr(base, parameter)
-    weight = stored.detach().float()
+    weight = at_least_float32(stored.detach())
     if variant is None:
-        return layer.get_delta_weight(adapter).detach().float().add_(weight)  # in place: the difference is ours
-    merged = variant.merge_safe(layer, adapter, weight).detach().float()
+        difference = at_least_float32(layer.get_delta_weight(adapter).detach())
+        return difference.add_(weight)  # in place: it is ours
+    merged = at_least_float32(variant.merge_safe(layer, adapter, weight).detach())
     getattr(layer, "_caches", {}).clear()
     return merged
 
@@ -248,7 +250,7 @@ def _column(layer: Any, place: int, width: int) -> tuple[Tensor, float]:
     precision = max(torch.finfo(output.dtype).eps, torch.finfo(some.dtype).eps)
     if _adds_bias(layer):
         output = output - layer(torch.zeros_like(unit))
-    return output[0].float(), precision
+    return at_least_float32(output[0]), precision
 
 
 def _adds_bias(layer: Any) -> bool:
@@ -262,7 +264,7 @@ def _compare_with_peft(comparison: Comparison, name: str, weight: Tensor, layer:
     kept = {key: p.data for key, p in base.named_parameters(recurse=False)}
     try:
         layer.merge(safe_merge=True, adapter_names=[adapter])
-        found = getattr(base, parameter).detach().float()
+        found = at_least_float32(getattr(base, parameter).detach())
     except ValueError as error:
         raise ReferenceSyncError(f"The reference was not synced: PEFT cannot merge `{name}`: {error}") from error
     finally:

@@ -8,6 +8,7 @@ logs; this class replaces how text is produced, keeps the log-probs recorded whi
 import logging
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ from .diagnostics import (
 )
 from .grouping import GroupedUpdates
 from .hub import HubPush
-from .lm_head import cast_heads, without_trls_cast
+from .lm_head import adapted_head, cast_heads, score_adapted_head, without_trls_cast
 from .own_positions import OwnPositions
 from .quantized import keep_trainable
 from .replay import Replay
@@ -175,6 +176,7 @@ class ToolGRPOTrainer(
             synced_by_us(args, model, peft_config),
             without_trls_vllm(args, self._recording),
             without_trls_cast(args, self._recording),
+            adapted_head(model) if self._recording else nullcontext(),
             without_comments(processing_class),
         ):
             super().__init__(
@@ -205,6 +207,7 @@ class ToolGRPOTrainer(
         check_head(self.model)
         check_optimizer_holds_policy(self.model, self.optimizer, self.lr_scheduler)
         keep_trainable(self.model)
+        score_adapted_head(self.model)
         if self._recording and self.args.cast_lm_head_to_fp32:
             cast_heads(self.model, self.temperature)
             if self.ref_model is not None:

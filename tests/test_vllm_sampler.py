@@ -221,6 +221,7 @@ def test_all_weights_are_written_without_the_value_head(tmp_path, tokenizer, tie
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
         ({"bias": "all"}, "bias='all'"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "on the LM head"),
     ],
 )
 def test_adapters_vllm_would_get_wrong_are_named(changes, said):

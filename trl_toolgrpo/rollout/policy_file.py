@@ -135,6 +135,9 @@ def adapter_problem(config: Any) -> str | None:
     for name in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices"):
         if getattr(config, name, None):
             return f"it has `{name}={getattr(config, name)!r}`, which vLLM does not know"
+    targets = config.target_modules if isinstance(config.target_modules, (set, list)) else ()
+    if any(target.rsplit(".", 1)[-1] == "lm_head" for target in targets):
+        return "it is on the LM head, where vLLM takes no adapter"
     if config.bias != "none":
         return f"it has `bias={config.bias!r}`, and vLLM takes no trained biases"
     return None

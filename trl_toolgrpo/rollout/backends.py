@@ -64,9 +64,10 @@ def layers_beside_attention(model: Any) -> list[str]:
     config = base.config.get_text_config()
     declared = {*(model_setting(config, "layer_types") or ()), *(model_setting(config, "layers_block_type") or ())}
     found = {str(kind) for kind in declared} - _ATTENTION - _WITHOUT_CONTEXT
-    if any(isinstance(module, nn.modules.conv._ConvNd) for module in base.modules()):
+    if not found and any(isinstance(module, nn.modules.conv._ConvNd) for module in base.modules()):
         found.add("convolution")
-    if any(isinstance(module, nn.RNNBase) for module in base.modules()) or getattr(base, "_is_stateful", False):
+    stateful = getattr(base, "_is_stateful", False) or any(isinstance(m, nn.RNNBase) for m in base.modules())
+    if not found and stateful:
         found.add("recurrent")
     return sorted(found)
 

@@ -380,7 +380,7 @@ class ToolGRPOTrainer(
         with scoring_mode(self.model), disable_gradient_checkpointing(self.model, checkpointing):
             width, size = output["completion_ids"].size(1), self.args.per_device_train_batch_size
             logps, _, _ = super()._get_per_token_logps_and_entropies(self.model, ids, mask, width, batch_size=size)
-        self._rounding = self._measure_rounding(self.model, ids, mask, width, logps)
+        self._rounding = self._measure_rounding(self.model, ids, mask, width)
         tolerance = self.args.logprob_check_tolerance
         accepted = self._rounding if tolerance is None else Exact(tolerance)
         check_logprobs(logps, batch.trajectories, accepted, self.args.rollout_backend, gather_object)

@@ -169,8 +169,8 @@ _LFM2: dict[str, Any] = _mended(
 # Texts between single quotes as they are, those that hold a quote included
 _LFM2_RAW = _mended(_LFM2, tool_calls={**_LFM2["fields"]["tool_calls"], "content_args": {"strings": "raw"}})
 
-# The prompt opens every thought, and closes those that are not wanted. A thought begins where the turn does: a lookahead
-# at every place of it takes minutes for a long one. What the prompt closed is not opened again by `</think>` in a text.
+# The prompt opens every thought, and closes those that are not wanted. A thought begins where the turn does: to look
+# ahead from every place takes minutes for a long turn. What the prompt closed, no `</think>` in a text opens again.
 _NEMOTRON = {
     **_mended(
         trl_templates.nemotron_3_template,

@@ -9,8 +9,9 @@ import transformers
 from conftest import chat_tokenizer, config
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
 
-from trl_toolgrpo import ToolGRPOTrainer
+from trl_toolgrpo import LogprobMismatchError, ToolGRPOTrainer
 from trl_toolgrpo.own_positions import first_column
 
 
@@ -152,6 +153,21 @@ def check(trainer, batch, trajectories, bound=2e-5):
         assert (torch.tensor(trajectory.logprobs, dtype=torch.float64) - expected).abs().max() < bound
         assert (found[row, :count].double() - expected).abs().max() < bound
         assert not found[row, count:].any()
+
+
+@pytest.mark.parametrize("name", ["Rwkv", "MiniMax", "Mamba2", "GPT2"])
+def test_rounding_is_measured_whatever_a_model_keeps(tmp_path, name):
+    """A healthy batch passes the check in bfloat16, and another temperature does not."""
+    tokenizer = chat_tokenizer()
+    trainer, batch, _ = make(tmp_path, build(name, tokenizer), tokenizer, bf16=True)
+    rollouts = trainer._batch
+    trainer._check_recorded(batch, rollouts)
+    trainer.temperature = 0.5
+    for module in trainer.model.modules():
+        if hasattr(module, "lm_head"):
+            add_fused_lm_head(module, temperature=0.5, outputs=("log_probs", "entropy"))
+    with pytest.raises(LogprobMismatchError, match="rounding explains"):
+        trainer._check_recorded(batch, rollouts)
 
 
 @pytest.mark.parametrize("packing", [True, False])

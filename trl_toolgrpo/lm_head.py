@@ -162,11 +162,14 @@ def _effective(head: Any) -> Any:
     if any(head.use_dora.get(name) for name in names) or not head.get_base_layer().weight.is_floating_point():
         return head
     weight, bias = head.get_base_layer().weight, head.get_base_layer().bias
-    for name in names:
-        weight = weight + head.scaling[name] * (head.lora_B[name].weight @ head.lora_A[name].weight)
-        added = head.lora_B[name].bias
-        if added is not None:
-            bias = head.scaling[name] * added + (0.0 if bias is None else bias)
+    wide = torch.promote_types(weight.dtype, torch.float32)  # in which a small change of a weight is not rounded off
+    with torch.autocast(weight.device.type, enabled=False):
+        for name in names:
+            product = head.lora_B[name].weight.to(wide) @ head.lora_A[name].weight.to(wide)
+            weight = weight + head.scaling[name] * product
+            added = head.lora_B[name].bias
+            if added is not None:
+                bias = head.scaling[name] * added + (0.0 if bias is None else bias)
     return _EffectiveHead(weight, bias)
 
 

@@ -37,6 +37,9 @@ happen to be rounded alike in both passes."""
 COMPARED_TOKENS = 128
 """Most completion tokens of a rollout that are scored a second time."""
 
+_CACHES = ("past_key_values", "cache")
+"""What forward passes call their cache: most models, and Mamba."""
+
 
 class Accepted(Protocol):
     """Which differences between two log-probs of the same tokens are accepted."""
@@ -148,10 +151,11 @@ def score_in_pieces(
     completions: Tensor,
     temperature: float,
     autocast: Callable[[], AbstractContextManager],
+    growing: bool = True,
 ) -> tuple[Tensor, float]:
     """
     Score completions of one prompt as decoding does, with the model's cache: the prompt first, then pieces of 1, 2, 4,
-    ... tokens.
+    ... tokens, or single ones.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -164,6 +168,9 @@ def score_in_pieces(
             What logits are divided by.
         autocast (`Callable`):
             Gives the autocast context of training.
+        growing (`bool`, *optional*, defaults to `True`):
+            Whether pieces grow. A state-space or linear-attention layer may go on from its state by one token alone,
+            and say something else of a longer piece.
 
     Returns:
         `tuple[Tensor, float]`: log-probs in nats, float32, shape (B, T), and the largest absolute logit.
@@ -176,17 +183,19 @@ def score_in_pieces(
     pieces, start, size = [prompt], 0, 1
     while start < width - 1:
         pieces.append(completions[:, start : min(start + size, width - 1)])
-        start, size = start + size, 2 * size
+        start, size = start + size, 2 * size if growing else 1
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    last_alone = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(bare.forward).parameters else {}
+    parameters = inspect.signature(bare.forward).parameters
+    last_alone = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+    kept = next((name for name in _CACHES if name in parameters), _CACHES[0])
     cache, found, largest, place = None, [], 0.0, 0
     with autocast():
         for piece in pieces:
-            options: dict[str, Any] = dict(last_alone) if cache is None else {"past_key_values": cache}
+            options: dict[str, Any] = dict(last_alone) if cache is None else {kept: cache}
             output = model(input_ids=piece, use_cache=True, **options)
-            cache = getattr(output, "past_key_values", None)
+            cache = getattr(output, kept, None)
             if cache is None:
-                raise TypeError(f"{type(model).__name__} returns no `past_key_values`")
+                raise TypeError(f"{type(model).__name__} returns no `{kept}`")
             logits = (output.logits[:, -1:] if place == 0 else output.logits).float()
             largest = max(largest, float(logits.abs().max()))
             scores = torch.log_softmax(logits / temperature, dim=-1)

@@ -74,6 +74,8 @@ def test_logits_are_those_of_a_float32_product_for_sampling_and_scoring(tmp_path
     base = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
     hidden, seen = [], base.base_model.register_forward_hook(lambda module, args, output: hidden.append(output[0]))
     bare.eval()
+    if head.endswith("adapted"):  # an adapter that has been trained
+        torch.nn.init.normal_(base.lm_head.lora_B["default"].weight, std=0.3)
     with torch.no_grad(), autocast(), held_head(bare):
         logits = bare(input_ids=ids).logits
     seen.remove()
@@ -88,6 +90,10 @@ def test_logits_are_those_of_a_float32_product_for_sampling_and_scoring(tmp_path
         scored, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 6)
     known = torch.log_softmax(expected, -1)[:, 5:-1].gather(-1, ids[:, 6:, None])[..., 0]
     torch.testing.assert_close(scored, known, atol=1e-4, rtol=1e-5)
+    if head.endswith("adapted"):
+        scored, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 6)
+        scored.sum().backward()
+        assert base.lm_head.lora_A["default"].weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("kind", [ModelSampler, GenerateSampler])

@@ -10,7 +10,7 @@ from conftest import chat_tokenizer, config
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from trl_toolgrpo import ToolGRPOTrainer
+from trl_toolgrpo import LogprobMismatchError, ToolGRPOTrainer
 from trl_toolgrpo.own_positions import first_column
 from trl_toolgrpo.rollout.engine import RolloutBatch
 from trl_toolgrpo.rollout.loop import RolloutStats
@@ -154,6 +154,18 @@ def check(trainer, batch, trajectories, bound=2e-5):
         assert (torch.tensor(trajectory.logprobs, dtype=torch.float64) - expected).abs().max() < bound
         assert (found[row, :count].double() - expected).abs().max() < bound
         assert not found[row, count:].any()
+
+
+@pytest.mark.parametrize("name", ["Rwkv", "MiniMax", "Mamba2", "GPT2"])
+def test_rounding_is_measured_whatever_a_model_keeps(tmp_path, name):
+    """A healthy batch passes the check in bfloat16, and one with every third log-prob off by 0.3 does not."""
+    tokenizer = chat_tokenizer()
+    trainer, batch, _ = make(tmp_path, build(name, tokenizer), tokenizer, bf16=True)
+    rollouts = trainer._batch
+    for trajectory in rollouts.trajectories:
+        trajectory.logprobs[::3] = [value - 0.3 for value in trajectory.logprobs[::3]]
+    with pytest.raises(LogprobMismatchError, match="rounding explains"):
+        trainer._check_recorded(batch, rollouts)
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -101,8 +101,27 @@ def test_a_pass_that_fails_is_decided_on_with_the_other_processes(tmp_path, monk
     monkeypatch.setattr(trainer.accelerator, "gather", lambda found: gathered.append(found) or gather(found))
     monkeypatch.setattr(trainer, "_score_packed", lambda *args: (_ for _ in ()).throw(RuntimeError("no such mask")))
     assert trainer._try_packing(trainer.model, [batch_of([[1, 2, 3]] * 4, [[7, 8], [9], [7], [8]])], True) is False
-    assert trainer._packs is False and gathered[0].tolist() == [[0, 1, 1, 1]]
+    assert trainer._packs is False and [found.tolist() for found in gathered] == [[[0, 1]]]
     assert "RuntimeError: no such mask" in caplog.text and "differ by" not in caplog.text
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_no_process_waits_for_one_that_has_failed(tmp_path, monkeypatch, before):
+    """In the packed pass, after which nothing more is gathered, and in the one that measures rounding, after two."""
+    trainer = trainer_of(tmp_path, tiny_model(tokenizer := chat_tokenizer()), tokenizer, bf16=True)
+    gathered, gather = [], trainer.accelerator.gather
+
+    def gather_two(found):
+        other = found.clone()
+        if len(gathered) == before:
+            other[0, 1] = 1.0  # the other process says that it failed here
+        gathered.append(found)
+        return torch.cat([gather(found), other])
+
+    monkeypatch.setattr(trainer.accelerator, "gather", gather_two)
+    packs = trainer._try_packing(trainer.model, [batch_of([[1, 2, 3]] * 4, [[7, 8], [9], [7], [8]])], True)
+    assert [len(found.flatten()) for found in gathered] == ([2] if before == 0 else [2, 1, 2, 4, 2])
+    assert packs is (before == 2)  # without a cache, rounding is measured in another way
 
 
 def llama(tokenizer):

@@ -164,11 +164,13 @@ def _effective(head: Any) -> Any:
     if any(head.use_dora.get(name) for name in names) or not layer.weight.is_floating_point():
         return head
     weight, bias = layer.weight, layer.bias
-    for name in names:
-        (up, down), scaling = factors[name], head.scaling[name]
-        weight = weight + scaling * (up.weight @ down.weight)
-        if up.bias is not None:
-            bias = scaling * up.bias + (0.0 if bias is None else bias)
+    wide = torch.promote_types(weight.dtype, torch.float32)  # in which a small change of a weight is not rounded off
+    with torch.autocast(weight.device.type, enabled=False):
+        for name in names:
+            (up, down), scaling = factors[name], head.scaling[name]
+            weight = weight + scaling * (up.weight.to(wide) @ down.weight.to(wide))
+            if up.bias is not None:
+                bias = scaling * up.bias + (0.0 if bias is None else bias)
     return _EffectiveHead(weight, bias)
 
 

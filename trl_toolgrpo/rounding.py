@@ -31,12 +31,18 @@ QUANTILES = (0.75, 0.9, 0.99)
 _LEAST_TOKENS = (64, 64, 400)
 """Tokens below which each quantile says too little to be compared."""
 
-_ULPS = 0.1, (0.15, 0.25, 0.5)
-"""Least mean and quantiles that are taken for rounding, in ulps at the size of the largest logit: a few tokens may
-happen to be rounded alike in both passes."""
+_ULPS = 0.25, (0.4, 0.6, 1.2)
+"""Least mean and quantiles that are taken for rounding, in ulps at the size of the largest logit: those of a pretrained
+model, for two passes that happen to be rounded alike."""
+
+FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError)
+"""What a pass that does not suit a model raises."""
 
 COMPARED_TOKENS = 128
 """Most completion tokens of a rollout that are scored a second time."""
+
+_CACHES = ("past_key_values", "cache")
+"""What forward passes call their cache: most models, and Mamba."""
 
 
 class Accepted(Protocol):
@@ -150,6 +156,8 @@ def measure_rounding(
     scored: Tensor,
     temperature: float,
     autocast: Callable[[], AbstractContextManager],
+    growing: bool = True,
+    failed: Callable[[Exception | None], bool] | None = None,
 ) -> Rounding:
     """
     Measure what two correct passes of a model differ by: one over whole rollouts, without padding before them, and one
@@ -168,13 +176,20 @@ def measure_rounding(
             What logits are divided by.
         autocast (`Callable`):
             Gives the autocast context of training.
+        growing (`bool`, *optional*, defaults to `True`):
+            As in [`score_in_pieces`].
+        failed (`Callable`, *optional*):
+            Says whether the pass with the cache has failed in any process, given what went wrong in this one.
     """
     plain, largest = score_at_once(model, prompt_ids, completions, temperature, autocast)
+    failure: Exception | None = None
     try:
-        other, _ = score_in_pieces(model, prompt_ids, completions, temperature, autocast)
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
-        if should_reduce_batch_size(error):
+        other, _ = score_in_pieces(model, prompt_ids, completions, temperature, autocast, growing)
+    except FAILURES as error:
+        if should_reduce_batch_size(error) and failed is None:
             raise
+        failure = error
+    if failure is not None if failed is None else failed(failure):
         rows = completions.split(1)  # a model without such a cache: each row by itself
         other = torch.cat([score_at_once(model, prompt_ids, row, temperature, autocast)[0] for row in rows])
     coarsest = max((p.dtype for p in model.parameters() if p.is_floating_point()), key=lambda d: torch.finfo(d).eps)
@@ -213,8 +228,12 @@ def score_at_once(
 
 def _last_logits(model: Any, count: int) -> dict[str, int]:
     """Options of a forward pass that gives the logits of the last positions alone, where the model takes them."""
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(bare.forward).parameters else {}
+    takes = "logits_to_keep" in inspect.signature(_bare(model).forward).parameters
+    return {"logits_to_keep": count} if takes else {}
+
+
+def _bare(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def score_in_pieces(
@@ -223,14 +242,18 @@ def score_in_pieces(
     completions: Tensor,
     temperature: float,
     autocast: Callable[[], AbstractContextManager],
+    growing: bool = True,
 ) -> tuple[Tensor, float]:
     """
     Score completions of one prompt as decoding does, with the model's cache: the prompt first, then pieces of 1, 2, 4,
-    ... tokens.
+    ... tokens, or single ones.
 
     Args:
         model, prompt_ids, completions, temperature, autocast:
             As in [`measure_rounding`].
+        growing (`bool`, *optional*, defaults to `True`):
+            Whether pieces grow. A state-space or linear-attention layer may go on from its state by one token alone,
+            and say something else of a longer piece.
 
     Returns:
         `tuple[Tensor, float]`: log-probs in nats, float32, shape (B, T), and the largest absolute logit.
@@ -243,16 +266,18 @@ def score_in_pieces(
     pieces, start, size = [prompt], 0, 1
     while start < width - 1:
         pieces.append(completions[:, start : min(start + size, width - 1)])
-        start, size = start + size, 2 * size
+        start, size = start + size, 2 * size if growing else 1
     last_alone = _last_logits(model, 1)
+    parameters = inspect.signature(_bare(model).forward).parameters
+    kept = next((name for name in _CACHES if name in parameters), _CACHES[0])
     cache, found, largest, place = None, [], 0.0, 0
     with autocast():
         for piece in pieces:
-            options: dict[str, Any] = dict(last_alone) if cache is None else {"past_key_values": cache}
+            options: dict[str, Any] = dict(last_alone) if cache is None else {kept: cache}
             output = model(input_ids=piece, use_cache=True, **options)
-            cache = getattr(output, "past_key_values", None)
+            cache = getattr(output, kept, None)
             if cache is None:
-                raise TypeError(f"{type(model).__name__} returns no `past_key_values`")
+                raise TypeError(f"{type(model).__name__} returns no `{kept}`")
             logits = (output.logits[:, -1:] if place == 0 else output.logits).float()
             largest = max(largest, float(logits.abs().max()))
             scores = torch.log_softmax(logits / temperature, dim=-1)

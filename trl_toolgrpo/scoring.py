@@ -24,7 +24,7 @@ from .packed_attention import Piece, dense_mask, packed_attention, suits
 from .rollout.backends import layers_beside_attention
 from .rollout.rotary import RowFrequencies
 from .rollout.sampler import scoring_mode
-from .rounding import COMPARED_TOKENS, LOW_PRECISION, Accepted, Exact, Rounding, measure_rounding
+from .rounding import COMPARED_TOKENS, FAILURES, LOW_PRECISION, Accepted, Exact, Rounding, measure_rounding
 
 
 logger = logging.getLogger(__name__)
@@ -275,6 +275,13 @@ def _has_experts(model: Any) -> bool:
     return any(model_setting(config, name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
+def _named(failure: Exception | None) -> str:
+    """What has failed, for a message."""
+    return "a pass over a packed group failed in another process." if failure is None else (
+        f"{type(failure).__name__}: {failure}"
+    )
+
+
 class SharedPromptScoring(OwnPositions):
     """
     Part of [`ToolGRPOTrainer`]: TRL's scoring pass, over packed sequences where rollouts of a batch share prompts.
@@ -377,44 +384,53 @@ class SharedPromptScoring(OwnPositions):
             return False
         checkpointing: Any = self.args.gradient_checkpointing_kwargs
         asked, self._ask_values = self._ask_values, False
-        gaps, failure = torch.full((1,), torch.inf), None
-        leak = torch.inf
+        gaps, leak, plain, failure = torch.full((1,), torch.inf), torch.inf, torch.zeros(0), None
         try:
             with scoring_mode(model), disable_gradient_checkpointing(bare, checkpointing):
                 plain, _, _ = super()._get_per_token_logps_and_entropies(model, *few)
-                if self._rounding is None:
-                    self._rounding = self._measure_rounding(model, *few)
                 first, second = (self._score_packed(model, [part], False)[0] for part in (packed, changed))
             gaps = (first - plain).abs()[packed.scored]
             leak = float((first - second).abs()[-1].nan_to_num(nan=torch.inf).max())
-        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+        except FAILURES as error:
             failure = error  # the other processes wait for what this one found
         finally:
             self._ask_values = asked
-        return self._decide_packing(bare, gaps, leak, failure)
+        if self._failed_anywhere(failure):
+            self._packs = False
+            logger.warning("Rollouts are scored one by one: %s", _named(failure))
+            return False
+        if self._rounding is None:
+            self._rounding = self._measure_rounding(model, *few)
+        return self._decide_packing(bare, gaps, leak, self._rounding)
 
-    def _decide_packing(self, bare: Any, gaps: Tensor, leak: float, failure: Exception | None) -> bool:
-        """Judge the trial of all processes; running out of memory says nothing about the model, and is raised."""
+    def _failed_anywhere(self, failure: Exception | None) -> bool:
+        """
+        Whether a pass has failed in some process, the same in all of them. Running out of memory says nothing about
+        the model, and is raised in each.
+        """
         out_of_memory = failure is not None and should_reduce_batch_size(failure)
-        accepted = self._rounding or Exact()
-        excess = accepted.excess(gaps.float().cpu())
-        leaks = leak > 0 and not (_has_experts(bare) and accepted.excess(torch.tensor([leak])) is None)
-        verdict = torch.tensor([out_of_memory, failure is not None, excess is not None, leaks]).float()
-        everywhere = self.accelerator.gather(verdict[None].to(self.accelerator.device)).amax(dim=0).bool().tolist()
-        if everywhere[0]:
+        found = torch.tensor([[float(out_of_memory), float(failure is not None)]], device=self.accelerator.device)
+        short_of_memory, failed = self.accelerator.gather(found).amax(dim=0).bool().tolist()
+        if short_of_memory:
             if out_of_memory and failure is not None:
                 raise failure
             raise RuntimeError("Another process ran out of memory in the first pass over its rollouts.")
-        self._packs = not any(everywhere)
-        if failure is not None:
-            logger.warning("Rollouts are scored one by one: %s: %s", type(failure).__name__, failure)
-        elif everywhere[3]:
+        return bool(failed)
+
+    def _decide_packing(self, bare: Any, gaps: Tensor, leak: float, accepted: Accepted) -> bool:
+        """Judge the trial of all processes."""
+        excess = accepted.excess(gaps.float().cpu())
+        leaks = leak > 0 and not (_has_experts(bare) and accepted.excess(torch.tensor([leak])) is None)
+        verdict = torch.tensor([[float(excess is not None), float(leaks)]], device=self.accelerator.device)
+        differs_somewhere, leaks_somewhere = self.accelerator.gather(verdict).amax(dim=0).bool().tolist()
+        self._packs = not (differs_somewhere or leaks_somewhere)
+        if leaks_somewhere:
             logger.warning(
                 "Rollouts are scored one by one: packed behind a shared prompt, the text of one changes the log-probs "
-                "of another by %.2e. The model has layers that read across the rollouts of a sequence.",
-                leak,
+                "of another%s. The model has layers that read across the rollouts of a sequence.",
+                f" by {leak:.2e}" if leaks else ", in another process",
             )
-        elif not self._packs:
+        elif differs_somewhere:
             logger.warning(
                 "Rollouts are scored one by one: packed behind a shared prompt, their log-probs are not those of "
                 "separate sequences (%s).",
@@ -448,7 +464,14 @@ class SharedPromptScoring(OwnPositions):
         checkpointing: Any = self.args.gradient_checkpointing_kwargs
         with scoring_mode(bare), disable_gradient_checkpointing(bare, checkpointing):  # which would take the cache
             found = measure_rounding(
-                bare, prompt, completions, scored, self.temperature, self.accelerator.autocast
+                bare,
+                prompt,
+                completions,
+                scored,
+                self.temperature,
+                self.accelerator.autocast,
+                growing=not layers_beside_attention(bare),
+                failed=self._failed_anywhere,
             )
         figures = torch.tensor([[found.mean, *found.quantiles]], device=self.accelerator.device)
         mean, *quantiles = self.accelerator.gather(figures).amax(dim=0).tolist()

@@ -247,11 +247,11 @@ class ToolGRPOTrainer(
         check_head(self.model)
         check_optimizer_holds_policy(self.model, self.optimizer, self.lr_scheduler)
         keep_trainable(self.model)
-        score_adapted_head(self.model)
         if self._recording and self.args.cast_lm_head_to_fp32:
             cast_heads(self.model, self.temperature)
             if self.ref_model is not None:
                 cast_heads(self.accelerator.unwrap_model(self.ref_model), self.temperature, ("log_probs",))
+        score_adapted_head(self.model)  # around the fused head that is in use, cast or not
         self._prepare_reference(given_adapter)
 
     # Rollouts

@@ -86,6 +86,15 @@ def test_all_parts_at_once(tmp_path, family, dtype, head):
     assert not {"logprob_gap", "ratio_mean", "reference_differs", "reference_still", "policy_still"} & set(told)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_an_adapter_both_fast_paths_are_in_use(tmp_path, family, dtype):
+    """accelerate puts autocast around the forward pass of the model itself, and the trial of the sampler meets it."""
+    trainer = trainer_of(tmp_path, family, dtype, lora=False, max_steps=2)
+    trainer.train()
+    assert trainer._engine._supported is True and trainer._packs is True
+
+
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_resumed_run_is_the_run(tmp_path, dtype, lora):

@@ -32,8 +32,8 @@ _LEAST_TOKENS = (64, 64, 400)
 """Tokens below which each quantile says too little to be compared."""
 
 _ULPS = 0.25, (0.4, 0.6, 1.2)
-"""Least mean and quantiles that are taken for rounding, in ulps at the size of the largest logit: those of a pretrained
-model, for two passes that happen to be rounded alike."""
+"""Least mean and quantiles that are taken for rounding, in ulps at the size of the largest logit: those of a
+pretrained model, for two passes that happen to be rounded alike."""
 
 FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError)
 """What a pass that does not suit a model raises."""

@@ -5,8 +5,8 @@ of tokens that has to agree with the model's own forward pass. Fed by the traine
 """
 
 import logging
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -48,7 +48,21 @@ def unsupported_reason(model: Any, token_ids: Sequence[int]) -> str | None:
     others = layers_beside_attention(base)
     if others:
         return f"it has {', '.join(others)} layers"
-    return _trial(base, list(token_ids))
+    with _without_autocast(base):
+        return _trial(base, list(token_ids))
+
+
+@contextmanager
+def _without_autocast(model: Any) -> Iterator[None]:
+    """The forward pass as it was before accelerate put autocast around it: float32 weights are tried exactly."""
+    wrapped, bare = model.forward, model.__dict__.get("_original_forward")
+    if bare is not None:
+        model.forward = bare
+    try:
+        yield
+    finally:
+        if bare is not None:
+            model.forward = wrapped
 
 
 def layers_beside_attention(model: Any) -> list[str]:

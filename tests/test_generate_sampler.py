@@ -133,7 +133,7 @@ def test_sharding_that_gathers_for_each_token_is_refused(tmp_path, plugins, gath
     trainer = ToolGRPOTrainer(tiny_model(tokenizer), reward, options, prompts(), processing_class=tokenizer)
     trainer.accelerator.state = SimpleNamespace(**plugins)
     with pytest.raises(ConfigError, match=refused) if refused else nullcontext():
-        trainer._prepare_recording(trainer._executor, None)
+        trainer._prepare_recording(trainer._executor, None, False)
 
 
 def test_fsdp_reshards_after_rollouts_as_before():
@@ -284,7 +284,7 @@ def test_model_whose_logprobs_differ_in_the_trial_is_told_apart():
         return output
 
     model.forward = skewed
-    assert "its log-probs in the trial were off by" in unsupported_reason(model, TOKENS)
+    assert "its log-probs in the trial are not those of a plain pass" in unsupported_reason(model, TOKENS)
 
 
 def test_trial_leaves_no_trace():

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from trl_toolgrpo import LogprobMismatchError, ToolGRPOTrainer
 from trl_toolgrpo.own_positions import first_column
+from trl_toolgrpo.rollout.engine import RolloutBatch
+from trl_toolgrpo.rollout.loop import RolloutStats
 
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -220,14 +222,14 @@ def test_values_do_not_depend_on_padding(tmp_path, name):
     with torch.no_grad():
         for parameter in trainer.model.value_head.parameters():
             parameter.normal_(generator=torch.Generator().manual_seed(1))
-    together = trainer._computed_values(batch)
+    together = trainer._computed_values(batch, trainer._batch)
     for row, trajectory in enumerate(trajectories):
         one = {
             "prompt_ids": torch.tensor([trajectory.prompt_ids]),
             "completion_ids": torch.tensor([trajectory.completion_ids]),
         }
         one |= {name.replace("ids", "mask"): torch.ones_like(ids) for name, ids in one.items()}
-        expected = trainer._computed_values(one)[0]
+        expected = trainer._computed_values(one, RolloutBatch([trainer._batch.rollouts[row]], RolloutStats()))[0]
         assert expected.abs().max() > 1e-3
         torch.testing.assert_close(together[row, : len(expected)], expected, atol=2e-5, rtol=1e-4)
 

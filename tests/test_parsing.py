@@ -584,6 +584,33 @@ def test_long_turn_is_read_in_time(name):
     assert time.process_time() - started < 2
 
 
+@pytest.mark.parametrize("name", [name for name in ALL if name.startswith("nemotron")])
+def test_thought_that_the_prompt_closed_is_not_opened_again(name):
+    fam = family(name)
+    prompt = fam.tokenizer.apply_chat_template(
+        [USER], tokenize=False, add_generation_prompt=True, enable_thinking=False, chat_template=fam.template
+    )
+    assert prompt.endswith("<think></think>")
+    ids, _ = fam.turn([("note", {"text": "a</think>b"})])
+    ids = fam.encode(fam.decode(ids).removeprefix("</think>"))
+    turn = assert_reads(fam, ids, prompt, [("note", {"text": "a</think>b"})])
+    assert "reasoning_content" not in turn.message
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_call_that_is_opened_over_and_over_is_read_in_time(name):
+    """A policy that repeats itself to the end of its budget."""
+    fam = family(name)
+    ids, prompt = fam.turn([("note", {"text": "x"})])
+    call = re.sub(r"^\s*(<think>)?\s*</think>\s*", "", fam.decode(ids))
+    for part in (call[: call.rindex("x") + 1], call.removesuffix(fam.end_of_turn)):
+        text = part * (60_000 // len(part))
+        ids = fam.encode(text)
+        started = time.process_time()
+        fam.chat.parse(ids, prompt, [NOTE], 0)
+        assert time.process_time() - started < 4
+
+
 # Through the trainer
 
 

@@ -112,7 +112,12 @@ def test_a_policy_that_is_frozen_is_refused(tmp_path, kind, changes):
     if kind == "frozen model" and "beta" in changes:
         pytest.skip("TRL loads the reference of a plain model by its name")
     with pytest.raises(ConfigError, match=f"Nothing of the policy would be trained: .*{words}"):
-        start(tmp_path, make(tmp_path), **changes)
+        start(tmp_path, make(tmp_path), **changes).train()
+
+
+def test_a_frozen_policy_may_be_evaluated(tmp_path):
+    trainer = start(tmp_path, loaded_for_inference(tmp_path))
+    assert "eval_reward" in trainer.evaluate(prompts(4))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from trl_toolgrpo import LogprobMismatchError, ToolGRPOConfig, ToolGRPOTrainer
+from trl_toolgrpo.rollout import shared_prefix
 from trl_toolgrpo.rollout.model_sampler import ModelSession
 
 
@@ -52,7 +53,8 @@ def questions(count=32):
     rows = []
     for _ in range(count):
         a, b = draw.randint(10, 99), draw.randint(10, 99)
-        rows.append({"prompt": [{"role": "user", "content": f"What is {a} plus {b}? Use the tool."}], "sum": a + b})
+        text = f"What is {a} plus {b}? Use the tool." + " Please." * draw.randint(0, 12)
+        rows.append({"prompt": [{"role": "user", "content": text}], "sum": a + b})
     return Dataset.from_list(rows)
 
 
@@ -107,8 +109,7 @@ def gaps(trainer):
 def test_twenty_steps_at_trls_defaults_end_without_an_error_a_fallback_or_an_alarm(folder, tmp_path, caplog):
     """Tools, LoRA, a value head, a synced reference and forced first steps, in bfloat16."""
     found = {}
-    for head in (False, True):
-        steps = 20 if not head else 4
+    for head, steps in ((False, 20), (True, 4)):
         trainer = train(
             folder, tmp_path / str(head), max_steps=steps, cast_lm_head_to_fp32=head, advantage_estimator="gae",
             beta=0.02, sync_ref_model=True, ref_model_sync_steps=6, ref_model_mixup_alpha=1.0,
@@ -137,47 +138,53 @@ def test_every_dtype_is_sampled_fast_and_packed(folder, tmp_path, dtype, lora):
     assert len(gaps(trainer)) == 2 and all(gap < (1e-3 if dtype == "float32" else 0.1) for gap in gaps(trainer))
 
 
-FAULTS = ["temperature", "adapter", "mask", "third"]
+def another_temperature(trainer, monkeypatch):
+    trainer._engine.args = copy.copy(trainer.args)
+    trainer._engine.args.temperature = 0.8
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("dtype", ["float32", "autocast", "bfloat16"])
-def test_planted_faults_are_caught_in_every_dtype(folder, tmp_path, monkeypatch, dtype, fault):
-    trainer = train(folder, tmp_path, dtype)
-    with torch.no_grad():
-        for name, weight in trainer.model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.02)
-    if fault == "third":
-        decode = ModelSession._decode
-
-        def off(self):
-            finished = decode(self)
-            for result in finished:
-                result.logprobs[::3] = [value - 0.3 for value in result.logprobs[::3]]
-            return finished
-
-        monkeypatch.setattr(ModelSession, "_decode", off)
-    trainer._engine._is_supported(trainer.model)
+def no_adapter(trainer, monkeypatch):
     run = trainer._engine.run
 
     def planted(policy, *args, **kwargs):
-        if fault == "adapter":
-            with policy.disable_adapter():
-                return run(policy, *args, **kwargs)
-        if fault == "temperature":
-            trainer._engine.args = copy.copy(trainer.args)
-            trainer._engine.args.temperature = 0.8
-        return run(policy, *args, **kwargs)
+        with policy.disable_adapter():
+            return run(policy, *args, **kwargs)
 
-    if fault == "mask":
-        from trl_toolgrpo.rollout import shared_prefix
-
-        bias = shared_prefix.KeyValueStore.bias
-        monkeypatch.setattr(
-            shared_prefix.KeyValueStore, "bias",
-            lambda self, kind, *a: None if kind == "own" else bias(self, kind, *a),
-        )  # fmt: skip
     monkeypatch.setattr(trainer._engine, "run", planted)
+
+
+def no_causal_mask(trainer, monkeypatch):
+    """Prompts are read as if each of their tokens saw all of them."""
+
+    def attend(query, key, value, scale, *args, **kwargs):
+        flat = query.flatten(1, 2)
+        out = torch.nn.functional.scaled_dot_product_attention(flat, key, value, scale=scale, enable_gqa=True)
+        return out.view(query.shape[:4] + value.shape[3:]), None
+
+    monkeypatch.setattr(shared_prefix, "_causal", attend)
+
+
+def every_third_off(trainer, monkeypatch):
+    decode = ModelSession._decode
+
+    def off_by_0_3(self):
+        finished = decode(self)
+        for result in finished:
+            result.logprobs[::3] = [value - 0.3 for value in result.logprobs[::3]]
+        return finished
+
+    monkeypatch.setattr(ModelSession, "_decode", off_by_0_3)
+
+
+@pytest.mark.parametrize("plant", [another_temperature, no_adapter, no_causal_mask, every_third_off])
+@pytest.mark.parametrize("dtype", ["autocast", "bfloat16"])
+def test_planted_faults_are_caught_in_low_precision(folder, tmp_path, monkeypatch, dtype, plant):
+    trainer = train(folder, tmp_path, dtype, max_steps=1)
+    with torch.no_grad():
+        for name, weight in trainer.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    trainer._engine._is_supported(trainer.model)  # whose trial would find the fault, too
+    plant(trainer, monkeypatch)
     with pytest.raises(LogprobMismatchError):
         trainer.train()

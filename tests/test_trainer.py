@@ -306,7 +306,7 @@ def test_a_sampler_that_records_other_log_probs_is_found_out(tmp_path, monkeypat
 
     monkeypatch.setattr(engine, "unsupported_reason", lambda *args: None)  # its trial finds the shift too
     monkeypatch.setattr(model_sampler, "sample_tokens", shifted)
-    words = r"Rollout \d, turn 0, completion token \d+ .*recorded -.*recomputed -"
+    words = r"rollout \d, turn 0, completion token \d+ .*recorded -.*recomputed -"
     with pytest.raises(LogprobMismatchError, match=words):
         make(tmp_path).train()
     make(tmp_path, logprob_check="off").train()

@@ -563,8 +563,8 @@ def count_scoring(monkeypatch):
     return passes
 
 
-TRIAL = 2
-"""Passes that the first batch costs once: it is scored with shared prompts and without, to compare."""
+TRIAL = 3
+"""Passes that the first batch costs once: without shared prompts, with them, and with other texts beside it."""
 
 
 NOT_ALIGNED = {"num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 1, "max_steps": 4}

@@ -42,7 +42,7 @@ class ToolGRPOConfig(GRPOConfig):
         logprob_check_tolerance (`float`, *optional*):
             Largest difference in nats. `None` judges by what rounding can do: 1e-3 in float32 and float64; in bfloat16
             and float16 by what the policy's own log-probs differ by between two correct passes, which is measured
-            in the first rollout batch: up to 2.5 times its mean and its quantiles, over all tokens and over those
+            in the first rollout batch: up to twice its mean and its quantiles, over all tokens and over those
             that begin a turn after tool results. `cast_lm_head_to_fp32=True` about halves it.
         sampler_correction (`str`, *optional*):
             What is done with tokens whose ratio, of the policy's probability to the sampler's, is above

@@ -118,7 +118,7 @@ def adapted_head(model: Any) -> Iterator[None]:
     if isinstance(model, str) or not hasattr(model, "get_output_embeddings"):
         yield
         return
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     base.get_output_embeddings = lambda: _effective(type(base).get_output_embeddings(base))
     try:
         yield
@@ -158,18 +158,19 @@ def _effective(head: Any) -> Any:
     """The output layer as TRL's fused head reads it."""
     if not isinstance(head, LoraLayer) or not isinstance(head.get_base_layer(), nn.Linear):
         return head
-    names = [] if head.disable_adapters or head.merged else [n for n in head.active_adapters if n in head.lora_A]
-    if any(head.use_dora.get(name) for name in names) or not head.get_base_layer().weight.is_floating_point():
+    layer: Any = head.get_base_layer()
+    factors: dict[str, tuple[Any, Any]] = {n: (head.lora_B[n], head.lora_A[n]) for n in head.lora_A}
+    names = [] if head.disable_adapters or head.merged else [n for n in head.active_adapters if n in factors]
+    if any(head.use_dora.get(name) for name in names) or not layer.weight.is_floating_point():
         return head
-    weight, bias = head.get_base_layer().weight, head.get_base_layer().bias
+    weight, bias = layer.weight, layer.bias
     wide = torch.promote_types(weight.dtype, torch.float32)  # in which a small change of a weight is not rounded off
     with torch.autocast(weight.device.type, enabled=False):
         for name in names:
-            product = head.lora_B[name].weight.to(wide) @ head.lora_A[name].weight.to(wide)
-            weight = weight + head.scaling[name] * product
-            added = head.lora_B[name].bias
-            if added is not None:
-                bias = head.scaling[name] * added + (0.0 if bias is None else bias)
+            (up, down), scaling = factors[name], head.scaling[name]
+            weight = weight + scaling * (up.weight.to(wide) @ down.weight.to(wide))
+            if up.bias is not None:
+                bias = scaling * up.bias + (0.0 if bias is None else bias)
     return _EffectiveHead(weight, bias)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 
@@ -22,7 +23,7 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 EXACT_TOLERANCE = 1e-3
 """Largest difference, in nats, that two correct passes show in float32 or float64."""
 
-SLACK = 2.5
+SLACK = 2.0
 """How many times the model's own differences are still taken for rounding."""
 
 QUANTILES = (0.75, 0.9, 0.99)
@@ -145,6 +146,84 @@ def ulp_of(dtype: torch.dtype, size: float) -> float:
     return torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(size)) if 0 < size < math.inf else 0.0
 
 
+def measure_rounding(
+    model: Any,
+    prompt_ids: Sequence[int],
+    completions: Tensor,
+    scored: Tensor,
+    temperature: float,
+    autocast: Callable[[], AbstractContextManager],
+    growing: bool = True,
+) -> Rounding:
+    """
+    Measure what two correct passes of a model differ by: one over whole rollouts, without padding before them, and one
+    piece by piece with the model's cache. Neither is the trainer's or the sampler's own, which may be at fault.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The policy, unwrapped, in evaluation mode and without gradients.
+        prompt_ids (`Sequence[int]`):
+            The prompt that all rows share.
+        completions (`Tensor`):
+            Completions, padded on the right with any token, int64, shape (B, T).
+        scored (`Tensor`):
+            Which of them are tokens, bool, shape (B, T).
+        temperature (`float`):
+            What logits are divided by.
+        autocast (`Callable`):
+            Gives the autocast context of training.
+        growing (`bool`, *optional*, defaults to `True`):
+            Whether pieces grow. A state-space or linear-attention layer may go on from its state by one token alone,
+            and say something else of a longer piece.
+    """
+    plain, largest = score_at_once(model, prompt_ids, completions, temperature, autocast)
+    try:
+        other, _ = score_in_pieces(model, prompt_ids, completions, temperature, autocast, growing)
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+        if should_reduce_batch_size(error):
+            raise
+        rows = completions.split(1)  # a model without such a cache: each row by itself
+        other = torch.cat([score_at_once(model, prompt_ids, row, temperature, autocast)[0] for row in rows])
+    coarsest = max((p.dtype for p in model.parameters() if p.is_floating_point()), key=lambda d: torch.finfo(d).eps)
+    with autocast():
+        if torch.is_autocast_enabled(completions.device.type):
+            coarsest = torch.get_autocast_dtype(completions.device.type)
+    return Rounding.of((plain - other).abs()[scored].cpu(), ulp_of(coarsest, largest))
+
+
+def score_at_once(
+    model: Any,
+    prompt_ids: Sequence[int],
+    completions: Tensor,
+    temperature: float,
+    autocast: Callable[[], AbstractContextManager],
+) -> tuple[Tensor, float]:
+    """
+    Score completions of one prompt in one pass without a cache.
+
+    Args:
+        model, prompt_ids, completions, temperature, autocast:
+            As in [`measure_rounding`].
+
+    Returns:
+        `tuple[Tensor, float]`: log-probs in nats, float32, shape (B, T), and the largest absolute logit.
+    """
+    width = completions.shape[1]
+    prompt = torch.tensor([list(prompt_ids)] * len(completions), device=completions.device)
+    ids = torch.cat([prompt, completions], dim=1)
+    with autocast():
+        logits = model(input_ids=ids, use_cache=False, **_last_logits(model, width + 1)).logits
+    logits = logits[:, -width - 1 : -1].float()
+    scores = torch.log_softmax(logits / temperature, dim=-1)
+    return scores.gather(-1, completions[..., None])[..., 0], float(logits.abs().max())
+
+
+def _last_logits(model: Any, count: int) -> dict[str, int]:
+    """Options of a forward pass that gives the logits of the last positions alone, where the model takes them."""
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(bare.forward).parameters else {}
+
+
 def score_in_pieces(
     model: Any,
     prompt_ids: Sequence[int],
@@ -158,19 +237,8 @@ def score_in_pieces(
     ... tokens, or single ones.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            The policy, unwrapped, in evaluation mode and without gradients.
-        prompt_ids (`Sequence[int]`):
-            The prompt that all rows share.
-        completions (`Tensor`):
-            Completions, padded on the right with any token, int64, shape (B, T).
-        temperature (`float`):
-            What logits are divided by.
-        autocast (`Callable`):
-            Gives the autocast context of training.
-        growing (`bool`, *optional*, defaults to `True`):
-            Whether pieces grow. A state-space or linear-attention layer may go on from its state by one token alone,
-            and say something else of a longer piece.
+        model, prompt_ids, completions, temperature, autocast, growing:
+            As in [`measure_rounding`].
 
     Returns:
         `tuple[Tensor, float]`: log-probs in nats, float32, shape (B, T), and the largest absolute logit.
@@ -186,8 +254,8 @@ def score_in_pieces(
         start, size = start + size, 2 * size if growing else 1
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
     parameters = inspect.signature(bare.forward).parameters
-    last_alone = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
     kept = next((name for name in _CACHES if name in parameters), _CACHES[0])
+    last_alone = _last_logits(model, 1)
     cache, found, largest, place = None, [], 0.0, 0
     with autocast():
         for piece in pieces:

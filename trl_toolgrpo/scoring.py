@@ -24,7 +24,7 @@ from .packed_attention import Piece, dense_mask, packed_attention, suits
 from .rollout.backends import layers_beside_attention
 from .rollout.rotary import RowFrequencies
 from .rollout.sampler import scoring_mode
-from .rounding import COMPARED_TOKENS, LOW_PRECISION, Accepted, Exact, Rounding, score_in_pieces, ulp_of
+from .rounding import COMPARED_TOKENS, LOW_PRECISION, Accepted, Exact, Rounding, measure_rounding
 
 
 logger = logging.getLogger(__name__)
@@ -386,7 +386,7 @@ class SharedPromptScoring(OwnPositions):
             return False
         checkpointing: Any = self.args.gradient_checkpointing_kwargs
         asked, self._ask_values = self._ask_values, False
-        gaps, leak, plain, failure = torch.full((1,), torch.inf), torch.inf, torch.zeros(0), None
+        gaps, leak, failure = torch.full((1,), torch.inf), torch.inf, None
         try:
             with scoring_mode(model), disable_gradient_checkpointing(bare, checkpointing):
                 plain, _, _ = super()._get_per_token_logps_and_entropies(model, *few)
@@ -402,7 +402,7 @@ class SharedPromptScoring(OwnPositions):
             logger.warning("Rollouts are scored one by one: %s", _named(failure))
             return False
         if self._rounding is None:
-            self._rounding = self._measure_rounding(model, *few, plain)
+            self._rounding = self._measure_rounding(model, *few)
         return self._decide_packing(bare, gaps, leak, self._rounding)
 
     def _failed_anywhere(self, failure: Exception | None) -> bool:
@@ -440,9 +440,9 @@ class SharedPromptScoring(OwnPositions):
             )
         return self._packs
 
-    def _measure_rounding(self, model: Any, ids: Tensor, mask: Tensor, width: int, logps: Tensor) -> Accepted:
+    def _measure_rounding(self, model: Any, ids: Tensor, mask: Tensor, width: int) -> Accepted:
         """
-        Measure what rounding does to log-probs of the policy: a few rollouts are scored a second time, with the cache.
+        Measure what rounding does to log-probs of the policy, on a few rollouts of one group.
 
         Args:
             model (`PreTrainedModel` or `PeftModel`):
@@ -451,47 +451,30 @@ class SharedPromptScoring(OwnPositions):
                 Prompts and completions, padded on both sides, int64, and 1 for tokens, shape (B, P + `width`).
             width (`int`):
                 Padded length of the completions.
-            logps (`Tensor`):
-                Their log-probs as training computes them, nats, shape (B, `width`).
         """
-        dtype = compute_dtype(self.args, model)
-        if dtype not in LOW_PRECISION:
+        if compute_dtype(self.args, model) not in LOW_PRECISION:
             return Exact()
         rows = max(_groups(ids, mask[:, :-width]).values(), key=len)[:TRIAL_ROLLOUTS]
-        ids, mask, logps = ids[rows], mask[rows], logps[rows]
+        ids, mask = ids[rows], mask[rows]
         completions, scored = ids[:, -width:], mask[:, -width:].bool()
         longest = self.accelerator.gather(scored.sum(dim=1).max()[None]).max()  # the same passes in every process
-        length = min(int(longest), COMPARED_TOKENS)
+        length = max(1, min(int(longest), COMPARED_TOKENS))
         prompt = ids[0, :-width][mask[0, :-width].bool()].tolist()
-        padded = torch.nn.functional.pad(completions, (0, max(0, length - width)))[:, :length]
-        bare, size = self.accelerator.unwrap_model(model), 0.0
+        padding = (0, max(0, length - width))
+        completions, scored = (torch.nn.functional.pad(x, padding)[:, :length] for x in (completions, scored))
+        bare: Any = self.accelerator.unwrap_model(model)
         checkpointing: Any = self.args.gradient_checkpointing_kwargs
         with scoring_mode(bare), disable_gradient_checkpointing(bare, checkpointing):  # which would take the cache
-            second, failure = logps, None
+            found, failure = Rounding(0.0, (0.0, 0.0, 0.0)), None
+            growing = not layers_beside_attention(bare)
             try:
-                growing = not layers_beside_attention(bare)
-                second, size = score_in_pieces(
-                    bare, prompt, padded, self.temperature, self.accelerator.autocast, growing
+                found = measure_rounding(
+                    bare, prompt, completions, scored, self.temperature, self.accelerator.autocast, growing
                 )
             except _FAILURES as error:
-                failure = error
-            if self._failed_anywhere(failure):  # a model without such a cache
-                second = self._score_alone(model, ids, mask, width)
-                with self.accelerator.autocast():
-                    size = float(model(input_ids=ids, attention_mask=mask, use_cache=False).logits.abs().max())
-        length = min(length, width)
-        gaps = (second[:, :length] - logps[:, :length]).abs()[scored[:, :length]]
-        found = Rounding.of(gaps.cpu(), ulp_of(dtype, size))
+                failure = error  # the other processes wait for what this one found
+        if self._failed_anywhere(failure):
+            raise failure or RuntimeError("Another process failed in a pass over its first rollouts.")
         figures = torch.tensor([[found.mean, *found.quantiles]], device=self.accelerator.device)
         mean, *quantiles = self.accelerator.gather(figures).amax(dim=0).tolist()
         return Rounding(mean, tuple(quantiles))
-
-    def _score_alone(self, model: Any, ids: Tensor, mask: Tensor, width: int) -> Tensor:
-        """Log-probs of a few rollouts, each in a pass of its own without padding before it; shape (B, `width`)."""
-        found = []
-        for index in range(TRIAL_ROLLOUTS):  # the same number of passes in every process
-            row = index % len(ids)
-            kept = slice(int(mask[row].nonzero()[0, 0]), None)
-            one = ids[row : row + 1, kept], mask[row : row + 1, kept], width
-            found.append(super()._get_per_token_logps_and_entropies(model, *one)[0])
-        return torch.cat(found)[: len(ids)]

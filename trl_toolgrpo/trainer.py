@@ -202,17 +202,7 @@ class ToolGRPOTrainer(
         self, executor: ToolExecutor | None, force_policy: ForcePolicy | None, given_adapter: bool
     ) -> None:
         """Everything that TRL's constructor had to make the model for."""
-        check_optimizer(self.args)
-        check_policy_is_trained(self.model)
-        check_head(self.model)
-        check_optimizer_holds_policy(self.model, self.optimizer, self.lr_scheduler)
-        keep_trainable(self.model)
-        if self._recording and self.args.cast_lm_head_to_fp32:
-            cast_heads(self.model, self.temperature)
-            if self.ref_model is not None:
-                cast_heads(self.accelerator.unwrap_model(self.ref_model), self.temperature, ("log_probs",))
-        score_adapted_head(self.model)  # around the fused head that is in use, cast or not
-        self._prepare_reference(given_adapter)
+        self._prepare_policy(given_adapter)
         self._prepare_run_log()
         self._ratio = RatioStatistics()
         self._sampled_at = -1
@@ -248,6 +238,21 @@ class ToolGRPOTrainer(
         pad_id = self._tokenizer.pad_token_id
         self._engine = RolloutEngine(self.args, self.eos_token_ids, pad_id, chat, executor, force_policy)
         self._prepare_vllm()
+
+    def _prepare_policy(self, given_adapter: bool) -> None:
+        """Check and patch the policy, and make its reference."""
+        check_optimizer(self.args)
+        if self.args.beta > 0:  # without one, a policy that is evaluated alone may be frozen
+            check_policy_is_trained(self.model)
+        check_head(self.model)
+        check_optimizer_holds_policy(self.model, self.optimizer, self.lr_scheduler)
+        keep_trainable(self.model)
+        if self._recording and self.args.cast_lm_head_to_fp32:
+            cast_heads(self.model, self.temperature)
+            if self.ref_model is not None:
+                cast_heads(self.accelerator.unwrap_model(self.ref_model), self.temperature, ("log_probs",))
+        score_adapted_head(self.model)  # around the fused head that is in use, cast or not
+        self._prepare_reference(given_adapter)
 
     # Rollouts
 
@@ -375,7 +380,7 @@ class ToolGRPOTrainer(
         with scoring_mode(self.model), disable_gradient_checkpointing(self.model, checkpointing):
             width, size = output["completion_ids"].size(1), self.args.per_device_train_batch_size
             logps, _, _ = super()._get_per_token_logps_and_entropies(self.model, ids, mask, width, batch_size=size)
-        self._rounding = self._measure_rounding(self.model, ids, mask, width, logps)
+        self._rounding = self._measure_rounding(self.model, ids, mask, width)
         tolerance = self.args.logprob_check_tolerance
         accepted = self._rounding if tolerance is None else Exact(tolerance)
         check_logprobs(logps, batch.trajectories, accepted, self.args.rollout_backend, gather_object)
@@ -407,9 +412,9 @@ class ToolGRPOTrainer(
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """TRL's optimizer, once it is known to move the policy."""
         given = self.optimizer is not None
-        optimizer = super().create_optimizer(model)
         policy = self.model if model is None else model
         check_policy_is_trained(policy)
+        optimizer = super().create_optimizer(model)
         if not (given and model is not None):  # FSDP1 has replaced the parameters since
             check_optimizer_holds_policy(policy, optimizer)
         return optimizer

@@ -63,7 +63,7 @@ from pieces import join
 
 SIDES = ("trl_toolgrpo", "trl")
 SECONDS = 480.0
-DRY_SECONDS = 300.0  # it takes half a minute on two idle cores
+DRY_SECONDS = 900.0  # it takes about 80 of processor time, but others may be busy
 TAIL = 40  # lines of a traceback that are kept
 
 

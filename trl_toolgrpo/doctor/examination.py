@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checks import check_policy_is_trained
 from .chat_questions import check_chat, check_tools
 from .data_questions import check_data
 from .findings import FAULT, NOTE, OK, Finding
@@ -64,7 +65,7 @@ def examine(script: Path, arguments: Sequence[str]) -> Examination:
 def _ask(load: Callable[[], Any], arguments: Sequence[str]) -> Iterator[Finding]:
     yield check_versions()
     with _warnings() as said:
-        trainer, wrong = construct(lambda given: load()(given), arguments)
+        trainer, wrong = construct(lambda given: _trainable(load()(given)), arguments)
     yield from (Finding("construction", NOTE, words) for words in dict.fromkeys(said))
     if wrong is not None:
         yield check_hardware(Path.cwd())
@@ -86,6 +87,12 @@ def _ask(load: Callable[[], Any], arguments: Sequence[str]) -> Iterator[Finding]
         update, _ = _guarded(lambda: ([try_update(trainer, batch)], None), "update")
         yield from update
         yield check_memory(trainer)
+
+
+def _trainable(trainer: Any) -> Any:
+    """The trainer, whose policy has to be one that training would move."""
+    check_policy_is_trained(trainer.model)
+    return trainer
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from ..model_settings import model_setting
-from ..rounding import Accepted, Exact, Rounding, score_in_pieces, ulp_of
+from ..rounding import Accepted, Exact, Rounding, measure_rounding
 from .generate_sampler import GenerateSampler, without_generation_settings
 from .model_sampler import ModelSampler
 from .padding import differs, trial_rows
@@ -64,9 +64,10 @@ def layers_beside_attention(model: Any) -> list[str]:
     config = base.config.get_text_config()
     declared = {*(model_setting(config, "layer_types") or ()), *(model_setting(config, "layers_block_type") or ())}
     found = {str(kind) for kind in declared} - _ATTENTION - _WITHOUT_CONTEXT
-    if any(isinstance(module, nn.modules.conv._ConvNd) for module in base.modules()):
+    if not found and any(isinstance(module, nn.modules.conv._ConvNd) for module in base.modules()):
         found.add("convolution")
-    if any(isinstance(module, nn.RNNBase) for module in base.modules()) or getattr(base, "_is_stateful", False):
+    stateful = getattr(base, "_is_stateful", False) or any(isinstance(m, nn.RNNBase) for m in base.modules())
+    if not found and stateful:
         found.add("recurrent")
     return sorted(found)
 
@@ -138,7 +139,7 @@ def _trial(model: Any, tokens: list[int]) -> str | None:
             (torch.tensor([value for _, value in told]) - scores[[place - 1 for place, _ in told]]).abs()
             for told, scores in zip(recorded, plain, strict=True)
         ])  # fmt: skip
-        accepted: Accepted = Exact() if exact else _rounding(model, histories, plain)
+        accepted: Accepted = Exact() if exact else _rounding(model, histories)
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
         logger.debug("The trial of the default sampler failed.", exc_info=True)
         return f"the trial failed with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -156,14 +157,12 @@ def _plain_logprobs(model: Any, history: list[int]) -> Tensor:
     return scores[:-1].gather(-1, ids[0, 1:, None])[:, 0].cpu()
 
 
-def _rounding(model: Any, histories: list[list[int]], plain: list[Tensor]) -> Rounding:
+def _rounding(model: Any, histories: list[list[int]]) -> Rounding:
     """What rounding does in two correct passes over the same texts, one of them with the model's cache."""
-    gaps, size = [], 0.0
-    for history, scores in zip(histories, plain, strict=True):
-        rest = torch.tensor([history[1:]], device=next(model.parameters()).device)
+    device, found = next(model.parameters()).device, []
+    for history in histories:
+        rest = torch.tensor([history[1:]], device=device)
         with scoring_mode(model):
-            found, largest = score_in_pieces(model, history[:1], rest, 1.0, nullcontext)
-        gaps.append((found[0].cpu() - scores).abs())
-        size = max(size, largest)
-    coarsest = max((p.dtype for p in model.parameters() if p.is_floating_point()), key=lambda d: torch.finfo(d).eps)
-    return Rounding.of(torch.cat(gaps), ulp_of(coarsest, size))
+            found.append(measure_rounding(model, history[:1], rest, torch.ones_like(rest).bool(), 1.0, nullcontext))
+    means, quantiles = [part.mean for part in found], zip(*(part.quantiles for part in found), strict=True)
+    return Rounding(max(means), tuple(max(values) for values in quantiles))

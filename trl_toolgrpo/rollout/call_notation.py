@@ -5,7 +5,7 @@ A call ends where its arguments end and not at the first closing marker, which a
 
 import ast
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import regex
@@ -88,11 +88,12 @@ def as_plain_notation(field: ResponseTemplateField, body: str) -> str:
         return _RAW_ARGUMENT.sub(_as_call_list_value, body)
     if field.content == "xml-inline":
         tag = regex.compile(field.content_args["tag_pattern"], regex.DOTALL)
-        rest = tag.sub("", body).strip()
+        arguments = list(_arguments(tag, body, 0))
+        rest = body[arguments[-1].end() if arguments else 0 :].strip()
         if rest:
             raise ValueError(f"arguments are not written as the chat template writes them: {rest[:80]!r}")
         if not field.content_args.get("merge_duplicates"):
-            _unique([(argument["key"], None) for argument in tag.finditer(body)])
+            _unique([(argument["key"], None) for argument in arguments])
     return body
 
 
@@ -111,9 +112,7 @@ def _end_of_arguments(field: ResponseTemplateField, text: str, start: int) -> in
             return None
     if field.content == "xml-inline":
         argument = regex.compile(field.content_args["tag_pattern"], regex.DOTALL)
-        last = start
-        while (found := argument.match(text, _behind_space(text, last))) and found.end() > last:
-            last = found.end()
+        last = max((found.end() for found in _arguments(argument, text, start)), default=start)
         return None if _opens_another(field, text, start, last, argument) else last
     quoted = _quoted(field)
     if quoted is None or field.close_re is None:
@@ -121,6 +120,13 @@ def _end_of_arguments(field: ResponseTemplateField, text: str, start: int) -> in
     end = _first_outside(quoted, field.close_re, text, start)
     raw_list = field.content == "python-call-list" and _writes_texts_raw(field)
     return None if raw_list and end and _opens_another(field, text, start, end, _LIST_START) else end
+
+
+def _arguments(tag: Any, text: str, start: int) -> Iterator[Any]:
+    """Matches of the arguments that stand one behind the other from `start` on."""
+    while (found := tag.match(text, _behind_space(text, start))) and found.end() > start:
+        yield found
+        start = found.end()
 
 
 def _opens_another(field: ResponseTemplateField, text: str, start: int, end: int, beginning: Any) -> bool:

@@ -169,6 +169,21 @@ _LFM2: dict[str, Any] = _mended(
 # Texts between single quotes as they are, those that hold a quote included
 _LFM2_RAW = _mended(_LFM2, tool_calls={**_LFM2["fields"]["tool_calls"], "content_args": {"strings": "raw"}})
 
+# The prompt opens every thought, and closes those that are not wanted. A thought begins where the turn does: to look
+# ahead from every place takes minutes for a long turn. What the prompt closed, no `</think>` in a text opens again.
+_NEMOTRON = {
+    **_mended(
+        trl_templates.nemotron_3_template,
+        reasoning_content={
+            "open_pattern": r"\A(?=.*?</think>)",
+            "close_pattern": r"</think>\s*",
+            "content": "text",
+        },
+        tool_calls=_XML_CALLS,
+    ),
+    "start_anchor_pattern": r"<\|im_start\|>assistant\n<think>\n?",
+}
+
 
 _MISSING = {
     "deepseekv3": _DEEPSEEKV3,
@@ -177,7 +192,7 @@ _MISSING = {
 }
 _MENDED = (
     (trl_templates.qwen3_5_template, _mended(trl_templates.qwen3_5_template, tool_calls=_XML_CALLS)),
-    (trl_templates.nemotron_3_template, _mended(trl_templates.nemotron_3_template, tool_calls=_XML_CALLS)),
+    (trl_templates.nemotron_3_template, _NEMOTRON),
     (trl_templates.glm4moe_template, _mended(trl_templates.glm4moe_template, tool_calls=_GLM_CALLS)),
     (trl_templates.gptoss_template, _GPTOSS),
     (trl_templates.llama3_template, _LLAMA3),

@@ -384,7 +384,7 @@ class SharedPromptScoring(OwnPositions):
             return False
         checkpointing: Any = self.args.gradient_checkpointing_kwargs
         asked, self._ask_values = self._ask_values, False
-        gaps, leak, plain, failure = torch.full((1,), torch.inf), torch.inf, torch.zeros(0), None
+        gaps, leak, failure = torch.full((1,), torch.inf), torch.inf, None
         try:
             with scoring_mode(model), disable_gradient_checkpointing(bare, checkpointing):
                 plain, _, _ = super()._get_per_token_logps_and_entropies(model, *few)

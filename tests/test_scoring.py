@@ -1,6 +1,5 @@
 """Scoring with shared prompts: what is packed where, and that log-probs and gradients are those of TRL's own pass."""
 
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -122,9 +121,9 @@ def test_no_process_waits_for_one_that_has_failed(tmp_path, monkeypatch, before)
 
     monkeypatch.setattr(trainer.accelerator, "gather", gather_two)
     batch = batch_of([[1, 2, 3]] * 4, [[7, 8], [9], [7], [8]])
-    with pytest.raises(RuntimeError, match="Another process failed") if before else nullcontext():
-        assert trainer._try_packing(trainer.model, [batch], True) is False
-    assert [len(found.flatten()) for found in gathered] == [2, 1, 2][: before + 1]
+    assert trainer._try_packing(trainer.model, [batch], True) is bool(before)
+    # Failures, longest completion, failures of the pass with a cache, rounding, verdict
+    assert [len(found.flatten()) for found in gathered] == ([2, 1, 2, 4, 2] if before else [2])
 
 
 def llama(tokenizer):

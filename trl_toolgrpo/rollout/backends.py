@@ -5,8 +5,8 @@ of tokens that has to agree with the model's own forward pass. Fed by the traine
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,11 +23,13 @@ from .sampler import at_least_float32, scoring_mode
 
 logger = logging.getLogger(__name__)
 
+Autocast = Callable[[], AbstractContextManager]
+
 _ATTENTION = {"attention", "full_attention", "sliding_attention"}
 _WITHOUT_CONTEXT = {"dense", "mlp", "moe", "sparse"}
 
 
-def unsupported_reason(model: Any, token_ids: Sequence[int]) -> str | None:
+def unsupported_reason(model: Any, token_ids: Sequence[int], autocast: Autocast = nullcontext) -> str | None:
     """
     Why the default sampler cannot handle a model, or `None` if it can.
 
@@ -36,6 +38,8 @@ def unsupported_reason(model: Any, token_ids: Sequence[int]) -> str | None:
             The policy, unwrapped.
         token_ids (`Sequence[int]`):
             A few valid token ids for the trial.
+        autocast (`Callable`, *optional*):
+            Gives the autocast context the trainer scores under.
     """
     if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:
         return f"{model.active_peft_config.peft_type.value} puts learned tokens before the prompt"
@@ -49,7 +53,12 @@ def unsupported_reason(model: Any, token_ids: Sequence[int]) -> str | None:
     if others:
         return f"it has {', '.join(others)} layers"
     with _without_autocast(base):
-        return _trial(base, list(token_ids))
+        reason = _trial(base, list(token_ids))
+    with autocast():
+        low_precision = torch.is_autocast_enabled(next(base.parameters()).device.type)
+    if reason is None and low_precision:  # the same in the dtype of training, where other kernels run
+        reason = _trial(base, list(token_ids), autocast, low_precision)
+    return reason
 
 
 @contextmanager
@@ -126,17 +135,18 @@ def make_sampler(model: Any, supported: bool, **options: Any) -> ModelSampler | 
     return ModelSampler(model, **options) if supported else GenerateSampler(model, **options)
 
 
-def _trial(model: Any, tokens: list[int]) -> str | None:
+def _trial(model: Any, tokens: list[int], autocast: Autocast = nullcontext, low_precision: bool = False) -> str | None:
     """Sample a few tokens and compare their log-probs with the model's own forward pass over the same text."""
     prompts = [tokens[:5], tokens[:5], tokens[2:4]]
-    exact = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point())
+    wide = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point())
+    exact = wide and not low_precision
     more = 0 if exact else 30  # tokens enough for a mean, where rounding has to be told from a fault
     histories = [list(prompt) for prompt in prompts]
     recorded: list[list[tuple[int, float]]] = [[] for _ in prompts]
     turns = [0] * len(prompts)
     state = torch.get_rng_state()  # the trial must not shift the run's random numbers
     try:
-        with ModelSampler(model, stop_ids=(), pad_id=tokens[0]).open(prompts, 16 + more) as session:
+        with ModelSampler(model, stop_ids=(), pad_id=tokens[0], autocast=autocast).open(prompts, 16 + more) as session:
             for row in range(len(prompts)):
                 session.extend(row, [], 2 + row + more)
             while session.busy:
@@ -148,12 +158,12 @@ def _trial(model: Any, tokens: list[int]) -> str | None:
                     if turns[row] == 1:
                         histories[row] += tokens[: 2 + row]
                         session.extend(row, tokens[: 2 + row], 2)
-        plain = [_plain_logprobs(model, history) for history in histories]
+        plain = [_plain_logprobs(model, history, autocast) for history in histories]
         gaps = torch.cat([
             (torch.tensor([value for _, value in told]) - scores[[place - 1 for place, _ in told]]).abs()
             for told, scores in zip(recorded, plain, strict=True)
         ])  # fmt: skip
-        accepted: Accepted = Exact() if exact else _rounding(model, histories)
+        accepted: Accepted = Exact() if exact else _rounding(model, histories, autocast)
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
         logger.debug("The trial of the default sampler failed.", exc_info=True)
         return f"the trial failed with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -163,20 +173,20 @@ def _trial(model: Any, tokens: list[int]) -> str | None:
     return None if excess is None else f"its log-probs in the trial are not those of a plain pass: {excess}"
 
 
-def _plain_logprobs(model: Any, history: list[int]) -> Tensor:
+def _plain_logprobs(model: Any, history: list[int], autocast: Autocast) -> Tensor:
     """Log-probs of all tokens but the first, by one pass without a cache, nats, shape (T - 1,)."""
-    with scoring_mode(model):
+    with scoring_mode(model), autocast():
         ids = torch.tensor([history], device=next(model.parameters()).device)
         scores = torch.log_softmax(at_least_float32(model(input_ids=ids, use_cache=False).logits[0]), dim=-1)
     return scores[:-1].gather(-1, ids[0, 1:, None])[:, 0].cpu()
 
 
-def _rounding(model: Any, histories: list[list[int]]) -> Rounding:
+def _rounding(model: Any, histories: list[list[int]], autocast: Autocast) -> Rounding:
     """What rounding does in two correct passes over the same texts, one of them with the model's cache."""
     device, found = next(model.parameters()).device, []
     for history in histories:
         rest = torch.tensor([history[1:]], device=device)
         with scoring_mode(model):
-            found.append(measure_rounding(model, history[:1], rest, torch.ones_like(rest).bool(), 1.0, nullcontext))
+            found.append(measure_rounding(model, history[:1], rest, torch.ones_like(rest).bool(), 1.0, autocast))
     means, quantiles = [part.mean for part in found], zip(*(part.quantiles for part in found), strict=True)
     return Rounding(max(means), tuple(max(values) for values in quantiles))

@@ -8,7 +8,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -279,7 +279,7 @@ class RolloutEngine:
             )
         parts = [(0, len(requests))]  # vLLM has a cache of its own
         if self.vllm is None:
-            parts = parts_that_fit(self.args, policy, prompts, shares=self._is_supported(policy))
+            parts = parts_that_fit(self.args, policy, prompts, shares=self._is_supported(policy, autocast))
         longest = self.limits.max_sequence_length
         for start, stop, limit in self._same_frequencies(policy, prompts, parts):
             self.limits.max_sequence_length = min(longest, limit)
@@ -317,7 +317,7 @@ class RolloutEngine:
         else:
             sampler = make_sampler(
                 policy,
-                self._is_supported(policy),
+                self._is_supported(policy, autocast),
                 stop_ids=self.stop_ids,
                 pad_id=self.pad_id,
                 temperature=self.args.temperature,
@@ -369,10 +369,10 @@ class RolloutEngine:
         level, rate = self.args.force_level, self.args.force_rate
         return Forcing(self._prefixes, rate, level, seed, self._force_policy, self._constraints, noise)
 
-    def _is_supported(self, policy: Any) -> bool:
+    def _is_supported(self, policy: Any, autocast: Callable[[], AbstractContextManager] = nullcontext) -> bool:
         if self._supported is None:
             size = policy.get_input_embeddings().weight.shape[0]
-            reason = unsupported_reason(policy, [(index * 7 + 3) % size for index in range(8)])
+            reason = unsupported_reason(policy, [(index * 7 + 3) % size for index in range(8)], autocast)
             self._supported = reason is None
             if reason is not None:
                 logger.warning("Sampling falls back to `model.generate` for this model: %s.", reason)

@@ -264,14 +264,15 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tenso
             bias = bias.expand(query.shape[0], 1, query.shape[2], key.shape[2])
         out, lse = _CPU_KERNEL(query, key, value, 0.0, False, attn_mask=bias, scale=scale)
         return out, lse[..., None].to(wide)
-    # Products of low-precision inputs are accumulated and kept in float32
-    scores = torch.matmul(query.to(wide) * scale, key.to(wide).transpose(-1, -2))
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if bias is not None:
-        scores = scores + bias
-    lse = torch.logsumexp(scores, dim=-1, keepdim=True)
-    out = torch.matmul(torch.exp(scores - lse).to(value.dtype), value)
+    # Products of low-precision inputs are accumulated and kept in float32, which autocast would round
+    with torch.autocast(query.device.type, enabled=False):
+        scores = torch.matmul(query.to(wide) * scale, key.to(wide).transpose(-1, -2))
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        if bias is not None:
+            scores = scores + bias
+        lse = torch.logsumexp(scores, dim=-1, keepdim=True)
+        out = torch.matmul(torch.exp(scores - lse).to(value.dtype), value)
     return out, lse
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import chat_tokenizer, config, prompts, tiny_model
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from transformers import TrainerCallback
 
 from trl_toolgrpo import ConfigError, ToolGRPOTrainer
@@ -208,6 +208,15 @@ def test_a_schedule_of_another_optimizer_is_refused(tmp_path):
     start(tmp_path, model, optimizers=(mine, torch.optim.lr_scheduler.ConstantLR(mine)))
 
 
+def test_a_schedule_that_knows_no_value_head_is_refused(tmp_path):
+    model = tiny_model(TOKENIZER)
+    optimizer = adam(model.parameters())
+    given = optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    for estimator in ("gae", "group_gae"):
+        with pytest.raises(ConfigError, match=f"'{estimator}'.*made before the value head.*lr_scheduler_type"):
+            start(tmp_path, model, optimizers=given, advantage_estimator=estimator)
+
+
 def test_scoring_the_reference_leaves_frozen_factors_frozen(tmp_path):
     """Switching adapters makes PEFT require gradients of every factor, of those that were frozen on purpose, too."""
     for given in (False, True):
@@ -285,6 +294,44 @@ def test_no_alarm_where_nothing_is_to_move_or_all_is_well(tmp_path, rewards, cha
         assert moved and all(value > 0 for value in moved)
     if changes.get("learning_rate") == 0 or (rewards is nothing and not changes):
         assert moved == []
+
+
+@pytest.mark.parametrize(
+    ("rate", "warmup", "given", "estimator", "warned"),
+    [
+        (0.0, 0, False, "group", True),
+        (0.0, 0, True, "group", True),
+        (0.0, 0, False, "gae", True),
+        (0.0, 0, True, "gae", True),
+        (0.01, 0, False, "gae", False),
+        (0.01, 2, False, "gae", False),
+        (0.01, 2, True, "group", False),
+    ],
+)
+def test_a_learning_rate_of_0_is_pointed_out(tmp_path, caplog, rate, warmup, given, estimator, warned):
+    model = get_peft_model(tiny_model(TOKENIZER), lora())
+    optimizers: tuple = (None, None)
+    if given:
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
+        rising = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / max(warmup, 1)))
+        optimizers = optimizer, rising if warmup else None
+    changes = {"learning_rate": rate, "warmup_steps": warmup, "advantage_estimator": estimator, "max_steps": 1}
+    with caplog.at_level(logging.WARNING):
+        start(tmp_path, model, optimizers=optimizers, **changes).train()
+    assert caplog.text.count("learning rate of the policy is 0") == warned
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig])
+def test_an_adapter_of_learned_tokens_is_refused_where_rollouts_are_recorded(tmp_path, kind):
+    """What `model.generate` makes of one is not what a forward pass does."""
+    adapter = kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ConfigError, match=f"of type {adapter.peft_type.value}, .* before the prompt.*LoraConfig"):
+        start(tmp_path, peft_config=adapter)
+    if kind is PromptTuningConfig:  # which TRL's own rollouts take
+        trainer = start(tmp_path, peft_config=adapter, record_sample_logprobs=False, max_steps=2)
+        before = trainer.model.prompt_encoder.default.embedding.weight.detach().clone()
+        trainer.train()
+        assert not torch.equal(before, trainer.model.prompt_encoder.default.embedding.weight)
 
 
 def test_steps_that_the_scaler_skips_are_no_fault(tmp_path, monkeypatch):

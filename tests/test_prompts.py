@@ -309,6 +309,34 @@ def test_nulls_are_dropped_at_any_depth_and_kept_where_the_schema_allows_them(tm
     assert row["prompt"][1]["tool_calls"][0]["function"]["arguments"] is arguments and "other" in arguments
 
 
+def test_integers_that_datasets_makes_floats_are_shown_as_integers(tmp_path):
+    point = {"type": "object", "properties": {"x": {"type": "integer"}, "y": {"type": "number"}}}
+    properties = {
+        "a": {"type": "integer"},
+        "b": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+        "c": {"type": "number"},
+        "p": {"type": "array", "items": point},
+        "free": {},
+    }
+    tool = Tool("draw", "Draws.", {"type": "object", "properties": properties}, print)
+    other = Tool("weigh", "Weighs.", {"type": "object", "properties": {"a": {"type": "number"}}}, print)
+
+    def conversation(name, **arguments):
+        call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": None}]}
+        call["tool_calls"][0]["function"] = {"name": name, "arguments": arguments}
+        return {"prompt": [CLEAN[1], call, {"role": "tool", "name": name, "content": "ok"}]}
+
+    given = {"a": 1, "b": 2, "c": 3, "p": [{"x": 4, "y": 5}], "free": 6}
+    halves = {"a": 0.5, "b": 0.5, "c": 0.5, "p": [{"x": 0.5, "y": 0.5}], "free": 0.5}
+    rows = [conversation("draw", **given), conversation("weigh", **halves)] * 2
+    trainer = make_trainer(tmp_path, rows, tools=[tool, other])
+    prompt = trainer.train_dataset[0]["prompt"]
+    assert prompt[1]["tool_calls"][0]["function"]["arguments"]["a"] == 1.0
+    shown = '{"a": 1, "b": 2, "c": 3.0, "p": [{"x": 4, "y": 5.0}], "free": 6.0}'
+    assert f'"arguments": {shown}' in read_by_policy(trainer, prompt)
+    assert '"arguments": {"a": 0.5, ' in read_by_policy(trainer, trainer.train_dataset[1]["prompt"])
+
+
 @pytest.mark.parametrize("text", ["{'person': 'Ada'}", "[1]", '"text"', "person=Ada"])
 def test_arguments_that_are_no_object_are_refused_by_row(tmp_path, text):
     rows = [{"prompt": CLEAN[:2]}, {"prompt": called(arguments=text)}]

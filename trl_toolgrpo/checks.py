@@ -320,6 +320,27 @@ def check_head(model: Any) -> None:
         )
 
 
+def check_adapter_is_recorded(model: Any) -> None:
+    """
+    Check that what `model.generate` samples from a policy is what its forward pass says.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The policy.
+
+    Raises:
+        ConfigError: for an adapter of learned tokens before the prompt (prompt tuning, p-tuning, prefix tuning).
+    """
+    learned = [config for config in getattr(model, "peft_config", {}).values() if config.is_prompt_learning]
+    if learned:
+        kind = getattr(learned[0].peft_type, "value", learned[0].peft_type)
+        raise ConfigError(
+            f"You passed an adapter of type {kind}, which puts learned tokens before the prompt. With those, "
+            f"`model.generate` gives tokens other log-probs than a forward pass does, so that every ratio would be "
+            f"wrong. Use another adapter, such as `LoraConfig`."
+        )
+
+
 def check_optimizer_holds_policy(model: Any, optimizer: Any, scheduler: Any = None) -> None:
     """
     Check that an optimizer moves the policy; one that leaves a part of it as it is on purpose is logged.
@@ -369,6 +390,25 @@ def check_optimizer_holds_policy(model: Any, optimizer: Any, scheduler: Any = No
         len(trained),
         some,
     )
+
+
+def warn_of_no_learning_rate(model: Any, optimizer: Any) -> None:
+    """
+    Log that a policy is not trained, where the learning rate of all its parameters is 0; one that rises from 0 is not.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The policy.
+        optimizer (`torch.optim.Optimizer`):
+            The optimizer, before its first step.
+    """
+    trained = {id(parameter) for parameter in policy_parameters(model).values()}
+    groups = [g for g in getattr(optimizer, "param_groups", None) or () if trained & {id(p) for p in g["params"]}]
+    if groups and not any(group.get("initial_lr", group["lr"]) for group in groups):
+        logger.warning(
+            "The learning rate of the policy is 0: rollouts are made and scored, and no weight of it is changed. Set "
+            "`learning_rate`, or the `lr` of the optimizer you passed, if it is to be trained."
+        )
 
 
 def _held_parameters(optimizer: Any) -> set[int] | None:

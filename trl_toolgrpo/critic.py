@@ -74,6 +74,12 @@ class Critic(GRPOTrainer):
                 f"parameters within the backward pass, so that the policy cannot be left as it is while the critic "
                 f"learns. Set `value_warmup_steps=0`, or train with FSDP2 or DDP."
             )
+        if self.lr_scheduler is not None:
+            raise ConfigError(
+                f"You passed a learning-rate scheduler with `advantage_estimator={self.args.advantage_estimator!r}`. "
+                f"It was made before the value head, which is a group of its own in the optimizer, and knows no rate "
+                f"for it. Pass `optimizers=(optimizer, None)` and set `lr_scheduler_type` and `warmup_steps`."
+            )
         weight = self.model.get_input_embeddings().weight
         head = ValueHead(self.model.config.get_text_config().hidden_size, detach=self.args.value_detach)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32

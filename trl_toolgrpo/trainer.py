@@ -23,6 +23,7 @@ from trl.trainer.utils import get_config_model_id
 from .assist import AssistedWarmup
 from .batch_position import micro_batches_of
 from .checks import (
+    check_adapter_is_recorded,
     check_best_metric,
     check_dataset,
     check_forcing,
@@ -34,6 +35,7 @@ from .checks import (
     named_datasets,
     refuse_unrecorded,
     warn_of_dropout,
+    warn_of_no_learning_rate,
 )
 from .config import ToolGRPOConfig, defaults
 from .config_checks import idle_fields
@@ -227,6 +229,7 @@ class ToolGRPOTrainer(
             print(line, flush=True)
         check_gathering(self)
         check_cache(self.args, self.model)
+        check_adapter_is_recorded(self.model)
         check_scoring(self)
         warn_of_dropout(self.model)
         self._prepare_critic()
@@ -417,6 +420,7 @@ class ToolGRPOTrainer(
         optimizer = super().create_optimizer(model)
         if not (given and model is not None):  # FSDP1 has replaced the parameters since
             check_optimizer_holds_policy(policy, optimizer)
+        warn_of_no_learning_rate(policy, optimizer)
         return optimizer
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:

@@ -1,8 +1,8 @@
 """Messages of a data set as chat templates read them.
 
-`datasets` gives the structs of a column one set of keys, and fills those that a row has not with nulls; OpenAI's
-messages have arguments as JSON text and results without a name. Both say plainly what they mean, and few templates
-read them.
+`datasets` gives the structs of a column one set of keys, fills those that a row has not with nulls, and makes floats
+of integers where another row has a float under the same key; OpenAI's messages have arguments as JSON text and results
+without a name. All of them say plainly what they mean, and few templates read them.
 """
 
 import json
@@ -40,7 +40,8 @@ class PromptMessages:
         Return a prompt whose messages mean the same and can be rendered.
 
         Nulls are dropped, with their keys: of a message, a call or a part of a content always, of the arguments of a
-        call where the tool's schema does not know the key or allows no null. A missing content becomes `""`.
+        call where the tool's schema does not know the key or allows no null. Whole numbers become integers where the
+        schema takes no others. A missing content becomes `""`.
         Arguments become an object, or JSON text where the template takes that. A call without `function` gets one, and
         a result without a name that of the call it answers.
 
@@ -125,28 +126,30 @@ class PromptMessages:
                 f"{type(arguments).__name__}. Write an object, {{'argument': value}}, or its JSON text"
             )
         tool = tools.get(name) if isinstance(name, str) else None
-        if tool is None or not _holds_null(arguments):
+        if tool is None or not (_holds(arguments, type(None)) or _holds(arguments, float)):
             return arguments
         schema = plain_form(tool.schema["function"]["parameters"])
         return {
-            key: self._without_nulls(inner, expected, tool, f"{tool.name}.{key}")
+            key: self._as_in_the_row(inner, expected, tool, f"{tool.name}.{key}")
             for key, inner, expected in _expected(arguments, schema)
             if inner is not None or allows_null(expected, tool)
         }
 
-    def _without_nulls(self, value: Any, schema: Any, tool: Tool, place: str) -> Any:
-        """A value within arguments, without the nulls that its schema does not allow."""
+    def _as_in_the_row(self, value: Any, schema: Any, tool: Tool, place: str) -> Any:
+        """A value within arguments, without the nulls that its schema does not allow, and integers as such."""
         if isinstance(value, list):
             items = schema.get("items") if isinstance(schema, dict) else None
-            return [self._without_nulls(inner, items, tool, place) for inner in value]
+            return [self._as_in_the_row(inner, items, tool, place) for inner in value]
+        if isinstance(value, float) and value.is_integer() and _takes_integers_alone(schema):
+            return int(value)
         if not isinstance(value, dict):
             return value
         if not _says_its_keys(schema):
-            if _holds_null(value):
+            if _holds(value, type(None)):
                 self.doubtful.add(place)
             return value
         return {
-            key: self._without_nulls(inner, expected, tool, f"{place}.{key}")
+            key: self._as_in_the_row(inner, expected, tool, f"{place}.{key}")
             for key, inner, expected in _expected(value, schema)
             if inner is not None or allows_null(expected, tool)
         }
@@ -155,10 +158,18 @@ class PromptMessages:
 _PLAIN = frozenset({"role", "content"})
 
 
-def _holds_null(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_holds_null, value.values()))
-    return any(map(_holds_null, value)) if isinstance(value, list) else value is None
+def _holds(value: Any, kind: type) -> bool:
+    """Whether a value of a type is among nested dicts and lists."""
+    if isinstance(value, dict | list):
+        return any(_holds(inner, kind) for inner in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, kind)
+
+
+def _takes_integers_alone(schema: Any) -> bool:
+    """Whether the only numbers that a schema takes are integers."""
+    kinds = schema.get("type") if isinstance(schema, dict) else None
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    return "integer" in kinds and "number" not in kinds
 
 
 def _says_its_keys(schema: Any) -> bool:

@@ -8,6 +8,7 @@ import torch
 from conftest import add, chat_tokenizer, config, prompts, tiny_model
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
+from trl import GRPOTrainer
 
 from trl_toolgrpo import LogprobMismatchError, ToolGRPOTrainer
 from trl_toolgrpo.health import RunFacts
@@ -106,6 +107,31 @@ def test_a_resumed_run_is_the_run(tmp_path, dtype, lora):
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     for (name, one), other in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scoring_is_trls(tmp_path, family, dtype):
+    """Rows by themselves to the bit, log-probs, entropies and gradients; packed behind a prompt up to rounding."""
+    found = {}
+    for packs in (False, True):
+        trainer = trainer_of(tmp_path, family, dtype, lora=False, shared_prompt_updates=packs)
+        draw = torch.Generator().manual_seed(5)
+        prompt, rows = torch.randint(1, 200, (1, 40), generator=draw), torch.randint(1, 200, (4, 12), generator=draw)
+        ids = torch.cat([prompt.expand(4, -1), rows], dim=1)
+        for kind in (GRPOTrainer, ToolGRPOTrainer):
+            score = kind._get_per_token_logps_and_entropies
+            trainer.model.zero_grad()
+            batch = ids, torch.ones_like(ids), 12
+            logps, entropies, _ = score(trainer, trainer.model, *batch, compute_entropy=True)
+            (logps.sum() + entropies.sum()).backward()
+            grads = torch.cat([p.grad.flatten().double() for p in trainer.model.parameters()])
+            found[packs, kind] = logps.detach(), entropies.detach(), grads
+        assert bool(trainer._packs) is packs
+    trls, ours, packed = found[False, GRPOTrainer], found[False, ToolGRPOTrainer], found[True, ToolGRPOTrainer]
+    assert all(torch.equal(one, other) for one, other in zip(trls, ours, strict=True))
+    rounding = 1e-5 if dtype == "float32" else 0.05
+    assert (packed[2] - trls[2]).norm() <= rounding * trls[2].norm()
 
 
 def run_with(fault, trainer, monkeypatch):

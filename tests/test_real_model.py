@@ -31,7 +31,6 @@ DTYPES = {
     "float32": {"bf16": False},
     "autocast": {},  # TRL's default: bfloat16 autocast over float32 weights
     "bfloat16": {"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}},
-    "float16": {"bf16": False, "model_init_kwargs": {"dtype": "float16"}},
 }
 
 

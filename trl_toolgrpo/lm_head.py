@@ -82,7 +82,7 @@ def held_head(model: Any) -> Iterator[None]:
             The model, its head cast or not. Its weights must not change while this is open.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = base.get_output_embeddings()
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     found = [module.__dict__.get("forward") for module in head.modules()] if isinstance(head, nn.Module) else []
     products = [product for product in found if isinstance(product, _Float32Product)]
     for product in products:

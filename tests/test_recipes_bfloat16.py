@@ -21,7 +21,7 @@ def launch(folder, config, *flags):
     given = {"output_dir": folder / "run", "max_steps": 3, "use_cpu": True, "bf16": True, "held_out_size": 4}
     given |= dict(flags)
     flags = [text for name, value in given.items() for text in (f"--{name}", str(value).lower())]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *flags], cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr

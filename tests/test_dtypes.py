@@ -14,6 +14,7 @@ from trl_toolgrpo import LogprobMismatchError, ToolGRPOTrainer
 from trl_toolgrpo.health import RunFacts
 from trl_toolgrpo.health_updates import UPDATE_RULES
 from trl_toolgrpo.rollout.model_sampler import ModelSession
+from trl_toolgrpo.rounding import Rounding
 
 
 DTYPES = {
@@ -173,6 +174,14 @@ def test_planted_faults_are_caught_in_every_dtype(tmp_path, monkeypatch, family,
     run_with(fault, trainer, monkeypatch)
     with pytest.raises(LogprobMismatchError):
         trainer.train()
+
+
+def test_rounding_that_has_grown_is_measured_anew(tmp_path):
+    trainer = trainer_of(tmp_path, "qwen3", "autocast", max_steps=2)
+    small = Rounding(1e-9, (1e-9, 1e-9, 1e-9))
+    trainer._rounding = small  # as if of a policy whose logits were small
+    trainer.train()
+    assert trainer.state.global_step == 2 and trainer._rounding.mean > small.mean
 
 
 RULES = {rule.name: rule for rule in UPDATE_RULES}

@@ -105,6 +105,7 @@ def test_twenty_steps_at_trls_defaults_end_without_an_error_a_fallback_or_an_ala
             folder, tmp_path / str(head), max_steps=steps, cast_lm_head_to_fp32=head, advantage_estimator="gae",
             beta=0.02, sync_ref_model=True, ref_model_sync_steps=6, ref_model_mixup_alpha=1.0,
             force_rate=1.0, force_level="schema", assist_warmup_steps=2, logprob_check="always",
+            gradient_accumulation_steps=1, max_completion_length=32,
         )  # fmt: skip
         trainer.train()
         assert trainer.state.global_step == steps

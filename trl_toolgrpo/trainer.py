@@ -51,6 +51,7 @@ from .diagnostics import (
     rollout_counts,
     rollout_metrics,
 )
+from .errors import LogprobMismatchError
 from .grouping import GroupedUpdates
 from .hub import HubPush
 from .lm_head import adapted_head, cast_heads, score_adapted_head, without_trls_cast
@@ -383,10 +384,17 @@ class ToolGRPOTrainer(
         with scoring_mode(self.model), disable_gradient_checkpointing(self.model, checkpointing):
             width, size = output["completion_ids"].size(1), self.args.per_device_train_batch_size
             logps, _, _ = super()._get_per_token_logps_and_entropies(self.model, ids, mask, width, batch_size=size)
-        self._rounding = self._measure_rounding(self.model, ids, mask, width)
-        tolerance = self.args.logprob_check_tolerance
+        known, tolerance = self._rounding, self.args.logprob_check_tolerance
+        self._rounding = known or self._measure_rounding(self.model, ids, mask, width)
         accepted = self._rounding if tolerance is None else Exact(tolerance)
-        check_logprobs(logps, batch.trajectories, accepted, self.args.rollout_backend, gather_object)
+        try:
+            check_logprobs(logps, batch.trajectories, accepted, self.args.rollout_backend, gather_object)
+        except LogprobMismatchError:
+            if known is None or tolerance is not None or isinstance(known, Exact):
+                raise
+            # The policy has moved since its rounding was measured; what this batch shows decides
+            self._rounding = self._measure_rounding(self.model, ids, mask, width)
+            check_logprobs(logps, batch.trajectories, self._rounding, self.args.rollout_backend, gather_object)
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any

@@ -113,7 +113,7 @@ def test_a_resumed_run_is_the_run(tmp_path, dtype, lora):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scoring_is_trls(tmp_path, family, dtype):
-    """Rows by themselves to the bit, log-probs, entropies and gradients; packed behind a prompt up to rounding."""
+    """Rows by themselves to the bit, log-probs, entropies and gradients; packed after a prompt up to rounding."""
     found = {}
     for packs in (False, True):
         trainer = trainer_of(tmp_path, family, dtype, lora=False, shared_prompt_updates=packs)

@@ -218,6 +218,14 @@ def test_a_quantized_head_is_refused_by_name():
         cast_heads(model, 1.0)
 
 
+def test_a_head_in_float64_stays_as_it_is():
+    model, _ = build("tied", chat_tokenizer(), torch.float64)
+    ids = torch.arange(3, 12)[None]
+    before = model(input_ids=ids).logits
+    cast_heads(model, 1.0)
+    assert torch.equal(model(input_ids=ids).logits, before) and model.lm_head.weight.dtype == torch.float64
+
+
 def test_vllm_is_refused_by_name(tmp_path):
     with pytest.raises(ConfigError, match="cast_lm_head_to_fp32=True` with vLLM"):
         config(tmp_path, cast_lm_head_to_fp32=True, use_vllm=True)

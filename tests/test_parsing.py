@@ -137,7 +137,7 @@ PIECES = [
 CHARACTERS = st.characters(codec="utf-8")
 FREE_TEXT = st.lists(st.one_of(st.sampled_from(PIECES), st.text(CHARACTERS, max_size=3)), max_size=7).map("".join)
 
-# Where a notation escapes nothing, a text that holds the markup behind it cannot be told from that markup
+# Where a notation escapes nothing, a text that holds the markup after it cannot be told from that markup
 AMBIGUOUS = {
     r"qwen3_(5|6|8)|nemotron": r"</parameter>\s*(<parameter=|(</function>\s*)?</tool_call>)"
     r"|<tool_call>\s*<function=[^\n>]+>\s*<parameter=",
@@ -411,19 +411,19 @@ MISWRITTEN = [
 ]
 
 
-@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("followed", [False, True])
 @pytest.mark.parametrize(("name", "text", "called"), MISWRITTEN)
-def test_call_in_another_form_than_the_templates_is_malformed(name, text, called, behind):
-    """It is not run with the tool's defaults, not taken for text, and the call behind it is read."""
+def test_call_in_another_form_than_the_templates_is_malformed(name, text, called, followed):
+    """It is not run with the tool's defaults, not taken for text, and the call after it is read."""
     fam = family(name)
     good, prompt = fam.turn([("note", {"text": "good"})])
     start = re.match(r"\s*(<think>)?\s*(</think>)?\s*", fam.decode(good)).group()
-    behind = behind and name not in ONE_CALL and text.rstrip().endswith(("_call>", "call|>", "_end|>"))
-    after = fam.decode(good)[len(start) :] if behind else fam.end_of_turn
+    followed = followed and name not in ONE_CALL and text.rstrip().endswith(("_call>", "call|>", "_end|>"))
+    after = fam.decode(good)[len(start) :] if followed else fam.end_of_turn
     turn = fam.chat.parse(fam.encode(start + text + after), prompt, [NOTE], 0)
-    assert len(turn.calls) == 1 + behind and turn.calls[0].error and turn.calls[0].name == called
+    assert len(turn.calls) == 1 + followed and turn.calls[0].error and turn.calls[0].name == called
     assert len(turn.calls[0].error) < 1000
-    if behind:
+    if followed:
         assert (turn.calls[1].arguments, turn.calls[1].error) == ({"text": "good"}, None)
 
 

@@ -315,6 +315,7 @@ def test_integers_that_datasets_makes_floats_are_shown_as_integers(tmp_path):
         "a": {"type": "integer"},
         "b": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
         "c": {"type": "number"},
+        "d": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
         "p": {"type": "array", "items": point},
         "free": {},
     }
@@ -326,13 +327,13 @@ def test_integers_that_datasets_makes_floats_are_shown_as_integers(tmp_path):
         call["tool_calls"][0]["function"] = {"name": name, "arguments": arguments}
         return {"prompt": [CLEAN[1], call, {"role": "tool", "name": name, "content": "ok"}]}
 
-    given = {"a": 1, "b": 2, "c": 3, "p": [{"x": 4, "y": 5}], "free": 6}
-    halves = {"a": 0.5, "b": 0.5, "c": 0.5, "p": [{"x": 0.5, "y": 0.5}], "free": 0.5}
+    given = {"a": 1, "b": 2, "c": 3, "d": 7, "p": [{"x": 4, "y": 5}], "free": 6}
+    halves = {"a": 0.5, "b": 0.5, "c": 0.5, "d": 0.5, "p": [{"x": 0.5, "y": 0.5}], "free": 0.5}
     rows = [conversation("draw", **given), conversation("weigh", **halves)] * 2
     trainer = make_trainer(tmp_path, rows, tools=[tool, other])
     prompt = trainer.train_dataset[0]["prompt"]
     assert prompt[1]["tool_calls"][0]["function"]["arguments"]["a"] == 1.0
-    shown = '{"a": 1, "b": 2, "c": 3.0, "p": [{"x": 4, "y": 5.0}], "free": 6.0}'
+    shown = '{"a": 1, "b": 2, "c": 3.0, "d": 7, "p": [{"x": 4, "y": 5.0}], "free": 6.0}'
     assert f'"arguments": {shown}' in read_by_policy(trainer, prompt)
     assert '"arguments": {"a": 0.5, ' in read_by_policy(trainer, trainer.train_dataset[1]["prompt"])
 

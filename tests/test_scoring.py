@@ -106,24 +106,23 @@ def test_a_pass_that_fails_is_decided_on_with_the_other_processes(tmp_path, monk
     assert "RuntimeError: no such mask" in caplog.text and "differ by" not in caplog.text
 
 
-@pytest.mark.parametrize("before", [0, 2])
-def test_no_process_waits_for_one_that_has_failed(tmp_path, monkeypatch, before):
-    """In the packed pass, after which nothing more is gathered, and in the one that measures rounding, after two."""
+@pytest.mark.parametrize("other_fails", [False, True])
+def test_no_process_waits_for_one_that_has_failed(tmp_path, monkeypatch, other_fails):
+    """Both gather alike: after a failure nothing more, else the longest completion, rounding and the verdict."""
     trainer = trainer_of(tmp_path, tiny_model(tokenizer := chat_tokenizer()), tokenizer, bf16=True)
     gathered, gather = [], trainer.accelerator.gather
 
     def gather_two(found):
         other = found.clone()
-        if len(gathered) == before:
-            other[0, 1] = 1.0  # the other process says that it failed here
+        if not gathered and other_fails:
+            other[0, 1] = 1.0
         gathered.append(found)
         return torch.cat([gather(found), other])
 
     monkeypatch.setattr(trainer.accelerator, "gather", gather_two)
     batch = batch_of([[1, 2, 3]] * 4, [[7, 8], [9], [7], [8]])
-    assert trainer._try_packing(trainer.model, [batch], True) is bool(before)
-    # Failures, longest completion, failures of the pass with a cache, rounding, verdict
-    assert [len(found.flatten()) for found in gathered] == ([2, 1, 2, 4, 2] if before else [2])
+    assert trainer._try_packing(trainer.model, [batch], True) is not other_fails
+    assert [len(found.flatten()) for found in gathered] == ([2] if other_fails else [2, 1, 4, 2])
 
 
 def llama(tokenizer):

@@ -407,7 +407,7 @@ def warn_of_no_learning_rate(model: Any, optimizer: Any) -> None:
     if groups and not any(group.get("initial_lr", group["lr"]) for group in groups):
         logger.warning(
             "The learning rate of the policy is 0: rollouts are made and scored, and no weight of it is changed. Set "
-            "`learning_rate`, or the `lr` of the optimizer you passed, if it is to be trained."
+            "`learning_rate`, or the `lr` of the optimizer you passed, to train it."
         )
 
 
@@ -679,7 +679,7 @@ def reference_mode(args: ToolGRPOConfig) -> str:
 
 def check_reference(args: ToolGRPOConfig, model: Any, peft_config: Any) -> None:
     """
-    Check that the reference of a run can be kept, and synced if it is to be, before TRL builds it.
+    Check that the reference of a run can be kept, and synced where that is asked for, before TRL builds it.
 
     Args:
         args ([`ToolGRPOConfig`]):

@@ -125,7 +125,7 @@ class _PolicyMotion(TrainerCallback):
         self._trainer = trainer
         self._before: dict[str, Tensor] = {}
         self._has_gradient = False
-        self._due = 0  # optimizer steps since the last look that are to have moved the policy
+        self._due = 0  # optimizer steps since the last look that should have moved the policy
 
     def _policy(self) -> dict[str, Any]:
         return policy_parameters(self._trainer.accelerator.unwrap_model(self._trainer.model))

@@ -44,7 +44,8 @@ def cast_heads(model: Any, temperature: float, outputs: tuple[str, ...] = ("log_
     """
     Have a model compute its logits in float32, outside autocast: a head that is tied or not, under an adapter or not.
 
-    A head that is trained in low precision becomes float32 itself, as with TRL; a frozen one is cast as it is used.
+    A head that is trained in low precision becomes float32 itself, as with TRL; a frozen one is cast as it is used,
+    and one in float64 stays as it is.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -59,8 +60,10 @@ def cast_heads(model: Any, temperature: float, outputs: tuple[str, ...] = ("log_
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     linears = _linears_of_head(base)
+    if all(linear.weight.dtype == torch.float64 for linear in linears):
+        return  # wider than what is asked for
     trained = [linear for linear in linears if linear.weight.requires_grad]
-    given = {linear.weight.dtype for linear in trained} - {torch.float32, torch.float64}
+    given = {linear.weight.dtype for linear in trained} - {torch.float32}
     for linear in trained:
         linear.float()
     for linear in linears:

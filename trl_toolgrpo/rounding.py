@@ -3,18 +3,19 @@
 In float32 two correct forward passes agree to about 1e-6, and a fixed bound tells a fault from rounding. In bfloat16
 one unit in the last place (ulp) of a logit between 16 and 32 is 0.125, so that two correct passes of a pretrained
 model differ by 0.03 nats on average and by 0.3 on single tokens. How much depends on the model, so it is measured: the
-model scores a few rollouts twice, at once and piece by piece with its cache, and what differs is rounding.
+model scores a few rollouts twice, the second time with the embeddings of its tokens rounded another way, so that every
+later rounding falls out anew. A second pass over the same embeddings would not do: other pieces, or a cache, often
+give the same numbers to the bit.
 """
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 
@@ -31,18 +32,11 @@ QUANTILES = (0.75, 0.9, 0.99)
 _LEAST_TOKENS = (64, 64, 400)
 """Tokens below which each quantile says too little to be compared."""
 
-_ULPS = 0.25, (0.4, 0.6, 1.2)
-"""Least mean and quantiles that are taken for rounding, in ulps at the size of the largest logit: those of a
-pretrained model, for two passes that happen to be rounded alike."""
-
-FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError)
-"""What a pass that does not suit a model raises."""
+_LEAST = 5e-4
+"""Least difference in nats that is taken for rounding: twice as much is what is accepted in float32."""
 
 COMPARED_TOKENS = 128
 """Most completion tokens of a rollout that are scored a second time."""
-
-_CACHES = ("past_key_values", "cache")
-"""What forward passes call their cache: most models, and Mamba."""
 
 
 class Accepted(Protocol):
@@ -107,23 +101,20 @@ class Rounding:
     quantiles: tuple[float, ...]
 
     @classmethod
-    def of(cls, gaps: Tensor, ulp: float) -> "Rounding":
+    def of(cls, gaps: Tensor) -> "Rounding":
         """
         Rounding as two correct passes show it.
 
         Args:
             gaps (`Tensor`):
                 Absolute differences of the two passes in nats, shape (N,).
-            ulp (`float`):
-                Unit in the last place of the largest logit, see [`ulp_of`].
         """
         gaps = gaps.double()
         finite = gaps[gaps.isfinite()]
-        mean = float(finite.mean()) if finite.numel() else 0.0
-        found = finite.quantile(finite.new_tensor(QUANTILES)).tolist() if finite.numel() else [0.0] * len(QUANTILES)
-        least_mean, least = _ULPS
-        quantiles = tuple(max(value, share * ulp) for value, share in zip(found, least, strict=True))
-        return cls(max(mean, least_mean * ulp), quantiles)
+        if finite.numel() == 0:
+            return cls(_LEAST, (_LEAST,) * len(QUANTILES))
+        found = finite.quantile(finite.new_tensor(QUANTILES)).tolist()
+        return cls(max(float(finite.mean()), _LEAST), tuple(max(value, _LEAST) for value in found))
 
     def excess(self, gaps: Tensor) -> str | None:
         """See [`Accepted.excess`]. The mean of a few tokens may be further off, by its standard error."""
@@ -144,11 +135,6 @@ class Rounding:
         return None
 
 
-def ulp_of(dtype: torch.dtype, size: float) -> float:
-    """Unit in the last place of a number of the given size in a dtype."""
-    return torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(size)) if 0 < size < math.inf else 0.0
-
-
 def measure_rounding(
     model: Any,
     prompt_ids: Sequence[int],
@@ -156,12 +142,10 @@ def measure_rounding(
     scored: Tensor,
     temperature: float,
     autocast: Callable[[], AbstractContextManager],
-    growing: bool = True,
-    failed: Callable[[Exception | None], bool] | None = None,
 ) -> Rounding:
     """
-    Measure what two correct passes of a model differ by: one over whole rollouts, without padding before them, and one
-    piece by piece with the model's cache. Neither is the trainer's or the sampler's own, which may be at fault.
+    Measure what two correct passes of a model differ by. Neither is the trainer's or the sampler's own, which may be
+    at fault: both are over whole rollouts, without a cache and without padding before them.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -176,112 +160,57 @@ def measure_rounding(
             What logits are divided by.
         autocast (`Callable`):
             Gives the autocast context of training.
-        growing (`bool`, *optional*, defaults to `True`):
-            As in [`score_in_pieces`].
-        failed (`Callable`, *optional*):
-            Says whether the pass with the cache has failed in any process, given what went wrong in this one.
     """
-    plain, largest = score_at_once(model, prompt_ids, completions, temperature, autocast)
-    failure: Exception | None = None
-    try:
-        other, _ = score_in_pieces(model, prompt_ids, completions, temperature, autocast, growing)
-    except FAILURES as error:
-        if should_reduce_batch_size(error) and failed is None:
-            raise
-        failure = error
-    if failure is not None if failed is None else failed(failure):
-        rows = completions.split(1)  # a model without such a cache: each row by itself
-        other = torch.cat([score_at_once(model, prompt_ids, row, temperature, autocast)[0] for row in rows])
-    coarsest = max((p.dtype for p in model.parameters() if p.is_floating_point()), key=lambda d: torch.finfo(d).eps)
+    device = completions.device
+    dtype = max((p.dtype for p in model.parameters() if p.is_floating_point()), key=lambda d: torch.finfo(d).eps)
     with autocast():
-        if torch.is_autocast_enabled(completions.device.type):
-            coarsest = torch.get_autocast_dtype(completions.device.type)
-    return Rounding.of((plain - other).abs()[scored].cpu(), ulp_of(coarsest, largest))
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+    plain = score(model, prompt_ids, completions, temperature, autocast)
+    with _rounded_anew(model, torch.finfo(dtype).eps):
+        other = score(model, prompt_ids, completions, temperature, autocast)
+    return Rounding.of((plain - other).abs()[scored].cpu())
 
 
-def score_at_once(
+@contextmanager
+def _rounded_anew(model: Any, eps: float) -> Iterator[None]:
+    """While open, what tokens are embedded as is off by up to half a unit in the last place, by the same draws."""
+    draws = torch.Generator().manual_seed(0)
+
+    def move(module: Any, args: Any, output: Tensor) -> Tensor:
+        shift = (2 * torch.rand(output.shape, generator=draws) - 1).to(output.device)
+        return (output * (1 + eps / 2 * shift)).to(output.dtype)
+
+    hook = model.get_input_embeddings().register_forward_hook(move)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def score(
     model: Any,
     prompt_ids: Sequence[int],
     completions: Tensor,
     temperature: float,
     autocast: Callable[[], AbstractContextManager],
-) -> tuple[Tensor, float]:
+) -> Tensor:
     """
-    Score completions of one prompt in one pass without a cache.
+    Score completions of one prompt in one plain pass.
 
     Args:
         model, prompt_ids, completions, temperature, autocast:
             As in [`measure_rounding`].
 
     Returns:
-        `tuple[Tensor, float]`: log-probs in nats, float32, shape (B, T), and the largest absolute logit.
+        `Tensor`: log-probs in nats, float32, shape (B, T).
     """
     width = completions.shape[1]
     prompt = torch.tensor([list(prompt_ids)] * len(completions), device=completions.device)
     ids = torch.cat([prompt, completions], dim=1)
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    takes = "logits_to_keep" in inspect.signature(bare.forward).parameters
     with autocast():
-        logits = model(input_ids=ids, use_cache=False, **_last_logits(model, width + 1)).logits
-    logits = logits[:, -width - 1 : -1].float()
-    scores = torch.log_softmax(logits / temperature, dim=-1)
-    return scores.gather(-1, completions[..., None])[..., 0], float(logits.abs().max())
-
-
-def _last_logits(model: Any, count: int) -> dict[str, int]:
-    """Options of a forward pass that gives the logits of the last positions alone, where the model takes them."""
-    takes = "logits_to_keep" in inspect.signature(_bare(model).forward).parameters
-    return {"logits_to_keep": count} if takes else {}
-
-
-def _bare(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def score_in_pieces(
-    model: Any,
-    prompt_ids: Sequence[int],
-    completions: Tensor,
-    temperature: float,
-    autocast: Callable[[], AbstractContextManager],
-    growing: bool = True,
-) -> tuple[Tensor, float]:
-    """
-    Score completions of one prompt as decoding does, with the model's cache: the prompt first, then pieces of 1, 2, 4,
-    ... tokens, or single ones.
-
-    Args:
-        model, prompt_ids, completions, temperature, autocast:
-            As in [`measure_rounding`].
-        growing (`bool`, *optional*, defaults to `True`):
-            Whether pieces grow. A state-space or linear-attention layer may go on from its state by one token alone,
-            and say something else of a longer piece.
-
-    Returns:
-        `tuple[Tensor, float]`: log-probs in nats, float32, shape (B, T), and the largest absolute logit.
-
-    Raises:
-        TypeError: if the model keeps no cache.
-    """
-    rows, width = completions.shape
-    prompt = torch.tensor([list(prompt_ids)] * rows, device=completions.device)
-    pieces, start, size = [prompt], 0, 1
-    while start < width - 1:
-        pieces.append(completions[:, start : min(start + size, width - 1)])
-        start, size = start + size, 2 * size if growing else 1
-    last_alone = _last_logits(model, 1)
-    parameters = inspect.signature(_bare(model).forward).parameters
-    kept = next((name for name in _CACHES if name in parameters), _CACHES[0])
-    cache, found, largest, place = None, [], 0.0, 0
-    with autocast():
-        for piece in pieces:
-            options: dict[str, Any] = dict(last_alone) if cache is None else {kept: cache}
-            output = model(input_ids=piece, use_cache=True, **options)
-            cache = getattr(output, kept, None)
-            if cache is None:
-                raise TypeError(f"{type(model).__name__} returns no `{kept}`")
-            logits = (output.logits[:, -1:] if place == 0 else output.logits).float()
-            largest = max(largest, float(logits.abs().max()))
-            scores = torch.log_softmax(logits / temperature, dim=-1)
-            labels = completions[:, place : place + logits.shape[1]]
-            found.append(scores.gather(-1, labels[..., None])[..., 0])
-            place += logits.shape[1]
-    return torch.cat(found, dim=1), largest
+        logits = model(input_ids=ids, use_cache=False, **({"logits_to_keep": width + 1} if takes else {})).logits
+    scores = torch.log_softmax(logits[:, -width - 1 : -1].float() / temperature, dim=-1)
+    return scores.gather(-1, completions[..., None])[..., 0]

@@ -24,7 +24,7 @@ from .packed_attention import Piece, dense_mask, packed_attention, suits
 from .rollout.backends import layers_beside_attention
 from .rollout.rotary import RowFrequencies
 from .rollout.sampler import scoring_mode
-from .rounding import COMPARED_TOKENS, FAILURES, LOW_PRECISION, Accepted, Exact, Rounding, measure_rounding
+from .rounding import COMPARED_TOKENS, LOW_PRECISION, Accepted, Exact, Rounding, measure_rounding
 
 
 logger = logging.getLogger(__name__)
@@ -391,7 +391,7 @@ class SharedPromptScoring(OwnPositions):
                 first, second = (self._score_packed(model, [part], False)[0] for part in (packed, changed))
             gaps = (first - plain).abs()[packed.scored]
             leak = float((first - second).abs()[-1].nan_to_num(nan=torch.inf).max())
-        except FAILURES as error:
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
             failure = error  # the other processes wait for what this one found
         finally:
             self._ask_values = asked
@@ -426,13 +426,13 @@ class SharedPromptScoring(OwnPositions):
         self._packs = not (differs_somewhere or leaks_somewhere)
         if leaks_somewhere:
             logger.warning(
-                "Rollouts are scored one by one: packed behind a shared prompt, the text of one changes the log-probs "
+                "Rollouts are scored one by one: packed after a shared prompt, the text of one changes the log-probs "
                 "of another%s. The model has layers that read across the rollouts of a sequence.",
                 f" by {leak:.2e}" if leaks else ", in another process",
             )
         elif differs_somewhere:
             logger.warning(
-                "Rollouts are scored one by one: packed behind a shared prompt, their log-probs are not those of "
+                "Rollouts are scored one by one: packed after a shared prompt, their log-probs are not those of "
                 "separate sequences (%s).",
                 excess or "in another process",
             )
@@ -461,17 +461,9 @@ class SharedPromptScoring(OwnPositions):
         padding = (0, max(0, length - width))
         completions, scored = (torch.nn.functional.pad(x, padding)[:, :length] for x in (completions, scored))
         bare: Any = self.accelerator.unwrap_model(model)
-        checkpointing: Any = self.args.gradient_checkpointing_kwargs
-        with scoring_mode(bare), disable_gradient_checkpointing(bare, checkpointing):  # which would take the cache
+        with scoring_mode(bare):
             found = measure_rounding(
-                bare,
-                prompt,
-                completions,
-                scored,
-                self.temperature,
-                self.accelerator.autocast,
-                growing=not layers_beside_attention(bare),
-                failed=self._failed_anywhere,
+                bare, prompt, completions, scored, self.temperature, self.accelerator.autocast
             )
         figures = torch.tensor([[found.mean, *found.quantiles]], device=self.accelerator.device)
         mean, *quantiles = self.accelerator.gather(figures).amax(dim=0).tolist()

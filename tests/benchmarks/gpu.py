@@ -1,4 +1,4 @@
-"""Everything that is to be measured on a GPU, in one command of at most eight minutes, without a network.
+"""Measure everything on a GPU, in one command of at most eight minutes, without a network.
 
     python tests/benchmarks/gpu.py --out gpu.json
     python tests/benchmarks/gpu.py --stages smoke,rollouts --dtype float32 --out gpu.json

@@ -5,13 +5,15 @@ A call ends where its arguments end and not at the first closing marker, which a
 
 import ast
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import regex
 from transformers.utils.chat_parsing.content_parsers import parse_content
 from transformers.utils.chat_parsing.response_parser import _coerce
 from transformers.utils.chat_parsing.response_templates import ResponseTemplateField
+
+from ..tools.schema_forms import alternatives, constants, type_names
 
 
 _SPACE = regex.compile(r"\s*")
@@ -20,7 +22,7 @@ _JSON = json.JSONDecoder()
 _NAME = r"[\w.\-]+"
 _QUOTED = r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\""""
 _PYTHON_TEXT = regex.compile(_QUOTED, regex.DOTALL)
-# An argument whose text stands between single quotes as it is: it ends at the quote behind which the list goes on
+# An argument whose text stands between single quotes as it is: it ends at the quote after which the list goes on
 _RAW_ARGUMENT = regex.compile(
     rf"""=\s*(?:'(?P<text>.*?)'(?=\s*(?:,\s*{_NAME}=|\)\s*(?:,\s*{_NAME}\(|\]\s*(?:<\|tool_call_end\|>|\Z))))"""
     rf"""|(?P<nested>(?P<inner>[\[{{](?:[^\[\]{{}}'"]|{_QUOTED}|(?&inner))*+[\]}}]))|"(?:[^"\\]|\\.)*+")""",
@@ -41,7 +43,7 @@ def notation_types_values(field: ResponseTemplateField) -> bool:
 
 def end_of_call(field: ResponseTemplateField, text: str, start: int, first: Any) -> Any:
     """
-    Return the closing marker of a call: the one behind its arguments.
+    Return the closing marker of a call: the one after its arguments.
 
     Args:
         field (`ResponseTemplateField`):
@@ -49,14 +51,14 @@ def end_of_call(field: ResponseTemplateField, text: str, start: int, first: Any)
         text (`str`):
             The turn.
         start (`int`):
-            Place in `text` just behind the opening of the call.
+            Place in `text` just after the opening of the call.
         first (`regex.Match`):
-            The first closing marker behind `start`, which ends a call whose arguments cannot be read.
+            The first closing marker after `start`, which ends a call whose arguments cannot be read.
     """
     end = _end_of_arguments(field, text, start)
     if end is None:
         return first
-    close = field.close_re.match(text, end) or field.close_re.match(text, _behind_space(text, end))
+    close = field.close_re.match(text, end) or field.close_re.match(text, _after_space(text, end))
     if close is None and field.content == "json" and not _writes_texts_raw(field):
         opening = field.open_re.match(text, start)
         if opening is not None and opening.end() == start:  # no marker before the arguments, none needed after them
@@ -98,7 +100,7 @@ def as_plain_notation(field: ResponseTemplateField, body: str) -> str:
 
 
 def _writes_texts_raw(field: ResponseTemplateField) -> bool:
-    """Whether a text among the arguments may look like the markup behind it, since nothing in it is escaped."""
+    """Whether a text among the arguments may look like the markup after it, since nothing in it is escaped."""
     args = field.content_args
     return field.content == "xml-inline" or bool(args.get("string_delims")) or args.get("strings") == "raw"
 
@@ -107,7 +109,7 @@ def _end_of_arguments(field: ResponseTemplateField, text: str, start: int) -> in
     """Where the arguments of a call end; `None` if what stands there is not as the notation has it."""
     if field.content == "json" and not field.content_args.get("string_delims"):
         try:
-            return _JSON.raw_decode(text, _behind_space(text, start))[1]
+            return _JSON.raw_decode(text, _after_space(text, start))[1]
         except (ValueError, RecursionError):
             return None
     if field.content == "xml-inline":
@@ -123,8 +125,8 @@ def _end_of_arguments(field: ResponseTemplateField, text: str, start: int) -> in
 
 
 def _arguments(tag: Any, text: str, start: int) -> Iterator[Any]:
-    """Matches of the arguments that stand one behind the other from `start` on."""
-    while (found := tag.match(text, _behind_space(text, start))) and found.end() > start:
+    """Yield a match for each argument in the run of arguments that begins at `start`."""
+    while (found := tag.match(text, _after_space(text, start))) and found.end() > start:
         yield found
         start = found.end()
 
@@ -133,7 +135,7 @@ def _opens_another(field: ResponseTemplateField, text: str, start: int, end: int
     """Whether another call begins in a part of `text`: an argument that is never closed does not reach into it."""
     for opening in field.open_re.finditer(text, start, end) if field.open_re is not None else ():
         named = "name" not in field.open_re.groupindex or bool(opening["name"])
-        if named and beginning.match(text, _behind_space(text, opening.end())):
+        if named and beginning.match(text, _after_space(text, opening.end())):
             return True
     return False
 
@@ -149,7 +151,7 @@ def _is_readable(field: ResponseTemplateField, body: str) -> bool:
 
 def _end_of_the_rest(field: ResponseTemplateField, text: str, close: Any) -> Any:
     """
-    The closing marker that ends what is left of a call behind `close`, if anything is.
+    Return the closing marker that ends what is left of a call after `close`, or `None` if nothing is left.
 
     An argument written as it is may hold the markup of the end of a call. What follows in it has an end and no opening
     then, which shows that the call was not read as it was meant.
@@ -190,10 +192,9 @@ def _typed_text(text: str, schema: Any, root: dict[str, Any]) -> Any:
     Where the schema takes a text too, the text is cast only if that value would be written in just this way: `00123`
     and `1e3` stay texts then, `123` and `null` do not.
     """
-    kinds = list(_kinds(schema, root, set()))
-    if any(isinstance(kind, _Constant) and kind.value == text for kind in kinds):
+    if any(text == constant for part in alternatives(schema, root) for constant in constants(part)):
         return text
-    names = [kind for kind in kinds if isinstance(kind, str)]
+    names = type_names(schema, root)
     values = [value for kind in names if kind != "string" and (value := _cast(text, kind)) is not text]
     exact = [value for value in values if text in (json.dumps(value, ensure_ascii=False), str(value))]
     if exact:
@@ -209,46 +210,6 @@ def _cast(text: str, kind: str) -> Any:
         return _coerce(text, (kind,))
     except (RecursionError, OverflowError):
         return text
-
-
-class _Constant:
-    """A text that a schema names."""
-
-    def __init__(self, value: str):
-        self.value = value
-
-
-def _kinds(schema: Any, root: dict[str, Any], seen: set[str]) -> Iterable[Any]:
-    """Names of the types a schema allows, and the texts it names as constants."""
-    if not isinstance(schema, dict):
-        return
-    declared = schema.get("type")
-    names = declared if isinstance(declared, list) else [declared]
-    yield from (name for name in names if isinstance(name, str))
-    constants = [*(schema.get("enum") or ()), *([schema["const"]] if "const" in schema else ())]
-    for constant in constants:
-        if isinstance(constant, str):
-            yield _Constant(constant)
-        if declared is None:
-            yield _type_name(constant)
-    for key in ("anyOf", "oneOf", "allOf"):
-        for choice in schema.get(key) or ():
-            yield from _kinds(choice, root, seen)
-    if schema.get("nullable"):  # how transformers' get_json_schema marks what may be None
-        yield "null"
-    reference = schema.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#/") and reference not in seen:
-        target: Any = root
-        for part in reference[2:].split("/"):
-            target = target.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(target, dict) else None
-        yield from _kinds(target, root, seen | {reference})
-
-
-def _type_name(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else "boolean"
-    kinds = {int: "integer", float: "number", str: "string", list: "array", dict: "object"}
-    return kinds.get(type(value), "string")
 
 
 def _quoted(field: ResponseTemplateField) -> Any:
@@ -274,7 +235,7 @@ def _first_outside(quoted: Any, close: Any, text: str, start: int) -> int | None
     return None
 
 
-def _behind_space(text: str, place: int) -> int:
+def _after_space(text: str, place: int) -> int:
     return _SPACE.match(text, place).end()
 
 

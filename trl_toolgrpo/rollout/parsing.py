@@ -182,7 +182,7 @@ def _read_call(item: Any, identifier: str) -> ToolCall:
     """
     A call from what the response template made of it, or from the reason why it could make nothing of it.
 
-    Escapes in JSON can write a lone surrogate, which is no character and which nothing behind here could encode.
+    Escapes in JSON can write a lone surrogate, which is no character and which no later stage could encode.
     """
     if isinstance(item, str):
         return ToolCall(identifier, "", error=item)

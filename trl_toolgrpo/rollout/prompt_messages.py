@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import DatasetError
 from ..tools.arguments import allows_null
-from ..tools.schema_forms import plain_form
+from ..tools.schema_forms import plain_form, type_names
 from ..tools.types import Tool
 
 
@@ -167,8 +167,7 @@ def _holds(value: Any, kind: type) -> bool:
 
 def _takes_integers_alone(schema: Any) -> bool:
     """Whether the only numbers that a schema takes are integers."""
-    kinds = schema.get("type") if isinstance(schema, dict) else None
-    kinds = kinds if isinstance(kinds, list) else [kinds]
+    kinds = type_names(schema, {})
     return "integer" in kinds and "number" not in kinds
 
 

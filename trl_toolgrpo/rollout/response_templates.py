@@ -30,7 +30,7 @@ def _mended(template: dict[str, Any], **fields: dict[str, Any]) -> dict[str, Any
 
 # A call is opened by its marker alone, with an empty name, so that one which is not as the template writes it is
 # malformed and not text.
-# An argument ends where the markup goes on behind its closing tag, and one newline at each end is markup.
+# An argument ends where the markup goes on after its closing tag, and one newline at each end is markup.
 _XML_CALLS = {
     "open_pattern": r"<tool_call>\s*(?:<function=(?P<name>[^\n>]+)>|(?P<name>))",
     "close_pattern": r"\s*(?:</function>\s*)?</tool_call>\s*",

@@ -104,7 +104,7 @@ def plain_form(schema: dict[str, Any]) -> dict[str, Any]:
         plain = plain if merged is None else merged
     if "const" in plain and "enum" not in plain:
         plain["enum"] = [plain.pop("const")]
-    types = {_json_type(value) for value in plain.get("enum") or ()}
+    types = {json_type(value) for value in plain.get("enum") or ()}
     if "type" not in plain and len(types) == 1:
         plain["type"] = types.pop()
     if isinstance(plain.get("type"), list):
@@ -113,6 +113,53 @@ def plain_form(schema: dict[str, Any]) -> dict[str, Any]:
             nullable = {"nullable": True} if len(rest) < len(plain["type"]) else {}
             plain = {**plain, "type": rest[0], **nullable}
     return plain
+
+
+def alternatives(schema: Any, root: dict[str, Any], seen: frozenset[str] = frozenset()) -> Iterator[dict[str, Any]]:
+    """
+    Yield a schema, what it refers to, and the parts of its unions and intersections, each with theirs.
+
+    Args:
+        schema (`dict` or `bool`):
+            JSON schema.
+        root (`dict`):
+            The schema that local references point into.
+        seen (`frozenset[str]`, *optional*):
+            References that have been followed.
+    """
+    if not isinstance(schema, dict):
+        return
+    yield schema
+    for keyword in ("anyOf", "oneOf", "allOf"):
+        for part in schema.get(keyword) or ():
+            yield from alternatives(part, root, seen)
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference not in seen:
+        yield from alternatives(_target(root, reference), root, seen | {reference})
+
+
+def constants(schema: dict[str, Any]) -> list[Any]:
+    """Return the values that a schema names, by `enum` or `const`."""
+    return [*(schema.get("enum") or ()), *([schema["const"]] if "const" in schema else ())]
+
+
+def type_names(schema: Any, root: dict[str, Any]) -> list[str]:
+    """
+    Return the names of the types a schema allows, in its order; those of its constants where it declares none.
+
+    Args:
+        schema, root:
+            As in [`alternatives`].
+    """
+    names: list[str] = []
+    for part in alternatives(schema, root):
+        declared = part.get("type")
+        if declared is None:
+            names += map(json_type, constants(part))
+        else:
+            names += declared if isinstance(declared, list) else [declared]
+        names += ["null"] if part.get("nullable") else []  # as transformers' get_json_schema marks what may be None
+    return [name for name in dict.fromkeys(names) if isinstance(name, str)]
 
 
 class _TooLarge(Exception):
@@ -194,6 +241,7 @@ def _is_null(schema: dict[str, Any]) -> bool:
     return json.dumps(bare) in ('{"type": "null"}', '{"const": null}', '{"enum": [null]}')
 
 
-def _json_type(value: Any) -> str:
+def json_type(value: Any) -> str:
+    """Return the name of the JSON type of a value."""
     kinds: dict[type, str] = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
     return kinds.get(type(value), "array" if isinstance(value, list) else "object")

@@ -174,6 +174,14 @@ def test_an_adapter_on_the_head_is_scored_and_trained_as_it_is_sampled(tmp_path,
     torch.testing.assert_close(scored.double(), scores[..., 0].double(), atol=1e-6, rtol=1e-6)
 
 
+def test_an_adapter_on_the_head_needs_a_loaded_model(tmp_path):
+    build("untied", chat_tokenizer())[0].save_pretrained(tmp_path / "model")
+    adapter = LoraConfig(target_modules=["q_proj", "lm_head"])
+    arguments = {"args": config(tmp_path), "train_dataset": prompts(4), "processing_class": chat_tokenizer()}
+    with pytest.raises(ConfigError, match=r"by its name and an adapter on its `lm_head`.*from_pretrained"):
+        ToolGRPOTrainer(str(tmp_path / "model"), lambda completions, **_: [0.0], peft_config=adapter, **arguments)
+
+
 def test_other_adapters_on_the_head_are_refused_by_name(tmp_path):
     model, _ = build("untied", chat_tokenizer())
     for adapter in (LoraConfig(target_modules=["lm_head"], use_dora=True), IA3Config(

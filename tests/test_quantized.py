@@ -59,6 +59,23 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["q_proj", "lm_head"]])
+def test_a_head_in_float32_over_four_bits(folder, tmp_path, targets):
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
+    trainer = ToolGRPOTrainer(
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=four_bits, dtype="bfloat16"),
+        lambda completions, **kwargs: [float(i % 3) for i in range(len(completions))],
+        config(tmp_path, bf16=True, cast_lm_head_to_fp32=True, advantage_estimator="gae", logprob_check="always",
+               max_steps=3, max_completion_length=24),
+        prompts(8),
+        processing_class=chat_tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    trainer.train()
+    gaps = [log["sampling/logp_diff_mean"] for log in trainer.state.log_history if "sampling/logp_diff_mean" in log]
+    assert len(gaps) == 3 and max(gaps) < 5e-3 and trainer._engine._supported
+
+
 def test_a_policy_in_four_bits_is_sampled_and_trained(folder, tmp_path, monkeypatch):
     trainer = quantized(folder, tmp_path, "--beta", "0.1", "--sync_ref_model", "true", "--ref_model_sync_steps", "1")
     base = trainer.model.get_base_model()

@@ -129,6 +129,28 @@ def adapted_head(model: Any) -> Iterator[None]:
         del base.get_output_embeddings
 
 
+def check_adapted_head(model: Any, peft_config: Any) -> None:
+    """
+    Check that an adapter on the LM head comes with a loaded model.
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`):
+            The model as it was passed.
+        peft_config (`PeftConfig`, *optional*):
+            The adapter to train.
+
+    Raises:
+        ConfigError: for a model given by its name, whose head TRL looks at before anything can be done about it.
+    """
+    targets = getattr(peft_config, "target_modules", None)
+    if isinstance(model, str) and not isinstance(targets, str) and "lm_head" in (targets or ()):
+        raise ConfigError(
+            f"You passed the model {model!r} by its name and an adapter on its `lm_head`. Load the model and pass it "
+            f"itself, `model=AutoModelForCausalLM.from_pretrained({model!r})`, or take `lm_head` out of "
+            f"`target_modules`."
+        )
+
+
 def score_adapted_head(model: Any) -> None:
     """
     Have a model with a LoRA adapter on its LM head scored with it, see [`adapted_head`]; others are left as they are.

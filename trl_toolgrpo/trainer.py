@@ -54,7 +54,7 @@ from .diagnostics import (
 from .errors import LogprobMismatchError
 from .grouping import GroupedUpdates
 from .hub import HubPush
-from .lm_head import adapted_head, cast_heads, score_adapted_head, without_trls_cast
+from .lm_head import adapted_head, cast_heads, check_adapted_head, score_adapted_head, without_trls_cast
 from .own_positions import OwnPositions
 from .quantized import keep_trainable
 from .replay import Replay
@@ -174,6 +174,8 @@ class ToolGRPOTrainer(
         if tools or environment_factory is not None:
             check_template(processing_class)
             add_missing_response_template(processing_class)
+        if self._recording:
+            check_adapted_head(model, peft_config)
         given_adapter = peft_config is None and hasattr(model, "peft_config")
         with (
             synced_by_us(args, model, peft_config),

@@ -1,31 +1,21 @@
 """Several evaluation sets: each has its own figures, and the best model is chosen by the one that is named."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import chat_tokenizer, config, prompts, script_ours, tiny_model, tool_call
+from conftest import add, chat_tokenizer, config, prompts, script_ours, tiny_model, tool_call
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from trl_toolgrpo import ConfigError, ToolGRPOTrainer
+from trl_toolgrpo import ConfigError, ToolGRPOConfig, ToolGRPOTrainer
 from trl_toolgrpo.report.folder import read_folder
 from trl_toolgrpo.report.page import build_report
 
 
 TOKENIZER = chat_tokenizer("qwen3_instruct_2507")
 END = "<|im_end|>"
-
-
-def add(a: int, b: int) -> int:
-    """
-    Add two numbers.
-
-    Args:
-        a: First.
-        b: Second.
-    """
-    return a + b
 
 
 def scores(steps):
@@ -161,3 +151,25 @@ def test_a_metric_of_no_set_is_refused(tmp_path, monkeypatch, metric):
     with pytest.raises(ConfigError, match=r"Pass 'eval_maths_.*' or 'eval_code_.*'"):
         start(tmp_path, monkeypatch, metric_for_best_model=metric, **options)
     start(tmp_path, monkeypatch, metric_for_best_model=metric or "loss", evaluation=SETS["code"], **options)
+
+
+def test_the_example_of_the_guide_runs(tmp_path):
+    """With a tiny model and a step of a few seconds in place of Qwen3's."""
+    guide = (Path(__file__).parents[1] / "recipes" / "GUIDE.md").read_text(encoding="utf-8")
+    (block,) = (b for b in re.findall(r"^```python\n(.*?)^```", guide, re.M | re.S) if "eval_travel_reward" in b)
+    tiny_model(TOKENIZER).save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    sizes = {"max_steps": 2, "save_steps": 1, "eval_steps": 1, "max_completion_length": 16, "use_cpu": True,
+             "num_generations": 4, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4,
+             "report_to": "none", "output_dir": str(tmp_path / "run")}  # fmt: skip
+    known = {
+        "ToolGRPOConfig": lambda **given: ToolGRPOConfig(**{**given, **sizes}),
+        "reward": lambda completions, **kwargs: [float(i % 3) for i in range(len(completions))],
+        "get_salary": add, "salaries": prompts(8), "travel": prompts(4), "finance": prompts(4, "money"),
+    }  # fmt: skip
+    text = block.replace("Qwen/Qwen3-0.6B", str(tmp_path / "model"))
+    exec(text.replace("import ToolGRPOConfig, ToolGRPOTrainer", "import ToolGRPOTrainer"), known)
+    trainer = known["trainer"]
+    assert trainer.state.global_step == 2 and trainer.state.best_metric is not None
+    assert {"eval_travel_reward", "eval_finance_reward"} <= {key for log in trainer.state.log_history for key in log}
+    assert trainer.args.cast_lm_head_to_fp32 and trainer.args.bf16

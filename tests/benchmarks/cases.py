@@ -86,6 +86,20 @@ class Case:
         """`max_completion_length`, with room for what the tools return."""
         return self.turns * (256 if self.ragged else self.turn_tokens + 108)
 
+    def training_options(self) -> dict[str, Any]:
+        """Options of either trainer for optimizer steps that each take one group in a micro-batch."""
+        return {
+            "per_device_train_batch_size": self.samples,
+            "gradient_accumulation_steps": self.prompts,
+            "num_generations": self.samples,
+            "max_completion_length": self.completion_limit,
+            "max_tool_calling_iterations": self.turns - 1,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "gradient_checkpointing": self.gradient_checkpointing,
+        }
+
     def flags(self) -> list[str]:
         """The command line that `add_case_flags` reads this case from."""
         given = asdict(self)

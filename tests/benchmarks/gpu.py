@@ -190,19 +190,11 @@ def _smoke_step(run: Run, cast: bool, check: str) -> dict[str, Any]:
     distinct = conversations(tokenizer, case.prompts, case.prompt_tokens)
     options = {
         "output_dir": tempfile.mkdtemp(),
-        "per_device_train_batch_size": case.samples,
-        "gradient_accumulation_steps": case.prompts,
-        "num_generations": case.samples,
-        "max_completion_length": case.completion_limit,
-        "max_tool_calling_iterations": case.turns - 1,
+        **case.training_options(),
         "max_steps": 1,
         "logging_steps": 1,
         "learning_rate": 1e-5,
         "beta": 0.0,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
         "cast_lm_head_to_fp32": cast,
         "logprob_check": check,
         **dtype_options(run.dtype),
@@ -229,7 +221,8 @@ def _smoke_step(run: Run, cast: bool, check: str) -> dict[str, Any]:
     trainer.train()
     logged = next(log for log in trainer.state.log_history if "loss" in log)
     metrics = {name: value for name, value in logged.items() if isinstance(value, int | float)}
-    return {"seconds": now() - started, "peak_mib": peak_mib(), **found, "metrics": metrics}
+    rounding = asdict(trainer._rounding)  # as the trainer measures it
+    return {"seconds": now() - started, "peak_mib": peak_mib(), **found, "rounding": rounding, "metrics": metrics}
 
 
 def logprob_differences(trainer: Any, output: dict[str, Any]) -> dict[str, Any]:

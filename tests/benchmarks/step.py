@@ -60,18 +60,10 @@ def train(
     model = build_model(tokenizer, case.shape, case.turn_tokens, dtype)
     options: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(),
-        "per_device_train_batch_size": case.samples,
-        "gradient_accumulation_steps": case.prompts,
-        "num_generations": case.samples,
-        "max_completion_length": case.completion_limit,
-        "max_tool_calling_iterations": case.turns - 1,
+        **case.training_options(),
         "max_steps": rounds,
         "learning_rate": 0.0,  # the text stays the same
         "shuffle_dataset": False,  # and so does its order
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "gradient_checkpointing": case.gradient_checkpointing,
         **trainer_options(model, tokenizer, dtype, vllm),
     }
     kind, config = (GRPOTrainer, GRPOConfig) if backend == "trl" else (ToolGRPOTrainer, ToolGRPOConfig)

@@ -9,7 +9,6 @@ output folder.
 """
 
 import argparse
-import importlib.util
 import os
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from bfcl_multi_turn import MultiTurn
 from evaluation import RunSettings, TaskResult, as_table, write_json
 from peft import PeftConfig, PeftModel
 from qwen3_tools import resolve_model
+from rich.console import Console
 from scoreboard import Scoreboard
 from task import Task
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -175,9 +175,6 @@ def evaluate(name: str, policy: Any, tokenizer: Any, run: RunSettings, given: ar
 def main() -> None:
     """Command line."""
     given = parse_arguments(sys.argv[1:])
-    if importlib.util.find_spec("rich") is None:
-        raise ImportError("The table is printed by the package rich. Run `pip install rich`.")
-    from rich.console import Console
 
     run = settings_of(given)
     output = given.output or Path(given.model if Path(given.model).is_dir() else "outputs") / "evaluation.json"

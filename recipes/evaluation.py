@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
 from task import Verdict
 
 
@@ -161,7 +162,7 @@ class TaskResult:
         )
 
 
-def as_table(model: str, results: Sequence[TaskResult]) -> Any:
+def as_table(model: str, results: Sequence[TaskResult]) -> Table:
     """
     The results as a table for the console.
 
@@ -174,8 +175,6 @@ def as_table(model: str, results: Sequence[TaskResult]) -> Any:
     Returns:
         `rich.table.Table`: the table.
     """
-    from rich.table import Table
-
     table = Table(title=model)
     for name in ("task", "difficulty", "questions", "success [95% interval]", "valid calls"):
         table.add_column(name, justify="left" if name == "task" else "right")

@@ -1,6 +1,6 @@
 """How much memory a run takes, before it is started.
 
-Pure functions of the model's shape and of the sizes of a run. The table of the README is made with it:
+Pure functions of the model's shape and of the sizes of a run. The table of recipes/GUIDE.md is made with it:
 
     python -m trl_toolgrpo.memory
 """

@@ -8,16 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
 
 def on_a_terminal() -> bool:
-    """Whether progress can be drawn: standard error is a terminal, and rich is installed."""
-    try:
-        import rich  # noqa: F401
-    except ImportError:
-        return False
+    """Return whether progress can be drawn: standard error is a terminal."""
     return sys.stderr.isatty()
 
 
@@ -30,7 +28,7 @@ class RolloutProgress(TrainerCallback):
             Where to; by default standard error.
     """
 
-    def __init__(self, console: Any = None) -> None:
+    def __init__(self, console: Console | None = None) -> None:
         self._console = console
         self._bar: Any = None
         self._training: Any = None
@@ -41,9 +39,6 @@ class RolloutProgress(TrainerCallback):
         """Begin to draw."""
         if not state.is_world_process_zero:
             return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
         columns = [
             TextColumn("{task.description}"),
             BarColumn(),

@@ -123,7 +123,7 @@ class MCPTools:
         limit = self.servers[known[name].server].timeout or _REWARD_TIMEOUT
         try:
             return self.wait(asyncio.wait_for(self.answer(name, arguments, session), limit))
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return refused("timeout", f"Tool `{name}` did not return within {limit:g} seconds.")
 
     def take_back(self, sessions: Sequence[MCPSession]) -> None:

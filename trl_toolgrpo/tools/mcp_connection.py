@@ -166,7 +166,7 @@ class Connection:
         """Whether a server that let a call run out of time answers anything; if not, it is started again."""
         try:
             await asyncio.wait_for(client.list_tools(), _PROBE_TIMEOUT)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             logger.warning("The MCP server %r does not answer any more.", self.server.name)
             self._lose(life)
         except Exception:

@@ -162,7 +162,7 @@ class Pool:
         try:
             result = await asyncio.wait_for(reset, self.server.timeout or _RESET_TIMEOUT)
             reason = str(result.content) if result.is_error else None
-        except asyncio.TimeoutError:
+        except TimeoutError:
             reason = "it did not return"
         if reason is None:
             return instance

@@ -3,7 +3,6 @@
 import gc
 import logging
 import sys
-import time
 
 import pytest
 from conftest import chat_tokenizer, config, prompts, run_script, script_ours, tiny_model, tool_call
@@ -103,7 +102,11 @@ def test_a_server_that_hangs_lies_and_changes_its_tools(tmp_path, monkeypatch, c
     changes = {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 900}
     script = [turns, [call("notes"), f"done{END}"]]
     # A call sent at once might still reach the server that hangs, and fail with it
-    tools = [Tool("pause", "Waits.", {"type": "object", "properties": {}}, lambda: time.sleep(0.3))]
+
+    def pause():
+        wait_until(lambda: "does not answer any more" in caplog.text)
+
+    tools = [Tool("pause", "Waits.", {"type": "object", "properties": {}}, pause)]
     servers = server(timeout=8.0)
     trainer, seen = make_trainer(tmp_path, monkeypatch, script, mcp_servers=servers, tools=tools, **changes)
     started = trainer._toolset.known

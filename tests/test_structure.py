@@ -14,6 +14,7 @@ PACKAGE = Path(trl_toolgrpo.__file__).parent
 ORDER = [
     "version",
     "errors",
+    "redaction",
     "batch_position",
     "model_settings",
     "config_checks",
@@ -28,7 +29,6 @@ ORDER = [
     "tools.arguments",
     "tools.functions",
     "tools.prompt",
-    "tools.redact",
     "tools.threads",
     "tools.loops",
     "tools.guard",

@@ -6,6 +6,7 @@ over, on a thread of its own, so that training waits for no disk. The formats ar
 """
 
 import logging
+import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .batch_position import batch_in_use, batch_number
 from .config import ToolGRPOConfig
+from .redaction import SECRET, Redactor, secret_variables
 from .rollout.engine import RolloutBatch
 from .rollout_log import FOLDER, LoggedBatch, file_name, find_files, read_table, step_of, tabulate, with_ratios, write
 from .run_files import (
@@ -30,11 +32,9 @@ from .run_files import (
     cut_back,
     describe_start,
     run_redactor,
-    secret_variables,
     write_json,
 )
 from .tools.mcp import MCPTools
-from .tools.redact import SECRET, Redactor
 from .tools.toolset import ToolSet
 
 
@@ -307,7 +307,7 @@ class _RunLogCallback(TrainerCallback):
 
 
 def _tell_of_secrets() -> None:
-    names = ", ".join(sorted(secret_variables()))
+    names = ", ".join(secret_variables(os.environ))
     if names:
         logger.warning("The values of these environment variables are replaced by %s in logs: %s.", SECRET, names)
 

@@ -1,13 +1,14 @@
-"""Secrets out of texts: what a server was given in confidence is not repeated.
+"""What of a run is a secret, by its name or by where it was given, and texts without it.
 
-Owns which values count as secrets and how they are found. Fed by the `env`, `headers` and `url` of MCP servers, and
-applied to all that comes back from one: results, tool lists, error output, exceptions, log records. Fed too by the
-configuration and the command line of a run, before they are shown.
+The one rule for every file and text that a run leaves: its logs, its model card, what its tools answer and what its
+MCP servers say.
 """
 
+import itertools
 import json
 import logging
 import re
+import shlex
 import urllib.parse
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,24 +23,58 @@ _TRIVIAL = frozenset(
     {
         *("always", "bearer", "default", "development", "disabled", "enabled", "localhost", "production", "staging"),
         *("testing", "verbose", "warning", "application/json", "text/event-stream"),
+        *("changeme", "example", "not-needed", "password", "passwd", "postgres", "secret", "unused"),
     }
 )
 _PUBLIC = frozenset(
     {
         *("COLORTERM", "DEBUG", "DISPLAY", "EDITOR", "FORCE_COLOR", "HOME", "HOSTNAME", "LANG", "LANGUAGE"),
-        *("LOGLEVEL", "LOGNAME", "LOG_LEVEL", "NODE_ENV", "NO_COLOR", "PATH", "PWD", "PYTHONHASHSEED"),
+        *("LOGLEVEL", "LOGNAME", "LOG_LEVEL", "NODE_ENV", "NO_COLOR", "OLDPWD", "PATH", "PWD", "PYTHONHASHSEED"),
         *("PYTHONIOENCODING", "PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONUTF8", "SHELL", "TEMP", "TERM", "TMP"),
         *("TMPDIR", "TZ", "USER", "USERNAME", "VIRTUAL_ENV"),
     }
 )
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')  # of JSON
 _SCHEMES = re.compile(r"(?:basic|bearer|token)\s+", re.IGNORECASE)
-# What settings with a secret are named, and tokens of a vocabulary, which are none
-_NAMED = re.compile(
-    r"(?:token|key|pwd|passphrase|authorization|cookie|signature)$|secret|passw|credential", re.IGNORECASE
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of a name: API_KEY_2, apiKey, X-Api-Key
+_PASSWORD = re.compile(r"secret|passw|passphrase|credential|pwd$|^pass$")
+_KEY = re.compile(r"token$|^key$|^(?:access|account|api|auth|encryption|master|private|secret|signing|ssh)keys?$")
+_LAST = frozenset({"auth", "authorization", "bearer", "cookie", "cookies", "jwt", "pat", "signature"})
+_PLURAL = frozenset({"access", "api", "auth", "bearer", "hf", "hub", "private", "refresh"})  # API_KEYS, not max_tokens
+_PAIRS = frozenset({("connection", "string"), ("webhook", "url")})
+# What a vocabulary or a table names so
+_OF_VOCABULARY = frozenset(
+    {
+        *("bos", "eos", "eot", "pad", "unk", "sep", "cls", "mask", "start", "stop", "image", "video", "audio"),
+        *("special", "per", "num", "max", "min", "first", "last", "new", "next"),
+    }
 )
-_OF_VOCABULARY = re.compile(
-    r"(?:^|[_-])(?:bos|eos|eot|pad|unk|sep|cls|mask|start|stop|image|video|audio)_token$", re.IGNORECASE
+_OF_TABLE = frozenset(
+    {
+        *("cache", "column", "data", "dataset", "dict", "feature", "field", "foreign", "group", "image", "index"),
+        *("json", "label", "metric", "partition", "primary", "prompt", "public", "row", "sort", "text"),
+    }
+)
+# Of a secret, what is none: where it lies, what it is called, how long it is
+_ABOUT = frozenset(
+    {
+        *("budget", "column", "columns", "count", "dir", "directory", "expiration", "expires", "expiry", "field"),
+        *(
+            "file",
+            "folder",
+            "format",
+            "heads",
+            "ids",
+            "index",
+            "length",
+            "level",
+            "limit",
+            "mask",
+            "name",
+            "parallelism",
+        ),
+        *("path", "prefix", "size", "suffix", "timeout", "ttl", "type", "types"),
+    }
 )
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s\"'<>`]+", re.IGNORECASE)
 
@@ -134,9 +169,64 @@ def config_secrets(value: Any) -> list[str]:
     return _worth_hiding(found)
 
 
+def argument_secrets(arguments: Sequence[str]) -> list[str]:
+    """
+    What of a command line is secret: see [`masked_arguments`].
+
+    Args:
+        arguments (`Sequence[str]`):
+            Script and its arguments.
+    """
+    found: list[str] = []
+    masked_arguments(arguments, found)
+    return _worth_hiding(found)
+
+
 def is_secret_name(name: str) -> bool:
-    """Whether a setting is named for a token, key, password or the like."""
-    return _NAMED.search(name) is not None and _OF_VOCABULARY.search(name) is None
+    """
+    Whether a variable, option, header or field is named for a secret.
+
+    A word of the name says so, wherever it stands and whatever number or owner follows: `PGPASSWORD`, `DB_PASSWD`,
+    `SMTP_PASS`, `OPENAI_API_KEY_2`, `HF_TOKEN_WRITE`, `apiKey`, `X-Api-Key`, `Authorization`. Tokens of a vocabulary
+    (`pad_token_id`, `max_tokens`), keys of a table (`sort_key`) and what only tells of a secret (`TOKEN_FILE`,
+    `KEY_LENGTH`) are none.
+
+    Args:
+        name (`str`):
+            The name.
+    """
+    return _kind_of_secret(name) is not None
+
+
+def secret_variables(variables: Mapping[str, str]) -> list[str]:
+    """
+    Names of the environment variables that hold a secret: by their name, or the login of a URL within.
+
+    Args:
+        variables (`Mapping[str, str]`):
+            Such as `os.environ`.
+    """
+    return sorted(name for name, value in variables.items() if name not in _PUBLIC and config_secrets({name: value}))
+
+
+def _kind_of_secret(name: str) -> str | None:
+    """`"password"`, `"key"` (which is never a mere number) or `None`, by a name."""
+    words = [word.lower() for word in _WORDS.findall(name)]
+    if not words or words[-1] in _ABOUT or name.upper() in _PUBLIC:
+        return None
+    if any(_PASSWORD.search(word) for word in words):
+        return "password"
+    if words[-1] in _LAST or _PAIRS.intersection(itertools.pairwise(words)):
+        return "key"
+    for place, word in enumerate(words):
+        before, after = ["", *words][place], [*words, ""][place + 1]
+        if word in ("keys", "tokens") and before in _PLURAL:
+            return "key"
+        if _KEY.search(word) and before not in (_OF_TABLE if word == "key" else _OF_VOCABULARY):
+            if word.endswith("token") and after == "id":
+                continue
+            return "key"
+    return None
 
 
 def masked(value: Any, name: str = "", found: list[str] | None = None) -> Any:
@@ -156,8 +246,9 @@ def masked(value: Any, name: str = "", found: list[str] | None = None) -> Any:
         `Any`: a copy of the same form; a secret is `"[secret]"` there, and a URL is as in [`masked_url`].
     """
     found = [] if found is None else found
+    kind = _kind_of_secret(name)
     plain = isinstance(value, (str, int, float, dict, list, tuple)) and value and value is not True
-    if plain and is_secret_name(name):
+    if plain and (kind == "password" or (kind == "key" and not isinstance(value, (int, float)))):
         found += _leaves(value)
         return SECRET
     if isinstance(value, dict):
@@ -168,23 +259,27 @@ def masked(value: Any, name: str = "", found: list[str] | None = None) -> Any:
     return _masked_text(value, found) if isinstance(value, str) else value
 
 
-def masked_arguments(arguments: Sequence[str]) -> list[str]:
+def masked_arguments(arguments: Sequence[str], found: list[str] | None = None) -> list[str]:
     """
     A command line without its secrets: the values of options that are named for one, and what [`masked`] finds.
 
     Args:
         arguments (`Sequence[str]`):
             Script and its arguments.
+        found (`list[str]`, *optional*):
+            Gets the secrets, short ones included.
     """
+    found = [] if found is None else found
     shown: list[str] = []
     awaited = False  # the option before is named for a secret
     for argument in arguments:
         name, sign, value = argument.partition("=")
         option = re.fullmatch(r"-*[\w.-]+", name) is not None
         if awaited and not argument.startswith("--"):
+            found += _leaves(argument)
             shown.append(SECRET)
         else:
-            shown.append(f"{name}={masked(value, name)}" if option and sign else masked(argument))
+            shown.append(f"{name}={masked(value, name, found)}" if option and sign else masked(argument, found=found))
         awaited = option and not sign and name.startswith("-") and is_secret_name(name)
     return shown
 
@@ -271,7 +366,8 @@ def _masked_login(url: str, found: list[str]) -> str:
     login = parts.netloc.rpartition("@")[0]
     if not login and not parts.query:
         return url
-    secret = parts.password or parts.username
+    # A user alone is a token only where the web has none: `postgres://postgres@host` names no secret
+    secret = parts.password or (parts.username if parts.scheme in ("http", "https") else None)
     found += [login, secret, urllib.parse.unquote(secret)] if secret else []
     found += [value for name, value in urllib.parse.parse_qsl(parts.query) if is_secret_name(name)]
     return masked_url(url)
@@ -291,3 +387,4 @@ def _spellings(secret: str) -> Iterable[str]:
         yield urllib.parse.quote(text)
         yield urllib.parse.quote(text, safe="")
         yield urllib.parse.quote_plus(text)
+        yield shlex.quote(text)

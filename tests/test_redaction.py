@@ -6,7 +6,7 @@ import urllib.parse
 
 import pytest
 
-from trl_toolgrpo.tools.redact import SECRET, Redactor, masked_url, redact_logs, secret_values
+from trl_toolgrpo.redaction import SECRET, Redactor, masked_url, redact_logs, secret_values
 
 
 @pytest.mark.parametrize("spell", [str, json.dumps, repr, urllib.parse.quote, urllib.parse.quote_plus])

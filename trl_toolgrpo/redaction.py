@@ -122,7 +122,7 @@ class Redactor:
 
         Args:
             value (`Any`):
-                Strings, dicts and lists are searched; anything else is returned as it is.
+                Strings, dicts, lists and tuples (which become lists) are searched; anything else stays as it is.
         """
         if self._pattern is None:
             return value
@@ -130,7 +130,7 @@ class Redactor:
             return self.text(value)
         if isinstance(value, dict):
             return {self.data(key): self.data(inner) for key, inner in value.items()}
-        if isinstance(value, list):
+        if isinstance(value, (list, tuple)):
             return [self.data(inner) for inner in value]
         return value
 

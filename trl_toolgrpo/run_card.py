@@ -21,6 +21,7 @@ from trl.trainer.utils import get_config_model_id
 from . import model_card
 from .checkpoint import tolerated
 from .config import ToolGRPOConfig
+from .log_failures import LogFailures
 from .redaction import masked
 from .run_files import run_redactor
 from .tools.mcp import MCPTools
@@ -45,6 +46,7 @@ class RunCard(GRPOTrainer):
     model: Any
     hub_model_id: Any
     _toolset: ToolSet
+    _failures: LogFailures
     _mcp: MCPTools | None
     _value_head: ValueHead | None
     _home: str | None = None  # the output folder, while another one stands in for it
@@ -60,7 +62,7 @@ class RunCard(GRPOTrainer):
             model_name, dataset_name, tags:
                 As in TRL.
         """
-        with tolerated():
+        with self._failures.tolerated("The model card could not be written"), tolerated():
             super().create_model_card(model_name, dataset_name, tags)
             if self.is_world_process_zero():
                 self._complete_card(model_name, dataset_name)

@@ -30,6 +30,7 @@ from .redaction import (
     secret_values,
     secret_variables,
 )
+from .tools.results import encodable
 from .version import __version__
 
 
@@ -50,6 +51,7 @@ def add_line(path: Path, record: dict[str, Any]) -> None:
             What to add.
     """
     line = json.dumps({name: _finite(value) for name, value in record.items()}, default=str, ensure_ascii=False)
+    line = encodable(line)
     with path.open("a", encoding="utf-8") as file:
         file.write(f"{line}\n")
 

@@ -243,6 +243,7 @@ class ToolGRPOTrainer(
         self._executor = executor
         pad_id = self._tokenizer.pad_token_id
         self._engine = RolloutEngine(self.args, self.eos_token_ids, pad_id, chat, executor, force_policy)
+        self._engine.redactor = self._redactor
         self._prepare_vllm()
 
     def _prepare_policy(self, given_adapter: bool) -> None:
@@ -500,4 +501,5 @@ class ToolGRPOTrainer(
         super().log(logs, start_time)
         line = console_line({**self._carried, **logs}) if training else None
         if line is not None and self.accelerator.is_main_process:
-            print(line, flush=True)
+            with self._failures.tolerated("The line of a step could not be printed"):
+                print(line, flush=True)

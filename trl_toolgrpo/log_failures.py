@@ -1,0 +1,108 @@
+"""Failures of logs, which end no run: each is said once."""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from .progress import RolloutProgress
+
+
+logger = logging.getLogger(__name__)
+
+REPORTERS = (*INTEGRATION_TO_CALLBACK.values(), PrinterCallback, ProgressCallback, RolloutProgress)
+"""Callbacks that only tell of a run: those of `report_to`, and those that draw its progress."""
+
+_EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_")]
+
+
+class LogFailures:
+    """
+    Keeps the failures of what only tells of a run from ending it, and says each once.
+
+    What the disk or the network refuses is said in words. Anything else may be a fault of this package or of a
+    tracker, and is said with its traceback.
+    """
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    @contextmanager
+    def tolerated(self, what: str) -> Iterator[None]:
+        """
+        A part of a run that may fail; an exception in it ends the part.
+
+        Args:
+            what (`str`):
+                What fails then, in a sentence: the run goes on without it, and it is tried again the next time.
+        """
+        try:
+            yield
+        except Exception as error:
+            self.say(what, error)
+
+    def say(self, what: str, error: Exception) -> None:
+        """
+        Say a failure, unless it was said.
+
+        Args:
+            what (`str`):
+                What failed, in a sentence.
+            error (`Exception`):
+                How.
+        """
+        sentence = f"{what}, and the run goes on: {type(error).__name__}: {error}"
+        self.say_once(what, sentence, None if isinstance(error, OSError) else error)
+
+    def say_once(self, what: str, sentence: str, traceback_of: Exception | None = None) -> None:
+        """
+        Warn, unless it was said.
+
+        Args:
+            what (`str`):
+                What is said once.
+            sentence (`str`):
+                The warning, without its full stop.
+            traceback_of (`Exception`, *optional*):
+                What is shown with it.
+        """
+        if what not in self._said:
+            self._said.add(what)
+            logger.warning("%s. Later failures of this kind are not said again.", sentence, exc_info=traceback_of)
+
+    def guard(self, callback: Any) -> None:
+        """
+        Keep a callback that only tells of a run from ending it; callbacks of users stay as they are.
+
+        A tracker that cannot begin is not asked again in that run.
+
+        Args:
+            callback (`TrainerCallback`):
+                Any callback.
+        """
+        if not isinstance(callback, REPORTERS) or "on_log" in vars(callback):  # guarded already
+            return
+        muted: set[str] = set()
+        for event in _EVENTS:
+            setattr(callback, event, self._tolerant(callback, event, getattr(callback, event), muted))
+
+    def _tolerant(self, callback: Any, event: str, method: Callable[..., Any], muted: set[str]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def tolerant(*args: Any, **kwargs: Any) -> Any:
+            if event == "on_train_begin":
+                muted.clear()
+            if muted:
+                return None
+            try:
+                return method(*args, **kwargs)
+            except Exception as error:
+                if event == "on_train_begin":
+                    muted.add(event)
+                self.say(f"{type(callback).__name__} failed in `{event}`", error)
+                return None
+
+        return tolerant

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from trl.extras import profiling
 
 from .progress import RolloutProgress
 
@@ -73,6 +74,24 @@ class LogFailures:
         if what not in self._said:
             self._said.add(what)
             logger.warning("%s. Later failures of this kind are not said again.", sentence, exc_info=traceback_of)
+
+    @contextmanager
+    def of_profiling(self) -> Iterator[None]:
+        """While open, TRL's profiler, which sends each duration to trackers by itself, ends no run either."""
+        hook: Any = profiling
+        failures, kind = self, hook.ProfilingContext
+        base: Any = kind
+
+        class Tolerant(base):
+            def _log_metrics(self, duration: float) -> None:
+                with failures.tolerated("The duration of a part of a step could not be sent to a tracker"):
+                    super()._log_metrics(duration)
+
+        hook.ProfilingContext = Tolerant
+        try:
+            yield
+        finally:
+            hook.ProfilingContext = kind
 
     def guard(self, callback: Any) -> None:
         """

@@ -19,7 +19,6 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from . import model_card
-from .checkpoint import tolerated
 from .config import ToolGRPOConfig
 from .log_failures import LogFailures
 from .redaction import masked
@@ -62,7 +61,7 @@ class RunCard(GRPOTrainer):
             model_name, dataset_name, tags:
                 As in TRL.
         """
-        with self._failures.tolerated("The model card could not be written"), tolerated():
+        with self._failures.tolerated("The model card could not be written"):
             super().create_model_card(model_name, dataset_name, tags)
             if self.is_world_process_zero():
                 self._complete_card(model_name, dataset_name)

@@ -183,7 +183,8 @@ class RunLog(GRPOTrainer):
         """TRL's training; what was logged of it is on disk when it ends, however it does."""
         self._logged, self._run_folder, self._full, self._begun = None, None, set(), (-1, 0)
         try:
-            return super().train(*args, **kwargs)
+            with self._failures.of_profiling():
+                return super().train(*args, **kwargs)
         finally:
             self._put_logged()
             if self._writer is not None:

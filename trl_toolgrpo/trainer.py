@@ -483,7 +483,8 @@ class ToolGRPOTrainer(
         before, self._eval_prefix = self._eval_prefix, metric_key_prefix
         self._metrics["eval"].clear()  # of an evaluation that failed, or of `predict`
         try:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            with self._failures.of_profiling():
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             self._eval_prefix = before
 

@@ -6,7 +6,7 @@ the trainer, reward functions and diagnostics.
 
 import difflib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 

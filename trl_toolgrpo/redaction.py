@@ -143,12 +143,12 @@ def secret_values(env: Mapping[str, str], headers: Mapping[str, str], url: str |
         env (`Mapping[str, str]`):
             Environment variables. Those that every program has, such as `PATH` and `TZ`, are no secrets.
         headers (`Mapping[str, str]`):
-            HTTP headers; of "Bearer xyz", "xyz" alone is secret too.
+            HTTP headers. Of "Bearer xyz", here and there, "xyz" alone is secret too.
         url (`str`, *optional*):
             Its user, password and query values are secret.
     """
-    found = [value for name, value in env.items() if name.upper() not in _PUBLIC and not name.startswith("LC_")]
-    found += [part for value in headers.values() for part in (value, _SCHEMES.sub("", value, count=1))]
+    given = [value for name, value in env.items() if name.upper() not in _PUBLIC and not name.startswith("LC_")]
+    found = [part for value in (*given, *headers.values()) for part in dict.fromkeys(_leaves(value))]
     if url is not None:
         parts = urllib.parse.urlsplit(url)
         found += [part for part in (parts.username, parts.password) if part]

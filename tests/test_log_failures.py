@@ -206,6 +206,14 @@ def test_figures_that_are_no_data_end_no_run(tmp_path, monkeypatch, caplog):
     assert len(lines) == 4 and lines[0]["half"] == "\N{REPLACEMENT CHARACTER}"
 
 
+def test_a_health_rule_that_fails_ends_no_run(tmp_path, monkeypatch, caplog):
+    trainer = start(tmp_path, monkeypatch)
+    monkeypatch.setattr("trl_toolgrpo.health.HealthMonitor.step", fail)
+    trainer.train()
+    (record,) = said(caplog, "The health rules could not be asked")
+    assert trainer.state.global_step == 3 and record.exc_info
+
+
 @pytest.mark.parametrize("error", [fail, refuse])
 def test_a_model_card_that_cannot_be_written_ends_no_run(error, tmp_path, monkeypatch, caplog):
     trainer = start(tmp_path, monkeypatch, save_strategy="steps", save_steps=1)

@@ -38,7 +38,8 @@ class Live(HealthWatch):
             return super().train(*args, **kwargs)
         finally:
             if self._display is not None:
-                self._display.close()
+                with self._failures.tolerated("The progress of the run could not be drawn to its end"):
+                    self._display.close()
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self._display is None or not self.model.training:

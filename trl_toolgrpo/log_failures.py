@@ -8,16 +8,23 @@ from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from trl.extras import profiling
+from trl.trainer.callbacks import LogCompletionsCallback, RichProgressCallback, WeaveCallback
 
 from .progress import RolloutProgress
 
 
 logger = logging.getLogger(__name__)
 
-REPORTERS = (*INTEGRATION_TO_CALLBACK.values(), PrinterCallback, ProgressCallback, RolloutProgress)
-"""Callbacks that only tell of a run: those of `report_to`, and those that draw its progress."""
+REPORTERS = (
+    *INTEGRATION_TO_CALLBACK.values(), LogCompletionsCallback, WeaveCallback, PrinterCallback, ProgressCallback,
+    DEFAULT_PROGRESS_CALLBACK, RichProgressCallback, RolloutProgress,
+)  # fmt: skip
+"""Callbacks that only tell of a run: those of `report_to`, TRL's trackers, and those that draw its progress."""
 
+_GUARDED = "_toolgrpo_guarded"
+"""Attribute of a callback whose failures are said."""
 _EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_")]
 
 
@@ -103,15 +110,19 @@ class LogFailures:
             callback (`TrainerCallback`):
                 Any callback.
         """
-        if not isinstance(callback, REPORTERS) or "on_log" in vars(callback):  # guarded already
+        if not isinstance(callback, REPORTERS) or hasattr(callback, _GUARDED):
             return
+        setattr(callback, _GUARDED, True)
         muted: set[str] = set()
         for event in _EVENTS:
-            setattr(callback, event, self._tolerant(callback, event, getattr(callback, event), muted))
+            setattr(callback, event, self._tolerant(callback, event, muted))
 
-    def _tolerant(self, callback: Any, event: str, method: Callable[..., Any], muted: set[str]) -> Callable[..., Any]:
-        @functools.wraps(method)
+    def _tolerant(self, callback: Any, event: str, muted: set[str]) -> Callable[..., Any]:
+        own = vars(callback).get(event)
+
+        @functools.wraps(getattr(callback, event))
         def tolerant(*args: Any, **kwargs: Any) -> Any:
+            method = own or functools.partial(getattr(type(callback), event), callback)
             if event == "on_train_begin":
                 muted.clear()
             if muted:

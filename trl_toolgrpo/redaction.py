@@ -46,7 +46,7 @@ _PAIRS = frozenset({("connection", "string"), ("webhook", "url")})
 _OF_VOCABULARY = frozenset(
     {
         *("bos", "eos", "eot", "pad", "unk", "sep", "cls", "mask", "start", "stop", "image", "video", "audio"),
-        *("special", "per", "num", "max", "min", "first", "last", "new", "next"),
+        *("special", "per", "num", "max", "min"),
     }
 )
 _OF_TABLE = frozenset(

@@ -229,7 +229,8 @@ class ToolGRPOTrainer(
             logger.warning(f"You set `{name}`, which has no effect here: {why}.")
         line = correction_line(self.args)
         if line is not None and self.accelerator.is_main_process:
-            print(line, flush=True)
+            with self._failures.tolerated("The line on the correction could not be printed"):
+                print(line, flush=True)
         check_gathering(self)
         check_cache(self.args, self.model)
         check_adapter_is_recorded(self.model)

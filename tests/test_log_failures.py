@@ -92,6 +92,16 @@ def test_a_tracker_that_fails_ends_no_run(event, error, later, tmp_path, monkeyp
         assert tracker.called.count("on_log") > 3, "a tracker that fails once is asked again"
 
 
+def test_a_tracker_that_begins_to_fail_later_ends_no_run(tmp_path, monkeypatch, caplog):
+    class Later(Broken):
+        pass
+
+    trainer = start(tmp_path, monkeypatch, callbacks=[Later()])
+    monkeypatch.setattr(Later, "on_log", refuse)
+    trainer.train()
+    assert trainer.state.global_step == 3 and len(said(caplog, "Later failed in `on_log`")) == 1
+
+
 def test_a_tracker_begins_anew_in_another_run(tmp_path, monkeypatch):
     class Once(Broken):
         events = ("on_train_begin",)
@@ -224,15 +234,17 @@ def test_a_model_card_that_cannot_be_written_ends_no_run(error, tmp_path, monkey
     assert len(said(caplog, "The model card could not be written")) == 1
 
 
-@pytest.mark.parametrize("broken", ["log", "alert", "Trace", "init"])
+@pytest.mark.parametrize("broken", ["log", "alert", "Trace", "init", "Table"])
 def test_a_tracker_of_conversations_that_fails_ends_no_run(broken, tmp_path, monkeypatch, caplog):
     trackio = pytest.importorskip("trackio")
     options = {"report_to": "trackio", "project": f"broken-{broken}", "run_name": "tiny", "trackio_space_id": None}
+    options |= {"log_completions": True, "log_unique_prompts": True}
     constant = lambda completions, **kwargs: [0.0] * len(completions)  # noqa: E731
     trainer = start(tmp_path, monkeypatch, constant, max_steps=4, **options)
     monkeypatch.setattr(trackio, broken, fail)
     trainer.train()
     assert trainer.state.global_step == 4 and said(caplog, "the run goes on")
+    assert len(list((tmp_path / "completions").glob("*.parquet"))) == 4
 
 
 def test_a_rollout_without_a_score_is_logged_in_a_few_words(tmp_path, monkeypatch, caplog):

@@ -133,11 +133,12 @@ def test_no_option_of_the_configuration_is_taken_for_a_secret():
     assert named == {"hub_token"}
 
 
-def test_words_and_numbers_are_no_secrets_by_a_name():
-    """What tools return is searched for them: neither a user without a password nor a number of tokens is to go."""
+def test_a_secret_may_stand_in_another_value():
+    """Plain words, and a user without a password, are none: what tools return is searched for secrets."""
     assert secret_variables({"URL": "postgres://postgres@localhost/db", "DB_PASSWORD": "postgres"}) == []
-    assert config_secrets({"token": 100000, "secret": 100000}) == ["100000"]
     assert secret_variables({"URL": "https://ghp-0123456@github.com/x", "A": '{"apiKey": "abc-1234"}'}) == ["A", "URL"]
+    key = {"GOOGLE_CREDENTIALS_JSON": '{"type": "service", "private_key": "abc-1234"}'}
+    assert "abc-1234" in config_secrets(key) and "service" not in config_secrets(key)
 
 
 def test_a_command_line_tells_its_secrets():

@@ -4,7 +4,6 @@ The one rule for every file and text that a run leaves: its logs, its model card
 MCP servers say.
 """
 
-import itertools
 import json
 import logging
 import re
@@ -59,21 +58,8 @@ _OF_TABLE = frozenset(
 _ABOUT = frozenset(
     {
         *("budget", "column", "columns", "count", "dir", "directory", "expiration", "expires", "expiry", "field"),
-        *(
-            "file",
-            "folder",
-            "format",
-            "heads",
-            "ids",
-            "index",
-            "length",
-            "level",
-            "limit",
-            "mask",
-            "name",
-            "parallelism",
-        ),
-        *("path", "prefix", "size", "suffix", "timeout", "ttl", "type", "types"),
+        *("file", "folder", "format", "heads", "ids", "index", "length", "level", "limit", "mask", "name", "path"),
+        *("parallelism", "prefix", "size", "suffix", "timeout", "ttl", "type", "types"),
     }
 )
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s\"'<>`]+", re.IGNORECASE)
@@ -195,7 +181,18 @@ def is_secret_name(name: str) -> bool:
         name (`str`):
             The name.
     """
-    return _kind_of_secret(name) is not None
+    words = [word.lower() for word in _WORDS.findall(name)]
+    if not words or words[-1] in _ABOUT or name.upper() in _PUBLIC:
+        return False
+    if words[-1] in _LAST or any(_PASSWORD.search(word) for word in words):
+        return True
+    for before, word, after in zip(["", *words], words, [*words[1:], ""], strict=False):
+        of_table = before in (_OF_TABLE if word == "key" else _OF_VOCABULARY) or (word, after) == ("token", "id")
+        if (before, word) in _PAIRS or (before in _PLURAL and word in ("keys", "tokens")):
+            return True
+        if _KEY.search(word) and not of_table:
+            return True
+    return False
 
 
 def secret_variables(variables: Mapping[str, str]) -> list[str]:
@@ -207,26 +204,6 @@ def secret_variables(variables: Mapping[str, str]) -> list[str]:
             Such as `os.environ`.
     """
     return sorted(name for name, value in variables.items() if name not in _PUBLIC and config_secrets({name: value}))
-
-
-def _kind_of_secret(name: str) -> str | None:
-    """`"password"`, `"key"` (which is never a mere number) or `None`, by a name."""
-    words = [word.lower() for word in _WORDS.findall(name)]
-    if not words or words[-1] in _ABOUT or name.upper() in _PUBLIC:
-        return None
-    if any(_PASSWORD.search(word) for word in words):
-        return "password"
-    if words[-1] in _LAST or _PAIRS.intersection(itertools.pairwise(words)):
-        return "key"
-    for place, word in enumerate(words):
-        before, after = ["", *words][place], [*words, ""][place + 1]
-        if word in ("keys", "tokens") and before in _PLURAL:
-            return "key"
-        if _KEY.search(word) and before not in (_OF_TABLE if word == "key" else _OF_VOCABULARY):
-            if word.endswith("token") and after == "id":
-                continue
-            return "key"
-    return None
 
 
 def masked(value: Any, name: str = "", found: list[str] | None = None) -> Any:
@@ -246,10 +223,11 @@ def masked(value: Any, name: str = "", found: list[str] | None = None) -> Any:
         `Any`: a copy of the same form; a secret is `"[secret]"` there, and a URL is as in [`masked_url`].
     """
     found = [] if found is None else found
-    kind = _kind_of_secret(name)
     plain = isinstance(value, (str, int, float, dict, list, tuple)) and value and value is not True
-    if plain and (kind == "password" or (kind == "key" and not isinstance(value, (int, float)))):
+    if plain and is_secret_name(name):
         found += _leaves(value)
+        if isinstance(value, str):  # a file of credentials as JSON, or a URL
+            _masked_text(value, found)
         return SECRET
     if isinstance(value, dict):
         return {key: masked(inner, str(key), found) for key, inner in value.items()}

@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.chat_parsing.response_parser import ResponseParser, parse_response
 from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import add_response_schema
+from trl.extras import profiling
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 from trl_toolgrpo import model_card
@@ -152,6 +153,32 @@ WRITTEN = {
 }
 
 
+LOGGED = {
+    "log": (
+        (
+            "if self.accelerator.is_main_process and self.log_completions:",
+            'self._logs["prompt"]',
+            'dict(self._logs["extra"])',
+            "self.state.log_history.append(output)\n    self.control = self.callback_handler.on_log(",
+        ),
+        "run_log.RunLog.log gives another `_logs`, and tells failures of a callback from those of the table",
+    ),
+    "_log_completion_extra": (
+        ("self._pending_extra_logs[column].extend(values)",),
+        "run_log.RunLog._calculate_rewards aligns them",
+    ),
+    "_generate_and_score_completions": (
+        ("observation = environment.reset(", '"content": content + observation}'),
+        "inert_prompts.with_observation finds what `reset` said at the end of the last message",
+    ),
+}
+
+
+def test_the_profiler_is_looked_up_when_it_begins():
+    assert "ProfilingContext(" in source(profiling.profiling_context), "log_failures.of_profiling replaces it"
+    assert parameters(profiling.ProfilingContext._log_metrics) == ["self", "duration"]
+
+
 PUSHED = {
     "push_to_hub": (
         (
@@ -181,9 +208,9 @@ def test_the_model_card_has_its_headings():
     assert HfHubHTTPError.__bases__[0].__name__ == "HTTPError", "hub.py catches what all HTTP failures are"
 
 
-@pytest.mark.parametrize("name", [*WRITTEN, *PUSHED])
+@pytest.mark.parametrize("name", [*WRITTEN, *LOGGED, *PUSHED])
 def test_what_resuming_and_pushing_rely_on(name):
-    found, use = {**WRITTEN, **PUSHED}[name]
+    found, use = {**WRITTEN, **LOGGED, **PUSHED}[name]
     owners = [kind for kind in GRPOTrainer.__mro__ if name in vars(kind)]
     body = "".join(source(getattr(kind, name)) for kind in owners)
     for expression in found:

@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM, 
 
 from trl_toolgrpo import CheckpointSaveError, HubPushError, MCPServer, ToolGRPOTrainer, ValueHead, ValueHeadError
 from trl_toolgrpo.model_card import bars, command, compose, configuration, curves, tools
+from trl_toolgrpo.redaction import SECRET, config_secrets, masked, masked_arguments
 from trl_toolgrpo.run_card import _set_fields, launcher, machines
-from trl_toolgrpo.tools.redact import SECRET, config_secrets, masked, masked_arguments
 
 
 NAME = "run"

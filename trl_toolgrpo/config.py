@@ -22,6 +22,7 @@ from .config_checks import (
     check_fields,
 )
 from .errors import ConfigError
+from .redaction import masked
 
 
 @dataclass
@@ -329,6 +330,13 @@ class ToolGRPOConfig(GRPOConfig):
             )
         super().__post_init__()
         check_fields(self, defaults())
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        The fields by name, as trackers get them, without secrets: `"[secret]"` stands for what is named for one
+        at any depth, and of the logins of URLs.
+        """
+        return masked(super().to_dict())
 
     @classmethod
     def from_grpo_config(cls, args: GRPOConfig) -> "ToolGRPOConfig":

@@ -85,11 +85,12 @@ class HealthWatch(RunLog):
         if self._rounding is not None and self.args.logprob_check_tolerance is None:
             monitor.facts = replace(monitor.facts, logprob_tolerance=self._rounding.mean)
         if self.accelerator.is_main_process:
-            for line in monitor.step(metrics):
-                self._add_line(HEALTH, line)
-                if line["level"] != "ok":
-                    found[0] = found[0] or line
-                    self._say(line)
+            with self._failures.tolerated("The health rules could not be asked"):
+                for line in monitor.step(metrics):
+                    self._add_line(HEALTH, line)
+                    if line["level"] != "ok":
+                        found[0] = found[0] or line
+                        self._say(line)
         if self.args.health_checks == "raise":
             first = broadcast_object_list(found)[0]
             if first is not None:

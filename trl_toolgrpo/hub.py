@@ -25,8 +25,8 @@ from transformers.utils.hub import hf_api
 
 from .checkpoint import attempt, find_checkpoint, tolerated
 from .errors import CheckpointSaveError, HubPushError
+from .redaction import masked
 from .run_card import RunCard
-from .tools.redact import masked
 
 
 logger = logging.getLogger(__name__)

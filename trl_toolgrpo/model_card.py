@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from .tools.redact import masked_arguments
+from .redaction import masked_arguments
 from .tools.types import Tool
 
 

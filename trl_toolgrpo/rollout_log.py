@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from .errors import RolloutLogError
+from .redaction import Redactor
 from .rollout_tensors import keep, restore
-from .tools.redact import Redactor
 from .tools.results import encodable
 from .trajectory import Trajectory
 

@@ -21,9 +21,12 @@ from trl.chat_template_utils import (
 
 from .checks import check_tool_names, named_datasets, prompt_rows, shown_tool, warn_of_hidden_tools
 from .errors import ConfigError, ToolSchemaError
+from .inert_prompts import InertPrompts, with_observation
 from .prompt_checks import PromptRenderer, check_prompt_lengths, check_prompts
+from .redaction import Redactor
 from .rollout.chat import ToolChat
 from .rollout.context_length import context_length
+from .rollout.control_tokens import ControlTokens
 from .rollout.loop import RolloutRequest
 from .rollout.prompt_messages import PromptMessages
 from .rollout.response_templates import without_comments
@@ -53,6 +56,9 @@ class RolloutTools(GRPOTrainer):
     _renderer: PromptRenderer
     _mcp: MCPTools | None = None
     _sessions: Sequence[MCPSession] = ()
+    _redactor: Redactor
+    _inert: InertPrompts | None = None
+    _rows: Sequence[dict[str, Any]] = ()  # of the data set, whose rollouts are made
 
     def _start_servers(self, mcp_servers: Any, tools: Any, environment_factory: Any) -> Any:
         """Start the MCP servers; the run's tools, theirs included."""
@@ -84,6 +90,8 @@ class RolloutTools(GRPOTrainer):
         shown = [self._toolset.shown(tool) for tool in self._toolset.known]
         renderer = PromptRenderer(self.processing_class, [tool.schema for tool in shown], template, kwargs)
         self._renderer = renderer
+        if self._recording:
+            self._inert = InertPrompts(ControlTokens(self._tokenizer, self.eos_token_ids), renderer)
         self._messages = PromptMessages(renderer.takes_arguments_as_text(), joins_text=not renderer.is_processor)
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             rows = prompt_rows(dataset)
@@ -134,15 +142,38 @@ class RolloutTools(GRPOTrainer):
             check_prompt_lengths(name, prompts, renderer, positions, args.max_completion_length or 1, rewritten)
 
     def _tokenize_prompts(self, prompts: list) -> Any:
-        """TRL's rendering of prompts, of messages that the chat template can read."""
+        """
+        TRL's rendering of prompts, of messages that the chat template can read. What a tool or the `reset` of an
+        environment says becomes no control token, and what `reset` says repeats no secret.
+        """
         known = {tool.name: tool for tool in self._toolset.known}
-        rewritten = []
+        rewritten, shown = [], []
         for row, prompt in enumerate(prompts):
+            if self.environments:
+                prompt = with_observation(self._given(row), prompt, self._redactor.text)
             tools = known
             if self.environments and self._toolset.decided_at_reset and _calls_tools(prompt):
                 tools = self._toolset.of_rollout(self.environments[row])[0]
             rewritten.append(self._messages.rewritten(prompt, tools))
-        return super()._tokenize_prompts(rewritten)
+            shown.append((tools, prompt))
+        found = super()._tokenize_prompts(rewritten)
+        if self._inert is None:
+            return found
+        prompt_ids, *rest = found
+        inert = [self._inert_prompt(row, *asked) for row, asked in enumerate(shown)]
+        return [ids if own is None else own for own, ids in zip(inert, prompt_ids, strict=True)], *rest
+
+    def _inert_prompt(self, row: int, tools: dict[str, Tool], prompt: Any) -> list[int] | None:
+        """Tokens of a prompt where tools or its environment's `reset` say what TRL would take for control tokens."""
+        if self._inert is None or not isinstance(prompt, list):
+            return None
+        schemas = self.tools if self.environment_factories is None else self._env_tools[self._batch_environments[row]]
+        marked = with_observation(self._given(row), prompt, self._inert.mark)
+        return self._inert.encode(self._messages.rewritten(marked, tools), self._inert.schemas(schemas or ()))
+
+    def _given(self, row: int) -> Any:
+        """The prompt of a row of the data set, before its environment was reset."""
+        return self._rows[row].get("prompt") if row < len(self._rows) else None
 
     def _make_chat(self) -> ToolChat:
         """
@@ -191,9 +222,11 @@ class RolloutTools(GRPOTrainer):
         return (*rest, {**extra_fields, "mcp_sessions": list(self._sessions)}, images, tool_images)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._rows = inputs
         try:
             return super()._generate_and_score_completions(inputs)
         finally:
+            self._rows = ()
             if self._mcp is not None:  # made ready for the next rollouts during the update
                 self._mcp.take_back(self._sessions)
                 self._sessions = ()

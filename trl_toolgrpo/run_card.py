@@ -6,7 +6,6 @@ Owns what is gathered and where the card is written, as a mixin of the trainer; 
 import json
 import os
 import re
-import shlex
 import sys
 from dataclasses import MISSING, fields
 from enum import Enum
@@ -15,22 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import get_int_from_env
-from huggingface_hub import ModelCard, get_token
+from huggingface_hub import ModelCard
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from . import model_card
-from .checkpoint import tolerated
 from .config import ToolGRPOConfig
+from .log_failures import LogFailures
+from .redaction import masked
+from .run_files import run_redactor
 from .tools.mcp import MCPTools
-from .tools.redact import Redactor, config_secrets, masked, secret_values
 from .tools.toolset import ToolSet
 from .value import ValueHead
 from .version import __version__
 
 
 _PACKAGES = {"PEFT": "peft", "Accelerate": "accelerate", "huggingface_hub": "huggingface_hub"}
-_SECRET_VARIABLES = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL")
 _POLICIES = {
     "transformer_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
     "size_based_auto_wrap_policy": "SIZE_BASED_WRAP",
@@ -46,6 +45,7 @@ class RunCard(GRPOTrainer):
     model: Any
     hub_model_id: Any
     _toolset: ToolSet
+    _failures: LogFailures
     _mcp: MCPTools | None
     _value_head: ValueHead | None
     _home: str | None = None  # the output folder, while another one stands in for it
@@ -61,7 +61,7 @@ class RunCard(GRPOTrainer):
             model_name, dataset_name, tags:
                 As in TRL.
         """
-        with tolerated():
+        with self._failures.tolerated("The model card could not be written"):
             super().create_model_card(model_name, dataset_name, tags)
             if self.is_world_process_zero():
                 self._complete_card(model_name, dataset_name)
@@ -130,13 +130,8 @@ class RunCard(GRPOTrainer):
         A text without the secrets of this run: those of its environment, its configuration and its command line, and
         what MCP servers were given in confidence.
         """
-        own = {name: value for name, value in os.environ.items() if _SECRET_VARIABLES.search(name.upper())}
-        own["stored"] = get_token() or ""
-        for server in self._mcp.servers.values() if self._mcp is not None else ():
-            text = server.redactor.text(text)
-        configured = {field.name: getattr(self.args, field.name) for field in fields(self.args)}
-        found = [*secret_values(own, {}, None), *config_secrets(configured), *config_secrets(sys.argv)]
-        return Redactor([*found, *map(shlex.quote, found)]).text(text)
+        servers = self._mcp.servers.values() if self._mcp is not None else ()
+        return run_redactor(self.args, servers).text(text)
 
 
 def machines(processes: int) -> int:

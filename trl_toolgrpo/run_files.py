@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
@@ -20,8 +19,18 @@ import peft
 import torch
 import transformers
 import trl
+from huggingface_hub import get_token
 
-from .tools.redact import Redactor, config_secrets, masked, masked_arguments, secret_values
+from .redaction import (
+    Redactor,
+    argument_secrets,
+    config_secrets,
+    masked,
+    masked_arguments,
+    secret_values,
+    secret_variables,
+)
+from .tools.results import encodable
 from .version import __version__
 
 
@@ -29,8 +38,6 @@ RUN = "run.json"
 METRICS = "metrics.jsonl"
 HEALTH = "health.jsonl"
 VERSION = 1
-
-_NAMED_SECRET = re.compile(r"(?:^|[_-])(?:token|api_?key|key|secret|password|credentials)$", re.IGNORECASE)
 
 
 def add_line(path: Path, record: dict[str, Any]) -> None:
@@ -44,6 +51,7 @@ def add_line(path: Path, record: dict[str, Any]) -> None:
             What to add.
     """
     line = json.dumps({name: _finite(value) for name, value in record.items()}, default=str, ensure_ascii=False)
+    line = encodable(line)
     with path.open("a", encoding="utf-8") as file:
         file.write(f"{line}\n")
 
@@ -93,15 +101,10 @@ def cut_back(path: Path, step: int) -> None:
     os.replace(part, path)
 
 
-def secret_variables() -> dict[str, str]:
-    """The variables of the environment whose values count as secrets: by their names, such as `HF_TOKEN`."""
-    return {n: v for n, v in os.environ.items() if _NAMED_SECRET.search(n) and secret_values({n: v}, {}, None)}
-
-
 def run_redactor(args: Any, servers: Iterable[Any] = ()) -> Redactor:
     """
-    Knows the secrets of a run: those of its configuration, command line and MCP servers, and the keys in its
-    environment.
+    Knows the secrets of a run: those of its configuration, command line, environment and MCP servers, and the token
+    that is stored for the Hub.
 
     Args:
         args ([`ToolGRPOConfig`]):
@@ -110,7 +113,8 @@ def run_redactor(args: Any, servers: Iterable[Any] = ()) -> Redactor:
             The run's servers.
     """
     configured = {field.name: getattr(args, field.name) for field in fields(args)}
-    secrets = [*secret_variables().values(), *config_secrets(configured), *config_secrets(sys.argv)]
+    variables = {name: os.environ[name] for name in secret_variables(os.environ)}
+    secrets = config_secrets([variables, configured, {"token": get_token()}]) + argument_secrets(sys.argv)
     for server in servers:
         secrets += secret_values(server.env, server.headers, server.url)
     return Redactor(secrets)

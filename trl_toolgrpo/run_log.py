@@ -6,7 +6,10 @@ over, on a thread of its own, so that training waits for no disk. The formats ar
 """
 
 import logging
+import os
 import time
+import traceback
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,13 +17,16 @@ from typing import Any
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .batch_position import batch_in_use, batch_number
+from .completions_table import aligned, storable_logs
 from .config import ToolGRPOConfig
-from .rollout.engine import RolloutBatch
+from .log_failures import LogFailures
+from .redaction import SECRET, Redactor, secret_variables
+from .rollout.engine import RolloutBatch, RolloutEngine
 from .rollout_log import FOLDER, LoggedBatch, file_name, find_files, read_table, step_of, tabulate, with_ratios, write
 from .run_files import (
     HEALTH,
@@ -30,11 +36,10 @@ from .run_files import (
     cut_back,
     describe_start,
     run_redactor,
-    secret_variables,
     write_json,
 )
 from .tools.mcp import MCPTools
-from .tools.redact import SECRET, Redactor
+from .tools.mcp_config import MCPServer
 from .tools.toolset import ToolSet
 
 
@@ -56,9 +61,12 @@ class RolloutWriter:
             Most bytes that the files of this process may take.
         redactor ([`Redactor`]):
             Keeps secrets out of the texts.
+        failures ([`LogFailures`]):
+            Says what could not be written.
     """
 
-    def __init__(self, folder: Path, process: int, limit: float, redactor: Redactor) -> None:
+    def __init__(self, folder: Path, process: int, limit: float, redactor: Redactor, failures: LogFailures) -> None:
+        self._failures = failures
         self._folder, self._process, self._limit, self._redactor = folder, process, limit, redactor
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout-log")
         self._writing: Future | None = None
@@ -97,6 +105,8 @@ class RolloutWriter:
         except OSError as error:
             self._failed = True
             logger.warning("No rollouts are logged any more: %s could not be written to: %s.", self._folder, error)
+        except Exception as error:
+            self._failures.say("A rollout batch could not be logged", error)
 
     def close(self) -> None:
         """Wait, and end the thread."""
@@ -123,12 +133,16 @@ class RunLog(GRPOTrainer):
     num_generations: int
     _recording: bool
     _batch: RolloutBatch | None
+    _engine: RolloutEngine
     _rewards: Tensor
     _toolset: ToolSet
     _mcp: MCPTools | None
     _run_folder: Path | None = None  # where the log of this run is, once it has begun
     _full: set[str]  # files of it that could not be written to
     _redactor = Redactor()
+    _failures: LogFailures
+    _logs: Any  # TRL's, of `log_completions`
+    _pending_extra_logs: Any
     _writer: RolloutWriter | None = None
     _logged: LoggedBatch | pa.Table | None = None  # the batch in use
     _logged_name = ""  # of its file
@@ -138,8 +152,26 @@ class RunLog(GRPOTrainer):
     _scores: Tensor | None = None
 
     def _prepare_run_log(self) -> None:
-        self._logged_ratios, self._full = {}, set()
+        self._logged_ratios, self._full, self._failures = {}, set(), LogFailures()
+        self._redactor = run_redactor(self.args, self._servers())
+        for callback in self.callback_handler.callbacks:
+            self._failures.guard(callback)
         self.add_callback(_RunLogCallback(self))
+
+    def add_callback(self, callback: Any) -> None:
+        """
+        TRL's. A tracker that fails later does not end the run; the callbacks of users do.
+
+        Args:
+            callback (`type` or `TrainerCallback`):
+                A callback or its class.
+        """
+        super().add_callback(callback)
+        if "_failures" in vars(self):
+            self._failures.guard(self.callback_handler.callbacks[-1])
+
+    def _servers(self) -> Iterable[MCPServer]:
+        return self._mcp.servers.values() if self._mcp is not None else ()
 
     @property
     def _logs_rollouts(self) -> bool:
@@ -151,7 +183,8 @@ class RunLog(GRPOTrainer):
         """TRL's training; what was logged of it is on disk when it ends, however it does."""
         self._logged, self._run_folder, self._full, self._begun = None, None, set(), (-1, 0)
         try:
-            return super().train(*args, **kwargs)
+            with self._failures.of_profiling():
+                return super().train(*args, **kwargs)
         finally:
             self._put_logged()
             if self._writer is not None:
@@ -161,8 +194,9 @@ class RunLog(GRPOTrainer):
     def _begin_run_log(self) -> None:
         """Start the log, or cut it back to where the run goes on."""
         folder, step = Path(str(self.args.output_dir)), self.state.global_step
-        servers = self._mcp.servers.values() if self._mcp is not None else ()
-        redactor = self._redactor = run_redactor(self.args, servers)
+        redactor = self._redactor = run_redactor(self.args, self._servers())
+        if self._recording:
+            self._engine.redactor = redactor
         try:
             if self.accelerator.is_main_process:
                 self._clear_run_files(folder, step)
@@ -176,7 +210,9 @@ class RunLog(GRPOTrainer):
         self.accelerator.wait_for_everyone()
         if self._logs_rollouts and self._run_folder is not None:
             limit = self.args.rollout_log_limit * 2**20 / self.accelerator.num_processes
-            self._writer = RolloutWriter(folder / FOLDER, self.accelerator.process_index, limit, redactor)
+            self._writer = RolloutWriter(
+                folder / FOLDER, self.accelerator.process_index, limit, redactor, self._failures
+            )
 
     def _clear_run_files(self, folder: Path, step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -190,7 +226,27 @@ class RunLog(GRPOTrainer):
                 cut_back(folder / name, step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log(logs, start_time)
+        """
+        TRL's log, whose table of completions holds what can be stored and no secret. If it cannot be printed, stored
+        or sent all the same, the run goes on.
+
+        Args:
+            logs, start_time:
+                As in TRL.
+        """
+        kept, entries = self._logs, len(self.state.log_history)
+        if self.log_completions and self.accelerator.is_main_process:
+            with self._failures.tolerated("The completions of a step could not be prepared for their table"):
+                self._logs = storable_logs(kept, self._redactor)
+        try:
+            super().log(logs, start_time)
+        except Exception as error:
+            inside = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
+            if len(self.state.log_history) == entries or Trainer.log.__code__ in inside:  # of figures or a callback
+                raise
+            self._failures.say("The completions of a step could not be shown or stored", error)
+        finally:
+            self._logs = kept
         if self._run_folder is not None and self.accelerator.is_main_process:
             entry = self.state.log_history[-1]
             self._add_line(METRICS, {"step": entry["step"], "time": time.time(), **entry})
@@ -204,6 +260,8 @@ class RunLog(GRPOTrainer):
         except OSError as error:
             self._full.add(name)
             logger.warning("Nothing is added to %s any more, which could not be written to: %s.", name, error)
+        except Exception as error:
+            self._failures.say(f"A line could not be added to {name}", error)
 
     # Rollouts
 
@@ -212,8 +270,9 @@ class RunLog(GRPOTrainer):
         self._asked = prompts, output[3]
         return output
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        self._scores = super()._calculate_rewards(*args, **kwargs)
+    def _calculate_rewards(self, inputs: list, *args: Any) -> Tensor:
+        self._scores = super()._calculate_rewards(inputs, *args)
+        aligned(self._pending_extra_logs, self._logs["extra"], len(inputs), self._failures.say_once)
         return self._scores
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
@@ -221,7 +280,8 @@ class RunLog(GRPOTrainer):
         counts = {name: len(values) for name, values in self._metrics["train"].items()}
         inputs = super()._prepare_inputs(generation_batch)
         if self._writer is not None and self.model.training and self._buffered_inputs is not before:
-            self._take_down(counts)
+            with self._failures.tolerated("A rollout batch could not be taken down for the log"):
+                self._take_down(counts)
         return inputs
 
     def _take_down(self, counts: dict[str, int]) -> None:
@@ -283,8 +343,11 @@ class RunLog(GRPOTrainer):
     def _write_checkpoint(self, model: Any, trial: Any, staged: Path, target: Path) -> None:
         super()._write_checkpoint(model, trial, staged, target)  # type: ignore[misc]
         if self._logged is not None and self._writer is not None:
-            table = self._writer.table(self._logged, list(self._logged_ratios.values()))
-            write(table, staged / FOLDER / self._logged_name)
+            table = None
+            with self._failures.tolerated("The rollout batch in use could not be kept in a checkpoint"):
+                table = self._writer.table(self._logged, list(self._logged_ratios.values()))
+            if table is not None:  # a disk that does not take it leaves no checkpoint
+                write(table, staged / FOLDER / self._logged_name)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -307,7 +370,7 @@ class _RunLogCallback(TrainerCallback):
 
 
 def _tell_of_secrets() -> None:
-    names = ", ".join(sorted(secret_variables()))
+    names = ", ".join(secret_variables(os.environ))
     if names:
         logger.warning("The values of these environment variables are replaced by %s in logs: %s.", SECRET, names)
 

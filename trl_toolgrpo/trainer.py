@@ -229,7 +229,8 @@ class ToolGRPOTrainer(
             logger.warning(f"You set `{name}`, which has no effect here: {why}.")
         line = correction_line(self.args)
         if line is not None and self.accelerator.is_main_process:
-            print(line, flush=True)
+            with self._failures.tolerated("The line on the correction could not be printed"):
+                print(line, flush=True)
         check_gathering(self)
         check_cache(self.args, self.model)
         check_adapter_is_recorded(self.model)
@@ -243,6 +244,7 @@ class ToolGRPOTrainer(
         self._executor = executor
         pad_id = self._tokenizer.pad_token_id
         self._engine = RolloutEngine(self.args, self.eos_token_ids, pad_id, chat, executor, force_policy)
+        self._engine.redactor = self._redactor
         self._prepare_vllm()
 
     def _prepare_policy(self, given_adapter: bool) -> None:
@@ -482,7 +484,8 @@ class ToolGRPOTrainer(
         before, self._eval_prefix = self._eval_prefix, metric_key_prefix
         self._metrics["eval"].clear()  # of an evaluation that failed, or of `predict`
         try:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            with self._failures.of_profiling():
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             self._eval_prefix = before
 
@@ -500,4 +503,5 @@ class ToolGRPOTrainer(
         super().log(logs, start_time)
         line = console_line({**self._carried, **logs}) if training else None
         if line is not None and self.accelerator.is_main_process:
-            print(line, flush=True)
+            with self._failures.tolerated("The line of a step could not be printed"):
+                print(line, flush=True)

@@ -6,7 +6,7 @@ the trainer, reward functions and diagnostics.
 
 import difflib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -88,7 +88,7 @@ class Turn:
         return cls(**values)
 
 
-@dataclass
+@dataclass(repr=False)
 class Trajectory:
     """
     One rollout, token by token.
@@ -125,6 +125,15 @@ class Trajectory:
     turns: list[Turn]
     stop_reason: str
     values: list[float] | None = None
+
+    def __repr__(self) -> str:
+        """In a line: TRL logs all that a reward function was given of a rollout that none of them scored."""
+        parts = self.prompt_ids, self.completion_ids, self.turns
+        prompt, completion, turns = (len(part) if isinstance(part, Sized) else part for part in parts)
+        return (
+            f"Trajectory({prompt} prompt tokens, {completion} completion tokens, {turns} turns, "
+            f"stop_reason={self.stop_reason!r})"
+        )
 
     @property
     def trainable_mask(self) -> list[int]:

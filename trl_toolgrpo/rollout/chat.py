@@ -7,7 +7,6 @@ assistant's turn.
 """
 
 import functools
-import itertools
 import json
 import secrets
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import regex
 
 from ..errors import ChatTemplateError
 from ..tools.types import ToolCall
+from .control_tokens import ControlTokens
 from .parsing import ParsedTurn, parse_turn
 from .response_templates import RAW_TEXT, mended
 
@@ -61,12 +61,8 @@ class ToolChat:
                 "`tokenizer.response_template` (see transformers' docs on response parsing)."
             )
         self._mark = f"x{secrets.token_hex(8)}"
-        special = {id for id in tokenizer.all_special_ids if id != tokenizer.unk_token_id}
-        added = {**tokenizer.get_added_vocab(), **{tokenizer.convert_ids_to_tokens(id): id for id in special}}
-        # Added tokens that are only whitespace (newline runs of Gemma) are text, not control
-        self.control_ids = frozenset(id for text, id in added.items() if text.strip()) | self.stop_ids
-        names = sorted((text for text, id in added.items() if id in self.control_ids and text), key=len, reverse=True)
-        self._control = regex.compile("|".join(regex.escape(name) for name in names)) if names else None
+        self._control = ControlTokens(tokenizer, self.stop_ids)
+        self.control_ids = self._control.ids
         self._trims = not self._keeps_whitespace()
 
     # Reading a turn
@@ -203,15 +199,10 @@ class ToolChat:
 
     def pieces(self, text: str) -> list[str | int]:
         """Template text in order: control tokens as their ids, the text between them as it is."""
-        found: list[str | int] = []
-        place = 0
-        for match in self._control.finditer(text) if self._control else ():
-            found += [text[place : match.start()], self.tokenizer.convert_tokens_to_ids(match.group())]
-            place = match.end()
-        return [piece for piece in (*found, text[place:]) if piece != ""]
+        return self._control.pieces(text)
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        return self._control.encode(text)
 
     def _encode_segments(self, segments: Sequence[tuple[str, bool]], context: str) -> list[int]:
         """Encode template text and contents as one text if no control token comes of a content, else piece by
@@ -229,7 +220,7 @@ class ToolChat:
 
     def _touches_content(self, whole: str, place: int, segments: Sequence[tuple[str, bool]]) -> bool:
         """Whether the text of a control token lies in a content or begins or ends in one."""
-        spans = [match.span() for match in self._control.finditer(whole, overlapped=True)] if self._control else []
+        spans = self._control.spans(whole)
         for text, content in segments:
             stop = place + len(text)
             if content and any(first < stop and place < last for first, last in spans):
@@ -239,23 +230,7 @@ class ToolChat:
 
     def _encode_inert(self, text: str) -> list[int]:
         """Encode text so that no control token comes of it; it decodes to the same text."""
-        ids: list[int] = []
-        todo = [text]
-        while todo:
-            part = todo.pop()
-            encoded = self._encode(part)
-            if self.control_ids.isdisjoint(encoded):
-                ids += encoded
-                continue
-            matches = self._control.finditer(part) if self._control else ()
-            cuts = [0, *(match.start() + 1 for match in matches if match.end() - match.start() > 1), len(part)]
-            if len(cuts) > 2:  # a control token cut in two is no control token
-                todo += [part[start:stop] for start, stop in itertools.pairwise(cuts)][::-1]
-            else:  # what is left comes of normalization: a character that is a control token by itself is dropped
-                for character in part:
-                    piece = self._encode(character)
-                    ids += piece if self.control_ids.isdisjoint(piece) else []
-        return ids
+        return self._control.encode_inert(text)
 
     # Rendering
 

@@ -19,6 +19,7 @@ from trl.models import unwrap_model_for_generation
 
 from ..config import ToolGRPOConfig
 from ..errors import ConfigError, TrajectoryError
+from ..redaction import Redactor
 from ..tools.execute import ToolExecutor
 from ..trajectory import Trajectory
 from .backends import generates_padded, make_sampler, unsupported_reason
@@ -219,6 +220,7 @@ class RolloutEngine:
         self.pad_id = pad_id
         self.chat = chat
         self.executor = executor
+        self.redactor = Redactor()  # of the run, where the trainer sets it
         iterations = args.max_tool_calling_iterations
         self.limits = RolloutLimits(
             max_completion_length=args.max_completion_length or 1,
@@ -328,7 +330,9 @@ class RolloutEngine:
         with sampler.open(self._read_prompts(requests), self.limits.max_completion_length) as session:
             forcing = self._forcing(noise) if force else None
             in_order = noise is not None
-            loop = RolloutLoop(session, requests, self.limits, self.chat, self.executor, forcing, in_order)
+            loop = RolloutLoop(
+                session, requests, self.limits, self.chat, self.executor, forcing, in_order, self.redactor
+            )
             return RolloutBatch(loop.run(), loop.stats)
 
     def _read_prompts(self, requests: Sequence[RolloutRequest]) -> list[list[int]]:

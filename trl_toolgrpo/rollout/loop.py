@@ -14,8 +14,9 @@ from functools import partial
 from typing import Any
 
 from ..errors import ToolRuntimeError
+from ..redaction import Redactor
 from ..tools.execute import ToolExecutor, result_text
-from ..tools.results import plain_reward
+from ..tools.results import plain_reward, without_secrets
 from ..tools.types import Tool, ToolCall, ToolResult
 from ..trajectory import Trajectory, Turn
 from .chat import ToolChat, tool_message
@@ -149,6 +150,8 @@ class RolloutLoop:
         in_order (`bool`, *optional*, defaults to `False`):
             Go on with a row a fixed number of steps after its calls, or when nothing is left to decode, and wait for
             its tools until then: which rows are decoded together no longer depends on how long a tool takes.
+        redactor ([`Redactor`], *optional*):
+            Knows the secrets that no tool result repeats.
     """
 
     def __init__(
@@ -160,7 +163,9 @@ class RolloutLoop:
         executor: ToolExecutor | None = None,
         forcing: Forcing | None = None,
         in_order: bool = False,
+        redactor: Redactor | None = None,
     ):
+        self.redactor = redactor or Redactor()
         self.in_order = in_order
         self.steps = 0
         self.session = session
@@ -282,7 +287,7 @@ class RolloutLoop:
         """Append the results of a turn's calls and queue the next turn."""
         state = self.states[row]
         trajectory, turn = state.trajectory, state.trajectory.turns[-1]
-        turn.tool_results = [future.result() for future in state.futures]
+        turn.tool_results = [without_secrets(future.result(), self.redactor) for future in state.futures]
         state.futures = []
         now = time.perf_counter()
         turn.tool_seconds, state.since = now - state.since, now

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from ..errors import ToolNameError, ToolRuntimeError, ToolSchemaError
+from ..redaction import redact_logs
 from .arguments import check_schema
 from .loops import LoopThread
 from .mcp_config import MCPServer
@@ -25,7 +26,6 @@ from .mcp_names import ToolOrigin, choose_tools, name_tools, tools_left_out
 from .mcp_pool import Pool
 from .mcp_session import MCPSession
 from .owners import wait
-from .redact import redact_logs
 from .results import refused
 from .types import Tool, ToolResult
 

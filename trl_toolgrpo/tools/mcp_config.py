@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .redact import Redactor, masked_url, secret_values
+from ..redaction import Redactor, masked_url, secret_values
 
 
 # What other programs call them -> what they are called here.

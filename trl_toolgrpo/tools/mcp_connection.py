@@ -12,11 +12,11 @@ from functools import partial
 from typing import Any
 
 from ..errors import MCPServerError
+from ..redaction import masked_url
 from ..version import __version__
 from .mcp_config import MCPServer
 from .mcp_results import failed, innermost, tool_result
 from .mcp_stdio import ServerProcess
-from .redact import masked_url
 from .types import ToolResult
 
 

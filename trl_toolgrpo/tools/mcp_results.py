@@ -7,7 +7,7 @@ the SDK's objects and import nothing of it.
 import json
 from typing import Any
 
-from .redact import Redactor
+from ..redaction import Redactor
 from .types import ToolResult
 
 

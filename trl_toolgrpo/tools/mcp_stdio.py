@@ -18,9 +18,9 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from ..errors import MCPServerError
+from ..redaction import Redactor
 from .guard import guarded
 from .mcp_config import MCPServer
-from .redact import Redactor
 from .results import encodable
 
 

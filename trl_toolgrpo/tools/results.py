@@ -26,6 +26,7 @@ from collections.abc import (
 from typing import Any
 
 from ..errors import TransientToolError
+from ..redaction import Redactor
 from .types import ToolCall, ToolResult
 
 
@@ -51,6 +52,23 @@ def result_text(result: ToolResult) -> str:
     if result.is_error and not isinstance(content, dict):
         content = {"error": _plain_text(content)}
     return encodable(_plain_text(content))
+
+
+def without_secrets(result: ToolResult, redactor: Redactor) -> ToolResult:
+    """
+    A result that repeats no secret: what the policy reads, and so every token and text of it that is logged.
+
+    Args:
+        result ([`ToolResult`]):
+            What the tool gave back.
+        redactor ([`Redactor`]):
+            Knows the secrets of the run.
+    """
+    try:
+        content = redactor.data(result.content)
+    except RecursionError:
+        content = redactor.text(_plain_text(result.content))
+    return result if content == result.content else dataclasses.replace(result, content=content)
 
 
 def refused(error_type: str, message: str) -> ToolResult:

@@ -1,13 +1,13 @@
-"""Secrets out of texts: what a server was given in confidence is not repeated.
+"""What of a run is a secret, by its name or by where it was given, and texts without it.
 
-Owns which values count as secrets and how they are found. Fed by the `env`, `headers` and `url` of MCP servers, and
-applied to all that comes back from one: results, tool lists, error output, exceptions, log records. Fed too by the
-configuration and the command line of a run, before they are shown.
+The one rule for every file and text that a run leaves: its logs, its model card, what its tools answer and what its
+MCP servers say.
 """
 
 import json
 import logging
 import re
+import shlex
 import urllib.parse
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,24 +22,45 @@ _TRIVIAL = frozenset(
     {
         *("always", "bearer", "default", "development", "disabled", "enabled", "localhost", "production", "staging"),
         *("testing", "verbose", "warning", "application/json", "text/event-stream"),
+        *("changeme", "example", "not-needed", "password", "passwd", "postgres", "secret", "unused"),
     }
 )
 _PUBLIC = frozenset(
     {
         *("COLORTERM", "DEBUG", "DISPLAY", "EDITOR", "FORCE_COLOR", "HOME", "HOSTNAME", "LANG", "LANGUAGE"),
-        *("LOGLEVEL", "LOGNAME", "LOG_LEVEL", "NODE_ENV", "NO_COLOR", "PATH", "PWD", "PYTHONHASHSEED"),
+        *("LOGLEVEL", "LOGNAME", "LOG_LEVEL", "NODE_ENV", "NO_COLOR", "OLDPWD", "PATH", "PWD", "PYTHONHASHSEED"),
         *("PYTHONIOENCODING", "PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONUTF8", "SHELL", "TEMP", "TERM", "TMP"),
         *("TMPDIR", "TZ", "USER", "USERNAME", "VIRTUAL_ENV"),
     }
 )
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')  # of JSON
 _SCHEMES = re.compile(r"(?:basic|bearer|token)\s+", re.IGNORECASE)
-# What settings with a secret are named, and tokens of a vocabulary, which are none
-_NAMED = re.compile(
-    r"(?:token|key|pwd|passphrase|authorization|cookie|signature)$|secret|passw|credential", re.IGNORECASE
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of a name: API_KEY_2, apiKey, X-Api-Key
+_PASSWORD = re.compile(r"secret|passw|passphrase|credential|pwd$|^pass$")
+_KEY = re.compile(r"token$|^key$|^(?:access|account|api|auth|encryption|master|private|secret|signing|ssh)keys?$")
+_LAST = frozenset({"auth", "authorization", "bearer", "cookie", "cookies", "jwt", "pat", "signature"})
+_PLURAL = frozenset({"access", "api", "auth", "bearer", "hf", "hub", "private", "refresh"})  # API_KEYS, not max_tokens
+_PAIRS = frozenset({("connection", "string"), ("webhook", "url")})
+# What a vocabulary or a table names so
+_OF_VOCABULARY = frozenset(
+    {
+        *("bos", "eos", "eot", "pad", "unk", "sep", "cls", "mask", "start", "stop", "image", "video", "audio"),
+        *("special", "per", "num", "max", "min"),
+    }
 )
-_OF_VOCABULARY = re.compile(
-    r"(?:^|[_-])(?:bos|eos|eot|pad|unk|sep|cls|mask|start|stop|image|video|audio)_token$", re.IGNORECASE
+_OF_TABLE = frozenset(
+    {
+        *("cache", "column", "data", "dataset", "dict", "feature", "field", "foreign", "group", "image", "index"),
+        *("json", "label", "metric", "partition", "primary", "prompt", "public", "row", "sort", "text"),
+    }
+)
+# Of a secret, what is none: where it lies, what it is called, how long it is
+_ABOUT = frozenset(
+    {
+        *("budget", "column", "columns", "count", "dir", "directory", "expiration", "expires", "expiry", "field"),
+        *("file", "folder", "format", "heads", "ids", "index", "length", "level", "limit", "mask", "name", "path"),
+        *("parallelism", "prefix", "size", "suffix", "timeout", "ttl", "type", "types"),
+    }
 )
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s\"'<>`]+", re.IGNORECASE)
 
@@ -87,7 +108,7 @@ class Redactor:
 
         Args:
             value (`Any`):
-                Strings, dicts and lists are searched; anything else is returned as it is.
+                Strings, dicts, lists and tuples (which become lists) are searched; anything else stays as it is.
         """
         if self._pattern is None:
             return value
@@ -95,7 +116,7 @@ class Redactor:
             return self.text(value)
         if isinstance(value, dict):
             return {self.data(key): self.data(inner) for key, inner in value.items()}
-        if isinstance(value, list):
+        if isinstance(value, (list, tuple)):
             return [self.data(inner) for inner in value]
         return value
 
@@ -108,12 +129,12 @@ def secret_values(env: Mapping[str, str], headers: Mapping[str, str], url: str |
         env (`Mapping[str, str]`):
             Environment variables. Those that every program has, such as `PATH` and `TZ`, are no secrets.
         headers (`Mapping[str, str]`):
-            HTTP headers; of "Bearer xyz", "xyz" alone is secret too.
+            HTTP headers. Of "Bearer xyz", here and there, "xyz" alone is secret too.
         url (`str`, *optional*):
             Its user, password and query values are secret.
     """
-    found = [value for name, value in env.items() if name.upper() not in _PUBLIC and not name.startswith("LC_")]
-    found += [part for value in headers.values() for part in (value, _SCHEMES.sub("", value, count=1))]
+    given = [value for name, value in env.items() if name.upper() not in _PUBLIC and not name.startswith("LC_")]
+    found = [part for value in (*given, *headers.values()) for part in dict.fromkeys(_leaves(value))]
     if url is not None:
         parts = urllib.parse.urlsplit(url)
         found += [part for part in (parts.username, parts.password) if part]
@@ -134,9 +155,55 @@ def config_secrets(value: Any) -> list[str]:
     return _worth_hiding(found)
 
 
+def argument_secrets(arguments: Sequence[str]) -> list[str]:
+    """
+    What of a command line is secret: see [`masked_arguments`].
+
+    Args:
+        arguments (`Sequence[str]`):
+            Script and its arguments.
+    """
+    found: list[str] = []
+    masked_arguments(arguments, found)
+    return _worth_hiding(found)
+
+
 def is_secret_name(name: str) -> bool:
-    """Whether a setting is named for a token, key, password or the like."""
-    return _NAMED.search(name) is not None and _OF_VOCABULARY.search(name) is None
+    """
+    Whether a variable, option, header or field is named for a secret.
+
+    A word of the name says so, wherever it stands and whatever number or owner follows: `PGPASSWORD`, `DB_PASSWD`,
+    `SMTP_PASS`, `OPENAI_API_KEY_2`, `HF_TOKEN_WRITE`, `apiKey`, `X-Api-Key`, `Authorization`. Tokens of a vocabulary
+    (`pad_token_id`, `max_tokens`), keys of a table (`sort_key`) and what only tells of a secret (`TOKEN_FILE`,
+    `KEY_LENGTH`) are none.
+
+    Args:
+        name (`str`):
+            The name.
+    """
+    words = [word.lower() for word in _WORDS.findall(name)]
+    if not words or words[-1] in _ABOUT or name.upper() in _PUBLIC:
+        return False
+    if words[-1] in _LAST or any(_PASSWORD.search(word) for word in words):
+        return True
+    for before, word, after in zip(["", *words], words, [*words[1:], ""], strict=False):
+        of_table = before in (_OF_TABLE if word == "key" else _OF_VOCABULARY) or (word, after) == ("token", "id")
+        if (before, word) in _PAIRS or (before in _PLURAL and word in ("keys", "tokens")):
+            return True
+        if _KEY.search(word) and not of_table:
+            return True
+    return False
+
+
+def secret_variables(variables: Mapping[str, str]) -> list[str]:
+    """
+    Names of the environment variables that hold a secret: by their name, or the login of a URL within.
+
+    Args:
+        variables (`Mapping[str, str]`):
+            Such as `os.environ`.
+    """
+    return sorted(name for name, value in variables.items() if name not in _PUBLIC and config_secrets({name: value}))
 
 
 def masked(value: Any, name: str = "", found: list[str] | None = None) -> Any:
@@ -159,6 +226,8 @@ def masked(value: Any, name: str = "", found: list[str] | None = None) -> Any:
     plain = isinstance(value, (str, int, float, dict, list, tuple)) and value and value is not True
     if plain and is_secret_name(name):
         found += _leaves(value)
+        if isinstance(value, str):  # a file of credentials as JSON, or a URL
+            _masked_text(value, found)
         return SECRET
     if isinstance(value, dict):
         return {key: masked(inner, str(key), found) for key, inner in value.items()}
@@ -168,23 +237,27 @@ def masked(value: Any, name: str = "", found: list[str] | None = None) -> Any:
     return _masked_text(value, found) if isinstance(value, str) else value
 
 
-def masked_arguments(arguments: Sequence[str]) -> list[str]:
+def masked_arguments(arguments: Sequence[str], found: list[str] | None = None) -> list[str]:
     """
     A command line without its secrets: the values of options that are named for one, and what [`masked`] finds.
 
     Args:
         arguments (`Sequence[str]`):
             Script and its arguments.
+        found (`list[str]`, *optional*):
+            Gets the secrets, short ones included.
     """
+    found = [] if found is None else found
     shown: list[str] = []
     awaited = False  # the option before is named for a secret
     for argument in arguments:
         name, sign, value = argument.partition("=")
         option = re.fullmatch(r"-*[\w.-]+", name) is not None
         if awaited and not argument.startswith("--"):
+            found += _leaves(argument)
             shown.append(SECRET)
         else:
-            shown.append(f"{name}={masked(value, name)}" if option and sign else masked(argument))
+            shown.append(f"{name}={masked(value, name, found)}" if option and sign else masked(argument, found=found))
         awaited = option and not sign and name.startswith("-") and is_secret_name(name)
     return shown
 
@@ -271,7 +344,8 @@ def _masked_login(url: str, found: list[str]) -> str:
     login = parts.netloc.rpartition("@")[0]
     if not login and not parts.query:
         return url
-    secret = parts.password or parts.username
+    # A user alone is a token only where the web has none: `postgres://postgres@host` names no secret
+    secret = parts.password or (parts.username if parts.scheme in ("http", "https") else None)
     found += [login, secret, urllib.parse.unquote(secret)] if secret else []
     found += [value for name, value in urllib.parse.parse_qsl(parts.query) if is_secret_name(name)]
     return masked_url(url)
@@ -291,3 +365,4 @@ def _spellings(secret: str) -> Iterable[str]:
         yield urllib.parse.quote(text)
         yield urllib.parse.quote(text, safe="")
         yield urllib.parse.quote_plus(text)
+        yield shlex.quote(text)

@@ -1,0 +1,99 @@
+"""The control tokens of a tokenizer, and texts of which none may come."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import regex
+
+
+class ControlTokens:
+    """
+    The tokens of a vocabulary that control a conversation: special tokens, added tokens and those that end a turn.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`):
+            The tokenizer.
+        stop_ids (`Iterable[int]`, *optional*):
+            Tokens that end an assistant turn.
+
+    Attributes:
+        ids (`frozenset[int]`):
+            Their ids.
+    """
+
+    def __init__(self, tokenizer: Any, stop_ids: Iterable[int] = ()):
+        self._tokenizer = tokenizer
+        special = {id for id in tokenizer.all_special_ids if id != tokenizer.unk_token_id}
+        added = {**tokenizer.get_added_vocab(), **{tokenizer.convert_ids_to_tokens(id): id for id in special}}
+        # Added tokens that are only whitespace (newline runs of Gemma) are text, not control
+        self.ids = frozenset(id for text, id in added.items() if text.strip()) | frozenset(stop_ids)
+        names = sorted((text for text, id in added.items() if id in self.ids and text), key=len, reverse=True)
+        self._pattern = regex.compile("|".join(regex.escape(name) for name in names)) if names else None
+        # Words that were added to a vocabulary are not put together from two texts
+        signs = [name for name in names if not (name[0].isalnum() or name[-1].isalnum())]
+        self._begins = {name[:end] for name in signs for end in range(1, len(name))}
+        self._ends = {name[start:] for name in signs for start in range(1, len(name))}
+        self._longest = max(map(len, signs), default=0)
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Where the texts of control tokens are in a text, those that overlap included."""
+        return [match.span() for match in self._pattern.finditer(text, overlapped=True)] if self._pattern else []
+
+    def pieces(self, text: str) -> list[str | int]:
+        """A text in order: control tokens as their ids, the text between them as it is."""
+        found: list[str | int] = []
+        place = 0
+        for match in self._pattern.finditer(text) if self._pattern else ():
+            found += [text[place : match.start()], self._tokenizer.convert_tokens_to_ids(match.group())]
+            place = match.end()
+        return [piece for piece in (*found, text[place:]) if piece != ""]
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, control tokens included."""
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    def encode_inert(self, text: str) -> list[int]:
+        """
+        Encode a text so that no control token comes of it.
+
+        Returns:
+            `list[int]`: tokens that decode to the same text, but for characters that are control tokens by themselves,
+            which have no other spelling and are left out.
+        """
+        return [id for _, ids in self._inert_parts(text) for id in ids]
+
+    def _inert_parts(self, text: str) -> Iterator[tuple[str, list[int]]]:
+        """A text in parts, cut as rarely as possible, of which none becomes a control token, with their tokens."""
+        todo = [text]
+        while todo:
+            part = todo.pop()
+            encoded = self.encode(part)
+            if self.ids.isdisjoint(encoded):
+                yield part, encoded
+                continue
+            matches = self._pattern.finditer(part) if self._pattern else ()
+            cuts = [0, *(match.start() + 1 for match in matches if match.end() - match.start() > 1), len(part)]
+            if len(cuts) > 2:  # a control token cut in two is no control token
+                todo += [part[start:stop] for start, stop in itertools.pairwise(cuts)][::-1]
+                continue
+            # What is left comes of normalization
+            single = ((character, self.encode(character)) for character in part)
+            yield from (found for found in single if self.ids.isdisjoint(found[1]))
+
+    def marked(self, text: str, mark: str) -> str:
+        """
+        A text with a mark wherever it has to be cut, also from what may stand before and after it, so that no control
+        token comes of it when it is encoded from mark to mark.
+
+        Args:
+            text (`str`):
+                Any text.
+            mark (`str`):
+                What no text holds.
+        """
+        inert = mark.join(part for part, _ in self._inert_parts(text))
+        reach = range(1, min(self._longest, len(text) + 1))
+        begins = any(text[:size] in self._ends for size in reach)
+        ends = any(text[-size:] in self._begins for size in reach)
+        return f"{mark if begins else ''}{inert}{mark if ends else ''}"

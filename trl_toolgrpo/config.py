@@ -19,6 +19,7 @@ from .config_checks import (
     REF_SYNC_MODES,
     ROLLOUT_BACKENDS,
     SAMPLER_CORRECTIONS,
+    TOOL_MENTION_CHECKS,
     check_fields,
 )
 from .errors import ConfigError
@@ -86,6 +87,11 @@ class ToolGRPOConfig(GRPOConfig):
             `max_completion_length`, which should be several times as large.
         parse_error_budget (`int`, *optional*, defaults to `1`):
             Malformed calls answered with a corrective tool message before the rollout stops.
+        tool_mention_check (`str`, *optional*, defaults to `"auto"`):
+            What is done at construction about names in prompts that resemble a tool's and are none: `"auto"`, an error
+            where a system message names a tool by its words in another order (`slack_send_message` for
+            `send_slack_message`), and a warning everywhere else; `"error"`, an error for each; `"warn"`, a warning for
+            each; `"off"`, nothing. Calls in earlier messages and a column `tools` that name no tool are always errors.
         force_rate (`float`, *optional*, defaults to `0.0`):
             Share of assistant turns that are made to begin with a tool call, where forcing is allowed at all.
         force_level (`str`, *optional*, defaults to `"call"`):
@@ -227,6 +233,14 @@ class ToolGRPOConfig(GRPOConfig):
     parse_error_budget: int = field(
         default=1,
         metadata={"help": "Malformed calls answered with a corrective tool message before the rollout stops."},
+    )
+    tool_mention_check: str = field(
+        default="auto",
+        metadata={
+            "help": "What is done about names in prompts that resemble a tool's and are none: auto (an error where a "
+            "system message has a tool's words in another order, else a warning), error, warn or off.",
+            "choices": list(TOOL_MENTION_CHECKS),
+        },
     )
 
     force_rate: float = field(

@@ -21,6 +21,7 @@ LOGPROB_CHECKS = ("first", "always", "off")
 REF_SYNC_MODES = ("auto", "adapter", "merged")
 VLLM_MODES = ("colocate", "server")
 HEALTH_CHECKS = ("warn", "raise", "off")
+TOOL_MENTION_CHECKS = ("auto", "error", "warn", "off")
 
 # Values at which a sampling option leaves the full softmax of logits / temperature as it is
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -51,6 +52,7 @@ def check_fields(config: Any, defaults: dict[str, Any]) -> None:
     """
     _check_choice(config, "logprob_check", LOGPROB_CHECKS)
     _check_choice(config, "rollout_backend", ROLLOUT_BACKENDS)
+    _check_choice(config, "tool_mention_check", TOOL_MENTION_CHECKS)
     for name, least in (
         ("max_concurrent_tools", 1),
         ("tool_retries", 0),

@@ -231,7 +231,8 @@ def test_warnings_are_few_and_name_the_rest(tokenizer, tmp_path, caplog):
 
 
 def test_values_and_inner_properties_of_tools_are_no_slips(tokenizer, tmp_path):
-    inner = {"type": "object", "properties": {"message_slack_send": {"type": "string", "enum": ["slack_message_send"]}}}
+    value = {"type": "string", "enum": ["slack_message_send"]}
+    inner = {"type": "object", "properties": {"message_slack_send": value}}
     schema = {"type": "object", "properties": {"what": inner}}
     tool = Tool("send_slack_message", "Sends.", schema, lambda what: "")
     construct(tokenizer, tmp_path, asked("system", "message_slack_send or slack_message_send"), "error", [tool])

@@ -21,6 +21,7 @@ from .config_checks import (
     SAMPLER_CORRECTIONS,
     TOOL_MENTION_CHECKS,
     check_fields,
+    check_types,
 )
 from .errors import ConfigError
 
@@ -336,13 +337,32 @@ class ToolGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        check_types(self)
         if (self.num_generations or 0) < 2:
             raise ConfigError(
                 f"You passed `num_generations={self.num_generations}`. GRPO compares the rollouts of a prompt with "
                 f"each other and requires at least 2 generations. Set `num_generations` to 2 or more."
             )
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise ConfigError(self._uneven_groups() or str(error)) from error
         check_fields(self, defaults())
+
+    def _uneven_groups(self) -> str | None:
+        """Return what is wrong with a rollout batch that does not hold whole groups."""
+        size, count = self.generation_batch_size, int(self.num_generations or 0)
+        if not size or not count or size % count == 0 or self.steps_per_generation is None:
+            return None
+        divisors = ", ".join(str(number) for number in range(2, size + 1) if size % number == 0)
+        return (
+            f"You passed `num_generations={count}`, but a rollout batch has {size} rollouts "
+            f"(`per_device_train_batch_size={self.per_device_train_batch_size}` times "
+            f"`steps_per_generation={self.steps_per_generation}` times {self.world_size}, the number of processes), "
+            f"which are no whole groups of {count}. Set "
+            f"`num_generations` to one of {divisors or 'none'}, or `per_device_train_batch_size` to a multiple of "
+            f"{count}."
+        )
 
     @classmethod
     def from_grpo_config(cls, args: GRPOConfig) -> "ToolGRPOConfig":
@@ -363,6 +383,7 @@ class ToolGRPOConfig(GRPOConfig):
                 setattr(config, f.name, f.default)
         if type(args) is GRPOConfig:
             config.__class__ = cls
+        check_types(config)
         check_fields(config, defaults())
         return config  # type: ignore[return-value]
 

@@ -44,6 +44,7 @@ ADDED = {
     "rollout_cache_gib": (None, [0.5, 12]),
     "sampler_correction": (None, ["truncate", "mask"]),
     "sampler_correction_cap": (2.0, [1.5]),
+    "tool_mention_check": ("auto", ["error", "warn", "off"]),
 }
 OURS = [f.name for f in fields(ToolGRPOConfig) if f.name not in {f.name for f in fields(GRPOConfig)}]
 

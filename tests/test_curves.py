@@ -53,7 +53,8 @@ def test_a_metric_that_no_run_has_logged_is_an_error_that_names_those_there_are(
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in LOG))
     for metric, words in (("nope", "logged the metric 'nope'."), ("sucess", "did you mean 'success'?")):
         out = tmp_path / f"{metric}.svg"
-        monkeypatch.setattr(sys, "argv", ["curves.py", f"a={tmp_path}", "--metrics", "loss", metric, "--out", str(out)])
+        arguments = ["curves.py", f"a={tmp_path}", "--metrics", "loss", metric, "--out", str(out)]
+        monkeypatch.setattr(sys, "argv", arguments)
         with pytest.raises(SystemExit) as ended:
             main()
         said = capsys.readouterr().err

@@ -97,6 +97,7 @@ ORDER = [
     "shown_in_prompts",
     "prompt_checks",
     "checks",
+    "reward_checks",
     "rollout_tensors",
     "rollout_log",
     "run_files",

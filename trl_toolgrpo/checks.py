@@ -96,6 +96,34 @@ def check_dataset(name: str, dataset: Any, has_tools: bool, has_environment: boo
             )
 
 
+def check_rows(args: ToolGRPOConfig, dataset: Any) -> None:
+    """
+    Check that the training data is enough for one rollout batch, without which training ends at once.
+
+    Args:
+        args ([`ToolGRPOConfig`]):
+            Batch sizes.
+        dataset (`Dataset` or `IterableDataset`):
+            The training data; of a stream as many rows are read as a rollout batch takes.
+
+    Raises:
+        DatasetError: for too few rows, with both numbers.
+    """
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        return
+    size, count = int(args.generation_batch_size or 0), int(args.num_generations or 1)
+    needed = size // count
+    rows = len(dataset) if isinstance(dataset, Dataset) else sum(1 for _ in itertools.islice(dataset, needed))
+    if rows < needed:
+        raise DatasetError(
+            f"`train_dataset` has {rows} row{'' if rows == 1 else 's'}, and a rollout batch takes {needed} prompts "
+            f"({size} rollouts in groups of `num_generations={count}`): no batch would ever be whole, and training "
+            f"would end after 0 steps. Add rows, or make batches smaller: lower `per_device_train_batch_size`, "
+            f"`gradient_accumulation_steps`, `steps_per_generation` or `generation_batch_size`, or raise "
+            f"`num_generations`."
+        )
+
+
 def check_tool_names(
     name: str, dataset: Any, rows: Sequence[dict[str, Any]], tools: Sequence[Tool], mode: str
 ) -> dict[str, str]:

@@ -279,6 +279,7 @@ def test_fields_are_read_from_flags(tmp_path):
         *("--deterministic_rollouts", "True", "--sampler_correction", "mask", "--sampler_correction_cap", "3"),
         *("--shared_prompt_updates", "False", "--rollout_cache_gib", "0.5"),
         *("--health_checks", "raise", "--rollout_log_limit", "2.5", "--replay", "a folder"),
+        *("--tool_mention_check", "warn"),
     ]
     (parsed,) = parser.parse_args_and_config(flags)
     assert isinstance(parsed, ToolGRPOConfig)
@@ -321,6 +322,7 @@ def test_fields_are_read_from_flags(tmp_path):
         "health_checks": "raise",
         "rollout_log_limit": 2.5,
         "replay": "a folder",
+        "tool_mention_check": "warn",
     }
     assert {name: getattr(parsed, name) for name in expected_critic} == expected_critic
     assert {*expected, *expected_critic} == set(ADDED)

@@ -41,9 +41,11 @@ def found(text, tools=TOOLS, known=()):
         ("Use the lookup_key tool.", "lookup_key", "lookup"),
         ("use weather_report", "weather_report", "get_weather"),
         ("use send_message", "send_message", "send_slack_message"),
-        ("use addd(1, 2)", "addd", "add"),
+        ("use `addd`", "addd", "add"),
+        ("The GetWeather tool", "GetWeather", "get_weather"),
         ("You have the tools get_weathers and `sum`", "get_weathers", "get_weather"),
         ("Invoke the function `weather`", "weather", "get_weather"),
+        ("The tool `send` posts", "send", "send_slack_message"),
     ],
 )
 def test_slips_are_found_with_what_is_meant(text, name, tool):
@@ -89,6 +91,8 @@ def test_prose_and_right_names_do_not_fire(text):
         "file_read.close(); $read_File; sql_query = connection.sql_query()",
         "getUserById(id), getUsers(), setUser(u), get_username, user_list, fileSearch",
         "search_results = searchIndex(query); file_path = os.path.join(root, file_name)",
+        "Use list_models and create_user, call read() or use .run(); the handle calls read_files and run_test.",
+        "self.tools = list(tools); row['tools'] = read(tool.file); class ListFiles(Base): return ReadFile(x)",
         "Click the `Search` button, then `Files`",
     ],
 )

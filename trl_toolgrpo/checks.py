@@ -160,9 +160,9 @@ def check_tool_names(
     texts = _instructions(rows)
     suspicious = {}
     for mention in find_mentions(texts, names, known):
-        row, role = texts[mention.text]
+        place, role = texts[mention.text]
         sentence = (
-            f"`{name}`, row {row}: a {role} message names the tool `{mention.name}`, which does not exist; did you "
+            f"`{name}`, row {place}: a {role} message names the tool `{mention.name}`, which does not exist; did you "
             f"mean `{mention.tool}`? It says: {mention.excerpt!r}."
         )
         if mode == "error" or (mode == "auto" and mention.reordered and role in _INSTRUCTING):

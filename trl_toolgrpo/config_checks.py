@@ -52,12 +52,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+_hints = cache(get_type_hints)
+
 _TYPES = {bool: "true or false", int: "a whole number", float: "a number", dict: "a mapping", list: "a list"}
-
-
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
 
 
 def wrong_type(value: Any, hint: Any) -> str | None:

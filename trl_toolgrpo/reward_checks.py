@@ -68,10 +68,12 @@ def checked(function: Any, name: str) -> Any:
 
     def check(kwargs: Mapping[str, Any]) -> None:
         missing = _missing(function, kwargs)
-        if missing:
+        if missing and "prompts" in kwargs:
             raise RewardError(_missing_columns(name, missing, "the data", set(kwargs).difference(GIVEN)))
 
-    def rewards_of(result: Any, kwargs: Mapping[str, Any]) -> list[float | None]:
+    def rewards_of(result: Any, kwargs: Mapping[str, Any]) -> Any:
+        if "prompts" not in kwargs:  # asked by a script, of which nothing is known
+            return result
         rewards = _rewards(name, result, len(kwargs["prompts"]))
         nan = next((row for row, reward in enumerate(rewards) if reward is not None and math.isnan(reward)), None)
         if nan is not None and not warned:
@@ -85,15 +87,15 @@ def checked(function: Any, name: str) -> Any:
 
     if is_async_callable(function):
 
-        async def reward_async(**kwargs: Any) -> list[float | None]:
+        async def reward_async(*args: Any, **kwargs: Any) -> Any:
             check(kwargs)
-            return rewards_of(await function(**kwargs), kwargs)
+            return rewards_of(await function(*args, **kwargs), kwargs)
 
         return functools.wraps(function)(reward_async)
 
-    def reward(**kwargs: Any) -> list[float | None]:
+    def reward(*args: Any, **kwargs: Any) -> Any:
         check(kwargs)
-        return rewards_of(function(**kwargs), kwargs)
+        return rewards_of(function(*args, **kwargs), kwargs)
 
     return functools.wraps(function)(reward)
 

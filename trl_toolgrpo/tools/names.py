@@ -9,6 +9,7 @@ import sys
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
+from functools import lru_cache
 from typing import Any
 
 from ..errors import ToolNameError
@@ -40,11 +41,10 @@ def find_mentions(
 
     - its words in another order (`slack_send_message` for `send_slack_message`) or spelling (`sendSlackMessage`;
       `look_up` for `lookup`), and its words with one of them misspelt (`get_wether`);
-    - where the sentence says "tool", or to call or use it: half of its words (`lookup_key` for `lookup`), or nearly
-      its letters (`read_files` for `read_file`). Elsewhere such names are a matter of course in code.
+    - where the sentence speaks of a tool, or says to call or use it: more or fewer words (`lookup_key` for `lookup`),
+      and others of their forms (`read_files` for `read_file`). Elsewhere such names are a matter of course in code.
 
-    Attributes of other objects, paths, constants and the names of variables are passed over, unless the sentence says
-    that they are tools.
+    Attributes of objects, paths, constants, classes and definitions are passed over, unless the sentence does so.
 
     Args:
         texts (`Iterable[str]`):
@@ -109,11 +109,8 @@ _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_A-Za-z]+")
 _LIKE_A_NAME = re.compile(r"[^\W_][_.-]\w|[a-z0-9][A-Z]")
 # Too common in names of tools to say that two of them are the same; shorter words are trivial anyway.
 _TRIVIAL = frozenset({"all", "and", "for", "from", "get", "new", "not", "run", "set", "the", "use", "with"})
-_NEAR = re.compile(r"\btools?\b", re.IGNORECASE)
-_ASKED_FOR = re.compile(
-    r"\b(?:call(?:s|ed|ing)?|us(?:e|es|ed|ing)|invok(?:e|es|ed|ing))\W{1,3}(?:the\W{1,3}|function\W{1,3}){0,2}$",
-    re.IGNORECASE,
-)
+_NEAR = re.compile(r"(?<![\w.\"'/(\[{])tools?(?!\w|[\"'\])}(=/\[]|\.\w|\s=)", re.IGNORECASE)
+_ASKED_FOR = re.compile(r"\b(?:call|use|invoke)\s(?:the\s)?(?:function\s)?`?$", re.IGNORECASE)
 # A method, a path, a variable, a flag or a definition of code
 _PART_BEFORE = re.compile(r"(?:[\w)\]]\.|->|::|[/\\@$#]|--|\b(?:def|class|func|function|fn|import|const|let|var) )$")
 _PART_AFTER = re.compile(r"\.[A-Za-z]|::|->|[/\\]|\s?=(?!=)")
@@ -130,20 +127,22 @@ class _ToolNames:
         self.words = {name: _words(name) for name in names if _words(name)}
         self.by_words = {tuple(sorted(words)): name for name, words in self.words.items()}
         self.by_letters = {"".join(words): name for name, words in self.words.items()}
-        self.by_word: dict[str, list[str]] = {}
+        self.by_word: dict[str, list[tuple[str, frozenset[str]]]] = {}
         for name, words in self.words.items():
-            for word in {word for word in words if len(word) > 2 and word not in _TRIVIAL and not word.isdigit()}:
-                self.by_word.setdefault(word, []).append(name)
+            for word in (telling := _telling(words)):
+                self.by_word.setdefault(word, []).append((name, telling))
         self.by_gap: dict[tuple[Any, ...], list[tuple[str, str]]] = {}  # by all words but one, and its first letter
         for name, words in self.words.items():
             for gap, word in (*_gaps(words), *_gaps(["".join(words)])):
                 self.by_gap.setdefault(gap, []).append((word, name))
 
+        self.closest = lru_cache(_REMEMBERED)(self._closest)
+
     def names(self, text: str, start: int = 0, end: int = sys.maxsize) -> Iterator[re.Match[str]]:
         """Identifiers in a piece of text without white space; none in a URL."""
         piece = text[start:end]
-        plain = "://" in piece or (piece.isalpha() and not _LIKE_A_NAME.search(piece))
-        return iter(()) if plain else self.pattern.finditer(text, start, end)
+        has_none = "://" in piece or (piece.islower() and piece.isalpha())
+        return iter(()) if has_none else self.pattern.finditer(text, start, end)
 
     def resemble(self, match: re.Match[str], known: Collection[str]) -> tuple[str, int] | None:
         """The tool that an identifier resembles, and how; nothing for known things and for `server.tool`."""
@@ -153,7 +152,7 @@ class _ToolNames:
         cuts = [joint.start() for joint in re.finditer("[.-]", name)]
         return None if any(name[:c] in known or name[c + 1 :] in known for c in cuts) else self.closest(name)
 
-    def closest(self, name: str) -> tuple[str, int] | None:
+    def _closest(self, name: str) -> tuple[str, int] | None:
         """The tool that a name resembles most, and how."""
         words = _words(name)
         letters = "".join(words)
@@ -168,24 +167,32 @@ class _ToolNames:
             for meant, tool in self.by_gap.get(gap, ()):
                 if word in meant or meant in word:  # `tests` for `test` is another word
                     akin = akin or tool
-                elif min(len(word), len(meant)) >= 5 and SequenceMatcher(None, word, meant).ratio() >= 0.85:
+                elif min(len(word), len(meant)) >= 5 and abs(len(word) - len(meant)) <= 2 and _alike(word, meant):
                     return tool, _SPELLED
         return None if akin is None else (akin, _AKIN)
 
     def _sharing(self, words: list[str]) -> str | None:
-        """A tool that has half of the words, one of which says something."""
-        mine = frozenset(words)
-        for name in (name for word in mine for name in self.by_word.get(word, ())):
-            its_words = frozenset(self.words[name])
-            if 2 * len(mine & its_words) >= max(len(mine), len(its_words)):
+        """A tool whose telling words are among those of a name, or the other way round."""
+        mine = _telling(words)
+        for name, its_words in (entry for word in mine for entry in self.by_word.get(word, ())):
+            if mine <= its_words or its_words <= mine:
                 return name
         return None
+
+
+def _telling(words: list[str]) -> frozenset[str]:
+    return frozenset(word for word in words if len(word) > 2 and word not in _TRIVIAL and not word.isdigit())
 
 
 def _gaps(words: list[str]) -> Iterator[tuple[tuple[Any, ...], str]]:
     """Each word of a name, and what is left of the name and the word without it but for its first letter."""
     for place, word in enumerate(words):
         yield (*words[:place], (word[0],), *words[place + 1 :]), word
+
+
+def _alike(word: str, meant: str) -> bool:
+    """Whether two words are the same but for an edit or two, as `wether` and `weather` are."""
+    return SequenceMatcher(None, word, meant, autojunk=False).ratio() >= 0.85
 
 
 def _is_capitalized(name: str, tool: str) -> bool:
@@ -196,15 +203,16 @@ def _is_meant(text: str, match: re.Match[str], tool: str, closeness: int) -> boo
     """Whether a name that resembles a tool's is likely meant as a tool where it stands."""
     name, (start, end) = match.group(), match.span()
     quoted = text[start - 1 : start] == "`" and text[end : end + 1] in ("`", "(")
-    called = text[end : end + 1] == "("
+    called = text[end : end + 1] == "(" and closeness > _AKIN
     if not (quoted or called or _LIKE_A_NAME.search(name)) or (_is_capitalized(name, tool) and not quoted):
         return False
     before, after = text[max(0, start - 60) : start], text[end : end + 20]
     sentence = re.split(r"[.;!?]\s|\n", before)[-1] + re.split(r"[.;!?]\s|\n", after)[0]
     if _NEAR.search(sentence) or _ASKED_FOR.search(before):
         return True
-    code = name.isupper() or _PART_BEFORE.search(before) or (_PART_AFTER.match(after) and not quoted)
-    return closeness > _AKIN and not code
+    is_class = closeness == _SPELLED and name[0].isupper() and not quoted
+    is_part = _PART_BEFORE.search(before) or (_PART_AFTER.match(after) and not quoted)
+    return closeness > _AKIN and not (name.isupper() or is_class or is_part)
 
 
 def _places(piece: str, text: str) -> Iterator[int]:

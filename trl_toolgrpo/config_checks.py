@@ -96,7 +96,8 @@ def check_types(config: Any) -> None:
     Raises:
         ConfigError: for a text where a number, a truth value or a mapping should be, and the like.
     """
-    for name, hint in _hints(type(config)).items():
+    kind: Any = type(config)
+    for name, hint in _hints(kind).items():
         value = getattr(config, name, None)
         wanted = wrong_type(value, hint)
         if isinstance(value, str) and name in _MAPPINGS and not _is_json_object(value):
@@ -104,8 +105,8 @@ def check_types(config: Any) -> None:
             if not name.endswith("_kwargs"):
                 wanted = None if Path(value).is_file() else f"{wanted}, or the path of a JSON file"
         if wanted is not None:
-            kind = "text" if isinstance(value, str) else f"of type {type(value).__name__}"
-            raise ConfigError(f"You passed `{name}={value!r}`, which is {kind}. Pass {wanted}.")
+            found = "text" if isinstance(value, str) else f"of type {type(value).__name__}"
+            raise ConfigError(f"You passed `{name}={value!r}`, which is {found}. Pass {wanted}.")
 
 
 # Fields of mappings that TRL also reads from text; that of `deepspeed` may be encoded

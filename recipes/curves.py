@@ -6,10 +6,13 @@ Owns the reading of logs and the drawing; needs matplotlib (extra `report`).
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from trl_toolgrpo import ReportError
 from trl_toolgrpo.report.folder import read_folder
 
 
@@ -64,8 +67,19 @@ def draw(runs: dict[str, list[Path]], metrics: Sequence[str], out: Path, width: 
             Steps the lines are averaged over; the steps themselves are drawn faintly.
 
     Raises:
+        ReportError: for a metric that no run has logged, or a folder without a log.
         ImportError: if matplotlib is not installed.
     """
+    logs = {label: [read_folder(folder).metrics for folder in folders] for label, folders in runs.items()}
+    known = sorted({name for found in logs.values() for log in found for entry in log for name in entry} - {"step"})
+    for metric in metrics:
+        if metric not in known and f"eval_{metric}" not in known:
+            closest = get_close_matches(metric, known, n=1)
+            raise ReportError(
+                f"No run has logged the metric {metric!r}"
+                + (f"; did you mean {closest[0]!r}?" if closest else ".")
+                + f" There are: {', '.join(known) or 'none'}."
+            )
     try:
         import matplotlib
     except ImportError as error:
@@ -76,10 +90,9 @@ def draw(runs: dict[str, list[Path]], metrics: Sequence[str], out: Path, width: 
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "curves"})  # small, and the same each time
     figure, axes = pyplot.subplots(1, len(metrics), figsize=(5.2 * len(metrics), 3.4), squeeze=False)
     for axis, metric in zip(axes[0], metrics, strict=True):
-        for number, (label, folders) in enumerate(runs.items()):
+        for number, (label, found) in enumerate(logs.items()):
             color = f"C{number}"
-            for index, folder in enumerate(folders):
-                log = read_folder(folder).metrics
+            for index, log in enumerate(found):
                 steps, values = read_curve(log, metric)
                 axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
                 axis.plot(steps, smooth(values, width), color=color, label=label if index == 0 else None)
@@ -97,7 +110,7 @@ def draw(runs: dict[str, list[Path]], metrics: Sequence[str], out: Path, width: 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", help="label=folder; the same label again adds a seed to it.")
     parser.add_argument("--metrics", nargs="+", default=["success"], help="Metrics of the training log.")
     parser.add_argument("--out", type=Path, required=True, help="Picture to write, .svg or .png.")
@@ -106,7 +119,11 @@ def main() -> None:
     for run in arguments.runs:
         label, _, folder = run.rpartition("=")
         runs.setdefault(label or Path(folder).name, []).append(Path(folder))
-    draw(runs, arguments.metrics, arguments.out)
+    try:
+        draw(runs, arguments.metrics, arguments.out)
+    except ReportError as error:
+        print(f"curves.py: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

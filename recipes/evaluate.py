@@ -53,7 +53,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     Returns:
         `argparse.Namespace`: the arguments; what was left out is `None`, and is filled in from the run.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", required=True, help="Output folder, model folder, Hub id, `tiny` or `smollm2`.")
     parser.add_argument("--task", nargs="+", choices=[*TASKS, MULTI_TURN], help="By default the one of the run.")
     parser.add_argument("--limit", type=int, help="Questions of each task; by default those held out, or 120.")

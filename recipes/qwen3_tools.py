@@ -24,6 +24,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from bfcl import build_bfcl
+from command_line import RecipeParser
 from conversation import SampleConversation
 from evaluation import RunSettings
 from mcp_task import build_mcp
@@ -32,11 +33,11 @@ from server_environment import FOLDER, make_environment
 from smollm2 import convert_smollm2
 from task import Task
 from tiny_model import TinyModel, build_tiny_model
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 from warm_start import WarmStart
 from workspace import build_workspace
 
-from trl_toolgrpo import ToolGRPOConfig, ToolGRPOTrainer, find_checkpoint, keep_batch_size
+from trl_toolgrpo import ConfigError, ToolGRPOConfig, ToolGRPOTrainer, find_checkpoint, keep_batch_size
 from trl_toolgrpo.checkpoint import same_error, why_not_writable
 
 
@@ -126,7 +127,13 @@ class RecipeArguments:
 
     def __post_init__(self) -> None:
         if isinstance(self.mcp_servers, str):
-            self.mcp_servers = json.loads(self.mcp_servers)
+            try:
+                self.mcp_servers = json.loads(self.mcp_servers)
+            except ValueError as error:
+                raise ConfigError(
+                    f"You passed `mcp_servers={self.mcp_servers!r}`, which is no JSON: {error}. Pass the `mcpServers` "
+                    f"of an MCP client's configuration."
+                ) from error
 
 
 def parse_arguments(
@@ -145,13 +152,14 @@ def parse_arguments(
         `tuple[RecipeArguments, ToolGRPOConfig, ModelConfig]`: the arguments.
 
     Raises:
-        ValueError: for an environment variable that is neither true nor false, or an unknown key in the YAML.
+        ValueError: for an environment variable that is neither true nor false.
+        ConfigError: for an unknown key or flag, a value of another type and one that is none of the choices.
     """
     parts = [text.split("=", 1) if text.startswith("--config=") else [text] for text in arguments]
     arguments = [part for pair in parts for part in pair]
     if "--config" not in arguments:
         arguments = ["--config", str(DEFAULT_CONFIG), *arguments]
-    parser = TrlParser((RecipeArguments, ToolGRPOConfig, ModelConfig))
+    parser = RecipeParser((RecipeArguments, ToolGRPOConfig, ModelConfig))
     parser.set_defaults_with_config(**read_switches(environment))
     return parser.parse_args_and_config(arguments)
 
@@ -364,7 +372,11 @@ def keep_freed_memory() -> None:
 
 def main() -> None:
     """Run the recipe."""
-    recipe, training, model = parse_arguments(sys.argv[1:], os.environ)
+    try:
+        recipe, training, model = parse_arguments(sys.argv[1:], os.environ)
+    except ValueError as error:  # a line, not a traceback
+        print(f"qwen3_tools.py: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
     if training.use_cpu:
         keep_freed_memory()
     if training.process_index == 0:

@@ -101,7 +101,7 @@ def _chat_template() -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output", required=True, help="Folder to write.")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="Of the saved weights.")
     arguments = parser.parse_args()

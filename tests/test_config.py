@@ -44,6 +44,7 @@ ADDED = {
     "rollout_cache_gib": (None, [0.5, 12]),
     "sampler_correction": (None, ["truncate", "mask"]),
     "sampler_correction_cap": (2.0, [1.5]),
+    "tool_mention_check": ("auto", ["error", "warn", "off"]),
 }
 OURS = [f.name for f in fields(ToolGRPOConfig) if f.name not in {f.name for f in fields(GRPOConfig)}]
 
@@ -278,6 +279,7 @@ def test_fields_are_read_from_flags(tmp_path):
         *("--deterministic_rollouts", "True", "--sampler_correction", "mask", "--sampler_correction_cap", "3"),
         *("--shared_prompt_updates", "False", "--rollout_cache_gib", "0.5"),
         *("--health_checks", "raise", "--rollout_log_limit", "2.5", "--replay", "a folder"),
+        *("--tool_mention_check", "warn"),
     ]
     (parsed,) = parser.parse_args_and_config(flags)
     assert isinstance(parsed, ToolGRPOConfig)
@@ -320,6 +322,7 @@ def test_fields_are_read_from_flags(tmp_path):
         "health_checks": "raise",
         "rollout_log_limit": 2.5,
         "replay": "a folder",
+        "tool_mention_check": "warn",
     }
     assert {name: getattr(parsed, name) for name in expected_critic} == expected_critic
     assert {*expected, *expected_critic} == set(ADDED)

@@ -940,3 +940,16 @@ def test_version_is_the_one_this_was_written_for():
         f"TRL is {trl.__version__}; setup.cfg allows 1.16 only. Read trainer.py against the new grpo_trainer.py, and "
         f"adjust this file and setup.cfg together."
     )
+
+
+def test_fields_of_mappings_and_callables_of_coroutines():
+    names = set(GRPOConfig._VALID_DICT_FIELDS)
+    assert {"chat_template_kwargs", "generation_kwargs", "model_init_kwargs", "lr_scheduler_kwargs"} <= names, (
+        "TRL names the fields that it reads from JSON text otherwise; `config_checks.py` checks them"
+    )
+    from trl.trainer.utils import is_async_callable
+
+    async def reward(**kwargs):
+        return []
+
+    assert is_async_callable(reward) and not is_async_callable(print), "used by `reward_checks.py`"

@@ -5,6 +5,8 @@ import math
 import sys
 from pathlib import Path
 
+import pytest
+
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
@@ -45,3 +47,18 @@ def test_a_picture_shows_every_label(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", arguments)
     main()
     assert (tmp_path / "b.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_metric_that_no_run_has_logged_is_an_error_that_names_those_there_are(tmp_path, monkeypatch, capsys):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in LOG))
+    for metric, words in (("nope", "logged the metric 'nope'."), ("sucess", "did you mean 'success'?")):
+        out = tmp_path / f"{metric}.svg"
+        arguments = ["curves.py", f"a={tmp_path}", "--metrics", "loss", metric, "--out", str(out)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr().err
+        assert ended.value.code != 0 and words in said and "There are: eval_success, loss, success." in said
+        assert not out.exists()
+    draw({"a": [tmp_path]}, ["eval_success", "success", "loss"], tmp_path / "a.svg")
+    assert (tmp_path / "a.svg").exists()

@@ -506,6 +506,52 @@ def test_a_run_is_described_by_what_it_is_made_of(tokenizer):
     assert describe_adapter(LORA.to_dict())["target_modules"] == ["q_proj", "v_proj"]
 
 
+def noisy(batch):
+    """Another text each time a row is read."""
+    says = [[{"role": "user", "content": f"{row[0]['content']} {random.random()}"}] for row in batch["prompt"]]
+    return {**batch, "prompt": says}
+
+
+def test_a_data_set_with_a_random_transform_is_resumed(tmp_path):
+    data = prompts(5)
+    start(tmp_path, data=data.with_transform(noisy), max_steps=2).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    resumed = start(tmp_path, data=data.with_transform(noisy), max_steps=3)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert resumed.state.global_step == 3
+    other = start(tmp_path, data=prompts(5, "other").with_transform(noisy), max_steps=3)
+    with pytest.raises(CheckpointError, match="content"):
+        other.train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_data_set_is_known_by_what_is_stored(tmp_path):
+    from datasets import Features, Image, Value
+
+    def pictures(folder, shades, embed=False):
+        folder.mkdir(exist_ok=True)
+        paths = [str(folder / f"{number}.png") for number in range(len(shades))]
+        for path, shade in zip(paths, shades, strict=True):
+            Path(path).write_bytes(bytes([shade]))  # no picture: it is never decoded
+        held = [{"bytes": Path(path).read_bytes(), "path": None} if embed else path for path in paths]
+        features = Features({"prompt": Value("string"), "image": Image()})
+        return Dataset.from_dict({"prompt": ["a"] * len(shades), "image": held}, features=features)
+
+    one = describe_dataset(pictures(tmp_path / "a", [1, 2, 3]))
+    assert one == describe_dataset(pictures(tmp_path / "b", [1, 2, 3]))  # the same files on another machine
+    embedded = [describe_dataset(pictures(tmp_path / "c", shades, True)) for shades in ([1, 2], [1, 2], [1, 3])]
+    assert embedded[0] == embedded[1] != embedded[2]
+    rows = prompts(40)
+    assert describe_dataset(rows.with_transform(noisy)) == describe_dataset(rows) == describe_dataset(
+        rows.with_format("torch")
+    )
+    shuffled = rows.shuffle(seed=1)
+    assert describe_dataset(shuffled) == describe_dataset(rows.shuffle(seed=1).with_transform(noisy))
+    assert describe_dataset(shuffled) != describe_dataset(rows) != describe_dataset(rows.select(range(39, -1, -1)))
+    assert describe_dataset(rows.select(range(30))) != describe_dataset(rows.select(range(1, 31)))
+    stream = rows.to_iterable_dataset()
+    assert describe_dataset(stream) == describe_dataset(stream.shuffle(seed=2))
+
+
 # Nowhere to write to
 
 

@@ -99,6 +99,7 @@ ORDER = [
     "prompt_checks",
     "inert_prompts",
     "checks",
+    "reward_checks",
     "rollout_tensors",
     "rollout_log",
     "run_files",

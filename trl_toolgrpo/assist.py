@@ -5,6 +5,7 @@ Whether a rollout batch is assisted is decided when it is generated and kept wit
 the border.
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -17,11 +18,15 @@ from .losses import assisted_loss, assisted_rows, calling_tokens
 from .rollout.engine import RolloutBatch
 
 
+logger = logging.getLogger(__name__)
+
+
 class AssistedWarmup(GRPOTrainer):
     """Part of [`ToolGRPOTrainer`]; see `assist_warmup_steps` and `force_rate` of [`ToolGRPOConfig`]."""
 
     args: ToolGRPOConfig
     model: Any
+    _scored: bool | None = None  # whether a rollout of the latest batch was; not known before the first
 
     @property
     def _assisted(self) -> bool:
@@ -41,9 +46,27 @@ class AssistedWarmup(GRPOTrainer):
                 f"for rollout {rollout}. No advantage can be computed from it. Return a finite number, or "
                 f"None for a rollout that cannot be scored."
             )
+        self._check_scored(rewards)
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         self._rewards = weighted.masked_fill(rewards.isnan().all(dim=1), torch.nan)  # of all processes
         return rewards
+
+    def _check_scored(self, rewards: Tensor) -> None:
+        """Raise where reward functions score nothing from the start; later that is warned of when it begins."""
+        if not self.model.training:
+            return
+        before, self._scored = self._scored, not bool(rewards.isnan().all())
+        if self._scored:
+            return
+        names = " and ".join(f"`{name}`" for name in self.reward_func_names)
+        words = (
+            f"No rollout of the batch was scored: {names} gave None or NaN for all {len(rewards)}, so that there is "
+            f"nothing to learn from."
+        )
+        if before is None:
+            raise RewardError(f"{words} Return a number for each rollout that can be scored.")
+        if before and self.accelerator.is_main_process:
+            logger.warning("Step %d: %s The update does nothing.", self.state.global_step, words)
 
     def _assist(self, output: dict[str, Any], batch: RolloutBatch) -> None:
         """Turn the batch into one of assisted steps: what to learn, and over how many tokens the mean is taken."""

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,10 +21,10 @@ from torch import nn
 from trl.chat_template_utils import supports_tool_calling
 
 from .config import ToolGRPOConfig
-from .errors import ChatTemplateError, ConfigError, DatasetError, ToolSchemaError
+from .errors import ChatTemplateError, ConfigError, DatasetError, ToolNameError, ToolSchemaError
 from .prompt_checks import PromptRenderer
 from .shown_in_prompts import Part, hidden_parts
-from .tools.names import check_tool_columns, check_tool_mentions
+from .tools.names import check_tool_columns, find_mentions
 from .tools.schema_forms import plain_form
 from .tools.types import Tool
 
@@ -38,6 +38,11 @@ ROWS_CHECKED = 20_000
 """Rows of each data set whose prompts are searched for tools that do not exist."""
 STREAMED_ROWS_CHECKED = 100
 """The same for a data set that is streamed, where each row may cost a download."""
+
+MENTIONS_SHOWN, MENTIONS_LISTED = 5, 10
+"""Names in prompts that resemble a tool's: how many get a warning of their own, and how many more are listed."""
+
+_INSTRUCTING = ("system", "developer")
 
 # Tuners whose second adapter is a plain copy of the first; merged weights also need a difference to add to the base.
 COPIED = ("LORA", "LOHA", "LOKR", "IA3")
@@ -91,9 +96,39 @@ def check_dataset(name: str, dataset: Any, has_tools: bool, has_environment: boo
             )
 
 
-def check_tool_names(name: str, dataset: Any, rows: Sequence[dict[str, Any]], tools: Sequence[Tool]) -> None:
+def check_rows(args: ToolGRPOConfig, dataset: Any) -> None:
     """
-    Check that prompts name only tools that exist; what is merely suspicious is logged.
+    Check that the training data is enough for one rollout batch, without which training ends at once.
+
+    Args:
+        args ([`ToolGRPOConfig`]):
+            Batch sizes.
+        dataset (`Dataset` or `IterableDataset`):
+            The training data; of a stream as many rows are read as a rollout batch takes.
+
+    Raises:
+        DatasetError: for too few rows, with both numbers.
+    """
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        return
+    size, count = int(args.generation_batch_size or 0), int(args.num_generations or 1)
+    needed = size // count
+    rows = len(dataset) if isinstance(dataset, Dataset) else sum(1 for _ in itertools.islice(dataset, needed))
+    if rows < needed:
+        raise DatasetError(
+            f"`train_dataset` has {rows} row{'' if rows == 1 else 's'}, and a rollout batch takes {needed} prompts "
+            f"({size} rollouts in groups of `num_generations={count}`): no batch would ever be whole, and training "
+            f"would end after 0 steps. Add rows, or make batches smaller: lower `per_device_train_batch_size`, "
+            f"`gradient_accumulation_steps`, `steps_per_generation` or `generation_batch_size`, or raise "
+            f"`num_generations`."
+        )
+
+
+def check_tool_names(
+    name: str, dataset: Any, rows: Sequence[dict[str, Any]], tools: Sequence[Tool], mode: str
+) -> dict[str, str]:
+    """
+    Check that prompts name only tools that exist.
 
     Args:
         name (`str`):
@@ -104,18 +139,58 @@ def check_tool_names(name: str, dataset: Any, rows: Sequence[dict[str, Any]], to
             Its rows, as [`prompt_rows`] reads them.
         tools (`Sequence[Tool]`):
             The tools.
+        mode (`str`):
+            `tool_mention_check` of [`ToolGRPOConfig`].
+
+    Returns:
+        `dict[str, str]`: What to say of each name that is merely suspicious.
 
     Raises:
-        ToolNameError: for a prompt or a `tools` column that names a tool which does not exist.
+        ToolNameError: for a message that calls a tool which does not exist, a `tools` column that lists one, and a
+            text that seems to name one, as far as `mode` says.
     """
     if not tools or not rows:
-        return
+        return {}
     names = [tool.name for tool in tools]
-    known = {*(dataset.column_names or ()), *itertools.chain.from_iterable(_parameters(tool) for tool in tools)}
     for row in rows:
         check_tool_columns([*_listed(row.get("tools")), *_called(row.get("prompt"))], names)
-    for warning in check_tool_mentions(_texts(rows), names, known):
-        logger.warning("`%s`: %s", name, warning)
+    if mode == "off":
+        return {}
+    known = {*(dataset.column_names or ()), *itertools.chain.from_iterable(_identifiers(t.parameters) for t in tools)}
+    texts = _instructions(rows)
+    suspicious = {}
+    for mention in find_mentions(texts, names, known):
+        place, role = texts[mention.text]
+        sentence = (
+            f"`{name}`, row {place}: a {role} message names the tool `{mention.name}`, which does not exist; did you "
+            f"mean `{mention.tool}`? It says: {mention.excerpt!r}."
+        )
+        if mode == "error" or (mode == "auto" and mention.reordered and role in _INSTRUCTING):
+            raise ToolNameError(
+                f"{sentence} Correct the prompt, or set `tool_mention_check='warn'` if this is meant to name no tool."
+            )
+        suspicious[mention.name] = sentence
+    return suspicious
+
+
+def warn_of_mentions(suspicious: dict[str, str]) -> None:
+    """
+    Log what [`check_tool_names`] found suspicious: a sentence for each of the first names, and one for all others.
+
+    Args:
+        suspicious (`dict[str, str]`):
+            What to say, by name.
+    """
+    sentences, others = list(suspicious.values())[:MENTIONS_SHOWN], list(suspicious)[MENTIONS_SHOWN:]
+    if others:
+        listed = [f"`{other}`" for other in others[:MENTIONS_LISTED]] + ["..."] * (len(others) > MENTIONS_LISTED)
+        sentences.append(f"Prompts name {len(others)} more identifiers that resemble tools: {', '.join(listed)}.")
+    for sentence in sentences:
+        logger.warning(
+            "%s If no tool is meant, nothing is wrong; `tool_mention_check='off'` looks for none.",
+            sentence,
+            extra={"subject": "tools"},  # for the doctor's table
+        )
 
 
 def refuse_unrecorded(args: ToolGRPOConfig, whose: str) -> None:
@@ -635,15 +710,41 @@ def _texts(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
     for row in rows:
         prompt = row.get("prompt")
         for message in prompt if isinstance(prompt, list) else ():
-            content = message.get("content")
-            if isinstance(content, str):
-                yield content
-            elif isinstance(content, list):
-                yield from (part["text"] for part in content if isinstance(part, dict) and part.get("text"))
+            yield from _texts_of(message)
 
 
-def _parameters(tool: Tool) -> Collection[str]:
-    return (tool.parameters.get("properties") or {}).keys()
+def _texts_of(message: dict[str, Any]) -> Iterator[str]:
+    content = message.get("content")
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, list):
+        yield from (part["text"] for part in content if isinstance(part, dict) and part.get("text"))
+
+
+def _instructions(rows: Iterable[dict[str, Any]]) -> dict[str, tuple[int, str]]:
+    """Return the texts that may tell the policy what to do, those of the system first, each with its row and role."""
+    found: dict[str, tuple[int, str]] = {}
+    others: dict[str, tuple[int, str]] = {}
+    for number, row in enumerate(rows):
+        prompt = row.get("prompt")
+        for message in prompt if isinstance(prompt, list) else ():
+            role = message.get("role")
+            if role not in ("tool", "function"):  # what a tool has said is data
+                for text in _texts_of(message):
+                    (found if role in _INSTRUCTING else others).setdefault(text, (number, role))
+    return found | {text: source for text, source in others.items() if text not in found}
+
+
+def _identifiers(schema: Any) -> Iterator[str]:
+    """Yield the names of properties in a schema, also within others, and the texts it allows as values."""
+    if isinstance(schema, list):
+        yield from itertools.chain.from_iterable(map(_identifiers, schema))
+    for key, inner in schema.items() if isinstance(schema, dict) else ():
+        if key == "enum" and isinstance(inner, list):
+            yield from (value for value in inner if isinstance(value, str))
+        else:
+            yield from inner if key == "properties" and isinstance(inner, dict) else ()
+            yield from _identifiers(inner)
 
 
 def _called(prompt: Any) -> list[str]:

@@ -19,7 +19,9 @@ from .config_checks import (
     REF_SYNC_MODES,
     ROLLOUT_BACKENDS,
     SAMPLER_CORRECTIONS,
+    TOOL_MENTION_CHECKS,
     check_fields,
+    check_types,
 )
 from .errors import ConfigError
 from .redaction import masked
@@ -87,6 +89,11 @@ class ToolGRPOConfig(GRPOConfig):
             `max_completion_length`, which should be several times as large.
         parse_error_budget (`int`, *optional*, defaults to `1`):
             Malformed calls answered with a corrective tool message before the rollout stops.
+        tool_mention_check (`str`, *optional*, defaults to `"auto"`):
+            What is done at construction about names in prompts that resemble a tool's and are none: `"auto"`, an error
+            where a system message names a tool by its words in another order (`slack_send_message` for
+            `send_slack_message`), and a warning everywhere else; `"error"`, an error for each; `"warn"`, a warning for
+            each; `"off"`, nothing. Calls in earlier messages and a column `tools` that name no tool are always errors.
         force_rate (`float`, *optional*, defaults to `0.0`):
             Share of assistant turns that are made to begin with a tool call, where forcing is allowed at all.
         force_level (`str`, *optional*, defaults to `"call"`):
@@ -229,6 +236,14 @@ class ToolGRPOConfig(GRPOConfig):
         default=1,
         metadata={"help": "Malformed calls answered with a corrective tool message before the rollout stops."},
     )
+    tool_mention_check: str = field(
+        default="auto",
+        metadata={
+            "help": "What is done about names in prompts that resemble a tool's and are none: auto (an error where a "
+            "system message has a tool's words in another order, else a warning), error, warn or off.",
+            "choices": list(TOOL_MENTION_CHECKS),
+        },
+    )
 
     force_rate: float = field(
         default=0.0,
@@ -323,12 +338,16 @@ class ToolGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        check_types(self)
         if (self.num_generations or 0) < 2:
             raise ConfigError(
                 f"You passed `num_generations={self.num_generations}`. GRPO compares the rollouts of a prompt with "
                 f"each other and requires at least 2 generations. Set `num_generations` to 2 or more."
             )
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise ConfigError(self._uneven_groups() or str(error)) from error
         check_fields(self, defaults())
 
     def to_dict(self) -> dict[str, Any]:
@@ -337,6 +356,21 @@ class ToolGRPOConfig(GRPOConfig):
         at any depth, and of the logins of URLs.
         """
         return masked(super().to_dict())
+
+    def _uneven_groups(self) -> str | None:
+        """Return what is wrong with a rollout batch that does not hold whole groups."""
+        size, count = self.generation_batch_size, int(self.num_generations or 0)
+        if not size or not count or size % count == 0 or self.steps_per_generation is None:
+            return None
+        divisors = ", ".join(str(number) for number in range(2, size + 1) if size % number == 0)
+        return (
+            f"You passed `num_generations={count}`, but a rollout batch has {size} rollouts "
+            f"(`per_device_train_batch_size={self.per_device_train_batch_size}` times "
+            f"`steps_per_generation={self.steps_per_generation}` times {self.world_size}, the number of processes), "
+            f"which are no whole groups of {count}. Set "
+            f"`num_generations` to one of {divisors or 'none'}, or `per_device_train_batch_size` to a multiple of "
+            f"{count}."
+        )
 
     @classmethod
     def from_grpo_config(cls, args: GRPOConfig) -> "ToolGRPOConfig":
@@ -357,6 +391,7 @@ class ToolGRPOConfig(GRPOConfig):
                 setattr(config, f.name, f.default)
         if type(args) is GRPOConfig:
             config.__class__ = cls
+        check_types(config)
         check_fields(config, defaults())
         return config  # type: ignore[return-value]
 

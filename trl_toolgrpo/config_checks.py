@@ -4,8 +4,16 @@ Owns the choices of the options and what is said when one cannot be; called by `
 or the data are in `checks.py`.
 """
 
+import json
 import math
-from typing import Any
+import types
+from collections.abc import Mapping
+from functools import cache
+from numbers import Real
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from trl import GRPOConfig
 
 from .batch_position import micro_batches_of
 from .errors import ConfigError
@@ -20,7 +28,15 @@ FORCE_LEVELS = ("call", "name", "schema")
 LOGPROB_CHECKS = ("first", "always", "off")
 REF_SYNC_MODES = ("auto", "adapter", "merged")
 VLLM_MODES = ("colocate", "server")
+# Of TRL's fields, which TRL reads when the first rollouts have been made
+TRL_CHOICES = {
+    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+}
 HEALTH_CHECKS = ("warn", "raise", "off")
+TOOL_MENTION_CHECKS = ("auto", "error", "warn", "off")
 
 # Values at which a sampling option leaves the full softmax of logits / temperature as it is
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -34,6 +50,74 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "do_sample": (None, True),
     "num_beams": (None, 1),
 }
+
+
+_hints = cache(get_type_hints)
+
+_TYPES = {bool: "true or false", int: "a whole number", float: "a number", dict: "a mapping", list: "a list"}
+
+
+def wrong_type(value: Any, hint: Any) -> str | None:
+    """
+    Return what a field takes, where a value surely is of another type; `None` for one that may be right.
+
+    Args:
+        value (`Any`):
+            The value.
+        hint (`Any`):
+            Annotation of the field. Of types other than numbers, truth values, text, lists and mappings nothing is
+            said.
+    """
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kinds = [get_origin(member) or member for member in members if member is not type(None)]
+    if value is None or not all(kind in (*_TYPES, str) for kind in kinds):
+        return None
+    fits = {
+        bool: lambda: value in (0, 1),
+        int: lambda: isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer(),
+        float: lambda: isinstance(value, Real) and not isinstance(value, bool),
+        dict: lambda: isinstance(value, Mapping),
+        list: lambda: isinstance(value, list | tuple | set),
+        str: lambda: not isinstance(value, Mapping | list | tuple | set),  # a path is as good as its text
+    }
+    if any(fits[kind]() for kind in kinds):
+        return None
+    return " or ".join(_TYPES.get(kind, "text") for kind in kinds)
+
+
+def check_types(config: Any) -> None:
+    """
+    Check that the values of a configuration are of the types of its fields.
+
+    Args:
+        config (`Any`):
+            A dataclass, such as a [`ToolGRPOConfig`] before TRL has read its fields.
+
+    Raises:
+        ConfigError: for a text where a number, a truth value or a mapping should be, and the like.
+    """
+    kind: Any = type(config)
+    for name, hint in _hints(kind).items():
+        value = getattr(config, name, None)
+        wanted = wrong_type(value, hint)
+        if isinstance(value, str) and name in _MAPPINGS and not _is_json_object(value):
+            wanted = "a mapping, such as {'key': value}, or its JSON text"
+            if not name.endswith("_kwargs"):
+                wanted = None if Path(value).is_file() else f"{wanted}, or the path of a JSON file"
+        if wanted is not None:
+            found = "text" if isinstance(value, str) else f"of type {type(value).__name__}"
+            raise ConfigError(f"You passed `{name}={value!r}`, which is {found}. Pass {wanted}.")
+
+
+# Fields of mappings that TRL also reads from text; that of `deepspeed` may be encoded
+_MAPPINGS = frozenset(GRPOConfig._VALID_DICT_FIELDS) - {"deepspeed"}
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def check_fields(config: Any, defaults: dict[str, Any]) -> None:
@@ -51,6 +135,9 @@ def check_fields(config: Any, defaults: dict[str, Any]) -> None:
     """
     _check_choice(config, "logprob_check", LOGPROB_CHECKS)
     _check_choice(config, "rollout_backend", ROLLOUT_BACKENDS)
+    _check_choice(config, "tool_mention_check", TOOL_MENTION_CHECKS)
+    for name, choices in TRL_CHOICES.items():
+        _check_choice(config, name, choices)
     for name, least in (
         ("max_concurrent_tools", 1),
         ("tool_retries", 0),

@@ -61,7 +61,7 @@ class LogprobMismatchError(ToolGRPOError, ArithmeticError):
 
 
 class RewardError(ToolGRPOError, ValueError):
-    """A reward no advantage can be computed from."""
+    """A reward no advantage can be computed from, or a reward function that does not give one for each rollout."""
 
 
 class ValueHeadError(ToolGRPOError, ValueError):

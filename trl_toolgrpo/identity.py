@@ -128,14 +128,34 @@ def describe_adapter(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_dataset(dataset: Any) -> dict[str, Any]:
-    """Size, columns and a checksum of rows of a data set; of one that is streamed, its columns alone."""
+    """
+    Return size, columns and a checksum of rows of a data set; of one that is streamed, its columns alone.
+
+    The rows are those that are stored: a transform may give others each time, and images need not be decoded.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`):
+            The data set.
+    """
     columns = sorted(getattr(dataset, "column_names", None) or ())
     if not isinstance(dataset, Dataset):
         return {"columns": columns}
     count = len(dataset)
     places = sorted({index * count // _SAMPLED for index in range(_SAMPLED)} | {count - 1}) if count else []
-    rows = json.dumps(dataset[places], sort_keys=True, default=lambda value: type(value).__name__)
+    stored = dataset.with_format("arrow")[places].to_pydict()
+    rows = json.dumps(_portable(stored), sort_keys=True, default=str)
     return {"rows": count, "columns": columns, "content": zlib.crc32(rows.encode())}
+
+
+def _portable(value: Any) -> Any:
+    """Stored values as JSON has them; of a file that is only referred to, its name, which is the same elsewhere."""
+    if isinstance(value, dict) and value.keys() == {"bytes", "path"} and value["bytes"] is None:
+        return Path(value["path"] or "").name
+    if isinstance(value, dict):
+        return {key: _portable(inner) for key, inner in value.items()}
+    if isinstance(value, bytes):
+        return zlib.crc32(value)
+    return [_portable(inner) for inner in value] if isinstance(value, list) else value
 
 
 def differences(stored: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]:

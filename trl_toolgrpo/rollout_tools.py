@@ -19,7 +19,15 @@ from trl.chat_template_utils import (
     is_chat_template_prefix_preserving,
 )
 
-from .checks import check_tool_names, named_datasets, prompt_rows, shown_tool, warn_of_hidden_tools
+from .checks import (
+    check_tool_names,
+    named_datasets,
+    prompt_rows,
+    shown_tool,
+    warn_of_hidden_tools,
+    warn_of_mentions,
+)
+from .config import ToolGRPOConfig
 from .errors import ConfigError, ToolSchemaError
 from .inert_prompts import InertPrompts, with_observation
 from .prompt_checks import PromptRenderer, check_prompt_lengths, check_prompts
@@ -47,6 +55,7 @@ _TOOL_OF_RESET = Tool("tool", "Known once the environment is reset.", _NO_ARGUME
 class RolloutTools(GRPOTrainer):
     """Part of [`ToolGRPOTrainer`]; see its arguments `tools`, `environment_factory` and `mcp_servers`."""
 
+    args: ToolGRPOConfig
     model: Any
     processing_class: Any
     _recording: bool
@@ -93,14 +102,18 @@ class RolloutTools(GRPOTrainer):
         if self._recording:
             self._inert = InertPrompts(ControlTokens(self._tokenizer, self.eos_token_ids), renderer)
         self._messages = PromptMessages(renderer.takes_arguments_as_text(), joins_text=not renderer.is_processor)
+        suspicious: dict[str, str] = {}
+        mode = self.args.tool_mention_check
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             rows = prompt_rows(dataset)
             if name == "train_dataset" and not self._toolset.decided_at_reset:
                 warn_of_hidden_tools(renderer, self._toolset.known, rows)
             if not self._toolset.decided_at_reset:
-                check_tool_names(name, dataset, rows, self._toolset.known)
+                suspicious = check_tool_names(name, dataset, rows, self._toolset.known, mode) | suspicious
             if self.rollout_func is None:  # which renders prompts by itself
                 self._check_dataset_prompts(name, rows, renderer)
+        if self.accelerator.is_main_process:
+            warn_of_mentions(suspicious)
 
     def _show_tools(self, template: str | None, kwargs: Any) -> None:
         """Check that the template shows each tool, in other words where it does not know those of the schema."""

@@ -158,7 +158,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         words (`list[str]`, *optional*):
             In place of the command line's.
     """
-    parser = argparse.ArgumentParser(prog="python -m trl_toolgrpo.serve", description="Serve rollouts with vLLM.")
+    parser = argparse.ArgumentParser(
+        prog="python -m trl_toolgrpo.serve", description="Serve rollouts with vLLM.", allow_abbrev=False
+    )
     parser.add_argument("--model", required=True, help="model folder or name; the one the run trains")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=int, default=8000)

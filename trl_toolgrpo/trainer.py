@@ -31,6 +31,7 @@ from .checks import (
     check_optimizer,
     check_optimizer_holds_policy,
     check_policy_is_trained,
+    check_rows,
     check_template,
     named_datasets,
     refuse_unrecorded,
@@ -59,6 +60,7 @@ from .own_positions import OwnPositions
 from .quantized import keep_trainable
 from .replay import Replay
 from .resume import ExactResume
+from .reward_checks import check_columns, checked
 from .rollout.budget import check_cache
 from .rollout.engine import RolloutBatch, RolloutEngine, check_gathering, unwrapped_policy
 from .rollout.forcing import ForcePolicy
@@ -155,6 +157,7 @@ class ToolGRPOTrainer(
         args = ToolGRPOConfig.from_grpo_config(args)
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             check_dataset(name, dataset, bool(tools or mcp_servers), environment_factory is not None)
+        check_rows(args, train_dataset)
         check_best_metric(args, eval_dataset)
         # Whether rollouts are this package's own; a `rollout_func` and multimodal models take TRL's way
         self._recording = args.record_sample_logprobs and rollout_func is None
@@ -202,6 +205,15 @@ class ToolGRPOTrainer(
             )
         self._prepare_recording(executor, force_policy, given_adapter)
         self._check_prompts(train_dataset, eval_dataset)
+        self._check_rewards(train_dataset, eval_dataset)
+
+    def _check_rewards(self, train_dataset: Any, eval_dataset: Any) -> None:
+        """Check that the data has the columns that reward functions ask for, and have them check what they return."""
+        names = self.reward_func_names
+        if self.rollout_func is None:  # which may give more than the columns
+            for name, dataset in named_datasets(train_dataset, eval_dataset):
+                check_columns(name, dataset, self.reward_funcs, names)
+        self.reward_funcs = [checked(function, name) for function, name in zip(self.reward_funcs, names, strict=True)]
 
     def _prepare_recording(
         self, executor: ToolExecutor | None, force_policy: ForcePolicy | None, given_adapter: bool

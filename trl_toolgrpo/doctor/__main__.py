@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ..errors import DoctorError
 from .examination import Examination, examine
+from .findings import NOTE
 from .script import find_script
 
 
@@ -67,14 +68,15 @@ def _plain(text: str) -> str:
 
 def verdict(examination: Examination) -> str:
     """
-    Go or no-go in one line.
+    Go or no-go in one line; a go names what should be looked at all the same.
 
     Args:
         examination ([`Examination`]):
             What was found.
     """
     if examination.go:
-        return f"go ({examination.seconds:.0f} s)"
+        noted = dict.fromkeys(finding.subject for finding in examination.findings if finding.state == NOTE)
+        return f"go ({examination.seconds:.0f} s)" + (f", with notes on: {', '.join(noted)}" if noted else "")
     return f"no-go: {', '.join(finding.subject for finding in examination.faults)} ({examination.seconds:.0f} s)"
 
 

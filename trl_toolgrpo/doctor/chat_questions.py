@@ -103,7 +103,9 @@ def _check_output(chat: ToolChat) -> Finding:
     return Finding(subject, OK, words)
 
 
-def check_tools(tools: list[Tool], at_reset: bool, prompt_tokens: int | None) -> Finding:
+def check_tools(
+    tools: list[Tool], at_reset: bool, prompt_tokens: int | None, suspicious: Sequence[str] = ()
+) -> Finding:
     """
     What the policy may call.
 
@@ -114,6 +116,8 @@ def check_tools(tools: list[Tool], at_reset: bool, prompt_tokens: int | None) ->
             Whether environments bring more.
         prompt_tokens (`int`, *optional*):
             Tokens their descriptions take.
+        suspicious (`Sequence[str]`, *optional*, defaults to `()`):
+            What was said of names in prompts that resemble a tool's.
     """
     if not tools and not at_reset:
         words = "The run has no tools, so every rollout is one turn."
@@ -121,4 +125,7 @@ def check_tools(tools: list[Tool], at_reset: bool, prompt_tokens: int | None) ->
     names = ", ".join(tool.name for tool in tools[:8]) + (" and more" if len(tools) > 8 else "")
     more = ("; " if names else "") + "each environment brings its own at reset" if at_reset else ""
     cost = f" Their descriptions are {prompt_tokens} tokens of every prompt." if prompt_tokens else ""
+    if suspicious:
+        words = f"{names}{more}.{cost} {' '.join(suspicious)}"
+        return Finding("tools", NOTE, words, "Correct the prompt where a tool is meant.")
     return Finding("tools", OK, f"{names}{more}.{cost}")

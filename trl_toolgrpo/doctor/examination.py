@@ -66,7 +66,7 @@ def _ask(load: Callable[[], Any], arguments: Sequence[str]) -> Iterator[Finding]
     yield check_versions()
     with _warnings() as said:
         trainer, wrong = construct(lambda given: _trainable(load()(given)), arguments)
-    yield from (Finding("construction", NOTE, words) for words in dict.fromkeys(said))
+    yield from (Finding("construction", NOTE, words) for words, subject in said.items() if subject != "tools")
     if wrong is not None:
         yield check_hardware(Path.cwd())
         yield wrong
@@ -75,7 +75,8 @@ def _ask(load: Callable[[], Any], arguments: Sequence[str]) -> Iterator[Finding]
     yield Finding("configuration", OK, _configuration(trainer))
     data, cost = check_data(trainer)
     tools = trainer._toolset
-    yield check_tools(tools.known, tools.decided_at_reset, cost)
+    suspicious = [words for words, subject in said.items() if subject == "tools"]
+    yield check_tools(tools.known, tools.decided_at_reset, cost, suspicious)
     chat = trainer._engine.chat if trainer._recording else None
     answers = [*([] if chat is None else check_chat(chat, tools.known)), *data]
     yield from answers
@@ -96,11 +97,15 @@ def _trainable(trainer: Any) -> Any:
 
 
 @contextmanager
-def _warnings() -> Iterator[list[str]]:
-    """What the package warns of meanwhile, such as a tool that the chat template does not show whole."""
-    said: list[str] = []
+def _warnings() -> Iterator[dict[str, str]]:
+    """What the package warns of meanwhile, such as a tool that the chat template does not show whole, by subject."""
+    said: dict[str, str] = {}
+
+    def keep(record: logging.LogRecord) -> None:
+        said.setdefault(record.getMessage(), getattr(record, "subject", "construction"))
+
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = keep  # type: ignore[method-assign]
     logger = logging.getLogger(__package__.partition(".")[0])
     logger.addHandler(handler)
     try:

@@ -24,7 +24,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
             The command line without the program.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m trl_toolgrpo.report", description="Make one self-contained HTML file of a run."
+        prog="python -m trl_toolgrpo.report",
+        description="Make one self-contained HTML file of a run.",
+        allow_abbrev=False,
     )
     parser.add_argument("output_dir", nargs="?", type=Path, help="output folder of a run")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="output folders of two runs")

@@ -1,0 +1,101 @@
+"""The command line of a recipe and its YAML, in which every value is checked wherever it comes from."""
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+import yaml
+from trl import TrlParser
+
+from trl_toolgrpo import ConfigError
+from trl_toolgrpo.config_checks import wrong_type
+
+
+class RecipeParser(TrlParser):
+    """
+    TRL's parser, which refuses in a line what it cannot read: a key or a flag that no argument has, with the one that
+    was likely meant; a value of another type; one that is none of the choices. No flag can be abbreviated.
+
+    Args:
+        dataclass_types (`Sequence[type]`):
+            What is read, as in [`~trl.TrlParser`].
+    """
+
+    def __init__(self, dataclass_types: Sequence[type]):
+        super().__init__(dataclass_types, allow_abbrev=False)
+        self.hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
+        self.source = ""
+
+    def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> tuple[Any, ...]:
+        """
+        Read a command line and the YAML that its `--config` names.
+
+        Args:
+            args, kwargs:
+                As in [`~trl.TrlParser.parse_args_and_config`].
+
+        Raises:
+            ConfigError: naming the file or the flag, for what cannot be read.
+        """
+        given = [] if args is None else list(args)
+        if given[-1:] == ["--config"]:
+            raise ConfigError("You passed `--config` without a file. Name a YAML.")
+        self.source = given[given.index("--config") + 1] if "--config" in given else ""
+        if self.source and not Path(self.source).is_file():
+            raise ConfigError(f"You passed `--config {self.source}`, which is no file. Name a YAML.")
+        try:
+            return super().parse_args_and_config(given, **kwargs)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{self.source} is no YAML: {' '.join(str(error).split())}.") from error
+
+    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
+        """
+        Take values of a YAML, or of environment variables, for what the command line leaves out.
+
+        Args:
+            kwargs:
+                The values by name.
+        """
+        return super().set_defaults_with_config(**{name: self._read(name, kwargs[name]) for name in kwargs})
+
+    def _read(self, name: str, value: Any) -> Any:
+        where = f"{self.source}: " if self.source else ""
+        action = next((action for action in self._actions if action.dest == name), None)
+        if action is None:
+            known = sorted(action.dest for action in self._actions)
+            raise ConfigError(f"{where}there is no argument `{name}`. {_meant(name, known)}")
+        hint = self.hints.get(name, Any)
+        if isinstance(value, str):
+            try:
+                value = self._get_value(action, text := value)
+            except Exception as error:  # whatever a type raises; argparse gives it back as an error of its own
+                words = str(error).partition(": ")[2] or str(error)
+                raise ConfigError(f"{where}`{name}` is {text!r}: {words.rstrip('.')}.") from error
+            if action.nargs == "+" and wrong_type(value, hint) is not None:  # one of a list, as on the command line
+                value = [value]
+        wanted = wrong_type(value, hint)
+        if wanted is not None:
+            raise ConfigError(f"{where}`{name}` is {value!r}. Write {wanted}.")
+        for item in value if isinstance(value, list) else [value]:
+            if action.choices is not None and item is not None and item not in action.choices:
+                raise ConfigError(f"{where}`{name}` is {item!r}. Choose one of {', '.join(map(str, action.choices))}.")
+        return value
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
+        """Argparse's, for which what is left over is an error."""
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            flag = next((text for text in rest if text.startswith("-")), rest[0]).partition("=")[0]
+            meant = _meant(flag, sorted(self._option_string_actions))
+            raise ConfigError(f"On the command line, there is no argument {flag}. {meant}")
+        return found, rest
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would end the program with, after all its usage."""
+        raise ConfigError(f"On the command line, {message}.")
+
+
+def _meant(name: str, known: Sequence[str]) -> str:
+    closest = get_close_matches(name, known, n=1)
+    return f"Did you mean {closest[0]}?" if closest else "See --help for those there are."

@@ -1,0 +1,183 @@
+"""What cannot be read of a recipe's YAML, flags and environment variables is refused in a line that says where."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from trl import GRPOTrainer
+
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import evaluate
+from qwen3_tools import parse_arguments
+
+from trl_toolgrpo import ConfigError, ToolGRPOConfig
+from trl_toolgrpo.config_checks import TRL_CHOICES
+
+
+ON_THIS_MACHINE = ["--bf16", "false", "--use_cpu", "true"]
+GIVEN = yaml.safe_load((ROOT / "recipes" / "tiny_cpu.yaml").read_text())
+
+
+def from_file(tmp_path, **changes):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**GIVEN, **changes}))
+    return parse_arguments(["--config", str(path), "--output_dir", str(tmp_path), *ON_THIS_MACHINE], {})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "choices"),
+    [
+        ("task", "bfcll", "workspace, bfcl, mcp"),
+        ("task", "works", "workspace, bfcl, mcp"),
+        ("dtype", "float31", "auto, bfloat16, float16, float32"),
+        ("dtype", 16, "auto, bfloat16, float16, float32"),
+        ("bnb_4bit_quant_type", "nf5", "fp4, nf4"),
+        ("advantage_estimator", "gaee", "group, gae, group_gae"),
+        ("force_level", "schemaa", "call, name, schema"),
+        ("tool_mention_check", False, "auto, error, warn, off"),
+        ("sampler_correction", "cut", "truncate, mask"),
+        ("lr_scheduler_type", "liner", "linear, cosine"),
+        ("log_level", "loud", "warning"),
+        ("loss_type", "grppo", "grpo, bnpo"),
+        ("scale_rewards", "grup", "group, batch, none"),
+        ("importance_sampling_level", "tokens", "token, sequence"),
+        ("multi_objective_aggregation", "sum", "sum_then_normalize"),
+    ],
+)
+def test_a_choice_is_checked_in_a_file_and_on_the_command_line(tmp_path, name, value, choices):
+    with pytest.raises(ConfigError, match=f"`{name}(` is |=)'?{value}.*Choose one of .*{choices}"):
+        from_file(tmp_path, **{name: value})
+    with pytest.raises(ConfigError, match=rf"(--{name}.*invalid choice: |{name}=|{name}.*)'?{value}"):
+        parse_arguments([f"--{name}", str(value), *ON_THIS_MACHINE], {})
+
+
+def test_a_key_or_flag_that_does_not_exist_says_what_was_meant_and_where_it_stands(tmp_path):
+    words = r"run\.yaml: there is no argument `learning_rat`. Did you mean learning_rate"
+    with pytest.raises(ConfigError, match=words):
+        from_file(tmp_path, learning_rat=1e-4)
+    with pytest.raises(ConfigError, match=r"run\.yaml: there is no argument `zzzz`. See --help"):
+        from_file(tmp_path, zzzz=1)
+    for flags in (["--learning_rat", "1e-4"], ["--learning_rat=1e-4"]):
+        words = r"On the command line, there is no argument --learning_rat\. Did you mean --learning_rate\?"
+        with pytest.raises(ConfigError, match=words):
+            parse_arguments([*flags, *ON_THIS_MACHINE], {})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("max_steps", "lots", "`max_steps` is 'lots': invalid int value"),
+        ("max_steps", 1.5, "`max_steps` is 1.5. Write a whole number"),
+        ("max_steps", [1], r"`max_steps` is \[1\]. Write a whole number"),
+        ("learning_rate", True, "`learning_rate` is True. Write a number"),
+        ("use_cpu", "maybe", "`use_cpu` is 'maybe': .*expected one of yes/no"),
+        ("train_size", {"a": 1}, "`train_size` is {'a': 1}. Write a whole number"),
+        ("chat_template_kwargs", "enable_thinking", "chat_template_kwargs='enable_thinking'.*a mapping"),
+        ("model_init_kwargs", "[1]", "model_init_kwargs=.*a mapping"),
+        ("generation_kwargs", [1], "`generation_kwargs` is .*a mapping"),
+        ("accelerator_config", "nowhere", "accelerator_config='nowhere'.*a mapping.*path of a JSON file"),
+        ("mcp_servers", "{bad", "mcp_servers='{bad'`, which is no JSON"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_in_a_line(tmp_path, name, value, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        from_file(tmp_path, **{name: value})
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    if name in ("max_steps", "use_cpu"):
+        with pytest.raises(ConfigError, match=f"On the command line, argument --{name}"):
+            parse_arguments([f"--{name}", str(value), *ON_THIS_MACHINE], {})
+
+
+def test_what_could_be_read_before_is_read(tmp_path):
+    changes = {"lora_target_modules": "all-linear", "server_packages": "one", "max_steps": 3.0, "use_cpu": "yes"}
+    recipe, training, model = from_file(tmp_path, **changes, sampler_correction=None, learning_rate="1e-4")
+    assert model.lora_target_modules in ("all-linear", ["all-linear"]) and recipe.server_packages == ["one"]
+    assert (training.learning_rate, training.sampler_correction, training.use_cpu) == (1e-4, None, True)
+    flags = ["--chat_template_kwargs", '{"enable_thinking": false}', "--learning-rate", "0.5", "--report_to", "none"]
+    _, training, _ = parse_arguments([*flags, *ON_THIS_MACHINE], {"FORCE_RATE": "0.5"})
+    assert training.chat_template_kwargs == {"enable_thinking": False}
+    assert (training.learning_rate, training.force_rate) == (0.5, 0.5)
+
+
+def test_files_that_are_no_yaml_are_named(tmp_path):
+    for text, words in (("a: [1", "is no YAML"), ("- a", "must contain a YAML mapping")):
+        (tmp_path / "run.yaml").write_text(text)
+        with pytest.raises(ValueError, match=words):
+            parse_arguments(["--config", str(tmp_path / "run.yaml")], {})
+    for flags in (["--config", str(tmp_path / "none.yaml")], ["--config"]):
+        with pytest.raises(ConfigError, match="Name a YAML"):
+            parse_arguments(flags, {})
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"num_generations": 3}, r"num_generations=3.*has 8 rollouts.*to one of 2, 4, 8.*a multiple of 3"),
+        ({"max_steps": "lots"}, "max_steps='lots'`, which is text. Pass a whole number"),
+        ({"force_rate": "0.5"}, "force_rate='0.5'`, which is text. Pass a number"),
+        ({"deterministic_rollouts": "false"}, "which is text. Pass true or false"),
+        ({"reward_weights": "1"}, "which is text. Pass a list"),
+        ({"gradient_checkpointing_kwargs": "{bad"}, "Pass a mapping"),
+        ({"lr_scheduler_kwargs": [1]}, "of type list. Pass a mapping"),
+        ({"chat_template_kwargs": "enable_thinking"}, "Pass a mapping"),
+    ],
+)
+def test_a_configuration_in_python_is_checked_alike(tmp_path, value, words):
+    options = {"per_device_train_batch_size": 8, "num_generations": 4, "use_cpu": True, "bf16": False, **value}
+    with pytest.raises(ConfigError, match=words):
+        ToolGRPOConfig(str(tmp_path), **options)
+
+
+def test_values_that_are_as_good_pass(tmp_path):
+    import numpy
+
+    config = ToolGRPOConfig(
+        tmp_path, per_device_train_batch_size=numpy.int64(8), learning_rate=1, max_steps=3.0, use_cpu=1, bf16=False,
+        lr_scheduler_kwargs="{}", run_name=3,
+    )  # fmt: skip
+    assert config.lr_scheduler_kwargs == {} and config.generation_batch_size == 8
+
+
+def test_the_choices_of_trl_are_all_of_them():
+    import inspect
+
+    tree = ast.parse(inspect.getsource(inspect.getmodule(GRPOTrainer)))
+    compared = {name: set() for name in TRL_CHOICES}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare) and isinstance(node.left, ast.Attribute) and node.left.attr in compared:
+            texts = [c.value for c in ast.walk(node) if isinstance(c, ast.Constant) and isinstance(c.value, str)]
+            compared[node.left.attr].update(texts)
+    assert compared == {name: set(choices) for name, choices in TRL_CHOICES.items()}, "TRL reads other values"
+
+
+def parsers():
+    for path in sorted([*(ROOT / "trl_toolgrpo").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("ArgumentParser"):
+                yield pytest.param(node, id=path.name)
+
+
+@pytest.mark.parametrize("call", parsers())
+def test_no_command_line_takes_abbreviations(call):
+    assert any(keyword.arg == "allow_abbrev" and keyword.value.value is False for keyword in call.keywords)
+
+
+def test_an_abbreviation_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse_arguments(["--model", "tiny", "--temp", "0.5"])
+    assert "--temp" in capsys.readouterr().err
+    assert evaluate.parse_arguments(["--model", "tiny", "--temperature", "0.5"]).temperature == 0.5
+
+
+def test_the_program_ends_with_one_line():
+    command = [sys.executable, "recipes/qwen3_tools.py", "--learning_rate", "fast"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    said = [line for line in ended.stderr.splitlines() if "learning_rate" in line]
+    assert ended.returncode == 2 and len(said) == 1 and "invalid float value: 'fast'" in said[0]
+    assert "usage" not in ended.stderr and "Traceback" not in ended.stderr

@@ -1,0 +1,195 @@
+"""Reward functions that ask for what is not there or return what is no reward, and data too small for a batch."""
+
+import functools
+import logging
+
+import numpy
+import pytest
+import torch
+from conftest import config, prompts, tiny_model
+from datasets import Dataset, IterableDataset
+
+from trl_toolgrpo import ConfigError, DatasetError, RewardError, ToolGRPOTrainer
+
+
+def construct(tokenizer, tmp_path, reward, data=None, evaluation=None, **changes):
+    changes = {"num_generations_eval": 2, "per_device_eval_batch_size": 2, **changes}
+    return ToolGRPOTrainer(
+        tiny_model(tokenizer), reward, config(tmp_path, **changes), prompts() if data is None else data,
+        eval_dataset=evaluation, processing_class=tokenizer,
+    )  # fmt: skip
+
+
+def returning(value, wrap=None):
+    """A reward function of each kind that returns a value, or what a function makes of the completions."""
+
+    def reward(completions, **kwargs):
+        return value(completions) if callable(value) else value
+
+    async def reward_async(completions, **kwargs):
+        return reward(completions)
+
+    class Judge:
+        __name__ = "reward"
+
+        def __call__(self, completions, **kwargs):
+            return reward(completions)
+
+    reward_async.__name__ = "reward"
+    return {"async": reward_async, "object": Judge(), "partial": functools.partial(reward)}.get(wrap, reward)
+
+
+@pytest.mark.parametrize("kind", ["function", "async", "object", "partial"])
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (None, r"`reward` returned None instead of a list of 4 rewards"),
+        (1.0, r"returned 1.0 of type float instead of a list of 4 rewards"),
+        ("good", r"returned 'good' of type str instead of a list"),
+        ({"a": 1.0}, r"of type dict instead of a list"),
+        ([1.0, 2.0], r"returned 2 rewards for 4 completions"),
+        ([1.0] * 5, r"returned 5 rewards for 4 completions"),
+        ([1.0, "2", 3.0, 4.0], r"returned '2' of type str for rollout 1, which is no number"),
+        ([1.0, 2.0, [3.0], 4.0], r"returned \[3.0\] of type list for rollout 2"),
+        ([None] * 4, r"No rollout of the batch was scored: `reward` gave None or NaN for all 4"),
+        ([float("nan")] * 4, r"No rollout of the batch was scored"),
+    ],
+)
+def test_what_is_no_reward_is_named(tokenizer, tmp_path, kind, value, words):
+    trainer = construct(tokenizer, tmp_path, returning(value, kind))
+    with pytest.raises(RewardError, match=words):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda completions: [0, True, 0.5, None],
+        lambda completions: (float(row) for row in range(4)),
+        lambda completions: torch.arange(4.0),
+        lambda completions: [torch.tensor(0.5)] * 4,
+        lambda completions: numpy.arange(4),
+        lambda completions: list(numpy.arange(4, dtype=numpy.float32)),
+    ],
+)
+def test_rewards_of_every_form_are_taken(tokenizer, tmp_path, value):
+    trainer = construct(tokenizer, tmp_path, returning(value))
+    trainer.train()
+    given = [number for number in value([]) if number is not None]
+    assert trainer.state.log_history[0]["rewards/reward/mean"] == pytest.approx(sum(map(float, given)) / len(given))
+
+
+def test_nan_counts_as_not_scored_and_is_told_once(tokenizer, tmp_path, caplog):
+    trainer = construct(tokenizer, tmp_path, returning([0.0, float("nan"), 1.0, None]), max_steps=2)
+    with caplog.at_level(logging.WARNING, "trl_toolgrpo"):
+        trainer.train()
+    said = [record.getMessage() for record in caplog.records if "returned NaN" in record.getMessage()]
+    assert len(said) == 1 and "`reward` returned NaN for rollout 1." in said[0]
+    assert trainer.state.global_step == 2 and trainer.state.log_history[0]["rewards/reward/mean"] == 0.5
+
+
+def test_batches_without_a_score_later_are_told_of_and_do_not_end_the_run(tokenizer, tmp_path, caplog):
+    asked = []
+
+    def reward(completions, **kwargs):
+        asked.append(len(completions))
+        return [None] * 4 if len(asked) in (2, 3) else [0.0, 1.0, 0.0, 1.0]
+
+    trainer = construct(tokenizer, tmp_path, reward, max_steps=4)
+    with caplog.at_level(logging.WARNING, "trl_toolgrpo"):
+        trainer.train()
+    said = [record.getMessage() for record in caplog.records if "was scored" in record.getMessage()]
+    assert trainer.state.global_step == 4 and len(said) == 1 and said[0].startswith("Step 1: No rollout of the batch")
+
+
+def test_a_function_that_leaves_rollouts_to_another_is_right(tokenizer, tmp_path):
+    def first(completions, **kwargs):
+        return [None] * len(completions)
+
+    def second(completions, **kwargs):
+        return [float(row) for row in range(len(completions))]
+
+    trainer = construct(tokenizer, tmp_path, [first, second])
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def with_answers(count=4):
+    return prompts(count).add_column("answer", ["a"] * count)
+
+
+def asks(completions, solution, **kwargs):
+    return [0.0] * len(completions)
+
+
+async def asks_async(completions, *, solution, **kwargs):
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize("reward", [asks, asks_async, functools.partial(asks), [returning([0.0] * 4), asks]])
+def test_a_column_that_is_not_there_is_named_with_those_that_are(tokenizer, tmp_path, reward):
+    words = "`asks.*` asks for `solution`, and `train_dataset` has no such column; its columns are `answer`, `prompt`"
+    with pytest.raises(ConfigError, match=words):
+        construct(tokenizer, tmp_path, reward, with_answers())
+    right = with_answers().rename_column("answer", "solution")
+    with pytest.raises(ConfigError, match="`eval_dataset` has no such column"):
+        construct(tokenizer, tmp_path, reward, right, with_answers())
+    construct(tokenizer, tmp_path, reward, right, right)
+
+
+def test_columns_of_streams_and_transforms_are_seen(tokenizer, tmp_path):
+    stream = IterableDataset.from_generator(lambda: iter(with_answers()))
+    with pytest.raises(ConfigError, match="its columns are `answer`, `prompt`"):
+        construct(tokenizer, tmp_path, asks, stream)
+    made = with_answers().with_transform(lambda batch: {**batch, "solution": batch["answer"]})
+    trainer = construct(tokenizer, tmp_path, asks, made)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_the_prompt_column_is_given_in_the_plural(tokenizer, tmp_path):
+    def reward(prompt, completions):
+        return [0.0] * len(completions)
+
+    with pytest.raises(ConfigError, match="`prompt` is given as `prompts`"):
+        construct(tokenizer, tmp_path, reward)
+
+
+def test_what_a_row_lacks_is_named_while_training(tokenizer, tmp_path):
+    given = {"solution": "a"}
+    data = with_answers().with_transform(lambda batch: {**batch, **{k: [v] * 4 for k, v in given.items()}})
+    trainer = construct(tokenizer, tmp_path, asks, data)
+    given.clear()
+    with pytest.raises(RewardError, match="asks for `solution`, and the data has no such column"):
+        trainer.train()
+
+
+# Too few rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "needed", "changes"),
+    [
+        (3, 4, {"gradient_accumulation_steps": 4}),
+        (3, 4, {"steps_per_generation": 4, "max_steps": -1, "num_train_epochs": 2}),
+        (1, 2, {"per_device_train_batch_size": 8}),
+        (1, 3, {"generation_batch_size": 12}),
+    ],
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_fewer_rows_than_a_rollout_batch_takes(tokenizer, tmp_path, rows, needed, changes, streamed):
+    def data(count):
+        held = prompts(count)
+        return IterableDataset.from_generator(lambda: iter(held)) if streamed else held
+
+    changes = {**changes, "max_steps": 1} if streamed else changes
+    with pytest.raises(DatasetError, match=rf"has {rows} rows?, and a rollout batch takes {needed} prompts"):
+        construct(tokenizer, tmp_path, returning([0.0] * 4), data(rows), **changes)
+    construct(tokenizer, tmp_path, returning([0.0] * 4), data(needed), **changes)
+
+
+def test_selected_rows_are_the_ones_that_count(tokenizer, tmp_path):
+    few = prompts(100).shuffle(seed=0).select(range(3))
+    with pytest.raises(DatasetError, match="has 3 rows"):
+        construct(tokenizer, tmp_path, returning([0.0] * 4), few, gradient_accumulation_steps=4)
+    assert len(Dataset.from_list(few.to_list())) == 3

@@ -1,0 +1,156 @@
+"""Checks of what reward functions ask for and what they return, whose errors name the function and what there is."""
+
+import functools
+import inspect
+import logging
+import math
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from torch import nn
+from trl.trainer.utils import is_async_callable
+
+from .errors import ConfigError, RewardError
+
+
+logger = logging.getLogger(__name__)
+
+GIVEN = (
+    *("prompts", "completions", "completion_ids", "trajectories", "environments", "mcp_sessions"),
+    *("trainer_state", "log_extra", "log_metric"),
+)
+"""What reward functions may get in addition to the columns of the data."""
+_NOT_GIVEN = ("prompt", "completion")  # columns that TRL keeps back
+
+
+def check_columns(name: str, dataset: Any, reward_funcs: Iterable[Any], names: Iterable[str]) -> None:
+    """
+    Check that a data set has the columns that reward functions ask for.
+
+    Args:
+        name (`str`):
+            Name of the data set, for messages.
+        dataset (`Dataset` or `IterableDataset`):
+            The data set; of others nothing is known.
+        reward_funcs (`Iterable[Callable | nn.Module]`):
+            The reward functions.
+        names (`Iterable[str]`):
+            Their names.
+
+    Raises:
+        ConfigError: for a column that is not there, with those that are.
+    """
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        return
+    columns = dict.fromkeys(dataset.column_names or ())
+    if not columns or (isinstance(dataset, Dataset) and dataset.format["type"] == "custom"):
+        columns |= dict.fromkeys(next(iter(dataset), {}))  # of a transform
+    for function, function_name in zip(reward_funcs, names, strict=True):
+        missing = _missing(function, {*columns, *GIVEN}.difference(_NOT_GIVEN))
+        if missing:
+            raise ConfigError(_missing_columns(function_name, missing, f"`{name}`", columns))
+
+
+def checked(function: Any, name: str) -> Any:
+    """
+    Return a reward function that checks what it is asked with and what it returns; a model as it is.
+
+    Args:
+        function (`Callable` or `nn.Module`):
+            The reward function.
+        name (`str`):
+            Its name.
+    """
+    if isinstance(function, nn.Module):
+        return function
+    warned: list[bool] = []
+
+    def check(kwargs: Mapping[str, Any]) -> None:
+        missing = _missing(function, kwargs)
+        if missing and "prompts" in kwargs:
+            raise RewardError(_missing_columns(name, missing, "the data", set(kwargs).difference(GIVEN)))
+
+    def rewards_of(result: Any, kwargs: Mapping[str, Any]) -> Any:
+        if "prompts" not in kwargs:  # asked by a script, of which nothing is known
+            return result
+        rewards = _rewards(name, result, len(kwargs["prompts"]))
+        nan = next((row for row, reward in enumerate(rewards) if reward is not None and math.isnan(reward)), None)
+        if nan is not None and not warned:
+            warned.append(True)
+            logger.warning(
+                "The reward function `%s` returned NaN for rollout %d. It counts as a rollout that the function "
+                "cannot score, as None does; if it can, look for a division by zero or a logarithm of it.",
+                *(name, nan),
+            )
+        return rewards
+
+    if is_async_callable(function):
+
+        async def reward_async(*args: Any, **kwargs: Any) -> Any:
+            check(kwargs)
+            return rewards_of(await function(*args, **kwargs), kwargs)
+
+        return functools.wraps(function)(reward_async)
+
+    def reward(*args: Any, **kwargs: Any) -> Any:
+        check(kwargs)
+        return rewards_of(function(*args, **kwargs), kwargs)
+
+    return functools.wraps(function)(reward)
+
+
+def _missing(function: Any, given: Collection[str]) -> list[str]:
+    """Arguments without which a function cannot be called by keyword."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of a module or a built-in
+        return []
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in parameters if p.kind in by_name and p.default is p.empty and p.name not in given]
+
+
+def _missing_columns(name: str, missing: list[str], where: str, columns: Iterable[str]) -> str:
+    asked = ", ".join(f"`{argument}`" for argument in missing)
+    held = ", ".join(f"`{column}`" for column in sorted(columns)) or "none"
+    kept_back = " `prompt` is given as `prompts`, a list." if "prompt" in missing else ""
+    return (
+        f"The reward function `{name}` asks for {asked}, and {where} has no such column; its columns are {held}."
+        f"{kept_back} Every reward function also gets {', '.join(f'`{given}`' for given in GIVEN)}, where there are "
+        f"any. Correct the argument's name, give it a default, or add the column."
+    )
+
+
+def _rewards(name: str, result: Any, count: int) -> list[float | None]:
+    """What a reward function returned, as numbers."""
+    result = result.tolist() if hasattr(result, "tolist") else result  # of a tensor or an array at once
+    if isinstance(result, str | bytes | Mapping) or not isinstance(result, Iterable):
+        raise RewardError(
+            f"The reward function `{name}` returned {_short(result)} instead of a list of {count} rewards, one for "
+            f"each completion. Return a list of numbers, with None for a rollout that it cannot score."
+        )
+    values = list(result)
+    if len(values) != count:
+        raise RewardError(
+            f"The reward function `{name}` returned {len(values)} rewards for {count} completions. Return one for "
+            f"each, with None for a rollout that it cannot score."
+        )
+    rewards: list[float | None] = []
+    for rollout, value in enumerate(values):
+        try:
+            if isinstance(value, str | bytes):
+                raise TypeError
+            rewards.append(None if value is None else float(value))
+        except (TypeError, ValueError) as error:
+            raise RewardError(
+                f"The reward function `{name}` returned {_short(value)} for rollout {rollout}, which is no number. "
+                f"Return a number for each completion, or None for a rollout that it cannot score."
+            ) from error
+    return rewards
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "None"
+    text = repr(value)
+    return f"{text if len(text) <= 80 else text[:80] + '...'} of type {type(value).__name__}"

@@ -20,7 +20,6 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from . import model_card
-from .checkpoint import tolerated
 from .config import ToolGRPOConfig
 from .tools.mcp import MCPTools
 from .tools.redact import Redactor, config_secrets, masked, secret_values
@@ -61,10 +60,9 @@ class RunCard(GRPOTrainer):
             model_name, dataset_name, tags:
                 As in TRL.
         """
-        with tolerated():
-            super().create_model_card(model_name, dataset_name, tags)
-            if self.is_world_process_zero():
-                self._complete_card(model_name, dataset_name)
+        super().create_model_card(model_name, dataset_name, tags)
+        if self.is_world_process_zero():
+            self._complete_card(model_name, dataset_name)
 
     def _complete_card(self, model_name: str | None, dataset_name: str | None) -> None:
         file = Path(str(self.args.output_dir)) / "README.md"

@@ -83,7 +83,8 @@ def live_run(tmp_path):
 def test_a_second_run_is_told_who_holds_the_folder_and_touches_nothing(tmp_path, live_run):
     folder = tmp_path / "run"
     before = contents(folder)
-    said = rf"{folder}\), which a run that is under way writes to: process {live_run.pid} on {socket.gethostname()}, since"
+    holder = f"process {live_run.pid} on {socket.gethostname()}, since"
+    said = rf"{folder}\), which a run that is under way writes to: {holder}"
     for resume in (None, True, str(folder / "checkpoint-1")):
         with pytest.raises(OutputFolderInUseError, match=said):
             start(folder).train(resume_from_checkpoint=resume)
@@ -274,6 +275,12 @@ def test_everything_of_an_earlier_run_moves_and_is_as_it_was(tmp_path, caplog):
     assert contents(moved) == kept and (tmp_path / "earlier-run-2" / "checkpoint-1").is_dir()
 
 
+def test_a_new_run_has_the_folder_that_trl_logs_completions_to(tmp_path):
+    start(tmp_path, max_steps=1).train()
+    start(tmp_path, max_steps=1, log_completions=True, num_completions_to_print=0).train()
+    assert (tmp_path / "completions" / "completions_00001.parquet").is_file()
+
+
 @pytest.mark.parametrize("kind", ["without checkpoints", "of TRL", "of logs alone", "with an adapter"])
 def test_each_kind_of_earlier_run_is_kept(tmp_path, kind):
     if kind == "of TRL":
@@ -326,6 +333,7 @@ def test_a_run_resumed_from_elsewhere_deletes_nothing_of_another(tmp_path):
 def test_a_folder_named_hub_of_someone_else_is_moved_and_not_deleted(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(GRPOTrainer, "push_to_hub", lambda self, *args, **kwargs: None)
     trainer = start(tmp_path)
+    trainer.train()
     trainer.hub_model_id = "someone/run"
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "thesis.tex").write_text("the user's")
@@ -334,8 +342,13 @@ def test_a_folder_named_hub_of_someone_else_is_moved_and_not_deleted(tmp_path, m
     assert "was not written by this run" in caplog.text
     pushed = {path.name for path in (tmp_path / "hub").iterdir()}
     assert "model.safetensors" in pushed and "thesis.tex" not in pushed
-    trainer.push_to_hub()  # its own is written anew
-    assert {path.name for path in (tmp_path / "hub").iterdir()} == pushed
+    (tmp_path / "hub" / "stale.safetensors").touch()
+    resumed = start(tmp_path, max_steps=3)
+    resumed.hub_model_id = "someone/run"
+    resumed.train(resume_from_checkpoint=True)
+    for _ in range(2):  # what the run itself has published is written anew
+        resumed.push_to_hub()
+        assert {path.name for path in (tmp_path / "hub").iterdir()} == pushed
     assert not (tmp_path / "earlier-run-2").exists()
 
 

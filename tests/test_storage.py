@@ -114,7 +114,7 @@ def small_disk(tmp_path):
 def test_each_writer_says_that_the_disk_refused(small_disk, name, read_only):
     if read_only:
         subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(Exception) as refused:  # noqa: PT011
+    with pytest.raises(Exception) as refused:
         WRITERS[name](small_disk / "file")
     assert is_storage_failure(refused.value), refused.value
     assert attempt(lambda: WRITERS[name](small_disk / "other"))
@@ -124,7 +124,7 @@ def test_each_writer_says_that_the_disk_refused(small_disk, name, read_only):
 def test_a_folder_that_is_not_there_is_no_full_disk(tmp_path, name):
     if name == "parquet":
         pytest.skip("makes the folder")
-    with pytest.raises(Exception) as missing:  # noqa: PT011
+    with pytest.raises(Exception) as missing:
         WRITERS[name](tmp_path / "nowhere" / "file")
     assert not is_storage_failure(missing.value), missing.value
 
@@ -268,7 +268,7 @@ def test_a_whole_run_on_a_disk_that_fills_up(small_disk, tmp_path, monkeypatch, 
             attempt(lambda: (small_disk / "fill").write_bytes(bytes(2**17)))
 
     trainer.add_callback(At(1, spoil))
-    with pytest.raises(CheckpointSaveError, match="was written to .* instead") as refused:
+    with pytest.raises(CheckpointSaveError, match=r"was written to .* instead") as refused:
         trainer.train()
     assert trainer.state.global_step == 2 and "tries again at the next checkpoint" in caplog.text
     assert "Read-only" in str(refused.value) if read_only else "Read-only" not in str(refused.value)

@@ -48,9 +48,12 @@ _STORAGE_TEXT = re.compile(
     "|".join([*(rf"\(os error {number}\)|{re.escape(os.strerror(number))}" for number in _STORAGE)])
     + r"|inline_container\.cc.*unexpected pos|PytorchStreamWriter failed.*file write failed|iostream\S* error"
 )
-# What a run leaves in its output folder besides checkpoints; the first of these say that there was one
-_SIGNS = (RUN, METRICS, HEALTH, FOLDER, "trainer_state.json")
-_LEFT = (UNFINISHED, PUBLISHED, "completions", "runs", "report.html", "README.md", "*_results.json")
+# What says that there was a run in an output folder, and what it has left there, besides checkpoints
+_SIGNS = (RUN, METRICS, HEALTH, f"{FOLDER}/*.parquet", "completions/*.parquet", "trainer_state.json")
+_LEFT = (
+    *(RUN, METRICS, HEALTH, FOLDER, "completions", "runs", "trainer_state.json", "*_results.json", "report.html"),
+    *("README.md", PUBLISHED, UNFINISHED),
+)
 _MODEL = (
     *("adapter_*", "model*.safetensors*", "pytorch_model*", "value_head.safetensors", "*config.json", "tokenizer*"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "training_args.bin"),
@@ -336,12 +339,12 @@ def set_aside(output_dir: Path, needed: Path | None = None) -> Path | None:
     """
     put_back(output_dir)
     kept = None if needed is None else needed.resolve()
-    found = checkpoints(output_dir) + [output_dir / name for name in _SIGNS if (output_dir / name).exists()]
-    if any(path.resolve() != kept for path in found):
-        patterns = _LEFT if output_dir.resolve() == kept else (*_LEFT, *_MODEL)
-        found += [path for pattern in patterns for path in sorted(output_dir.glob(pattern))]
-    found = [path for path in dict.fromkeys(found) if path.resolve() != kept]
-    return move_aside(output_dir, found) if found else None
+    found = [path for path in checkpoints(output_dir) if path.resolve() != kept]
+    if not found and not any(True for sign in _SIGNS for _ in output_dir.glob(sign)):
+        return None
+    patterns = _LEFT if output_dir.resolve() == kept else (*_LEFT, *_MODEL)
+    found += [path for pattern in patterns for path in output_dir.glob(pattern) if path.resolve() != kept]
+    return move_aside(output_dir, dict.fromkeys(found))
 
 
 def move_aside(output_dir: Path, paths: Iterable[Path]) -> Path:

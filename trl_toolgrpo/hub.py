@@ -50,7 +50,8 @@ class HubPush(RunCard):
 
     push_in_progress: Any = None
     _publishing = False  # the folder is written, and the push goes on from it
-    _published_by_us = False  # what lies in the folder is of this run
+    _goes_on = False  # a run that was begun in this output folder
+    _has_published = False
     _along = False  # a push that comes along with saving: the run goes on without it
     _upload: tuple[Path, Future] | None = None  # of the last checkpoint that was pushed
 
@@ -230,12 +231,14 @@ class HubPush(RunCard):
 
     def _make_way(self, folder: Path) -> None:
         """Remove what this run has published before; a folder of that name that is not its own is moved aside."""
-        if self._published_by_us:
+        card = folder / "README.md"
+        known = self._goes_on and card.is_file() and b"trl_toolgrpo" in card.read_bytes()
+        if self._has_published or known:
             shutil.rmtree(folder, ignore_errors=True)
         elif folder.exists():
             place = move_aside(folder.parent, [folder])
             logger.warning("%s was not written by this run: it was moved to %s.", folder, place)
-        self._published_by_us = True
+        self._has_published = True
 
     def _write_somewhere(self, write: Callable[[Path], None], folder: Path) -> Path:
         """Write to a folder, or to a temporary one if the disk refuses; the folder it was."""

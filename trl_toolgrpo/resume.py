@@ -68,6 +68,7 @@ class ExactResume(GRPOTrainer):
     _staging: Path | None = None
     _push_later = False
     _rescue: Callable[[], str]  # of `hub.py`
+    _goes_on: bool  # of `hub.py`
     _uploading: set[Path]  # of `hub.py`
     _buffered_inputs: Any
     _train_sampler: Any = None
@@ -100,10 +101,12 @@ class ExactResume(GRPOTrainer):
         if resume_from_checkpoint:
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
             self._check_same_run(Path(resume_from_checkpoint))
-            if Path(resume_from_checkpoint).resolve().parent != Path(str(self.args.output_dir)).resolve():
-                self._set_aside_earlier_run()
+            output_dir = Path(str(self.args.output_dir)).resolve()
+            self._goes_on = Path(resume_from_checkpoint).resolve().parent == output_dir
         else:  # a new run begins with a rollout batch, also where this trainer has trained before
             self._step, self._buffered_inputs = 0, None
+            self._goes_on = False
+        if not self._goes_on:
             self._set_aside_earlier_run()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -114,6 +117,8 @@ class ExactResume(GRPOTrainer):
         try:
             if self.args.should_save:
                 folder = set_aside(Path(str(self.args.output_dir)), None if base is None else Path(base))
+                if self.log_completions:  # where TRL has made a folder for them
+                    (Path(str(self.args.output_dir)) / "completions").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             problem = CheckpointSaveError(
                 f"`output_dir` ({self.args.output_dir}) has files of an earlier run, which cannot be moved out of the "
@@ -280,9 +285,10 @@ class ExactResume(GRPOTrainer):
             save_fsdp_model(plugin, self.accelerator, self.model, output_dir, **get_fsdp_ckpt_kwargs())
         with tolerated():
             save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        scheduler: Any = self.lr_scheduler
         if self.args.should_save:
             with tolerated():
-                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+                torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _save_scaler(self, output_dir: str) -> None:
         tolerant(super()._save_scaler)(output_dir)

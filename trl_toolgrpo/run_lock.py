@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from .errors import OutputFolderInUseError
 
@@ -28,6 +29,12 @@ class RunLock:
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path, self._descriptor = path, descriptor
         _held.add(self)
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.release()
 
     def release(self) -> None:
         """Give the folder free."""
@@ -95,7 +102,7 @@ def take_lock(folder: Path) -> RunLock | None:
             )
         return None
     since = datetime.now().astimezone().isoformat(" ", "seconds")
-    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+    holder = {"pid": str(os.getpid()), "host": socket.gethostname(), "since": since}
     with suppress(OSError):  # a full disk: the lock holds all the same
         os.ftruncate(descriptor, 0)
         os.write(descriptor, json.dumps({**holder, "job": job_id(os.environ)}).encode())

@@ -8,6 +8,7 @@ over, on a thread of its own, so that training waits for no disk. The formats ar
 import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -166,15 +167,14 @@ class RunLog(GRPOTrainer):
         same_error(problem, OutputFolderInUseError)
         self._logged, self._run_folder, self._full, self._begun = None, None, set(), (-1, 0)
         self._started = time.monotonic()
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self._put_logged()
-            if self._writer is not None:
-                self._writer.close()
-                self._writer = None
-            if lock is not None:
-                lock.release()
+        with lock or nullcontext():
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                self._put_logged()
+                if self._writer is not None:
+                    self._writer.close()
+                    self._writer = None
 
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
         """TRL's; how long it took is known by a clock that nobody sets."""

@@ -25,7 +25,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed.checkpoint.api import CheckpointException
 
 from .errors import CheckpointError, CheckpointSaveError, ToolGRPOError
-from .rollout_log import FOLDER
+from .rollout_log import FOLDER, find_files
 from .run_files import HEALTH, METRICS, PUBLISHED, RUN, write_json
 
 
@@ -49,7 +49,7 @@ _STORAGE_TEXT = re.compile(
     + r"|inline_container\.cc.*unexpected pos|PytorchStreamWriter failed.*file write failed|iostream\S* error"
 )
 # What says that there was a run in an output folder, and what it has left there, besides checkpoints
-_SIGNS = (RUN, METRICS, HEALTH, f"{FOLDER}/*.parquet", "completions/*.parquet", "trainer_state.json")
+_SIGNS = (RUN, METRICS, HEALTH, "completions/*.parquet", "trainer_state.json")
 _LEFT = (
     *(RUN, METRICS, HEALTH, FOLDER, "completions", "runs", "trainer_state.json", "*_results.json", "report.html"),
     *("README.md", PUBLISHED, UNFINISHED),
@@ -340,7 +340,8 @@ def set_aside(output_dir: Path, needed: Path | None = None) -> Path | None:
     put_back(output_dir)
     kept = None if needed is None else needed.resolve()
     found = [path for path in checkpoints(output_dir) if path.resolve() != kept]
-    if not found and not any(True for sign in _SIGNS for _ in output_dir.glob(sign)):
+    signs = [path for sign in _SIGNS for path in output_dir.glob(sign)]
+    if not (found or signs or find_files(output_dir / FOLDER)):
         return None
     patterns = _LEFT if output_dir.resolve() == kept else (*_LEFT, *_MODEL)
     found += [path for pattern in patterns for path in output_dir.glob(pattern) if path.resolve() != kept]

@@ -32,6 +32,7 @@ from .checkpoint import (
     check_parts,
     check_shared,
     check_whole,
+    checkpoints,
     clear_away,
     find_checkpoint,
     publish,
@@ -104,21 +105,22 @@ class ExactResume(GRPOTrainer):
             output_dir = Path(str(self.args.output_dir)).resolve()
             self._goes_on = Path(resume_from_checkpoint).resolve().parent == output_dir
         else:  # a new run begins with a rollout batch, also where this trainer has trained before
-            self._step, self._buffered_inputs = 0, None
-            self._goes_on = False
+            self._step, self._buffered_inputs, self._goes_on = 0, None, False
         if not self._goes_on:
-            self._set_aside_earlier_run()
+            self._set_aside_earlier_run(resumed=bool(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _set_aside_earlier_run(self) -> None:
+    def _set_aside_earlier_run(self, resumed: bool) -> None:
         adapters = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {}).values()
         base = next((str(adapter.base_model_name_or_path) for adapter in adapters), None)
-        folder = problem = None
+        output_dir, folder, problem = Path(str(self.args.output_dir)), None, None
+        # Where a run is resumed from elsewhere, logs alone are those of its checkpoint, which it adds to
+        another = not resumed or bool(checkpoints(output_dir)) or (output_dir / RUN).exists()
         try:
-            if self.args.should_save:
-                folder = set_aside(Path(str(self.args.output_dir)), None if base is None else Path(base))
+            if self.args.should_save and another:
+                folder = set_aside(output_dir, None if base is None else Path(base))
                 if self.log_completions:  # where TRL has made a folder for them
-                    (Path(str(self.args.output_dir)) / "completions").mkdir(parents=True, exist_ok=True)
+                    (output_dir / "completions").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             problem = CheckpointSaveError(
                 f"`output_dir` ({self.args.output_dir}) has files of an earlier run, which cannot be moved out of the "

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import hf_xet
-import httpx
 import huggingface_hub
 import pytest
 import torch
@@ -26,7 +25,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from conftest import add, chat_tokenizer, config, prompts, tiny_model
 from hub_server import TOKEN, USER, _Handler, hub
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM, TrainerCallback
 from trl import GRPOTrainer
@@ -38,6 +37,7 @@ from trl_toolgrpo.tools.redact import SECRET, config_secrets, masked, masked_arg
 
 
 NAME = "run"
+HTTP = sys.modules[HfHubHTTPError.__bases__[0].__module__.partition(".")[0]]  # the client's HTTP library
 FILES = {
     "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json",
     "tokenizer_config.json", "value_head.safetensors",
@@ -381,7 +381,7 @@ def test_without_a_network_the_run_goes_on(server, base, tmp_path, caplog, monke
 @pytest.mark.parametrize(
     "error",
     [
-        httpx.ConnectError("no route"), httpx.ReadTimeout("slow"), ConnectionResetError("cut"), TimeoutError("slow"),
+        HTTP.ConnectError("no route"), HTTP.ReadTimeout("slow"), ConnectionResetError("cut"), TimeoutError("slow"),
         OfflineModeIsEnabled("offline"), LocalTokenNotFoundError("no token"), socket.gaierror(-2, "no such host"),
         ssl.SSLError("certificate"), OSError(28, "No space left on device"), hf_xet.XetAuthenticationError("refused"),
     ],

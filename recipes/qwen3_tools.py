@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -37,8 +38,16 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from warm_start import WarmStart
 from workspace import build_workspace
 
-from trl_toolgrpo import ConfigError, ToolGRPOConfig, ToolGRPOTrainer, find_checkpoint, keep_batch_size
+from trl_toolgrpo import (
+    ConfigError,
+    OutputFolderInUseError,
+    ToolGRPOConfig,
+    ToolGRPOTrainer,
+    find_checkpoint,
+    keep_batch_size,
+)
 from trl_toolgrpo.checkpoint import same_error, why_not_writable
+from trl_toolgrpo.run_lock import take_lock
 
 
 DEFAULT_CONFIG = Path(__file__).with_name("tiny_cpu.yaml")
@@ -370,6 +379,30 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def check_output_dir(training: ToolGRPOConfig) -> None:
+    """
+    Check the output folder before models are loaded and tasks are made.
+
+    Args:
+        training ([`ToolGRPOConfig`]):
+            Configuration of the run.
+
+    Raises:
+        OutputFolderInUseError: if another run writes to it.
+        CheckpointSaveError: if it cannot be written to.
+    """
+    folder = Path(str(training.output_dir))
+    in_use = problem = None
+    if training.process_index == 0:
+        try:
+            with take_lock(folder) or nullcontext():
+                problem = why_not_writable(folder)
+        except OutputFolderInUseError as error:
+            in_use = error
+    same_error(in_use, OutputFolderInUseError)
+    same_error(problem)
+
+
 def main() -> None:
     """Run the recipe."""
     try:
@@ -382,14 +415,13 @@ def main() -> None:
     if training.process_index == 0:
         for name, _ in SWITCHES.values():
             print(f"{name}: {getattr(training, name)}", flush=True)
-    same_error(why_not_writable(Path(str(training.output_dir))) if training.process_index == 0 else None)
+    check_output_dir(training)
     checkpoint = checkpoint_to_resume(training)
     flags = flags_that_keep_batches(checkpoint, training, sys.argv[1:])
     if flags:
         recipe, training, model = parse_arguments([*sys.argv[1:], *flags], os.environ)
     trainer, scoreboard = build_trainer(build_task(recipe, training), recipe, training, model)
-    if training.process_index == 0:
-        RunSettings.of(recipe, training, model).save(training.output_dir)  # for `evaluate.py`
+    scoreboard.settings = RunSettings.of(recipe, training, model)  # for `evaluate.py`
     if checkpoint is not None and scoreboard.recall(Path(checkpoint)):
         training.eval_on_start = False  # that was done when the run began
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -16,6 +16,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from evaluation import SETTINGS, RunSettings
 from task import Task, Verdict
 from transformers import TrainerCallback
 
@@ -60,6 +61,8 @@ class Scoreboard(TrainerCallback):
             Gives the judge.
 
     Attributes:
+        settings ([`RunSettings`], *optional*):
+            Kept in the output folder, too.
         evaluations (`list[Rates]`):
             Rates of every evaluation so far, the same in every process.
         sample (`tuple`, *optional*):
@@ -68,6 +71,7 @@ class Scoreboard(TrainerCallback):
 
     def __init__(self, task: Task) -> None:
         self.__name__ = "task_reward"
+        self.settings: RunSettings | None = None
         self.evaluations: list[Rates] = []
         self.records: list[tuple[str, int, Verdict]] = []
         self.sample: tuple | None = None
@@ -125,6 +129,8 @@ class Scoreboard(TrainerCallback):
         try:
             if new:
                 _set_aside(file)
+            if self.settings is not None:
+                self.settings.save(args.output_dir)
             unfinished = file.with_suffix(".unfinished")
             unfinished.write_text(json.dumps([asdict(rates) for rates in self.evaluations]), encoding="utf-8")
             os.replace(unfinished, file)  # at once: a kill leaves no half of it
@@ -172,10 +178,11 @@ def _read(checkpoint: Path) -> list[Rates]:
 
 
 def _set_aside(file: Path) -> None:
-    """Take the record of an earlier run away, to where the trainer has just moved the checkpoints of that run."""
-    folders = sorted(file.parent.glob(f"{EARLIER}*"), key=lambda folder: folder.stat().st_mtime)
-    if file.is_file() and folders and not (folders[-1] / FILE).exists():
-        os.replace(file, folders[-1] / FILE)
+    """Take the record of an earlier run away, to where the trainer has just moved the files of that run."""
+    folders = sorted(file.parent.glob(f"{EARLIER}*"), key=lambda folder: int(folder.name.removeprefix(EARLIER)))
+    for name in (FILE, SETTINGS) if folders else ():
+        if (file.parent / name).is_file() and not (folders[-1] / name).exists():
+            os.replace(file.parent / name, folders[-1] / name)
     file.unlink(missing_ok=True)
 
 

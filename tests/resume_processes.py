@@ -12,8 +12,9 @@ import torch.distributed as dist
 from conftest import chat_tokenizer, config, full_disk, prompts, tiny_model
 from peft import LoraConfig
 
-from trl_toolgrpo import CheckpointError, CheckpointSaveError, ToolGRPOTrainer
+from trl_toolgrpo import CheckpointError, CheckpointSaveError, OutputFolderInUseError, ToolGRPOTrainer
 from trl_toolgrpo.checkpoint import checkpoints, fault_of
+from trl_toolgrpo.run_lock import take_lock
 
 
 faulthandler.dump_traceback_later(100, exit=True)
@@ -70,6 +71,12 @@ try:
     start(blocked).train()
 except CheckpointSaveError as error:
     found["blocked"] = "Nothing can be written to" in str(error)
+lock = take_lock(folder / "in use") if dist.get_rank() == 0 else None
+dist.barrier()
+try:
+    start(folder / "in use").train()
+except OutputFolderInUseError as error:
+    found["in_use"] = "which a run that is under way writes to: process" in str(error)
 output = [None, None]
 dist.all_gather_object(output, found)
 if dist.get_rank() == 0:

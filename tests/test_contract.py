@@ -88,6 +88,12 @@ SIGNATURES = {
     "_prepare_inputs": (["self", "generation_batch"], "deterministic.Determinism._prepare_inputs divides it anew"),
     "_get_train_sampler": (["self", "dataset"], "resume.ExactResume._get_train_sampler keeps it"),
     "_save_checkpoint": (["self", "model", "trial"], "resume.ExactResume._save_checkpoint publishes what it wrote"),
+    "_save_optimizer_and_scheduler": (
+        ["self", "output_dir"],
+        "resume.ExactResume._save_optimizer_and_scheduler goes on where the disk refuses; for FSDP it replaces it",
+    ),
+    "_save_scaler": (["self", "output_dir"], "resume.ExactResume._save_scaler goes on where the disk refuses"),
+    "_save_rng_state": (["self", "output_dir"], "resume.ExactResume._save_rng_state goes on where the disk refuses"),
     "_get_output_dir": (["self", "trial"], "resume.ExactResume._get_output_dir has checkpoints written elsewhere"),
     "_push_from_checkpoint": (
         ["self", "checkpoint_folder"],
@@ -95,7 +101,8 @@ SIGNATURES = {
     ),
     "_finalize_training": (
         ["self", "trial", "num_train_samples", "start_time"],
-        "hub.HubPush._finalize_training waits for uploads before checkpoints are removed",
+        "hub.HubPush._finalize_training waits for uploads before checkpoints are removed, and "
+        "run_log.RunLog._finalize_training gives it a start by the monotonic clock",
     ),
     "init_hf_repo": (["self", "token", "private"], "hub.HubPush.init_hf_repo goes on without the Hub"),
     "push_to_hub": (
@@ -138,6 +145,15 @@ WRITTEN = {
         "resume.ExactResume stores `_step` and `_buffered_inputs`; deterministic.Determinism redivides them",
     ),
     "_save_checkpoint": (("self._get_output_dir(trial=trial)",), "resume.ExactResume redirects it"),
+    "_save_optimizer_and_scheduler": (
+        (
+            "elif self.is_fsdp_enabled:",
+            "self.accelerator.state.fsdp_plugin, self.accelerator, self.model, output_dir, **get_fsdp_ckpt_kwargs()",
+            "self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir",
+            "torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))",
+        ),
+        "resume.ExactResume._save_optimizer_and_scheduler makes these calls for FSDP, and goes on after each",
+    ),
     "_inner_training_loop": (
         ("self._tr_loss = torch.tensor(0.0", "self._globalstep_last_logged = ", "self._run_epoch("),
         "resume.ExactResume._run_epoch takes up the loss not logged yet",

@@ -125,7 +125,7 @@ def test_two_processes_resume_to_the_bit(tmp_path):
     output = launch("resume_processes.py", str(tmp_path))
     found = [json.loads(line) for line in output.splitlines() if line.startswith('{"differ')]
     unsaved = ["checkpoint-3", "checkpoint-1"]  # the main process's disk was full at the second
-    told = {"refused": True, "unsaved": unsaved, "blocked": True}
+    told = {"refused": True, "unsaved": unsaved, "blocked": True, "in_use": True}
     assert found == [{"differ": 0, "figures": True, "fault": None, **told}] * 2
     names = {path.name for path in (tmp_path / "whole" / "checkpoint-3").iterdir()}
     assert {"progress_0.safetensors", "progress_1.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= names

@@ -5,6 +5,8 @@ import pickle
 import re
 import shlex
 import shutil
+import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -12,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import hf_xet
 import huggingface_hub
 import pytest
 import torch
@@ -22,8 +25,10 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from conftest import add, chat_tokenizer, config, prompts, tiny_model
 from hub_server import TOKEN, USER, _Handler, hub
 from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM, TrainerCallback
+from trl import GRPOTrainer
 
 from trl_toolgrpo import CheckpointSaveError, HubPushError, MCPServer, ToolGRPOTrainer, ValueHead, ValueHeadError
 from trl_toolgrpo.model_card import bars, command, compose, configuration, curves, tools
@@ -32,6 +37,7 @@ from trl_toolgrpo.run_card import _set_fields, launcher, machines
 
 
 NAME = "run"
+HTTP = sys.modules[HfHubHTTPError.__bases__[0].__module__.partition(".")[0]]  # the client's HTTP library
 FILES = {
     "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json",
     "tokenizer_config.json", "value_head.safetensors",
@@ -370,6 +376,63 @@ def test_without_a_network_the_run_goes_on(server, base, tmp_path, caplog, monke
     assert the_command_of(str(refused.value)) == ["hf", "upload", "team/model", folder, ".", "--revision", "next"]
     assert {path.name for path in Path(folder).iterdir()} == FILES
     assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        HTTP.ConnectError("no route"), HTTP.ReadTimeout("slow"), ConnectionResetError("cut"), TimeoutError("slow"),
+        OfflineModeIsEnabled("offline"), LocalTokenNotFoundError("no token"), socket.gaierror(-2, "no such host"),
+        ssl.SSLError("certificate"), OSError(28, "No space left on device"), hf_xet.XetAuthenticationError("refused"),
+    ],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_what_the_hub_did_not_take_is_told_as_that(base, tmp_path, monkeypatch, caplog, error):
+    trainer = start(base, tmp_path / NAME, push_to_hub=False, save_strategy="no")
+
+    def refuse(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(GRPOTrainer, "push_to_hub", refuse)
+    monkeypatch.setattr(GRPOTrainer, "init_hf_repo", refuse)
+    trainer.init_hf_repo()
+    assert "The Hub did not take the repository" in caplog.text
+    with pytest.raises(HubPushError, match=type(error).__name__):
+        trainer.push_to_hub()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("a bug"), FileNotFoundError(2, "a bug"), PermissionError(13, "a bug"), OSError("a bug"),
+        KeyError("a bug"),
+    ],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_a_fault_of_the_program_is_not_blamed_on_the_hub(base, tmp_path, monkeypatch, caplog, error):
+    trainer = start(base, tmp_path / NAME, push_to_hub=False, save_strategy="no")
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(GRPOTrainer, "push_to_hub", fail)
+    monkeypatch.setattr(GRPOTrainer, "init_hf_repo", fail)
+    for push in (trainer.init_hf_repo, trainer.push_to_hub):
+        with pytest.raises(type(error), match="a bug"):
+            push()
+    assert "The Hub did not take" not in caplog.text
+
+
+def test_an_error_of_the_storage_behind_the_hub_is_told_as_that(server, base, tmp_path, monkeypatch):
+    """The client raises it as a plain `RuntimeError`."""
+    trainer = start(base, tmp_path / NAME, save_strategy="no")
+
+    def refuse(*args, **kwargs):
+        raise ValueError("the storage is closed")
+
+    monkeypatch.setattr("huggingface_hub._commit_api.lfs_upload", refuse)
+    with pytest.raises(HubPushError, match=r"RuntimeError: Error while uploading .* to the Hub\. \(ValueError"):
+        trainer.push_to_hub()
 
 
 def full(folder):

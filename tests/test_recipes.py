@@ -18,6 +18,7 @@ sys.path.insert(0, str(RECIPES))
 
 import qwen3_tools
 import scoreboard
+from evaluation import RunSettings
 from qwen3_tools import checkpoint_to_resume, flags_that_keep_batches, parse_arguments, read_switches
 from scoreboard import Rates, Scoreboard
 from task import Verdict
@@ -25,7 +26,8 @@ from tiny_model import TinyModel, build_tiny_model
 from warm_start import WarmStart
 from workspace import build_workspace
 
-from trl_toolgrpo import CheckpointSaveError, ToolGRPOConfig, checkpoint
+from trl_toolgrpo import CheckpointSaveError, OutputFolderInUseError, ToolGRPOConfig, checkpoint
+from trl_toolgrpo.run_lock import take_lock
 
 
 ON_THIS_MACHINE = ["--bf16", "false", "--use_cpu", "true"]
@@ -227,6 +229,26 @@ def test_the_recipe_says_at_once_that_its_folder_cannot_be_written_to(tmp_path, 
     monkeypatch.setattr(checkpoint, "gather_object", lambda found: ["Read-only", *found])
     with pytest.raises(CheckpointSaveError, match=r"^Read-only$"):  # what the main process has met with
         checkpoint.same_error(None)
+
+
+def test_the_recipe_says_at_once_that_another_run_is_under_way_in_its_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(qwen3_tools, "build_task", lambda *_: pytest.fail("the run has begun"))
+    monkeypatch.setattr(sys, "argv", ["qwen3_tools.py", "--output_dir", str(tmp_path), *ON_THIS_MACHINE])
+    with take_lock(tmp_path), pytest.raises(OutputFolderInUseError, match=r"Wait for it to end, or end it"):
+        qwen3_tools.main()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_settings_of_an_earlier_run_go_with_its_files(tmp_path):
+    for number, task in ((1, "mcp"), (2, "bfcl")):
+        current = board()
+        current.settings = RunSettings(task=task)
+        begin(current, tmp_path)
+        assert RunSettings.load(tmp_path).task == task
+        (tmp_path / f"earlier-run-{number}").mkdir()  # as the trainer does when the next run begins
+    begin(board(), tmp_path)
+    found = [RunSettings.load(tmp_path / f"earlier-run-{number}" / "checkpoint-4").task for number in (1, 2)]
+    assert found == ["mcp", "bfcl"]
 
 
 def test_a_run_of_two_processes_is_gone_on_from_with_one(tmp_path, capsys):

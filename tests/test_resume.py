@@ -180,7 +180,6 @@ def flip(file):
 DAMAGE = {
     "is missing": lambda folder: (folder / "model.safetensors").unlink(),
     "bytes, expected": lambda folder: os.truncate(folder / "optimizer.pt", 100),
-    "is not what was written": lambda folder: flip(folder / "model.safetensors"),
     "it has no manifest.json": lambda folder: (folder / "manifest.json").unlink(),
     "JSONDecodeError": lambda folder: os.truncate(folder / "manifest.json", 20),
 }
@@ -314,15 +313,37 @@ def test_a_kill_while_a_checkpoint_is_replaced_loses_none(tmp_path, monkeypatch,
     assert (target / "file").read_text() == "old" and fault_of(target) is None
 
 
-def test_a_checkpoint_is_read_once(run_dir, monkeypatch):
+def test_checksums_are_written_and_read_on_request_alone(run_dir, monkeypatch, caplog):
+    """Sizes tell a torn checkpoint; a file whose content has changed is known by the checksums of its checkpoint."""
     read, checksum = [], zlib.crc32
-    monkeypatch.setattr(zlib, "crc32", lambda *args: read.append(args) or checksum(*args))
-    newest = find_checkpoint(run_dir)
-    count = len(read)
+    monkeypatch.setattr(checkpoint.zlib, "crc32", lambda *args: read.append(args) or checksum(*args))
+    newest, before = run_dir / "checkpoint-10", run_dir / "checkpoint-2"
+    assert find_checkpoint(run_dir) == find_checkpoint(run_dir, checksums=True) == newest
     check_whole(newest)
-    assert count > 5 and len(read) == count
+    assert read == []
+    checkpoint.add_checksums(newest)
+    assert len(read) > 5 and find_checkpoint(run_dir, checksums=True) == newest
     flip(newest / "model.safetensors")
-    assert "is not what was written" in fault_of(newest)
+    assert find_checkpoint(run_dir) == newest and find_checkpoint(run_dir, checksums=True) == before
+    assert f"Skipped {newest}" in caplog.text and "model.safetensors is not what was written" in caplog.text
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not what was written"):
+        checkpoint.add_checksums(newest)
+
+
+def test_a_checkpoint_with_the_checksums_of_earlier_versions_is_found(runs, run_dir):
+    """They listed `bytes` and `crc32` of each file."""
+    folder = run_dir / "checkpoint-2"
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != "manifest.json"]
+    listed = {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "crc32": zlib.crc32(file.read_bytes())}
+        for file in files
+    }
+    (folder / "manifest.json").write_text(json.dumps({"files": listed}, indent=1))
+    shutil.rmtree(run_dir / "checkpoint-10")
+    assert find_checkpoint(run_dir) == find_checkpoint(run_dir, checksums=True) == folder
+    resumed = start(run_dir, **SETTINGS["full"][1])
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(runs("full"), resumed)
 
 
 def test_machines_with_output_folders_of_their_own_are_refused(tmp_path, monkeypatch):

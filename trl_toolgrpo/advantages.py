@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .rounding import widest
 from .trajectory import Trajectory
 
 
@@ -90,14 +91,14 @@ def place_rewards(terminal: Tensor, trajectories: Sequence[Trajectory], width: i
             Padded width T of their completions.
 
     Returns:
-        `Tensor`: float64, shape (B, T).
+        `Tensor`: float64, shape (B, T), on the CPU.
     """
     placed = torch.zeros(len(trajectories), width, dtype=torch.float64)
     for row, trajectory in enumerate(trajectories):
         trainable = [place for place, flag in enumerate(trajectory.trainable_mask) if flag]
         if not trainable:
             continue
-        placed[row, trainable[-1]] += terminal[row].double().item()
+        placed[row, trainable[-1]] += terminal[row].item()
         for turn in trajectory.turns:
             before = [place for place in trainable if place < turn.end]
             if before and turn.total_reward:
@@ -126,21 +127,22 @@ def generalized_advantages(
             Discount, and weight of longer returns, both in [0, 1].
 
     Returns:
-        `tuple[Tensor, Tensor]`: advantages, and returns \\(A_t + V_t\\) at the first token of each step; float64,
-        shape (B, T), 0 at tokens that are left out.
+        `tuple[Tensor, Tensor]`: advantages, and returns \\(A_t + V_t\\) at the first token of each step; in the widest
+        dtype of the device (float64, but float32 on MPS), shape (B, T), 0 at tokens that are left out.
     """
+    wide = widest(rewards.device)
     taken = steps >= 0
     first = first_of_step(steps)
     count = int(steps.max()) + 1 if steps.numel() else 0
     if count == 0:
-        return torch.zeros_like(steps, dtype=torch.float64), torch.zeros_like(steps, dtype=torch.float64)
+        return torch.zeros_like(steps, dtype=wide), torch.zeros_like(steps, dtype=wide)
     index = steps.clamp(min=0)
-    step_rewards = torch.zeros(len(steps), count, dtype=torch.float64, device=rewards.device)
+    step_rewards = torch.zeros(len(steps), count, dtype=wide, device=rewards.device)
     step_values, exists = step_rewards.clone(), step_rewards.clone()
-    step_rewards.scatter_add_(1, index, rewards.double() * taken)
-    step_values.scatter_add_(1, index, values.double() * first)
-    exists.scatter_add_(1, index, first.double())
-    advantage = torch.zeros(len(steps), dtype=torch.float64, device=rewards.device)
+    step_rewards.scatter_add_(1, index, rewards.to(wide) * taken)
+    step_values.scatter_add_(1, index, values.to(wide) * first)
+    exists.scatter_add_(1, index, first.to(wide))
+    advantage = torch.zeros(len(steps), dtype=wide, device=rewards.device)
     following = advantage
     advantages = torch.zeros_like(step_rewards)
     for step in range(count - 1, -1, -1):
@@ -149,7 +151,7 @@ def generalized_advantages(
         following = step_values[:, step] * exists[:, step]
         advantages[:, step] = advantage
     spread = advantages.gather(1, index) * taken
-    return spread, (spread + values.double()) * first
+    return spread, (spread + values.to(wide)) * first
 
 
 def first_of_step(steps: Tensor) -> Tensor:
@@ -178,8 +180,9 @@ def rewards_to_go(rewards: Tensor, steps: Tensor, gamma: float) -> Tensor:
 
 
 def moments(values: Tensor, mask: Tensor) -> Tensor:
-    """Count, sum and sum of squares of the values under the mask, float64, shape (3,), to be added over processes."""
-    taken = values[mask.bool()].double()
+    """Count, sum and sum of squares of the values under the mask, shape (3,), to be added over processes, in the
+    widest dtype of the device."""
+    taken = values[mask.bool()].to(widest(values.device))
     return torch.stack([taken.new_tensor(float(taken.numel())), taken.sum(), taken.square().sum()])
 
 

@@ -1,30 +1,32 @@
 """Checkpoint folders that are whole or not there: how one is published, checked, found and cleared away.
 
-Owns the folder, not what is in it. A checkpoint is written under `_unfinished`, flushed to disk, listed in a manifest
-and renamed into place, so that a process killed at any moment leaves the checkpoint before valid. Fed by `resume.py`.
+A checkpoint is written under `_unfinished`, listed with its sizes in a manifest, flushed to disk and renamed into
+place, so that a process killed at any moment leaves the checkpoint before valid.
 """
 
+import errno
 import json
 import logging
 import os
+import re
 import shutil
-import sys
 import tempfile
 import time
-import traceback
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
-from .errors import CheckpointError, CheckpointSaveError
+from .errors import CheckpointError, CheckpointSaveError, ToolGRPOError
+from .rollout_log import FOLDER, find_files
+from .run_files import HEALTH, METRICS, PUBLISHED, RUN, write_json
 
 
 logger = logging.getLogger(__name__)
@@ -32,12 +34,30 @@ logger = logging.getLogger(__name__)
 UNFINISHED = "_unfinished"
 """Folder in the output folder for checkpoints that are being written or removed."""
 EARLIER = "earlier-run-"
-"""Folders in the output folder with checkpoints of runs before."""
+"""Folders in the output folder, each with all that a run before has left there."""
 MANIFEST = "manifest.json"
 PREFIX = "checkpoint-"
 PROGRESS = "progress_{}.safetensors"
 """What each process adds to a checkpoint."""
 
+# What says that the disk does not take what is written. The last is a limit on the size of a file
+_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
+# Rust's writers (safetensors, tokenizers) and torch's have no errno: they quote it, quote its text, or say that fewer
+# bytes were written than were given
+_STORAGE_TEXT = re.compile(
+    "|".join([*(rf"\(os error {number}\)|{re.escape(os.strerror(number))}" for number in _STORAGE)])
+    + r"|inline_container\.cc.*unexpected pos|PytorchStreamWriter failed.*file write failed|iostream\S* error"
+)
+# What says that there was a run in an output folder, and what it has left there, besides checkpoints
+_SIGNS = (RUN, METRICS, HEALTH, "completions/*.parquet", "trainer_state.json")
+_LEFT = (
+    *(RUN, METRICS, HEALTH, FOLDER, "completions", "runs", "trainer_state.json", "*_results.json", "report.html"),
+    *("README.md", PUBLISHED, UNFINISHED),
+)
+_MODEL = (
+    *("adapter_*", "model*.safetensors*", "pytorch_model*", "value_head.safetensors", "*config.json", "tokenizer*"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "training_args.bin"),
+)
 _CHUNK = 2**22
 _REPLACED = "replaced-"
 _REMOVED = "removed-"
@@ -57,8 +77,7 @@ def publish(folder: Path, target: Path) -> None:
     Raises:
         OSError: if the disk does not take it.
     """
-    files = {str(file.relative_to(folder)): _measured(file) for file in _files(folder)}
-    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+    _write_manifest(folder, checksums=False)
     for path in (*folder.rglob("*"), folder):
         _flush(path)
     if target.exists():
@@ -66,6 +85,27 @@ def publish(folder: Path, target: Path) -> None:
     os.replace(folder, target)
     _flush(target.parent)
     shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+def add_checksums(checkpoint: str | Path) -> None:
+    """
+    List the checksums of a checkpoint's files in its manifest, for `find_checkpoint(output_dir, checksums=True)`:
+    before it is copied, or kept for long. They are not listed when it is written, which would read all of it back.
+
+    Args:
+        checkpoint (`str` or `Path`):
+            A whole checkpoint.
+
+    Raises:
+        CheckpointError: if it is not whole.
+    """
+    check_whole(checkpoint, checksums=True)
+    _write_manifest(Path(checkpoint), checksums=True)
+
+
+def _write_manifest(folder: Path, checksums: bool) -> None:
+    files = {file.relative_to(folder).as_posix(): _measured(file, checksums) for file in _files(folder)}
+    write_json(folder / MANIFEST, {"files": files})
 
 
 def put_back(output_dir: Path) -> None:
@@ -77,16 +117,17 @@ def put_back(output_dir: Path) -> None:
                 os.replace(path, target)
 
 
-def fault_of(folder: Path, thorough: bool = True) -> str | None:
+def fault_of(folder: Path, checksums: bool = False) -> str | None:
     """
     Why a folder is no whole checkpoint; `None` if it is one.
 
     Args:
         folder (`Path`):
             The folder.
-        thorough (`bool`, *optional*, defaults to `True`):
-            Whether to read the files, and not their sizes alone. A checkpoint without a manifest, which others have
-            written, is taken for whole if it has a readable `trainer_state.json`.
+        checksums (`bool`, *optional*, defaults to `False`):
+            Whether to read the files whose checksums are listed, in addition to the sizes of all. A checkpoint
+            without a manifest, which others have written, is taken for whole if it has a readable
+            `trainer_state.json`.
     """
     if not folder.is_dir():
         return "it is no folder"
@@ -99,10 +140,10 @@ def fault_of(folder: Path, thorough: bool = True) -> str | None:
             return None
         files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
         for name, expected in files.items():
-            size = (folder / name).stat().st_size
-            if size != expected["bytes"]:
-                return f"{name} has {size} bytes, expected {expected['bytes']}"
-            if thorough and _measured(folder / name) != expected:
+            found = _measured(folder / name, checksums and "crc32" in expected)
+            if found["bytes"] != expected["bytes"]:
+                return f"{name} has {found['bytes']} bytes, expected {expected['bytes']}"
+            if "crc32" in found and found != expected:
                 return f"{name} is not what was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -121,13 +162,16 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=_step, reverse=True)
 
 
-def find_checkpoint(output_dir: str | Path) -> Path | None:
+def find_checkpoint(output_dir: str | Path, checksums: bool = False) -> Path | None:
     """
     The newest whole checkpoint of a run. Torn and unfinished ones are skipped, each with a warning that names it.
 
     Args:
         output_dir (`str` or `Path`):
             Output folder of the run.
+        checksums (`bool`, *optional*, defaults to `False`):
+            Whether to read the files whose checksums are known (see [`add_checksums`]). Otherwise their sizes tell a
+            whole checkpoint from a torn one.
 
     Returns:
         `Path` or `None`: the folder; `None` if there is no whole checkpoint.
@@ -138,22 +182,22 @@ def find_checkpoint(output_dir: str | Path) -> Path | None:
             continue
         logger.warning("Skipped %s: the run ended while it was written.", path)
     for path in checkpoints(output_dir):
-        fault = fault_of(path)
+        fault = fault_of(path, checksums)
         if fault is None:
             return path
         logger.warning("Skipped %s, which is no whole checkpoint: %s.", path, fault)
     return None
 
 
-def check_whole(folder: str | Path) -> None:
+def check_whole(folder: str | Path, checksums: bool = False) -> None:
     """
-    Check a checkpoint that was named.
+    Check a checkpoint that was named; `checksums` as in [`find_checkpoint`].
 
     Raises:
         CheckpointError: if it is not whole.
     """
     put_back(Path(folder).parent)
-    fault = fault_of(Path(folder))
+    fault = fault_of(Path(folder), checksums)
     if fault is not None:
         raise CheckpointError(
             f"You asked to resume from {folder}, which is no whole checkpoint: {fault}. Pass another one, or "
@@ -172,8 +216,9 @@ def why_not_writable(output_dir: Path) -> CheckpointSaveError | None:
     folder = output_dir / UNFINISHED
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(4096))  # a full disk still takes an empty file
+            probe.flush()
     except OSError as error:
         return CheckpointSaveError(
             f"Nothing can be written to `output_dir` ({output_dir}): {error}. The run has not started, since what it "
@@ -228,23 +273,22 @@ def check_parts(folder: Path, processes: int) -> None:
     """
     for index in range(processes):
         if not _appears(folder / PROGRESS.format(index)):
-            raise OSError(f"the part of process {index} ({PROGRESS.format(index)}) is not to be seen")
+            raise OSError(errno.EIO, f"the part of process {index} ({PROGRESS.format(index)}) is not to be seen")
 
 
-def same_error(error: Exception | None) -> None:
+def same_error(error: Exception | None, kind: type[ToolGRPOError] = CheckpointSaveError) -> None:
     """
     Raise in every process what went wrong in one; all have to call this.
 
     Args:
         error (`Exception`, *optional*):
             What went wrong in this process.
-
-    Raises:
-        CheckpointSaveError: if something did.
+        kind (`type[ToolGRPOError]`, *optional*):
+            What to raise, by default [`CheckpointSaveError`].
     """
     problems = [problem for problem in gather_object([None if error is None else str(error)]) if problem is not None]
     if problems:
-        raise CheckpointSaveError(problems[0]) from error
+        raise kind(problems[0]) from error
 
 
 def _appears(file: Path) -> bool:
@@ -272,7 +316,7 @@ def clear_away(output_dir: Path, limit: int | None, kept: set[Path]) -> None:
     if not limit or limit < 0 or len(found) <= limit:
         return
     surplus = [path for path in found if path not in kept]
-    surplus.sort(key=lambda path: (fault_of(path, thorough=False) is None, _step(path)))
+    surplus.sort(key=lambda path: (fault_of(path) is None, _step(path)))
     trash = output_dir / UNFINISHED
     for path in surplus[: len(found) - max(limit, len(kept))]:
         trash.mkdir(exist_ok=True)
@@ -282,91 +326,92 @@ def clear_away(output_dir: Path, limit: int | None, kept: set[Path]) -> None:
 
 def set_aside(output_dir: Path, needed: Path | None = None) -> Path | None:
     """
-    Move the checkpoints of an earlier run out of the way of a new one, which would take them for its own.
+    Move what an earlier run has left out of the way of a new one, which would write over it, or take it for its own.
 
     Args:
         output_dir (`Path`):
             Output folder of both.
         needed (`Path`, *optional*):
-            A checkpoint that stays, since the new run's adapter names it as its base model.
+            A model that stays, since the new run's adapter names it as its base model.
 
     Returns:
-        `Path` or `None`: the folder in `output_dir` they are in now; `None` if there were none.
+        `Path` or `None`: the folder in `output_dir` it is in now; `None` if there was nothing.
     """
     put_back(output_dir)
-    found = [path for path in checkpoints(output_dir) if needed is None or path.resolve() != needed.resolve()]
-    if not found:
+    kept = None if needed is None else needed.resolve()
+    found = [path for path in checkpoints(output_dir) if path.resolve() != kept]
+    signs = [path for sign in _SIGNS for path in output_dir.glob(sign)]
+    if not (found or signs or find_files(output_dir / FOLDER)):
         return None
+    patterns = _LEFT if output_dir.resolve() == kept else (*_LEFT, *_MODEL)
+    found += [path for pattern in patterns for path in output_dir.glob(pattern) if path.resolve() != kept]
+    return move_aside(output_dir, dict.fromkeys(found))
+
+
+def move_aside(output_dir: Path, paths: Iterable[Path]) -> Path:
+    """Move files and folders of an output folder to a new folder of an earlier run in it, which is returned."""
     number = 1
     while (folder := output_dir / f"{EARLIER}{number}").exists():
         number += 1
     folder.mkdir()
-    for path in found:
+    for path in paths:
         os.replace(path, folder / path.name)
     return folder
 
 
 def is_storage_failure(error: BaseException) -> bool:
-    """Whether an exception says that the disk did not take what was written."""
-    if isinstance(error, (OSError, SafetensorError)):
-        return True
-    frames = traceback.extract_tb(error.__traceback__)
-    # torch's writer turns every refusal into a plain RuntimeError, with a text that depends on where it was refused
-    return isinstance(error, RuntimeError) and bool(frames) and frames[-1].filename == torch.serialization.__file__
+    """Whether an exception says that the disk did not take what was written: it is full, read-only or broken."""
+    if isinstance(error, CheckpointException):  # of torch's distributed checkpoints, the same in every process
+        return any(is_storage_failure(failure) for failure, _ in error.failures.values())
+    if isinstance(error, OSError):
+        return error.errno in _STORAGE
+    return isinstance(error, Exception) and _STORAGE_TEXT.search(str(error)) is not None
 
 
-_refused: list[str] | None = None  # what the disk refused in the attempt under way
+_refused: ContextVar[list[str] | None] = ContextVar("refused", default=None)  # in the attempt under way
 
 
 def attempt(work: Callable[[], None]) -> list[str]:
     """
     Write something in every process; returns what the disk refused, over all of them.
 
-    A process whose disk refuses goes on all the same wherever the others wait for it: see [`tolerated`], which what
-    accelerate and DeepSpeed write with between two collectives is under as well.
+    Use [`tolerated`] for the writes between two collectives, so that a process whose disk refuses still reaches the
+    next one. Errors of any other kind propagate.
     """
-    global _refused
-    _refused = []
-    engine = sys.modules.get("deepspeed.runtime.engine")
-    writers = [(torch, "save"), *([(shutil, "copytree"), (engine, "copyfile")] if engine is not None else [])]
+    refused: list[str] = []
+    token = _refused.set(refused)
     try:
-        with ExitStack() as stack, tolerated():
-            for module, name in writers:
-                stack.enter_context(_tolerant(module, name))
-            work()
-        return gather_object(_refused)
-    finally:
-        _refused = None
-
-
-@contextmanager
-def _tolerant(module: Any, name: str) -> Iterator[None]:
-    """Put a function of a module under [`tolerated`]."""
-    write = getattr(module, name)
-
-    def tolerant(*args: Any, **kwargs: Any) -> None:
         with tolerated():
-            write(*args, **kwargs)
-
-    setattr(module, name, tolerant)
-    try:
-        yield
+            work()
     finally:
-        setattr(module, name, write)
+        _refused.reset(token)
+    return gather_object(refused)
 
 
 @contextmanager
 def tolerated() -> Iterator[None]:
     """
-    A part of an [`attempt`] that only writes, and waits for no other process: what the disk refuses is noted, and this
-    process goes on to where the others wait for it. Outside an attempt the error propagates.
+    Record what the disk refuses within an [`attempt`] instead of raising it; outside an attempt, and in other threads,
+    it is raised.
     """
     try:
         yield
-    except Exception as error:
-        if _refused is None or not is_storage_failure(error):
+    except (Exception, CheckpointException) as error:
+        refused = _refused.get()
+        if refused is None or not is_storage_failure(error):
             raise
-        _refused.append(f"{type(error).__name__}: {error}")
+        refused.append(f"{type(error).__name__}: {error}")
+
+
+def tolerant(write: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that only writes, under [`tolerated`]."""
+
+    @wraps(write)
+    def written(*args: Any, **kwargs: Any) -> Any:
+        with tolerated():
+            return write(*args, **kwargs)
+
+    return written
 
 
 def _step(path: Path) -> int:
@@ -377,13 +422,12 @@ def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
 
 
-def _measured(file: Path) -> dict[str, int]:
-    about = file.stat()
-    return {"bytes": about.st_size, "crc32": _checksum(file, about.st_size, about.st_mtime_ns)}
+def _measured(file: Path, checksum: bool) -> dict[str, int]:
+    found = {"bytes": file.stat().st_size}
+    return {**found, "crc32": _checksum(file)} if checksum else found
 
 
-@lru_cache(maxsize=4096)  # a file that has not changed since is not read again
-def _checksum(file: Path, size: int, changed: int) -> int:
+def _checksum(file: Path) -> int:
     checksum = 0
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
@@ -392,8 +436,14 @@ def _checksum(file: Path, size: int, changed: int) -> int:
 
 
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file or folder to disk. Windows opens no folders, and some file systems flush none."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        # Windows flushes only what may be written to
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" and path.is_file() else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if is_storage_failure(error) or not path.is_dir():
+            raise

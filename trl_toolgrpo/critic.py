@@ -33,6 +33,7 @@ from .errors import ConfigError, ValueHeadError
 from .losses import value_loss
 from .rollout.engine import RolloutBatch
 from .rollout.sampler import scoring_mode
+from .rounding import widest
 from .value import FILE, ValueHead, attach_value_head, load_value_head, save_value_head, without_value_head
 
 
@@ -111,7 +112,7 @@ class Critic(GRPOTrainer):
         start = self.accelerator.process_index * len(trajectories)
         rewards = self._rewards[start : start + len(trajectories)].to(device)
         terminal = rewards if self.args.advantage_estimator == "gae" else output["advantages"]
-        placed = place_rewards(terminal.nan_to_num(nan=0.0).cpu(), trajectories, width).to(device)
+        placed = place_rewards(terminal.nan_to_num(nan=0.0).cpu(), trajectories, width).to(device, widest(device))
         mask = output["completion_mask"] * output.get("tool_mask", 1)
         taken = mask.bool() & ~rewards.isnan()[:, None]
         steps = steps_of(trajectories, width, self.args.gae_unit).to(device).where(taken, -1)
@@ -150,7 +151,7 @@ class Critic(GRPOTrainer):
                 values[row, : len(trajectory.values)] = torch.tensor(trajectory.values, dtype=torch.float64)
             elif any(trajectory.trainable_mask):
                 missing += 1
-        values = values.to(device)
+        values = values.to(device, widest(device))
         if self.accelerator.reduce(missing.to(device), reduction="sum") > 0:
             values = self._computed_values(output, batch)
         if not bool(values.isfinite().all()):
@@ -172,7 +173,8 @@ class Critic(GRPOTrainer):
                 self._get_per_token_logps_and_entropies(self.model, ids, mask, width, batch_size=size)
             finally:
                 self._ask_values = False
-        return self._take_values().double()
+        values = self._take_values()
+        return values.to(widest(values.device))
 
     def _take_values(self) -> Tensor:
         values, self._values, self._value_inputs = self._values, None, None

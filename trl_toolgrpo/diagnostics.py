@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import LogprobMismatchError
-from .rounding import Accepted
+from .rounding import Accepted, widest
 from .trajectory import STOP_REASONS, Trajectory, locate
 
 
@@ -59,11 +59,11 @@ class RatioStatistics:
             fresh (`bool`):
                 Whether no optimizer step was taken since the tokens were sampled.
         """
-        difference = (logps - recorded)[mask.bool()].double()
+        difference = (logps - recorded)[mask.bool()].to(widest(logps.device))
         ratio = torch.exp(difference)
         gap = difference.abs() if fresh else difference[:0]
         k3 = ratio - 1 - difference if fresh else difference[:0]
-        count = torch.tensor([ratio.numel(), gap.numel()], dtype=torch.float64, device=ratio.device)
+        count = ratio.new_tensor([ratio.numel(), gap.numel()])
         sums = torch.cat([count, torch.stack([ratio.sum(), ratio.square().sum(), gap.sum(), k3.sum()])])
         nothing = difference.new_full((1,), -math.inf)
         extremes = torch.stack([torch.cat([nothing, x]).max() for x in (ratio, -ratio, gap)])
@@ -176,7 +176,7 @@ def check_logprobs(
     Raises:
         LogprobMismatchError: naming the rollout, the turn, the token and both values.
     """
-    found = gather([_mismatch(recomputed.double().cpu(), trajectories, accepted, source)])
+    found = gather([_mismatch(recomputed.cpu().double(), trajectories, accepted, source)])
     problem = next((text for text in found if text is not None), None)
     if problem is not None:
         raise LogprobMismatchError(problem)

@@ -76,6 +76,10 @@ class CheckpointSaveError(ToolGRPOError, OSError):
     """A checkpoint that could not be written where it was to go."""
 
 
+class OutputFolderInUseError(ToolGRPOError, RuntimeError):
+    """An output folder that another run is writing to."""
+
+
 class HubPushError(ToolGRPOError, ConnectionError):
     """A push that the Hub refused or that did not reach it; what was to be pushed is kept on disk."""
 

@@ -1,41 +1,46 @@
 """What goes to the Hub, when, and what is done when the Hub or the disk refuses.
 
-Owns the folder of what is published and the pushes, as a mixin of the trainer. The folder holds the adapter (or the
+A mixin of the trainer: the folder of what is published, and the pushes. The folder holds the adapter (or the
 model), the value head, the tokenizer and the model card, whose texts are those of `model_card.py`; nothing that only
 this run needs, and nothing secret. It is written first and stays, so that a push that fails can be made up for.
 """
 
+import errno
 import logging
 import shlex
 import shutil
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from socket import gaierror
+from ssl import SSLError
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 from transformers.utils.hub import hf_api
 
-from .checkpoint import attempt, find_checkpoint, tolerated
+from .checkpoint import attempt, find_checkpoint, is_storage_failure, move_aside, tolerated
 from .errors import CheckpointSaveError, HubPushError
 from .redaction import masked
 from .run_card import RunCard
+from .run_files import PUBLISHED
 
 
 logger = logging.getLogger(__name__)
 
-PUBLISHED = "hub"
-"""Folder in the output folder for what is pushed."""
-
-# What the client raises: its own errors and those of its HTTP library, the system's, and those of its storage backend
-_FAILURES: tuple[Any, ...] = (OSError, RuntimeError, HfHubHTTPError.__bases__[0])
+# What the client raises where the Hub cannot be reached or refuses, its HTTP library's errors among them
+_FAILURES: tuple[Any, ...] = (
+    *(HfHubHTTPError, HfHubHTTPError.__bases__[0], LocalTokenNotFoundError),
+    *(ConnectionError, TimeoutError, SSLError, gaierror),
+)
 # What of a checkpoint is published
 _PUBLIC = ("adapter_*", "model*", "*config.json", "value_head.safetensors", "*token*", "*.jinja")
 
@@ -45,6 +50,8 @@ class HubPush(RunCard):
 
     push_in_progress: Any = None
     _publishing = False  # the folder is written, and the push goes on from it
+    _goes_on = False  # a run that was begun in this output folder
+    _has_published = False
     _along = False  # a push that comes along with saving: the run goes on without it
     _upload: tuple[Path, Future] | None = None  # of the last checkpoint that was pushed
 
@@ -54,7 +61,9 @@ class HubPush(RunCard):
         """TRL's; a run that cannot reach the Hub says so, and goes on without it until there is something to push."""
         try:
             super().init_hf_repo(token, private)
-        except _FAILURES as error:
+        except Exception as error:
+            if not _is_refusal(error):
+                raise
             logger.warning(
                 "The Hub did not take the repository: %s. The run goes on, and tries again when there is something to "
                 "push. What could not be pushed is kept in %s; `%s` pushes it later.",
@@ -98,7 +107,9 @@ class HubPush(RunCard):
                 super().init_hf_repo(token, private)
             with self._output_in(folder), self._written():
                 found = super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
-        except _FAILURES as error:
+        except Exception as error:
+            if not _is_refusal(error):
+                raise
             problem = self._redacted(_words(error))
         (problem,) = broadcast_object_list([problem])
         if problem is not None:
@@ -208,14 +219,26 @@ class HubPush(RunCard):
 
         def write(folder: Path) -> None:
             if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)
+                self._make_way(folder)
             with self._output_in(folder):
                 self.save_model(_internal_call=True)
-                if self.args.should_save:
-                    (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, for nobody else
-                self.create_model_card(**card)
+                with tolerated():
+                    if self.args.should_save:
+                        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, for nobody else
+                    self.create_model_card(**card)
 
         return self._write_somewhere(write, self._published)
+
+    def _make_way(self, folder: Path) -> None:
+        """Remove what this run has published before; a folder of that name that is not its own is moved aside."""
+        card = folder / "README.md"
+        known = self._goes_on and card.is_file() and b"trl_toolgrpo" in card.read_bytes()
+        if self._has_published or known:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif folder.exists():
+            place = move_aside(folder.parent, [folder])
+            logger.warning("%s was not written by this run: it was moved to %s.", folder, place)
+        self._has_published = True
 
     def _write_somewhere(self, write: Callable[[Path], None], folder: Path) -> Path:
         """Write to a folder, or to a temporary one if the disk refuses; the folder it was."""
@@ -234,12 +257,16 @@ class HubPush(RunCard):
 
     def _write_elsewhere(self, write: Callable[[Path], None], name: str) -> tuple[Path, list[str]]:
         """Write to a temporary folder; which it is, and what the disk refused."""
-        refuge = Path(tempfile.gettempdir()) / name
+        refuge = Path(name)
 
         def write_there() -> None:
             nonlocal refuge
-            if self.args.should_save:
-                refuge = Path(tempfile.mkdtemp(prefix=f"{self._name_of_run}-")) / name
+            try:
+                refuge = Path(tempfile.gettempdir()) / name
+                if self.args.should_save:
+                    refuge = Path(tempfile.mkdtemp(prefix=f"{self._name_of_run}-")) / name
+            except FileNotFoundError as error:  # no folder for temporary files can be written to
+                raise OSError(errno.ENOSPC, str(error)) from error
             write(refuge)
 
         problems = attempt(write_there)
@@ -327,6 +354,15 @@ class HubPush(RunCard):
         finally:
             for name, value in changed.items():
                 setattr(self.args, name, value)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the Hub did not take a push, or the disk what goes with it; anything else is a fault of the program."""
+    if isinstance(error, _FAILURES) or is_storage_failure(error) or type(error).__module__.startswith("hf_xet"):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    # The client's storage backend raises a plain RuntimeError, and so does the client around it
+    return isinstance(error, RuntimeError) and bool(frames) and "huggingface_hub" in Path(frames[-1].filename).parts
 
 
 def _words(error: BaseException) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
+from .rounding import widest
 from .sharding import assign, full, local, whole
 
 
@@ -64,7 +65,7 @@ class Comparison:
         difference = (found - expected).abs().max() if found.numel() else found.new_zeros(())
         differs = ~(difference <= tolerance)
         self._names.append(name)
-        self._found.append(torch.stack([differs.double(), difference.double()]))
+        self._found.append(torch.stack([differs, difference]).to(widest(found.device)))
 
     def report(self) -> SyncReport:
         """The result, the same in every process."""

@@ -1,7 +1,7 @@
-"""Going on exactly where a run was: what a checkpoint holds beside TRL's, when it is whole, and whom it belongs to.
+"""Resuming exactly: what a checkpoint holds in addition to TRL's, when it is whole, and which run it belongs to.
 
-Owns the place in the rollout batch, the batch itself and the figures not yet logged, as a mixin of the trainer. The
-folders are those of `checkpoint.py`, the description of a run is that of `identity.py`.
+A mixin of the trainer: the place in the rollout batch, the batch itself and the figures not yet logged. The folders
+are those of `checkpoint.py`, the description of a run is that of `identity.py`.
 """
 
 import json
@@ -9,17 +9,18 @@ import logging
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, save_fsdp_model, save_fsdp_optimizer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.trainer import SCHEDULER_NAME, get_fsdp_ckpt_kwargs
 from trl import GRPOTrainer
 
 from .batch_position import batch_in_use, micro_batches_of
@@ -31,12 +32,15 @@ from .checkpoint import (
     check_parts,
     check_shared,
     check_whole,
+    checkpoints,
     clear_away,
     find_checkpoint,
     publish,
     put_back,
     same_error,
     set_aside,
+    tolerant,
+    tolerated,
     why_not_writable,
 )
 from .config import ToolGRPOConfig
@@ -65,6 +69,7 @@ class ExactResume(GRPOTrainer):
     _staging: Path | None = None
     _push_later = False
     _rescue: Callable[[], str]  # of `hub.py`
+    _goes_on: bool  # of `hub.py`
     _uploading: set[Path]  # of `hub.py`
     _buffered_inputs: Any
     _train_sampler: Any = None
@@ -73,7 +78,7 @@ class ExactResume(GRPOTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
         TRL's training. Resumed from a checkpoint it goes on exactly there, in the middle of a rollout batch too; a new
-        run first moves the checkpoints that an earlier one has left in `output_dir` to a folder `earlier-run-1` there.
+        run first moves all that an earlier one has left in `output_dir` to a folder `earlier-run-1` there.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
@@ -86,7 +91,7 @@ class ExactResume(GRPOTrainer):
                 batch, or to another number of processes in the middle of a rollout batch; the message says what
                 differs.
             CheckpointSaveError: if the output folder cannot be written to, is not shared by the machines that take
-                part, or does not take the last checkpoint; if checkpoints of an earlier run cannot be moved.
+                part, or does not take the last checkpoint; if the files of an earlier run cannot be moved.
         """
         self._run = describe_run(self.args, self.accelerator.unwrap_model(self.model), self.train_dataset)
         self._source = self._unlogged = None
@@ -97,29 +102,37 @@ class ExactResume(GRPOTrainer):
         if resume_from_checkpoint:
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
             self._check_same_run(Path(resume_from_checkpoint))
+            output_dir = Path(str(self.args.output_dir)).resolve()
+            self._goes_on = Path(resume_from_checkpoint).resolve().parent == output_dir
         else:  # a new run begins with a rollout batch, also where this trainer has trained before
-            self._step, self._buffered_inputs = 0, None
-            self._set_aside_earlier_run()
+            self._step, self._buffered_inputs, self._goes_on = 0, None, False
+        if not self._goes_on:
+            self._set_aside_earlier_run(resumed=bool(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _set_aside_earlier_run(self) -> None:
+    def _set_aside_earlier_run(self, resumed: bool) -> None:
         adapters = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {}).values()
         base = next((str(adapter.base_model_name_or_path) for adapter in adapters), None)
-        folder = problem = None
+        output_dir, folder, problem = Path(str(self.args.output_dir)), None, None
+        # Where a run is resumed from elsewhere, logs alone are those of its checkpoint, which it adds to
+        another = not resumed or bool(checkpoints(output_dir)) or (output_dir / RUN).exists()
         try:
-            if self.args.should_save:
-                folder = set_aside(Path(str(self.args.output_dir)), None if base is None else Path(base))
+            if self.args.should_save and another:
+                folder = set_aside(output_dir, None if base is None else Path(base))
+                if self.log_completions:  # where TRL has made a folder for them
+                    (output_dir / "completions").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             problem = CheckpointSaveError(
-                f"`output_dir` ({self.args.output_dir}) has checkpoints of an earlier run, which cannot be moved out "
-                f"of the way: {error}. Pass another `output_dir`."
+                f"`output_dir` ({self.args.output_dir}) has files of an earlier run, which cannot be moved out of the "
+                f"way: {error}. Pass another `output_dir`."
             )
         same_error(problem)
         if folder is not None:
             logger.warning(
-                "A new run begins: checkpoints of an earlier one in `output_dir` are now in %s. Remove it when they "
-                "are not needed.",
+                "A new run begins: the files of an earlier one in `output_dir` are now in %s (%s). Remove that folder "
+                "when it is not needed.",
                 folder,
+                ", ".join(sorted(path.name for path in folder.iterdir())),
             )
 
     # Which checkpoint
@@ -229,7 +242,7 @@ class ExactResume(GRPOTrainer):
             publish(staged, target)
 
     def _write_checkpoint(self, model: Any, trial: Any, staged: Path, target: Path) -> None:
-        with self._latest_written_by_us(staged):
+        with self._deepspeed_tolerated(staged):
             super()._save_checkpoint(model, trial)
         tensors, record = self._progress()
         file = staged / PROGRESS.format(self.accelerator.process_index)
@@ -243,22 +256,47 @@ class ExactResume(GRPOTrainer):
             self.state.save_to_json(str(staged / "trainer_state.json"))
 
     @contextmanager
-    def _latest_written_by_us(self, staged: Path) -> Iterator[None]:
+    def _deepspeed_tolerated(self, staged: Path) -> Iterator[None]:
         """
-        DeepSpeed's first process writes the file `latest`, which names its folder, while the others wait for it: what
-        the disk refuses there would leave them waiting. It is written here, behind all of that.
+        DeepSpeed's engine writes between collectives: what only writes is tolerated here, on this run's engine. The
+        file `latest`, which its first process writes while the others wait, is written after all of that.
         """
         if not self.is_deepspeed_enabled:
             yield
             return
         engine: Any = self.model_wrapped
-        engine.save_checkpoint = partial(engine.save_checkpoint, save_latest=False)
-        try:
+        writers = [(engine.checkpoint_engine, "save"), (engine.checkpoint_engine, "makedirs")]
+        with ExitStack() as stack:
+            engine.save_checkpoint = partial(engine.save_checkpoint, save_latest=False)
+            stack.callback(delattr, engine, "save_checkpoint")
+            for owner, name in [*writers, (engine, "_copy_recovery_script")]:
+                setattr(owner, name, tolerant(getattr(owner, name)))
+                stack.callback(delattr, owner, name)
             yield
-        finally:
-            del engine.save_checkpoint
         if self.args.should_save and not self.args.save_only_model:
             (staged / "latest").write_text(f"global_step{engine.global_steps}", encoding="utf-8")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:  # see above
+            return super()._save_optimizer_and_scheduler(output_dir)
+        if not self.is_fsdp_enabled:
+            return tolerant(super()._save_optimizer_and_scheduler)(output_dir)
+        # TRL's calls for FSDP: each gathers from all processes first, then writes
+        plugin = self.accelerator.state.fsdp_plugin
+        with tolerated():
+            save_fsdp_model(plugin, self.accelerator, self.model, output_dir, **get_fsdp_ckpt_kwargs())
+        with tolerated():
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        scheduler: Any = self.lr_scheduler
+        if self.args.should_save:
+            with tolerated():
+                torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        tolerant(super()._save_scaler)(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        tolerant(super()._save_rng_state)(output_dir)
 
     def _report_unsaved(self, target: Path, problem: str) -> None:
         """The run goes on without a checkpoint; only at its end there is no later one to hope for."""

@@ -6,7 +6,6 @@ counts the rollout batches of the run. `datasets.load_dataset("parquet", ...)` o
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from torch import Tensor
 from .errors import RolloutLogError
 from .redaction import Redactor
 from .rollout_tensors import keep, restore
+from .run_files import replaced
 from .tools.results import encodable
 from .trajectory import Trajectory
 
@@ -257,9 +257,8 @@ def write(table: pa.Table, path: Path) -> int:
         `int`: bytes of the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    pq.write_table(table, part, compression="zstd", use_dictionary=False, write_statistics=False)
-    os.replace(part, path)
+    with replaced(path) as part:
+        pq.write_table(table, part, compression="zstd", use_dictionary=False, write_statistics=False)
     return path.stat().st_size
 
 

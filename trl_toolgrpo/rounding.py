@@ -61,6 +61,11 @@ class Accepted(Protocol):
         ...
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """Return the widest float dtype of a device: float64, but float32 on Apple's GPUs, which have no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @dataclass(frozen=True)
 class Exact:
     """
@@ -109,7 +114,7 @@ class Rounding:
             gaps (`Tensor`):
                 Absolute differences of the two passes in nats, shape (N,).
         """
-        gaps = gaps.double()
+        gaps = gaps.cpu().double()
         finite = gaps[gaps.isfinite()]
         if finite.numel() == 0:
             return cls(_LEAST, (_LEAST,) * len(QUANTILES))
@@ -121,7 +126,7 @@ class Rounding:
         count = gaps.numel()
         if count == 0:
             return None
-        gaps = gaps.double().nan_to_num(nan=math.inf, posinf=math.inf)
+        gaps = gaps.cpu().double().nan_to_num(nan=math.inf, posinf=math.inf)
         mean, limit = float(gaps.mean()), self.mean * (SLACK + 4 / math.sqrt(count))
         if mean > limit:
             return f"the mean difference is {mean:.2e} nats, and rounding explains {self.mean:.2e} (up to {limit:.2e})"

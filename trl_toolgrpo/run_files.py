@@ -8,7 +8,8 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from .version import __version__
 RUN = "run.json"
 METRICS = "metrics.jsonl"
 HEALTH = "health.jsonl"
+PUBLISHED = "hub"
+"""Folder for what is pushed to the Hub."""
 VERSION = 1
 
 
@@ -93,12 +96,7 @@ def cut_back(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = [record for record in read_lines(path) if record.get("step", 0) <= step]
-    part = path.with_name(f".{path.name}.part")
-    part.unlink(missing_ok=True)
-    part.touch()
-    for record in kept:
-        add_line(part, record)
-    os.replace(part, path)
+    replace_text(path, "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in kept))
 
 
 def run_redactor(args: Any, servers: Iterable[Any] = ()) -> Redactor:
@@ -164,6 +162,37 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
         record (`dict`):
             What to write.
     """
+    replace_text(path, json.dumps(record, indent=1, ensure_ascii=False))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """
+    Write a file of text, so that it is whole or what it was before.
+
+    Args:
+        path (`Path`):
+            The file.
+        text (`str`):
+            What to write.
+    """
+    with replaced(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """
+    Give a path to write to that takes the place of a file in the end; a disk that refuses keeps no part of it.
+
+    Args:
+        path (`Path`):
+            The file.
+    """
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(part, path)
+    try:
+        yield part
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise

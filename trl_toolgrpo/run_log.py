@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .batch_position import batch_in_use, batch_number
+from .checkpoint import same_error
 from .completions_table import aligned, storable_logs
 from .config import ToolGRPOConfig
+from .errors import OutputFolderInUseError
 from .log_failures import LogFailures
 from .redaction import SECRET, Redactor, secret_variables
 from .rollout.engine import RolloutBatch, RolloutEngine
@@ -38,6 +41,7 @@ from .run_files import (
     run_redactor,
     write_json,
 )
+from .run_lock import take_lock
 from .tools.mcp import MCPTools
 from .tools.mcp_config import MCPServer
 from .tools.toolset import ToolSet
@@ -96,24 +100,19 @@ class RolloutWriter:
         return with_ratios(table, ratios)
 
     def wait(self) -> None:
-        """Wait for what is being written. A disk that does not take it ends the log, not the run."""
+        """Wait for what is being written. What goes wrong there ends the log, not the run."""
         writing, self._writing = self._writing, None
-        if writing is None:
-            return
-        try:
-            writing.result()
-        except OSError as error:
+        error = None if writing is None else writing.exception()
+        if isinstance(error, OSError):
             self._failed = True
             logger.warning("No rollouts are logged any more: %s could not be written to: %s.", self._folder, error)
-        except Exception as error:
+        elif isinstance(error, Exception):
             self._failures.say("A rollout batch could not be logged", error)
 
     def close(self) -> None:
         """Wait, and end the thread."""
-        try:
-            self.wait()
-        finally:
-            self._thread.shutdown()
+        self.wait()
+        self._thread.shutdown()
 
     def _write(self, name: str, batch: LoggedBatch | pa.Table, ratios: Ratios) -> None:
         path = self._folder / name
@@ -144,6 +143,7 @@ class RunLog(GRPOTrainer):
     _logs: Any  # TRL's, of `log_completions`
     _pending_extra_logs: Any
     _writer: RolloutWriter | None = None
+    _started = 0.0  # by the monotonic clock
     _logged: LoggedBatch | pa.Table | None = None  # the batch in use
     _logged_name = ""  # of its file
     _begun: tuple[int, int] = (-1, 0)  # an optimizer step, and the rollout batches that have begun in it
@@ -180,26 +180,45 @@ class RunLog(GRPOTrainer):
     # A run from its begin to its end
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's training; what was logged of it is on disk when it ends, however it does."""
-        self._logged, self._run_folder, self._full, self._begun = None, None, set(), (-1, 0)
+        """
+        TRL's training; what was logged of it is on disk when it ends, however it does.
+
+        Raises:
+            OutputFolderInUseError: if another run writes to `output_dir`.
+        """
+        lock = problem = None
         try:
-            with self._failures.of_profiling():
-                return super().train(*args, **kwargs)
-        finally:
-            self._put_logged()
-            if self._writer is not None:
-                self._writer.close()
-                self._writer = None
+            lock = take_lock(Path(str(self.args.output_dir))) if self.args.should_save else None
+        except OutputFolderInUseError as error:
+            problem = error
+        same_error(problem, OutputFolderInUseError)
+        self._logged, self._run_folder, self._full, self._begun = None, None, set(), (-1, 0)
+        self._started = time.monotonic()
+        with lock or nullcontext():
+            try:
+                with self._failures.of_profiling():
+                    return super().train(*args, **kwargs)
+            finally:
+                self._put_logged()
+                if self._writer is not None:
+                    self._writer.close()
+                    self._writer = None
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
+        """TRL's; how long it took is known by a clock that nobody sets."""
+        return super()._finalize_training(trial, num_train_samples, time.time() - (time.monotonic() - self._started))
 
     def _begin_run_log(self) -> None:
-        """Start the log, or cut it back to where the run goes on."""
+        """Start the log, or cut it back to where a resumed run goes on."""
         folder, step = Path(str(self.args.output_dir)), self.state.global_step
         redactor = self._redactor = run_redactor(self.args, self._servers())
         if self._recording:
             self._engine.redactor = redactor
         try:
             if self.accelerator.is_main_process:
-                self._clear_run_files(folder, step)
+                folder.mkdir(parents=True, exist_ok=True)
+                if step > 0:
+                    _cut_run_files(folder, step)
                 name = get_config_model_id(self.accelerator.unwrap_model(self.model).config)
                 tools = [tool.name for tool in self._toolset.known]
                 write_json(folder / RUN, describe_start(self.args, name, self.reward_func_names, tools, redactor))
@@ -213,17 +232,6 @@ class RunLog(GRPOTrainer):
             self._writer = RolloutWriter(
                 folder / FOLDER, self.accelerator.process_index, limit, redactor, self._failures
             )
-
-    def _clear_run_files(self, folder: Path, step: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in find_files(folder / FOLDER):
-            if step == 0 or step_of(path) >= step:
-                path.unlink()
-        for name in (METRICS, HEALTH):
-            if step == 0:
-                (folder / name).unlink(missing_ok=True)
-            else:
-                cut_back(folder / name, step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """
@@ -343,10 +351,8 @@ class RunLog(GRPOTrainer):
     def _write_checkpoint(self, model: Any, trial: Any, staged: Path, target: Path) -> None:
         super()._write_checkpoint(model, trial, staged, target)  # type: ignore[misc]
         if self._logged is not None and self._writer is not None:
-            table = None
             with self._failures.tolerated("The rollout batch in use could not be kept in a checkpoint"):
                 table = self._writer.table(self._logged, list(self._logged_ratios.values()))
-            if table is not None:  # a disk that does not take it leaves no checkpoint
                 write(table, staged / FOLDER / self._logged_name)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -367,6 +373,15 @@ class _RunLogCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._begin_run_log()
+
+
+def _cut_run_files(folder: Path, step: int) -> None:
+    """Remove what a resumed run will do again."""
+    for path in find_files(folder / FOLDER):
+        if step_of(path) >= step:
+            path.unlink()
+    for name in (METRICS, HEALTH):
+        cut_back(folder / name, step)
 
 
 def _tell_of_secrets() -> None:

@@ -68,8 +68,9 @@ def check_scoring(trainer: Any) -> None:
                     f"model's configuration has `router_aux_loss_coef={trainer.router_aux_loss_coef}`. Set "
                     f"`router_aux_loss_coef=0.0`, which trains the router by the policy's loss alone."
                 ) from error
-    scores = torch.log_softmax(logits.double() / trainer.args.temperature, dim=-1)
-    expected = scores.gather(-1, ids[:, 1:, None])[..., 0]
+    scores = torch.log_softmax(logits.cpu().double() / trainer.args.temperature, dim=-1)
+    expected = scores.gather(-1, ids[:, 1:, None].cpu())[..., 0]
+    found = found.cpu()
     gap = (found.double() - expected).abs().max().item()
     if compute_dtype(trainer.args, bare) in (torch.float32, torch.float64):
         wrong = not gap <= 1e-4 + 1e-6 * logits.abs().max().item()

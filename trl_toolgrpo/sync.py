@@ -28,6 +28,7 @@ from .errors import ConfigError, ReferenceSyncError
 from .identity import describe_adapter
 from .merged import MergedReference, ModelReference
 from .reference import ADAPTER, AdapterReference, Comparison, SyncReport
+from .rounding import widest
 
 
 FILE = "reference.safetensors"
@@ -130,8 +131,8 @@ class ReferenceSync(GRPOTrainer):
         if reference is None or policy is None:
             return
         mask = output["completion_mask"] * output.get("tool_mask", 1)
-        difference = (reference - policy).double().masked_fill(mask == 0, 0.0)
-        found = torch.stack([((difference.exp() - 1) - difference).sum(), mask.sum().double()])
+        difference = (reference - policy).to(widest(policy.device)).masked_fill(mask == 0, 0.0)
+        found = torch.stack([((difference.exp() - 1) - difference).sum(), mask.sum().to(difference.dtype)])
         total, count = self.accelerator.reduce(found, reduction="sum").tolist()
         if count:
             self._metrics["train"]["ref/kl"].append(total / count)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ReportError
+from ..run_files import replace_text
 from .page import MAX_MEGABYTES, build_report
 
 
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = given.out or (Path("comparison.html") if given.compare else given.output_dir / "report.html")
     try:
         report = build_report(folders, given.max_size)
-        out.write_text(report.html, encoding="utf-8")
+        replace_text(out, report.html)
     except (ReportError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -128,6 +128,8 @@ def _read_settings(path: Path, problems: list[str]) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         problems.append(f"{path.name} cannot be read: {error}. The settings of the run are not shown.")
         return {}
+    if "layout" in settings:  # of a checkpoint, whose file of that name says what must match to resume from it
+        return {}
     version = settings.get("version")
     if isinstance(version, int) and version > RUN_VERSION:
         problems.append(

@@ -13,6 +13,8 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from ..rounding import widest
+
 
 _GAMMA, _MIX_1, _MIX_2 = (value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -96,8 +98,11 @@ def race(probabilities: Tensor, keys: Tensor) -> Tensor:
     Returns:
         `Tensor`: token ids, int64, shape (B,).
     """
+    device = probabilities.device
+    if widest(device) is not torch.float64:  # the same tokens as everywhere
+        probabilities, keys = probabilities.cpu(), keys.cpu()
     arrivals = -uniforms(keys, probabilities.shape[-1]).log_()
-    return (probabilities / arrivals).argmax(dim=-1)
+    return (probabilities / arrivals).argmax(dim=-1).to(device)
 
 
 def _shifted(bits: Tensor, places: int) -> Tensor:

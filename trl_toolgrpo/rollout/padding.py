@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..rounding import widest
+
 
 TOKENS, PADDING = 12, 9
 """Tokens of the trial, and padding tokens before them."""
@@ -57,6 +59,7 @@ def differs(found: Tensor, expected: Tensor, effect: Tensor, exact: bool) -> boo
         exact (`bool`):
             Whether the model computes in float32 or better.
     """
-    gap, size = (found.double() - expected.double()).abs().max(), expected.double().abs().max()
-    limit = (1e-3 if exact else 2e-2) * effect.double().abs().max() + (1e-6 if exact else 1e-2) * size
+    found, expected, effect = (tensor.to(widest(tensor.device)) for tensor in (found, expected, effect))
+    gap, size = (found - expected).abs().max(), expected.abs().max()
+    limit = (1e-3 if exact else 2e-2) * effect.abs().max() + (1e-6 if exact else 1e-2) * size
     return not bool(gap <= limit)  # also where it is not a number

@@ -293,8 +293,9 @@ class _Access:
         """What the caller outside gets to see of something that lives on the environment's thread."""
         if isinstance(value, _THREAD_BOUND):
             return _ThreadBound(value, owner, self)
-        bound = value.func if isinstance(value, functools.partial) else value
-        is_own = inspect.ismethod(bound) and bound.__self__ is owner
+        if isinstance(value, functools.partial):
+            return functools.partial(self.stand_in(value.func, owner, name), *value.args, **value.keywords)
+        is_own = inspect.ismethod(value) and value.__self__ is owner
         if not is_own and not (name == "get_reward" and callable(value)):
             return value
 

@@ -9,7 +9,6 @@ import threading
 import time
 
 import pytest
-import torch
 from conftest import MAKE_SAMPLER, ScriptedSampler, chat_tokenizer, config, prompts, tiny_model
 from datasets import Dataset
 
@@ -133,7 +132,7 @@ def raiser(error):
     ids=["sleeps", "sleeps in C", "gives a coroutine", "async", "TimeoutError", "TransientToolError"],
 )
 def test_a_reset_that_fails_costs_its_rollout_alone(tmp_path, monkeypatch, caplog, recording, reset):
-    trainer, log, seen = train(tmp_path, monkeypatch, lab(reset=reset), recording=recording, max_steps=2)
+    _, log, seen = train(tmp_path, monkeypatch, lab(reset=reset), recording=recording, max_steps=2)
     assert [entry["environments/failures"] for entry in log[:2]] == [1.0, 0.0]
     assert [[e.number for e in found] for found in seen] == [[1, 3, 4], [1, 3, 4, 5]]
     assert log[0]["rewards/Lab/mean"] == pytest.approx(2 / 3)
@@ -239,11 +238,12 @@ def test_an_evaluation_has_the_same_limit(tmp_path, monkeypatch):
         if self.number == 2:
             hang()
 
-    trainer, log, seen = train(tmp_path, monkeypatch, lab(reset=reset), eval_strategy="steps", eval_steps=1)
+    kind = lab(reset=reset)
+    trainer, log, _ = train(tmp_path, monkeypatch, kind, eval_strategy="steps", eval_steps=1)
     assert next(entry for entry in log if "eval_reward" in entry)["eval_environments/failures"] == 0.0
-    type(trainer.environments[0]).mro()[1].reset = second_time(raiser(TimeoutError("slow")))
+    kind.reset = lambda self, **row: hang() if self.number == 3 else None
     figures = trainer.evaluate()
-    assert figures["eval_environments/failures"] == 0.0 and not math.isnan(figures["eval_reward"])
+    assert figures["eval_environments/failures"] == 1.0 and not math.isnan(figures["eval_reward"])
 
 
 def test_each_environment_of_several_has_the_limit_and_the_trainer_goes_on(tmp_path, monkeypatch):
@@ -361,7 +361,7 @@ def test_generators_are_refused_at_construction(name, function):
 @pytest.mark.parametrize("observation", [("text", {}), {"text": 1}, 5, b"text"])
 def test_an_observation_that_cannot_be_shown_is_named(observation):
     environment = on_own_thread(lab(reset=lambda self, **row: observation), ToolExecutor())()
-    with pytest.raises(ToolRuntimeError, match="`reset` of the environment Lab returned .* of type "):
+    with pytest.raises(ToolRuntimeError, match=r"`reset` of the environment Lab returned .* of type "):
         environment.reset()
 
 
@@ -428,7 +428,7 @@ def test_a_reward_function_that_does_not_catch_a_hung_tool_is_called_without_its
 
     def reward(environments, **kwargs):
         sizes.append(len(environments))
-        return [float(environment.connection.execute("SELECT n FROM kept").fetchone()[0]) for environment in environments]
+        return [float(e.connection.execute("SELECT n FROM kept").fetchone()[0]) for e in environments]
 
     Stuck.made = 0
     trainer = ToolGRPOTrainer(
@@ -441,11 +441,6 @@ def test_a_reward_function_that_does_not_catch_a_hung_tool_is_called_without_its
     )
     trainer.train()
     assert sizes == [4, 3] and trainer.state.log_history[0]["rewards/reward/mean"] == 7.0
-
-
-def test_rewards_of_failed_rollouts_are_none_whatever_a_model_says(tmp_path, monkeypatch):
-    _, log, seen = train(tmp_path, monkeypatch, lab(reset=second_time(hang)))
-    assert log[0]["reward_std"] > 0 and torch.isfinite(torch.tensor(log[0]["reward"]))
 
 
 @pytest.mark.parametrize("wrong", [0, -1.0, math.inf, "soon"])

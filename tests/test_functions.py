@@ -369,7 +369,7 @@ def test_what_can_be_called_and_is_no_tool_is_named(caplog):
 
 def test_what_an_environment_lists_is_a_tool_of_any_kind(caplog):
     kinds = Kinds()
-    kinds.tools = [kinds.of_class, kinds.cached, kinds.recent, kinds.dispatched, kinds.added, kinds.client, kinds.clock]
+    kinds.tools = [kinds.of_class, kinds.cached, kinds.recent, kinds.added, kinds.client, kinds.clock]
     tools = index_tools(environment_tools(kinds))
     assert {"of_class", "cached", "recent", "dispatched", "add"} <= set(tools) and tools["cached"].function(a=5) == 5
     assert list(left_out_of_tools(kinds)) == ["once"]

@@ -58,8 +58,8 @@ def as_tool(function_or_tool: Callable[..., Any] | Tool) -> Tool:
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             raise ToolSchemaError(
                 f"The tool {name!r} takes any keyword (`**{parameter.name}`), which its schema would show as one "
-                f"argument of that name. Name its arguments, give it one argument of type dict, or pass Tool(name=..., "
-                f"description=..., parameters={{..., 'additionalProperties': ...}}, function=...)."
+                f"argument of that name. Name its arguments, give it one argument of type dict, or pass "
+                f"Tool(name=..., description=..., parameters={{..., 'additionalProperties': ...}}, function=...)."
             )
         if parameter.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL):
             raise ToolSchemaError(

@@ -411,7 +411,7 @@ def test_files_without_content_count(folder, kind):
     "call",
     [
         "libc.semget(0, 32000, 0o600)",
-        "[libc.msgsnd(q, b'\\1' + bytes(7) + b'x' * 8000, 8000, 0o4000) for q in [libc.msgget(0, 0o600)] for _ in range(2)]",
+        "queue = libc.msgget(0, 0o600); libc.msgsnd(queue, b'\\1' + bytes(7) + b'x' * 8000, 8000, 0o4000)",
     ],
 )
 def test_semaphores_and_messages_count_as_memory(call):

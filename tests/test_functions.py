@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import json
+from types import FunctionType
 
 import pytest
 from transformers.utils import get_json_schema
@@ -447,3 +448,21 @@ def test_environments_whose_methods_yield_are_refused():
 def test_a_wrapper_that_collects_a_generator_is_a_tool():
     collected = functools.wraps(pages)(lambda n: list(pages(n)))
     assert as_tool(collected).function(n=2) == [0, 1]
+
+
+def test_an_environment_of_two_hundred_and_fifty_tools():
+    def method(self, a: int) -> int:
+        """Doc.
+
+        Args:
+            a: A.
+        """
+        return a
+
+    members = {f"tool_{index}": FunctionType(method.__code__, globals(), f"tool_{index}") for index in range(250)}
+    for function in members.values():
+        function.__doc__, function.__annotations__ = method.__doc__, method.__annotations__
+    environment = type("Large", (Shelf,), members)()
+    tools = index_tools(environment_tools(environment))
+    assert len(tools) == 251 and tools["tool_249"].function(a=3) == 3
+    assert left_out_of_tools(environment) == {}

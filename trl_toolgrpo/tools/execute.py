@@ -90,7 +90,7 @@ class ToolExecutor:
         self._closed = False
         self._watchdog = Watchdog()
         self._loop = LoopThread(event_loop)
-        self._processes = ProcessPool(warm)
+        self._processes = ProcessPool(warm, max_concurrent)
 
     @property
     def abandoned(self) -> int:

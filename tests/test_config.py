@@ -17,6 +17,7 @@ ADDED = {
     "rollout_backend": ("transformers", []),
     "max_concurrent_tools": (64, [1, 1000]),
     "tool_timeout": (30.0, [0.1, 1, None]),
+    "environment_timeout": (120.0, [0.5, 600, None]),
     "tool_retries": (0, [3]),
     "max_tool_output_tokens": (512, [1, 100_000]),
     "parse_error_budget": (1, [0, 5]),
@@ -103,7 +104,7 @@ def test_counts_have_a_least_value(tmp_path, name, value, least):
     assert refused(tmp_path, **{name: value}) == f"You passed `{name}={value}`; it must be at least {least}."
 
 
-@pytest.mark.parametrize("name", ["tool_timeout", "logprob_check_tolerance", "rollout_cache_gib"])
+@pytest.mark.parametrize("name", ["tool_timeout", "environment_timeout", "logprob_check_tolerance", "rollout_cache_gib"])
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
 def test_limits_are_positive_numbers(tmp_path, name, value):
     assert refused(tmp_path, **{name: value}) == f"You passed `{name}={value}`; it must be a positive number or None."

@@ -242,7 +242,7 @@ def test_an_evaluation_has_the_same_limit(tmp_path, monkeypatch):
     trainer, log, _ = train(tmp_path, monkeypatch, kind, eval_strategy="steps", eval_steps=1)
     assert next(entry for entry in log if "eval_reward" in entry)["eval_environments/failures"] == 0.0
     kind.reset = lambda self, **row: hang() if self.number == 3 else None
-    figures = trainer.evaluate()
+    figures = trainer.evaluate(prompts(1))
     assert figures["eval_environments/failures"] == 1.0 and not math.isnan(figures["eval_reward"])
 
 

@@ -132,3 +132,17 @@ def act(act: str):
     if act == "flood":
         return VALUES["large"]
     return fail({"crash": "segfault", "leave": "_exit"}[act])
+
+
+class Unloadable:
+    """A tool that can be sent to a process and not be loaded there."""
+
+    def __call__(self):
+        return None
+
+    def __reduce__(self):
+        return _load, ()
+
+
+def _load():
+    raise OSError("no such device")

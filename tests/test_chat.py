@@ -166,7 +166,9 @@ def test_text_of_exactly_the_limit_is_left_alone_and_one_token_more_is_cut():
     text = "zqxj" * 5  # nothing merges: one token a letter
     assert len(fam.encode(text)) == 20
     assert fam.chat.truncate(text, 20) == (text, False)
-    assert fam.chat.truncate(text, 19) == (text[:19] + "\n[... truncated: the output was longer than 19 tokens]", True)
+    marker = "\n[... truncated: the output was longer than 19 tokens ...]\n"
+    assert fam.chat.truncate(text, 19) == (text[:10] + marker + text[-9:], True)
+    assert fam.chat.truncate(text, 2) == ("z" + TRUNCATION_MARKER.format(limit=2) + "j", True)
     assert fam.chat.truncate(text, 1) == ("z" + TRUNCATION_MARKER.format(limit=1), True)
 
 
@@ -174,11 +176,21 @@ def test_half_a_character_is_not_left_over():
     fam = family("qwen3")
     text = "\N{GRINNING FACE}" * 3
     assert len(fam.encode(text)) == 12
-    for limit, kept in ((4, 1), (5, 1), (7, 1), (8, 2), (11, 2), (3, 0)):
-        assert fam.chat.truncate(text, limit) == (
-            "\N{GRINNING FACE}" * kept + TRUNCATION_MARKER.format(limit=limit),
-            True,
-        )
+    for limit, before, after in ((3, 0, 0), (4, 0, 0), (7, 1, 0), (8, 1, 1), (11, 1, 1)):
+        face, marker = "\N{GRINNING FACE}", TRUNCATION_MARKER.format(limit=limit)
+        assert fam.chat.truncate(text, limit) == (face * before + marker + face * after, True)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("limit", [12, 40, 200])
+def test_the_end_of_a_long_output_says_what_failed(name, limit):
+    chat = family(name).chat
+    text = "passed\n" * 3000 + "ZeroDivisionError: division by zero\n[exit code 1]"
+    cut, truncated = chat.truncate(text, limit)
+    head, tail = cut.split(TRUNCATION_MARKER.format(limit=limit))
+    assert truncated and text.startswith(head) and text.endswith(tail) and head and tail
+    assert len(chat._encode_inert(head)) + len(chat._encode_inert(tail)) <= limit + 2
+    assert limit < 100 or "ZeroDivisionError: division by zero\n[exit code 1]" in tail
 
 
 def test_control_tokens_count_as_the_text_they_are():
@@ -196,8 +208,8 @@ def test_five_megabytes_are_cut_fast(text):
     started = time.process_time()
     cut, truncated = chat.truncate(text, 512)
     assert time.process_time() - started < 2
-    assert truncated and cut.endswith(TRUNCATION_MARKER.format(limit=512))
-    assert text.startswith(cut.removesuffix(TRUNCATION_MARKER.format(limit=512))) and len(cut) < 64 * 512 + 200
+    head, tail = cut.split(TRUNCATION_MARKER.format(limit=512))
+    assert truncated and text.startswith(head) and text.endswith(tail) and len(cut) < 2 * 64 * 512 + 200
 
 
 @pytest.mark.parametrize("name", ALL)

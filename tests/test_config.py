@@ -17,6 +17,7 @@ ADDED = {
     "rollout_backend": ("transformers", []),
     "max_concurrent_tools": (64, [1, 1000]),
     "tool_timeout": (30.0, [0.1, 1, None]),
+    "environment_timeout": (120.0, [0.5, 600, None]),
     "tool_retries": (0, [3]),
     "max_tool_output_tokens": (512, [1, 100_000]),
     "parse_error_budget": (1, [0, 5]),
@@ -104,7 +105,10 @@ def test_counts_have_a_least_value(tmp_path, name, value, least):
     assert refused(tmp_path, **{name: value}) == f"You passed `{name}={value}`; it must be at least {least}."
 
 
-@pytest.mark.parametrize("name", ["tool_timeout", "logprob_check_tolerance", "rollout_cache_gib"])
+_LIMITS = ["tool_timeout", "environment_timeout", "logprob_check_tolerance", "rollout_cache_gib"]
+
+
+@pytest.mark.parametrize("name", _LIMITS)
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
 def test_limits_are_positive_numbers(tmp_path, name, value):
     assert refused(tmp_path, **{name: value}) == f"You passed `{name}={value}`; it must be a positive number or None."
@@ -268,6 +272,7 @@ def test_fields_are_read_from_flags(tmp_path):
         *("--output_dir", str(tmp_path), "--report_to", "none", "--bf16", "False", "--use_cpu", "True"),
         *("--record_sample_logprobs", "False", "--strict_trajectories", "False", "--logprob_check", "always"),
         *("--logprob_check_tolerance", "0.02", "--max_concurrent_tools", "7", "--tool_timeout", "2.5"),
+        *("--environment_timeout", "7.5"),
         *("--tool_retries", "2", "--max_tool_output_tokens", "99", "--parse_error_budget", "3"),
         *("--rollout_backend", "transformers", "--force_level", "name", "--assist_warmup_steps", "4"),
         *("--disable_forcing_in_updates", "False", "--forced_loss_coef", "0.5", "--force_rate", "0.0"),
@@ -291,6 +296,7 @@ def test_fields_are_read_from_flags(tmp_path):
         "rollout_backend": "transformers",
         "max_concurrent_tools": 7,
         "tool_timeout": 2.5,
+        "environment_timeout": 7.5,
         "tool_retries": 2,
         "max_tool_output_tokens": 99,
         "parse_error_budget": 3,

@@ -363,7 +363,7 @@ READ_IN = {
     ),
     "self._environment_pool[name]": (
         "_generate_and_score_completions",
-        "trainer._drop_stuck_environments takes environments out of the pool",
+        "rollout_tools._drop_lost_environments takes environments out of the pool",
     ),
     "pool.append(self.environment_factories[name]())": (
         "_generate_and_score_completions",
@@ -448,7 +448,7 @@ ATTRIBUTES = {
     "_dist": "trainer._policy gathers parameters",
     "_has_async_funcs": "trainer.__init__ shares TRL's event loop with tools if it has one",
     "_standalone_tools": "trainer._prepare_recording",
-    "_environment_pool": "trainer._read_environments and ._drop_stuck_environments",
+    "_environment_pool": "rollout_tools._read_environments and ._drop_lost_environments",
     "_env_tools": "trainer._read_environments and ._tokenize_prompts",
     "environments": "trainer._roll_out",
     "environment_factories": "trainer._prepare_recording",

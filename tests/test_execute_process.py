@@ -1,5 +1,6 @@
 """Tools in processes of their own: killed and crashed for real, used again where that is safe, gone at the end."""
 
+import functools
 import json
 import math
 import os
@@ -112,13 +113,14 @@ def test_fifty_megabytes_are_cut(executor, name):
     result = call(executor, process_tools.echo, value=name)
     whole = process_tools.VALUES[name]
     text = whole if isinstance(whole, str) else json.dumps(whole)
-    assert not result.is_error and result.content == text[: 4 * 2**20]
+    half = 2 * 2**20
+    assert not result.is_error and result.content == f"{text[:half]}\n[...]\n{text[-half:]}"
 
 
 @pytest.mark.parametrize(
     ("how", "text"),
     [
-        ("SystemExit", "2"),
+        ("SystemExit", "SystemExit: 2"),
         ("KeyboardInterrupt", "KeyboardInterrupt"),
         ("MemoryError", "MemoryError"),
         ("type", "no " + "x" * 100),
@@ -141,14 +143,14 @@ def test_a_failure_is_an_answer_and_the_next_call_runs(executor, how, text):
 def test_a_process_is_used_again_only_where_that_is_safe(executor, how, again):
     tool = tool_of(process_tools.fail)
     submit(executor, tool, how=how).result(timeout=30)
-    assert sum(len(found) for found in executor._processes._idle.values()) == again
+    assert len(executor._processes._idle) == again
 
 
 def test_a_process_that_died_between_calls_is_replaced(executor):
     tool = tool_of(process_tools.where)
     first = submit(executor, tool).result(timeout=30).content[0]
     os.kill(first, signal.SIGKILL)
-    [process] = [process for found in executor._processes._idle.values() for process in found]
+    [process] = executor._processes._idle
     wait_until(lambda: not process.alive)
     second = submit(executor, tool).result(timeout=30)
     assert not second.is_error and second.content == [second.content[0], 1] != [first, 1]
@@ -325,3 +327,38 @@ def test_no_thread_is_left_behind(executor):
     call(executor, process_tools.fail, how="segfault")
     call(executor, process_tools.where)
     assert threading.active_count() <= before + 2  # a worker and the watchdog
+
+
+def many(count):
+    schema = {"type": "object", "properties": {}, "additionalProperties": True}
+    functions = [functools.partial(process_tools.echo, value=index) for index in range(count)]
+    return [Tool(f"tool_{i}", "d", schema, f, isolation="process") for i, f in enumerate(functions)]
+
+
+def test_two_hundred_and_fifty_tools_have_few_processes():
+    tools = many(250)
+    executor = ToolExecutor(max_concurrent=4, warm=tools)
+    try:
+        assert len(executor._processes._all) <= 8
+        called = [*range(0, 250, 25), 249, 0]
+        futures = [executor.submit(ToolCall("c", f"tool_{index}", {}), tools[index]) for index in called]
+        assert [future.result(timeout=60).content for future in futures] == called
+        assert len(executor._processes._all) <= 8
+    finally:
+        executor.shutdown()
+
+
+def test_one_of_many_tools_that_cannot_be_loaded_is_named(monkeypatch):
+    monkeypatch.setattr("trl_toolgrpo.tools.processes._MOST_WARM", 1)
+    tools = [*many(3), Tool("broken", "d", {"type": "object"}, process_tools.Unloadable(), isolation="process")]
+    with pytest.raises(ToolSchemaError, match=r"'broken'.*cannot be loaded.*no such device"):
+        ToolExecutor(warm=tools).shutdown()
+
+
+def test_many_calls_that_crash_at_the_same_time_are_all_answered(executor):
+    tool = tool_of(process_tools.fail)
+    futures = [submit(executor, tool, how=how) for how in ["segfault", "_exit"] * 6]
+    texts = [future.result(timeout=60).content["error"] for future in futures]
+    ends = ("was ended by signal 11", "ended with exit code 7")
+    assert texts == [f"The process of tool `fail` {end}." for end in ends] * 6
+    assert not call(executor, process_tools.echo, value=1).is_error

@@ -3,12 +3,15 @@
 import asyncio
 import functools
 import json
+from types import FunctionType
 
 import pytest
 from transformers.utils import get_json_schema
 
 from trl_toolgrpo.errors import ToolNameError, ToolSchemaError
 from trl_toolgrpo.tools import Tool, as_tool, environment_tools, index_tools
+from trl_toolgrpo.tools.functions import left_out_of_tools
+from trl_toolgrpo.tools.toolset import ToolSet
 
 
 def add(a: int, b: int = 0) -> int:
@@ -186,9 +189,41 @@ def star(*args: int):
     """
 
 
+def keywords(query: str, **filters: str):
+    """Doc.
+
+    Args:
+        query: What for.
+        filters: Further ones.
+    """
+
+
+class Filters:
+    def __call__(self, query: str, **filters: str):
+        """Doc.
+
+        Args:
+            query: What for.
+            filters: Further ones.
+        """
+
+
+async def keywords_later(**filters: str):
+    """Doc.
+
+    Args:
+        filters: All of them.
+    """
+
+
 @pytest.mark.parametrize(
     ("thing", "words"),
     [
+        (keywords, "takes any keyword \\(`\\*\\*filters`\\).*additionalProperties"),
+        (keywords_later, "takes any keyword"),
+        (functools.partial(keywords, query="cats"), "takes any keyword"),
+        (Filters(), "takes any keyword"),
+        (Filters().__call__, "takes any keyword"),
         (untyped, "untyped.*type hint.*Args"),
         (undocumented, "undocumented.*docstring.*Tool\\("),
         (by_position, "by position"),
@@ -219,6 +254,131 @@ def test_environment_may_bring_tools_of_its_own():
     assert [tool.name for tool in environment_tools(shelf)] == ["put", "add", "look"]
     for unrelated in (["hammer"], [], None, "add"):
         assert [tool.name for tool in environment_tools(Shelf(own=unrelated))] == ["put"]
+
+
+def test_a_decorator_that_takes_any_keyword_keeps_the_signature_of_what_it_wraps():
+    @functools.wraps(add)
+    def wrapped(*args, **kwargs):
+        return add(*args, **kwargs)
+
+    assert as_tool(wrapped).schema == as_tool(add).schema
+
+
+def test_additional_properties_are_passed_on():
+    parameters = {"type": "object", "properties": {}, "additionalProperties": {"type": "string"}}
+    tool = Tool("keywords", "Searches.", parameters, lambda **filters: filters)
+    assert as_tool(tool).function(color="black") == {"color": "black"}
+
+
+class Kinds:
+    """Methods of every kind."""
+
+    kept = "x"
+    Nested = Shelf
+
+    def __init__(self):
+        self.added = add
+        self.noise = lambda n: n
+        self.client = Scaler(2)
+        self.clock = ping
+
+    def reset(self, **row): ...
+
+    def plain(self, a: int) -> int:
+        """Doc.
+
+        Args:
+            a: A.
+        """
+        return a
+
+    @staticmethod
+    def static(a: int) -> int:
+        """Doc.
+
+        Args:
+            a: A.
+        """
+        return a
+
+    bound = functools.partialmethod(plain, a=3)
+
+    @classmethod
+    def of_class(cls, a: int) -> int:
+        """Doc.
+
+        Args:
+            a: A.
+        """
+        return a
+
+    @functools.cache  # noqa: B019
+    def cached(self, a: int) -> int:
+        """Doc.
+
+        Args:
+            a: A.
+        """
+        return a
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def recent(self) -> int:
+        """Doc."""
+        return 1
+
+    @functools.cached_property
+    def once(self) -> int:
+        """Doc."""
+        raise RuntimeError("cached properties are not evaluated")
+
+    @functools.singledispatchmethod
+    def dispatched(self, a: int) -> int:
+        """Doc.
+
+        Args:
+            a: A.
+        """
+        return a
+
+    @property
+    def state(self):
+        raise RuntimeError("properties are not evaluated")
+
+
+def test_a_partial_method_is_a_tool_under_its_own_name():
+    tools = index_tools(environment_tools(Kinds()))
+    assert list(tools) == ["bound", "dispatched", "plain", "static"]
+    assert tools["bound"].parameters == {"type": "object", "properties": {}} and tools["bound"].function() == 3
+    assert tools["plain"].function(a=4) == tools["static"].function(a=4) == 4
+
+
+def test_what_can_be_called_and_is_no_tool_is_named(caplog):
+    kinds = Kinds()
+    left_out = left_out_of_tools(kinds)
+    assert left_out == {
+        "of_class": "a class method",
+        "cached": "a cached method",
+        "recent": "a cached method",
+        "once": "a cached property",
+        "added": "an attribute of the instance",
+        "client": "an attribute of the instance",
+        "clock": "an attribute of the instance",
+    }
+    ToolSet(None).add_environments({None: kinds})
+    assert "Kinds has public methods that are no tools" in caplog.text and "`cached` (a cached method)" in caplog.text
+
+
+def test_what_an_environment_lists_is_a_tool_of_any_kind(caplog):
+    kinds = Kinds()
+    kinds.tools = [kinds.of_class, kinds.cached, kinds.recent, kinds.added, kinds.client, kinds.clock]
+    tools = index_tools(environment_tools(kinds))
+    assert {"of_class", "cached", "recent", "dispatched", "add"} <= set(tools) and tools["cached"].function(a=5) == 5
+    assert list(left_out_of_tools(kinds)) == ["once"]
+
+
+def test_an_environment_of_plain_methods_is_not_warned_of(caplog):
+    ToolSet(None).add_environments({None: Shelf()})
+    assert not caplog.records
 
 
 def test_index_by_name_and_duplicates():
@@ -288,3 +448,21 @@ def test_environments_whose_methods_yield_are_refused():
 def test_a_wrapper_that_collects_a_generator_is_a_tool():
     collected = functools.wraps(pages)(lambda n: list(pages(n)))
     assert as_tool(collected).function(n=2) == [0, 1]
+
+
+def test_an_environment_of_two_hundred_and_fifty_tools():
+    def method(self, a: int) -> int:
+        """Doc.
+
+        Args:
+            a: A.
+        """
+        return a
+
+    members = {f"tool_{index}": FunctionType(method.__code__, globals(), f"tool_{index}") for index in range(250)}
+    for function in members.values():
+        function.__doc__, function.__annotations__ = method.__doc__, method.__annotations__
+    environment = type("Large", (Shelf,), members)()
+    tools = index_tools(environment_tools(environment))
+    assert len(tools) == 251 and tools["tool_249"].function(a=3) == 3
+    assert left_out_of_tools(environment) == {}

@@ -312,7 +312,7 @@ def test_tool_that_raises_is_an_answer(executor):
 def test_long_result_is_cut_with_a_marker(executor):
     long = tool("long", lambda: "zq" * 200)
     rollout = one(executor, [call("long") + END, END], (long,), max_tool_output_tokens=20)
-    assert results(rollout) == ["zq" * 10 + TRUNCATION_MARKER.format(limit=20)]
+    assert results(rollout) == ["zq" * 5 + TRUNCATION_MARKER.format(limit=20) + "zq" * 5]
     assert rollout.trajectory.turns[0].tool_results[0].truncated
     assert f"\n{results(rollout)[0]}\n</tool_response>" in tokenizer.decode(rollout.trajectory.completion_ids)
     short = one(executor, [call("long") + END, END], (long,), max_tool_output_tokens=400)

@@ -1,7 +1,9 @@
 """The Python tool: hostile code is contained in every sandbox there is, and honest code is served."""
 
 import importlib.util
+import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -129,7 +131,7 @@ def test_the_check_sees_what_is_not_contained(name, fault):
         ("import os; os.abort()", Report("ended", -6, "")),
         ("def f():\n  class A: pass\n  return A()\ntype(f()).__name__", Report("ended", 0, "'A'\n")),
         ("import math, json, decimal, statistics\nmath.comb(5, 2)", Report("ended", 0, "10\n")),
-        ("import os; os.write(1, b'x' * 20_001)", Report("ended", 0, "x" * 10_000, 10_007)),
+        ("import os; os.write(1, b'x' * 20_001)", Report("ended", 0, "x" * 5000, 10_007, "x" * 4994 + "20001\n")),
         ("print('before', end=''); 1 / 0", Report(
             "ended", 1, 'beforeTraceback (most recent call last):\n  File "<code>", line 1, in <module>\n')),
     ],
@@ -140,7 +142,7 @@ def test_code_gets_its_report(mode, code, report):
     if report.code == 1:
         assert shown.endswith("ZeroDivisionError: division by zero\n")
         shown = shown[: len(report.output)]
-    assert Report(found.status, found.code, shown, found.dropped) == report
+    assert Report(found.status, found.code, shown, found.dropped, found.tail) == report
 
 
 @pytest.mark.parametrize("mode", EVERY)
@@ -296,7 +298,16 @@ def tool():
         ("import sys; print('x'); sys.exit(4)", "error", "x\n[exit code 4]"),
         ("import os; os.kill(os.getpid(), 11)", "error", "[ended by SIGSEGV]"),
         ("import os; os.kill(os.getpid(), 40)", "error", "[ended by signal 40]"),
-        ("print('x' * 3000)", None, "x" * 2000 + "\n[1001 more bytes of output were dropped]"),
+        (
+            "print('x' * 3000)",
+            None,
+            f"{'x' * 1000}\n[... 1001 bytes of output were dropped ...]\n{'x' * 999}",
+        ),
+        (
+            "import sys; print('x' * 3000); print('the cause', file=sys.stderr); sys.exit(3)",
+            "error",
+            f"{'x' * 1000}\n[... 1011 bytes of output were dropped ...]\n{'x' * 989}\nthe cause\n[exit code 3]",
+        ),
     ],
 )
 def test_what_the_policy_reads(tool, code, error, text):
@@ -361,3 +372,145 @@ def test_the_script_inside_needs_nothing_of_the_package():
     spec = importlib.util.find_spec("trl_toolgrpo.tools.sandbox_init")
     text = Path(spec.origin).read_text(encoding="utf-8")
     assert "from ." not in text and "import trl" not in text
+
+
+# What the kernel keeps for code besides its pages
+
+_FOUR = (
+    "import os\nfor k in range(4):\n"
+    "    if os.fork() == 0:\n"
+    "        n = 0\n"
+    "        try: os.mkdir(f'{folder}/{{k}}'); os.chdir(f'{folder}/{{k}}')\n"
+    "        except OSError: os._exit(0)\n"
+)
+_EMPTY = {
+    "empty files": "os.close(os.open(str(n), os.O_CREAT))",
+    "folders": "os.mkdir(str(n))",
+    "links": "open('x', 'w').close(); os.link('x', str(n) + 'y' * 200)",
+    "symbolic links": "os.symlink('x' * 100, str(n))",
+    "pipes": "os.mkfifo(str(n))",
+    "sockets": "import socket; s = socket.socket(socket.AF_UNIX); s.bind(str(n)); s.close()",
+}
+
+
+@pytest.mark.skipif(MISSING["bubblewrap"][0] is not None, reason=str(MISSING["bubblewrap"]))
+@pytest.mark.parametrize("folder", ["/tmp", "/dev/shm"])
+@pytest.mark.parametrize("kind", _EMPTY)
+def test_files_without_content_count(folder, kind):
+    code = _FOUR.format(folder=folder) + (
+        f"        while True:\n            try: {_EMPTY[kind]}; n += 1\n            except OSError: os._exit(0)\n"
+        f"for k in range(4): os.wait()\n"
+        f"found = os.statvfs('{folder}')\nprint(found.f_files, found.f_ffree)"
+    )
+    report = Sandbox("bubblewrap", Limits(seconds=20, disk=8 * 2**20)).run(code)
+    assert report == Report("ended", 0, f"{8 * 2**10} 0\n")
+
+
+@pytest.mark.skipif(MISSING["bubblewrap"][0] is not None, reason=str(MISSING["bubblewrap"]))
+@pytest.mark.parametrize(
+    "call",
+    [
+        "libc.semget(0, 32000, 0o600)",
+        "queue = libc.msgget(0, 0o600); libc.msgsnd(queue, b'\\1' + bytes(7) + b'x' * 8000, 8000, 0o4000)",
+    ],
+)
+def test_semaphores_and_messages_count_as_memory(call):
+    code = f"import ctypes\nlibc = ctypes.CDLL(None)\nwhile True: {call}"
+    assert Sandbox("bubblewrap", Limits(seconds=20, memory=96 * 2**20)).run(code).status == "memory"
+
+
+_USERNS = """
+import ctypes, threading, subprocess
+libc = ctypes.CDLL(None, use_errno=True)
+tries = [libc.unshare(0x10000000), libc.unshare(0x10020000), libc.unshare(0x30000000)]
+if {numbers}:
+    tries += [libc.syscall({clone}, 0x10000011, 0, 0, 0, 0), libc.syscall(435, bytes(88), 88)]
+if {numbers} and {clone} == 56:
+    tries += [libc.syscall(0x40000000 | 272, 0x10000000)]
+thread = threading.Thread(target=int); thread.start(); thread.join()
+print(set(tries), subprocess.run(["/bin/echo", "x"], capture_output=True).stdout)
+"""
+
+
+@pytest.mark.skipif(MISSING["bubblewrap"][0] is not None, reason=str(MISSING["bubblewrap"]))
+def test_no_user_namespace_can_be_made():
+    known = sandbox_module._SYSTEM_CALLS.get(platform.machine())
+    code = _USERNS.format(numbers=known is not None, clone=known[1] if known else 0)
+    assert Sandbox("bubblewrap", Limits()).run(code).output == "{-1} b'x\\n'\n"
+
+
+AS_NOBODY = """
+    import importlib, json, sys, types
+    for name in ("trl_toolgrpo", "trl_toolgrpo.tools"):
+        module = sys.modules[name] = types.ModuleType(name)
+        module.__path__ = [name.replace(".", "/")]
+    sandbox = importlib.import_module("trl_toolgrpo.tools.sandbox")
+    sandbox._interpreter = lambda: "/usr/bin/python3"
+    if sys.argv[1] == "without rules":
+        sandbox._without_userns = lambda: None
+    box = sandbox.Sandbox("bubblewrap", sandbox.Limits(disk=8 * 2**20, memory=100 * 2**20))
+    print(json.dumps([sandbox._why_not(box), *(vars(box.run(code)) for code in sys.argv[2:])]))
+"""
+
+
+@pytest.mark.skipif(MISSING["bubblewrap"][0] is not None, reason=str(MISSING["bubblewrap"]))
+@pytest.mark.skipif(os.getuid() != 0 or not os.path.exists(SYSTEM), reason="needs root and the system's Python")
+@pytest.mark.parametrize("way", ["with rules", "without rules"])
+def test_a_run_that_does_not_belong_to_root_is_bounded_too(way):
+    files = "import os\nn = 0\nwhile True:\n    os.close(os.open(str(n), os.O_CREAT)); n += 1"
+    namespaces = _USERNS.format(numbers=False, clone=0)
+    command = [SYSTEM, "-B", "-c", textwrap.dedent(AS_NOBODY), way, namespaces, files]
+    nobody = {"user": 65534, "group": 65534, "extra_groups": []}
+    found = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, **nobody)
+    why_not, userns, bounded = json.loads(found.stdout)
+    if why_not is not None:
+        pytest.skip(why_not)
+    assert userns["output"] == "{-1} b'x\\n'\n"
+    if way == "with rules":
+        assert bounded["code"] == 1 and "No space left on device: '8" in bounded["output"]
+    else:
+        assert bounded["status"] == "memory"
+
+
+# Runs at the same time
+
+
+@works
+def test_runs_at_the_same_time_share_their_memory(monkeypatch):
+    monkeypatch.setattr(sandbox_module, "_shared", sandbox_module.SharedMemory())
+    tool = python_tool(memory_mb=256, disk_mb=8, together_mb=600, seconds=10)
+    code = "import time; start = time.monotonic(); time.sleep(0.5); print(start, time.monotonic())"
+    executor = ToolExecutor()
+    futures = [executor.submit(ToolCall("c", "python", {"code": code}), tool) for _ in range(6)]
+    spans = [tuple(map(float, future.result(timeout=60).content.split())) for future in futures]
+    executor.shutdown()
+    at_once = [sum(start <= moment < end for start, end in spans) for moment, _ in spans]
+    assert max(at_once) <= 2 and len(spans) == 6
+
+
+@works
+def test_a_run_that_finds_no_memory_says_so_and_may_be_tried_again(monkeypatch):
+    shared = sandbox_module.SharedMemory()
+    monkeypatch.setattr(sandbox_module, "_shared", shared)
+    monkeypatch.setattr(sandbox_module, "PATIENCE", 0.1)
+    tool = python_tool(together_mb=600)
+    with shared.share(1, 2**40, 0.0) as free:
+        result = tool.function("1 + 1")
+    assert free and result.is_error and result.transient and result.content.startswith("[not run: ")
+    assert tool.function("1 + 1").content == "2"
+
+
+@works
+@pytest.mark.parametrize("text", ["é" * 20, "x" + "é" * 20, "é" * 20 + "x", "x" + "é" * 20 + "x"])
+@pytest.mark.parametrize("most", [8, 9, 10, 11])
+def test_half_a_character_is_not_left_of_an_output(text, most):
+    report = Sandbox(WORKING, Limits(output=most)).run(f"import sys; sys.stdout.write({text!r})\nNone")
+    assert "\N{REPLACEMENT CHARACTER}" not in report.output + report.tail and report.dropped > 0
+    assert text.startswith(report.output) and text.endswith(report.tail) and len(report.output + report.tail) >= 3
+
+
+@works
+@pytest.mark.parametrize("wrong", [0, -5])
+def test_memory_together_is_positive(wrong):
+    with pytest.raises(ConfigError, match="together"):
+        python_tool(together_mb=wrong)

@@ -348,7 +348,8 @@ def test_an_error_of_the_log_hides_none_of_the_run(tmp_path, monkeypatch, caplog
     trainer.add_callback(At(2, stop))
     with pytest.raises(Stop, match="the run's own"):
         trainer.train()
-    assert caplog.text.count("No rollouts are logged any more") == 1
+    said = "No rollouts are logged any more" if isinstance(error, OSError) else "A rollout batch could not be logged"
+    assert caplog.text.count(said) == 1
     again = start(tmp_path / "again", max_steps=1)
     again.train()
     assert again.state.global_step == 1

@@ -55,6 +55,9 @@ class AssistedWarmup(GRPOTrainer):
         """Raise where reward functions score nothing from the start; later that is warned of when it begins."""
         if not self.model.training:
             return
+        failed_environments = self._metrics["train"].get("environments/failures", [0.0])[-1]  # of all processes
+        if failed_environments and bool(rewards.isnan().all()):
+            return  # which says why there is no reward
         before, self._scored = self._scored, not bool(rewards.isnan().all())
         if self._scored:
             return

@@ -81,6 +81,12 @@ class ToolGRPOConfig(GRPOConfig):
             Time limit of one tool call in seconds; `None` for no limit. A coroutine is cancelled and a process killed
             when it is over. A function on a thread cannot be: it is answered, left to itself and counted in
             `tools/abandoned`, and when more than 64 such calls still run, training stops with `ToolRuntimeError`.
+        environment_timeout (`float`, *optional*, defaults to `120.0`):
+            Time limit in seconds of an environment's constructor, `reset`, `get_reward` and whatever else the trainer
+            and reward functions read of it; `None` for no limit. An environment that does not keep it, or whose
+            constructor, `reset` or `get_reward` raises a `TimeoutError` or [`TransientToolError`], is not used again;
+            its rollout is not scored, and is counted in `environments/failures`. Many such failures in a row (more
+            than a group, at least 8) stop training with [`ToolRuntimeError`].
         tool_retries (`int`, *optional*, defaults to `0`):
             Further tries of a call that raises `TransientToolError`, or returns a `ToolResult` that is an error and
             `transient`.
@@ -225,6 +231,13 @@ class ToolGRPOConfig(GRPOConfig):
     )
     tool_timeout: float | None = field(
         default=30.0, metadata={"help": "Time limit of one tool call in seconds. None for no limit."}
+    )
+    environment_timeout: float | None = field(
+        default=120.0,
+        metadata={
+            "help": "Time limit in seconds of an environment's constructor, reset, get_reward and properties. None "
+            "for no limit."
+        },
     )
     tool_retries: int = field(
         default=0, metadata={"help": "Further tries of a tool call whose error is marked transient."}

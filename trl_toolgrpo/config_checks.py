@@ -152,7 +152,7 @@ def check_fields(config: Any, defaults: dict[str, Any]) -> None:
             f"You passed `max_tool_calling_iterations={iterations}`; it is the number of turns whose calls are "
             f"answered. Pass 0 or more, or None for no limit."
         )
-    for name in ("tool_timeout", "logprob_check_tolerance", "rollout_cache_gib"):
+    for name in ("tool_timeout", "environment_timeout", "logprob_check_tolerance", "rollout_cache_gib"):
         value = getattr(config, name)
         if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
             raise ConfigError(f"You passed `{name}={value!r}`; it must be a positive number or None.")

@@ -32,6 +32,21 @@ class ToolTimeoutError(ToolGRPOError, TimeoutError):
     """A tool or environment call that did not return within its time limit."""
 
 
+class EnvironmentTimeoutError(ToolTimeoutError):
+    """An environment that did not answer within `environment_timeout`, or is still held by a tool call that hangs.
+
+    Args:
+        message (`str`):
+            What did not answer.
+        environment (`object`, *optional*):
+            The instance.
+    """
+
+    def __init__(self, message: str, environment: object | None = None) -> None:
+        super().__init__(message)
+        self.environment = environment
+
+
 class ToolRuntimeError(ToolGRPOError, RuntimeError):
     """The tool runtime as a whole cannot go on, for example because too many tools hang."""
 

@@ -22,6 +22,7 @@ _REMEDIES = {
     "tool_limit": "they ran out of turns: raise `max_tool_calling_iterations`, or reward shorter ways",
     "parse_errors": "the policy cannot write calls: warm it up (`assist_warmup_steps`), or raise `parse_error_budget`",
     "tool_overflow": "a tool's result did not fit: lower `max_tool_output_tokens`, or raise `max_completion_length`",
+    "environment": "their environments did not answer: see the warnings, or raise `environment_timeout`",
 }
 
 

@@ -85,7 +85,7 @@ class HealthWatch(RunLog):
         if self._rounding is not None and self.args.logprob_check_tolerance is None:
             monitor.facts = replace(monitor.facts, logprob_tolerance=self._rounding.mean)
         if self.accelerator.is_main_process:
-            with self._failures.tolerated("The health rules could not be asked"):
+            with self._log_failures.tolerated("The health rules could not be asked"):
                 for line in monitor.step(metrics):
                     self._add_line(HEALTH, line)
                     if line["level"] != "ok":

@@ -38,7 +38,7 @@ class Live(HealthWatch):
             return super().train(*args, **kwargs)
         finally:
             if self._display is not None:
-                with self._failures.tolerated("The progress of the run could not be drawn to its end"):
+                with self._log_failures.tolerated("The progress of the run could not be drawn to its end"):
                     self._display.close()
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class Live(HealthWatch):
         if self.model.training and self._recording and self._batch is not None and self._trackers():
             first = self.accelerator.process_index * len(self._batch.trajectories)
             rewards = self._rewards[first : first + len(self._batch.trajectories)].tolist()
-            with self._failures.tolerated("The conversations of a step could not be kept for trackers"):
+            with self._log_failures.tolerated("The conversations of a step could not be kept for trackers"):
                 self._shown = [self._conversation(row, rewards[row]) for row in self._worth_a_look(rewards)]
         return scores
 
@@ -92,7 +92,7 @@ class Live(HealthWatch):
         if not self._shown or "loss" not in logs:
             return
         step, shown, self._shown = self.state.global_step, self._shown, []
-        with self._failures.tolerated("The conversations of a step could not be sent to a tracker"):
+        with self._log_failures.tolerated("The conversations of a step could not be sent to a tracker"):
             self._send_conversations(shown, step)
 
     def _send_conversations(self, shown: list[dict[str, Any]], step: int) -> None:
@@ -106,7 +106,7 @@ class Live(HealthWatch):
 
     def _say(self, line: dict[str, Any]) -> None:
         super()._say(line)
-        with self._failures.tolerated("A finding of the health rules could not be sent to a tracker"):
+        with self._log_failures.tolerated("A finding of the health rules could not be sent to a tracker"):
             self._send_finding(line)
 
     def _send_finding(self, line: dict[str, Any]) -> None:

@@ -4,14 +4,17 @@ Owns, as a mixin of the trainer, how MCP servers join the tools of a run, are le
 functions, and how environments are read; the servers themselves are in `tools/mcp.py`.
 """
 
+import contextlib
 import inspect
 import json
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from accelerate.utils import gather_object
+from torch import Tensor, nn
 from trl import GRPOTrainer
 from trl.chat_template_utils import (
     add_response_schema,
@@ -28,7 +31,7 @@ from .checks import (
     warn_of_mentions,
 )
 from .config import ToolGRPOConfig
-from .errors import ConfigError, ToolSchemaError
+from .errors import ConfigError, EnvironmentTimeoutError, ToolSchemaError
 from .inert_prompts import InertPrompts, with_observation
 from .prompt_checks import PromptRenderer, check_prompt_lengths, check_prompts
 from .redaction import Redactor
@@ -38,7 +41,7 @@ from .rollout.control_tokens import ControlTokens
 from .rollout.loop import RolloutRequest
 from .rollout.prompt_messages import PromptMessages
 from .rollout.response_templates import without_comments
-from .tools.environments import scoring_plain_instances
+from .tools.environments import EnvironmentFailures, scoring_plain_instances, scoring_without_failed
 from .tools.execute import ToolExecutor
 from .tools.mcp import MCPTools
 from .tools.mcp_config import MCPServer, read_servers
@@ -47,6 +50,8 @@ from .tools.prompt import PromptTool
 from .tools.toolset import ToolSet
 from .tools.types import Tool
 
+
+T = TypeVar("T")
 
 _NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}}
 _TOOL_OF_RESET = Tool("tool", "Known once the environment is reset.", _NO_ARGUMENTS, lambda: None)
@@ -61,6 +66,7 @@ class RolloutTools(GRPOTrainer):
     _recording: bool
     _toolset: ToolSet
     _executor: ToolExecutor | None
+    _environment_failures: EnvironmentFailures
     _messages: PromptMessages
     _renderer: PromptRenderer
     _mcp: MCPTools | None = None
@@ -166,7 +172,7 @@ class RolloutTools(GRPOTrainer):
                 prompt = with_observation(self._given(row), prompt, self._redactor.text)
             tools = known
             if self.environments and self._toolset.decided_at_reset and _calls_tools(prompt):
-                tools = self._toolset.of_rollout(self.environments[row])[0]
+                tools = self._tools_of(self.environments[row], self._toolset.of_rollout)[0]
             rewritten.append(self._messages.rewritten(prompt, tools))
             shown.append((tools, prompt))
         found = super()._tokenize_prompts(rewritten)
@@ -240,16 +246,43 @@ class RolloutTools(GRPOTrainer):
             return super()._generate_and_score_completions(inputs)
         finally:
             self._rows = ()
+            self._drop_lost_environments()
             if self._mcp is not None:  # made ready for the next rollouts during the update
                 self._mcp.take_back(self._sessions)
                 self._sessions = ()
 
     # Environments
 
+    def _score_without_failed(self) -> None:
+        """Let reward functions score only rollouts whose environment has not failed."""
+        if self.environment_factories is not None:
+            failures = self._environment_failures
+            self.reward_funcs = [
+                f if isinstance(f, nn.Module) else scoring_without_failed(scoring_plain_instances(f), failures)
+                for f in self.reward_funcs
+            ]
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        """TRL's rewards; a rollout whose environment failed has none, whatever a model would give its text."""
+        rewards = super()._calculate_rewards(*args, **kwargs)
+        if not self.environments:
+            return rewards
+        failed = [self._environment_failures.includes(environment) for environment in self.environments]
+        everywhere = self.accelerator.gather(torch.tensor(failed, device=rewards.device))
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["environments/failures"].append(float(everywhere.sum()))
+        return rewards.masked_fill(everywhere[:, None], torch.nan)
+
+    def _tools_of(self, environment: Any, read: Callable[..., T]) -> T:
+        """What is read of the tools of a rollout; of one whose environment failed, only those the trainer got."""
+        if environment is not None and not self._environment_failures.includes(environment):
+            with contextlib.suppress(EnvironmentTimeoutError):
+                return read(environment)
+        return read()
+
     def _read_environments(self) -> None:
         """Hold the methods of environments as schemas too, and prepare for tools that only a reset one knows."""
         had_tools = bool(self.tools)
-        self.reward_funcs = [scoring_plain_instances(reward_func) for reward_func in self.reward_funcs]
         self._env_tools = self._toolset.add_environments({n: pool[0] for n, pool in self._environment_pool.items()})
         self.tools: list[Any] = [PromptTool(tool) for tool in self._toolset.known]
         if had_tools or not self._toolset.decided_at_reset:
@@ -261,11 +294,16 @@ class RolloutTools(GRPOTrainer):
             if not is_chat_template_prefix_preserving(self.processing_class):
                 self.chat_template = get_training_chat_template(self.processing_class)
 
-    def _drop_stuck_environments(self) -> None:
-        """Environments whose thread hangs are not handed out again."""
-        if self.environments and self._executor is not None:
+    def _drop_lost_environments(self) -> None:
+        """Environments that failed, or whose thread hangs, are not handed out again."""
+        if self.environments:
             for name, pool in self._environment_pool.items():
-                self._environment_pool[name] = [e for e in pool if not self._executor.is_abandoned(e)]
+                self._environment_pool[name] = [e for e in pool if not self._is_lost(e)]
+            self._environment_failures.of_batch.clear()
+
+    def _is_lost(self, environment: Any) -> bool:
+        hangs = self._executor is not None and self._executor.is_abandoned(environment)
+        return hangs or self._environment_failures.includes(environment)
 
 
 def _calls_tools(prompt: Any) -> bool:

@@ -45,7 +45,7 @@ class RunCard(GRPOTrainer):
     model: Any
     hub_model_id: Any
     _toolset: ToolSet
-    _failures: LogFailures
+    _log_failures: LogFailures
     _mcp: MCPTools | None
     _value_head: ValueHead | None
     _home: str | None = None  # the output folder, while another one stands in for it
@@ -61,7 +61,7 @@ class RunCard(GRPOTrainer):
             model_name, dataset_name, tags:
                 As in TRL.
         """
-        with self._failures.tolerated("The model card could not be written"):
+        with self._log_failures.tolerated("The model card could not be written"):
             super().create_model_card(model_name, dataset_name, tags)
             if self.is_world_process_zero():
                 self._complete_card(model_name, dataset_name)

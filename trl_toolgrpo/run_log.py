@@ -139,7 +139,7 @@ class RunLog(GRPOTrainer):
     _run_folder: Path | None = None  # where the log of this run is, once it has begun
     _full: set[str]  # files of it that could not be written to
     _redactor = Redactor()
-    _failures: LogFailures
+    _log_failures: LogFailures
     _logs: Any  # TRL's, of `log_completions`
     _pending_extra_logs: Any
     _writer: RolloutWriter | None = None
@@ -152,10 +152,10 @@ class RunLog(GRPOTrainer):
     _scores: Tensor | None = None
 
     def _prepare_run_log(self) -> None:
-        self._logged_ratios, self._full, self._failures = {}, set(), LogFailures()
+        self._logged_ratios, self._full, self._log_failures = {}, set(), LogFailures()
         self._redactor = run_redactor(self.args, self._servers())
         for callback in self.callback_handler.callbacks:
-            self._failures.guard(callback)
+            self._log_failures.guard(callback)
         self.add_callback(_RunLogCallback(self))
 
     def add_callback(self, callback: Any) -> None:
@@ -167,8 +167,8 @@ class RunLog(GRPOTrainer):
                 A callback or its class.
         """
         super().add_callback(callback)
-        if "_failures" in vars(self):
-            self._failures.guard(self.callback_handler.callbacks[-1])
+        if "_log_failures" in vars(self):
+            self._log_failures.guard(self.callback_handler.callbacks[-1])
 
     def _servers(self) -> Iterable[MCPServer]:
         return self._mcp.servers.values() if self._mcp is not None else ()
@@ -196,7 +196,7 @@ class RunLog(GRPOTrainer):
         self._started = time.monotonic()
         with lock or nullcontext():
             try:
-                with self._failures.of_profiling():
+                with self._log_failures.of_profiling():
                     return super().train(*args, **kwargs)
             finally:
                 self._put_logged()
@@ -230,7 +230,7 @@ class RunLog(GRPOTrainer):
         if self._logs_rollouts and self._run_folder is not None:
             limit = self.args.rollout_log_limit * 2**20 / self.accelerator.num_processes
             self._writer = RolloutWriter(
-                folder / FOLDER, self.accelerator.process_index, limit, redactor, self._failures
+                folder / FOLDER, self.accelerator.process_index, limit, redactor, self._log_failures
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -244,7 +244,7 @@ class RunLog(GRPOTrainer):
         """
         kept, entries = self._logs, len(self.state.log_history)
         if self.log_completions and self.accelerator.is_main_process:
-            with self._failures.tolerated("The completions of a step could not be prepared for their table"):
+            with self._log_failures.tolerated("The completions of a step could not be prepared for their table"):
                 self._logs = storable_logs(kept, self._redactor)
         try:
             super().log(logs, start_time)
@@ -252,7 +252,7 @@ class RunLog(GRPOTrainer):
             inside = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
             if len(self.state.log_history) == entries or Trainer.log.__code__ in inside:  # of figures or a callback
                 raise
-            self._failures.say("The completions of a step could not be shown or stored", error)
+            self._log_failures.say("The completions of a step could not be shown or stored", error)
         finally:
             self._logs = kept
         if self._run_folder is not None and self.accelerator.is_main_process:
@@ -269,7 +269,7 @@ class RunLog(GRPOTrainer):
             self._full.add(name)
             logger.warning("Nothing is added to %s any more, which could not be written to: %s.", name, error)
         except Exception as error:
-            self._failures.say(f"A line could not be added to {name}", error)
+            self._log_failures.say(f"A line could not be added to {name}", error)
 
     # Rollouts
 
@@ -280,7 +280,7 @@ class RunLog(GRPOTrainer):
 
     def _calculate_rewards(self, inputs: list, *args: Any) -> Tensor:
         self._scores = super()._calculate_rewards(inputs, *args)
-        aligned(self._pending_extra_logs, self._logs["extra"], len(inputs), self._failures.say_once)
+        aligned(self._pending_extra_logs, self._logs["extra"], len(inputs), self._log_failures.say_once)
         return self._scores
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
@@ -288,7 +288,7 @@ class RunLog(GRPOTrainer):
         counts = {name: len(values) for name, values in self._metrics["train"].items()}
         inputs = super()._prepare_inputs(generation_batch)
         if self._writer is not None and self.model.training and self._buffered_inputs is not before:
-            with self._failures.tolerated("A rollout batch could not be taken down for the log"):
+            with self._log_failures.tolerated("A rollout batch could not be taken down for the log"):
                 self._take_down(counts)
         return inputs
 
@@ -351,7 +351,7 @@ class RunLog(GRPOTrainer):
     def _write_checkpoint(self, model: Any, trial: Any, staged: Path, target: Path) -> None:
         super()._write_checkpoint(model, trial, staged, target)  # type: ignore[misc]
         if self._logged is not None and self._writer is not None:
-            with self._failures.tolerated("The rollout batch in use could not be kept in a checkpoint"):
+            with self._log_failures.tolerated("The rollout batch in use could not be kept in a checkpoint"):
                 table = self._writer.table(self._logged, list(self._logged_ratios.values()))
                 write(table, staged / FOLDER / self._logged_name)
 

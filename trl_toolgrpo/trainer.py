@@ -73,7 +73,7 @@ from .rounding import Exact
 from .scoring import SharedPromptScoring
 from .scoring_trial import check_scoring
 from .sync import ReferenceSync, synced_by_us
-from .tools.environments import on_own_thread
+from .tools.environments import EnvironmentFailures, on_own_thread
 from .tools.execute import ToolExecutor
 from .tools.prompt import PromptTool
 from .tools.toolset import ToolSet
@@ -166,13 +166,19 @@ class ToolGRPOTrainer(
             refuse_unrecorded(args, "a `rollout_func`")
         tools = self._start_servers(mcp_servers, tools, environment_factory)
         toolset = self._toolset = ToolSet(tools)
-        executor = None
+        self._executor = None
+        # More than a group, so that no single prompt can stop the run
+        failures = self._environment_failures = EnvironmentFailures(max(8, args.num_generations + 1))
         trl_tools: list[Any] = [PromptTool(tool) if isinstance(tool, Tool) else tool for tool in tools or []]
-        if self._recording:
+        if self._recording or environment_factory is not None:
             # Not on TRL's event loop: a tool that blocks it or ends its thread would take the reward functions along
-            executor = ToolExecutor(args.max_concurrent_tools, args.tool_timeout, args.tool_retries, warm=toolset.own)
+            warm = toolset.own if self._recording else []
+            limits = args.max_concurrent_tools, args.tool_timeout, args.tool_retries
+            executor = ToolExecutor(*limits, warm=warm, environment_timeout=args.environment_timeout)
+            self._executor = executor
             weakref.finalize(self, executor.shutdown)
-            environment_factory = on_own_thread(environment_factory, executor)
+            environment_factory = on_own_thread(environment_factory, executor, failures, self._recording)
+        if self._recording:
             trl_tools = list(self._toolset.prompt_tools())
         if tools or environment_factory is not None:
             check_template(processing_class)
@@ -203,7 +209,8 @@ class ToolGRPOTrainer(
                 rollout_func=rollout_func,
                 environment_factory=environment_factory,
             )
-        self._prepare_recording(executor, force_policy, given_adapter)
+        self._score_without_failed()
+        self._prepare_recording(force_policy, given_adapter)
         self._check_prompts(train_dataset, eval_dataset)
         self._check_rewards(train_dataset, eval_dataset)
 
@@ -215,9 +222,7 @@ class ToolGRPOTrainer(
                 check_columns(name, dataset, self.reward_funcs, names)
         self.reward_funcs = [checked(function, name) for function, name in zip(self.reward_funcs, names, strict=True)]
 
-    def _prepare_recording(
-        self, executor: ToolExecutor | None, force_policy: ForcePolicy | None, given_adapter: bool
-    ) -> None:
+    def _prepare_recording(self, force_policy: ForcePolicy | None, given_adapter: bool) -> None:
         """Everything that TRL's constructor had to make the model for."""
         self._prepare_policy(given_adapter)
         self._prepare_run_log()
@@ -241,7 +246,7 @@ class ToolGRPOTrainer(
             logger.warning(f"You set `{name}`, which has no effect here: {why}.")
         line = correction_line(self.args)
         if line is not None and self.accelerator.is_main_process:
-            with self._failures.tolerated("The line on the correction could not be printed"):
+            with self._log_failures.tolerated("The line on the correction could not be printed"):
                 print(line, flush=True)
         check_gathering(self)
         check_cache(self.args, self.model)
@@ -253,9 +258,8 @@ class ToolGRPOTrainer(
             self._read_environments()
         self._standalone_tools: list[Any] = []  # called by the executor, not by TRL's loop
         chat = self._make_chat() if self.tools else None
-        self._executor = executor
         pad_id = self._tokenizer.pad_token_id
-        self._engine = RolloutEngine(self.args, self.eos_token_ids, pad_id, chat, executor, force_policy)
+        self._engine = RolloutEngine(self.args, self.eos_token_ids, pad_id, chat, self._executor, force_policy)
         self._engine.redactor = self._redactor
         self._prepare_vllm()
 
@@ -281,7 +285,8 @@ class ToolGRPOTrainer(
         if not self._recording or self.environments is None or not self._toolset.decided_at_reset:
             return super()._tokenize_prompts(prompts)
         kept = self._batch_environments, self._env_tools
-        self._env_tools = {row: self._toolset.prompt_tools(e) for row, e in enumerate(self.environments)}
+        prompt_tools = self._toolset.prompt_tools
+        self._env_tools = {row: self._tools_of(e, prompt_tools) for row, e in enumerate(self.environments)}
         self._batch_environments = list(range(len(prompts)))
         try:
             return super()._tokenize_prompts(prompts)
@@ -319,8 +324,9 @@ class ToolGRPOTrainer(
         environments = self.environments or [None] * len(prompt_ids)
         requests = []
         for ids, environment in zip(prompt_ids, environments, strict=True):
-            tools, owned = self._toolset.of_rollout(environment) if self.tools else ({}, frozenset())
-            requests.append(RolloutRequest(ids, tools, environment, owned))
+            tools, owned = self._tools_of(environment, self._toolset.of_rollout) if self.tools else ({}, frozenset())
+            failed = self._environment_failures.includes(environment)
+            requests.append(RolloutRequest(ids, tools, None if failed else environment, owned, failed))
         requests = self._lend_servers(requests)
         noise = self._rollout_noise(len(requests))
         with profiling_context(self, "rollout"), unwrapped_policy(self) as policy:
@@ -366,7 +372,6 @@ class ToolGRPOTrainer(
             output = super()._generate_and_score_completions([dict(row) for row in inputs])
         finally:
             self._skip_scoring = False
-        self._drop_stuck_environments()
         if self._batch is None:
             raise RuntimeError("TRL scored completions without generating them; the installed TRL is not supported.")
         self._unevaluated = not self.model.training
@@ -496,7 +501,7 @@ class ToolGRPOTrainer(
         before, self._eval_prefix = self._eval_prefix, metric_key_prefix
         self._metrics["eval"].clear()  # of an evaluation that failed, or of `predict`
         try:
-            with self._failures.of_profiling():
+            with self._log_failures.of_profiling():
                 return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             self._eval_prefix = before
@@ -515,5 +520,5 @@ class ToolGRPOTrainer(
         super().log(logs, start_time)
         line = console_line({**self._carried, **logs}) if training else None
         if line is not None and self.accelerator.is_main_process:
-            with self._failures.tolerated("The line of a step could not be printed"):
+            with self._log_failures.tolerated("The line of a step could not be printed"):
                 print(line, flush=True)

@@ -14,7 +14,7 @@ from .errors import TrajectoryError
 from .tools.types import ToolCall, ToolResult
 
 
-STOP_REASONS = ("stop", "length", "tool_limit", "parse_errors", "tool_overflow")
+STOP_REASONS = ("stop", "length", "tool_limit", "parse_errors", "tool_overflow", "environment")
 """Why a rollout ended. All but `"stop"` count as truncated."""
 TURN_STOP_REASONS = ("stop", "length")
 """Why a turn ended: the policy wrote a stop token, or its token budget ran out."""

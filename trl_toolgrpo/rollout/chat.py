@@ -21,7 +21,7 @@ from .parsing import ParsedTurn, parse_turn
 from .response_templates import RAW_TEXT, mended
 
 
-TRUNCATION_MARKER = "\n[... truncated: the output was longer than {limit} tokens]"
+TRUNCATION_MARKER = "\n[... truncated: the output was longer than {limit} tokens ...]\n"
 
 
 class ToolChat:
@@ -131,13 +131,19 @@ class ToolChat:
     # Writing what follows it
 
     def truncate(self, text: str, limit: int) -> tuple[str, bool]:
-        """Cut `text` to `limit` tokens with a visible marker; returns the text and whether it was cut."""
-        head = text[: 64 * limit + 64]  # far more than any `limit` tokens hold, so that 50 MB are never tokenized
-        ids = self._encode_inert(head)
-        if len(ids) <= limit and len(head) == len(text):
+        """
+        Cut `text` to `limit` tokens, of which its beginning and its end, where an error says what failed, have half
+        each, with a visible marker between them; returns the text and whether it was cut.
+        """
+        most = 64 * limit + 64  # far more than any `limit` tokens hold, so that 50 MB are never tokenized
+        if len(text) <= most and len(self._encode_inert(text)) <= limit:
             return text, False
-        kept = self.tokenizer.decode(ids[:limit]).rstrip("\N{REPLACEMENT CHARACTER}")
-        return kept + TRUNCATION_MARKER.format(limit=limit), True
+        after = limit // 2
+        head = self.tokenizer.decode(self._encode_inert(text[:most])[: limit - after])
+        tail = self.tokenizer.decode(self._encode_inert(text[-most:])[-after:]) if after else ""
+        half_a_character = "\N{REPLACEMENT CHARACTER}"
+        marker = TRUNCATION_MARKER.format(limit=limit)
+        return head.rstrip(half_a_character) + marker + tail.lstrip(half_a_character), True
 
     def tool_suffix(self, last_id: int, messages: Sequence[dict[str, Any]]) -> tuple[list[int], str]:
         """

@@ -336,8 +336,9 @@ class RolloutEngine:
             return RolloutBatch(loop.run(), loop.stats)
 
     def _read_prompts(self, requests: Sequence[RolloutRequest]) -> list[list[int]]:
-        """Prompts as a sampler reads them: of one that leaves no room for a completion, a token that is not used."""
-        return [r.prompt_ids if self.limits.has_room(r.prompt_ids) else r.prompt_ids[-1:] for r in requests]
+        """Prompts as a sampler reads them: of a rollout that does not begin, a token that is not used."""
+        begins = [self.limits.has_room(request.prompt_ids) and not request.failed for request in requests]
+        return [r.prompt_ids if begun else r.prompt_ids[-1:] for r, begun in zip(requests, begins, strict=True)]
 
     def _same_frequencies(
         self, policy: Any, prompts: Sequence[Sequence[int]], parts: Sequence[tuple[int, int]]

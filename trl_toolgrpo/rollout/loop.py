@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ..errors import ToolRuntimeError
+from ..errors import EnvironmentTimeoutError, ToolRuntimeError
 from ..redaction import Redactor
 from ..tools.execute import ToolExecutor, result_text
 from ..tools.results import plain_reward, without_secrets
@@ -74,12 +74,15 @@ class RolloutRequest:
         owned (`frozenset[str]`, *optional*):
             Names of the tools that belong to the environment: their calls run in order, on the environment's own
             thread.
+        failed (`bool`, *optional*, defaults to `False`):
+            Whether its environment has failed: it ends before it begins, with stop reason `"environment"`.
     """
 
     prompt_ids: list[int]
     tools: dict[str, Tool] = field(default_factory=dict)
     environment: object | None = None
     owned: frozenset[str] = frozenset()
+    failed: bool = False
 
 
 @dataclass
@@ -182,12 +185,12 @@ class RolloutLoop:
         """Sample, call tools and go on until every rollout has ended; rollouts are in the order of the requests."""
         started = time.perf_counter()
         for row, state in enumerate(self.states):
-            if self.limits.has_room(state.request.prompt_ids):
+            if self.limits.has_room(state.request.prompt_ids) and not state.request.failed:
                 left = self.limits.max_sequence_length - len(state.request.prompt_ids)
                 self._begin_turn(row, [], int(min(self.limits.max_completion_length, left)))
             else:
                 state.messages = [{"role": "assistant", "content": ""}] if state.request.tools else []
-                self._finish(row, "length")
+                self._finish(row, "environment" if state.request.failed else "length")
         while True:
             for row in self._answered():
                 self._continue(row)
@@ -291,7 +294,10 @@ class RolloutLoop:
         state.futures = []
         now = time.perf_counter()
         turn.tool_seconds, state.since = now - state.since, now
-        turn.reward = _take_turn_reward(state.request.environment)
+        try:
+            turn.reward = _take_turn_reward(state.request.environment)
+        except EnvironmentTimeoutError:
+            return self._finish(row, "environment")
         done = zip(turn.tool_calls, turn.tool_results, strict=True)
         if any(not result.is_error and state.request.tools[call.name].ends_rollout for call, result in done):
             return self._finish(row, "stop")

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from ..errors import ToolTimeoutError
+from ..errors import EnvironmentTimeoutError
 from .lanes import Job
 from .results import plain_content, plain_reward, raised, refused
 from .types import ToolResult
@@ -99,7 +99,7 @@ def answer_unrun(jobs: Iterable[Job], reason: str | None = None) -> None:
     for job in jobs:
         busy = _OWNER_BUSY if job.owner is not None and job.owner.abandoned else _TOOL_BUSY
         if job.tool is None:
-            job.future.set_exception(ToolTimeoutError(reason or busy))
+            job.future.set_exception(EnvironmentTimeoutError(reason or busy, job.keep))
         else:
             job.future.set_result(refused("abandoned", reason or busy))
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-from ..errors import ConfigError, ToolRuntimeError
+from ..errors import ConfigError, EnvironmentTimeoutError, ToolRuntimeError
 from .arguments import refusal as refusal_of
 from .attempts import answer_unrun, call_with_copy, run_on_loop, run_on_thread
 from .lanes import Admission, Job, Lane
@@ -52,6 +52,8 @@ class ToolExecutor:
             been answered and its thread replaced, but its function still runs, and nothing can end it.
         warm (`Iterable[Tool]`, *optional*, defaults to `()`):
             Tools that get a process at once, if they run in one: what cannot be loaded there is found before the run.
+        environment_timeout (`float`, *optional*):
+            Time limit in seconds of what is asked of an environment other than by a tool's call; `None` for no limit.
 
     Raises:
         ConfigError: if a limit is out of range.
@@ -66,6 +68,7 @@ class ToolExecutor:
         event_loop: Callable[[], asyncio.AbstractEventLoop | None] | None = None,
         max_abandoned: int = 64,
         warm: Iterable[Tool] = (),
+        environment_timeout: float | None = None,
     ) -> None:
         if max_concurrent < 1 or retries < 0 or max_abandoned < 0 or (timeout is not None and timeout <= 0):
             raise ConfigError(
@@ -74,6 +77,7 @@ class ToolExecutor:
                 f"and the counts cannot be negative."
             )
         self.timeout = timeout
+        self.environment_timeout = environment_timeout
         self.retries = retries
         self.max_abandoned = max_abandoned
         self._lock = threading.Lock()
@@ -86,7 +90,7 @@ class ToolExecutor:
         self._closed = False
         self._watchdog = Watchdog()
         self._loop = LoopThread(event_loop)
-        self._processes = ProcessPool(warm)
+        self._processes = ProcessPool(warm, max_concurrent)
 
     @property
     def abandoned(self) -> int:
@@ -138,7 +142,7 @@ class ToolExecutor:
 
     def run_on_owner(self, owner: object, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """
-        Runs something on an owner's thread, after the calls submitted on it before, and waits without a time limit.
+        Runs something on an owner's thread, after the calls submitted on it before, and waits.
 
         Args:
             owner (`object`):
@@ -152,18 +156,63 @@ class ToolExecutor:
             What the function returns.
 
         Raises:
-            ToolTimeoutError: if an earlier call on the owner ignored its time limit.
+            EnvironmentTimeoutError: if it, or an earlier call on the owner, ignored its time limit.
         """
+        name = str(args[1] if function is getattr and len(args) > 1 else getattr(function, "__name__", function))
+        return wait(self.start_on_owner(owner, partial(function, *args, **kwargs), name, self.environment_timeout))
+
+    def start_on_owner(
+        self, owner: object, work: "partial[Any]", name: str = "", limit: float | None = None
+    ) -> "Future[Any]":
+        """
+        Starts something on an owner's thread, or queues it after the calls submitted on it before.
+
+        Args:
+            owner (`object`):
+                The environment instance.
+            work (`partial`):
+                What to run, such as its `reset`; a coroutine is awaited on the event loop.
+            name (`str`, *optional*, defaults to `""`):
+                What it is, for messages.
+            limit (`float`, *optional*):
+                Seconds it has once it runs; an owner that takes longer is abandoned. `None` for no limit.
+
+        Returns:
+            `Future`: Has what it returns or raises, an [`EnvironmentTimeoutError`] at the limit.
+        """
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
         lane = self._owners.find(owner)
         if lane is not None and lane.worker is not None and lane.worker.is_current:
-            return self._resolved(function(*args, **kwargs))
-        job = Job(Future(), partial(function, *args, **kwargs), keep=owner)
-        self._enqueue(job, owner)
+            try:
+                future.set_result(self._resolved(work()))
+            except BaseException as error:
+                future.set_exception(error)
+        else:
+            self._enqueue(Job(future, work, keep=owner, name=name, limit=limit), owner)
+        return future
+
+    def run_beside_owner(self, owner: object, name: str) -> Any:
+        """
+        Reads an attribute of an owner whose own thread hangs, on another thread and within the limit.
+
+        Args:
+            owner (`object`):
+                The environment instance.
+            name (`str`):
+                The attribute.
+
+        Raises:
+            EnvironmentTimeoutError: if that does not return either.
+        """
+        job = Job(Future(), partial(getattr, owner, name), keep=owner, name=name, limit=self.environment_timeout)
+        self._enqueue(job, None)
         return wait(job.future)
 
     def construct_on_own_thread(self, factory: Callable[[], T]) -> T:
         """
-        Constructs an environment on the thread that will own it, as `sqlite3` connections and browsers need.
+        Constructs an environment on the thread that will own it, as `sqlite3` connections and browsers need. What a
+        coroutine function makes is awaited.
 
         Args:
             factory (`Callable`):
@@ -171,9 +220,23 @@ class ToolExecutor:
 
         Returns:
             `object`: The instance; all its calls run on that thread.
+
+        Raises:
+            EnvironmentTimeoutError: if it takes longer than `environment_timeout`.
         """
         worker = Worker("tool-owner")
-        owner = construct(factory, worker)
+        begun: list[LoopRun] = []
+
+        def make() -> Any:
+            made: Any = factory()
+            return self._loop.wait_for(made, begun.append) if inspect.iscoroutine(made) else made
+
+        try:
+            owner: T = construct(make, worker, self.environment_timeout)
+        except EnvironmentTimeoutError:
+            for run in begun:
+                run.cancel()
+            raise
         if self._owners.lane(owner, worker).worker is not worker:
             # The factory gave out an instance that has a thread already.
             worker.stop()
@@ -192,6 +255,20 @@ class ToolExecutor:
         """
         lane = self._owners.find(owner)
         return lane is not None and lane.abandoned
+
+    def give_up(self, owner: object) -> None:
+        """
+        Abandons an owner that has failed: calls on it are answered as those after a time limit that was not kept.
+
+        Args:
+            owner (`object`):
+                The environment instance.
+        """
+        lane = self._owners.lane(owner)
+        with self._lock:
+            lane.busy = lane.abandoned = True
+            dropped = self._drop_lost()
+        answer_unrun(dropped)
 
     def release(self, owner: object) -> None:
         """
@@ -222,8 +299,9 @@ class ToolExecutor:
 
     def _check_stuck(self) -> None:
         with self._lock:
-            names = sorted({job.tool.name for job in self._stuck if job.tool is not None})
-            count = len(self._stuck)
+            calls = [job for job in self._stuck if job.tool is not None]
+            names = sorted({job.tool.name for job in calls if job.tool is not None})
+            count = len(calls)
         if count > self.max_abandoned:
             raise ToolRuntimeError(
                 f"{count} tool calls are stuck past their time limit, more than max_abandoned={self.max_abandoned}. "
@@ -269,11 +347,12 @@ class ToolExecutor:
             # The system has no more threads, or a shared event loop is closed.
             self._finish(job, raised(error))
             return
-        if job.tool is not None and job.tool.isolation == "thread":
-            self._set_alarm(job, job.tool)
+        if job.tool is None:
+            self._set_alarm(job, job.limit)
+        elif job.tool.isolation == "thread":
+            self._set_alarm(job, job.tool.timeout or self.timeout)
 
-    def _set_alarm(self, job: Job, tool: Tool) -> None:
-        limit = tool.timeout or self.timeout
+    def _set_alarm(self, job: Job, limit: float | None) -> None:
         if limit is not None:
             alarm = job.alarm = self._watchdog.schedule(limit, partial(self._expire, job, limit))
             if job.settled:
@@ -286,19 +365,22 @@ class ToolExecutor:
             call.cancel()
         if job.alarm is None and job.tool is not None:
             job.started = time.monotonic()
-            self._set_alarm(job, job.tool)
+            self._set_alarm(job, job.tool.timeout or self.timeout)
 
     def _run(self, job: Job) -> None:
         if job.tool is not None:
             self._finish(job, run_on_thread(job, self.retries, partial(self._resolved, job=job)))
             return
+        value, failure = None, None
         try:
-            value = self._resolved(job.function())
+            value = self._resolved(job.function(), job)
         except BaseException as error:
-            # Not a tool's failure: it is raised again in the caller of `run_on_owner`.
-            job.future.set_exception(error)
-        else:
-            job.future.set_result(value)
+            failure = error  # not a tool's: it is raised again in the caller of `run_on_owner`
+        if self._settle(job):
+            if failure is None:
+                job.future.set_result(value)
+            else:
+                job.future.set_exception(failure)
         self._release(job)
 
     def _resolved(self, value: Any, job: Job | None = None) -> Any:
@@ -318,13 +400,20 @@ class ToolExecutor:
         self._finish(job, raised(asyncio.CancelledError()) if task.cancelled() else task.result())
 
     def _finish(self, job: Job, result: ToolResult) -> None:
-        with self._lock:
-            late, job.settled = job.settled, True
-        if not late:
-            if job.alarm is not None:
-                job.alarm.cancel()
+        if job.tool is None:  # it could not be started
+            if self._settle(job):
+                job.future.set_exception(ToolRuntimeError(result_text(result)))
+        elif self._settle(job):
             job.future.set_result(replace(result, seconds=time.monotonic() - job.started))
         self._release(job)
+
+    def _settle(self, job: Job) -> bool:
+        """Whether a job has come to its end before its limit; its caller is then to be answered."""
+        with self._lock:
+            late, job.settled = job.settled, True
+        if not late and job.alarm is not None:
+            job.alarm.cancel()
+        return not late
 
     def _release(self, job: Job) -> None:
         with self._lock:
@@ -356,9 +445,13 @@ class ToolExecutor:
                 job.owner.abandoned = True
             run = job.cancellable
             dropped = self._give_up(job) if run is None else self._drop_lost()
-        name = job.tool.name if job.tool is not None else ""
-        result = refused("timeout", f"Tool `{name}` did not return within {limit:g} seconds.")
-        job.future.set_result(replace(result, seconds=time.monotonic() - job.started))
+        if job.tool is None:
+            asked = f"`{job.name}` of the environment {type(job.keep).__name__}"
+            message = f"{asked} did not return within {limit:g} seconds (`environment_timeout`)."
+            job.future.set_exception(EnvironmentTimeoutError(message, job.keep))
+        else:
+            result = refused("timeout", f"Tool `{job.tool.name}` did not return within {limit:g} seconds.")
+            job.future.set_result(replace(result, seconds=time.monotonic() - job.started))
         answer_unrun(dropped)
         if run is not None:
             run.cancel()
@@ -376,7 +469,7 @@ class ToolExecutor:
 
     def _give_up(self, job: Job) -> list[Job]:
         self._stuck.add(job)
-        self._abandoned += 1
+        self._abandoned += job.tool is not None
         if job.exclusive is not None:
             job.exclusive.abandoned = True
         return self._drop_lost()

@@ -7,6 +7,7 @@ methods go through `transformers.utils.get_json_schema` untouched, so a prompt h
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, get_type_hints
 
 from transformers.utils import get_json_schema
@@ -54,6 +55,12 @@ def as_tool(function_or_tool: Callable[..., Any] | Tool) -> Tool:
             f"Tool(name=..., description=..., parameters=..., function=...)."
         ) from error
     for parameter in parameters:
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            raise ToolSchemaError(
+                f"The tool {name!r} takes any keyword (`**{parameter.name}`), which its schema would show as one "
+                f"argument of that name. Name its arguments, give it one argument of type dict, or pass "
+                f"Tool(name=..., description=..., parameters={{..., 'additionalProperties': ...}}, function=...)."
+            )
         if parameter.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL):
             raise ToolSchemaError(
                 f"The argument {parameter.name!r} of tool {name!r} can only be given by position, and tools are "
@@ -88,8 +95,10 @@ def environment_tools(environment: object) -> list[Tool]:
     tools = []
     # On the class, as TRL does: on the instance it would evaluate properties.
     for name, _ in inspect.getmembers(type(environment), predicate=inspect.isfunction):
-        if not name.startswith("_") and name not in ("reset", "get_reward"):
-            tools.append(as_tool(getattr(environment, name)))
+        if _may_be_tool(name):
+            tool = as_tool(getattr(environment, name))
+            # `functools.partialmethod` gives a partial that has the name of another method
+            tools.append(replace(tool, name=name) if _is_partial(environment, name) else tool)
     own = getattr(environment, "tools", None)
     if isinstance(own, list) and any(callable(entry) or isinstance(entry, Tool) for entry in own):
         # One method of the instance may come wrapped here and bare there.
@@ -103,6 +112,56 @@ def environment_tools(environment: object) -> list[Tool]:
                 f"the tool to the trainer (`tools=[...]`)."
             )
     return tools
+
+
+def left_out_of_tools(environment: object) -> dict[str, str]:
+    """
+    What an environment has that can be called and is none of its tools, each with what it is.
+
+    TRL takes plain methods and static methods alone. Whoever wrote a documented method of another kind may think that
+    the policy can call it.
+
+    Args:
+        environment (`object`):
+            The environment instance; its properties are not read.
+    """
+    found = {}
+    tools = {tool.name for tool in environment_tools(environment)}
+    kind = type(environment)
+    for name in dir(kind):
+        member = inspect.getattr_static(kind, name, None)
+        if not _may_be_tool(name) or name in tools or inspect.isfunction(member):
+            continue
+        if isinstance(member, classmethod):
+            found[name] = "a class method"
+        elif isinstance(member, functools.cached_property):
+            found[name] = "a cached property"
+        elif hasattr(member, "cache_info"):
+            found[name] = "a cached method"
+        elif _described_name(getattr(kind, name)) not in {None, *tools}:
+            found[name] = f"a {type(member).__name__}"
+    for name, value in vars(environment).items() if hasattr(environment, "__dict__") else ():
+        if _may_be_tool(name) and name not in tools and _described_name(value) not in {None, *tools}:
+            found[name] = "an attribute of the instance"
+    return found
+
+
+def _may_be_tool(name: str) -> bool:
+    return not name.startswith("_") and name not in ("reset", "get_reward")
+
+
+def _is_partial(environment: object, name: str) -> bool:
+    return isinstance(inspect.getattr_static(type(environment), name, None), functools.partialmethod)
+
+
+def _described_name(value: Any) -> str | None:
+    """The name of a callable that has all a tool needs, as only what is meant for a tool does."""
+    if not callable(value) or inspect.isclass(value):
+        return None
+    try:
+        return as_tool(value).name
+    except Exception:
+        return None
 
 
 def index_tools(tools: Iterable[Callable[..., Any] | Tool]) -> dict[str, Tool]:

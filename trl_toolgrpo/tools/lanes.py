@@ -45,13 +45,17 @@ class Job:
         function (`partial`):
             The call, with its arguments.
         tool (`Tool`, *optional*):
-            The tool that is called; `None` takes no slot and has no time limit.
+            The tool that is called; `None` takes no slot.
         owner (`Lane`, *optional*):
             The environment, whose jobs start in the order given.
         exclusive (`Lane`, *optional*):
             The tool, if it is not thread-safe.
         keep (`Any`, *optional*):
             The environment instance, kept alive as long as the job is.
+        name (`str`, *optional*, defaults to `""`):
+            What is asked of the environment, for messages.
+        limit (`float`, *optional*):
+            Seconds that has; `None` for no limit. The limit of a tool's call is the tool's or the executor's.
     """
 
     future: "Future[Any]"
@@ -60,6 +64,8 @@ class Job:
     owner: Lane | None = None
     exclusive: Lane | None = None
     keep: Any = None
+    name: str = ""
+    limit: float | None = None
     started: float = 0.0
     settled: bool = False
     expired: bool = False

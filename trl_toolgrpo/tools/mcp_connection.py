@@ -16,7 +16,7 @@ from ..redaction import masked_url
 from ..version import __version__
 from .mcp_config import MCPServer
 from .mcp_results import failed, innermost, tool_result
-from .mcp_stdio import ServerProcess
+from .mcp_stdio import LONGEST_MESSAGE, ServerProcess
 from .types import ToolResult
 
 
@@ -133,7 +133,7 @@ class Connection:
                 self._served = True
                 return failed(error.message, self.redactor)
         elif isinstance(error, (RuntimeError, ValueError)):  # it breaks the protocol or the tool's own schema
-            return failed(f"The server's answer is not valid: {error}", self.redactor)
+            return failed(f"The server's answer is not valid: {_shortened(str(error))}", self.redactor)
         self._lose(life)
         return failed("The server ended before it answered. It may have run the call or not.", self.redactor)
 
@@ -264,11 +264,39 @@ async def _http_messages(server: MCPServer) -> AsyncIterator[Any]:
 
     # Calls have time limits of their own; a stream for notifications is silent most of the time.
     timeout = httpx2.Timeout(server.start_timeout, read=None)
+
+    async def bound(response: Any) -> None:
+        response.stream = _bounded_stream(response.stream)
+
     async with (
-        httpx2.AsyncClient(headers=server.headers, timeout=timeout) as client,
+        httpx2.AsyncClient(headers=server.headers, timeout=timeout, event_hooks={"response": [bound]}) as client,
         streamable_http_client(str(server.url), http_client=client) as streams,
     ):
         yield streams
+
+
+def _bounded_stream(stream: Any) -> Any:
+    """The body of a response, which ends with an error where one message of it is longer than any may be."""
+    import httpx2
+
+    class Bounded(httpx2.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            since = 0  # bytes since the last empty line, which ends an event of a stream
+            async for chunk in stream:
+                end = max(chunk.rfind(b"\n\n"), chunk.rfind(b"\r\n\r\n"))
+                since = since + len(chunk) if end < 0 else len(chunk) - end
+                if since > LONGEST_MESSAGE:
+                    raise httpx2.ReadError(f"A message of more than {LONGEST_MESSAGE} bytes")
+                yield chunk
+
+        async def aclose(self) -> None:
+            await stream.aclose()
+
+    return Bounded()
+
+
+def _shortened(text: str, most: int = 300) -> str:
+    return text if len(text) <= most else f"{text[:most]} ..."
 
 
 def _words(error: BaseException) -> str:

@@ -26,9 +26,12 @@ from .results import encodable
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_LINE = 64 * 2**20
+LONGEST_MESSAGE = 64 * 2**20
+"""Bytes of one message of a server; a longer one ends the connection, before it takes all memory."""
+
 _STDERR_KEPT = 64 * 2**10
 _STDERR_SHOWN = 2000
+_INTERNAL_ERROR = -32603  # of JSON-RPC
 # How long a server may take to end after its input is closed, and after it was asked to.
 _GRACE = 2.0
 _TERMINATION = 1.0
@@ -132,14 +135,17 @@ class ServerProcess:
                 env={**get_default_environment(), **server.env},
                 cwd=self.folder or server.cwd,
                 start_new_session=True,
-                limit=_LONGEST_LINE,
+                limit=LONGEST_MESSAGE,
             )
         except (OSError, ValueError) as error:
             reason = self.redactor.text(str(error))
             raise MCPServerError(f"The MCP server {server.name!r} cannot be started: {reason}.") from None
 
     async def _read(self, process: Any, incoming: Any) -> None:
-        """Hands over what the server writes; what is no message, such as a stray `print`, is passed over."""
+        """
+        Hands over what the server writes. What is no message, such as a stray `print`, is passed over; what answers a
+        request with something that is no answer fails that request, which would wait for another one in vain.
+        """
         import anyio
         from mcp.shared.message import SessionMessage
 
@@ -150,8 +156,9 @@ class ServerProcess:
                     message = _message_of(line)
                 except (ValueError, RecursionError):
                     self._warn_of(line)
-                    continue
-                await incoming.send(SessionMessage(message))
+                    message = _failure_in_place_of(line)
+                if message is not None:
+                    await incoming.send(SessionMessage(message))
         self._end(incoming)
 
     async def _write(self, process: Any, outgoing: Any, incoming: Any) -> None:
@@ -213,6 +220,20 @@ def _message_of(line: bytes) -> Any:
         return adapter.validate_json(line, by_name=False)
     except ValueError:
         return adapter.validate_python(encodable(json.loads(line)), by_name=False)
+
+
+def _failure_in_place_of(line: bytes) -> Any:
+    """The failure of the request that a line meant to answer; `None` if it was meant for none."""
+    from mcp_types import jsonrpc_message_adapter as adapter
+
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or not {"result", "error"} & found.keys() or type(found.get("id")) is not int:
+        return None
+    error = {"code": _INTERNAL_ERROR, "message": "The server's answer is no valid message of the protocol."}
+    return adapter.validate_python({"jsonrpc": "2.0", "id": found["id"], "error": error}, by_name=False)
 
 
 def _line_of(message: Any) -> bytes:

@@ -5,11 +5,14 @@ alive.
 """
 
 import concurrent.futures
+import math
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from ..errors import EnvironmentTimeoutError
 from .lanes import Lane
 from .threads import Worker
 
@@ -96,7 +99,7 @@ class Owners:
             return owner
 
 
-def construct(factory: Callable[[], T], worker: Worker) -> T:
+def construct(factory: Callable[[], T], worker: Worker, limit: float | None = None) -> T:
     """
     Calls a factory on a thread and waits for what it makes.
 
@@ -105,9 +108,14 @@ def construct(factory: Callable[[], T], worker: Worker) -> T:
             Makes the instance.
         worker (`Worker`):
             The thread, which is ended if the factory raises.
+        limit (`float`, *optional*):
+            Most seconds to wait; what the factory makes later is dropped.
 
     Returns:
         `object`: The instance.
+
+    Raises:
+        EnvironmentTimeoutError: if the factory has made nothing within the limit.
     """
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
@@ -119,25 +127,34 @@ def construct(factory: Callable[[], T], worker: Worker) -> T:
 
     worker.run(job)
     try:
-        return wait(future)
+        return wait(future, limit)
     except BaseException:
         worker.stop()
         raise
 
 
-def wait(future: "concurrent.futures.Future[T]") -> T:
+def wait(future: "concurrent.futures.Future[T]", limit: float | None = None) -> T:
     """
     Waits for a future so that Ctrl-C gets through on every platform.
 
     Args:
         future (`Future`):
             The future.
+        limit (`float`, *optional*):
+            Most seconds to wait.
 
     Returns:
         Its result; its exception is raised.
+
+    Raises:
+        EnvironmentTimeoutError: if there is none within the limit.
     """
+    end = time.monotonic() + (math.inf if limit is None else limit)
     while not future.done():
-        concurrent.futures.wait([future], timeout=0.2)
+        left = end - time.monotonic()
+        if left <= 0:
+            raise EnvironmentTimeoutError(f"It did not return within {limit:g} seconds.")
+        concurrent.futures.wait([future], timeout=min(0.2, left))
     return future.result()
 
 

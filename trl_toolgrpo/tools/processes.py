@@ -5,6 +5,7 @@ runs in the process is `worker.py`.
 """
 
 import contextlib
+import functools
 import json
 import os
 import pickle
@@ -12,8 +13,8 @@ import select
 import subprocess
 import sys
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +26,7 @@ from .worker import write_frame
 
 # How long the module of a tool may take to be imported.
 _START_SECONDS = 60.0
+_MOST_WARM = 8  # processes that are started before a run; each holds all that a tool's module imports
 # Characters of one result; no chat shows as many, and a tool cannot fill the memory of the run.
 _RESULT_LIMIT = 4 * 2**20
 _FRAME_LIMIT = 12 * _RESULT_LIMIT + 2**16  # JSON writes a character in up to twelve bytes
@@ -146,6 +148,24 @@ class ToolProcess:
         return f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
 
+def _check_loading(tools: list[Tool]) -> None:
+    """
+    Check in one process that the functions of tools can be loaded; where they cannot, in one each, to name the tool.
+
+    Raises:
+        ToolSchemaError: if one cannot.
+        ToolRuntimeError: if its process does not start.
+    """
+    if not tools:
+        return
+    together = replace(tools[0], function=functools.partial(print, *(tool.function for tool in tools)))
+    try:
+        ToolProcess(together).end()
+    except (ToolSchemaError, ToolRuntimeError):
+        for tool in tools:
+            ToolProcess(tool).end()
+
+
 class ProcessCall:
     """
     One call in a process, which can be cancelled from other threads.
@@ -181,21 +201,26 @@ class ProcessPool:
 
     Args:
         warm (`Iterable[Tool]`, *optional*, defaults to `()`):
-            Tools that get a process at once, if they run in one.
+            Tools that get a process at once, if they run in one. Of many, the first alone; that the others can be
+            loaded is found out in one process.
+        most_idle (`int`, *optional*, defaults to `64`):
+            Most processes that are kept for later calls; beyond that, the one that waits longest is ended.
 
     Raises:
         ToolSchemaError: if the function of a tool cannot be loaded in a process.
     """
 
-    def __init__(self, warm: Iterable[Tool] = ()) -> None:
+    def __init__(self, warm: Iterable[Tool] = (), most_idle: int = 64) -> None:
         self._lock = threading.Lock()
-        self._idle: defaultdict[int, list[ToolProcess]] = defaultdict(list)
+        self._most_idle = most_idle
+        self._idle: list[ToolProcess] = []  # the one that waits longest first
         self._all: set[ToolProcess] = set()
         self._closed = False
         try:
-            for tool in warm:
-                if tool.isolation == "process":
-                    self._give_back(self._take(tool), True)
+            isolated = [tool for tool in warm if tool.isolation == "process"]
+            for tool in isolated[:_MOST_WARM]:
+                self._give_back(self._take(tool), True)
+            _check_loading(isolated[_MOST_WARM:])
         except BaseException:
             self.close()
             raise
@@ -233,7 +258,7 @@ class ProcessPool:
         """Kills every process, busy or not."""
         with self._lock:
             self._closed = True
-            idle = [process for found in self._idle.values() for process in found]
+            idle = list(self._idle)
             busy = self._all.difference(idle)
             self._idle.clear()
         for process in busy:
@@ -246,11 +271,13 @@ class ProcessPool:
             with self._lock:
                 if self._closed:
                     raise ToolRuntimeError("The tool runtime was shut down before the call ran.")
-                idle = self._idle[id(tool.function)]
-                process = idle.pop() if idle else None
+                fitting = [process for process in self._idle if process.tool.function is tool.function]
+                process = fitting[-1] if fitting else None
+                if process is not None:
+                    self._idle.remove(process)
             if process is None:
                 break
-            if process.alive and process.tool.function is tool.function:
+            if process.alive:
                 return process
             self._retire(process)
         process = ToolProcess(tool)
@@ -263,11 +290,12 @@ class ProcessPool:
 
     def _give_back(self, process: ToolProcess, reusable: bool) -> None:
         with self._lock:
-            reusable = reusable and not self._closed
-            if reusable:
-                self._idle[id(process.tool.function)].append(process)
-        if not reusable:
-            self._retire(process)
+            retired = None if reusable and not self._closed else process
+            if retired is None:
+                self._idle.append(process)
+                retired = self._idle.pop(0) if len(self._idle) > self._most_idle else None
+        if retired is not None:
+            self._retire(retired)
 
     def _retire(self, process: ToolProcess) -> None:
         process.end()

@@ -7,7 +7,7 @@ Owns `python_tool` and what the policy reads of a run; fed by recipes and script
 import logging
 import signal
 
-from .sandbox import NOT_STOPPED, Limits, Report, find_sandbox
+from .sandbox import PATIENCE, Limits, Report, find_sandbox
 from .types import Tool, ToolResult
 
 
@@ -32,6 +32,7 @@ def python_tool(
     processes: int = 32,
     output_bytes: int = 100_000,
     last_expression: bool = True,
+    together_mb: float | None = None,
 ) -> Tool:
     """
     A tool that runs Python code written by the policy, with Python's standard library, in a fresh process.
@@ -57,10 +58,14 @@ def python_tool(
         processes (`int`, *optional*, defaults to `32`):
             Processes and threads at the same time.
         output_bytes (`int`, *optional*, defaults to `100_000`):
-            Bytes of standard output and standard error that are kept. `max_tool_output_tokens` cuts what the policy
-            reads of them.
+            Bytes of standard output and standard error that are kept, half from the beginning and half from the end.
+            `max_tool_output_tokens` cuts what the policy reads of them in the same way.
         last_expression (`bool`, *optional*, defaults to `True`):
             Whether the value of a last line that is an expression is shown, as in an interactive session.
+        together_mb (`float`, *optional*):
+            Memory and private folders, in MiB, of all runs at the same time, of all Python tools of a process; further
+            runs wait for their turn. By default half of the memory of the machine or container, divided by the
+            processes of the run on it.
 
     Returns:
         [`Tool`]: The tool, with one argument, `code`.
@@ -69,10 +74,12 @@ def python_tool(
         ConfigError: if a limit is not positive or leaves no room for Python itself, or if the sandbox is unknown or
             cannot be had on this system.
     """
-    limits = Limits(seconds, int(memory_mb * 2**20), int(disk_mb * 2**20), processes, output_bytes)
+    together = None if together_mb is None else int(together_mb * 2**20)
+    limits = Limits(seconds, int(memory_mb * 2**20), int(disk_mb * 2**20), processes, output_bytes, together)
     box = find_sandbox(sandbox, limits, last_expression)
-    risks = NOT_STOPPED[box.mode]
-    logger.warning("Code of the tool %r runs in the sandbox %r, which does not stop: %s.", name, box.mode, risks)
+    logger.warning(
+        "Code of the tool %r runs in the sandbox %r, which does not stop: %s.", name, box.mode, box.not_stopped
+    )
 
     def run(code: str) -> ToolResult:
         return _result(box.run(code), limits)
@@ -82,15 +89,16 @@ def python_tool(
         f"Runs Python code in a fresh process and returns what it prints.{shown} There is no network, nothing is kept "
         f"between calls, and a run ends after {seconds:g} seconds."
     )
-    return Tool(name, description, _PARAMETERS, run, timeout=seconds + _SLACK)
+    return Tool(name, description, _PARAMETERS, run, timeout=PATIENCE + seconds + _SLACK)
 
 
 def _result(report: Report, limits: Limits) -> ToolResult:
-    """What the policy reads: the output, then what was dropped of it, then why it is no success."""
+    """What the policy reads: the output, with a mark where the middle of it was dropped, then why it is no success."""
     kind, reason = _failure(report, limits)
-    dropped = f"[{report.dropped} more bytes of output were dropped]" if report.dropped else ""
-    text = "\n".join(part for part in (report.output.rstrip("\n"), dropped, reason) if part)
-    return ToolResult(text, is_error=kind is not None, error_type=kind)
+    dropped = f"[... {report.dropped} bytes of output were dropped ...]" if report.dropped else ""
+    parts = (report.output.rstrip("\n"), dropped, report.tail.rstrip("\n"), reason)
+    text = "\n".join(part for part in parts if part)
+    return ToolResult(text, is_error=kind is not None, error_type=kind, transient=report.status == "busy")
 
 
 def _failure(report: Report, limits: Limits) -> tuple[str | None, str]:
@@ -98,6 +106,8 @@ def _failure(report: Report, limits: Limits) -> tuple[str | None, str]:
         return "timeout", f"[stopped after {limits.seconds:g} seconds]"
     if report.status == "memory":
         return "error", f"[stopped: more than {limits.memory / 2**20:g} MiB of memory]"
+    if report.status == "busy":
+        return "error", "[not run: other code took all the memory there is for it]"
     if report.status == "lost":
         return "error", "[the sandbox ended before the code did]"
     if report.code < 0:

@@ -3,6 +3,7 @@
 Owns the text of a result and of every failure of the runtime; fed by what tools return and raise.
 """
 
+import ast
 import dataclasses
 import enum
 import functools
@@ -98,9 +99,27 @@ def raised(error: BaseException) -> ToolResult:
     Returns:
         [`ToolResult`]: The result; transient for [`TransientToolError`].
     """
-    message = _safe_str(error) or type(error).__name__
+    message = _error_text(error)
     transient = isinstance(error, TransientToolError)
     return ToolResult({"error": message}, is_error=True, error_type="error", transient=transient)
+
+
+def _error_text(error: BaseException) -> str:
+    """What an exception says, with its type where that is a mere value: a KeyError's key, an exit code."""
+    kind, text = type(error).__name__, _safe_str(error)
+    if not text.strip():
+        return kind
+    is_value = type(error).__str__ is KeyError.__str__ or (len(error.args) == 1 and not isinstance(error.args[0], str))
+    return f"{kind}: {text}" if is_value or _is_literal(text) else text
+
+
+def _is_literal(text: str) -> bool:
+    """Whether a text is a number, a quoted text or another plain value of Python."""
+    try:
+        ast.literal_eval(text if len(text) <= 1000 else "")
+    except Exception:
+        return False
+    return True
 
 
 def unknown_tool(call: ToolCall, available: Collection[str]) -> ToolResult:

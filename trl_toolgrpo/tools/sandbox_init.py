@@ -26,9 +26,14 @@ _PDEATHSIG, _DUMPABLE, _SUBREAPER, _NO_NEW_PRIVS = 1, 4, 36, 38
 _NEW_USER, _OTHER_NAMESPACES = 0x10000000, 0x20000 | 0x2000000 | 0x4000000 | 0x8000000 | 0x20000000 | 0x40000000
 _RDONLY, _NOSUID, _NODEV, _REMOUNT, _BIND, _REC, _PRIVATE, _RELATIME = 1, 2, 4, 32, 4096, 16384, 1 << 18, 1 << 21
 _DETACH = 2
+_SYS_ADMIN = 21  # <linux/capability.h>
+_FOLDERS = ("/tmp", "/dev/shm")  # private ones, in memory
 _ARENA_MAX = -8  # <malloc.h>
 _KEPT = {os.ST_NOEXEC: 8, os.ST_NOATIME: 1024, os.ST_NODIRATIME: 2048, os.ST_RELATIME: _RELATIME}
 _DEVICES = ("null", "zero", "full", "random", "urandom")
+
+# What the kernel needs for a file in memory with its name, a semaphore, a message, and a set of them, in bytes
+_INODE, _SEMAPHORE, _MESSAGE, _ENTRY = 1280, 64, 64, 512
 
 _POLL = {"bubblewrap": 0.02, "namespaces": 0.02, "limits": 0.1}
 _NAME = "<code>"
@@ -49,6 +54,8 @@ def main(mode: str) -> None:
         _enter_namespaces(given)
     elif mode == "limits":
         _libc.prctl(_SUBREAPER, 1, 0, 0, 0)
+    else:
+        _bound_files(given["files"])
     _libc.prctl(_DUMPABLE, 0, 0, 0, 0)  # the code cannot reach in here, even as the same user
     readable, writable = os.pipe()
     child = os.fork()
@@ -101,6 +108,17 @@ def _drop_capabilities() -> None:
     _checked(_libc.capset(header, (ctypes.c_uint32 * 6)()), "capset")
 
 
+def _bound_files(most: int) -> None:
+    """Bounds how many files the private folders take, empty ones too, and gives up the right to mount."""
+    for folder in _FOLDERS:  # where that is not allowed, they count as memory
+        _libc.mount(None, folder.encode(), None, ctypes.c_ulong(_REMOUNT | _NOSUID | _NODEV), b"nr_inodes=%d" % most)
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    _checked(_libc.capget(header, sets), "capget")
+    for index in range(3):  # effective, permitted, inheritable
+        sets[index] &= ~(1 << _SYS_ADMIN)
+    _checked(_libc.capset(header, sets), "capset")
+
+
 def _run(code: str, last_expression: bool) -> None:
     """Runs the code as `__main__`, and shows the value of its last line as an interactive session would."""
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
@@ -131,8 +149,11 @@ def _run(code: str, last_expression: bool) -> None:
 
 
 def _watch(child: int, output: int, mode: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Waits for the end of the code or of its limits; what it prints is read all the time and kept up to a limit."""
-    kept, dropped = bytearray(), 0
+    """
+    Waits for the end of the code or of its limits; what it prints is read all the time, and its beginning and its end
+    are kept up to a limit.
+    """
+    kept = _Output(given["output"])
     deadline = time.monotonic() + given["seconds"]
     report: dict[str, Any] = {"status": "ended", "code": 0}
     os.set_blocking(output, False)
@@ -161,12 +182,34 @@ def _watch(child: int, output: int, mode: str, given: dict[str, Any]) -> dict[st
             if not text:
                 watched = []
                 break
-            room = given["output"] - len(kept)
-            kept += text[:room]
-            dropped += max(0, len(text) - room)
+            kept.add(text)
         if status is not None:
             break
-    return {**report, "output": kept.decode(errors="replace"), "dropped": dropped}
+    return {**report, **kept.report()}
+
+
+class _Output:
+    """The beginning and the end of what the code prints, half of a number of bytes each."""
+
+    def __init__(self, most: int) -> None:
+        self._head, self._tail, self._dropped = bytearray(), bytearray(), 0
+        self._room, self._tail_room = most - most // 2, most // 2
+
+    def add(self, text: bytes) -> None:
+        self._head += text[: self._room]
+        self._tail += text[self._room :]
+        self._room -= min(self._room, len(text))
+        excess = max(0, len(self._tail) - self._tail_room)
+        del self._tail[:excess]
+        self._dropped += excess
+
+    def report(self) -> dict[str, Any]:
+        if not self._dropped:
+            return {"output": (self._head + self._tail).decode(errors="replace")}
+        half_a_character = "\N{REPLACEMENT CHARACTER}"
+        head = self._head.decode(errors="replace").rstrip(half_a_character)
+        tail = self._tail.decode(errors="replace").lstrip(half_a_character)
+        return {"output": head, "dropped": self._dropped, "tail": tail}
 
 
 def _reap(child: int) -> int | None:
@@ -180,7 +223,10 @@ def _reap(child: int) -> int | None:
 
 
 def _memory(mode: str) -> int:
-    """Bytes that the code's processes hold together: in pages, shared segments and anonymous files."""
+    """
+    Bytes that the code's processes hold together: in pages, shared segments, anonymous files, and what the kernel
+    keeps for files without content, semaphores and messages.
+    """
     processes = list(_descendants() if mode == "limits" else _others())
     total = sum(map(_resident, processes))
     files = {}
@@ -194,6 +240,13 @@ def _memory(mode: str) -> int:
     if mode != "limits":
         with contextlib.suppress(OSError, ValueError), open("/proc/sysvipc/shm") as segments:
             total += sum(int(line.split()[14]) for line in list(segments)[1:])
+        for kind, column, each in (("sem", 3, _SEMAPHORE), ("msg", 3, 1), ("msg", 4, _MESSAGE)):
+            with contextlib.suppress(OSError, ValueError), open(f"/proc/sysvipc/{kind}") as entries:
+                total += sum(_ENTRY + each * int(line.split()[column]) for line in list(entries)[1:])
+    if mode == "bubblewrap":
+        for folder in _FOLDERS:
+            found_files = os.statvfs(folder)
+            total += _INODE * (found_files.f_files - found_files.f_ffree)
     return total + sum(files.values())
 
 

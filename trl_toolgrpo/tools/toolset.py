@@ -4,14 +4,18 @@ Owns which tools a rollout has: those passed to the trainer, the methods of its 
 brings along. Fed by the trainer; the same records make the prompt, are called, and are checked against prompts.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import ToolSchemaError
 from .arguments import check_schema
-from .functions import environment_tools, index_tools
+from .functions import environment_tools, index_tools, left_out_of_tools
 from .prompt import PromptTool
 from .types import Tool
+
+
+logger = logging.getLogger(__name__)
 
 
 class ToolSet:
@@ -74,5 +78,14 @@ class ToolSet:
                 check_schema(tool)
             self.of_environments += [tools[owned_name] for owned_name in tools if owned_name in owned]
             self.decided_at_reset |= hasattr(environment, "tools")
+            left_out = left_out_of_tools(environment)
+            if left_out:
+                logger.warning(
+                    "The environment %s has public methods that are no tools, since TRL makes tools of plain methods "
+                    "alone: %s. If the policy is to call one, make it a plain method, or list it in the environment's "
+                    "attribute `tools`; if not, begin its name with an underscore.",
+                    type(environment).__name__,
+                    ", ".join(f"`{name}` ({what})" for name, what in left_out.items()),
+                )
             rendered[name] = self.prompt_tools(environment)
         return rendered

@@ -109,7 +109,7 @@ class Tool:
     @property
     def is_async(self) -> bool:
         """Whether calling the tool gives an awaitable to run on the event loop."""
-        return _is_or_calls(self.function, inspect.iscoroutinefunction)
+        return is_async_callable(self.function)
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -122,6 +122,17 @@ class Tool:
         if self.returns is not None:
             function["return"] = self.returns
         return {"type": "function", "function": function}
+
+
+def is_async_callable(function: Any) -> bool:
+    """
+    Return whether calling something gives a coroutine.
+
+    Args:
+        function (`Callable`):
+            Function, method, `functools.partial` or an object with `__call__`.
+    """
+    return _is_or_calls(function, inspect.iscoroutinefunction)
 
 
 def refuse_generator(name: str, function: Callable[..., Any]) -> None:

@@ -102,9 +102,10 @@ async def _awaited(value: Any) -> Any:
 
 
 def _bounded(content: Any, limit: int) -> Any:
-    """Content of at most so many characters; what is longer is cut, as text."""
+    """Content of at most so many characters; of what is longer, as text, the middle is left out."""
     text = content if isinstance(content, str) else json.dumps(content)
-    return content if len(text) <= limit else text[:limit]
+    half = limit // 2
+    return content if len(text) <= limit else f"{text[:half]}\n[...]\n{text[-half:]}"
 
 
 def read_frame(stream: BinaryIO) -> bytes | None:

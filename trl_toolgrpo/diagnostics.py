@@ -133,21 +133,22 @@ def averages(metrics: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 
 def length_metrics(lengths: Tensor, truncated: Tensor) -> dict[str, float]:
     """
-    TRL's `completions/*` metrics that depend on what counts as truncated, by stop reason instead of last token.
+    Compute TRL's `completions/*` metrics. TRL counts the tokens that train, and judges by the last token whether a
+    rollout was truncated; here forced tokens count like any other token of a completion, and its stop reason tells.
 
     Args:
         lengths (`Tensor`):
-            Assistant tokens of each rollout, shape (N,).
+            Assistant tokens of each rollout, sampled or forced, shape (N,).
         truncated (`Tensor`):
             Whether it was truncated, bool, shape (N,).
     """
+    found = {"completions/clipped_ratio": truncated.float().mean().item()}
     ended = lengths[~truncated] if bool((~truncated).any()) else lengths.new_zeros(1)
-    return {
-        "completions/clipped_ratio": truncated.float().mean().item(),
-        "completions/mean_terminated_length": ended.mean().item(),
-        "completions/min_terminated_length": ended.min().item(),
-        "completions/max_terminated_length": ended.max().item(),
-    }
+    for name, counted in (("length", lengths), ("terminated_length", ended)):
+        found[f"completions/mean_{name}"] = counted.mean().item()
+        found[f"completions/min_{name}"] = counted.min().item()
+        found[f"completions/max_{name}"] = counted.max().item()
+    return found
 
 
 def check_logprobs(

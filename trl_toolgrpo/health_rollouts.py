@@ -14,6 +14,9 @@ from .health import Finding, Rule, RunFacts, Window, batches, earliest, latest, 
 from .trajectory import Trajectory
 
 
+DISTINCT = 4
+"""Least number of distinct rewards, and of distinct lengths, in a group that can show that one follows the other."""
+
 SHORTCUTS = {"length": "reward/length_correlation", "calls": "reward/repeats_correlation"}
 """Metrics of how reward follows what a rollout costs, within groups."""
 
@@ -207,25 +210,32 @@ def _identity(call: Any) -> str:
 
 def correlation_within_groups(rewards: Sequence[float], values: Sequence[float], group: int) -> float | None:
     """
-    Correlation of reward with something else, each less its mean in the group.
+    Compute the correlation of reward with something else, each less its mean in the group.
+
+    Two distinct pairs always lie on a line, so that one rollout which differs from the rest of its group gives a
+    correlation of 1 or -1 and shows nothing. Groups in which either takes fewer than [`DISTINCT`] values are left out
+    (in smaller groups, those in which two are alike), and there must be several groups.
 
     Args:
         rewards, values (`Sequence[float]`):
-            Of each rollout, group behind group; a reward may be NaN.
+            Of each rollout, group after group; a reward may be NaN.
         group (`int`):
             Rollouts of a group.
 
     Returns:
-        `float` or `None`: the correlation; `None` where fewer than 8 rollouts are in groups in which both differ.
+        `float` or `None`: the correlation; `None` where fewer than 2 groups, 8 rollouts or 4 distinct pairs (8 in
+        groups of fewer than 4 rollouts) are left.
     """
     pairs: list[tuple[float, float]] = []
+    least, groups = min(DISTINCT, group), 0
     for start in range(0, len(rewards), group):
         own = [pair for pair in zip(rewards[start : start + group], values[start : start + group], strict=True)
                if not math.isnan(pair[0])]  # fmt: skip
-        if len({reward for reward, _ in own}) > 1 and len({value for _, value in own}) > 1:
+        if len({reward for reward, _ in own}) >= least and len({value for _, value in own}) >= least:
             center = mean([reward for reward, _ in own]), mean([value for _, value in own])
             pairs += [(reward - center[0], value - center[1]) for reward, value in own]
-    if len(pairs) < 8:
+            groups += 1
+    if groups < 2 or len(pairs) < 8 or len(set(pairs)) < (DISTINCT if group >= DISTINCT else 2 * DISTINCT):
         return None
     both = sum(reward * value for reward, value in pairs)
     norm = math.sqrt(sum(reward**2 for reward, _ in pairs) * sum(value**2 for _, value in pairs))

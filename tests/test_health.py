@@ -333,7 +333,10 @@ BOTH_WAYS = {
     "entropy_collapse": (
         [("entropy", lambda step: 0.5 if step < 30 else 0.01)], [("entropy", lambda step: 0.5 - step / 100)],
     ),
-    "kl_runaway": ([("kl", 0.8), ("kl", lambda step: 0.01 if step < 40 else 12.0)], [("kl", 0.3)]),
+    "kl_runaway": (
+        [("kl", 0.8), ("kl", lambda step: 0.01 if step < 38 else 0.6)],
+        [("kl", 0.3), ("kl", lambda step: 0.01 if step < 40 else 12.0)],
+    ),
     "tool_use_fading": (
         [("tools__call_frequency", lambda step: 1.5 if step < 30 else 0.4)],
         [("tools__call_frequency", lambda step: 1.5 - step / 80)],
@@ -342,9 +345,11 @@ BOTH_WAYS = {
         [("tools__add__errors", 11.0)], [("tools__add__errors", lambda step: 11.0 if step % 3 else 2.0)],
     ),
     "tool_slow": (
-        [("tools__add__latency_p95", lambda step: 0.01 if step < 39 else 2.0), ("tools__add__timeouts", 4.0),
+        [("tools__add__latency_p50", lambda step: 0.01 if step < 39 else 2.0),
+         ("tools__add__latency_p95", lambda step: 0.01 if step < 36 else 2.0), ("tools__add__timeouts", 4.0),
          ("rollout__tool_wait_fraction", 0.8)],
-        [("tools__add__latency_p95", lambda step: 5.0), ("tools__add__latency_p95", lambda step: 9.0 * (step == 30))],
+        [("tools__add__latency_p95", lambda step: 5.0), ("tools__add__latency_p95", lambda step: 9.0 * (step > 36)),
+         ("tools__add__timeouts", 2.0)],
     ),
     "broken_calls": (
         [("tools__malformed_calls", 8.0), ("tools__unknown_calls", lambda step: 0.0 if step < 30 else 3.0)],

@@ -187,21 +187,22 @@ def _mismatch(
     recomputed: Tensor, trajectories: Sequence[Trajectory], accepted: Accepted, source: str
 ) -> str | None:
     """What is wrong with the log-probs of this process; `None` if nothing is."""
-    gaps, begins, places = [], [], []
+    gaps, doubts, begins, places = [], [], [], []
     for row, trajectory in enumerate(trajectories):
         sampled = torch.tensor(trajectory.trainable_mask, dtype=torch.bool).nonzero()[:, 0]
         recorded = torch.tensor(trajectory.logprobs, dtype=torch.float64)
         gap = (recomputed[row, : len(recorded)] - recorded)[sampled].abs()
         gaps.append(gap.nan_to_num(nan=math.inf, posinf=math.inf))
+        doubts.append(1 - recomputed[row, : len(recorded)][sampled].exp())
         starts = [turn.start for turn in trajectory.turns[1:]]
         begins.append(torch.isin(sampled, torch.tensor(starts, dtype=torch.long)))
         places += [(row, place) for place in sampled.tolist()]
     if not places:
         return None
-    gap, begin = torch.cat(gaps), torch.cat(begins)
-    excess = accepted.excess(gap)
+    gap, doubt, begin = torch.cat(gaps), torch.cat(doubts), torch.cat(begins)
+    excess = accepted.excess(gap, doubt)
     if excess is None:
-        excess = accepted.excess(gap[begin])
+        excess = accepted.excess(gap[begin], doubt[begin])
         if excess is None:
             return None
         excess = f"of the tokens that begin a turn after tool results, {excess}"

@@ -22,7 +22,7 @@ RECOVERED = 5
 CHANCE = 1e-6
 """Likelihood below which a count is no accident, although a run gives it thousands of occasions."""
 
-_FIRST, _LAST, _KEPT = 64, 128, 384
+_FIRST, _MIDDLE, _LAST = 64, 128, 128
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class RunFacts:
     Args:
         logprob_tolerance (`float`, *optional*, defaults to `1e-3`):
             Mean difference in nats that rounding explains between recorded and recomputed log-probs.
+        doubtful_tolerance (`float`, *optional*, defaults to `0.0`):
+            The same at tokens that the policy hardly expects. A policy that was sure may not be so for ever.
         dtype (`str`, *optional*, defaults to `"float32"`):
             What the policy computes in.
         steps_per_batch (`int`, *optional*, defaults to `1`):
@@ -60,6 +62,7 @@ class RunFacts:
     """
 
     logprob_tolerance: float = 1e-3
+    doubtful_tolerance: float = 0.0
     dtype: str = "float32"
     steps_per_batch: int = 1
     policy_from: int = 0
@@ -86,7 +89,9 @@ class RunFacts:
     @property
     def largest_gap(self) -> float:
         """Mean difference of log-probs, in nats, that rounding explains at any time of the run."""
-        return (4 if self.low_precision else 1) * self.logprob_tolerance
+        if not self.low_precision:
+            return self.logprob_tolerance
+        return max(4 * self.logprob_tolerance, 2 * self.doubtful_tolerance)
 
     @property
     def low_precision(self) -> bool:
@@ -250,8 +255,9 @@ class HealthMonitor:
             Faults that were not over yet, and the logged step, counted from 0, in which each was last seen.
 
     Attributes:
-        window (`list[dict]`): what rules are shown, at most a few hundred steps however long the run is: the first 64
-            and the last 128, and between them rollout batches that get fewer the older they are.
+        window (`list[dict]`): what rules are shown, at most 320 steps however long the run is: the first 64 and the
+            last 128, and between them one rollout batch of so many, evenly over the run.
+        count (`int`): logged steps so far.
     """
 
     rules: Sequence[Rule]
@@ -259,6 +265,8 @@ class HealthMonitor:
     open: dict[str, int] = field(default_factory=dict)
     window: list[dict[str, Any]] = field(default_factory=list, init=False)
     count: int = field(default=0, init=False)
+    _left: int = field(default=0, init=False)  # rollout batches that are not among the last steps any more
+    _every: int = field(default=1, init=False)  # one of so many is kept of them
 
     def recall(self, steps: Iterable[dict[str, Any]]) -> None:
         """
@@ -274,8 +282,15 @@ class HealthMonitor:
     def _remember(self, metrics: dict[str, Any]) -> None:
         self.window.append(metrics)
         self.count += 1
-        if len(self.window) > _KEPT:
-            self.window[_FIRST:-_LAST] = batches(self.window[_FIRST:-_LAST])[::2]
+        if len(self.window) <= _FIRST + _LAST:
+            return
+        is_batch = self.window[-_LAST - 1].get("reward") is not None
+        self._left += is_batch
+        if not is_batch or self._left % self._every:
+            del self.window[-_LAST - 1]
+        elif len(self.window) > _FIRST + _MIDDLE + _LAST:
+            self.window[_FIRST:-_LAST] = self.window[_FIRST:-_LAST][1::2]
+            self._every *= 2
 
     def step(self, metrics: dict[str, Any]) -> list[dict[str, Any]]:
         """

@@ -27,11 +27,12 @@ from .health import (
 from .trajectory import Trajectory
 
 
-DISTINCT = 4
-"""Least number of distinct rewards, and of distinct lengths, in a group that can show that one follows the other."""
-
 SHORTCUTS = {"length": "reward/length_correlation", "calls": "reward/repeats_correlation"}
 """Metrics of how reward follows what a rollout costs, within groups."""
+
+DISTINCT = {"length": 4, "calls": 3}
+"""Least number of distinct rewards, and of distinct costs, in a group that can show that one follows the other. An
+answer that lacks a step is shorter and worth less, without a shortcut; a call made twice is part of no answer."""
 
 _IN_A_ROW = 4
 _TRENDS = {"length": ("completions/mean_length", "tokens"), "calls": ("tools/call_frequency", "calls")}
@@ -47,7 +48,8 @@ _REMEDIES = {
 def _tool_use_fading(window: Window, facts: RunFacts) -> Finding | None:
     """
     Half as many calls over 6 batches as at the peak, and by 8 standard errors: the peak is the largest of many means,
-    and a small batch has twice as many calls as another by chance. Fewer calls for more reward are no fault.
+    and a small batch has twice as many calls as another by chance. Fewer calls for more reward are no fault, nor are
+    fewer for the same reward while every rollout still makes one.
     """
     found = [e for e in batches(trained(window, facts)) if e.get("tools/call_frequency") is not None]
     if len(found) < 12:
@@ -58,8 +60,9 @@ def _tool_use_fading(window: Window, facts: RunFacts) -> Finding | None:
     now, best = means[-1], means[peak]
     if best < 0.3 or now >= 0.5 * best or deviations(calls[peak : peak + 6], calls[-6:], best / facts.rollouts) < 8:
         return None
-    before, after = (mean([e["reward"] for e in found[place : place + 6]]) for place in (peak, len(means) - 1))
-    if after > before and now >= 0.1:
+    rewards = [entry["reward"] for entry in found]
+    gained = deviations(rewards[-6:], rewards[peak : peak + 6])
+    if (gained > 2 and now >= 0.1) or (gained > -2 and now >= 1):
         return None
     return Finding(
         f"Tool use fades: {now:.2f} calls a rollout over the last 6 batches, {best:.2f} at its peak around step "
@@ -282,26 +285,30 @@ def _identity(call: Any) -> str:
     return f"{call.name} {json.dumps(call.arguments, sort_keys=True, default=str)}"
 
 
-def correlation_within_groups(rewards: Sequence[float], values: Sequence[float], group: int) -> float | None:
+def correlation_within_groups(
+    rewards: Sequence[float], values: Sequence[float], group: int, distinct: int = 4
+) -> float | None:
     """
     Compute the correlation of reward with something else, each less its mean in the group.
 
     Two distinct pairs always lie on a line, so that one rollout which differs from the rest of its group gives a
-    correlation of 1 or -1 and shows nothing. Groups in which either takes fewer than [`DISTINCT`] values are left out
-    (in smaller groups, those in which two are alike), and there must be several groups.
+    correlation of 1 or -1 and shows nothing. Groups in which either takes few distinct values are left out, and there
+    must be several groups.
 
     Args:
         rewards, values (`Sequence[float]`):
             Of each rollout, group after group; a reward may be NaN.
         group (`int`):
             Rollouts of a group.
+        distinct (`int`, *optional*, defaults to `4`):
+            Least number of distinct rewards and of distinct values in a group; in a smaller one all must differ.
 
     Returns:
-        `float` or `None`: the correlation; `None` where fewer than 2 groups, 8 rollouts or 4 distinct pairs (8 in
-        groups of fewer than 4 rollouts) are left.
+        `float` or `None`: the correlation; `None` where fewer than 2 groups or 8 rollouts are left, or fewer pairs
+        that differ than `distinct` (twice as many in groups smaller than that).
     """
     pairs: list[tuple[float, float]] = []
-    least, groups = min(DISTINCT, group), 0
+    least, groups = min(distinct, group), 0
     for start in range(0, len(rewards), group):
         own = [pair for pair in zip(rewards[start : start + group], values[start : start + group], strict=True)
                if not math.isnan(pair[0])]  # fmt: skip
@@ -309,7 +316,7 @@ def correlation_within_groups(rewards: Sequence[float], values: Sequence[float],
             center = mean([reward for reward, _ in own]), mean([value for _, value in own])
             pairs += [(reward - center[0], value - center[1]) for reward, value in own]
             groups += 1
-    if groups < 2 or len(pairs) < 8 or len(set(pairs)) < (DISTINCT if group >= DISTINCT else 2 * DISTINCT):
+    if groups < 2 or len(pairs) < 8 or len(set(pairs)) < (distinct if group >= distinct else 2 * distinct):
         return None
     both = sum(reward * value for reward, value in pairs)
     norm = math.sqrt(sum(reward**2 for reward, _ in pairs) * sum(value**2 for _, value in pairs))

@@ -284,7 +284,7 @@ def _critic_worse(window: Window, facts: RunFacts) -> Finding | None:
     if max(pooled, median(values)) >= -0.15 or sum(value < 0 for value in values) < 0.75 * len(values):
         return None
     at_first = mean([(e.get("reward_std") or 0.0) ** 2 for e in found[:_CRITIC_BATCHES]])
-    if improved(found) and mean(variances) < 0.25 * at_first:
+    if improved(found) and mean(variances) < 0.5 * at_first:
         return None
     return Finding(
         f"The critic explains {pooled:.2f} of the variance of returns over the last {len(values)} batches: it does "
@@ -346,16 +346,16 @@ def _gradient_zero(window: Window, facts: RunFacts) -> Finding | None:
 def _gradient_spike(window: Window, facts: RunFacts) -> Finding | None:
     """
     Norms vary by a factor from batch to batch, and by a larger one where few groups have a spread. A spike is beyond
-    20 times the median, and beyond eight times the usual deviation of the logarithm from its median, over 16 norms or
-    more; and beyond four times the largest of them.
+    20 times the median, and beyond six times the usual deviation of the logarithm from its median, over 24 norms or
+    more; and beyond six times the largest of them.
     """
     value = window[-1].get("grad_norm")
     before = [norm for norm in latest(window[:-1], "grad_norm", 32) if norm > 0]
-    if value is None or not math.isfinite(value) or len(before) < 16:
+    if value is None or not math.isfinite(value) or len(before) < 24:
         return None
     usual = median(before)
     deviation = 1.48 * median([abs(math.log(norm / usual)) for norm in before])
-    limit = max(usual * max(20.0, math.exp(min(8 * deviation, 700))), 4 * max(before), facts.max_grad_norm)
+    limit = max(usual * max(20.0, math.exp(min(6 * deviation, 700))), 6 * max(before), facts.max_grad_norm)
     if value <= limit:
         return None
     return Finding(

@@ -19,7 +19,7 @@ from .checks import policy_parameters
 from .diagnostics import compute_dtype
 from .errors import CheckpointSaveError, HealthError
 from .health import HealthMonitor, RunFacts, still_open
-from .health_rollouts import ROLLOUT_RULES, SHORTCUTS, correlation_within_groups, costs
+from .health_rollouts import DISTINCT, ROLLOUT_RULES, SHORTCUTS, correlation_within_groups, costs
 from .health_updates import UPDATE_RULES
 from .rollout.rotary import RowFrequencies
 from .rounding import EXACT_TOLERANCE, LOW_PRECISION, Accepted
@@ -65,8 +65,8 @@ class HealthWatch(RunLog):
             own = torch.tensor([costs(trajectory) for trajectory in self._batch.trajectories])
             every = self.accelerator.gather(own.to(self.accelerator.device)).T.tolist()
             rewards = self._rewards.tolist()
-            for metric, values in zip(SHORTCUTS.values(), every, strict=True):
-                found = correlation_within_groups(rewards, values, self.num_generations)
+            for (cost, metric), values in zip(SHORTCUTS.items(), every, strict=True):
+                found = correlation_within_groups(rewards, values, self.num_generations, DISTINCT[cost])
                 if found is not None:
                     self._metrics["train"][metric].append(found)
         return scores
@@ -83,7 +83,8 @@ class HealthWatch(RunLog):
     def _check_health(self, monitor: HealthMonitor, metrics: dict[str, Any]) -> None:
         found: list[Any] = [None]
         if self._rounding is not None and self.args.logprob_check_tolerance is None:
-            monitor.facts = replace(monitor.facts, logprob_tolerance=self._rounding.mean)
+            mean, doubtful = self._rounding.mean, self._rounding.doubtful
+            monitor.facts = replace(monitor.facts, logprob_tolerance=mean, doubtful_tolerance=doubtful)
         if self.accelerator.is_main_process:
             for line in monitor.step(metrics):
                 self._add_line(HEALTH, line)

@@ -4,6 +4,7 @@ import math
 import random
 import time
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -116,7 +117,7 @@ def test_a_long_run_costs_a_rule_no_more_and_hides_nothing():
     assert len(monitor.window) <= 320 and monitor.count == 10_000
     kept = [entry["step"] for entry in monitor.window]
     assert kept[:64] == list(range(1, 65)) and kept[-128:] == list(range(9873, 10_001))
-    between = [later - earlier for earlier, later in zip(kept[63:-128], kept[64:-127], strict=True)]
+    between = [later - earlier for earlier, later in pairwise(kept[63:-127])]
     assert len(between) > 64 and max(between) <= 128
 
     def seconds(monitor):

@@ -48,12 +48,12 @@ KINDS = {
     "two iterations": {"num_iterations": 2},
     "four iterations, bfloat16": {"num_iterations": 4, "bf16": True},
     "two iterations, gae": {"num_iterations": 2, "advantage_estimator": "gae", "value_learning_rate": 1e-2},
-    "three optimizer steps of a batch": {"steps_per_generation": 3, "per_device_train_batch_size": 8},
+    "three optimizer steps of a batch": {"steps_per_generation": 3, "per_device_train_batch_size": 4},
     "two batches in an optimizer step": {
-        "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "steps_per_generation": 2,
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "steps_per_generation": 2,
     },
     "batches across optimizer steps": {
-        "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "steps_per_generation": 3,
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 3,
     },
     "KL term": {"beta": 0.05},
     "synced reference": {**SYNC, "ref_model_mixup_alpha": 1.0},
@@ -64,12 +64,12 @@ KINDS = {
     },
     "no shared prompts": {"shared_prompt_updates": False},
     "deterministic": {"deterministic_rollouts": True},
-    "small batches": {"per_device_train_batch_size": 4},
+    "one group": {"per_device_train_batch_size": 4},
     "pairs": {"num_generations": 2},
     "groups of eight": {"num_generations": 8, "learning_rate": 2e-3},
     "warm-up of the rate": {"warmup_steps": 20, "num_iterations": 2, "learning_rate": 1e-4},
     "a tiny rate": {"learning_rate": 1e-6, "num_iterations": 2},
-    "logged every fifth step": {"logging_steps": 5, "max_steps": 100, "num_iterations": 2},
+    "logged every fifth step": {"logging_steps": 5, "max_steps": 80, "num_iterations": 2},
     "dr_grpo, no scaling": {"loss_type": "dr_grpo", "scale_rewards": "none"},
     "scaled by batch": {"scale_rewards": "batch"},
     "truncated rollouts masked": {"mask_truncated_completions": True, "max_completion_length": 48},
@@ -140,7 +140,8 @@ def record(name, seed, tokenizer, weights):
     changes = dict(KINDS[name])
     dtype, peft = changes.pop("dtype", torch.float32), changes.pop("peft", False)
     options = {
-        "max_steps": STEPS, "learning_rate": 1e-3, "per_device_train_batch_size": 16, "max_completion_length": 96,
+        "max_steps": STEPS, "learning_rate": 1e-3, "per_device_train_batch_size": 16 if seed % 2 else 8,
+        "max_completion_length": 96,
         "seed": seed, "rollout_log_limit": 0, **changes,
     }  # fmt: skip
     rows = [{"prompt": question(a, b), "sums": a + b} for a in range(5) for b in range(5)]

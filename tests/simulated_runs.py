@@ -158,7 +158,8 @@ def alarms(entries, facts):
 SOUND = [
     *(Kind(rollouts, generations, rewards, success)
       for rollouts, generations in ((4, 4), (8, 2), (8, 4), (16, 8), (64, 8))
-      for rewards, success in (("binary", 0.1), ("binary", 0.5), ("binary", 0.9), ("graded", 0.6), ("real", 0.5))),
+      for rewards, success in (("binary", 0.5), ("binary", 0.9), ("graded", 0.6), ("real", 0.5))),
+    *(Kind(rollouts, 8, "binary", 0.1) for rollouts in (16, 64)),
     Kind(norms=1.0), Kind(8, 4, norms=1.0, calls=0.5), Kind(8, 4, calls=3.0, errors=0.45, broken=0.2),
     Kind(8, 8, questions=0.5), Kind(64, 8, questions=0.3, success=0.8), Kind(16, 4, slow=0.15),
     Kind(8, 4, truncated=0.3), Kind(16, 4, explained=0.0), Kind(8, 4, explained=-0.05), Kind(dtype="bfloat16"),

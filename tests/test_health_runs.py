@@ -249,12 +249,16 @@ def test_without_groups_only_rewards_that_are_all_the_same_leave_nothing_to_lear
 
 
 def test_few_groups_without_a_spread_are_an_accident():
-    rule, facts = RULES["advantages_zero"].check, RunFacts(rollouts=8, generations=8)
-    failed = [{"step": step, "reward": 0.0, "reward_std": 0.0, "frac_reward_zero_std": 1.0} for step in range(1, 41)]
-    assert rule(failed[:23], facts) is None and rule(failed[:24], facts) is not None
-    assert rule(failed[:3], RunFacts()) is not None  # 24 groups as well
-    constant = [{**entry, "reward": 0.5} for entry in failed]
-    assert rule(constant[:3], facts) is not None and rule(constant[:2], facts) is None
+    def stands(number, facts, **changes):
+        entry = {"reward": 0.0, "reward_std": 0.0, "frac_reward_zero_std": 1.0, **changes}
+        return RULES["advantages_zero"].check([{"step": n + 1, **entry} for n in range(number)], facts) is not None
+
+    one, two = RunFacts(rollouts=4, generations=4), RunFacts(rollouts=8, generations=4)
+    assert not stands(5, one) and stands(6, one) and not stands(2, two) and stands(3, two)
+    assert stands(3, one, reward=0.5) and not stands(2, two, reward=0.5)
+    differ = {"reward": 0.5, "reward_std": 0.5}  # some groups all right, others all wrong
+    assert not stands(23, one, **differ) and stands(24, one, **differ) and stands(12, two, **differ)
+    assert stands(3, RunFacts(), **differ)
 
 
 def test_chances_are_those_of_the_binomial_distribution():

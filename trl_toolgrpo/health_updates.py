@@ -371,8 +371,9 @@ def _advantages_zero(window: Window, facts: RunFacts) -> Finding | None:
     """
     Few groups without a spread are an accident, above all where most rollouts succeed or most fail. How many are not
     is told by the groups before them: as many as have a chance below one in a million. Where no group has had a
-    spread, 24 groups: of a policy that succeeds once in ten or twenty rollouts, at least one would have shown it. One
-    and the same reward for everyone that is neither 0 nor 1 comes of the reward function, and three batches tell.
+    spread, 24 groups, or 24 rollouts that all have the same reward: if one of five succeeded, 24 would fail by
+    accident once in 200 runs. The same reward for everyone that is neither 0 nor 1 comes of the reward function, and
+    three batches tell.
 
     Silent where reward has come up since: then the task is solved.
     """
@@ -389,7 +390,8 @@ def _advantages_zero(window: Window, facts: RunFacts) -> Finding | None:
             return None
     else:
         same = all(entry["reward"] == value and entry.get("reward_std") == 0 for entry in streak)
-        if not (same and value not in (0, 1)) and groups < 24:
+        enough = same and (value not in (0, 1) or count * facts.rollouts >= 24)
+        if not enough and groups < 24:
             return None
     seen, effect = (
         ("In no group", "every advantage is 0 and nothing is learned")

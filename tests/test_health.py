@@ -223,6 +223,35 @@ def test_a_planted_fault_is_named_within_five_steps(monkeypatch, tmp_path, fault
     assert all(found.get(rule, 99) <= 5 for rule in rules.split()), found
 
 
+LACKING = [
+    [f"so it is{END}"] if row % 8 == 0 else [tool_call("add", a=row, b=1) + END, f"the sum is {row}{END}"]
+    for row in range(16)
+]
+
+
+def by_answer(completions, **kwargs):
+    return [1.0 if len(messages) > 1 else 0.25 for messages in completions]
+
+
+def test_a_rollout_that_lacks_a_step_is_no_shortcut(monkeypatch, tmp_path):
+    """In each group one of eight is shorter and worth less: a correlation of 1 within groups, in every batch."""
+    changes = {"per_device_train_batch_size": 16, "num_generations": 8, "advantage_estimator": "group", "max_steps": 7}
+    start(tmp_path, monkeypatch, script=LACKING, rewards=by_answer, **changes).train()
+    assert named(tmp_path) == {}
+
+
+def test_two_batches_in_an_optimizer_step_and_their_replay_blame_nobody(monkeypatch, tmp_path):
+    changes = {
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "steps_per_generation": 2,
+        "learning_rate": 1e-2, "max_steps": 6,
+    }  # fmt: skip
+    start(tmp_path / "run", monkeypatch, **changes).train()
+    replayed = start(tmp_path / "again", monkeypatch, replay=str(tmp_path / "run"), **changes)
+    replayed.train()
+    assert replayed.state.log_history[-2]["ratio/mean"] == pytest.approx(1, abs=1e-4)
+    assert named(tmp_path / "run") == {} and named(tmp_path / "again") == {}
+
+
 def test_a_fault_is_said_once_and_survives_a_resume(monkeypatch, tmp_path, caplog):
     changes = {"rewards": constant, "advantage_estimator": "group", "save_strategy": "steps", "save_steps": 1}
     with caplog.at_level(logging.WARNING):

@@ -36,7 +36,7 @@ SYNC = {"beta": 0.02, "sync_ref_model": True, "ref_model_sync_steps": 4}
 KINDS = {
     "plain": {},
     "bfloat16 autocast": {"bf16": True},
-    "bfloat16 weights": {"dtype": torch.bfloat16, "learning_rate": 3e-3},
+    "bfloat16 weights": {"dtype": torch.bfloat16, "learning_rate": 3e-4},
     "float64": {"dtype": torch.float64},
     "LoRA": LORA,
     "LoRA, bfloat16, synced reference": {**LORA, **SYNC, "bf16": True, "ref_model_mixup_alpha": 1.0},
@@ -44,7 +44,9 @@ KINDS = {
     "gae": {"advantage_estimator": "gae", "value_learning_rate": 1e-2},
     "gae by turn, several epochs": {"advantage_estimator": "gae", "gae_unit": "turn", "value_epochs": 3},
     "group_gae": {"advantage_estimator": "group_gae", "value_learning_rate": 1e-2},
-    "gae, warm-up, bfloat16": {"advantage_estimator": "gae", "value_warmup_steps": 5, "bf16": True},
+    "gae, warm-up, bfloat16": {
+        "advantage_estimator": "gae", "value_warmup_steps": 5, "bf16": True, "learning_rate": 3e-4,
+    },
     "two iterations": {"num_iterations": 2},
     "four iterations, bfloat16": {"num_iterations": 4, "bf16": True},
     "two iterations, gae": {"num_iterations": 2, "advantage_estimator": "gae", "value_learning_rate": 1e-2},
@@ -147,8 +149,11 @@ def record(name, seed, tokenizer, weights):
     rows = [{"prompt": question(a, b), "sums": a + b} for a in range(5) for b in range(5)]
     model = tiny_model(tokenizer)
     model.load_state_dict(weights)
+    folder = tempfile.mkdtemp()
+    model.to(dtype).save_pretrained(folder)
+    model.config._name_or_path = folder  # where a reference is loaded from
     trainer = ToolGRPOTrainer(
-        model.to(dtype), score, config(tempfile.mkdtemp(), **options), Dataset.from_list(rows), tools=[add],
+        model, score, config(tempfile.mkdtemp(), **options), Dataset.from_list(rows), tools=[add],
         processing_class=tokenizer,
         peft_config=LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"]) if peft else None,
     )  # fmt: skip

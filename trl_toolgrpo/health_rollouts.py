@@ -244,8 +244,9 @@ def _shortcut(window: Window, facts: RunFacts) -> Finding | None:
     }
     steps = batches(trained(window, facts))
     for kind, metric in SHORTCUTS.items():
-        last = [entry.get(metric) for entry in steps[-_IN_A_ROW:]]
-        if len(last) < _IN_A_ROW or any(value is None or not value > 0.97 for value in last):
+        found = [entry.get(metric) for entry in steps[-_IN_A_ROW:]]
+        last = [value for value in found if value is not None and value > 0.97]
+        if len(last) < _IN_A_ROW:
             continue
         what, how, remedy = words[kind]
         name, unit = _TRENDS[kind]

@@ -51,6 +51,12 @@ def stored(name, entries, facts):
     }
 
 
+def collapsed(run):
+    """Whether a run was destroyed by its own updates: three rollout batches in a row earn next to nothing."""
+    rewards = [value for value in run["metrics"]["reward"] if value is not None]
+    return any(max(rewards[place : place + 3]) <= 0.08 for place in range(len(rewards) - 2))
+
+
 def keep(runs, path=STORED):
     """Store runs, each as of [`stored`], in place of those of the same names."""
     runs = {run["name"]: run for run in [*_read(path), *runs]}

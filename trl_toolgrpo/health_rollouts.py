@@ -215,8 +215,11 @@ def _broken(found: Window) -> tuple[float, float]:
 
 
 def _truncated(window: Window, facts: RunFacts) -> Finding | None:
-    """More than half of 3 batches, and more than by chance if every third rollout were cut off."""
-    found = batches(window, 3)
+    """
+    More than half of 3 batches, and more than by chance if every third rollout were cut off. Forced calls of assisted
+    steps, which may leave no room for an answer, do not count.
+    """
+    found = batches(trained(window, facts), 3)
     shares = [entry.get("completions/clipped_ratio") or 0.0 for entry in found]
     rollouts = 3 * facts.rollouts
     if len(shares) < 3 or mean(shares) <= 0.5 or binomial_tail(mean(shares) * rollouts, rollouts, 1 / 3) > 1e-4:

@@ -422,7 +422,7 @@ def _entropy_collapse(window: Window, facts: RunFacts) -> Finding | None:
     """
     steps = trained(window, facts)
     last = latest(steps, "entropy", 3)
-    if len(last) < 3 or improved(batches(steps)):
+    if len(last) < 3 or min(last) == 0 or improved(batches(steps)):
         return None
     first = earliest(steps[:-3], "entropy", 8)
     length = max([1.0, *latest(steps, "completions/mean_length", 3)])

@@ -22,7 +22,7 @@ from conftest import chat_tokenizer, config, tiny_model
 from datasets import Dataset
 from peft import LoraConfig
 from simulated_runs import FAULTS, SOUND, alarms, facts_of, simulate, weakest
-from stored_runs import STORED, keep, load, read_folder, stored
+from stored_runs import STORED, collapsed, keep, load, read_folder, stored
 
 from trl_toolgrpo import ToolGRPOTrainer
 
@@ -74,7 +74,7 @@ KINDS = {
     "logged every fifth step": {"logging_steps": 5, "max_steps": 80, "num_iterations": 2},
     "dr_grpo, no scaling": {"loss_type": "dr_grpo", "scale_rewards": "none"},
     "scaled by batch": {"scale_rewards": "batch"},
-    "truncated rollouts masked": {"mask_truncated_completions": True, "max_completion_length": 48},
+    "truncated rollouts masked": {"mask_truncated_completions": True},
 }  # fmt: skip
 
 
@@ -162,14 +162,18 @@ def record(name, seed, tokenizer, weights):
 
 
 def record_all(seeds):
-    """Make every kind of run with each seed, and store them."""
+    """Make every kind of run with each seed, and store those that stay sound."""
     tokenizer = chat_tokenizer("qwen3_instruct_2507")
     torch.manual_seed(0)
     weights, loss = warm_policy(tokenizer)
     print(f"warm start: loss {loss:.3f}", flush=True)
     for seed in range(seeds):
         for name in KINDS:
-            keep([record(name, seed, tokenizer, weights)])
+            run = record(name, seed, tokenizer, weights)
+            if collapsed(run):
+                print(f"{run['name']}: the policy was destroyed, and the run is not stored", flush=True)
+            else:
+                keep([run])
 
 
 # What the rules say

@@ -217,6 +217,21 @@ def test_every_token_keeps_its_provenance(tmp_path, monkeypatch):
     assert logs_of(trainer)[0]["forced/fraction"] == pytest.approx(fraction)
 
 
+@pytest.mark.parametrize("options", [{"disable_forcing_in_updates": False}, {"assist_warmup_steps": 1, "beta": 0.0}])
+@pytest.mark.parametrize("level", ["call", "name", "schema"])
+def test_forced_tokens_count_in_the_lengths_of_completions(tmp_path, monkeypatch, level, options):
+    trainer, kept = make(tmp_path, monkeypatch, force_rate=1.0, force_level=level, max_steps=1, **options)
+    trainer.train()
+    trajectories = kept[0][1]
+    lengths = [sum(t.tool_mask) for t in trajectories]
+    assert any(any(t.forced_mask) for t in trajectories)
+    ended = [n for n, t in zip(lengths, trajectories, strict=True) if not t.truncated] or [0]
+    logs = logs_of(trainer)[0]
+    for name, counted in (("length", lengths), ("terminated_length", ended)):
+        found = [logs[f"completions/{kind}_{name}"] for kind in ("mean", "min", "max")]
+        assert found == [pytest.approx(sum(counted) / len(counted)), min(counted), max(counted)]
+
+
 def test_no_forced_token_reaches_an_update_whatever_the_rate(tmp_path, monkeypatch):
     trainer, kept = make(tmp_path, monkeypatch, force_rate=0.9)
     trainer.train()

@@ -223,6 +223,35 @@ def test_a_planted_fault_is_named_within_five_steps(monkeypatch, tmp_path, fault
     assert all(found.get(rule, 99) <= 5 for rule in rules.split()), found
 
 
+LACKING = [
+    [f"so it is{END}"] if row % 8 == 0 else [tool_call("add", a=row, b=1) + END, f"the sum is {row}{END}"]
+    for row in range(16)
+]
+
+
+def by_answer(completions, **kwargs):
+    return [1.0 if len(messages) > 1 else 0.25 for messages in completions]
+
+
+def test_a_rollout_that_lacks_a_step_is_no_shortcut(monkeypatch, tmp_path):
+    """In each group one of eight is shorter and worth less: a correlation of 1 within groups, in every batch."""
+    changes = {"per_device_train_batch_size": 16, "num_generations": 8, "advantage_estimator": "group", "max_steps": 7}
+    start(tmp_path, monkeypatch, script=LACKING, rewards=by_answer, **changes).train()
+    assert named(tmp_path) == {}
+
+
+def test_two_batches_in_an_optimizer_step_and_their_replay_blame_nobody(monkeypatch, tmp_path):
+    changes = {
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "steps_per_generation": 2,
+        "learning_rate": 1e-2, "max_steps": 6,
+    }  # fmt: skip
+    start(tmp_path / "run", monkeypatch, **changes).train()
+    replayed = start(tmp_path / "again", monkeypatch, replay=str(tmp_path / "run"), **changes)
+    replayed.train()
+    assert replayed.state.log_history[-2]["ratio/mean"] == pytest.approx(1, abs=1e-4)
+    assert named(tmp_path / "run") == {} and named(tmp_path / "again") == {}
+
+
 def test_a_fault_is_said_once_and_survives_a_resume(monkeypatch, tmp_path, caplog):
     changes = {"rewards": constant, "advantage_estimator": "group", "save_strategy": "steps", "save_steps": 1}
     with caplog.at_level(logging.WARNING):
@@ -333,7 +362,10 @@ BOTH_WAYS = {
     "entropy_collapse": (
         [("entropy", lambda step: 0.5 if step < 30 else 0.01)], [("entropy", lambda step: 0.5 - step / 100)],
     ),
-    "kl_runaway": ([("kl", 0.8), ("kl", lambda step: 0.01 if step < 40 else 12.0)], [("kl", 0.3)]),
+    "kl_runaway": (
+        [("kl", 0.8), ("kl", lambda step: 0.01 if step < 38 else 0.6)],
+        [("kl", 0.3), ("kl", lambda step: 0.01 if step < 40 else 12.0)],
+    ),
     "tool_use_fading": (
         [("tools__call_frequency", lambda step: 1.5 if step < 30 else 0.4)],
         [("tools__call_frequency", lambda step: 1.5 - step / 80)],
@@ -342,9 +374,11 @@ BOTH_WAYS = {
         [("tools__add__errors", 11.0)], [("tools__add__errors", lambda step: 11.0 if step % 3 else 2.0)],
     ),
     "tool_slow": (
-        [("tools__add__latency_p95", lambda step: 0.01 if step < 39 else 2.0), ("tools__add__timeouts", 4.0),
+        [("tools__add__latency_p50", lambda step: 0.01 if step < 39 else 2.0),
+         ("tools__add__latency_p95", lambda step: 0.01 if step < 36 else 2.0), ("tools__add__timeouts", 4.0),
          ("rollout__tool_wait_fraction", 0.8)],
-        [("tools__add__latency_p95", lambda step: 5.0), ("tools__add__latency_p95", lambda step: 9.0 * (step == 30))],
+        [("tools__add__latency_p95", lambda step: 5.0), ("tools__add__latency_p95", lambda step: 9.0 * (step > 36)),
+         ("tools__add__timeouts", 2.0)],
     ),
     "broken_calls": (
         [("tools__malformed_calls", 8.0), ("tools__unknown_calls", lambda step: 0.0 if step < 30 else 3.0)],

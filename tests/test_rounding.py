@@ -161,3 +161,30 @@ def test_rounding_is_that_of_the_dtype_of_training():
         means[dtype] = found.mean
     assert means[torch.float32] == 5e-4 < 1e-3 < means[torch.bfloat16] < 0.1
     assert not model.get_input_embeddings()._forward_hooks
+
+
+def doubted(seed, count, scale, sure):
+    """Rounding of logits at tokens of which a share is as good as certain, and the probability of all others."""
+    generator = torch.Generator().manual_seed(seed)
+    certain = torch.rand(count, generator=generator) < sure
+    doubt = torch.where(certain, 1e-4, 0.2 + 0.8 * torch.rand(count, generator=generator))
+    return (scale * torch.randn(count, generator=generator)).abs() * doubt, doubt
+
+
+@pytest.mark.parametrize("count", [10, 100, 1000])
+@pytest.mark.parametrize("sure", [0.0, 0.5])
+def test_tokens_that_are_less_expected_than_those_measured_differ_by_more(count, sure):
+    for seed in range(20):
+        known = Rounding.of(*doubted(seed, 300, 0.02, sure=0.95))
+        gaps, doubt = doubted(1000 + seed, count, 0.02, sure)
+        assert known.excess(gaps, doubt) is None
+        assert known.excess(gaps) is not None or count == 10
+        assert known.excess(16 * gaps, doubt) is not None  # and by more than rounding where something is wrong
+
+
+def test_a_token_that_is_expected_has_no_more_room_than_before():
+    known = Rounding.of(*doubted(0, 300, 0.02, sure=0.95))
+    sure = torch.full((200,), 1e-4)
+    for gap in (0.003, 0.01):
+        assert known.excess(torch.full((200,), gap), sure) is not None
+    assert Exact().doubtful == Exact().mean and Exact().excess(torch.tensor([2e-3]), torch.ones(1)) is not None

@@ -133,21 +133,22 @@ def averages(metrics: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 
 def length_metrics(lengths: Tensor, truncated: Tensor) -> dict[str, float]:
     """
-    TRL's `completions/*` metrics that depend on what counts as truncated, by stop reason instead of last token.
+    Compute TRL's `completions/*` metrics. TRL counts the tokens that train, and judges by the last token whether a
+    rollout was truncated; here forced tokens count like any other token of a completion, and its stop reason tells.
 
     Args:
         lengths (`Tensor`):
-            Assistant tokens of each rollout, shape (N,).
+            Assistant tokens of each rollout, sampled or forced, shape (N,).
         truncated (`Tensor`):
             Whether it was truncated, bool, shape (N,).
     """
+    found = {"completions/clipped_ratio": truncated.float().mean().item()}
     ended = lengths[~truncated] if bool((~truncated).any()) else lengths.new_zeros(1)
-    return {
-        "completions/clipped_ratio": truncated.float().mean().item(),
-        "completions/mean_terminated_length": ended.mean().item(),
-        "completions/min_terminated_length": ended.min().item(),
-        "completions/max_terminated_length": ended.max().item(),
-    }
+    for name, counted in (("length", lengths), ("terminated_length", ended)):
+        found[f"completions/mean_{name}"] = counted.mean().item()
+        found[f"completions/min_{name}"] = counted.min().item()
+        found[f"completions/max_{name}"] = counted.max().item()
+    return found
 
 
 def check_logprobs(
@@ -186,21 +187,22 @@ def _mismatch(
     recomputed: Tensor, trajectories: Sequence[Trajectory], accepted: Accepted, source: str
 ) -> str | None:
     """What is wrong with the log-probs of this process; `None` if nothing is."""
-    gaps, begins, places = [], [], []
+    gaps, doubts, begins, places = [], [], [], []
     for row, trajectory in enumerate(trajectories):
         sampled = torch.tensor(trajectory.trainable_mask, dtype=torch.bool).nonzero()[:, 0]
         recorded = torch.tensor(trajectory.logprobs, dtype=torch.float64)
         gap = (recomputed[row, : len(recorded)] - recorded)[sampled].abs()
         gaps.append(gap.nan_to_num(nan=math.inf, posinf=math.inf))
+        doubts.append(1 - recomputed[row, : len(recorded)][sampled].exp())
         starts = [turn.start for turn in trajectory.turns[1:]]
         begins.append(torch.isin(sampled, torch.tensor(starts, dtype=torch.long)))
         places += [(row, place) for place in sampled.tolist()]
     if not places:
         return None
-    gap, begin = torch.cat(gaps), torch.cat(begins)
-    excess = accepted.excess(gap)
+    gap, doubt, begin = torch.cat(gaps), torch.cat(doubts), torch.cat(begins)
+    excess = accepted.excess(gap, doubt)
     if excess is None:
-        excess = accepted.excess(gap[begin])
+        excess = accepted.excess(gap[begin], doubt[begin])
         if excess is None:
             return None
         excess = f"of the tokens that begin a turn after tool results, {excess}"

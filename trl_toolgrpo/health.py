@@ -1,7 +1,10 @@
-"""Health rules: what a rule is, what it is told, and when what it finds is said.
+"""Health rules: what a rule is, what it is told, what counts as evidence, and when a finding is said.
 
-Owns `Rule`, `RunFacts`, the reading of a window of metrics, and `HealthMonitor`, which says each fault once. The
-rules are in `health_updates.py` and `health_rollouts.py`; fed by `health_watch.py` with the metrics of logged steps.
+The rules are in `health_updates.py` and `health_rollouts.py`; `health_watch.py` shows them the metrics of each logged
+step. A run of thousands of steps shows every rule thousands of windows, so that a rule must be silent on all of them
+where nothing is wrong: one that judges by a count asks how likely the count is by chance ([`binomial_tail`] below
+[`CHANCE`]), one that judges by noisy figures asks for a difference of many standard errors, and one that judges by a
+figure which rounding alone can move asks for more than rounding.
 """
 
 import math
@@ -16,6 +19,11 @@ Window = Sequence[dict[str, Any]]
 RECOVERED = 5
 """Steps without a finding after which a fault is over."""
 
+CHANCE = 1e-6
+"""Likelihood below which a count is no accident, although a run gives it thousands of occasions."""
+
+_FIRST, _MIDDLE, _LAST = 64, 128, 128
+
 
 @dataclass(frozen=True)
 class RunFacts:
@@ -25,6 +33,8 @@ class RunFacts:
     Args:
         logprob_tolerance (`float`, *optional*, defaults to `1e-3`):
             Mean difference in nats that rounding explains between recorded and recomputed log-probs.
+        doubtful_tolerance (`float`, *optional*, defaults to `0.0`):
+            The same at tokens that the policy hardly expects. A policy that was sure may not be so for ever.
         dtype (`str`, *optional*, defaults to `"float32"`):
             What the policy computes in.
         steps_per_batch (`int`, *optional*, defaults to `1`):
@@ -37,15 +47,51 @@ class RunFacts:
             Whether a sync makes the reference equal to the policy.
         max_grad_norm (`float`, *optional*, defaults to `1.0`):
             Norm that gradients are clipped to.
+        rollouts (`int`, *optional*, defaults to `64`):
+            Rollouts of a batch, over all processes.
+        generations (`int`, *optional*, defaults to `8`):
+            Rollouts of a group.
+        learning_rate (`float`, *optional*, defaults to `0.0`):
+            Learning rate that the schedule starts from; with the default every rate counts as a full one.
+        group_advantages (`bool`, *optional*, defaults to `True`):
+            Whether a group whose rewards are all the same has no advantages.
+        loss_scaling (`bool`, *optional*, defaults to `False`):
+            Whether the loss is scaled, and steps whose gradient overflows are left out.
+        rope (`str`, *optional*, defaults to `""`):
+            Kinds of rotary embeddings of the policy that depend on the length of what is read.
     """
 
     logprob_tolerance: float = 1e-3
+    doubtful_tolerance: float = 0.0
     dtype: str = "float32"
     steps_per_batch: int = 1
     policy_from: int = 0
     sync_steps: int | None = None
     copies_policy: bool = True
     max_grad_norm: float = 1.0
+    rollouts: int = 64
+    generations: int = 8
+    learning_rate: float = 0.0
+    group_advantages: bool = True
+    loss_scaling: bool = False
+    rope: str = ""
+
+    @property
+    def groups(self) -> int:
+        """Groups of a rollout batch."""
+        return max(self.rollouts // self.generations, 1)
+
+    def at_full_rate(self, entry: dict[str, Any]) -> bool:
+        """Whether a step has a tenth of the learning rate or more, so that its update can be expected to show."""
+        rate = entry.get("learning_rate")
+        return rate is None or rate >= 0.1 * self.learning_rate
+
+    @property
+    def largest_gap(self) -> float:
+        """Mean difference of log-probs, in nats, that rounding explains at any time of the run."""
+        if not self.low_precision:
+            return self.logprob_tolerance
+        return max(4 * self.logprob_tolerance, 2 * self.doubtful_tolerance)
 
     @property
     def low_precision(self) -> bool:
@@ -138,10 +184,58 @@ def batches(window: Window, count: int | None = None) -> Window:
 
 
 def improved(window: Window) -> bool:
-    """Whether reward is clearly above where it began, so that a policy that has settled is no fault."""
-    first, last = earliest(window, "reward", 3), latest(window, "reward", 3)
-    spread = max(earliest(window, "reward_std", 3), default=0.0)
+    """
+    Whether reward is clearly above where it began, so that a policy that has settled is no fault.
+
+    A mean over up to 8 batches at either end, since that of a small batch is noise for the most part.
+    """
+    found = batches(window)
+    count = min(8, max(len(found) // 2, 1))
+    first, last = earliest(found, "reward", count), latest(found, "reward", count)
+    spread = max(earliest(found, "reward_std", count), default=0.0)
     return bool(first) and mean(last) - mean(first) > max(0.3 * spread, 1e-6)
+
+
+# Evidence
+
+
+def binomial_tail(count: float, total: float, share: float) -> float:
+    """
+    Return how likely at least `count` of `total` are if each has a chance of `share`.
+
+    Args:
+        count, total (`float`):
+            Counts; means of counts over several batches are rounded.
+        share (`float`):
+            Chance of each, between 0 and 1.
+    """
+    least, whole = math.ceil(count - 1e-6), round(total)
+    if least <= whole * share:
+        return 1.0
+
+    def log_choices(taken: int) -> float:
+        return math.lgamma(whole + 1) - math.lgamma(taken + 1) - math.lgamma(whole - taken + 1)
+
+    each, none = math.log(share), math.log1p(-share)
+    return sum(math.exp(log_choices(n) + n * each + (whole - n) * none) for n in range(least, whole + 1))
+
+
+def deviations(now: Sequence[float], before: Sequence[float], least: float = 0.0) -> float:
+    """
+    Return by how many standard errors the mean of some figures is above that of others.
+
+    Args:
+        now, before (`Sequence[float]`):
+            Figures of two or more batches each.
+        least (`float`, *optional*, defaults to `0.0`):
+            Variance of one figure that is known to be there, as few figures may happen to agree.
+    """
+    squares = sum((x - mean(values)) ** 2 for values in (now, before) for x in values)
+    variance = max(squares / (len(now) + len(before) - 2), least)
+    difference = mean(now) - mean(before)
+    if variance == 0:
+        return math.copysign(math.inf, difference) if difference else 0.0
+    return difference / math.sqrt(variance * (1 / len(now) + 1 / len(before)))
 
 
 # Saying it
@@ -157,16 +251,46 @@ class HealthMonitor:
             The rules.
         facts ([`RunFacts`]):
             What they are told.
-        window (`list[dict]`, *optional*):
-            Steps before this one, of a run that goes on.
         open (`dict[str, int]`, *optional*):
-            Faults that were not over yet, and the step in which each was last seen.
+            Faults that were not over yet, and the logged step, counted from 0, in which each was last seen.
+
+    Attributes:
+        window (`list[dict]`): what rules are shown, at most 320 steps however long the run is: the first 64 and the
+            last 128, and between them one rollout batch of so many, evenly over the run.
+        count (`int`): logged steps so far.
     """
 
     rules: Sequence[Rule]
     facts: RunFacts
-    window: list[dict[str, Any]] = field(default_factory=list)
     open: dict[str, int] = field(default_factory=dict)
+    window: list[dict[str, Any]] = field(default_factory=list, init=False)
+    count: int = field(default=0, init=False)
+    _left: int = field(default=0, init=False)  # rollout batches that are not among the last steps any more
+    _every: int = field(default=1, init=False)  # one of so many is kept of them
+
+    def recall(self, steps: Iterable[dict[str, Any]]) -> None:
+        """
+        Take in the steps of a run that is resumed, without looking for faults.
+
+        Args:
+            steps (`Iterable[dict]`):
+                Metrics of its logged training steps, oldest first.
+        """
+        for metrics in steps:
+            self._remember(metrics)
+
+    def _remember(self, metrics: dict[str, Any]) -> None:
+        self.window.append(metrics)
+        self.count += 1
+        if len(self.window) <= _FIRST + _LAST:
+            return
+        is_batch = self.window[-_LAST - 1].get("reward") is not None
+        self._left += is_batch
+        if not is_batch or self._left % self._every:
+            del self.window[-_LAST - 1]
+        elif len(self.window) > _FIRST + _MIDDLE + _LAST:
+            self.window[_FIRST:-_LAST] = self.window[_FIRST:-_LAST][1::2]
+            self._every *= 2
 
     def step(self, metrics: dict[str, Any]) -> list[dict[str, Any]]:
         """
@@ -180,7 +304,7 @@ class HealthMonitor:
             `list[dict]`: lines for `health.jsonl`: faults that begin (`level` `"warning"` or `"error"`) and faults
             that are over (`level` `"ok"`).
         """
-        self.window.append(metrics)
+        self._remember(metrics)
         step, said = metrics["step"], []
         for rule in self.rules:
             finding = rule.check(self.window, self.facts)
@@ -196,8 +320,8 @@ class HealthMonitor:
                             "message": finding.message,
                         }
                     )
-                self.open[rule.name] = len(self.window)
-            elif rule.name in self.open and len(self.window) - self.open[rule.name] >= RECOVERED:
+                self.open[rule.name] = self.count
+            elif rule.name in self.open and self.count - self.open[rule.name] >= RECOVERED:
                 del self.open[rule.name]
                 said.append({"step": step, "rule": rule.name, "level": "ok"})
         return said

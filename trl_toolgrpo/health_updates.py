@@ -1,20 +1,45 @@
 """Health rules on updates: ratio, log-probs, forcing, reference, critic, gradient, advantages, entropy and KL.
 
-Owns the thresholds and the words; each rule is a function of the metrics of the steps so far. Fed by `health.py`.
+Each rule is a function of the metrics of the steps so far; its docstring says what evidence it asks for.
 """
 
 import math
 from statistics import median
 
-from .health import Finding, Rule, RunFacts, Window, batches, earliest, improved, latest, mean, trained
+from .health import (
+    CHANCE,
+    Finding,
+    Rule,
+    RunFacts,
+    Window,
+    batches,
+    earliest,
+    improved,
+    latest,
+    mean,
+    trained,
+)
 
 
 _WATCHED = ("loss", "grad_norm", "kl", "entropy", "ratio/mean", "value/loss", "value/grad_norm")
 
+_CRITIC_BATCHES = 16
+
+OVERFLOWS = 17
+"""Steps in a row that loss scaling may leave out: a scale of 65,536 is halved each time, and 1 must be enough."""
+
 
 def _not_finite(window: Window, facts: RunFacts) -> Finding | None:
+    """
+    One figure that is not finite is enough, since no sound update has any. With loss scaling the norm of a gradient
+    that overflowed is none: the step is left out, and the scale comes down.
+    """
     entry = window[-1]
-    broken = [n for n in _WATCHED if n in entry and (entry[n] is None or not math.isfinite(entry[n]))]
+    broken = [name for name in _WATCHED if _is_broken(entry, name)]
+    if facts.loss_scaling and set(broken) <= {"grad_norm", "value/grad_norm"}:
+        last = window[-OVERFLOWS:]
+        if len(last) < OVERFLOWS or not all(any(_is_broken(e, name) for name in broken) for e in last):
+            return None
     if not broken:
         return None
     return Finding(
@@ -25,20 +50,44 @@ def _not_finite(window: Window, facts: RunFacts) -> Finding | None:
     )
 
 
+def _is_broken(entry: dict, name: str) -> bool:
+    return name in entry and (entry[name] is None or not math.isfinite(entry[name]))
+
+
 def _ratio_mean(window: Window, facts: RunFacts) -> Finding | None:
+    """
+    Before the policy has moved the ratio is 1 but for rounding. After that its mean over tokens that were sampled
+    stays 1 in expectation, and what it is off by on one batch is its spread over the root of the number of tokens,
+    beside what the update fits to this very batch. Which of the two causes is named is told by the log-probs
+    compared before the policy had moved.
+    """
     entry = window[-1]
     value = entry.get("ratio/mean")
     if value is None:
         return None
     fresh = "sampling/logp_diff_mean" in entry and facts.steps_per_batch == 1
-    limit = (max(0.05, facts.rounding_spread) if facts.low_precision else 0.01) if fresh else 0.15
+    if fresh:
+        limit = max(0.05, facts.rounding_spread) if facts.low_precision else 0.01
+    else:
+        tokens = facts.rollouts * max([1.0, *latest(window, "completions/mean_length", 1)])
+        limit = max(0.15, 5 * (entry.get("ratio/std") or 0.0) / math.sqrt(tokens))
     if abs(value - 1) <= limit:
         return None
+    gap = latest(window, "sampling/logp_diff_mean", 1)
+    if fresh or not gap or gap[0] > facts.largest_gap:
+        cause = (
+            "The recorded log-probs are not those of the policy that sampled. Look at `sampling/logp_diff_max`, and "
+            "set `logprob_check='always'` to see the first token."
+        )
+    else:
+        cause = (
+            f"The recorded log-probs are right: before the policy had moved they differed from the trainer's by "
+            f"{gap[0]:.1e} nats. So the policy has moved far within one rollout batch. Lower `learning_rate`, "
+            f"`num_iterations` or `steps_per_generation`."
+        )
     return Finding(
-        f"The mean ratio of the policy to the one that sampled is {value:.3f}, and should be 1 within {limit:g}. The "
-        f"recorded log-probs are not those of the policy that sampled, or the policy has moved far within one rollout "
-        f"batch. Look at `sampling/logp_diff_max` and set `logprob_check='always'`; if log-probs agree, lower "
-        f"`learning_rate` or `num_iterations`.{_spread_by_rounding(entry, facts)}",
+        f"The mean ratio of the policy to the one that sampled is {value:.3f}, and should be 1 within {limit:.2g}. "
+        f"{cause}{_spread_by_rounding(entry, facts)}",
         value,
         limit,
     )
@@ -55,7 +104,10 @@ def _spread_by_rounding(entry: dict, facts: RunFacts) -> str:
 
 
 def _ratio_spread(window: Window, facts: RunFacts) -> Finding | None:
-    """A spread is due from the second optimizer step on a batch, if the first has moved the policy."""
+    """
+    A spread is due from the second optimizer step on a batch, if the first has moved the policy: it had a gradient
+    and more than the first steps of a learning rate that warms up. Twice in a row, and below what float32 rounds.
+    """
     reused = [
         place for place, entry in enumerate(window)
         if "ratio/std" in entry and "sampling/logp_diff_mean" not in entry and entry["step"] > facts.policy_from + 1
@@ -64,42 +116,61 @@ def _ratio_spread(window: Window, facts: RunFacts) -> Finding | None:
         return None
     for place in reused:
         before = window[place - 1] if place else {}
-        has_moved = (before.get("learning_rate") or 0) > 0 and (before.get("grad_norm") or 0) > 1e-6
-        if not has_moved or window[place]["ratio/std"] > 1e-6:
+        has_rate = (before.get("learning_rate") or 0) > 0 and facts.at_full_rate(before)
+        if not has_rate or (before.get("grad_norm") or 0) <= 1e-6 or window[place]["ratio/std"] > 1e-6:
             return None
-    value = window[-1]["ratio/std"]
+    value, rate = window[-1]["ratio/std"], window[-1].get("learning_rate") or 0.0
+    moved = latest(window, "policy/moved", 1)
+    cause = (
+        f"The weights do move, so either the old log-probs are recomputed with the present policy, or a learning rate "
+        f"of {rate:.1e} is too small to show. Check that `record_sample_logprobs=True`, and raise `learning_rate`."
+        if moved and moved[0] > 0
+        else "Either the weights do not move (frozen parameters, a learning rate that rounds to nothing in bfloat16), "
+        "or the old log-probs are recomputed with the present policy. Check that `record_sample_logprobs=True`, that "
+        "parameters require gradients, and keep trained weights in float32."
+    )
     return Finding(
         f"The ratio has no spread (std {value:.1e}) in a second optimizer step on a rollout batch, where the policy "
-        f"has moved since it sampled. Either the weights do not move (frozen parameters, a learning rate that rounds "
-        f"to nothing in bfloat16), or the old log-probs are recomputed with the present policy. Check that "
-        f"`record_sample_logprobs=True`, that parameters require gradients, and keep trained weights in float32.",
+        f"should have moved since it sampled. {cause}",
         value,
         1e-6,
     )
 
 
 def _logprob_gap(window: Window, facts: RunFacts) -> Finding | None:
+    """
+    Two correct passes agree to rounding, however few the tokens; what rounding does in the run's own dtype was
+    measured on its first batch. It grows with the logits while a policy trains, and single tokens show many times its
+    mean.
+    """
     gap, widest = window[-1].get("sampling/logp_diff_mean"), window[-1].get("sampling/logp_diff_max")
     if gap is None or widest is None:
         return None
-    known = facts.logprob_tolerance
-    # Rounding grows with the logits while a policy trains, and single tokens show many times its mean
-    most, most_at_once = (4 * known, max(1.0, 40 * known)) if facts.low_precision else (known, 1.0)
-    value, limit = (gap, most) if gap > most else (widest, most_at_once)
+    most_at_once = max(1.0, 40 * facts.logprob_tolerance) if facts.low_precision else 1.0
+    value, limit = (gap, facts.largest_gap) if gap > facts.largest_gap else (widest, most_at_once)
     if value <= limit:
         return None
+    rope = (
+        f"Its rotary embeddings (`{facts.rope}`) depend on the longest sequence that a pass reads, so that rollouts "
+        f"which end near the border are scored with other frequencies than they were sampled with: lower "
+        f"`max_completion_length` so that prompt and completion stay below it. Other causes: "
+        if facts.rope
+        else "Usual causes: "
+    )
     return Finding(
         f"Log-probs recorded while sampling and those the trainer computes differ by {gap:.2e} nats on average and "
-        f"{widest:.2e} at most, before the policy has moved; rounding in {facts.dtype} explains {known:.2g} on "
-        f"average. Every ratio is wrong by as much. Usual causes: dropout in the policy, another temperature, dtype "
-        f"or set of weights in the sampler. Set `disable_dropout=True`, compare dtypes, and set "
-        f"`logprob_check='always'` to see the first token.",
+        f"{widest:.2e} at most, before the policy has moved; rounding in {facts.dtype} explains "
+        f"{facts.logprob_tolerance:.2g} on average. Every ratio is wrong by as much. {rope}dropout in the policy, "
+        f"another temperature, dtype or set of weights in the sampler, or a model that scores a sequence otherwise in "
+        f"a padded batch than alone. Set `disable_dropout=True`, compare dtypes, and set `logprob_check='always'` to "
+        f"see the first token.",
         value,
         limit,
     )
 
 
 def _forced_in_update(window: Window, facts: RunFacts) -> Finding | None:
+    """A count, not a sample: one forced token is enough."""
     value = window[-1].get("forced/fraction")
     if not value or "forced/loss" in window[-1]:
         return None
@@ -114,10 +185,11 @@ def _forced_in_update(window: Window, facts: RunFacts) -> Finding | None:
 
 
 def _reference_still(window: Window, facts: RunFacts) -> Finding | None:
+    """A count: syncs that were due and did not come. One may wait for its rollout batch, and for the next log."""
     if facts.sync_steps is None:
         return None
     step = window[-1]["step"]
-    due = (step - facts.steps_per_batch - 1) // facts.sync_steps  # one may wait for its batch, and for the next log
+    due = (step - facts.steps_per_batch - 1) // facts.sync_steps
     value = window[-1].get("ref/syncs") or 0.0
     if value >= due:
         return None
@@ -131,9 +203,15 @@ def _reference_still(window: Window, facts: RunFacts) -> Finding | None:
 
 
 def _reference_differs(window: Window, facts: RunFacts) -> Finding | None:
+    """
+    Tensors are counted. The KL of two equal policies is what rounding makes of it, about half the square of the
+    difference of their log-probs; it is measured against recorded log-probs, and says nothing where those are wrong.
+    """
     entry = window[-1]
     tensors, divergence = entry.get("ref/tensors_differ") or 0.0, entry.get("ref/kl") or 0.0
-    limit = 1e-2 if facts.low_precision else 1e-4
+    limit = max(1e-2, 10 * facts.logprob_tolerance**2) if facts.low_precision else 1e-4
+    if (entry.get("sampling/logp_diff_mean") or 0.0) > facts.largest_gap:
+        divergence = 0.0
     if not tensors and not (facts.copies_policy and divergence > limit):
         return None
     return Finding(
@@ -146,9 +224,14 @@ def _reference_differs(window: Window, facts: RunFacts) -> Finding | None:
 
 
 def _policy_still(window: Window, facts: RunFacts) -> Finding | None:
-    """`policy/moved` is there only where the optimizer had a gradient and a learning rate to move the policy with."""
+    """
+    `policy/moved` is there only where the optimizer had a gradient and a learning rate to move the policy with, and
+    compares bits. While the rate warms up, its first steps may round to nothing.
+    """
     moved = latest(window, "policy/moved", 2)
     if "policy/moved" not in window[-1] or window[-1].get("grad_norm") == 0 or len(moved) < 2 or any(moved):
+        return None
+    if not facts.at_full_rate(window[-1]):
         return None
     return Finding(
         "The policy does not move: it has a gradient and a learning rate, and not one of its weights has changed over "
@@ -161,13 +244,20 @@ def _policy_still(window: Window, facts: RunFacts) -> Finding | None:
 
 
 def _critic_still(window: Window, facts: RunFacts) -> Finding | None:
-    """A head that already tells the returns has no loss, and so no gradient, as where every reward is 0."""
+    """
+    A loss without a gradient, twice in a row: no sound head has that, but one that already tells the returns has
+    neither, as where every reward is 0. Or a head that explains exactly nothing of four batches, although its
+    learning rate has warmed up. With loss scaling a gradient that overflowed is not logged.
+    """
     entry = window[-1]
     if "value/loss" not in entry:
         return None
-    explained = [e["value/explained_variance"] for e in window if e.get("value/explained_variance") is not None]
-    frozen = len(window) >= 2 and all(e.get("value/loss") and not e.get("value/grad_norm") for e in window[-2:])
-    if not frozen and not (len(explained) >= 4 and all(abs(value) < 1e-6 for value in explained[-4:])):
+    steps = OVERFLOWS if facts.loss_scaling else 2
+    explained = [e for e in window[-64:] if e.get("value/explained_variance") is not None][-4:]
+    last = window[-steps:]
+    frozen = len(last) == steps and all(e.get("value/loss") and not e.get("value/grad_norm") for e in last)
+    nothing = all(abs(e["value/explained_variance"]) < 1e-6 and facts.at_full_rate(e) for e in explained)
+    if not frozen and not (len(explained) == 4 and nothing):
         return None
     return Finding(
         "The value head does not learn: it gets no gradient, or explains exactly nothing batch after batch. Its "
@@ -179,116 +269,192 @@ def _critic_still(window: Window, facts: RunFacts) -> Finding | None:
 
 
 def _critic_worse(window: Window, facts: RunFacts) -> Finding | None:
-    values = latest(window, "value/explained_variance", 8)
-    if len(values) < 8 or mean(values) >= -0.15:
+    """
+    What is explained of 16 batches together, each weighed by the variance of its rewards: one small batch with hardly
+    any variance can be at -100 by itself. Most of them must be below 0 as well, and the task must not be solved, which
+    leaves next to nothing to explain.
+    """
+    found = [e for e in batches(window) if e.get("value/explained_variance") is not None]
+    recent = found[-_CRITIC_BATCHES:]
+    variances = [(e.get("reward_std") or 0.0) ** 2 for e in recent]
+    if len(recent) < _CRITIC_BATCHES or not any(variances):
+        return None
+    values = [e["value/explained_variance"] for e in recent]
+    pooled = sum(v * x for v, x in zip(variances, values, strict=True)) / sum(variances)
+    if max(pooled, median(values)) >= -0.15 or sum(value < 0 for value in values) < 0.75 * len(values):
+        return None
+    at_first = mean([(e.get("reward_std") or 0.0) ** 2 for e in found[:_CRITIC_BATCHES]])
+    if improved(found) and mean(variances) < 0.5 * at_first:
         return None
     return Finding(
-        f"The critic explains {mean(values):.2f} of the variance of returns over the last 8 batches: it does worse "
-        f"than their mean, and its advantages are noisier than none. Lower `value_learning_rate`, raise "
+        f"The critic explains {pooled:.2f} of the variance of returns over the last {len(values)} batches: it does "
+        f"worse than their mean, and its advantages are noisier than none. Lower `value_learning_rate`, raise "
         f"`value_epochs`, or warm the critic up first (`value_warmup_steps`).",
-        mean(values),
+        pooled,
         -0.15,
     )
 
 
 def _value_loss(window: Window, facts: RunFacts) -> Finding | None:
-    first, last = earliest(window, "value/loss", 10), latest(window, "value/loss", 10)
-    explained = latest(window, "value/explained_variance", 10)
-    if len(batches(window)) < 30 or not last or mean(last) <= 1.2 * mean(first) or mean(explained) > 0.1:
+    """
+    A policy that learns changes how much rewards vary, and the loss with it: what is compared is the loss over their
+    variance. All but one of the last 16 batches must be above all but one of the first 16, of at least 40, which has
+    a chance below one in a million where nothing has changed.
+    """
+    found = [e for e in batches(window) if e.get("value/loss") is not None and (e.get("reward_std") or 0) > 0]
+    explained = latest(window, "value/explained_variance", 16)
+    if len(found) < 40 or not explained or median(explained) > 0.1:
+        return None
+    shares = [e["value/loss"] / e["reward_std"] ** 2 for e in found]
+    first, last = sorted(shares[:16]), sorted(shares[-16:])
+    losses = [e["value/loss"] for e in found]
+    if last[1] <= first[-2] or mean(last) <= 1.2 * mean(first) or mean(losses[-16:]) <= mean(losses[:16]):
         return None
     return Finding(
-        f"The value loss has not fallen: {mean(first):.3g} over the first 10 steps, {mean(last):.3g} over the last "
-        f"10, while the critic explains {mean(explained):.2f} of the variance. Raise `value_learning_rate` or "
-        f"`value_epochs`; if the loss oscillates, lower `value_learning_rate` and set `value_clip`.",
+        f"The value loss has not fallen: {mean(losses[:16]):.3g} over the first 16 batches, {mean(losses[-16:]):.3g} "
+        f"over the last 16, {mean(last) / mean(first):.1f} times as much of the variance of rewards, while the critic "
+        f"explains {median(explained):.2f} of it. Raise `value_learning_rate` or `value_epochs`; if the loss "
+        f"oscillates, lower `value_learning_rate` and set `value_clip`.",
         mean(last),
         1.2 * mean(first),
     )
 
 
 def _gradient_zero(window: Window, facts: RunFacts) -> Finding | None:
-    """Where no group has a spread a gradient of 0 is right, and another rule says so."""
-    last = window[-3:]
-    if len(last) < 3 or any(entry.get("grad_norm") != 0 for entry in last):
+    """
+    Exactly 0 in three steps in a row. Where no group has a spread that is right, and another rule says so; in assisted
+    steps it is right where no rollout earns a reward, which is no accident over 96 rollouts.
+    """
+    assisted = "forced/loss" in window[-1]
+    count = max(3, math.ceil(96 / facts.rollouts)) if assisted else 3
+    last = window[-count:]
+    if len(last) < count or any(entry.get("grad_norm") != 0 for entry in last):
         return None
     flat = [e for e in batches(window, 3) if e.get("frac_reward_zero_std") == 1]
-    if flat and "forced/loss" not in window[-1]:
+    if flat and not assisted:
         return None
     return Finding(
-        "The gradient was exactly 0 in 3 steps in a row, although there was something to learn from. In assisted "
-        "steps no rollout earned a reward: make forced calls valid (`force_level='schema'`). Else parameters are "
-        "frozen, or every token is masked: look at `completions/clipped_ratio` with `mask_truncated_completions`.",
+        f"The gradient was exactly 0 in {count} steps in a row, although there was something to learn from. In "
+        f"assisted steps no rollout earned a reward: make forced calls valid (`force_level='schema'`). Else "
+        f"parameters are frozen, or every token is masked: look at `completions/clipped_ratio` with "
+        f"`mask_truncated_completions`.",
         0.0,
         0.0,
     )
 
 
 def _gradient_spike(window: Window, facts: RunFacts) -> Finding | None:
+    """
+    Norms vary by a factor from batch to batch, and by a larger one where few groups have a spread. A spike is beyond
+    20 times the median, and beyond six times the usual deviation of the logarithm from its median, over 24 norms or
+    more; and beyond six times the largest of them.
+    """
     value = window[-1].get("grad_norm")
     before = [norm for norm in latest(window[:-1], "grad_norm", 32) if norm > 0]
-    if value is None or not math.isfinite(value) or len(before) < 8:
+    if value is None or not math.isfinite(value) or len(before) < 24:
         return None
-    limit = max(20 * median(before), facts.max_grad_norm)
+    usual = median(before)
+    deviation = 1.48 * median([abs(math.log(norm / usual)) for norm in before])
+    limit = max(usual * max(20.0, math.exp(min(6 * deviation, 700))), 6 * max(before), facts.max_grad_norm)
     if value <= limit:
         return None
     return Finding(
-        f"The norm of the gradient is {value:.3g}, {value / median(before):.0f} times its median of "
-        f"{median(before):.3g}. One such step can undo many. Usual causes: a rare token with a tiny probability, an "
-        f"outlier among rewards, a learning rate that is too high. Set `max_grad_norm`, bound rewards, lower "
-        f"`learning_rate`.",
+        f"The norm of the gradient is {value:.3g}, {value / usual:.0f} times its median of {usual:.3g}. One such "
+        f"step can undo many. Usual causes: a rare token with a tiny probability, an outlier among rewards, a "
+        f"learning rate that is too high. Set `max_grad_norm`, bound rewards, lower `learning_rate`.",
         value,
         limit,
     )
 
 
 def _advantages_zero(window: Window, facts: RunFacts) -> Finding | None:
-    """Silent where groups had a spread once and reward has come up since: then the task is solved."""
-    found = batches(window)
-    shares = [entry.get("frac_reward_zero_std") for entry in found]
-    if len(shares) < 3 or any(share != 1 for share in shares[-3:]):
+    """
+    Few groups without a spread are an accident, above all where most rollouts succeed or most fail. How many are not
+    is told by the groups before them: as many as have a chance below one in a million. Where no group has had a
+    spread, 24 groups, or 24 rollouts that all have the same reward: if one of five succeeded, 24 would fail by
+    accident once in 200 runs. The same reward for everyone that is neither 0 nor 1 comes of the reward function, and
+    three batches tell.
+
+    Silent where reward has come up since: then the task is solved.
+    """
+    found = [entry for entry in batches(window) if entry.get("frac_reward_zero_std") is not None]
+    count = next((n for n, entry in enumerate(reversed(found)) if not _is_flat(entry, facts)), len(found))
+    streak, before = found[-count:] if count else [], found[: len(found) - count][-64:]
+    if count < 3:
         return None
-    had_spread = any(share is not None and share < 1 for share in shares)
-    if had_spread and (improved(found) or len(shares) < 6 or any(share != 1 for share in shares[-6:])):
-        return None
-    value = found[-1]["reward"]
+    value, groups = streak[-1]["reward"], count * facts.groups
+    if before:
+        flat = sum(entry["frac_reward_zero_std"] for entry in before) * facts.groups
+        share = (flat + 2) / (len(before) * facts.groups + 2)
+        if improved(found) or share**groups > CHANCE:
+            return None
+    else:
+        same = all(entry["reward"] == value and entry.get("reward_std") == 0 for entry in streak)
+        enough = same and (value not in (0, 1) or count * facts.rollouts >= 24)
+        if not enough and groups < 24:
+            return None
+    seen, effect = (
+        ("In no group", "every advantage is 0 and nothing is learned")
+        if facts.group_advantages
+        else ("Nowhere in any", "the critic has nothing to tell good rollouts by, and nothing is learned")
+    )
     return Finding(
-        f"In no group of the last 3 rollout batches do rewards differ (mean reward {value:.3g}), so every advantage "
-        f"is 0 and nothing is learned. The task is too hard or too easy for the policy, or the reward does not look "
-        f"at what it does. Check the reward function on sample conversations, mix in easier questions or partial "
-        f"credit, raise `num_generations` or `temperature`; for a policy that never calls a tool see "
-        f"`assist_warmup_steps`.",
+        f"{seen} of the last {count} rollout batches do rewards differ (mean reward {value:.3g}), so that {effect}. "
+        f"The task is too hard or too easy for the policy, or the reward does not look at what it does. Check the "
+        f"reward function on sample conversations, mix in easier questions or partial credit, raise "
+        f"`num_generations` or `temperature`; for a policy that never calls a tool see `assist_warmup_steps`.",
         1.0,
         1.0,
     )
 
 
+def _is_flat(entry: dict, facts: RunFacts) -> bool:
+    """Whether no rollout of a batch has an advantage from its reward."""
+    return entry["frac_reward_zero_std"] == 1 and (facts.group_advantages or entry.get("reward_std") == 0)
+
+
 def _entropy_collapse(window: Window, facts: RunFacts) -> Finding | None:
-    """A policy that is sure because it has learned is none: reward has come up."""
+    """
+    Three steps in a row below a tenth of what it was, with less than 1 nat left in a whole rollout, since a policy
+    that has learned a format is sure of most tokens and open at a few; or below a twentieth. From the start, less than
+    0.05 nats a rollout: of 20 rollouts one would differ. A policy that is sure because it has learned is no fault: its
+    reward has come up.
+    """
     steps = trained(window, facts)
-    first, last = earliest(steps, "entropy", 3), latest(steps, "entropy", 3)
-    if len(last) < 3 or improved(batches(steps)):
+    last = latest(steps, "entropy", 3)
+    if len(last) < 3 or min(last) == 0 or improved(batches(steps)):
         return None
-    limit = max(0.1 * mean(first), 1e-3) if len(steps) > 3 else 1e-3
-    if mean(last) >= limit:
+    first = earliest(steps[:-3], "entropy", 8)
+    length = max([1.0, *latest(steps, "completions/mean_length", 3)])
+    limit = max(min(0.1 * mean(first), 1 / length), 0.05 * mean(first), 0.05 / length)
+    if max(last) >= limit:
         return None
+    began = f" (it began at {mean(first):.2g})" if first else ""
     return Finding(
-        f"The entropy of the policy is {mean(last):.2g} nats a token (it began at {mean(first):.2g}), and reward has "
-        f"not come up with it: every rollout of a group says the same, and exploration is over. Raise `temperature` "
-        f"to 1, lower `learning_rate`, add a KL term (`beta`), or go back to a checkpoint before the fall.",
+        f"The entropy of the policy is {mean(last):.2g} nats a token{began}, {length * mean(last):.2g} in a whole "
+        f"rollout, and reward has not come up with it: nearly every rollout of a group says the same, and "
+        f"exploration is over. Raise `temperature` to 1, lower `learning_rate`, add a KL term (`beta`), or go back to "
+        f"a checkpoint before the fall.",
         mean(last),
         limit,
     )
 
 
 def _kl_runaway(window: Window, facts: RunFacts) -> Finding | None:
+    """
+    Three steps in a row, since the estimator has a heavy tail: a single token that the reference finds impossible can
+    make the mean of a batch. A policy whose reward has come up has had to leave its reference, and may be further.
+    """
     last = latest(window, "kl", 3)
-    if window[-1].get("kl") is None or not ((len(last) == 3 and min(last) > 0.5) or last[-1] > 10):
+    limit = 2.0 if improved(trained(window, facts)) else 0.5
+    if window[-1].get("kl") is None or len(last) < 3 or min(last) <= limit:
         return None
     return Finding(
         f"The policy is {last[-1]:.2f} nats a token away from its reference, and a fluent model stays below about "
-        f"0.5. It trades language for reward, or the updates are too large. Raise `beta`, lower `learning_rate`, or "
-        f"let the reference follow (`sync_ref_model=True`).",
+        f"{limit:g}. It trades language for reward, or the updates are too large. Raise `beta`, lower "
+        f"`learning_rate`, or let the reference follow (`sync_ref_model=True`).",
         last[-1],
-        0.5,
+        limit,
     )
 
 

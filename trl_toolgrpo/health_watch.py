@@ -1,7 +1,6 @@
-"""A run that is watched: health rules on every logged step, said once, written down, and, if asked for, the end of it.
+"""The part of the trainer that runs the health rules on every logged step: what `health_checks` does.
 
-Owns, as a mixin of the trainer, what `health_checks` does. The rules are in `health_updates.py` and
-`health_rollouts.py`; every figure they read is of all processes, so that the main process alone runs them.
+Every figure that the rules read is of all processes, so that the main process alone runs them.
 """
 
 import logging
@@ -20,8 +19,9 @@ from .checks import policy_parameters
 from .diagnostics import compute_dtype
 from .errors import CheckpointSaveError, HealthError
 from .health import HealthMonitor, RunFacts, still_open
-from .health_rollouts import ROLLOUT_RULES, SHORTCUTS, correlation_within_groups, costs
+from .health_rollouts import DISTINCT, ROLLOUT_RULES, SHORTCUTS, correlation_within_groups, costs
 from .health_updates import UPDATE_RULES
+from .rollout.rotary import RowFrequencies
 from .rounding import EXACT_TOLERANCE, LOW_PRECISION, Accepted
 from .run_files import HEALTH, read_lines
 from .run_log import RunLog
@@ -53,10 +53,10 @@ class HealthWatch(RunLog):
         if self.args.health_checks == "off":
             return
         self._monitor = HealthMonitor([*UPDATE_RULES, *ROLLOUT_RULES], facts_of(self.args, self.model))
-        self._monitor.window = [entry for entry in self.state.log_history if "loss" in entry]
+        self._monitor.recall(entry for entry in self.state.log_history if "loss" in entry)
         if self._run_folder is not None and self.accelerator.is_main_process:
             known = still_open(read_lines(self._run_folder / HEALTH))
-            self._monitor.open = dict.fromkeys(known, len(self._monitor.window))
+            self._monitor.open = dict.fromkeys(known, self._monitor.count)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         """TRL's rewards, and how they follow what the rollouts cost."""
@@ -65,8 +65,8 @@ class HealthWatch(RunLog):
             own = torch.tensor([costs(trajectory) for trajectory in self._batch.trajectories])
             every = self.accelerator.gather(own.to(self.accelerator.device)).T.tolist()
             rewards = self._rewards.tolist()
-            for metric, values in zip(SHORTCUTS.values(), every, strict=True):
-                found = correlation_within_groups(rewards, values, self.num_generations)
+            for (cost, metric), values in zip(SHORTCUTS.items(), every, strict=True):
+                found = correlation_within_groups(rewards, values, self.num_generations, DISTINCT[cost])
                 if found is not None:
                     self._metrics["train"][metric].append(found)
         return scores
@@ -83,7 +83,8 @@ class HealthWatch(RunLog):
     def _check_health(self, monitor: HealthMonitor, metrics: dict[str, Any]) -> None:
         found: list[Any] = [None]
         if self._rounding is not None and self.args.logprob_check_tolerance is None:
-            monitor.facts = replace(monitor.facts, logprob_tolerance=self._rounding.mean)
+            mean, doubtful = self._rounding.mean, self._rounding.doubtful
+            monitor.facts = replace(monitor.facts, logprob_tolerance=mean, doubtful_tolerance=doubtful)
         if self.accelerator.is_main_process:
             with self._log_failures.tolerated("The health rules could not be asked"):
                 for line in monitor.step(metrics):
@@ -201,4 +202,10 @@ def facts_of(args: Any, model: Any) -> RunFacts:
         sync_steps=args.ref_model_sync_steps if args.sync_ref_model else None,
         copies_policy=args.ref_model_mixup_alpha == 1,
         max_grad_norm=args.max_grad_norm or 1.0,
+        rollouts=args.generation_batch_size,
+        generations=args.num_generations,
+        learning_rate=args.learning_rate,
+        group_advantages=args.advantage_estimator != "gae",
+        loss_scaling=args.fp16,
+        rope=RowFrequencies(model).kinds,
     )

@@ -29,6 +29,9 @@ SLACK = 2.0
 
 QUANTILES = (0.75, 0.9, 0.99)
 
+_OF_MEAN = (1.44, 2.06, 3.23)
+"""Those quantiles of the absolute value of a normal variable, as multiples of its mean."""
+
 _LEAST_TOKENS = (64, 64, 400)
 """Tokens below which each quantile says too little to be compared."""
 
@@ -47,13 +50,20 @@ class Accepted(Protocol):
         """Mean absolute difference that rounding explains, nats."""
         ...
 
-    def excess(self, gaps: Tensor) -> str | None:
+    @property
+    def doubtful(self) -> float:
+        """Mean absolute difference that rounding explains at tokens that the policy hardly expects, nats."""
+        ...
+
+    def excess(self, gaps: Tensor, doubt: Tensor | None = None) -> str | None:
         """
         Compare absolute differences with what is accepted.
 
         Args:
             gaps (`Tensor`):
                 Absolute differences in nats, any float dtype, shape (N,).
+            doubt (`Tensor`, *optional*):
+                Probability of any other token in the place of each, shape (N,).
 
         Returns:
             `str` or `None`: what is beyond, for a message; `None` if all of it is accepted.
@@ -83,7 +93,12 @@ class Exact:
         """See [`Accepted.mean`]."""
         return self.tolerance
 
-    def excess(self, gaps: Tensor) -> str | None:
+    @property
+    def doubtful(self) -> float:
+        """See [`Accepted.doubtful`]."""
+        return self.tolerance
+
+    def excess(self, gaps: Tensor, doubt: Tensor | None = None) -> str | None:
         """See [`Accepted.excess`]."""
         if gaps.numel() == 0 or bool((gaps <= self.tolerance).all()):
             return None
@@ -95,43 +110,61 @@ class Rounding:
     """
     Accept what two correct passes of the model differ by in its dtype, up to [`SLACK`].
 
+    An error of the logits moves the log-prob of a token in proportion to the probability of all others: it hardly
+    shows where a policy is sure. So tokens that are less expected than those measured may differ by as much more, such
+    as the first ones of an answer to a tool's result, written by a policy that knows its format by heart.
+
     Args:
         mean (`float`):
             Mean absolute difference of the two passes, nats.
         quantiles (`tuple[float, ...]`):
             Its quantiles [`QUANTILES`], nats.
+        doubtful (`float`, *optional*, defaults to `0.0`):
+            Mean absolute difference at tokens that are hardly expected, nats.
     """
 
     mean: float
     quantiles: tuple[float, ...]
+    doubtful: float = 0.0
 
     @classmethod
-    def of(cls, gaps: Tensor) -> "Rounding":
+    def of(cls, gaps: Tensor, doubt: Tensor | None = None) -> "Rounding":
         """
         Rounding as two correct passes show it.
 
         Args:
             gaps (`Tensor`):
                 Absolute differences of the two passes in nats, shape (N,).
+            doubt (`Tensor`, *optional*):
+                Probability of any other token in the place of each, shape (N,).
         """
         gaps = gaps.cpu().double()
-        finite = gaps[gaps.isfinite()]
+        known = gaps.isfinite()
+        finite = gaps[known]
         if finite.numel() == 0:
             return cls(_LEAST, (_LEAST,) * len(QUANTILES))
         found = finite.quantile(finite.new_tensor(QUANTILES)).tolist()
-        return cls(max(float(finite.mean()), _LEAST), tuple(max(value, _LEAST) for value in found))
+        others = 0.0 if doubt is None else float(doubt.cpu().double()[known].sum())
+        doubtful = float(finite.sum()) / max(others, 1.0) if doubt is not None else 0.0
+        return cls(max(float(finite.mean()), _LEAST), tuple(max(value, _LEAST) for value in found), doubtful)
 
-    def excess(self, gaps: Tensor) -> str | None:
+    def excess(self, gaps: Tensor, doubt: Tensor | None = None) -> str | None:
         """See [`Accepted.excess`]. The mean of a few tokens may be further off, by its standard error."""
         count = gaps.numel()
         if count == 0:
             return None
         gaps = gaps.cpu().double().nan_to_num(nan=math.inf, posinf=math.inf)
-        mean, limit = float(gaps.mean()), self.mean * (SLACK + 4 / math.sqrt(count))
+        expected, quantiles = self.mean, list(self.quantiles)
+        if doubt is not None:
+            explained = _LEAST + self.doubtful * doubt.cpu().double().nan_to_num(nan=0.0)
+            expected = max(expected, float(explained.mean()))
+            here = explained.quantile(explained.new_tensor(QUANTILES)).tolist()
+            quantiles = [max(q, times * x) for q, times, x in zip(quantiles, _OF_MEAN, here, strict=True)]
+        mean, limit = float(gaps.mean()), expected * (SLACK + 4 / math.sqrt(count))
         if mean > limit:
-            return f"the mean difference is {mean:.2e} nats, and rounding explains {self.mean:.2e} (up to {limit:.2e})"
+            return f"the mean difference is {mean:.2e} nats, and rounding explains {expected:.2e} (up to {limit:.2e})"
         found = gaps.quantile(gaps.new_tensor(QUANTILES)).tolist()
-        for share, value, known, least in zip(QUANTILES, found, self.quantiles, _LEAST_TOKENS, strict=True):
+        for share, value, known, least in zip(QUANTILES, found, quantiles, _LEAST_TOKENS, strict=True):
             if count >= least and value > SLACK * known:
                 return (
                     f"{1 - share:.0%} of the tokens differ by more than {value:.2e} nats, and rounding explains "
@@ -174,7 +207,7 @@ def measure_rounding(
     plain = score(model, prompt_ids, completions, temperature, autocast)
     with _rounded_anew(model, torch.finfo(dtype).eps):
         other = score(model, prompt_ids, completions, temperature, autocast)
-    return Rounding.of((plain - other).abs()[scored].cpu())
+    return Rounding.of((plain - other).abs()[scored].cpu(), 1 - plain.exp()[scored].cpu())
 
 
 @contextmanager

@@ -465,6 +465,6 @@ class SharedPromptScoring(OwnPositions):
             found = measure_rounding(
                 bare, prompt, completions, scored, self.temperature, self.accelerator.autocast
             )
-        figures = torch.tensor([[found.mean, *found.quantiles]], device=self.accelerator.device)
-        mean, *quantiles = self.accelerator.gather(figures).amax(dim=0).tolist()
-        return Rounding(mean, tuple(quantiles))
+        figures = torch.tensor([[found.mean, found.doubtful, *found.quantiles]], device=self.accelerator.device)
+        mean, doubtful, *quantiles = self.accelerator.gather(figures).amax(dim=0).tolist()
+        return Rounding(mean, tuple(quantiles), doubtful)

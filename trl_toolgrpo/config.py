@@ -5,7 +5,7 @@ all stages.
 """
 
 import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from trl import GRPOConfig
@@ -322,6 +322,8 @@ class ToolGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        own_defaults = default_values(self)
+        passed = {name for name, default in own_defaults.items() if getattr(self, name) != default}
         if (self.num_generations or 0) < 2:
             raise ConfigError(
                 f"You passed `num_generations={self.num_generations}`. GRPO compares the rollouts of a prompt with "
@@ -329,6 +331,9 @@ class ToolGRPOConfig(GRPOConfig):
             )
         super().__post_init__()
         check_fields(self, defaults())
+        # No fields: they are in no dump of the configuration
+        self._passed = passed
+        self._begun_with: dict[str, Any] | None = {name: getattr(self, name) for name in own_defaults}
 
     @classmethod
     def from_grpo_config(cls, args: GRPOConfig) -> "ToolGRPOConfig":
@@ -340,6 +345,7 @@ class ToolGRPOConfig(GRPOConfig):
                 Configuration of a script written for TRL's `GRPOTrainer`.
         """
         if isinstance(args, ToolGRPOConfig):
+            args._passed, args._begun_with = set_fields(args), None
             return args
         # A copy and not a new object: TRL derives fields in `__post_init__` that cannot be passed in again
         config = copy.copy(args)
@@ -356,3 +362,56 @@ class ToolGRPOConfig(GRPOConfig):
 def defaults() -> dict[str, Any]:
     """Default of each field of [`ToolGRPOConfig`]."""
     return {f.name: f.default for f in fields(ToolGRPOConfig)}
+
+
+def default_values(args: Any) -> dict[str, Any]:
+    """Default of each field of a configuration that can be passed to its class, made anew where it is mutable."""
+    return {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args) if f.init
+    }
+
+
+def set_fields(args: GRPOConfig) -> set[str]:
+    """
+    Names of the fields of a configuration that were set: passed with another value than their default, or changed
+    after construction and before a trainer took the configuration over. What TRL and transformers derive from other
+    fields is not among them.
+
+    Args:
+        args (`GRPOConfig`):
+            A configuration; of TRL's own, a field with the value that would have been derived counts as derived.
+    """
+    passed, before = getattr(args, "_passed", None), getattr(args, "_begun_with", None) or {}
+    if passed is not None:
+        return passed | {name for name, value in before.items() if getattr(args, name) != value}
+    derived = derived_values(args)
+    given = {name: default for name, default in default_values(args).items() if getattr(args, name) != default}
+    return {name for name, default in given.items() if getattr(args, name) != derived.get(name, default)}
+
+
+def derived_values(args: GRPOConfig) -> dict[str, Any]:
+    """
+    What TRL and transformers put into the fields of a configuration that were left alone.
+
+    Args:
+        args (`GRPOConfig`):
+            A configuration after its construction.
+    """
+    by_step = args.per_device_train_batch_size * args.world_size
+    best = args.metric_for_best_model
+    return {
+        "activation_checkpointing": args.gradient_checkpointing,
+        "activation_checkpointing_kwargs": args.gradient_checkpointing_kwargs,
+        "bf16": not args.fp16,
+        "dataloader_pin_memory": not args.use_cpu,
+        "debug": [],
+        "do_eval": args.eval_strategy != "no",
+        "eval_steps": args.logging_steps if args.eval_strategy == "steps" else None,
+        "generation_batch_size": by_step * (args.steps_per_generation or 1),
+        "greater_is_better": None if best is None else not best.endswith("loss"),
+        "metric_for_best_model": "loss",
+        "pad_to_multiple_of": None,
+        "report_to": [],
+        "steps_per_generation": args.gradient_accumulation_steps,
+        "torch_compile_backend": "inductor",
+    }

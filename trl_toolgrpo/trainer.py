@@ -121,7 +121,6 @@ class ToolGRPOTrainer(
     """
 
     _tag_names = ["trl", "grpo", "trl_toolgrpo"]  # noqa: RUF012
-    _name = "ToolGRPO"
     args: ToolGRPOConfig
     model: Any
     processing_class: Any
@@ -151,7 +150,7 @@ class ToolGRPOTrainer(
     ):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = ToolGRPOConfig(f"{name.split('/')[-1]}-{self._name}")
+            args = ToolGRPOConfig(f"{name.split('/')[-1]}-ToolGRPO")
         args = ToolGRPOConfig.from_grpo_config(args)
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             check_dataset(name, dataset, bool(tools or mcp_servers), environment_factory is not None)

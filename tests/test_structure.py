@@ -117,6 +117,7 @@ ORDER = [
     "sync",
     "grouping",
     "deterministic",
+    "given_rollouts",
     "curve_noise",
     "model_card",
     "run_card",

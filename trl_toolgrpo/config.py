@@ -34,8 +34,10 @@ class ToolGRPOConfig(GRPOConfig):
             Use the log-prob recorded when a token was sampled as the "old" log-prob of the ratio. `False` is TRL's own
             path, unchanged.
         strict_trajectories (`bool`, *optional*, defaults to `True`):
-            Raise [`TrajectoryError`] for a rollout with a missing, short, non-finite or misnamed field. `False` masks
-            such a rollout out of the update and counts it in `rollout/invalid`.
+            Raise [`TrajectoryError`] for a rollout with a missing, short, non-finite or misnamed field, whether it was
+            sampled here, by a sampler of your own or a `rollout_func`, or is read from a rollout log (`replay`).
+            `False` masks such a rollout out of the update and counts it in `rollout/invalid`. `Trajectory.from_dict`
+            and `read_rollouts` take the same as `strict`.
         logprob_check (`str`, *optional*, defaults to `"first"`):
             When to recompute recorded log-probs with the trainer and compare them token by token: for the `"first"`
             rollout batch, `"always"` or `"off"`.

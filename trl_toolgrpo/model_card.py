@@ -133,7 +133,8 @@ def usage(
         content: Any = [{"type": "text", "text": question}] if multimodal else question
         lines.append(f"messages = [{json.dumps({'role': 'user', 'content': content})}]")
         lines.append(f"inputs = {name}.apply_chat_template(")
-        lines.append(f"    messages{', tools=tools' if tools else ''}, add_generation_prompt=True{_keywords(template)},")
+        shown = ", tools=tools" if tools else ""
+        lines.append(f"    messages{shown}, add_generation_prompt=True{_keywords(template)},")
         lines.append('    tokenize=True, return_dict=True, return_tensors="pt",')
         lines.append(").to(model.device)")
     # By name for a text model, which refuses the token types that some tokenizers add
@@ -143,8 +144,8 @@ def usage(
     text = _code("\n".join(lines), "python")
     if template is not None:
         text += (
-            "\n\nPut messages of your own in place of the question: the system message of the training prompts, if they "
-            "had one, and what tools return as messages of the role `tool`."
+            "\n\nPut messages of your own in place of the question: the system message of the training prompts, if "
+            "they had one, and what tools return as messages of the role `tool`."
         )
     if value_head:
         head = "from trl_toolgrpo import ValueHead"
@@ -179,7 +180,7 @@ def method(estimator: str, loss: str, level: str = "token", adapter: bool = Fals
     if level.startswith("sequence"):
         parts.append(("ratios of whole sequences", "2507.18071", "GSPO"))
     lines = [f"{what} ([{title}](https://huggingface.co/papers/{id}))" if id else what for what, id, title in parts]
-    lines.append("rollouts that call tools, with the log-prob of each token recorded when it was sampled (trl_toolgrpo)")
+    lines.append("rollouts that call tools, with the log-prob of each token recorded as it was sampled (trl_toolgrpo)")
     trained = "An adapter was" if adapter else "All weights were"
     return f"{trained} trained with the parts of several methods:\n\n" + "\n".join(f"- {line}" for line in lines)
 

@@ -216,10 +216,13 @@ class RolloutTools(GRPOTrainer):
                 self.chat_template = get_training_chat_template(self.processing_class)
 
     def _drop_stuck_environments(self) -> None:
-        """Environments whose thread hangs are not handed out again."""
+        """Environments whose thread hangs are not handed out again, and nothing is kept of them."""
         if self.environments and self._executor is not None:
             for name, pool in self._environment_pool.items():
-                self._environment_pool[name] = [e for e in pool if not self._executor.is_abandoned(e)]
+                stuck = [environment for environment in pool if self._executor.is_abandoned(environment)]
+                self._environment_pool[name] = [e for e in pool if not any(e is other for other in stuck)]
+                for environment in stuck:
+                    self._executor.release(environment)
 
 
 def _calls_tools(prompt: Any) -> bool:

@@ -52,6 +52,7 @@ from .diagnostics import (
     rollout_metrics,
 )
 from .errors import LogprobMismatchError
+from .given_rollouts import checked_rollouts
 from .grouping import GroupedUpdates
 from .hub import HubPush
 from .lm_head import adapted_head, cast_heads, check_adapted_head, score_adapted_head, without_trls_cast
@@ -314,6 +315,21 @@ class ToolGRPOTrainer(
         return self._batch
 
     def _generate(self, prompts: list) -> Any:
+        given = self.rollout_func
+        if given is None:
+            return self._generated(prompts)
+        metrics, strict = self._metrics["train" if self.model.training else "eval"], self.args.strict_trajectories
+
+        def count(invalid: int) -> None:
+            metrics["rollout/invalid"].append(float(invalid))
+
+        self.rollout_func = checked_rollouts(given, strict, count, self._tokenizer.pad_token_id)
+        try:
+            return self._generated(prompts)
+        finally:
+            self.rollout_func = given
+
+    def _generated(self, prompts: list) -> Any:
         output = super()._generate(prompts)
         if not self._recording or self._batch is None:
             return output

@@ -559,7 +559,9 @@ def test_context_managers_for_generation(trl_trainer):
         unwrap_model_for_generation(trl_trainer.model_wrapped, trl_trainer.accelerator) as policy,
         trl_trainer._dist.summon_full_params(trl_trainer.model_wrapped, recurse=False),
     ):
-        assert policy is trl_trainer.model, "unwrap_model_for_generation gives no policy; see rollout/engine.unwrapped_policy."
+        assert policy is trl_trainer.model, (
+            "unwrap_model_for_generation gives no policy; see rollout/engine.unwrapped_policy."
+        )
 
 
 def test_what_logs_and_replays_ask_of_trl(trl_trainer):

@@ -1,4 +1,4 @@
-"""`strict_trajectories` wherever a rollout enters from outside: a record, a rollout log, a sampler, a `rollout_func`."""
+"""`strict_trajectories` where a rollout enters from outside: a record, a rollout log, a sampler, a `rollout_func`."""
 
 import logging
 import math
@@ -185,7 +185,7 @@ def test_a_turn_of_a_row_that_was_not_asked_for_is_an_error(tmp_path, monkeypatc
     monkeypatch.setattr(
         MAKE_SAMPLER, lambda *args, **kwargs: Sampler(TOKENIZER, [["one" + END]], [TOKENIZER.eos_token_id])
     )
-    with pytest.raises(TrajectoryError, match="a turn of row .*, expected one of the rows it was asked to extend"):
+    with pytest.raises(TrajectoryError, match=r"a turn of row .*, expected one of the rows it was asked to extend"):
         start(tmp_path, strict_trajectories=strict).train()
 
 
@@ -285,7 +285,7 @@ def test_a_misnamed_column_of_a_log_is_named(logged, tmp_path, strict):
     table = pq.read_table(path)
     names = ["old_logprobs" if name == "logprobs" else name for name in table.column_names]
     pq.write_table(table.rename_columns(names).replace_schema_metadata(table.schema.metadata), path)
-    with pytest.raises(RolloutLogError, match="columns logprobs are missing. Is `old_logprobs` meant to be `logprobs`"):
+    with pytest.raises(RolloutLogError, match=r"columns logprobs are missing\. Is `old_logprobs` meant to be"):
         replay(tmp_path / "again", log, strict_trajectories=strict)
 
 

@@ -373,6 +373,10 @@ def default_values(args: Any) -> dict[str, Any]:
     }
 
 
+# What the defaults of these fields, "none", "" and "auto", are written as at construction
+_WRITTEN_ANEW: dict[str, Any] = {"report_to": [], "debug": [], "pad_to_multiple_of": None}
+
+
 def set_fields(args: GRPOConfig) -> set[str]:
     """
     Names of the fields of a configuration that were set: passed with another value than their default, or changed
@@ -385,7 +389,8 @@ def set_fields(args: GRPOConfig) -> set[str]:
     """
     passed, before = getattr(args, "_passed", None), getattr(args, "_begun_with", None) or {}
     if passed is not None:
-        return passed | {name for name, value in before.items() if getattr(args, name) != value}
+        found = passed | {name for name, value in before.items() if getattr(args, name) != value}
+        return {name for name in found if name not in _WRITTEN_ANEW or getattr(args, name) != _WRITTEN_ANEW[name]}
     derived = derived_values(args)
     given = {name: default for name, default in default_values(args).items() if getattr(args, name) != default}
     return {name for name, default in given.items() if getattr(args, name) != derived.get(name, default)}
@@ -401,19 +406,16 @@ def derived_values(args: GRPOConfig) -> dict[str, Any]:
     """
     by_step = args.per_device_train_batch_size * args.world_size
     best = args.metric_for_best_model
-    return {
+    return _WRITTEN_ANEW | {
         "activation_checkpointing": args.gradient_checkpointing,
         "activation_checkpointing_kwargs": args.gradient_checkpointing_kwargs,
         "bf16": not args.fp16,
         "dataloader_pin_memory": not args.use_cpu,
-        "debug": [],
         "do_eval": args.eval_strategy != "no",
         "eval_steps": args.logging_steps if args.eval_strategy == "steps" else None,
         "generation_batch_size": by_step * (args.steps_per_generation or 1),
         "greater_is_better": None if best is None else not best.endswith("loss"),
         "metric_for_best_model": "loss",
-        "pad_to_multiple_of": None,
-        "report_to": [],
         "steps_per_generation": args.gradient_accumulation_steps,
         "torch_compile_backend": "inductor",
     }

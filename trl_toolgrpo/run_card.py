@@ -33,8 +33,8 @@ from .version import __version__
 logger = logging.getLogger(__name__)
 
 CARD = "README.md"
-_GENERATED = "generated_from_trainer"
-"""A tag that TRL gives each card it writes."""
+_IS_CARD = re.compile(r"\s*---\n(.*\n)*?(library_name|base_model):")
+"""What a model card begins with, and no other page."""
 _PACKAGES = {"PEFT": "peft", "Accelerate": "accelerate", "huggingface_hub": "huggingface_hub"}
 _SECRET_VARIABLES = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL")
 _POLICIES = {
@@ -57,6 +57,7 @@ class RunCard(GRPOTrainer):
     _mcp: MCPTools | None
     _value_head: ValueHead | None
     _home: str | None = None  # the output folder, while another one stands in for it
+    _stays = False  # the card that is being written is for a folder of this machine
     _trained = False  # a training has ended, and none is in progress
 
     def create_model_card(  # type: ignore[override]  # TRL's signature, not that of transformers
@@ -90,19 +91,30 @@ class RunCard(GRPOTrainer):
             self._update_card()
         return figures
 
-    def _update_card(self) -> None:
-        """Write the card in the output folder anew. Nothing depends on it: what it fails over is logged."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """TRL's save; after training with the card of the run, in place of the one that PEFT writes."""
+        super().save_model(output_dir, _internal_call)
+        if self._trained and not _internal_call:
+            self._update_card(output_dir)
+
+    def _update_card(self, output_dir: str | None = None) -> None:
+        """Write the card of a folder anew. Nothing depends on it: what it fails over is logged."""
         if not self.is_world_process_zero():
             return
-        file = Path(str(self.args.output_dir)) / CARD
+        folder, usual, home = Path(output_dir or str(self.args.output_dir)), self.args.output_dir, self._home
+        file = folder / CARD
+        self._home, self._stays = str(usual), True
+        self.args.output_dir = str(folder)
         try:
-            if file.is_file() and _GENERATED not in file.read_text(encoding="utf-8", errors="replace"):
-                logger.warning("No model card was written: %s is a file of somebody else's.", file)
+            if file.is_file() and not _IS_CARD.match(file.read_text(encoding="utf-8", errors="replace")):
+                logger.warning("No model card was written: %s is there, and is none.", file)
                 return
-            file.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             self.create_model_card(model_name=(self.args.hub_model_id or self._name_of_run).split("/")[-1])
         except Exception as error:
             logger.warning("The model card %s was not written: %s: %s", file, type(error).__name__, error)
+        finally:
+            self.args.output_dir, self._home, self._stays = usual, home, False
 
     def _complete_card(self, model_name: str | None, dataset_name: str | None) -> None:
         file = Path(str(self.args.output_dir)) / CARD
@@ -162,7 +174,7 @@ class RunCard(GRPOTrainer):
 
     def _usage(self) -> str:
         """How the model is loaded from where it is: the Hub for a card that is pushed, else the output folder."""
-        pushed = self._home is not None or self.args.push_to_hub
+        pushed = self.args.push_to_hub or (self._home is not None and not self._stays)
         repo = str(self.hub_model_id or self.args.hub_model_id or self._name_of_run)
         given: Any = self.args.model_init_kwargs
         given = given if isinstance(given, dict) else {}

@@ -75,6 +75,7 @@ ORDER = [
     "rollout.vllm_sampler",
     "rollout.vllm_worker",
     "rollout.vllm_engine",
+    "rollout.server_token",
     "rollout.vllm_client",
     "rollout.loop",
     "rollout.budget",

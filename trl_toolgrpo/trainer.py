@@ -27,6 +27,7 @@ from .checks import (
     check_best_metric,
     check_dataset,
     check_forcing,
+    check_has_values,
     check_head,
     check_optimizer,
     check_optimizer_holds_policy,
@@ -57,7 +58,7 @@ from .grouping import GroupedUpdates
 from .hub import HubPush
 from .lm_head import adapted_head, cast_heads, check_adapted_head, score_adapted_head, without_trls_cast
 from .own_positions import OwnPositions
-from .quantized import keep_trainable
+from .quantized import keep_trainable, same_parameters
 from .replay import Replay
 from .resume import ExactResume
 from .rollout.budget import check_cache
@@ -156,6 +157,7 @@ class ToolGRPOTrainer(
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             check_dataset(name, dataset, bool(tools or mcp_servers), environment_factory is not None)
         check_best_metric(args, eval_dataset)
+        check_has_values(args, model, reward_funcs)
         # Whether rollouts are this package's own; a `rollout_func` and multimodal models take TRL's way
         self._recording = args.record_sample_logprobs and rollout_func is None
         check_forcing(args, self._recording, bool(tools or environment_factory or mcp_servers), train_dataset)
@@ -434,6 +436,14 @@ class ToolGRPOTrainer(
     def _scores_old_logprobs(self) -> bool:
         """Whether TRL's first pass of a batch is the one for old log-probs: when steps and batches are not aligned."""
         return self.args.gradient_accumulation_steps % micro_batches_of(self.args) != 0
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with same_parameters(self.model if model is None else model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        with same_parameters(self.model):
+            super()._load_best_model()
 
     # Updates
 

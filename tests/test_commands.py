@@ -137,6 +137,8 @@ def test_a_command_names_what_exists(command, tmp_path):
         assert qwen3_tools.parse_arguments([*words[5:], *ON_THIS_MACHINE], {})
     elif words[0] == "pip":
         check_install(words)
+    elif words[:2] == ["python", "-c"]:
+        exec(words[2], {})
     elif words[:2] == ["python", "-m"]:
         check_module(words[2], words[3:])
     elif words[0] == "python" and words[1].endswith(".py"):

@@ -30,7 +30,8 @@ def train(path, tokenizer, **changes):
     torch._dynamo.reset()
     torch.manual_seed(0)
     trainer = ToolGRPOTrainer(
-        tiny_model(tokenizer, num_hidden_layers=1), lambda completion_ids, **kwargs: [float(sum(ids) % 11) for ids in completion_ids],
+        tiny_model(tokenizer, num_hidden_layers=1),
+        lambda completion_ids, **kwargs: [float(sum(ids) % 11) for ids in completion_ids],
         config(path, save_steps=1, **options), prompts(4), processing_class=tokenizer, tools=tools,
         peft_config=LoraConfig(r=2, target_modules=["q_proj"]) if lora else None,
     )  # fmt: skip

@@ -70,14 +70,14 @@ class TinyEngine:
         pass
 
 
-def _run(port, fate, changes):
+def _run(port, fate, token, changes):
     torch.set_num_threads(1)
 
     async def start():
         return TinyEngine(fate)
 
     about = {"model": "tiny", "shape": model_shape(tiny_model(chat_tokenizer()).config), "vllm": "0.31.0"}
-    serve(start, {**about, **changes}, "127.0.0.1", port)
+    serve(start, {**about, **changes}, "127.0.0.1", port, token)
 
 
 class ServerProcess:
@@ -86,6 +86,7 @@ class ServerProcess:
 
     Args:
         fate (`str`, *optional*): see [`TinyEngine`]; one that was started again has none.
+        token (`str`, *optional*): what its clients have to show.
         changes: what it says about itself that is not so.
     """
 
@@ -93,8 +94,8 @@ class ServerProcess:
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["rollout_server"])
 
-    def __init__(self, fate=None, **changes):
-        self.fate, self.changes = fate, changes
+    def __init__(self, fate=None, token=None, **changes):
+        self.fate, self.token, self.changes = fate, token, changes
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -109,7 +110,7 @@ class ServerProcess:
         self.kill()
 
     def start(self):
-        options = (self.port, self.fate if self.process is None else None, self.changes)
+        options = (self.port, self.fate if self.process is None else None, self.token, self.changes)
         self.process = self.processes.Process(target=_run, args=options, daemon=True)
         here = Path(__file__).parent
         with pytest.MonkeyPatch.context() as patch:  # what is imported beforehand is looked for there
@@ -124,8 +125,10 @@ class ServerProcess:
         """What the server says about itself, once it answers."""
         deadline = time.monotonic() + wait
         while True:
+            shown = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+            request = urllib.request.Request(f"{self.url}/rollouts", headers=shown)
             try:
-                with urllib.request.urlopen(f"{self.url}/rollouts", timeout=5) as response:
+                with urllib.request.urlopen(request, timeout=5) as response:
                     return json.load(response)
             except (OSError, urllib.error.URLError):
                 if time.monotonic() > deadline:

@@ -5,6 +5,7 @@ import ast
 import configparser
 import json
 import re
+import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -30,19 +31,69 @@ from trl_toolgrpo.report import __main__ as report
 PAGES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*.md"))]
 ON_THIS_MACHINE = ["--bf16", "false", "--use_cpu", "true"]
 
-# Programs that are too long for a test of commands, and the test that runs what they run
+# Programs that are too long for a test of commands: the file, and in it the test that runs what they run
 RUN_BY = {
-    "tests/benchmarks/rollout.py": "test_benchmarks.py",
-    "tests/benchmarks/step.py": "test_benchmarks.py",
-    "tests/benchmarks/gpu.py": "test_gpu_benchmark.py",
-    "tests/benchmarks/gpu_wheels.py": "test_gpu_benchmark.py",
-    "tests/benchmarks/hostile_python.py": "test_python_tool.py",
-    "tests/benchmarks/kills.py": "test_resume.py",
-    "tests/benchmarks/report.py": "test_report_browser.py",
-    "recipes/evaluate.py": "test_evaluate.py",
-    "recipes/server_environment.py": "test_mcp_task.py",
-    "recipes/smollm2.py": "test_bfcl.py",
-}
+    "tests/benchmarks/rollout.py": ("test_benchmarks.py", "test_a_benchmark_measures_both_sides"),
+    "tests/benchmarks/step.py": ("test_benchmarks.py", "test_a_benchmark_measures_both_sides"),
+    "tests/benchmarks/gpu.py": ("test_gpu_benchmark.py", "test_the_dry_run_passes_within_a_minute_of_two_cores"),
+    "tests/benchmarks/gpu_wheels.py": ("test_gpu_benchmark.py", "test_weights_travel_in_pieces_and_are_converted"),
+    "tests/benchmarks/hostile_python.py": ("test_commands.py", "test_the_trial_of_hostile_code_runs"),
+    "tests/benchmarks/kills.py": ("test_resume.py", "test_a_run_that_is_killed_again_and_again_is_the_same"),
+    "tests/benchmarks/report.py": ("test_commands.py", "test_the_benchmark_of_the_report_runs"),
+    "recipes/evaluate.py": ("test_evaluate.py", "test_the_command_line"),
+    "recipes/server_environment.py": (
+        "test_mcp_task.py", "test_an_environment_that_cannot_be_made_is_an_error_in_pips_words",
+    ),
+    "recipes/smollm2.py": (
+        "test_real_model.py", "test_twenty_steps_at_trls_defaults_end_without_an_error_a_fallback_or_an_alarm",
+    ),
+}  # fmt: skip
+
+
+def runs(script, file, test):
+    """Whether a test, with the fixtures and helpers that it names, uses a script: by import, or by its file's name."""
+    tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+    stem = Path(script).stem
+    imported = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+        if stem == (alias.name if isinstance(node, ast.Import) else node.module)
+    }
+    looked_at, names = set(), {test}
+    while names - looked_at:
+        looked_at |= names
+        names = {used for name in names for part in defined_as(tree, name) for used in uses(part)}
+    return bool(looked_at & (imported | {f"{stem}.py"})) and bool(defined_as(tree, test))
+
+
+def defined_as(tree, name):
+    """What a module defines by a name."""
+    found = [node for node in tree.body if getattr(node, "name", None) == name]
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
+    return found + [node for node in assigned if name in {getattr(target, "id", None) for target in node.targets}]
+
+
+def uses(node):
+    """Names that a piece of code mentions, those of its arguments, and those of files in its texts."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Constant) and isinstance(part.value, str):
+            yield Path(part.value).name
+        elif isinstance(part, (ast.Name, ast.arg)):
+            yield part.id if isinstance(part, ast.Name) else part.arg
+
+
+@pytest.mark.parametrize("script", RUN_BY)
+def test_a_long_program_is_run_by_the_test_that_is_named(script):
+    assert (ROOT / script).is_file()
+    assert runs(script, *RUN_BY[script]), f"{RUN_BY[script]} does not run {script}."
+
+
+def test_a_test_that_runs_something_else_is_told_apart():
+    assert not runs("tests/benchmarks/report.py", "test_report_browser.py", "test_verdict_curves_and_tools_are_there")
+    assert not runs("recipes/smollm2.py", "test_bfcl.py", "test_commands_are_found")
+    assert not runs("tests/benchmarks/kills.py", "test_resume.py", "test_no_such_test")
 
 
 def blocks(page, language):
@@ -86,6 +137,8 @@ def test_a_command_names_what_exists(command, tmp_path):
         assert qwen3_tools.parse_arguments([*words[5:], *ON_THIS_MACHINE], {})
     elif words[0] == "pip":
         check_install(words)
+    elif words[:2] == ["python", "-c"]:
+        exec(words[2], {})
     elif words[:2] == ["python", "-m"]:
         check_module(words[2], words[3:])
     elif words[0] == "python" and words[1].endswith(".py"):
@@ -127,8 +180,7 @@ def check_script(words):
     text = (ROOT / words[1]).read_text(encoding="utf-8")
     for flag in (word for word in words[2:] if word.startswith("--")):
         assert f'"{flag}"' in text
-    if words[1] not in ("recipes/curves.py", "recipes/qwen3_tools.py"):
-        assert (ROOT / "tests" / RUN_BY[words[1]]).is_file()
+    assert words[1] in ("recipes/curves.py", "recipes/qwen3_tools.py", *RUN_BY)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -173,3 +225,34 @@ def test_a_recipe_is_run_and_its_report_and_its_curve_are_made(tmp_path, monkeyp
     assert (tmp_path / "a.svg").stat().st_size > 1000
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     assert {"ratio/mean", "forced/fraction"} <= set(history[1])
+
+
+def test_the_trial_of_hostile_code_runs(monkeypatch, capsys):
+    """On a few of its snippets, and one that nothing contains."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
+    import hostile_python
+
+    found, few = hostile_python.snippets(), ["environment-0", "home-0", "flood-0"]
+    monkeypatch.setattr(hostile_python, "snippets", lambda: {name: found[name] for name in few})
+    monkeypatch.setattr(sys, "argv", ["hostile_python.py"])
+    with pytest.raises(SystemExit) as ended:
+        hostile_python.main()
+    said = capsys.readouterr().out
+    if "contained" not in said:
+        pytest.skip(f"no sandbox can be had here: {said}")
+    assert ended.value.code == 0 and "3 of 3 contained" in said
+    monkeypatch.setattr(hostile_python.Machine, "damage", lambda *args: ["it came out"])
+    with pytest.raises(SystemExit) as ended:
+        hostile_python.main()
+    assert ended.value.code == 1 and "0 of 3 contained" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_report_runs(monkeypatch, capsys):
+    script = ROOT / "tests" / "benchmarks" / "report.py"
+    monkeypatch.setattr(sys, "argv", ["report.py", "--rollouts", "16", "--repeats", "1"])
+    runpy.run_path(str(script), run_name="__main__")
+    said = capsys.readouterr().out
+    assert re.search(r"^16 rollouts, [\d.]+ MB of rollout log$", said, re.MULTILINE)
+    assert "MB, 16 rollouts" in said and re.search(r"built in [\d.]+ s", said)
+    assert "first paint" in said or "no browser was found" in said

@@ -6,6 +6,7 @@ module of ours to look at; every other failing test is likely to follow from it.
 """
 
 import ast
+import asyncio
 import dataclasses
 import inspect
 import textwrap
@@ -28,7 +29,7 @@ from trl.chat_template_utils import add_response_schema
 from trl.extras import profiling
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
-from trl_toolgrpo import model_card
+from trl_toolgrpo import ToolGRPOTrainer, model_card
 from trl_toolgrpo.rollout.rotary import RowFrequencies
 from trl_toolgrpo.rollout.vllm_engine import supported_versions
 
@@ -221,6 +222,9 @@ def test_the_model_card_has_its_headings():
     template = (resources.files("trl") / "templates" / "lm_model_card.md").read_text(encoding="utf-8")
     for heading in (model_card.PROCEDURE, model_card.VERSIONS):
         assert heading in template, f"TRL's model card has no {heading!r}; model_card.compose keeps what follows it."
+    assert len(model_card.METHOD.findall(template)) == 1, (
+        "TRL's model card has another sentence on the method; model_card.compose puts its own in place of it."
+    )
     assert HfHubHTTPError.__bases__[0].__name__ == "HTTPError", "hub.py catches what all HTTP failures are"
 
 
@@ -445,11 +449,10 @@ ATTRIBUTES = {
     "top_entropy_quantile": "grouping._divides_anew leaves the division that the quantile is taken over",
     "reward_func_names": "assist._calculate_rewards names the reward function",
     "_metrics": "trainer._log_rollouts and .log",
-    "_dist": "trainer._policy gathers parameters",
-    "_has_async_funcs": "trainer.__init__ shares TRL's event loop with tools if it has one",
+    "_dist": "rollout/engine.unwrapped_policy gathers parameters",
     "_standalone_tools": "trainer._prepare_recording",
     "_environment_pool": "rollout_tools._read_environments and ._drop_lost_environments",
-    "_env_tools": "trainer._read_environments and ._tokenize_prompts",
+    "_env_tools": "rollout_tools._read_environments and ._tokenize_prompts",
     "environments": "trainer._roll_out",
     "environment_factories": "trainer._prepare_recording",
     "tools": "trainer._prepare_recording and ._roll_out",
@@ -463,7 +466,7 @@ ATTRIBUTES = {
     "ref_model": "sync._prepare_reference",
     "is_fsdp_enabled": "sync._prepare_reference refuses merged weights",
     "is_deepspeed_enabled": "sync._prepare_reference refuses merged weights",
-    "model_wrapped": "trainer._policy",
+    "model_wrapped": "rollout/engine.unwrapped_policy",
     "use_vllm": "correction._correct has TRL's loss multiplied by the importance sampling weight",
     "vllm_importance_sampling_correction": "correction._correct",
 }
@@ -528,16 +531,16 @@ def test_shapes_of_those_attributes(trl_trainer):
     assert set(trl_trainer._metrics) == {"train", "eval"}, "GRPOTrainer._metrics changed; see trainer._log_rollouts."
     assert list(trl_trainer._environment_pool) == [None] and isinstance(trl_trainer._environment_pool[None], list), (
         "GRPOTrainer._environment_pool is no longer {name: [instances]} with None for a single environment; see "
-        "trainer._read_environments."
+        "rollout_tools._read_environments."
     )
     assert isinstance(trl_trainer._environment_pool[None][0], Box), (
-        "GRPOTrainer no longer makes a first environment at construction; trainer._read_environments reads its "
+        "GRPOTrainer no longer makes a first environment at construction; rollout_tools._read_environments reads its "
         "methods."
     )
     names = [tool.__name__ for tool in trl_trainer._env_tools[None]]
     assert names == ["fetch", "open"], (
         f"GRPOTrainer._env_tools holds {names} for an environment, not the functions and then its methods; see "
-        f"trainer._read_environments."
+        f"rollout_tools._read_environments."
     )
     assert [tool.__name__ for tool in trl_trainer._standalone_tools] == ["fetch"], (
         "GRPOTrainer._standalone_tools is no longer the functions alone; trainer._prepare_recording empties it."
@@ -545,13 +548,43 @@ def test_shapes_of_those_attributes(trl_trainer):
     assert isinstance(trl_trainer.eos_token_ids, list), "GRPOTrainer.eos_token_ids is no list; see trainer._roll_out."
 
 
-def test_event_loop_for_coroutines(trl_trainer):
-    assert trl_trainer._has_async_funcs is True, (
-        "GRPOTrainer._has_async_funcs is not set for coroutine tools; trainer.__init__ asks it for TRL's event loop."
+@pytest.mark.parametrize("kind", ["tool", "reward"])
+def test_trls_event_loop_is_for_reward_functions_alone(tmp_path, kind):
+    """A coroutine function as a tool is ours to run; as a reward function it is TRL's, on TRL's loop."""
+    ran_on = []
+
+    async def look_up(key: str) -> str:
+        """
+        Look up.
+
+        Args:
+            key: What.
+        """
+        return key
+
+    async def reward(completions, **kwargs):
+        ran_on.append(asyncio.get_running_loop())
+        return [float(index) for index in range(len(completions))]
+
+    tokenizer = chat_tokenizer()
+    trainer = ToolGRPOTrainer(
+        tiny_model(tokenizer),
+        reward if kind == "reward" else lambda completions, **kwargs: [0.0, 1.0, 2.0, 3.0],
+        config(tmp_path),
+        prompts(),
+        processing_class=tokenizer,
+        tools=[look_up],
     )
-    assert hasattr(trl_trainer, "async_loop") and trl_trainer.async_loop.is_running(), (
-        "GRPOTrainer with coroutines has no running `async_loop`; trainer.__init__ shares it with tools."
+    assert trainer._has_async_funcs == (kind == "reward"), (
+        "GRPOTrainer starts its event loop by something else than coroutine functions among tools and rewards; "
+        "trainer.__init__ gives it tools that are none, so that no tool can block it or end its thread."
     )
+    if kind == "reward":
+        trainer.train()
+        assert set(ran_on) == {trainer.async_loop}, (
+            "GRPOTrainer runs async reward functions elsewhere than on its `async_loop`."
+        )
+        assert ran_on[0] is not trainer._executor._loop.get()
 
 
 def test_context_managers_for_generation(trl_trainer):
@@ -561,7 +594,7 @@ def test_context_managers_for_generation(trl_trainer):
     found = parameters(unwrap_model_for_generation)
     assert found[:3] == ["model", "accelerator", "gather_deepspeed3_params"] and (
         "gradient_checkpointing_kwargs" in found
-    ), f"trl.models.unwrap_model_for_generation takes {found}; trainer._policy calls it."
+    ), f"trl.models.unwrap_model_for_generation takes {found}; rollout/engine.unwrapped_policy calls it."
     assert parameters(disable_gradient_checkpointing) == ["model", "gradient_checkpointing_kwargs"], (
         "trl.models.utils.disable_gradient_checkpointing has other parameters; trainer._check_recorded calls it."
     )
@@ -569,7 +602,9 @@ def test_context_managers_for_generation(trl_trainer):
         unwrap_model_for_generation(trl_trainer.model_wrapped, trl_trainer.accelerator) as policy,
         trl_trainer._dist.summon_full_params(trl_trainer.model_wrapped, recurse=False),
     ):
-        assert policy is trl_trainer.model, "unwrap_model_for_generation gives no policy; see trainer._policy."
+        assert policy is trl_trainer.model, (
+            "unwrap_model_for_generation gives no policy; see rollout/engine.unwrapped_policy."
+        )
 
 
 def test_what_logs_and_replays_ask_of_trl(trl_trainer):
@@ -614,9 +649,9 @@ def test_what_else_the_trainer_imports():
     from trl.trainer.utils import get_config_model_id
 
     for function, expected, use in (
-        (add_response_schema, "processing_class", "trainer._read_environments"),
-        (get_training_chat_template, "processing_class", "trainer._read_environments"),
-        (is_chat_template_prefix_preserving, "processing_class", "trainer._read_environments"),
+        (add_response_schema, "processing_class", "rollout_tools._read_environments"),
+        (get_training_chat_template, "processing_class", "rollout_tools._read_environments"),
+        (is_chat_template_prefix_preserving, "processing_class", "rollout_tools._read_environments"),
         (get_config_model_id, "config", "trainer.__init__"),
         (profiling_context, "trainer", "trainer._roll_out"),
     ):

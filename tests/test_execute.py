@@ -447,30 +447,6 @@ def test_system_exit_in_a_spawned_task_does_not_end_the_loop(executor):
     assert run(executor, fine).content == "fine"
 
 
-def test_shared_event_loop_is_used(make):
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    executor = make(event_loop=lambda: loop)
-
-    async def where():
-        return asyncio.get_running_loop() is loop
-
-    assert run(executor, where).content is True
-    assert run(executor, lambda: where()).content is True, "a plain function may return a coroutine"
-    executor.shutdown()
-    assert loop.is_running()
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(1)
-    loop.close()
-
-
-def test_closed_shared_loop_is_an_error_result(make):
-    loop = asyncio.new_event_loop()
-    loop.close()
-    assert run(make(event_loop=lambda: loop), async_raiser(ValueError())).error_type == "error"
-
-
 @pytest.mark.parametrize("thread_safe", [True, False])
 @pytest.mark.parametrize("kind", ["sync", "async", "owners"])
 def test_thread_safe_off_runs_one_call_at_a_time(executor, thread_safe, kind):

@@ -39,6 +39,14 @@ MODELS = {
     "Bloom": BLOOM,
     "Mamba": {"vocab_size": VOCAB, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2},
     "Lfm2": {**SIZES, "layer_types": ["conv", "full_attention"], "full_attn_idxs": [1]},
+    "Bamba": {
+        **{**SIZES, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8},
+        "attn_layer_indices": [1],
+    },
+    "FalconH1": {
+        **{**SIZES, "head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1},
+        "mamba_d_state": 8,
+    },
     "Qwen3Next": {
         **SIZES,
         "head_dim": 8,
@@ -255,6 +263,8 @@ def test_ordinary_models_get_the_default_sampler(name):
         ("Mamba", ""),
         ("Lfm2", "conv layers"),
         ("Qwen3Next", ""),
+        ("Bamba", ""),
+        ("FalconH1", ""),
     ],
 )
 def test_models_the_default_sampler_cannot_handle_say_why(name, reason):

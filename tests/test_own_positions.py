@@ -69,6 +69,22 @@ UNHIDDEN = {  # padding changes what `generate` gives
     "Rwkv": {**SMALL, "attention_hidden_size": 32, "context_length": 512},
     "MiniMax": {**HEADS, "num_local_experts": 2, "layer_types": ["linear_attention", "full_attention"]},
 }
+MIXED = {"mamba_n_groups": 1, "mamba_d_state": 8, "mamba_n_heads": 4}
+HYBRID = {  # attention beside layers with a state of their own
+    "Qwen3Next": {
+        **{**HEADS, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16},
+        **{"shared_expert_intermediate_size": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 2},
+        **{"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "Bamba": {**ROTARY, **MIXED, "mamba_d_head": 16, "attn_layer_indices": [1]},
+    "FalconH1": {**HEADS, **MIXED, "mamba_d_ssm": 32, "mamba_d_head": 8},
+    "Lfm2": {**ROTARY, "conv_L_cache": 3, "layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
+    "Jamba": {
+        **{**ROTARY, "mamba_d_state": 8, "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1},
+        "use_mamba_kernels": False,
+    },
+}
 BY_LENGTH = {
     "Phi3": {**ROTARY, "rope_parameters": LONGROPE, "original_max_position_embeddings": BORDER},
     "Llama longrope": {**HEADS, "rope_parameters": LONGROPE},
@@ -82,7 +98,7 @@ BY_LENGTH = {
     "Gemma3Text": {**HEADS, **LAYERS, "rope_parameters": BY_LAYER},
     "Olmo3": {**ROTARY, **LAYERS, "rope_parameters": BY_LAYER},
 }
-FAMILIES = {**ABSOLUTE, **RELATIVE, **UNHIDDEN, **BY_LENGTH}
+FAMILIES = {**ABSOLUTE, **RELATIVE, **UNHIDDEN, **HYBRID, **BY_LENGTH}
 EXPERTS = {"Qwen3Moe longrope": {**HEADS, "rope_parameters": LONGROPE}}
 
 
@@ -180,6 +196,26 @@ def test_rollouts_are_sampled_and_scored_as_if_alone(tmp_path, name, packing):
         lengths = [len(t.prompt_ids) + len(t.completion_ids) for t in trajectories]
         ended = {t.stop_reason for t, length in zip(trajectories, lengths, strict=True) if length == BORDER}
         assert max(lengths) == BORDER and ended == {"length"}
+
+
+# Whether the default sampler, and whether packing of a group, can be had
+PATHS = {
+    **dict.fromkeys(("GPT2", "OPT", "Phi3"), (True, True)),
+    **dict.fromkeys(("Qwen3Next", "Bamba", "FalconH1", "Lfm2", "Jamba", "Mamba2", "Bloom"), (False, False)),
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_each_family_takes_the_fastest_path_that_is_right_for_it(tmp_path, name, caplog):
+    tokenizer = chat_tokenizer()
+    with caplog.at_level(logging.WARNING):
+        trainer, _, _ = make(tmp_path, build(name, tokenizer), tokenizer, max_steps=1, max_completion_length=12)
+        trainer.train()
+    sampled = PATHS[name][0]
+    assert (trainer._engine._supported, trainer._packs) == PATHS[name]
+    assert ("falls back to `model.generate`" in caplog.text) != sampled
+    logged = trainer.state.log_history[0]
+    assert logged["ratio/mean"] == pytest.approx(1.0, abs=1e-5) and logged["sampling/logp_diff_max"] < 2e-5
 
 
 def test_packing_is_used_where_positions_are_absolute(tmp_path, caplog):

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import get_peft_config, get_quantization_config
 
-from trl_toolgrpo import ConfigError, ToolGRPOTrainer
+from trl_toolgrpo import ConfigError, ToolGRPOTrainer, ValueHead
 from trl_toolgrpo.quantized import keep_trainable
 
 
@@ -93,6 +93,72 @@ def test_a_policy_in_four_bits_is_sampled_and_trained(folder, tmp_path, monkeypa
     assert trainer._sync_report.differ == ()
     factors = [p for n, p in trainer.model.named_parameters() if "lora_B.default" in n]
     assert factors and all(bool(p.any()) for p in factors)
+
+
+FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}
+CRITICS = {
+    "gae": {"advantage_estimator": "gae"},
+    "gae by turn": {"advantage_estimator": "gae", "gae_unit": "turn"},
+    "group_gae": {"advantage_estimator": "group_gae", "value_epochs": 2},
+    "warm-up": {"advantage_estimator": "gae", "value_warmup_steps": 1},
+    "into the trunk": {"advantage_estimator": "gae", "value_detach": False},
+    "bfloat16": {"advantage_estimator": "gae", "bf16": True, "bound": 2e-2},
+    "with a reference": {
+        "advantage_estimator": "gae", "beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1,
+        "ref_model_mixup_alpha": 1.0,
+    },
+}  # fmt: skip
+
+
+def critic(folder, path, kind="nf4", **changes):
+    bits = {"load_in_8bit": True} if kind == "int8" else {**FOUR_BITS, "bnb_4bit_quant_type": kind}
+    options = {
+        "max_steps": 3, "learning_rate": 1e-2, "logprob_check": "always", "model_init_kwargs": {"dtype": "float32"},
+        **changes,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return ToolGRPOTrainer(
+        str(folder), lambda completion_ids, **kwargs: [float(sum(ids) % 11) for ids in completion_ids],
+        config(path, **options), prompts(4), quantization_config=BitsAndBytesConfig(**bits),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [*(("nf4", name) for name in CRITICS), ("fp4", "gae"), ("int8", "gae")]
+)
+def test_a_value_head_over_a_quantized_base(folder, tmp_path, kind, name):
+    """The head is no part of what is quantized, learns, is saved beside the adapter and loads again."""
+    changes = dict(CRITICS[name])
+    bound = changes.pop("bound", 2e-2 if kind == "int8" else 1e-4)
+    trainer = critic(folder, tmp_path, kind, **changes)
+    head = trainer._value_head
+    assert type(head.layer) is torch.nn.Linear and {p.dtype for p in head.parameters()} == {torch.float32}
+    before = [parameter.detach().clone() for parameter in head.parameters()]
+    trainer.train()
+    trainer.save_model()
+    assert all(not torch.equal(a, b) for a, b in zip(before, head.parameters(), strict=True))
+    logged = [entry for entry in trainer.state.log_history if "value/loss" in entry]
+    assert len(logged) == 3 and all(entry["value/grad_norm"] > 0 for entry in logged)
+    assert all(entry["sampling/logp_diff_max"] < bound for entry in logged)
+    loaded = ValueHead.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), head.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("estimator", ["group", "gae"])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_run_in_four_bits_is_resumed_as_it_was(folder, tmp_path, estimator, fresh):
+    """Also by the trainer that has trained: the adapter stays in the dtype it is trained in."""
+    options = {"save_strategy": "steps", "save_steps": 1, "advantage_estimator": estimator}
+    trainer = critic(folder, tmp_path, **options)
+    trainer.train()
+    trained = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    again = critic(folder, tmp_path, **options) if fresh else trainer
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    found = {name: p for name, p in again.model.named_parameters() if p.requires_grad}
+    assert set(found) == set(trained)
+    for name, tensor in trained.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
 @pytest.mark.parametrize("sampled_before", [False, True])

@@ -272,6 +272,58 @@ def test_curves_have_gaps_where_values_are_not_finite():
     assert "no finite value" in panel("kl", [Line("run", [1], [math.inf])])
 
 
+def drawn_of(html):
+    """Heights of the points of each line of a panel, and its labels."""
+    lines = re.findall(r'<polyline class="run\d" points="([^"]+)"', html)
+    heights = [[float(point.split(",")[1]) for point in line.split()] for line in lines]
+    labels = re.findall(r'<text class="end" x="(\d+)" y="[^"]+">([^<]+)</text>', html)
+    return heights, [text for place, text in labels if float(place) < 100]
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "flat"),
+    [
+        ("ratio/mean", [1.0, 1 + 1e-7, 1 - 1e-7, 1 + 3e-7], True),
+        ("ratio/std", [9e-8, 3e-7, 1e-7, 2e-7], True),
+        ("eval_loss", [1e-8, -2e-8, 3e-8, 0.0], True),
+        ("sampling/logp_diff_max", [4.8e-7, 9.5e-7, 2.4e-7, 4.8e-7], True),
+        ("reward", [0.5, 0.5, 0.5, 0.5], True),
+        ("memory", [1e9, 1e9 + 64, 1e9, 1e9 + 128], True),
+        ("loss", [0.0, 0.0, 0.0, 0.0], True),
+        ("learning_rate", [1e-6, 7e-7, 3e-7, 0.0], False),
+        ("ratio/mean", [1.0, 1.00001, 0.99999, 1.0], False),
+        ("kl", [1e-5, 2e-5, 3e-5, 4e-5], False),
+        ("reward", [0.5, 0.5001, 0.5, 0.5], False),
+        ("step", [100000.0, 100001.0, 100002.0, 100003.0], False),
+    ],
+)
+def test_a_line_of_rounding_is_drawn_flat(metric, values, flat):
+    heights, labels = drawn_of(panel(metric, [Line("run", [1, 2, 3, 4], values)]))
+    assert (len(set(heights[0])) == 1) == flat
+    assert len(labels) == len(set(labels)) == 3 and all(len(label) <= 8 for label in labels)
+
+
+@pytest.mark.parametrize("low", [-98765.4, -2450.0, -0.00123, -1.23e-5, 0.0, 1.23e-9, 0.999, 2450.0, 1e5, 1.5e12])
+@pytest.mark.parametrize("span", [1e-3, 0.1, 1.0, 1234.5, 4e7])
+def test_the_numbers_beside_a_curve_have_room(low, span):
+    html = panel("tokens_per_second", [Line("run", [1, 2], [low, low + span * max(abs(low), 1e-3)])])
+    labels = re.findall(r'<text class="end" x="(\d+)" y="[^"]+">([^<]+)</text>', html)[:3]
+    for place, text in labels:  # digits of 10 pixels' height are at most 6.4 wide, signs and points half of that
+        narrow = sum(character in "-.e" for character in text)
+        assert 6.4 * (len(text) - narrow) + 4.2 * narrow <= float(place), text
+
+
+def test_calls_that_could_not_be_read_have_a_name(tmp_path):
+    folder = write_run(tmp_path / "run", rollouts=8, per_file=8)
+    path = next((folder / "rollouts").glob("*.parquet"))
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    for row, name in zip(rows, ("", " ", None), strict=False):
+        row["tools"] = [name, "find_employee"]
+    write_rollouts(path, rows)
+    tools = data_of(build_report([folder]).html)["runs"][0]["index"]["tools"]
+    assert tools[:3] == [["(unreadable)", "find_employee"]] * 3 and all(name for names in tools for name in names)
+
+
 def test_thin_curves_keep_their_extremes():
     steps, values = np.arange(10_000.0), np.zeros(10_000)
     values[4321], values[8765], values[500] = 9.0, -9.0, math.nan

@@ -144,6 +144,50 @@ def test_filters_by_reward_stop_reason_and_tool(page, rows):
     assert count() == 0 and page.run("document.querySelectorAll('.row').length") == 0
 
 
+def test_the_pane_shows_a_rollout_of_the_list_or_none(page, rows):
+    def settled(index):
+        page.wait_for(f"selected === rollouts[{index}] && rollout && rollout.tokens.length === selected.tokens")
+
+    settled(0)
+    page.run("choose(1)")
+    set_filter(page, "least", "1")
+    wanted = 1 if rows[0][1]["reward"] >= 1 else next(n for n, row in enumerate(rows[0]) if row["reward"] >= 1)
+    settled(wanted)
+    assert page.run("document.querySelectorAll('.row[aria-selected=true]').length") == 1
+    set_filter(page, "from", "99")
+    assert "No rollout passes these filters" in page.run("document.querySelector('#facts').innerText")
+    for part in ("#tokens", "#token"):
+        assert page.run(f"document.querySelector('{part}').textContent") == ""
+    assert page.run("document.querySelector('#prompt').hidden && document.querySelector('#legend').hidden")
+    page.run("tokens.focus()")
+    page.press("ArrowRight")
+    page.run("document.querySelector('#filters button[type=reset]').click()")
+    page.wait_for("selected === rollouts[0] && rollout && rollout.tokens.length === selected.tokens")
+    assert page.run("!document.querySelector('#legend').hidden")
+
+
+def test_the_legend_follows_the_coloring(page):
+    def legend():
+        return page.run("document.querySelector('#keys').innerText")
+
+    assert "sampled" in legend() and "by" not in legend()
+    page.wait_for("rollout && rollout.tokens.length === selected.tokens")
+    for name, said in (("logprob", "log-prob: -4 or less"), ("ratio", "0.67 or less"), ("advantage", "by advantage")):
+        page.run(f"color.value = '{name}'; color.dispatchEvent(new Event('change'))")
+        assert said in legend() and "forced" in legend() and "tool output" in legend()
+        assert "gradient" in page.run("getComputedStyle(document.querySelector('#keys .bar')).backgroundImage")
+    largest = page.run(
+        "Math.max(...rollout.figures.advantage.filter((x, i) => rollout.kinds[i] === SAMPLED).map(Math.abs))"
+    )
+    assert f"{float(f'{largest:.3g}'):g}" in legend()
+    page.run("color.value = 'kind'; color.dispatchEvent(new Event('change'))")
+    assert page.run("document.querySelector('#keys .bar')") is None
+
+
+def test_no_option_of_a_filter_is_without_a_name(page):
+    assert page.run("[...document.querySelectorAll('#filters option')].every((option) => option.text.trim())")
+
+
 def test_tokens_can_be_colored_by_each_figure(page):
     options = page.run("[...document.querySelector('#color').options].map((option) => option.value)")
     assert options == ["kind", "logprob", "ratio", "advantage", "value"]

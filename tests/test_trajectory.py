@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_toolgrpo import ToolCall, ToolResult, Trajectory, TrajectoryError, Turn
-from trl_toolgrpo.trajectory import STOP_REASONS, locate, truncated_rows
+from trl_toolgrpo.trajectory import STOP_REASONS, locate
 
 
 def record(**changes):
@@ -180,7 +180,6 @@ def test_stop_reason_is_one_of_five(value):
 def test_all_but_stop_count_as_truncated(reason):
     trajectory = Trajectory.from_dict(record(stop_reason=reason))
     assert trajectory.truncated == (reason != "stop")
-    assert truncated_rows([trajectory, Trajectory.from_dict(record())]) == [reason != "stop", False]
 
 
 @pytest.mark.parametrize("spans", [[(0, 6)], [(-1, 2)], [(2, 1)], [(0, 3), (2, 5)], [(3, 5), (0, 2)]])

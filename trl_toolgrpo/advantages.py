@@ -1,4 +1,4 @@
-"""Advantages of tokens: group-relative, and generalized advantage estimation by token and by turn. Pure functions.
+"""Advantages of tokens: generalized advantage estimation by token and by turn. Pure functions.
 
 Owns the maths between rewards and the policy loss; tensors in, tensors out. Everything runs over the tokens the policy
 sampled: tool results and forced tokens are left out, and never bootstrapped through. Fed by the trainer with the
@@ -15,37 +15,6 @@ from torch import Tensor
 
 from .rounding import widest
 from .trajectory import Trajectory
-
-
-def group_relative(rewards: Tensor, group_size: int, scale: str = "group") -> Tensor:
-    """
-    Rewards relative to the mean of their group, as in GRPO (arXiv 2402.03300).
-
-    Args:
-        rewards (`Tensor`):
-            Reward of each rollout, float, shape (N,), groups one after the other; NaN where it was not scored.
-        group_size (`int`):
-            Rollouts in a group.
-        scale (`str`, *optional*, defaults to `"group"`):
-            What the difference is divided by: `"group"`, the standard deviation of the group; `"batch"`, that of all
-            rewards; `"none"`, nothing.
-
-    Returns:
-        `Tensor`: shape (N,); 0 where a rollout was not scored.
-    """
-    groups = rewards.view(-1, group_size)
-    centred = groups - groups.nanmean(dim=1, keepdim=True)
-    if scale != "none":
-        spread = _nanstd(groups, 1) if scale == "group" else _nanstd(rewards, 0)
-        centred = centred / (spread + 1e-4)
-    return centred.reshape(-1).nan_to_num(nan=0.0)
-
-
-def _nanstd(values: Tensor, dim: int) -> Tensor:
-    """Standard deviation of what is no NaN, with Bessel's correction; 0 for a single value."""
-    count = (~values.isnan()).sum(dim=dim, keepdim=True)
-    deviation = values - values.nanmean(dim=dim, keepdim=True)
-    return (deviation.square().nansum(dim=dim, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
 
 
 def steps_of(trajectories: Sequence[Trajectory], width: int, unit: str) -> Tensor:

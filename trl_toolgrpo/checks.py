@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -837,6 +838,50 @@ def check_best_metric(args: ToolGRPOConfig, eval_dataset: Any) -> None:
         f"You passed `eval_dataset` as a dict, and the best model is chosen by `metric_for_best_model={metric!r}`. "
         f"Each set has figures of its own, so that there is no `eval_{bare}`. Pass {choices}."
     )
+
+
+def check_has_values(args: Any, model: Any, reward_funcs: Any) -> None:
+    """
+    Check that no tensor of a model is on the meta device, where it has a shape and no values. With FSDP the first
+    process may be the only one that has them.
+
+    Args:
+        args ([`ToolGRPOConfig`]):
+            Configuration, with what the model is loaded by.
+        model (`str`, `PreTrainedModel` or `PeftModel`):
+            As it was passed.
+        reward_funcs:
+            As they were passed; models among them are looked at, too.
+
+    Raises:
+        ConfigError: naming the first such tensor.
+    """
+    given: Any = args.model_init_kwargs
+    place = given.get("device_map") if isinstance(given, dict) else None
+    places = place.values() if isinstance(place, dict) else [place]
+    if any(str(found) == "meta" for found in places):
+        raise ConfigError(
+            "You passed `model_init_kwargs={'device_map': ...}` with the meta device, where parameters have a shape "
+            "and no values: nothing can be sampled or trained. Leave `device_map` out; the trainer puts the model on "
+            "its device."
+        )
+    if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return
+    functions = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    models = {"the model": model, **{f"reward function {n}": function for n, function in enumerate(functions)}}
+    for what, module in models.items():
+        if not isinstance(module, torch.nn.Module):
+            continue
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        empty = [name for name, tensor in tensors if tensor.is_meta]
+        if empty:
+            raise ConfigError(
+                f"You passed as {what} a {type(module).__name__} with {len(empty)} of {len(tensors)} tensors on the "
+                f"meta device, such as `{empty[0]}`: they have a shape and no values, so that nothing can be "
+                f"computed. Load it with `from_pretrained` outside of `torch.device('meta')` and "
+                f"`init_empty_weights()`, or give it values with `to_empty(device='cpu')` and `load_state_dict`; add "
+                f"an adapter without `low_cpu_mem_usage=True`."
+            )
 
 
 def _check_given_adapters(beta: float, model: Any, adapters: dict[str, Any]) -> None:

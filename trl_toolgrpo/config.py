@@ -5,7 +5,7 @@ all stages.
 """
 
 import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from trl import GRPOConfig
@@ -37,8 +37,10 @@ class ToolGRPOConfig(GRPOConfig):
             Use the log-prob recorded when a token was sampled as the "old" log-prob of the ratio. `False` is TRL's own
             path, unchanged.
         strict_trajectories (`bool`, *optional*, defaults to `True`):
-            Raise [`TrajectoryError`] for a rollout with a missing, short, non-finite or misnamed field. `False` masks
-            such a rollout out of the update and counts it in `rollout/invalid`.
+            Raise [`TrajectoryError`] for a rollout with a missing, short, non-finite or misnamed field, whether it was
+            sampled here, by a sampler of your own or a `rollout_func`, or is read from a rollout log (`replay`).
+            `False` masks such a rollout out of the update and counts it in `rollout/invalid`. `Trajectory.from_dict`
+            and `read_rollouts` take the same as `strict`.
         logprob_check (`str`, *optional*, defaults to `"first"`):
             When to recompute recorded log-probs with the trainer and compare them token by token: for the `"first"`
             rollout batch, `"always"` or `"off"`.
@@ -352,6 +354,8 @@ class ToolGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         check_types(self)
+        own_defaults = default_values(self)
+        passed = {name for name, default in own_defaults.items() if getattr(self, name) != default}
         if (self.num_generations or 0) < 2:
             raise ConfigError(
                 f"You passed `num_generations={self.num_generations}`. GRPO compares the rollouts of a prompt with "
@@ -362,6 +366,9 @@ class ToolGRPOConfig(GRPOConfig):
         except ValueError as error:
             raise ConfigError(self._uneven_groups() or str(error)) from error
         check_fields(self, defaults())
+        # No fields: they are in no dump of the configuration
+        self._passed = passed
+        self._begun_with: dict[str, Any] | None = {name: getattr(self, name) for name in own_defaults}
 
     def to_dict(self) -> dict[str, Any]:
         """
@@ -395,6 +402,7 @@ class ToolGRPOConfig(GRPOConfig):
                 Configuration of a script written for TRL's `GRPOTrainer`.
         """
         if isinstance(args, ToolGRPOConfig):
+            args._passed, args._begun_with = set_fields(args), None
             return args
         # A copy and not a new object: TRL derives fields in `__post_init__` that cannot be passed in again
         config = copy.copy(args)
@@ -412,3 +420,58 @@ class ToolGRPOConfig(GRPOConfig):
 def defaults() -> dict[str, Any]:
     """Default of each field of [`ToolGRPOConfig`]."""
     return {f.name: f.default for f in fields(ToolGRPOConfig)}
+
+
+def default_values(args: Any) -> dict[str, Any]:
+    """Default of each field of a configuration that can be passed to its class, made anew where it is mutable."""
+    return {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args) if f.init
+    }
+
+
+# What the defaults of these fields, "none", "" and "auto", are written as at construction
+_WRITTEN_ANEW: dict[str, Any] = {"report_to": [], "debug": [], "pad_to_multiple_of": None}
+
+
+def set_fields(args: GRPOConfig) -> set[str]:
+    """
+    Names of the fields of a configuration that were set: passed with another value than their default, or changed
+    after construction and before a trainer took the configuration over. What TRL and transformers derive from other
+    fields is not among them.
+
+    Args:
+        args (`GRPOConfig`):
+            A configuration; of TRL's own, a field with the value that would have been derived counts as derived.
+    """
+    passed, before = getattr(args, "_passed", None), getattr(args, "_begun_with", None) or {}
+    if passed is not None:
+        found = passed | {name for name, value in before.items() if getattr(args, name) != value}
+        return {name for name in found if name not in _WRITTEN_ANEW or getattr(args, name) != _WRITTEN_ANEW[name]}
+    derived = derived_values(args)
+    given = {name: default for name, default in default_values(args).items() if getattr(args, name) != default}
+    return {name for name, default in given.items() if getattr(args, name) != derived.get(name, default)}
+
+
+def derived_values(args: GRPOConfig) -> dict[str, Any]:
+    """
+    What TRL and transformers put into the fields of a configuration that were left alone.
+
+    Args:
+        args (`GRPOConfig`):
+            A configuration after its construction.
+    """
+    by_step = args.per_device_train_batch_size * args.world_size
+    best = args.metric_for_best_model
+    return _WRITTEN_ANEW | {
+        "activation_checkpointing": args.gradient_checkpointing,
+        "activation_checkpointing_kwargs": args.gradient_checkpointing_kwargs,
+        "bf16": not args.fp16,
+        "dataloader_pin_memory": not args.use_cpu,
+        "do_eval": args.eval_strategy != "no",
+        "eval_steps": args.logging_steps if args.eval_strategy == "steps" else None,
+        "generation_batch_size": by_step * (args.steps_per_generation or 1),
+        "greater_is_better": None if best is None else not best.endswith("loss"),
+        "metric_for_best_model": "loss",
+        "steps_per_generation": args.gradient_accumulation_steps,
+        "torch_compile_backend": "inductor",
+    }

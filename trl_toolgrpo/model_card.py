@@ -4,6 +4,10 @@ Owns the texts, as pure functions of plain values; `run_card.py` gathers those a
 TRL writes.
 """
 
+import json
+import keyword
+import pprint
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -11,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from .curve_noise import is_flat
 from .redaction import masked_arguments
 from .tools.types import Tool
 
@@ -18,10 +23,23 @@ from .tools.types import Tool
 PROCEDURE = "## Training procedure"
 VERSIONS = "### Framework versions\n"
 """Headings of TRL's card; what stands behind the first of them is kept."""
+METHOD = re.compile(r"^This model was trained with .*$", re.MULTILINE)
+"""TRL's sentence on the method."""
 RANK = "MACHINE_RANK"
 FIRST = "FIRST_MACHINE"
 """What a reader of a command for several machines replaces."""
 
+_LOSSES = {
+    "grpo": ("a clipped ratio, averaged over each rollout", "2402.03300", "DeepSeekMath"),
+    "bnpo": ("a clipped ratio, averaged over the tokens of a batch", "1707.06347", "PPO"),
+    "dr_grpo": ("a clipped ratio, summed over tokens by a constant", "2503.20783", "Dr. GRPO"),
+    "dapo": ("a clipped ratio, averaged over all tokens of an update", "2503.14476", "DAPO"),
+    "cispo": ("clipped importance weights", "2506.13585", "MiniMax-M1"),
+    "luspo": ("losses of sequences, scaled by their length", "2602.05261", "LUSPO"),
+    "vespo": ("soft weights of whole sequences", "2602.10693", "VESPO"),
+    "sapo": ("a soft gate in place of a clipped ratio", "2511.20347", "SAPO"),
+}
+"""Losses with what they do and the paper that introduced them."""
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 30
 _SHOWN = (
@@ -31,7 +49,7 @@ _SHOWN = (
 )
 
 
-def compose(card: str, title: str, sections: Sequence[str], versions: Mapping[str, str]) -> str:
+def compose(card: str, title: str, sections: Sequence[str], versions: Mapping[str, str], method: str = "") -> str:
     """
     The text of a card from TRL's.
 
@@ -45,42 +63,126 @@ def compose(card: str, title: str, sections: Sequence[str], versions: Mapping[st
             What comes before the training procedure.
         versions (`Mapping[str, str]`):
             Packages that TRL does not name, with their versions.
+        method (`str`, *optional*):
+            What takes the place of TRL's sentence on the method, which knows of one paper alone.
     """
     kept = card[card.index(PROCEDURE) :] if PROCEDURE in card else ""
     added = "".join(f"- {name}: {version}\n" for name, version in versions.items())
     kept = kept.replace(VERSIONS, f"{VERSIONS}\n{added.rstrip()}", 1)
+    if method:
+        kept = METHOD.sub(lambda match: method, kept, count=1)
     return "\n\n".join(part.strip() for part in [title, *sections, kept] if part.strip()) + "\n"
 
 
-def usage(repo: str, base: str | None, adapter: bool, value_head: bool) -> str:
+def usage(
+    model: str,
+    base: str | None,
+    tools: Sequence[Mapping[str, Any]],
+    template: Mapping[str, Any] | None,
+    *,
+    adapter: bool = False,
+    value_head: bool = False,
+    multimodal: bool = False,
+    max_new_tokens: int = 256,
+    base_options: Mapping[str, Any] | None = None,
+) -> str:
     """
-    How the model is loaded.
+    How the model is loaded and asked, with prompts rendered as in training; the code runs as it stands.
 
     Args:
-        repo (`str`):
-            Id on the Hub.
+        model (`str`):
+            Id on the Hub, or a folder.
         base (`str`, *optional*):
-            Id of the base model; `None` for one that is not on the Hub.
-        adapter (`bool`):
+            Id of the base model; `None` for one that is not on the Hub, which an adapter's own configuration names.
+        tools (`Sequence[Mapping]`):
+            Schemas of the tools, as the chat template gets them.
+        template (`Mapping[str, Any]`, *optional*):
+            Arguments that the chat template gets in addition; `None` where prompts are plain texts.
+        adapter (`bool`, *optional*, defaults to `False`):
             Whether the files are those of an adapter.
-        value_head (`bool`):
-            Whether a value head is beside it.
+        value_head (`bool`, *optional*, defaults to `False`):
+            Whether they include a value head.
+        multimodal (`bool`, *optional*, defaults to `False`):
+            Whether the model takes images too.
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Most tokens that the example generates.
+        base_options (`Mapping[str, Any]`, *optional*):
+            Arguments that the base model is loaded with.
     """
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    kind, reader, name = "AutoModelForCausalLM", "AutoTokenizer", "tokenizer"
+    if multimodal:
+        kind, reader, name = "AutoModelForImageTextToText", "AutoProcessor", "processor"
+    place, options = json.dumps(model, ensure_ascii=False), dict(base_options or {})
+    trusts = {key: value for key, value in options.items() if key == "trust_remote_code"}
+    lines = [f"from transformers import {kind}, {reader}", ""]
     if adapter:
-        lines.insert(0, "from peft import PeftModel")
-        lines.append(f'base = AutoModelForCausalLM.from_pretrained("{base or "<folder of the base model>"}")')
-        lines.append(f'model = PeftModel.from_pretrained(base, "{repo}")')
+        lines.insert(0, f"from peft import {'PeftModel' if base else 'PeftConfig, PeftModel'}")
+        source = json.dumps(base) if base else f"PeftConfig.from_pretrained({place}).base_model_name_or_path"
+        lines.append(f"base = {kind}.from_pretrained({source}{_keywords(options)})")
+        lines.append(f"model = PeftModel.from_pretrained(base, {place})")
     else:
-        lines.append(f'model = AutoModelForCausalLM.from_pretrained("{repo}")')
-    lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{repo}")')
-    lines.append("text = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)")
+        lines.append(f"model = {kind}.from_pretrained({place}{_keywords(trusts)})")
+    lines.append(f"{name} = {reader}.from_pretrained({place}{_keywords(trusts)})")
+    lines.append("")
+    question = "Hello! What can you do for me?"
+    if template is None:
+        lines.append(f'inputs = {name}(text="{question}", return_tensors="pt").to(model.device)')
+    else:
+        if tools:
+            lines += [f"tools = {pprint.pformat([dict(tool) for tool in tools], width=110, sort_dicts=False)}", ""]
+        content: Any = [{"type": "text", "text": question}] if multimodal else question
+        lines.append(f"messages = [{json.dumps({'role': 'user', 'content': content})}]")
+        lines.append(f"inputs = {name}.apply_chat_template(")
+        shown = ", tools=tools" if tools else ""
+        lines.append(f"    messages{shown}, add_generation_prompt=True{_keywords(template)},")
+        lines.append('    tokenize=True, return_dict=True, return_tensors="pt",')
+        lines.append(").to(model.device)")
+    # By name for a text model, which refuses the token types that some tokenizers add
+    given = "**inputs" if multimodal else 'inputs["input_ids"], attention_mask=inputs["attention_mask"]'
+    lines.append(f"output = model.generate({given}, max_new_tokens={max_new_tokens})")
+    lines.append(f'print({name}.decode(output[0, inputs["input_ids"].shape[1] :]))')
     text = _code("\n".join(lines), "python")
+    if template is not None:
+        text += (
+            "\n\nPut messages of your own in place of the question: the system message of the training prompts, if "
+            "they had one, and what tools return as messages of the role `tool`."
+        )
     if value_head:
         head = "from trl_toolgrpo import ValueHead"
         text += "\n\nThe value head of the training run is in `value_head.safetensors`:\n\n"
-        text += _code(f'{head}\n\nvalue_head = ValueHead.from_pretrained("{repo}")', "python")
+        text += _code(f"{head}\n\nvalue_head = ValueHead.from_pretrained({place})", "python")
     return f"## Use\n\n{text}"
+
+
+def method(estimator: str, loss: str, level: str = "token", adapter: bool = False) -> str:
+    """
+    The parts of the training method, each with the paper that introduced it.
+
+    Args:
+        estimator (`str`):
+            `advantage_estimator` of the configuration.
+        loss (`str`):
+            `loss_type`.
+        level (`str`, *optional*, defaults to `"token"`):
+            `importance_sampling_level`.
+        adapter (`bool`, *optional*, defaults to `False`):
+            Whether an adapter is trained.
+    """
+    parts = []
+    if estimator != "gae":
+        parts.append(("advantages relative to a group of rollouts (GRPO)", "2402.03300", "DeepSeekMath"))
+    if estimator != "group":
+        parts.append(("generalized advantage estimation with a value head", "1506.02438", "GAE"))
+    if loss not in _LOSSES:
+        parts.append((f"the loss `{loss}`", "", ""))
+    else:
+        parts.append(_LOSSES[loss])
+    if level.startswith("sequence"):
+        parts.append(("ratios of whole sequences", "2507.18071", "GSPO"))
+    lines = [f"{what} ([{title}](https://huggingface.co/papers/{id}))" if id else what for what, id, title in parts]
+    lines.append("rollouts that call tools, with the log-prob of each token recorded as it was sampled (trl_toolgrpo)")
+    trained = "An adapter was" if adapter else "All weights were"
+    return f"{trained} trained with the parts of several methods:\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
 def task(dataset: str | None, rows: int | None, columns: Sequence[str], environments: Mapping[str, str]) -> str:
@@ -153,28 +255,31 @@ def curves(log: Sequence[Mapping[str, Any]]) -> str:
         return "## Curves\n\nNothing was logged."
     steps = [entry["step"] for entry in log if "step" in entry]
     rows = [
-        (f"`{name}`", *(f"{value:.4g}" for value in (y[0], y[-1], min(y), max(y))), bars(y))
+        (f"`{name}`", *(f"{value:.4g}" for value in (y[0], y[-1], min(y), max(y))), bars(y, metric=name))
         for name, y in sorted(found.items())
     ]
     head = ("figure", "first", "last", "least", "most", "curve")
     return f"## Curves\n\nOptimizer steps {min(steps)} to {max(steps)}.\n\n{_table(head, rows)}"
 
 
-def bars(values: Sequence[float], width: int = _WIDTH) -> str:
+def bars(values: Sequence[float], width: int = _WIDTH, metric: str = "") -> str:
     """
-    A curve as a line of bars, each the mean of its share of the values.
+    A curve as a line of bars, each the mean of its share of the values; level where only rounding moves it.
 
     Args:
         values (`Sequence[float]`):
             Finite values, at least one.
         width (`int`, *optional*, defaults to `30`):
             Most bars.
+        metric (`str`, *optional*):
+            Name of the figure, which says what its rounding is.
     """
     count = min(width, len(values))
     cuts = [index * len(values) // count for index in range(count + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
     low, spread = min(means), max(means) - min(means)
-    heights = [0 if spread == 0 else round((mean - low) / spread * (len(_BARS) - 1)) for mean in means]
+    flat = is_flat(min(values), max(values), metric)
+    heights = [0 if flat or spread == 0 else round((mean - low) / spread * (len(_BARS) - 1)) for mean in means]
     return "".join(_BARS[height] for height in heights)
 
 
@@ -206,6 +311,13 @@ def command(launcher: Sequence[str], arguments: Sequence[str], machines: int = 1
 def first_paragraph(text: str | None) -> str:
     """The first paragraph of a docstring, on one line."""
     return " ".join((text or "").strip().split("\n\n")[0].split())
+
+
+def _keywords(options: Mapping[str, Any]) -> str:
+    """Arguments behind others in a call, as Python writes them."""
+    odd = {name: value for name, value in options.items() if not name.isidentifier() or keyword.iskeyword(name)}
+    plain = [f", {name}={value!r}" for name, value in options.items() if name not in odd]
+    return "".join(plain) + (f", **{odd!r}" if odd else "")
 
 
 def _arguments(schema: Mapping[str, Any]) -> str:

@@ -1,9 +1,13 @@
 """4-bit base weights that stay fit for training.
 
-Owns the one thing that sampling would do to them; fed by the trainer. Imports nothing of the package.
+What sampling and loading a checkpoint would do to such a policy, and does not. Imports nothing of the package.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 
 def keep_trainable(model: Any) -> None:
@@ -29,3 +33,27 @@ def keep_trainable(model: Any) -> None:
             module.weight.data, module.weight.quant_state = _convert_weight_packed_for_cpu_inverse(
                 module.weight.data, state
             )
+
+
+@contextmanager
+def same_parameters(model: Any) -> Iterator[None]:
+    """
+    Keep the trained parameters of a model the tensors they are while values are loaded into it.
+
+    PEFT puts others in their place when it loads the adapter of a 4-bit model, in float32 where TRL trains it in
+    bfloat16: a run that is resumed would go on with other arithmetic, and an optimizer would hold the old ones.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The policy.
+    """
+    before = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    yield
+    after = dict(model.named_parameters())
+    for name, parameter in before.items():
+        loaded = after.get(name)
+        if loaded is not None and loaded is not parameter and loaded.shape == parameter.shape:
+            with torch.no_grad():
+                parameter.copy_(loaded)
+            module, _, own = name.rpartition(".")
+            setattr(model.get_submodule(module), own, parameter)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .batch_position import batch_is_due, batch_number, micro_batches_of
 from .errors import ConfigError, RolloutLogError
 from .live import Live
-from .rollout_log import batch_files, details, log_files, read_table, rows_of, step_of, tensors_of
+from .rollout_log import batch_files, check_rollouts, details, log_files, read_table, rows_of, step_of, tensors_of
 
 
 class Replay(Live):
@@ -55,12 +55,16 @@ class Replay(Live):
             self.sync_reference()  # type: ignore[attr-defined]
         path = self._file_of_batch()
         table = read_table(path)
+        table, invalid = check_rollouts(table, path, self.args.strict_trajectories)
         self._check_fits(table, path)
         self._log_again(table)
         self._sampled_at, self._unevaluated, self._unmoved = self.state.global_step, False, False
         place = torch.tensor(table["place"].to_pylist())
         count = self.args.steps_per_generation or 1
-        batches = divided(tensors_of(table, path), place, count, self.accelerator.device)
+        tensors = tensors_of(table, path)
+        if not self.args.strict_trajectories:
+            self._mask_invalid(tensors, torch.tensor(invalid))
+        batches = divided(tensors, place, count, self.accelerator.device)
         for device, state in details(table)["random"].items():
             found = torch.frombuffer(bytearray(bytes.fromhex(state)), dtype=torch.uint8)
             if device == "cpu":
@@ -68,6 +72,26 @@ class Replay(Live):
             elif torch.cuda.is_available():
                 torch.cuda.set_rng_state(found, self.accelerator.device)
         return batches
+
+    def _mask_invalid(self, tensors: dict[str, Tensor], invalid: Tensor) -> None:
+        """Take rollouts, bool, shape (N,), out of the update, and count them; every process has to call this."""
+
+        def total(values: Tensor) -> Tensor:
+            return self.accelerator.gather(values.sum().to(self.accelerator.device)).sum().cpu()
+
+        count = total(invalid)
+        if count == 0:
+            return
+        metrics = self._metrics["train"]["rollout/invalid"]
+        metrics.append(float(count) + (metrics.pop() if metrics else 0.0))
+        for name in ("completion_mask", "tool_mask", "assist_mask"):
+            if name in tensors:
+                tensors[name] = tensors[name].masked_fill(invalid[:, None], 0)
+        mask = tensors["completion_mask"] * tensors.get("tool_mask", torch.ones((), dtype=torch.int64))
+        counts = {"num_items_in_batch": mask, "assist_count": tensors.get("assist_mask", mask)}
+        for name, values in counts.items():
+            if name in tensors:
+                tensors[name] = total(values).to(tensors[name].dtype)
 
     def _file_of_batch(self) -> Path:
         """Where the log has the rollout batch that begins now, by its number."""

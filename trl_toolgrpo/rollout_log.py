@@ -6,9 +6,10 @@ counts the rollout batches of the run. `datasets.load_dataset("parquet", ...)` o
 """
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from .errors import RolloutLogError
+from .errors import RolloutLogError, TrajectoryError
 from .redaction import Redactor
 from .rollout_tensors import keep, restore
 from .run_files import replaced
 from .tools.results import encodable
-from .trajectory import Trajectory
+from .trajectory import Trajectory, field_meant_by
 
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 FOLDER = "rollouts"
@@ -32,6 +35,8 @@ KEY = b"trl_toolgrpo.rollout_log"
 """Key of the schema metadata that makes a parquet file a rollout log."""
 
 _NAME = re.compile(r"(?P<step>\d{6,})(?:\.(?P<nth>\d+))?-(?P<process>\d{3,})\.parquet")
+_TRAJECTORY = tuple(f.name for f in fields(Trajectory))
+"""Columns that make a trajectory."""
 _JSON = ("prompt", "messages", "turns", "rewards")
 _FLOATS = pa.list_(pa.float32())
 _TENSORS = pa.list_(pa.struct([("name", pa.string()), ("data", pa.binary())]))
@@ -361,7 +366,11 @@ def read_table(path: str | Path) -> pa.Table:
         table = table.append_column(SCHEMA.field("batch"), pa.nulls(table.num_rows, pa.int64()))
     missing = [name for name in SCHEMA.names if name not in table.column_names]
     if missing:
-        raise RolloutLogError(f"{path} is no whole rollout log: the columns {', '.join(missing)} are missing.")
+        others = {name: field_meant_by(name, missing) for name in table.column_names if name not in SCHEMA.names}
+        hints = "".join(f" Is `{name}` meant to be `{meant}`?" for name, meant in others.items() if meant)
+        raise RolloutLogError(
+            f"{path} is no whole rollout log: the columns {', '.join(missing)} are missing.{hints}"
+        )
     return table
 
 
@@ -389,19 +398,85 @@ def details(table: pa.Table, path: str | Path = "The table") -> dict[str, Any]:
     )
 
 
-def read_rollouts(folder: str | Path) -> Iterator[dict[str, Any]]:
+def read_rollouts(folder: str | Path, strict: bool = True) -> Iterator[dict[str, Any]]:
     """
     Rollouts of a run, in order, each as a dict of the columns of the log with JSON decoded.
 
     Args:
         folder (`str` or `Path`):
             Output folder of the run, or the folder `rollouts` in it.
+        strict (`bool`, *optional*, defaults to `True`):
+            As `strict_trajectories` of [`ToolGRPOConfig`]: `False` logs which rollouts break their contract, and gives
+            them with the tokens they have, of which none counts as the policy's.
 
     Raises:
         RolloutLogError: if there is no log, or one of its files cannot be read.
+        TrajectoryError: for a rollout with a missing, short or non-finite field, if `strict`.
     """
     for path in log_files(folder):
-        yield from rows_of(read_table(path))
+        yield from rows_of(check_rollouts(read_table(path), path, strict)[0])
+
+
+def check_rollouts(table: pa.Table, path: str | Path, strict: bool) -> tuple[pa.Table, list[bool]]:
+    """
+    Read each rollout of a table as a [`Trajectory`].
+
+    Args:
+        table (`pa.Table`):
+            From [`read_table`].
+        path (`str` or `Path`):
+            Its file, for the message.
+        strict (`bool`):
+            Raise for a rollout that breaks its contract, or mask it out.
+
+    Returns:
+        `tuple[pa.Table, list[bool]]`: the table, in which the rollouts that were masked out keep the contract, and
+        which these are.
+
+    Raises:
+        TrajectoryError: for a rollout with a missing, short or non-finite field, if `strict`.
+    """
+    columns = table.select([*_TRAJECTORY, "rollout", "advantages"]).to_pydict()
+    masked: dict[int, Trajectory] = {}
+    for row, number in enumerate(columns["rollout"]):
+        name = f"{number} of {path}"
+        record = {column: columns[column][row] for column in _TRAJECTORY}
+        try:
+            _check_logged(record, columns["advantages"][row], name)
+        except TrajectoryError as error:
+            if strict:
+                raise
+            logger.warning("Masked out: %s", error)
+            ids = {column: record[column] for column in ("prompt_ids", "completion_ids")}
+            reason = record["stop_reason"]
+            masked[row] = Trajectory(**ids, logprobs=[], tool_mask=[], forced_mask=[], turns=[], stop_reason=reason)
+            masked[row].mask_out()
+    if masked:
+        has_values = any(values is not None for values in columns["values"])
+        for row, trajectory in masked.items():
+            zeros = [0.0] * len(trajectory.completion_ids)
+            fields = {**vars(trajectory), "turns": "[]", "advantages": zeros, "values": zeros if has_values else None}
+            for column in (*_TRAJECTORY, "advantages"):
+                columns[column][row] = fields[column]
+        for column in (*_TRAJECTORY, "advantages"):
+            place, kind = table.column_names.index(column), SCHEMA.field(column)
+            table = table.set_column(place, kind, pa.array(columns[column], type=kind.type))
+    return table, [row in masked for row in range(table.num_rows)]
+
+
+def _check_logged(record: dict[str, Any], advantages: list[float] | None, name: str) -> None:
+    """Raise where a row of a log, with its turns as JSON, is no rollout that its contract allows."""
+    try:
+        turns = json.loads(record["turns"])
+    except (TypeError, ValueError) as error:
+        raise TrajectoryError(f"Rollout {name}: field `turns` cannot be read as JSON: {error}.") from error
+    trajectory = Trajectory.from_dict({**record, "turns": turns}, name)
+    count = len(trajectory.completion_ids)
+    if advantages is not None and len(advantages) != count:
+        raise TrajectoryError(
+            f"Rollout {name}: field `advantages` has {len(advantages)} values, expected {count}, one per completion "
+            f"token."
+        )
 
 
 def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:

@@ -295,10 +295,13 @@ class RolloutTools(GRPOTrainer):
                 self.chat_template = get_training_chat_template(self.processing_class)
 
     def _drop_lost_environments(self) -> None:
-        """Environments that failed, or whose thread hangs, are not handed out again."""
+        """Environments that failed, or whose thread hangs, are not handed out again, and nothing is kept of them."""
         if self.environments:
             for name, pool in self._environment_pool.items():
-                self._environment_pool[name] = [e for e in pool if not self._is_lost(e)]
+                lost = [environment for environment in pool if self._is_lost(environment)]
+                self._environment_pool[name] = [e for e in pool if not any(e is other for other in lost)]
+                for environment in lost if self._executor is not None else ():
+                    self._executor.release(environment)
             self._environment_failures.of_batch.clear()
 
     def _is_lost(self, environment: Any) -> bool:

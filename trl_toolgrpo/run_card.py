@@ -4,10 +4,10 @@ Owns what is gathered and where the card is written, as a mixin of the trainer; 
 """
 
 import json
+import logging
 import os
 import re
 import sys
-from dataclasses import MISSING, fields
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from . import model_card
-from .config import ToolGRPOConfig
+from .config import ToolGRPOConfig, default_values, set_fields
 from .log_failures import LogFailures
 from .redaction import masked
 from .run_files import run_redactor
@@ -29,6 +29,11 @@ from .value import ValueHead
 from .version import __version__
 
 
+logger = logging.getLogger(__name__)
+
+CARD = "README.md"
+_IS_CARD = re.compile(r"\s*---\n(.*\n)*?(library_name|base_model):")
+"""What a model card begins with, and no other page."""
 _PACKAGES = {"PEFT": "peft", "Accelerate": "accelerate", "huggingface_hub": "huggingface_hub"}
 _POLICIES = {
     "transformer_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
@@ -44,11 +49,15 @@ class RunCard(GRPOTrainer):
     args: ToolGRPOConfig
     model: Any
     hub_model_id: Any
+    chat_template_kwargs: dict[str, Any]
+    _is_vlm: bool
     _toolset: ToolSet
     _log_failures: LogFailures
     _mcp: MCPTools | None
     _value_head: ValueHead | None
     _home: str | None = None  # the output folder, while another one stands in for it
+    _stays = False  # the card that is being written is for a folder of this machine
+    _trained = False  # a training has ended, and none is in progress
 
     def create_model_card(  # type: ignore[override]  # TRL's signature, not that of transformers
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -66,14 +75,54 @@ class RunCard(GRPOTrainer):
             if self.is_world_process_zero():
                 self._complete_card(model_name, dataset_name)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's training, and the card of the run when it has ended."""
+        self._trained = False
+        result = super().train(*args, **kwargs)
+        self._trained = True
+        self._update_card()
+        return result
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """TRL's evaluation; one that follows training is in the card of the run, too."""
+        figures = super().evaluate(*args, **kwargs)
+        if self._trained:
+            self._update_card()
+        return figures
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """TRL's save; after training with the card of the run, in place of the one that PEFT writes."""
+        super().save_model(output_dir, _internal_call)
+        if self._trained and not _internal_call:
+            self._update_card(output_dir)
+
+    def _update_card(self, output_dir: str | None = None) -> None:
+        """Write the card of a folder anew. Nothing depends on it: what it fails over is logged."""
+        if not self.is_world_process_zero():
+            return
+        folder, usual, home = Path(output_dir or str(self.args.output_dir)), self.args.output_dir, self._home
+        file = folder / CARD
+        self._home, self._stays = str(usual), True
+        self.args.output_dir = str(folder)
+        try:
+            if file.is_file() and not _IS_CARD.match(file.read_text(encoding="utf-8", errors="replace")):
+                logger.warning("No model card was written: %s is there, and is none.", file)
+                return
+            folder.mkdir(parents=True, exist_ok=True)
+            self.create_model_card(model_name=(self.args.hub_model_id or self._name_of_run).split("/")[-1])
+        except Exception as error:
+            logger.warning("The model card %s was not written: %s: %s", file, type(error).__name__, error)
+        finally:
+            self.args.output_dir, self._home, self._stays = usual, home, False
+
     def _complete_card(self, model_name: str | None, dataset_name: str | None) -> None:
-        file = Path(str(self.args.output_dir)) / "README.md"
+        file = Path(str(self.args.output_dir)) / CARD
         card = ModelCard.load(file)
         if self._has_adapter:
             card.data.library_name = "peft"
         versions = {"trl_toolgrpo": __version__, **{shown: version(name) for shown, name in _PACKAGES.items()}}
         title, sections = self._title(model_name or self._name_of_run), self._sections(dataset_name)
-        card.text = self._redacted(model_card.compose(card.text, title, sections, versions))
+        card.text = self._redacted(model_card.compose(card.text, title, sections, versions, self._method()))
         card.save(file)
 
     @property
@@ -89,7 +138,7 @@ class RunCard(GRPOTrainer):
         of = f"[{base}](https://huggingface.co/{base})" if base else "a model that is not on the Hub"
         kind = "An adapter for" if self._has_adapter else "A fine-tuned version of"
         return (
-            f"# {name}\n\n{kind} {of}, trained to call tools with GRPO by trl_toolgrpo, on top of "
+            f"# {name}\n\n{kind} {of}, trained to call tools with reinforcement learning by trl_toolgrpo, on top of "
             f"[TRL](https://github.com/huggingface/trl)."
         )
 
@@ -107,9 +156,8 @@ class RunCard(GRPOTrainer):
         environments = {world.__name__: model_card.first_paragraph(world.__doc__) for world in worlds}
         functions = zip(self.reward_func_names, self.reward_weights.tolist(), self.reward_funcs, strict=True)
         rewards = [(name, weight, getattr(function, "__doc__", None)) for name, weight, function in functions]
-        repo = self.hub_model_id or self.args.hub_model_id or self._name_of_run
         return [
-            model_card.usage(repo, self._base_model(), self._has_adapter, self._value_head is not None),
+            self._usage(),
             model_card.task(dataset_name, rows, columns, environments),
             model_card.tools(self._toolset.known, self._toolset.decided_at_reset),
             model_card.rewards(rewards),
@@ -117,6 +165,42 @@ class RunCard(GRPOTrainer):
             model_card.configuration(_set_fields(self.args)),
             model_card.command(self._launcher(), sys.argv, machines(self.args.world_size)),
         ]
+
+    def _method(self) -> str:
+        args = self.args
+        level = getattr(args, "importance_sampling_level", "token")
+        return model_card.method(args.advantage_estimator, args.loss_type, level, self._has_adapter)
+
+    def _usage(self) -> str:
+        """How the model is loaded from where it is: the Hub for a card that is pushed, else the output folder."""
+        pushed = self.args.push_to_hub or (self._home is not None and not self._stays)
+        repo = str(self.hub_model_id or self.args.hub_model_id or self._name_of_run)
+        given: Any = self.args.model_init_kwargs
+        given = given if isinstance(given, dict) else {}
+        options = {name: given[name] for name in ("revision", "trust_remote_code") if given.get(name)}
+        options |= {"trust_remote_code": True} if self.args.trust_remote_code else {}
+        return model_card.usage(
+            repo if pushed else str(self.args.output_dir),
+            self._base_model(),
+            [dict(self._toolset.shown(tool).schema) for tool in self._toolset.known],
+            masked(json.loads(json.dumps(self.chat_template_kwargs, default=str))) if self._renders_chat else None,
+            adapter=self._has_adapter,
+            value_head=self._value_head is not None,
+            multimodal=self._is_vlm,
+            max_new_tokens=min(self.args.max_completion_length or 256, 256),
+            base_options=options,
+        )
+
+    @property
+    def _renders_chat(self) -> bool:
+        """Whether prompts are messages that a chat template renders, and not plain texts."""
+        if getattr(self.processing_class, "chat_template", None) is None:
+            return False
+        dataset: Any = self.train_dataset
+        prompt = None
+        if hasattr(dataset, "__getitem__") and "prompt" in (getattr(dataset, "column_names", None) or ()):
+            prompt = dataset[0]["prompt"]
+        return not isinstance(prompt, str)
 
     def _launcher(self) -> list[str]:
         """What started this run. What its own arguments shard is not for the launcher to shard."""
@@ -218,14 +302,13 @@ def _deepspeed_options(plugin: Any) -> dict[str, Any]:
     }
 
 
-def _set_fields(args: Any) -> dict[str, Any]:
-    """Fields of a configuration that differ from their defaults, as plain values without secrets."""
-    found = {}
-    for field in fields(args):
-        default = field.default_factory() if field.default_factory is not MISSING else field.default
-        value = getattr(args, field.name)
+def _set_fields(args: ToolGRPOConfig) -> dict[str, Any]:
+    """The fields of a configuration that were set and differ from their defaults, as plain values without secrets."""
+    usual, found = default_values(args), {}
+    for name in sorted(set_fields(args)):
+        value = getattr(args, name)
         value = value.value if isinstance(value, Enum) else value
         plain = isinstance(value, (str, int, float, bool, list, dict)) or value is None
-        if field.init and plain and value != default and not _UNTOLD.match(field.name):
-            found[field.name] = json.loads(json.dumps(masked(value, field.name), default=str))
+        if plain and value != usual[name] and not _UNTOLD.match(name):
+            found[name] = json.loads(json.dumps(masked(value, name), default=str))
     return found

@@ -2,10 +2,11 @@
 
     python -m trl_toolgrpo.serve --model Qwen/Qwen3-0.6B --port 8000
 
-Owns the server. Token ids come in, token ids and log-probs go out; the run sends its weights, an adapter or all, and
+Token ids come in, token ids and log-probs go out; the run sends its weights, an adapter or all, and
 names in each request the ones it means, so that a server that was started again, or got those of another run, can
 never answer with the wrong ones. When its engine ends, the server ends. The client is `rollout/vllm_client.py`.
-Whoever reaches the port can send weights: keep it inside a network you trust.
+Whoever reaches the port can send weights, so that a server which listens to other machines wants a token of its
+clients: see `rollout/server_token.py`. What is sent is not encrypted: keep it inside a network you trust.
 """
 
 import argparse
@@ -21,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
-from .errors import EngineLostError, SamplerError
+from .errors import ConfigError, EngineLostError, SamplerError
 from .rollout.policy_file import ADAPTER_CONFIG, PolicyFile, claim_folder
+from .rollout.server_token import HOW_TO_SET, is_loopback, is_shown, server_token
 from .rollout.vllm_client import HEADER_BYTES, PROTOCOL, model_shape
 from .rollout.vllm_engine import VLLMEngine, check_installed, engine_options
 from .rollout.vllm_sampler import TokenEngine, TokenRequest
@@ -38,10 +41,13 @@ class RolloutServer:
             What samples.
         about (`dict[str, Any]`):
             What a client gets to know: `model`, `shape` (see [`model_shape`]) and `vllm`, its version.
+        token (`str`, *optional*):
+            What every request has to show; `None` to answer all.
     """
 
-    def __init__(self, engine: TokenEngine, about: dict[str, Any]):
+    def __init__(self, engine: TokenEngine, about: dict[str, Any], token: str | None = None):
         self.engine = engine
+        self._token = token
         self.about = {**about, "protocol": PROTOCOL, "boot": uuid.uuid4().hex, "max_length": engine.max_length}
         self.policy: PolicyFile | None = None
         self.lost = False  # the engine has ended
@@ -52,12 +58,20 @@ class RolloutServer:
 
     def application(self) -> web.Application:
         """The server's routes."""
-        app = web.Application(client_max_size=2**40)
+        app = web.Application(client_max_size=2**40, middlewares=[self._admit])
         app.add_routes(
             [web.get("/rollouts", self._about), web.post("/rollouts", self._generate), web.put("/policy", self._load)]
         )
         app.on_cleanup.append(self._close)
         return app
+
+    @web.middleware
+    async def _admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Refuse a request without the token, before anything of its body is read."""
+        if self._token is None or is_shown(self._token, request.headers.get("Authorization")):
+            return await handler(request)
+        said = {"error": "This rollout server answers requests with its token alone."}
+        return web.json_response(said, status=401, headers={"WWW-Authenticate": "Bearer"})
 
     async def _about(self, request: web.Request) -> web.Response:
         key, version = (self.policy.key, self.policy.version) if self.policy is not None else (None, None)
@@ -122,7 +136,13 @@ class RolloutServer:
         self._remove_folder()
 
 
-def serve(start: Callable[[], Awaitable[TokenEngine]], about: dict[str, Any], host: str, port: int) -> None:
+def serve(
+    start: Callable[[], Awaitable[TokenEngine]],
+    about: dict[str, Any],
+    host: str,
+    port: int,
+    token: str | None = None,
+) -> None:
     """
     Serve until the process is told to end.
 
@@ -133,17 +153,47 @@ def serve(start: Callable[[], Awaitable[TokenEngine]], about: dict[str, Any], ho
             As for [`RolloutServer`].
         host (`str`), port (`int`):
             Where to listen.
-    """
+        token (`str`, *optional*):
+            What every request has to show; by default that of the environment variable `TRL_TOOLGRPO_SERVER_TOKEN`.
+            An address that other machines reach needs one.
 
+    Raises:
+        ConfigError: without a token on such an address.
+    """
+    token = token or server_token()
+    check_address(host, token)
     servers = []
 
     async def application() -> web.Application:
-        servers.append(RolloutServer(await start(), about))
+        servers.append(RolloutServer(await start(), about, token))
         return servers[0].application()
 
     web.run_app(application(), host=host, port=port, handler_cancellation=True, shutdown_timeout=1, print=_say)
     if any(server.lost for server in servers):
         raise SystemExit("The engine ended.")  # for whatever watches over the server to start it again
+
+
+def check_address(host: str, token: str | None) -> None:
+    """
+    Check that a server answers nobody it does not know.
+
+    Args:
+        host (`str`):
+            Where it listens.
+        token (`str`, *optional*):
+            What its clients have to show.
+
+    Raises:
+        ConfigError: if other machines reach it, and it has no token.
+    """
+    if token is not None:
+        return
+    if not is_loopback(host):
+        raise ConfigError(
+            f"You passed `--host {host}`, which other machines reach, and no token: whoever reaches the port could "
+            f"load weights of their own. {HOW_TO_SET}, or listen on 127.0.0.1."
+        )
+    _say(f"No token is asked for: every user of this machine can load weights. {HOW_TO_SET}.")
 
 
 def _say(text: str) -> None:
@@ -177,6 +227,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Serve rollouts with vLLM, as the command line says."""
     args = vars(parse_arguments())
+    if not is_loopback(args["host"]):
+        check_address(args["host"], server_token())  # before a model is loaded for nothing
     check_installed()
     import vllm
     from transformers import AutoConfig

@@ -27,6 +27,7 @@ from .checks import (
     check_best_metric,
     check_dataset,
     check_forcing,
+    check_has_values,
     check_head,
     check_optimizer,
     check_optimizer_holds_policy,
@@ -53,11 +54,12 @@ from .diagnostics import (
     rollout_metrics,
 )
 from .errors import LogprobMismatchError
+from .given_rollouts import checked_rollouts
 from .grouping import GroupedUpdates
 from .hub import HubPush
 from .lm_head import adapted_head, cast_heads, check_adapted_head, score_adapted_head, without_trls_cast
 from .own_positions import OwnPositions
-from .quantized import keep_trainable
+from .quantized import keep_trainable, same_parameters
 from .replay import Replay
 from .resume import ExactResume
 from .reward_checks import check_columns, checked
@@ -123,7 +125,6 @@ class ToolGRPOTrainer(
     """
 
     _tag_names = ["trl", "grpo", "trl_toolgrpo"]  # noqa: RUF012
-    _name = "ToolGRPO"
     args: ToolGRPOConfig
     model: Any
     processing_class: Any
@@ -153,12 +154,13 @@ class ToolGRPOTrainer(
     ):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = ToolGRPOConfig(f"{name.split('/')[-1]}-{self._name}")
+            args = ToolGRPOConfig(f"{name.split('/')[-1]}-ToolGRPO")
         args = ToolGRPOConfig.from_grpo_config(args)
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             check_dataset(name, dataset, bool(tools or mcp_servers), environment_factory is not None)
         check_rows(args, train_dataset)
         check_best_metric(args, eval_dataset)
+        check_has_values(args, model, reward_funcs)
         # Whether rollouts are this package's own; a `rollout_func` and multimodal models take TRL's way
         self._recording = args.record_sample_logprobs and rollout_func is None
         check_forcing(args, self._recording, bool(tools or environment_factory or mcp_servers), train_dataset)
@@ -335,6 +337,21 @@ class ToolGRPOTrainer(
         return self._batch
 
     def _generate(self, prompts: list) -> Any:
+        given = self.rollout_func
+        if given is None:
+            return self._generated(prompts)
+        metrics, strict = self._metrics["train" if self.model.training else "eval"], self.args.strict_trajectories
+
+        def count(invalid: int) -> None:
+            metrics["rollout/invalid"].append(float(invalid))
+
+        self.rollout_func = checked_rollouts(given, strict, count, self._tokenizer.pad_token_id)
+        try:
+            return self._generated(prompts)
+        finally:
+            self.rollout_func = given
+
+    def _generated(self, prompts: list) -> Any:
         output = super()._generate(prompts)
         if not self._recording or self._batch is None:
             return output
@@ -438,6 +455,14 @@ class ToolGRPOTrainer(
     def _scores_old_logprobs(self) -> bool:
         """Whether TRL's first pass of a batch is the one for old log-probs: when steps and batches are not aligned."""
         return self.args.gradient_accumulation_steps % micro_batches_of(self.args) != 0
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with same_parameters(self.model if model is None else model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        with same_parameters(self.model):
+            super()._load_best_model()
 
     # Updates
 

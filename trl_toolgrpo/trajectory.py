@@ -5,14 +5,17 @@ the trainer, reward functions and diagnostics.
 """
 
 import difflib
+import logging
 import sys
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Sequence, Sized
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from .errors import TrajectoryError
 from .tools.types import ToolCall, ToolResult
 
+
+logger = logging.getLogger(__name__)
 
 STOP_REASONS = ("stop", "length", "tool_limit", "parse_errors", "tool_overflow", "environment")
 """Why a rollout ended. All but `"stop"` count as truncated."""
@@ -149,21 +152,57 @@ class Trajectory:
         """The record as plain Python values; [`Trajectory.from_dict`] reads it back."""
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, record: dict[str, Any], rollout: Any = None) -> "Trajectory":
+    def mask_out(self) -> None:
         """
-        Read a record strictly: nothing is filled in, renamed or dropped.
+        Leave nothing to train on: all tokens count as if somebody else had written them. Of a record that breaks its
+        contract, what remains of it keeps the contract.
+        """
+        for name in ("prompt_ids", "completion_ids"):
+            ids = getattr(self, name)
+            sound = isinstance(ids, (list, tuple)) and all(type(token) is int and token >= 0 for token in ids)
+            setattr(self, name, list(ids) if sound else [])
+        count = len(self.completion_ids)
+        self.logprobs, self.tool_mask, self.forced_mask, self.values = [0.0] * count, [0] * count, [0] * count, None
+        self.stop_reason = self.stop_reason if self.stop_reason in STOP_REASONS else "length"
+        try:
+            self.validate()
+        except TrajectoryError:
+            self.turns = []
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any], rollout: Any = None, strict: bool = True) -> "Trajectory":
+        """
+        Read a record: nothing is filled in, renamed or dropped.
 
         Args:
             record (`dict`):
                 Fields of the trajectory.
             rollout (*optional*):
                 Name of the rollout for error messages.
+            strict (`bool`, *optional*, defaults to `True`):
+                As `strict_trajectories` of [`ToolGRPOConfig`]: `False` logs what is wrong with a record, and gives a
+                trajectory with the tokens it has, if they can be read, of which none is trained on.
 
         Raises:
             TrajectoryError: for an unknown, missing, short, non-finite or positive-log-prob field; the message names
                 the rollout, the field, what was expected and what was got.
         """
+        try:
+            return cls._read(record, rollout)
+        except TrajectoryError as error:
+            if strict:
+                raise
+            logger.warning("Masked out: %s", error)
+        known: dict[str, Any] = {name: [] for name in ("prompt_ids", "completion_ids", "turns")}
+        if isinstance(record, dict):
+            known |= {name: record[name] for name in ("prompt_ids", "completion_ids") if name in record}
+        reason = record.get("stop_reason") if isinstance(record, dict) else None
+        trajectory = cls(**known, logprobs=[], tool_mask=[], forced_mask=[], stop_reason=reason or "length")
+        trajectory.mask_out()
+        return trajectory
+
+    @classmethod
+    def _read(cls, record: dict[str, Any], rollout: Any) -> "Trajectory":
         if not isinstance(record, dict):
             raise TrajectoryError(f"{_where(rollout)}: expected a dict of fields, got {type(record).__name__}.")
         _check_keys(record, cls, {f.name for f in fields(cls)} - {"values"}, rollout)
@@ -192,11 +231,14 @@ class Trajectory:
                     raise TrajectoryError(
                         f"{where}: field `{name}` expected token ids, got {token!r} at position {position}."
                     )
-        if self.values is not None and (len(self.values) != expected or not all(map(_is_number, self.values))):
-            raise TrajectoryError(
-                f"{where}: field `values` expected {expected} finite values, one per completion token, got "
-                f"{len(self.values)}, of which {sum(not _is_number(value) for value in self.values)} are not finite."
-            )
+        if self.values is not None:
+            _check_list(self.values, "values", where)
+            unusable = sum(not is_finite_number(value) for value in self.values)
+            if len(self.values) != expected or unusable:
+                raise TrajectoryError(
+                    f"{where}: field `values` expected {expected} finite values, one per completion token, got "
+                    f"{len(self.values)}, of which {unusable} are not finite."
+                )
         _check_mask(self.tool_mask, "tool_mask", where)
         _check_mask(self.forced_mask, "forced_mask", where)
         _check_values(self.forced_mask, self.tool_mask, self.logprobs, where)
@@ -207,9 +249,10 @@ class Trajectory:
         _check_turns(self.turns, expected, where)
 
 
-def truncated_rows(trajectories: Iterable[Trajectory]) -> list[bool]:
-    """Whether each rollout counts as truncated, in order."""
-    return [trajectory.truncated for trajectory in trajectories]
+def field_meant_by(name: Any, known: Sequence[str]) -> str | None:
+    """The field that a misnamed one stands for, as far as that can be told; `None` if it cannot."""
+    close = _ALIASES.get(name) or next(iter(difflib.get_close_matches(str(name), known, n=1)), None)
+    return close if close in known else None
 
 
 def locate(trajectory: Trajectory, position: int) -> int:
@@ -227,8 +270,8 @@ def _check_keys(record: dict, kind: type, required: set[str], rollout: Any, path
     prefix = f"{path}." if path else ""
     for name in record:
         if name not in known:
-            close = _ALIASES.get(name) or next(iter(difflib.get_close_matches(str(name), known, n=1)), None)
-            hint = f" Did you mean `{close}`?" if close in known else ""
+            close = field_meant_by(name, known)
+            hint = f" Did you mean `{close}`?" if close else ""
             raise TrajectoryError(
                 f"{_where(rollout)}: unknown field `{prefix}{name}`, expected {', '.join(known)}.{hint}"
             )
@@ -242,7 +285,8 @@ def _check_list(value: Any, name: str, where: str) -> None:
         raise TrajectoryError(f"{where}: field `{name}` expected a list, got {type(value).__name__}.")
 
 
-def _is_number(value: Any) -> bool:
+def is_finite_number(value: Any) -> bool:
+    """Whether a value is a number, and neither NaN nor infinite."""
     # By comparison: `math.isfinite` overflows for huge integers
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
@@ -260,7 +304,7 @@ def _check_values(forced_mask: Sequence[int], tool_mask: Sequence[int], logprobs
                 f"{where}: field `forced_mask` marks token {position}, which `tool_mask` says no assistant wrote."
             )
     for position, value in enumerate(logprobs):
-        if not _is_number(value) or value > 0:
+        if not is_finite_number(value) or value > 0:
             raise TrajectoryError(
                 f"{where}: field `logprobs` expected finite values of at most 0, got {value!r} at position {position}."
             )
@@ -301,7 +345,7 @@ def _check_turn(turn: Turn, name: str, where: str) -> None:
                 )
     for field_name in ("sample_seconds", "tool_seconds"):
         value = getattr(turn, field_name)
-        if not _is_number(value) or value < 0:
+        if not is_finite_number(value) or value < 0:
             raise TrajectoryError(f"{where}: field `{name}.{field_name}` expected seconds, got {value!r}.")
     version = turn.policy_version
     if version is not None and (type(version) is not int or version < 0):
@@ -311,5 +355,5 @@ def _check_turn(turn: Turn, name: str, where: str) -> None:
 
 def _check_rewards(turn: Turn, name: str, where: str) -> None:
     for reward in (turn.reward, *(result.reward for result in turn.tool_results)):
-        if reward is not None and not _is_number(reward):
+        if reward is not None and not is_finite_number(reward):
             raise TrajectoryError(f"{where}: a reward of `{name}` expected a finite number, got {reward!r}.")

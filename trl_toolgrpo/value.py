@@ -138,11 +138,6 @@ def _with_values(kind: type) -> Any:
     return make_dataclass(kind.__name__, added, bases=(kind,))
 
 
-def value_head_of(model: Any) -> ValueHead | None:
-    """The value head of a model, wrapped or not; `None` if it has none."""
-    return next((module for module in model.modules() if isinstance(module, ValueHead)), None)
-
-
 def without_value_head(state: dict[str, Any]) -> dict[str, Any]:
     """A model's state without its value head, for what is saved or pushed as the policy."""
     return {name: value for name, value in state.items() if "value_head." not in name}

@@ -5,10 +5,13 @@ Owns which metrics are shown first and how a panel is drawn; `template/curves.js
 
 import html
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from ..curve_noise import is_flat
 
 
 FIRST = (
@@ -18,9 +21,11 @@ FIRST = (
     "completions/mean_length", "completions/clipped_ratio", "rollout/tokens_per_second", "step_time",
 )  # fmt: skip
 """Metrics that are shown at once, in this order; the others are folded away."""
-WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 320, 140, 50, 6, 18, 8
+WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 320, 140, 56, 6, 18, 8
 POINTS = 400
 """Most points of a line; of more, the lowest and highest of neighbouring ones are drawn."""
+
+_ROOM = 8  # characters of a number that fit to the left of a panel
 
 Place = Callable[[float, float], str]
 """Where in a panel the value of a step is, as `x,y`."""
@@ -73,15 +78,21 @@ def panel(metric: str, lines: Sequence[Line]) -> str:
     if not points:
         return f'<figure class="panel">{title}<p class="none">no finite value was logged</p></figure>'
     xs, ys = [p[0] for p in points], [p[1] for p in points]
-    low, high = _range(min(ys), max(ys))
+    low, high = min(ys), max(ys)
+    flat = is_flat(low, high, metric)
+    if flat:
+        low, high = _around((low + high) / 2)
     first, last = min(xs), max(xs)
 
     def at(step: float, value: float) -> str:
+        value = (low + high) / 2 if flat else value
         x = LEFT + (WIDTH - LEFT - RIGHT) * ((step - first) / (last - first) if last > first else 0.5)
         y = TOP + (HEIGHT - TOP - BOTTOM) * (1 - (value - low) / (high - low))
         return f"{x:.1f},{y:.1f}"
 
-    grid = "".join(_gridline(at, value, first) for value in (low, (low + high) / 2, high))
+    ends = low, (low + high) / 2, high
+    heights = (HEIGHT - BOTTOM, (TOP + HEIGHT - BOTTOM) / 2, TOP)
+    grid = "".join(_gridline(y, label) for y, label in zip(heights, _labels(ends), strict=True))
     steps = f'<text x="{LEFT}" y="{HEIGHT - 4}">{_number(first)}</text>' + (
         f'<text class="end" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}">step {_number(last)}</text>' if last > first else ""
     )
@@ -122,12 +133,24 @@ def _points(line: Line, at: Place) -> str:
     return "".join(drawn)
 
 
-def _gridline(at: Place, value: float, first: float) -> str:
-    y = at(first, value).split(",")[1]
+def _gridline(y: float, label: str) -> str:
     return (
-        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
-        f'<text class="end" x="{LEFT - 4}" y="{float(y) + 3:.1f}">{_number(value)}</text>'
+        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text class="end" x="{LEFT - 4}" y="{y + 3:.1f}">{label}</text>'
     )
+
+
+def _labels(values: Sequence[float]) -> list[str]:
+    """Numbers beside a panel: with as many digits as tell them apart, and few enough to have room there."""
+    labels = [_number(value) for value in values]
+    for digits in range(4, 8):
+        if len(set(labels)) == len(labels):
+            break
+        finer = [_number(value, digits) for value in values]
+        if max(map(len, finer)) > _ROOM:
+            break
+        labels = finer
+    return labels
 
 
 def thin(steps: np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
@@ -151,11 +174,9 @@ def thin(steps: np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarray, 
     return steps[chosen], values[chosen]
 
 
-def _range(low: float, high: float) -> tuple[float, float]:
-    if high > low:
-        return low, high
-    margin = abs(low) * 0.1 or 1.0
-    return low - margin, high + margin
+def _around(value: float) -> tuple[float, float]:
+    margin = abs(value) * 0.1 or 1.0
+    return value - margin, value + margin
 
 
 def _in_words(line: Line) -> str:
@@ -170,10 +191,13 @@ def _in_words(line: Line) -> str:
     )
 
 
-def _number(value: float) -> str:
+def _number(value: float, digits: int = 3) -> str:
     """A number in as few characters as tell it."""
     if not math.isfinite(value):
         return str(value)
     if value == int(value) and abs(value) < 1e5:
         return str(int(value))
-    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3g}"
+    if 1000 <= abs(value) < 1e5:
+        return f"{value:.{max(0, digits - 4)}f}"
+    text = f"{value:.{digits - 2}e}" if 0 < abs(value) < 1e-3 else f"{value:.{digits}g}"
+    return re.sub(r"e([+-])0*", lambda match: "e-" if match[1] == "-" else "e", text)

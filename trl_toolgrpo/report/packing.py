@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .rollouts import FIGURES, Lists, RolloutFile, RolloutTable, read_tables
-from .tools import ToolStatistics, calls_of
+from .tools import ToolStatistics, calls_of, tool_name
 from .vocabulary import Vocabulary
 
 
@@ -145,7 +145,7 @@ def _index(table: RolloutTable, rows: range) -> Index:
         rollout=[int(table.rollout[row]) for row in rows],
         reward=[round(reward, 4) if np.isfinite(reward) else None for reward in rewards],
         stop=[table.stop_reason[row] for row in rows],
-        tools=[list(dict.fromkeys(table.tools[row])) for row in rows],
+        tools=[list(dict.fromkeys(map(tool_name, table.tools[row]))) for row in rows],
         failed=[sum(status != "ok" for _, status, _ in calls_of(table.turns[row])) for row in rows],
         tokens=[int(table.completion_ids.lengths[row]) for row in rows],
         assisted=[int(table.assisted[row]) for row in rows],

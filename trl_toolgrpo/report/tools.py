@@ -136,8 +136,13 @@ def calls_of(turns: Sequence[dict[str, Any]]) -> list[tuple[str, str, float]]:
         for number, call in enumerate(turn["tool_calls"]):
             result = results[number] if number < len(results) else None
             seconds = round(float((result or {}).get("seconds") or 0.0), 4)
-            found.append((str(call.get("name") or "(unreadable)"), call_status(call, result), seconds))
+            found.append((tool_name(call.get("name")), call_status(call, result), seconds))
     return found
+
+
+def tool_name(name: Any) -> str:
+    """The name of a tool as it is shown; calls that could not be read have none."""
+    return str(name or "").strip() or "(unreadable)"
 
 
 def call_status(call: dict[str, Any], result: dict[str, Any] | None) -> str:

@@ -296,12 +296,12 @@ class RolloutEngine:
             batch.stats.abandoned, self._given_up = given_up - self._given_up, given_up
         if self._constraints is not None:
             batch.unconstrained, self._constraints.unsatisfiable = self._constraints.unsatisfiable, 0
+        batch.invalid = [self._is_invalid(row, rollout) for row, rollout in enumerate(batch.rollouts)]
         for trajectory in batch.trajectories:
             if not trajectory.completion_ids:  # TRL needs one token; nobody wrote this one, so nothing trains on it
                 trajectory.completion_ids, trajectory.logprobs = [self.pad_id], [0.0]
                 trajectory.tool_mask, trajectory.forced_mask, trajectory.values = [0], [0], None
         batch.without_room = without_room
-        batch.invalid = [self._is_invalid(row, trajectory) for row, trajectory in enumerate(batch.trajectories)]
         return batch
 
     def _run_part(
@@ -389,16 +389,17 @@ class RolloutEngine:
                     )
         return self._supported
 
-    def _is_invalid(self, row: int, trajectory: Trajectory) -> bool:
+    def _is_invalid(self, row: int, rollout: Rollout) -> bool:
         """Raise for a broken record; where that is not wanted, leave nothing of it to train on."""
         try:
-            trajectory.validate(row)
+            if rollout.fault is not None:
+                raise TrajectoryError(f"Rollout {row}: {rollout.fault}")
+            rollout.trajectory.validate(row)
         except TrajectoryError as error:
             if self.args.strict_trajectories:
                 raise
             logger.warning("Masked out of the update: %s", error)
-            count = len(trajectory.completion_ids)
-            trajectory.logprobs, trajectory.tool_mask = [0.0] * count, [0] * count
-            trajectory.forced_mask, trajectory.values = [0] * count, None
+            rollout.trajectory.mask_out()
+            rollout.entropies = None
             return True
         return False

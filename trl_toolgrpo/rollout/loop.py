@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ..errors import EnvironmentTimeoutError, ToolRuntimeError
+from ..errors import EnvironmentTimeoutError, ToolRuntimeError, TrajectoryError
 from ..redaction import Redactor
 from ..tools.execute import ToolExecutor, result_text
 from ..tools.results import plain_reward, without_secrets
@@ -21,7 +21,7 @@ from ..tools.types import Tool, ToolCall, ToolResult
 from ..trajectory import Trajectory, Turn
 from .chat import ToolChat, tool_message
 from .forcing import ForcedStart, Forcing
-from .sampler import SampledTokens, SamplerSession
+from .sampler import SampledTokens, SamplerSession, fault_of
 
 
 TOOL_STEPS = 8
@@ -98,11 +98,14 @@ class Rollout:
         entropies (`list[float]`, *optional*):
             Entropy in nats of what each completion token was drawn from, 0.0 where none was drawn; `None` if the
             sampler records none.
+        fault (`str`, *optional*):
+            What was wrong with a turn that the sampler returned, after which the rollout was given up.
     """
 
     trajectory: Trajectory
     messages: list[dict[str, Any]]
     entropies: list[float] | None = None
+    fault: str | None = None
 
 
 @dataclass
@@ -131,6 +134,7 @@ class _State:
         self.start = ForcedStart([])
         self.since = time.perf_counter()
         self.done = False
+        self.fault: str | None = None
 
 
 class RolloutLoop:
@@ -171,6 +175,7 @@ class RolloutLoop:
         self.redactor = redactor or Redactor()
         self.in_order = in_order
         self.steps = 0
+        self.asked: set[int] = set()  # rows that the sampler has yet to return
         self.session = session
         self.limits = limits
         self.chat = chat
@@ -197,11 +202,12 @@ class RolloutLoop:
             if self.session.busy:
                 self.steps += 1
                 for sampled in self.session.step():
-                    self._end_turn(sampled)
+                    if self._is_sound(sampled):
+                        self._end_turn(sampled)
             elif not self._wait():
                 break
         self.stats.seconds = time.perf_counter() - started
-        return [Rollout(state.trajectory, state.messages, state.entropies) for state in self.states]
+        return [Rollout(state.trajectory, state.messages, state.entropies, state.fault) for state in self.states]
 
     # Waiting
 
@@ -231,6 +237,23 @@ class RolloutLoop:
         return True
 
     # One rollout
+
+    def _is_sound(self, sampled: SampledTokens) -> bool:
+        """Whether a turn can be taken down; the rollout of one that cannot is given up, without it."""
+        row = getattr(sampled, "row", None)
+        if row not in self.asked:
+            raise TrajectoryError(
+                f"A sampler returned a turn of row {row!r}, expected one of the rows it was asked to extend and has "
+                f"not returned yet: {', '.join(map(str, sorted(self.asked))) or 'none'}."
+            )
+        self.asked.remove(row)
+        state = self.states[row]
+        state.fault = fault_of(sampled, state.start.constraint is not None)
+        if state.fault is not None:
+            if state.request.tools and not state.messages:
+                state.messages = [{"role": "assistant", "content": ""}]
+            self._finish(row, "length")
+        return state.fault is None
 
     def _end_turn(self, sampled: SampledTokens) -> None:
         state = self.states[sampled.row]
@@ -331,6 +354,7 @@ class RolloutLoop:
             start = self.forcing.begin_turn(state.trajectory, state.request.tools, row)
             state.start = start if len(start.token_ids) < room else ForcedStart([])
         given = state.start.token_ids
+        self.asked.add(row)
         self.session.extend(row, [*known, *given], room - len(given), state.start.constraint)
 
     def _finish(self, row: int, reason: str) -> None:
@@ -346,7 +370,7 @@ class RolloutLoop:
 
 def _behind(given: list[int], figures: list[float], count: int, forced: int) -> list[float]:
     """Figures of the sampled tokens of a turn, 0.0 for those that were forced."""
-    return [0.0] * len(given) + figures if forced < count else [0.0] * count
+    return [0.0] * len(given) + list(figures) if forced < count else [0.0] * count
 
 
 def _take_turn_reward(environment: Any) -> float | None:

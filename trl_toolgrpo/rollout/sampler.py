@@ -6,10 +6,12 @@ Owns the records that pass between the rollout loop and a sampler. A sampler kno
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from ..trajectory import field_meant_by, is_finite_number
 
 
 @contextmanager
@@ -62,6 +64,54 @@ class SampledTokens:
     values: list[float] | None = None
     entropies: list[float] | None = None
     policy_version: int | None = None
+
+
+def fault_of(sampled: Any, constrained: bool = False) -> str | None:
+    """
+    What is wrong with a record that a sampler returned; `None` if it keeps its contract.
+
+    Args:
+        sampled ([`SampledTokens`]):
+            What was returned; any object with these fields will do.
+        constrained (`bool`, *optional*, defaults to `False`):
+            Whether it was sampled under a constraint, where log-probs have no meaning.
+    """
+    for name in ("token_ids", "logprobs"):
+        value = getattr(sampled, name, None)
+        if value is None:
+            others = [other for other in dir(sampled) if not other.startswith("_") and other != name]
+            meant = next((other for other in others if field_meant_by(other, [name])), None)
+            hint = f" `{meant}` is not read: name it `{name}`." if meant else ""
+            return f"field `{name}` of a turn is missing; the sampler returned a {type(sampled).__name__}.{hint}"
+        if not isinstance(value, (list, tuple)):
+            return f"field `{name}` of a turn expected a list, got {type(value).__name__}."
+    absent = [name for name in ("stopped", "values", "entropies", "policy_version") if not hasattr(sampled, name)]
+    if absent:
+        return f"field `{absent[0]}` of a turn is missing; the sampler returned a {type(sampled).__name__}."
+    for position, token in enumerate(sampled.token_ids):
+        if type(token) is not int or token < 0:
+            return f"field `token_ids` of a turn expected token ids, got {token!r} at position {position}."
+    figures = {name: getattr(sampled, name, None) for name in ("logprobs", "values", "entropies")}
+    if constrained:
+        del figures["logprobs"]
+    faults = (
+        _fault_of_figures(name, figure, len(sampled.token_ids))
+        for name, figure in figures.items()
+        if figure is not None
+    )
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def _fault_of_figures(name: str, figures: Any, count: int) -> str | None:
+    if not isinstance(figures, (list, tuple)):
+        return f"field `{name}` of a turn expected a list, got {type(figures).__name__}."
+    if len(figures) != count:
+        return f"field `{name}` has {len(figures)} values, expected {count}, one per token of the turn."
+    for position, value in enumerate(figures):
+        if not is_finite_number(value) or (name == "logprobs" and value > 0):
+            most = " of at most 0" if name == "logprobs" else ""
+            return f"field `{name}` of a turn expected finite values{most}, got {value!r} at position {position}."
+    return None
 
 
 class TokenConstraint(Protocol):

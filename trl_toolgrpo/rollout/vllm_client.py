@@ -12,12 +12,14 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 
-from ..errors import RolloutServerError, SamplerError
+from ..errors import ConfigError, RolloutServerError, SamplerError
 from ..model_settings import model_setting
 from .policy_file import PolicyFile
+from .server_token import HOW_TO_SET, VARIABLE, header_of, server_token
 from .vllm_engine import check_version
 from .vllm_sampler import TokenReply, TokenRequest
 
@@ -45,6 +47,7 @@ class _StatusError(Exception):
 
     def __init__(self, status: int):
         super().__init__(f"status {status}")
+        self.refused = status == 401
         self.passing = status >= 500  # as of a proxy in front of a server that is being restarted
 
 
@@ -78,11 +81,21 @@ class ServedEngine:
             Name of the model that is trained, for messages.
         shape (`dict[str, Any]`):
             Its [`model_shape`].
+        token (`str`, *optional*):
+            What the server wants to be shown; by default that of the environment variable
+            `TRL_TOOLGRPO_SERVER_TOKEN`.
     """
 
     max_length = 0
 
-    def __init__(self, url: str, timeout: float, model: str, shape: dict[str, Any]):
+    def __init__(self, url: str, timeout: float, model: str, shape: dict[str, Any], token: str | None = None):
+        token = token or server_token()
+        if token is not None and urlsplit(url).username is not None:
+            raise ConfigError(
+                f"You passed a `vllm_server_base_url` with a user's name in it and {VARIABLE}, but a request can show "
+                f"one of them alone. Leave one out."
+            )
+        self._has_token = token is not None
         self.url, self.timeout, self.model, self.shape = url.rstrip("/"), timeout, model, shape
         self.retried = 0
         self._policy: PolicyFile | None = None
@@ -90,19 +103,22 @@ class ServedEngine:
         self._lost_policies = 0
         self._sending = asyncio.Lock()
         # No limit on a turn as a whole; a server that is gone is found by looking after it
+        shown: Any = {"headers": header_of(token)} if token is not None else {}
         limits = aiohttp.ClientTimeout(total=None, sock_connect=10)
-        self._http = aiohttp.ClientSession(timeout=limits, connector=aiohttp.TCPConnector(limit=0))
+        self._http = aiohttp.ClientSession(timeout=limits, connector=aiohttp.TCPConnector(limit=0), **shown)
 
     @classmethod
-    async def start(cls, url: str, timeout: float, model: str, shape: dict[str, Any]) -> "ServedEngine":
+    async def start(
+        cls, url: str, timeout: float, model: str, shape: dict[str, Any], token: str | None = None
+    ) -> "ServedEngine":
         """
         Connect; arguments as for the class.
 
         Raises:
-            RolloutServerError: if there is no server, or it is not one for this run.
-            ConfigError: if its vLLM is of a version that will not do.
+            RolloutServerError: if there is no server, it is not one for this run, or it refuses the run's token.
+            ConfigError: if its vLLM is of a version that will not do, or for a token that cannot be sent.
         """
-        engine = cls(url, timeout, model, shape)
+        engine = cls(url, timeout, model, shape, token)
         try:
             await engine._reach()
         except BaseException:
@@ -152,7 +168,7 @@ class ServedEngine:
             status, reply = await self._watched(self._post(body))
             if status == 200:
                 return TokenReply(**reply)
-            if status >= 500:
+            if status >= 500 or status == 401:
                 raise _StatusError(status)
             if status != 409:
                 raise SamplerError(f"The rollout server at {self.url} failed: {reply.get('error', reply)}")
@@ -195,7 +211,7 @@ class ServedEngine:
                     f"uses it. Start a server for each run, on ports of their own (`vllm_server_port`)."
                 )
             status, reply = await self._watched(self._put(policy))
-            if status >= 500:
+            if status >= 500 or status == 401:
                 raise _StatusError(status)
             if status != 200:
                 raise SamplerError(
@@ -218,6 +234,11 @@ class ServedEngine:
                 about = await self._about()
                 break
             except _LOST as error:
+                if isinstance(error, _StatusError) and error.refused:
+                    what = "another token than this run's" if self._has_token else "a token, and this run has none"
+                    raise RolloutServerError(
+                        f"The rollout server at {self.url} wants {what}. {HOW_TO_SET}."
+                    ) from error
                 if isinstance(error, _StatusError) and not error.passing:
                     raise RolloutServerError(
                         f"What answers at {self.url} is not a rollout server ({error}). vLLM's own `vllm serve` and "

@@ -44,9 +44,6 @@ class ToolExecutor:
             Time limit of one call in seconds, retries included; `None` for no limit. `Tool.timeout` comes first.
         retries (`int`, *optional*, defaults to `0`):
             How often a call that failed transiently is tried again.
-        event_loop (`Callable`, *optional*):
-            Gives a running event loop for coroutines, or `None`. By default the executor has one of its own, which
-            also survives a `SystemExit` in a task that a tool has spawned.
         max_abandoned (`int`, *optional*, defaults to `64`):
             How many calls may be stuck past their limit at the same time before the run is stopped. Such a call has
             been answered and its thread replaced, but its function still runs, and nothing can end it.
@@ -65,7 +62,6 @@ class ToolExecutor:
         max_concurrent: int = 64,
         timeout: float | None = 30.0,
         retries: int = 0,
-        event_loop: Callable[[], asyncio.AbstractEventLoop | None] | None = None,
         max_abandoned: int = 64,
         warm: Iterable[Tool] = (),
         environment_timeout: float | None = None,
@@ -89,7 +85,7 @@ class ToolExecutor:
         self._abandoned = 0
         self._closed = False
         self._watchdog = Watchdog()
-        self._loop = LoopThread(event_loop)
+        self._loop = LoopThread()
         self._processes = ProcessPool(warm, max_concurrent)
 
     @property
@@ -99,8 +95,8 @@ class ToolExecutor:
 
     @property
     def stuck(self) -> int:
-        """How many of the calls that were given up still run."""
-        return len(self._stuck)
+        """How many of the tool calls that were given up still run."""
+        return sum(job.tool is not None for job in self._stuck)
 
     def submit(
         self, call: ToolCall, tool: Tool | None, owner: object | None = None, *, available: Collection[str] = ()
@@ -299,9 +295,8 @@ class ToolExecutor:
 
     def _check_stuck(self) -> None:
         with self._lock:
-            calls = [job for job in self._stuck if job.tool is not None]
-            names = sorted({job.tool.name for job in calls if job.tool is not None})
-            count = len(calls)
+            names = sorted({job.tool.name for job in self._stuck if job.tool is not None})
+            count = self.stuck
         if count > self.max_abandoned:
             raise ToolRuntimeError(
                 f"{count} tool calls are stuck past their time limit, more than max_abandoned={self.max_abandoned}. "

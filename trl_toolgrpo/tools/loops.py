@@ -16,23 +16,16 @@ class LoopThread:
     """
     An event loop for coroutines that are handed over from other threads.
 
-    Args:
-        provided (`Callable`, *optional*):
-            Gives a running loop to share, or `None`. Without one a loop of its own runs on a daemon thread, started
-            when first needed, which a tool's `SystemExit` does not end, and which is replaced when a coroutine blocks
-            it.
+    It runs on a daemon thread, started when first needed, which a tool's `SystemExit` does not end, also one in a task
+    that a tool has spawned, and which is replaced when a coroutine blocks it.
     """
 
-    def __init__(self, provided: Callable[[], asyncio.AbstractEventLoop | None] | None = None) -> None:
-        self._provided = provided
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._own: asyncio.AbstractEventLoop | None = None
 
     def get(self) -> asyncio.AbstractEventLoop:
         """The loop to run on."""
-        shared = self._provided() if self._provided is not None else None
-        if shared is not None:
-            return shared
         with self._lock:
             if self._own is None:
                 self._own = asyncio.new_event_loop()

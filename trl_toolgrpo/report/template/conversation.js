@@ -8,12 +8,12 @@ async function openRollout(entry) {
   try {
     found = await rolloutOf(entry);
   } catch (error) {
-    find("facts").textContent = `This rollout cannot be unpacked: ${error.message}`;
-    tokens.replaceChildren();
+    if (entry === selected) closeRollout(`This rollout cannot be unpacked: ${error.message}`);
     return;
   }
   if (entry !== selected) return; // another one was chosen meanwhile
   rollout = found;
+  for (const part of [find("prompt"), find("legend")]) part.hidden = false;
   texts = data.runs[entry.run].tokens;
   drawFacts(entry);
   drawPrompt();
@@ -22,6 +22,15 @@ async function openRollout(entry) {
   find("conversation").scrollTop = 0;
   point(Math.max(0, rollout.kinds.indexOf(SAMPLED)), false);
   performance.mark("opened");
+}
+
+// Nothing of a rollout is left in the pane, only why
+function closeRollout(why) {
+  rollout = null;
+  current = -1;
+  find("facts").textContent = why;
+  for (const part of [find("prompt"), find("legend")]) part.hidden = true;
+  for (const part of [find("prompt").querySelector(".text"), tokens, find("token")]) part.replaceChildren();
 }
 
 function drawFacts(entry) {
@@ -69,7 +78,8 @@ function drawColors() {
 }
 
 function drawTokens() {
-  const heat = heatOf(color.value);
+  const colors = colorsOf(color.value), heat = colors && colors.heat;
+  drawLegend(colors);
   tokens.className = heat ? "heat" : "";
   const parts = [];
   let place = 0;
@@ -117,15 +127,41 @@ function tokenOf(place, heat) {
   return token;
 }
 
-// Strength of a color, 0 to 0.75, and which: --up for what is high or certain to rise, --down for the opposite
-function heatOf(name) {
+const FULL = 0.75; // the strongest color
+
+// How a figure colors sampled tokens: `heat` gives which color, --up or --down, and how strong; `ends` are the figures
+// at which it is strongest, from left to right of the scale, with what is in the middle between them
+function colorsOf(name) {
   const values = rollout.figures[name];
   if (!values) return null;
-  const bound = (share) => 0.75 * Math.min(1, Math.max(0, share || 0));
-  if (name === "logprob") return (place) => ["down", bound(-values[place] / 4)];
-  if (name === "ratio") return (place) => [values[place] > 1 ? "up" : "down", bound(Math.abs(Math.log(values[place])) / 0.4)];
-  const largest = Math.max(1e-9, ...values.map((value) => (Number.isFinite(value) ? Math.abs(value) : 0)));
-  return (place) => [values[place] > 0 ? "up" : "down", bound(Math.abs(values[place]) / largest)];
+  const strength = (share) => FULL * Math.min(1, Math.max(0, share || 0));
+  if (name === "logprob") return { ends: ["-4 or less", "0"], heat: (place) => ["down", strength(-values[place] / 4)] };
+  if (name === "ratio") {
+    const ends = [`${shown(Math.exp(-0.4), 2)} or less`, "1", `${shown(Math.exp(0.4), 2)} or more`];
+    return { ends, heat: (place) => [values[place] > 1 ? "up" : "down", strength(Math.abs(Math.log(values[place])) / 0.4)] };
+  }
+  const written = values.filter((value, place) => rollout.kinds[place] === SAMPLED && Number.isFinite(value));
+  const largest = Math.max(0, ...written.map(Math.abs));
+  const ends = largest ? [`-${shown(largest, 3)}`, "0", shown(largest, 3)] : ["0"];
+  return { ends, heat: (place) => [values[place] > 0 ? "up" : "down", strength(Math.abs(values[place]) / (largest || 1))] };
+}
+
+function drawLegend(colors) {
+  const keys = find("keys");
+  keys.replaceChildren();
+  if (!colors) append(keys, "span", "key sampled", "sampled");
+  else {
+    const scale = append(keys, "span", "scale"), ends = colors.ends;
+    append(scale, "span", "", `sampled, by ${FIGURES[color.value]}: ${ends[0]}`);
+    if (ends.length > 1) {
+      const bar = append(scale, "span", "bar"), middle = ends.length > 2 ? [`rgba(var(--up), ${FULL})`] : [];
+      bar.style.backgroundImage = `linear-gradient(to right, ${[`rgba(var(--down), ${FULL})`, "transparent", ...middle].join(", ")})`;
+      bar.setAttribute("aria-hidden", "true");
+      append(scale, "span", "", ends.length > 2 ? `${ends[1]} in the middle, ${ends[2]}` : ends[1]);
+    }
+  }
+  append(keys, "span", "key forced", "forced");
+  append(keys, "span", "key tool", "tool output and template");
 }
 
 function point(place, scroll = true) {
@@ -163,6 +199,7 @@ tokens.addEventListener("click", (event) => {
   if (token) point(Number(token.dataset.place), false);
 });
 color.addEventListener("change", () => {
+  if (!rollout) return;
   drawTokens();
   point(current, false);
 });

@@ -55,6 +55,10 @@ function listRollouts() {
   find("count").textContent = `${listed.length} of ${rollouts.length} rollouts`;
   list.scrollTop = Math.max(0, active * ROW - list.clientHeight / 2);
   drawRows();
+  if (!listed.length) {
+    selected = null;
+    closeRollout("No rollout passes these filters.");
+  } else if (!listed.includes(selected)) choose(0);
 }
 
 function choose(index) {

@@ -9,5 +9,4 @@ if (rollouts.length) {
   filters.addEventListener("reset", () => setTimeout(listRollouts));
   filters.addEventListener("submit", (event) => event.preventDefault());
   addEventListener("resize", drawRows);
-  choose(0);
 }

@@ -20,7 +20,7 @@ def check_scoring(trainer: Any) -> None:
     Check that TRL's scoring pass runs for a policy, and gives the log-probs of the model's own logits.
 
     TRL patches a head of its own into the model, which has to know how the family gets from hidden states to logits.
-    Nothing is tried where parameters are sharded already.
+    Nothing is tried where parameters are sharded, or will be by ZeRO-3, whose patched head gathers them already.
 
     Args:
         trainer ([`ToolGRPOTrainer`]):
@@ -38,6 +38,9 @@ def check_scoring(trainer: Any) -> None:
             "You passed a model with `attn_implementation='flex_attention'` on a CPU, where torch has no backward "
             "pass for it. Load the model with `attn_implementation='sdpa'`, or train on a GPU."
         )
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        return
     if any(p.is_meta or hasattr(p, "ds_id") or isinstance(p, DTensor) for p in model.parameters()):
         return
     ids = torch.tensor(trial_rows(config.vocab_size), device=device)

@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn
 
 import yaml
 from trl import TrlParser
 
 from trl_toolgrpo import ConfigError
-from trl_toolgrpo.config_checks import wrong_type
+from trl_toolgrpo.config_checks import as_whole, field_types, wrong_type
 
 
 class RecipeParser(TrlParser):
@@ -24,7 +24,7 @@ class RecipeParser(TrlParser):
 
     def __init__(self, dataclass_types: Sequence[type]):
         super().__init__(dataclass_types, allow_abbrev=False)
-        self.hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
+        self.hints = {name: hint for kind in dataclass_types for name, hint in field_types(kind).items()}
         self.source = ""
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> tuple[Any, ...]:
@@ -80,7 +80,7 @@ class RecipeParser(TrlParser):
         for item in value if isinstance(value, list) else [value]:
             if action.choices is not None and item is not None and item not in action.choices:
                 raise ConfigError(f"{where}`{name}` is {item!r}. Choose one of {', '.join(map(str, action.choices))}.")
-        return value
+        return as_whole(value, hint)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
         """Argparse's, for which what is left over is an error."""

@@ -82,6 +82,8 @@ def test_a_key_or_flag_that_does_not_exist_says_what_was_meant_and_where_it_stan
         ("model_init_kwargs", "[1]", "model_init_kwargs=.*a mapping"),
         ("generation_kwargs", [1], "`generation_kwargs` is .*a mapping"),
         ("accelerator_config", "nowhere", "accelerator_config='nowhere'.*a mapping.*path of a JSON file"),
+        ("train_size", None, "`train_size` is None. Write a whole number"),
+        ("force_rate", None, "`force_rate` is None. Write a number"),
         ("mcp_servers", "{bad", "mcp_servers='{bad'`, which is no JSON"),
     ],
 )
@@ -99,6 +101,7 @@ def test_what_could_be_read_before_is_read(tmp_path):
     recipe, training, model = from_file(tmp_path, **changes, sampler_correction=None, learning_rate="1e-4")
     assert model.lora_target_modules in ("all-linear", ["all-linear"]) and recipe.server_packages == ["one"]
     assert (training.learning_rate, training.sampler_correction, training.use_cpu) == (1e-4, None, True)
+    assert type(from_file(tmp_path, train_size=20.0)[0].train_size) is int
     flags = ["--chat_template_kwargs", '{"enable_thinking": false}', "--learning-rate", "0.5", "--report_to", "none"]
     _, training, _ = parse_arguments([*flags, *ON_THIS_MACHINE], {"FORCE_RATE": "0.5"})
     assert training.chat_template_kwargs == {"enable_thinking": False}
@@ -125,6 +128,15 @@ def test_files_that_are_no_yaml_are_named(tmp_path):
         ({"reward_weights": "1"}, "which is text. Pass a list"),
         ({"gradient_checkpointing_kwargs": "{bad"}, "Pass a mapping"),
         ({"lr_scheduler_kwargs": [1]}, "of type list. Pass a mapping"),
+        ({"model_init_kwargs": 5}, "of type int. Pass a mapping"),
+        ({"temperature": None}, "temperature=None`, which is of type NoneType. Pass a number"),
+        ({"max_steps": None}, "Pass a whole number"),
+        ({"force_rate": None}, "force_rate=None.*Pass a number"),
+        ({"record_sample_logprobs": None}, "record_sample_logprobs=None.*Pass true or false"),
+        ({"num_iterations": 0}, "num_iterations=0`; it must be at least 1"),
+        ({"steps_per_generation": 0}, "steps_per_generation=0`; it must be at least 1"),
+        ({"generation_batch_size": 0}, "generation_batch_size=0`; it must be at least 1"),
+        ({"gradient_accumulation_steps": -1}, "gradient_accumulation_steps=-1`; it must be at least 1"),
         ({"chat_template_kwargs": "enable_thinking"}, "Pass a mapping"),
     ],
 )
@@ -139,9 +151,12 @@ def test_values_that_are_as_good_pass(tmp_path):
 
     config = ToolGRPOConfig(
         tmp_path, per_device_train_batch_size=numpy.int64(8), learning_rate=1, max_steps=3.0, use_cpu=1, bf16=False,
-        lr_scheduler_kwargs="{}", run_name=3,
+        lr_scheduler_kwargs="{}", run_name=3, num_generations=4.0, max_completion_length=16.0, seed=1.0,
+        steps_per_generation=2.0, top_k=None, top_p=None, max_grad_norm=None,
     )  # fmt: skip
-    assert config.lr_scheduler_kwargs == {} and config.generation_batch_size == 8
+    assert config.lr_scheduler_kwargs == {} and config.generation_batch_size == 16
+    whole = [getattr(config, name) for name in ("num_generations", "max_completion_length", "seed", "max_steps")]
+    assert whole == [4, 16, 1, 3] and {type(value) for value in [*whole, config.generation_batch_size]} == {int}
 
 
 def test_the_choices_of_trl_are_all_of_them():

@@ -211,18 +211,14 @@ class ToolGRPOTrainer(
                 rollout_func=rollout_func,
                 environment_factory=environment_factory,
             )
+        if rollout_func is None:  # which may give more than the columns
+            for name, dataset in named_datasets(train_dataset, eval_dataset):
+                check_columns(name, dataset, self.reward_funcs, self.reward_func_names)
         self._score_without_failed()
         self._prepare_recording(force_policy, given_adapter)
         self._check_prompts(train_dataset, eval_dataset)
-        self._check_rewards(train_dataset, eval_dataset)
-
-    def _check_rewards(self, train_dataset: Any, eval_dataset: Any) -> None:
-        """Check that the data has the columns that reward functions ask for, and have them check what they return."""
-        names = self.reward_func_names
-        if self.rollout_func is None:  # which may give more than the columns
-            for name, dataset in named_datasets(train_dataset, eval_dataset):
-                check_columns(name, dataset, self.reward_funcs, names)
-        self.reward_funcs = [checked(function, name) for function, name in zip(self.reward_funcs, names, strict=True)]
+        functions = zip(self.reward_funcs, self.reward_func_names, strict=True)
+        self.reward_funcs = [checked(function, name) for function, name in functions]
 
     def _prepare_recording(self, force_policy: ForcePolicy | None, given_adapter: bool) -> None:
         """Everything that TRL's constructor had to make the model for."""

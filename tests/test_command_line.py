@@ -37,6 +37,8 @@ def from_file(tmp_path, **changes):
         ("task", "works", "workspace, bfcl, mcp"),
         ("dtype", "float31", "auto, bfloat16, float16, float32"),
         ("dtype", 16, "auto, bfloat16, float16, float32"),
+        ("lr_scheduler_type", None, "linear, cosine"),
+        ("vllm_mode", "colocated", "colocate, server"),
         ("bnb_4bit_quant_type", "nf5", "fp4, nf4"),
         ("advantage_estimator", "gaee", "group, gae, group_gae"),
         ("force_level", "schemaa", "call, name, schema"),
@@ -82,6 +84,10 @@ def test_a_key_or_flag_that_does_not_exist_says_what_was_meant_and_where_it_stan
         ("model_init_kwargs", "[1]", "model_init_kwargs=.*a mapping"),
         ("generation_kwargs", [1], "`generation_kwargs` is .*a mapping"),
         ("accelerator_config", "nowhere", "accelerator_config='nowhere'.*a mapping.*path of a JSON file"),
+        ("task", None, "`task` is None. Choose one of workspace, bfcl, mcp"),
+        ("server_folder", None, "`server_folder` is None. Write text"),
+        ("use_cpu", None, "`use_cpu` is None. Write true or false"),
+        ("accelerator_config", {"split_batchs": True}, "AcceleratorConfig.* 'split_batchs'"),
         ("train_size", None, "`train_size` is None. Write a whole number"),
         ("force_rate", None, "`force_rate` is None. Write a number"),
         ("mcp_servers", "{bad", "mcp_servers='{bad'`, which is no JSON"),
@@ -91,7 +97,7 @@ def test_a_value_of_another_type_is_refused_in_a_line(tmp_path, name, value, wor
     with pytest.raises(ConfigError, match=words) as caught:
         from_file(tmp_path, **{name: value})
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
-    if name in ("max_steps", "use_cpu"):
+    if name in ("max_steps", "use_cpu") and value is not None:
         with pytest.raises(ConfigError, match=f"On the command line, argument --{name}"):
             parse_arguments([f"--{name}", str(value), *ON_THIS_MACHINE], {})
 
@@ -109,7 +115,13 @@ def test_what_could_be_read_before_is_read(tmp_path):
 
 
 def test_files_that_are_no_yaml_are_named(tmp_path):
-    for text, words in (("a: [1", "is no YAML"), ("- a", "must contain a YAML mapping")):
+    for text, words in (
+        ("a: [1", "is no YAML"),
+        ("- a", "must contain a YAML mapping"),
+        ("task: bfcl\nseed: 1\ntask: mcp", "`task` stands there 2 times"),
+        ("on: 1", "there is no argument `on`"),
+        ("5: 1", "there is no argument `5`"),
+    ):
         (tmp_path / "run.yaml").write_text(text)
         with pytest.raises(ValueError, match=words):
             parse_arguments(["--config", str(tmp_path / "run.yaml")], {})

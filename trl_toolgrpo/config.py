@@ -365,7 +365,7 @@ class ToolGRPOConfig(GRPOConfig):
         check_counts(self)
         try:
             super().__post_init__()
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # the latter for a key that a nested configuration does not know
             raise ConfigError(self._uneven_groups() or str(error)) from error
         check_fields(self, defaults())
         # No fields: they are in no dump of the configuration

@@ -93,10 +93,8 @@ def wrong_type(value: Any, hint: Any) -> str | None:
         float: lambda: isinstance(value, Real) and not isinstance(value, bool),
         dict: lambda: isinstance(value, Mapping),
         list: lambda: isinstance(value, list | tuple | set),
-        str: lambda: not isinstance(value, Mapping | list | tuple | set),  # a path is as good as its text
+        str: lambda: not isinstance(value, Mapping | list | tuple | set | None),  # a path is as good as its text
     }
-    if value is None and not {int, float}.intersection(kinds):  # no truth value is false; of texts the choices say it
-        return None
     if any(fits[kind]() for kind in kinds):
         return None
     return " or ".join(_TYPES.get(kind, "text") for kind in kinds if kind is not type(None))
@@ -135,8 +133,8 @@ def check_types(config: Any) -> None:
             continue
         value = getattr(config, name)
         wanted = wrong_type(value, hint)
-        if value is None and hint is bool and name not in GRPOConfig.__dataclass_fields__:  # a key without its value
-            wanted = _TYPES[bool]
+        if value is None and name in GRPOConfig.__dataclass_fields__ and not {int, float}.intersection(_kinds(hint)):
+            wanted = None  # as good as False, and of texts the choices say it
         if isinstance(value, str | Real) and name in _MAPPINGS and not _is_json_object(str(value)):
             wanted = "a mapping, such as {'key': value}, or its JSON text"
             if not name.endswith("_kwargs"):
@@ -273,6 +271,7 @@ def _check_correction(config: Any, defaults: dict[str, Any]) -> None:
 
 def _check_vllm(config: Any) -> None:
     """What vLLM is asked for, it can do; `use_vllm` means the backend, but for rollouts of TRL's own."""
+    _check_choice(config, "vllm_mode", VLLM_MODES)
     if config.use_vllm and config.record_sample_logprobs:
         config.rollout_backend = "vllm"
     if config.rollout_backend != "vllm":
@@ -282,8 +281,6 @@ def _check_vllm(config: Any) -> None:
             "You passed `rollout_backend='vllm'` while `record_sample_logprobs=False`, which is TRL's own path. Set "
             "`use_vllm=True` instead for TRL's vLLM, or `record_sample_logprobs=True`."
         )
-    if config.vllm_mode not in VLLM_MODES:
-        raise ConfigError(f"You passed `vllm_mode={config.vllm_mode!r}`. Choose one of {', '.join(VLLM_MODES)}.")
     if config.vllm_structured_outputs_regex is not None:
         raise ConfigError(
             "You passed `vllm_structured_outputs_regex` while `record_sample_logprobs=True`. Tokens under a "

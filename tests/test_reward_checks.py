@@ -159,6 +159,18 @@ def test_the_prompt_column_is_given_in_the_plural(tokenizer, tmp_path):
         construct(tokenizer, tmp_path, reward)
 
 
+@pytest.mark.parametrize(
+    ("asked", "changes"),
+    [("environments", {}), ("mcp_sessions", {}), ("trajectories", {"record_sample_logprobs": False})],
+)
+def test_what_this_run_does_not_give_is_named_at_construction(tokenizer, tmp_path, asked, changes):
+    needs = eval(f"lambda completions, {asked}, **kwargs: [0.0] * len(completions)")
+    can_do_without = eval(f"lambda completions, {asked}=None, **kwargs: [0.0] * len(completions)")
+    with pytest.raises(ConfigError, match=f"asks for `{asked}`"):
+        construct(tokenizer, tmp_path, needs, **changes)
+    construct(tokenizer, tmp_path, can_do_without, **changes)
+
+
 def takes_two(prompts, completions):
     return [0.0] * len(completions)
 

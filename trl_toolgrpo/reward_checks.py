@@ -25,7 +25,9 @@ _ALWAYS_GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "l
 _NOT_GIVEN = ("prompt", "completion")  # columns that TRL keeps back
 
 
-def check_columns(name: str, dataset: Any, reward_funcs: Iterable[Any], names: Iterable[str]) -> None:
+def check_columns(
+    name: str, dataset: Any, reward_funcs: Iterable[Any], names: Iterable[str], absent: Collection[str] = ()
+) -> None:
     """
     Check that a data set has the columns that reward functions ask for.
 
@@ -38,6 +40,8 @@ def check_columns(name: str, dataset: Any, reward_funcs: Iterable[Any], names: I
             The reward functions.
         names (`Iterable[str]`):
             Their names.
+        absent (`Collection[str]`, *optional*, defaults to `()`):
+            What of [`GIVEN`] this run has not.
 
     Raises:
         ConfigError: for a column that is not there, with those that are, and a function that does not take what
@@ -49,7 +53,7 @@ def check_columns(name: str, dataset: Any, reward_funcs: Iterable[Any], names: I
     if not columns or (isinstance(dataset, Dataset) and dataset.format["type"] == "custom"):
         columns |= dict.fromkeys(next(iter(dataset), {}))  # of a transform
     for function, function_name in zip(reward_funcs, names, strict=True):
-        missing = _missing(function, {*columns, *GIVEN}.difference(_NOT_GIVEN))
+        missing = _missing(function, {*columns, *(g for g in GIVEN if g not in absent)}.difference(_NOT_GIVEN))
         if missing:
             raise ConfigError(_missing_columns(function_name, missing, f"`{name}`", columns))
         refused = _refused(function, {*columns, *_ALWAYS_GIVEN}.difference(_NOT_GIVEN))

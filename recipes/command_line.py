@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, get_args
 
 import yaml
 from trl import TrlParser
 
 from trl_toolgrpo import ConfigError
-from trl_toolgrpo.config_checks import wrong_type
+from trl_toolgrpo.config_checks import as_whole, field_types, wrong_type
 
 
 class RecipeParser(TrlParser):
@@ -24,7 +24,7 @@ class RecipeParser(TrlParser):
 
     def __init__(self, dataclass_types: Sequence[type]):
         super().__init__(dataclass_types, allow_abbrev=False)
-        self.hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
+        self.hints = {name: hint for kind in dataclass_types for name, hint in field_types(kind).items()}
         self.source = ""
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> tuple[Any, ...]:
@@ -45,9 +45,22 @@ class RecipeParser(TrlParser):
         if self.source and not Path(self.source).is_file():
             raise ConfigError(f"You passed `--config {self.source}`, which is no file. Name a YAML.")
         try:
+            if self.source:
+                self._check_keys()
             return super().parse_args_and_config(given, **kwargs)
         except yaml.YAMLError as error:
             raise ConfigError(f"{self.source} is no YAML: {' '.join(str(error).split())}.") from error
+
+    def _check_keys(self) -> None:
+        """Refuse keys that stand in the YAML twice, of which the first would be lost, and those that are no names."""
+        root = yaml.compose(Path(self.source).read_text(encoding="utf-8"), yaml.SafeLoader)
+        keys = [key for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+        names = [key.value for key in keys]
+        for key in keys:
+            if names.count(key.value) > 1:
+                raise ConfigError(f"{self.source}: `{key.value}` stands there {names.count(key.value)} times.")
+            if not key.tag.endswith((":str", ":merge")):
+                raise ConfigError(f"{self.source}: there is no argument `{key.value}`. Write names of arguments.")
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
         """
@@ -75,12 +88,13 @@ class RecipeParser(TrlParser):
             if action.nargs == "+" and wrong_type(value, hint) is not None:  # one of a list, as on the command line
                 value = [value]
         wanted = wrong_type(value, hint)
-        if wanted is not None:
+        if wanted is not None and (value is not None or action.choices is None):
             raise ConfigError(f"{where}`{name}` is {value!r}. Write {wanted}.")
         for item in value if isinstance(value, list) else [value]:
-            if action.choices is not None and item is not None and item not in action.choices:
+            takes_none = item is None and type(None) in get_args(hint)
+            if action.choices is not None and not takes_none and item not in action.choices:
                 raise ConfigError(f"{where}`{name}` is {item!r}. Choose one of {', '.join(map(str, action.choices))}.")
-        return value
+        return as_whole(value, hint)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
         """Argparse's, for which what is left over is an error."""
@@ -93,7 +107,7 @@ class RecipeParser(TrlParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would end the program with, after all its usage."""
-        raise ConfigError(f"On the command line, {message}.")
+        raise ConfigError(f"On the command line, {message.rstrip('.')}.")
 
 
 def _meant(name: str, known: Sequence[str]) -> str:

@@ -37,6 +37,8 @@ def from_file(tmp_path, **changes):
         ("task", "works", "workspace, bfcl, mcp"),
         ("dtype", "float31", "auto, bfloat16, float16, float32"),
         ("dtype", 16, "auto, bfloat16, float16, float32"),
+        ("lr_scheduler_type", None, "linear, cosine"),
+        ("vllm_mode", "colocated", "colocate, server"),
         ("bnb_4bit_quant_type", "nf5", "fp4, nf4"),
         ("advantage_estimator", "gaee", "group, gae, group_gae"),
         ("force_level", "schemaa", "call, name, schema"),
@@ -82,6 +84,12 @@ def test_a_key_or_flag_that_does_not_exist_says_what_was_meant_and_where_it_stan
         ("model_init_kwargs", "[1]", "model_init_kwargs=.*a mapping"),
         ("generation_kwargs", [1], "`generation_kwargs` is .*a mapping"),
         ("accelerator_config", "nowhere", "accelerator_config='nowhere'.*a mapping.*path of a JSON file"),
+        ("task", None, "`task` is None. Choose one of workspace, bfcl, mcp"),
+        ("server_folder", None, "`server_folder` is None. Write text"),
+        ("use_cpu", None, "`use_cpu` is None. Write true or false"),
+        ("accelerator_config", {"split_batchs": True}, "AcceleratorConfig.* 'split_batchs'"),
+        ("train_size", None, "`train_size` is None. Write a whole number"),
+        ("force_rate", None, "`force_rate` is None. Write a number"),
         ("mcp_servers", "{bad", "mcp_servers='{bad'`, which is no JSON"),
     ],
 )
@@ -89,7 +97,7 @@ def test_a_value_of_another_type_is_refused_in_a_line(tmp_path, name, value, wor
     with pytest.raises(ConfigError, match=words) as caught:
         from_file(tmp_path, **{name: value})
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
-    if name in ("max_steps", "use_cpu"):
+    if name in ("max_steps", "use_cpu") and value is not None:
         with pytest.raises(ConfigError, match=f"On the command line, argument --{name}"):
             parse_arguments([f"--{name}", str(value), *ON_THIS_MACHINE], {})
 
@@ -99,6 +107,7 @@ def test_what_could_be_read_before_is_read(tmp_path):
     recipe, training, model = from_file(tmp_path, **changes, sampler_correction=None, learning_rate="1e-4")
     assert model.lora_target_modules in ("all-linear", ["all-linear"]) and recipe.server_packages == ["one"]
     assert (training.learning_rate, training.sampler_correction, training.use_cpu) == (1e-4, None, True)
+    assert type(from_file(tmp_path, train_size=20.0)[0].train_size) is int
     flags = ["--chat_template_kwargs", '{"enable_thinking": false}', "--learning-rate", "0.5", "--report_to", "none"]
     _, training, _ = parse_arguments([*flags, *ON_THIS_MACHINE], {"FORCE_RATE": "0.5"})
     assert training.chat_template_kwargs == {"enable_thinking": False}
@@ -106,7 +115,13 @@ def test_what_could_be_read_before_is_read(tmp_path):
 
 
 def test_files_that_are_no_yaml_are_named(tmp_path):
-    for text, words in (("a: [1", "is no YAML"), ("- a", "must contain a YAML mapping")):
+    for text, words in (
+        ("a: [1", "is no YAML"),
+        ("- a", "must contain a YAML mapping"),
+        ("task: bfcl\nseed: 1\ntask: mcp", "`task` stands there 2 times"),
+        ("on: 1", "there is no argument `on`"),
+        ("5: 1", "there is no argument `5`"),
+    ):
         (tmp_path / "run.yaml").write_text(text)
         with pytest.raises(ValueError, match=words):
             parse_arguments(["--config", str(tmp_path / "run.yaml")], {})
@@ -125,6 +140,15 @@ def test_files_that_are_no_yaml_are_named(tmp_path):
         ({"reward_weights": "1"}, "which is text. Pass a list"),
         ({"gradient_checkpointing_kwargs": "{bad"}, "Pass a mapping"),
         ({"lr_scheduler_kwargs": [1]}, "of type list. Pass a mapping"),
+        ({"model_init_kwargs": 5}, "of type int. Pass a mapping"),
+        ({"temperature": None}, "temperature=None`, which is of type NoneType. Pass a number"),
+        ({"max_steps": None}, "Pass a whole number"),
+        ({"force_rate": None}, "force_rate=None.*Pass a number"),
+        ({"record_sample_logprobs": None}, "record_sample_logprobs=None.*Pass true or false"),
+        ({"num_iterations": 0}, "num_iterations=0`; it must be at least 1"),
+        ({"steps_per_generation": 0}, "steps_per_generation=0`; it must be at least 1"),
+        ({"generation_batch_size": 0}, "generation_batch_size=0`; it must be at least 1"),
+        ({"gradient_accumulation_steps": -1}, "gradient_accumulation_steps=-1`; it must be at least 1"),
         ({"chat_template_kwargs": "enable_thinking"}, "Pass a mapping"),
     ],
 )
@@ -139,9 +163,12 @@ def test_values_that_are_as_good_pass(tmp_path):
 
     config = ToolGRPOConfig(
         tmp_path, per_device_train_batch_size=numpy.int64(8), learning_rate=1, max_steps=3.0, use_cpu=1, bf16=False,
-        lr_scheduler_kwargs="{}", run_name=3,
+        lr_scheduler_kwargs="{}", run_name=3, num_generations=4.0, max_completion_length=16.0, seed=1.0,
+        steps_per_generation=2.0, top_k=None, top_p=None, max_grad_norm=None,
     )  # fmt: skip
-    assert config.lr_scheduler_kwargs == {} and config.generation_batch_size == 8
+    assert config.lr_scheduler_kwargs == {} and config.generation_batch_size == 16
+    whole = [getattr(config, name) for name in ("num_generations", "max_completion_length", "seed", "max_steps")]
+    assert whole == [4, 16, 1, 3] and {type(value) for value in [*whole, config.generation_batch_size]} == {int}
 
 
 def test_the_choices_of_trl_are_all_of_them():

@@ -16,7 +16,10 @@ from trl_toolgrpo.tools.names import check_tool_columns, find_mentions
 
 
 TOOLS = ["send_slack_message", "get_weather", "add", "github", "listFiles", "max", "and_then", "lookup"]
-CODERS = ["read_file", "run_tests", "search", "get_user", "python", "query_sql", "list_files", "file"]
+CODERS = [
+    *("read_file", "run_tests", "search", "get_user", "python", "query_sql", "list_files", "file"),
+    *("create_user", "fs.read"),
+]
 
 
 def found(text, tools=TOOLS, known=()):
@@ -34,18 +37,14 @@ def found(text, tools=TOOLS, known=()):
         ("the weather is in get_wether", "get_wether", "get_weather"),
         ("call `getweather`", "getweather", "get_weather"),
         ("call getweathr(city)", "getweathr", "get_weather"),
-        ("call GET_WEATHER", "GET_WEATHER", "get_weather"),
         ("use list_files", "list_files", "listFiles"),
         ("look_up finds it", "look_up", "lookup"),
-        ("Use the tool `lookup_key`.", "lookup_key", "lookup"),
-        ("Use the lookup_key tool.", "lookup_key", "lookup"),
-        ("use weather_report", "weather_report", "get_weather"),
-        ("use send_message", "send_message", "send_slack_message"),
-        ("use `addd`", "addd", "add"),
-        ("The GetWeather tool", "GetWeather", "get_weather"),
-        ("You have the tools get_weathers and `sum`", "get_weathers", "get_weather"),
-        ("Invoke the function `weather`", "weather", "get_weather"),
-        ("The tool `send` posts", "send", "send_slack_message"),
+        ("Call slack-send-message now.", "slack-send-message", "send_slack_message"),
+        ("```\nslack_send_message(text='hi')\n```", "slack_send_message", "send_slack_message"),
+        ('{"name": "slack_send_message", "arguments": {}}', "slack_send_message", "send_slack_message"),
+        ("Call the function slack_send_message with a text.", "slack_send_message", "send_slack_message"),
+        ("**weather_get** and <tool>get_weather</tool>", "weather_get", "get_weather"),
+        ("Invoke weather_get, then add.", "weather_get", "get_weather"),
     ],
 )
 def test_slips_are_found_with_what_is_meant(text, name, tool):
@@ -94,6 +93,12 @@ def test_prose_and_right_names_do_not_fire(text):
         "Use list_models and create_user, call read() or use .run(); the handle calls read_files and run_test.",
         "self.tools = list(tools); row['tools'] = read(tool.file); class ListFiles(Base): return ReadFile(x)",
         "Click the `Search` button, then `Files`",
+        "class UserCreate(BaseModel): id: int\nUserGet = UserCreate; ListFiles | RunTest",
+        "A file-read of the tests-run, a user-get; with open(p) as f: f.read()",
+        "export default function getUser(id) {}\nfunction readFile(path) {}",
+        "GET /users?get_user=1&run_test=2 and USER_GET or `READ_FILES`",
+        "Use read_files, `searched` and the tool search_index; call get_user_by_id or run_test_suite.",
+        "useGetUser(), onReadFile, file_reader, reading_file, str_user, sql_queries, mysql_query",
     ],
 )
 def test_code_is_left_alone(text):
@@ -112,6 +117,11 @@ def test_names_with_hyphens_and_dots_are_whole_where_tools_have_them():
     assert found("use slack.send and github.search", ["slack.send", "search.github"]) == [
         ("github.search", "search.github")
     ]
+
+
+def test_a_tool_spelled_otherwise_is_no_other_tool_with_its_words():
+    for tools in (["read_file", "file_read"], ["file_read", "read_file"]):
+        assert [(m.tool, m.reordered) for m in find_mentions(["call readFile"], tools)] == [("read_file", False)]
 
 
 def test_known_identifiers_are_not_tools():

@@ -418,6 +418,25 @@ def test_a_prompt_the_template_fails_on_is_named_by_row(tmp_path):
         make_trainer(tmp_path, rows * 2, tokenizer=tokenizer, tools=())
 
 
+@pytest.mark.parametrize("tools", [(), (add,)])
+def test_a_row_without_a_prompt_is_named(tmp_path, tools):
+    rows = [*prompts(3).to_list(), {"prompt": None}]
+    with pytest.raises(DatasetError, match="`train_dataset`, row 3: the prompt is 'None' of type NoneType"):
+        make_trainer(tmp_path, rows, tools=tools)
+    with pytest.raises(DatasetError, match="`eval_dataset`, row 3"):
+        make_trainer(tmp_path, eval_rows=rows, tools=tools, num_generations_eval=2, per_device_eval_batch_size=2)
+
+
+@pytest.mark.parametrize("kind", ["pandas", "arrow", "numpy"])
+def test_formats_that_give_no_prompts_are_refused(tmp_path, kind):
+    tokenizer = chat_tokenizer()
+    arguments = {"processing_class": tokenizer, "train_dataset": prompts().with_format(kind)}
+    with pytest.raises(DatasetError, match=rf"format '{kind}'.*with_format\(None\)"):
+        ToolGRPOTrainer(tiny_model(tokenizer), reward, config(tmp_path), **arguments)
+    arguments["train_dataset"] = prompts().with_format("torch")
+    ToolGRPOTrainer(tiny_model(tokenizer), reward, config(tmp_path), **arguments)
+
+
 def test_text_next_to_a_call_and_names_of_speakers_are_warned_of(tmp_path, caplog):
     rows = [{"prompt": changed(2, content="Let me look.")}, {"prompt": changed(1, name="Grace")}]
     make_trainer(tmp_path, rows * 2, template="llama3_1", tools=[salary])

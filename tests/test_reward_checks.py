@@ -47,6 +47,10 @@ def returning(value, wrap=None):
         (1.0, r"returned 1.0 of type float instead of a list of 4 rewards"),
         ("good", r"returned 'good' of type str instead of a list"),
         ({"a": 1.0}, r"of type dict instead of a list"),
+        ({0.0, 1.0, 2.0, 3.0}, r"of type set instead of a list"),
+        ([0.0, 10**400, 0.0, 0.0], r"returned 1000.* of type int for rollout 1"),
+        (torch.ones(4, 1), r"returned \[1.0\] of type list for rollout 0"),
+        ([0.0, float("inf"), 1.0, 2.0], r"`reward` gave inf for rollout 1"),
         ([1.0, 2.0], r"returned 2 rewards for 4 completions"),
         ([1.0] * 5, r"returned 5 rewards for 4 completions"),
         ([1.0, "2", 3.0, 4.0], r"returned '2' of type str for rollout 1, which is no number"),
@@ -153,6 +157,67 @@ def test_the_prompt_column_is_given_in_the_plural(tokenizer, tmp_path):
 
     with pytest.raises(ConfigError, match="`prompt` is given as `prompts`"):
         construct(tokenizer, tmp_path, reward)
+
+
+@pytest.mark.parametrize(
+    ("asked", "changes"),
+    [("environments", {}), ("mcp_sessions", {}), ("trajectories", {"record_sample_logprobs": False})],
+)
+def test_what_this_run_does_not_give_is_named_at_construction(tokenizer, tmp_path, asked, changes):
+    needs = eval(f"lambda completions, {asked}, **kwargs: [0.0] * len(completions)")
+    can_do_without = eval(f"lambda completions, {asked}=None, **kwargs: [0.0] * len(completions)")
+    with pytest.raises(ConfigError, match=f"asks for `{asked}`"):
+        construct(tokenizer, tmp_path, needs, **changes)
+    construct(tokenizer, tmp_path, can_do_without, **changes)
+
+
+def takes_two(prompts, completions):
+    return [0.0] * len(completions)
+
+
+async def takes_two_async(prompts, completions):
+    return [0.0] * len(completions)
+
+
+def by_position(completions, /, **kwargs):
+    return [0.0] * len(completions)
+
+
+def names_what_is_always_given(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, **kwargs):
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        (takes_two, "`takes_two` does not take `answer`, `completion_ids`, .*`trainer_state`"),
+        (takes_two_async, "`takes_two_async` does not take `answer`"),
+        (functools.partial(takes_two), "`takes_two` does not take `answer`"),
+        ([returning([0.0] * 4), takes_two], "`takes_two` does not take `answer`"),
+        (by_position, "`by_position` takes `completions` by position alone"),
+    ],
+)
+def test_a_function_that_does_not_take_what_it_is_given_is_named_at_construction(tokenizer, tmp_path, reward, words):
+    with pytest.raises(ConfigError, match=rf"The reward function {words}.*`\*\*kwargs`"):
+        construct(tokenizer, tmp_path, reward, with_answers())
+
+
+def test_a_decorator_may_leave_out_and_add_arguments(tokenizer, tmp_path):
+    def named_alone(function):
+        @functools.wraps(function)
+        def reward(**kwargs):
+            return function(kwargs["prompts"], kwargs["completions"])
+
+        return reward
+
+    @functools.wraps(asks)
+    def with_solution(completions, **kwargs):
+        return asks(completions, kwargs["answer"])
+
+    functions = [named_alone(takes_two), with_solution, names_what_is_always_given]
+    trainer = construct(tokenizer, tmp_path, functions, with_answers())
+    trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def test_what_a_row_lacks_is_named_while_training(tokenizer, tmp_path):

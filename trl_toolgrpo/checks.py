@@ -66,12 +66,18 @@ def check_dataset(name: str, dataset: Any, has_tools: bool, has_environment: boo
     Check that a data set has prompts, and conversational ones where tools are called.
 
     Raises:
-        DatasetError: for a data set without `prompt` where no environment gives it, or string prompts with tools.
+        DatasetError: for a data set without `prompt` where no environment gives it, string prompts with tools, and a
+            format such as that of pandas.
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise DatasetError(f"You passed `{name}` without a single row. Pass a data set that has prompts in it.")
+    if isinstance(dataset, Dataset) and dataset.format["type"] not in (None, "custom", "torch"):
+        raise DatasetError(
+            f"You passed `{name}` in the format {dataset.format['type']!r}, which gives prompts as something else "
+            f"than text or lists of messages. Pass `dataset.with_format(None)`."
+        )
     columns = list(dataset.column_names or ())
     if "prompt" not in columns:  # a transform of the data set may make it
         columns += [name for name in next(iter(_rows(dataset, 1)), {}) if name not in columns]

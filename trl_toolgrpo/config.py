@@ -20,6 +20,7 @@ from .config_checks import (
     ROLLOUT_BACKENDS,
     SAMPLER_CORRECTIONS,
     TOOL_MENTION_CHECKS,
+    check_counts,
     check_fields,
     check_types,
 )
@@ -361,9 +362,10 @@ class ToolGRPOConfig(GRPOConfig):
                 f"You passed `num_generations={self.num_generations}`. GRPO compares the rollouts of a prompt with "
                 f"each other and requires at least 2 generations. Set `num_generations` to 2 or more."
             )
+        check_counts(self)
         try:
             super().__post_init__()
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # the latter for a key that a nested configuration does not know
             raise ConfigError(self._uneven_groups() or str(error)) from error
         check_fields(self, defaults())
         # No fields: they are in no dump of the configuration

@@ -52,7 +52,22 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-_hints = cache(get_type_hints)
+# Of TRL's fields that are annotated as numbers: None clips no gradient and leaves the softmax as it is
+_ALSO_NONE = ("max_grad_norm", "top_p", "top_k", "repetition_penalty")
+
+
+@cache
+def field_types(kind: type) -> dict[str, Any]:
+    """
+    Return what each field of a dataclass is annotated with.
+
+    Args:
+        kind (`type`):
+            The dataclass.
+    """
+    hints = get_type_hints(kind)
+    return hints | {name: hints[name] | None for name in _ALSO_NONE if name in hints}
+
 
 _TYPES = {bool: "true or false", int: "a whole number", float: "a number", dict: "a mapping", list: "a list"}
 
@@ -68,26 +83,43 @@ def wrong_type(value: Any, hint: Any) -> str | None:
             Annotation of the field. Of types other than numbers, truth values, text, lists and mappings nothing is
             said.
     """
-    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    kinds = [get_origin(member) or member for member in members if member is not type(None)]
-    if value is None or not all(kind in (*_TYPES, str) for kind in kinds):
+    kinds = _kinds(hint)
+    if not all(kind in (*_TYPES, str, type(None)) for kind in kinds):
         return None
     fits = {
+        type(None): lambda: value is None,
         bool: lambda: value in (0, 1),
         int: lambda: isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer(),
         float: lambda: isinstance(value, Real) and not isinstance(value, bool),
         dict: lambda: isinstance(value, Mapping),
         list: lambda: isinstance(value, list | tuple | set),
-        str: lambda: not isinstance(value, Mapping | list | tuple | set),  # a path is as good as its text
+        str: lambda: not isinstance(value, Mapping | list | tuple | set | None),  # a path is as good as its text
     }
     if any(fits[kind]() for kind in kinds):
         return None
-    return " or ".join(_TYPES.get(kind, "text") for kind in kinds)
+    return " or ".join(_TYPES.get(kind, "text") for kind in kinds if kind is not type(None))
+
+
+def as_whole(value: Any, hint: Any) -> Any:
+    """
+    Return a value, as an `int` where it is a whole number and its field takes no other.
+
+    Args:
+        value, hint:
+            As in [`wrong_type`], which has found nothing wrong.
+    """
+    is_other = isinstance(value, Real) and not isinstance(value, int)
+    return int(value) if is_other and set(_kinds(hint)) - {type(None)} == {int} else value  # type: ignore[call-overload]
+
+
+def _kinds(hint: Any) -> list[Any]:
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return [get_origin(member) or member for member in members]
 
 
 def check_types(config: Any) -> None:
     """
-    Check that the values of a configuration are of the types of its fields.
+    Check that the values of a configuration are of the types of its fields; whole numbers such as 3.0 become `int`s.
 
     Args:
         config (`Any`):
@@ -96,17 +128,22 @@ def check_types(config: Any) -> None:
     Raises:
         ConfigError: for a text where a number, a truth value or a mapping should be, and the like.
     """
-    kind: Any = type(config)
-    for name, hint in _hints(kind).items():
-        value = getattr(config, name, None)
+    for name, hint in field_types(type(config)).items():
+        if not hasattr(config, name):
+            continue
+        value = getattr(config, name)
         wanted = wrong_type(value, hint)
-        if isinstance(value, str) and name in _MAPPINGS and not _is_json_object(value):
+        if value is None and name in GRPOConfig.__dataclass_fields__ and not {int, float}.intersection(_kinds(hint)):
+            wanted = None  # as good as False, and of texts the choices say it
+        if isinstance(value, str | Real) and name in _MAPPINGS and not _is_json_object(str(value)):
             wanted = "a mapping, such as {'key': value}, or its JSON text"
             if not name.endswith("_kwargs"):
-                wanted = None if Path(value).is_file() else f"{wanted}, or the path of a JSON file"
+                wanted = None if Path(str(value)).is_file() else f"{wanted}, or the path of a JSON file"
         if wanted is not None:
-            found = "text" if isinstance(value, str) else f"of type {type(value).__name__}"
-            raise ConfigError(f"You passed `{name}={value!r}`, which is {found}. Pass {wanted}.")
+            kind = "text" if isinstance(value, str) else f"of type {type(value).__name__}"
+            raise ConfigError(f"You passed `{name}={value!r}`, which is {kind}. Pass {wanted}.")
+        if (whole := as_whole(value, hint)) is not value:
+            setattr(config, name, whole)
 
 
 # Fields of mappings that TRL also reads from text; that of `deepspeed` may be encoded
@@ -118,6 +155,26 @@ def _is_json_object(text: str) -> bool:
         return isinstance(json.loads(text), dict)
     except ValueError:
         return False
+
+
+def check_counts(config: Any) -> None:
+    """
+    Check the sizes of batches, which TRL divides by each other.
+
+    Args:
+        config (`Any`):
+            A [`ToolGRPOConfig`] before TRL has read its fields.
+
+    Raises:
+        ConfigError: for one below 1.
+    """
+    for name in (
+        *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"),
+        *("generation_batch_size", "num_iterations"),
+    ):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"You passed `{name}={value}`; it must be at least 1.")
 
 
 def check_fields(config: Any, defaults: dict[str, Any]) -> None:
@@ -214,6 +271,7 @@ def _check_correction(config: Any, defaults: dict[str, Any]) -> None:
 
 def _check_vllm(config: Any) -> None:
     """What vLLM is asked for, it can do; `use_vllm` means the backend, but for rollouts of TRL's own."""
+    _check_choice(config, "vllm_mode", VLLM_MODES)
     if config.use_vllm and config.record_sample_logprobs:
         config.rollout_backend = "vllm"
     if config.rollout_backend != "vllm":
@@ -223,8 +281,6 @@ def _check_vllm(config: Any) -> None:
             "You passed `rollout_backend='vllm'` while `record_sample_logprobs=False`, which is TRL's own path. Set "
             "`use_vllm=True` instead for TRL's vLLM, or `record_sample_logprobs=True`."
         )
-    if config.vllm_mode not in VLLM_MODES:
-        raise ConfigError(f"You passed `vllm_mode={config.vllm_mode!r}`. Choose one of {', '.join(VLLM_MODES)}.")
     if config.vllm_structured_outputs_regex is not None:
         raise ConfigError(
             "You passed `vllm_structured_outputs_regex` while `record_sample_logprobs=True`. Tokens under a "

@@ -125,13 +125,19 @@ def check_prompts(
             The tools, by name.
 
     Raises:
-        DatasetError: for a prompt that cannot be rendered, or whose text or calls are not in what the policy reads.
+        DatasetError: for a prompt that is none or cannot be rendered, or whose text or calls are not in what the
+            policy reads.
     """
     seen: set[Any] = set()
     warned: set[str] = set()
     for row, prompt in prompts:
-        if not isinstance(prompt, list):
+        if isinstance(prompt, str):
             continue
+        if not isinstance(prompt, list):
+            raise DatasetError(
+                f"`{name}`, row {row}: the prompt is {str(prompt)[:60]!r} of type {type(prompt).__name__}. It has to "
+                f"be text or a list of messages. Correct it, or drop such rows (`dataset.filter`)."
+            )
         try:
             prompt = messages.rewritten(prompt, tools)
         except DatasetError as error:

@@ -4,7 +4,7 @@ import functools
 import inspect
 import logging
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -21,10 +21,13 @@ GIVEN = (
     *("trainer_state", "log_extra", "log_metric"),
 )
 """What reward functions may get in addition to the columns of the data."""
+_ALWAYS_GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 _NOT_GIVEN = ("prompt", "completion")  # columns that TRL keeps back
 
 
-def check_columns(name: str, dataset: Any, reward_funcs: Iterable[Any], names: Iterable[str]) -> None:
+def check_columns(
+    name: str, dataset: Any, reward_funcs: Iterable[Any], names: Iterable[str], absent: Collection[str] = ()
+) -> None:
     """
     Check that a data set has the columns that reward functions ask for.
 
@@ -37,9 +40,12 @@ def check_columns(name: str, dataset: Any, reward_funcs: Iterable[Any], names: I
             The reward functions.
         names (`Iterable[str]`):
             Their names.
+        absent (`Collection[str]`, *optional*, defaults to `()`):
+            What of [`GIVEN`] this run has not.
 
     Raises:
-        ConfigError: for a column that is not there, with those that are.
+        ConfigError: for a column that is not there, with those that are, and a function that does not take what
+            every one is given.
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return
@@ -47,9 +53,15 @@ def check_columns(name: str, dataset: Any, reward_funcs: Iterable[Any], names: I
     if not columns or (isinstance(dataset, Dataset) and dataset.format["type"] == "custom"):
         columns |= dict.fromkeys(next(iter(dataset), {}))  # of a transform
     for function, function_name in zip(reward_funcs, names, strict=True):
-        missing = _missing(function, {*columns, *GIVEN}.difference(_NOT_GIVEN))
+        missing = _missing(function, {*columns, *(g for g in GIVEN if g not in absent)}.difference(_NOT_GIVEN))
         if missing:
             raise ConfigError(_missing_columns(function_name, missing, f"`{name}`", columns))
+        refused = _refused(function, {*columns, *_ALWAYS_GIVEN}.difference(_NOT_GIVEN))
+        if refused is not None:
+            raise ConfigError(
+                f"The reward function `{function_name}` {refused}. Every argument is passed by keyword, all columns "
+                f"of the data among them. Name those it needs, and end its parameters with `**kwargs`."
+            )
 
 
 def checked(function: Any, name: str) -> Any:
@@ -100,14 +112,31 @@ def checked(function: Any, name: str) -> Any:
     return functools.wraps(function)(reward)
 
 
+def _parameters(function: Any) -> list[inspect.Parameter]:
+    """Parameters of a function as it is called: a decorator's own, which may leave out or add what it likes."""
+    try:
+        return list(inspect.signature(function, follow_wrapped=False).parameters.values())
+    except (TypeError, ValueError):  # of a built-in
+        return [inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)]
+
+
 def _missing(function: Any, given: Collection[str]) -> list[str]:
     """Arguments without which a function cannot be called by keyword."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # of a module or a built-in
-        return []
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [p.name for p in parameters if p.kind in by_name and p.default is p.empty and p.name not in given]
+    needed = [p.name for p in _parameters(function) if p.kind in by_name and p.default is p.empty]
+    return [name for name in needed if name not in given]
+
+
+def _refused(function: Any, given: Collection[str]) -> str | None:
+    """What a function does not take although it is given by keyword, in words."""
+    parameters = _parameters(function)
+    by_place = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    refused = [] if takes_all else sorted({*given}.difference(p.name for p in parameters))
+    if not by_place and not refused:
+        return None
+    named = ", ".join(f"`{argument}`" for argument in by_place or refused)
+    return f"takes {named} by position alone" if by_place else f"does not take {named}"
 
 
 def _missing_columns(name: str, missing: list[str], where: str, columns: Iterable[str]) -> str:
@@ -124,7 +153,7 @@ def _missing_columns(name: str, missing: list[str], where: str, columns: Iterabl
 def _rewards(name: str, result: Any, count: int) -> list[float | None]:
     """What a reward function returned, as numbers."""
     result = result.tolist() if hasattr(result, "tolist") else result  # of a tensor or an array at once
-    if isinstance(result, str | bytes | Mapping) or not isinstance(result, Iterable):
+    if isinstance(result, str | bytes | Mapping | Set) or not isinstance(result, Iterable):
         raise RewardError(
             f"The reward function `{name}` returned {_short(result)} instead of a list of {count} rewards, one for "
             f"each completion. Return a list of numbers, with None for a rollout that it cannot score."
@@ -141,7 +170,7 @@ def _rewards(name: str, result: Any, count: int) -> list[float | None]:
             if isinstance(value, str | bytes):
                 raise TypeError
             rewards.append(None if value is None else float(value))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise RewardError(
                 f"The reward function `{name}` returned {_short(value)} for rollout {rollout}, which is no number. "
                 f"Return a number for each completion, or None for a rollout that it cannot score."

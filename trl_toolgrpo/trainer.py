@@ -211,18 +211,25 @@ class ToolGRPOTrainer(
                 rollout_func=rollout_func,
                 environment_factory=environment_factory,
             )
+        given_funcs = self.reward_funcs
         self._score_without_failed()
         self._prepare_recording(force_policy, given_adapter)
         self._check_prompts(train_dataset, eval_dataset)
-        self._check_rewards(train_dataset, eval_dataset)
+        if rollout_func is None:  # which may give more than the columns
+            self._check_columns(given_funcs, train_dataset, eval_dataset)
+        functions = zip(self.reward_funcs, self.reward_func_names, strict=True)
+        self.reward_funcs = [checked(function, name) for function, name in functions]
 
-    def _check_rewards(self, train_dataset: Any, eval_dataset: Any) -> None:
-        """Check that the data has the columns that reward functions ask for, and have them check what they return."""
-        names = self.reward_func_names
-        if self.rollout_func is None:  # which may give more than the columns
-            for name, dataset in named_datasets(train_dataset, eval_dataset):
-                check_columns(name, dataset, self.reward_funcs, names)
-        self.reward_funcs = [checked(function, name) for function, name in zip(self.reward_funcs, names, strict=True)]
+    def _check_columns(self, reward_funcs: Any, train_dataset: Any, eval_dataset: Any) -> None:
+        """Check that the data and the run have what reward functions ask for."""
+        there = {
+            "trajectories": self._recording,
+            "environments": self.environment_factories is not None,
+            "mcp_sessions": self._recording and self._mcp is not None,
+        }
+        absent = [name for name, is_there in there.items() if not is_there]
+        for name, dataset in named_datasets(train_dataset, eval_dataset):
+            check_columns(name, dataset, reward_funcs, self.reward_func_names, absent)
 
     def _prepare_recording(self, force_policy: ForcePolicy | None, given_adapter: bool) -> None:
         """Everything that TRL's constructor had to make the model for."""

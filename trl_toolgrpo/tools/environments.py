@@ -158,7 +158,9 @@ def scoring_plain_instances(reward_func: Any) -> Any:
 
 def scoring_without_failed(reward_func: Any, failures: EnvironmentFailures) -> Any:
     """
-    A reward function that is not asked about rollouts whose environment has failed: they get `None`.
+    A reward function that is not asked about rollouts whose environment has failed: they get 0.0.
+
+    The trainer replaces that by no reward. TRL would take a `None` for a fault of the reward functions, and say so.
 
     What it reads of the other environments is read on their own threads, also by a coroutine function. If one of them
     does not answer, its rollout has failed too, and the function is called again without it; what it logged before
@@ -213,11 +215,11 @@ class _ScoringCall:
         whole = len(self.kept) == self._count or not isinstance(value, list) or len(value) != self._count
         return value if whole else [value[row] for row in self.kept]
 
-    def _in_all_rows(self, values: Any) -> Any:
+    def _in_all_rows(self, values: Any, otherwise: float | None = None) -> Any:
         if len(self.kept) == self._count or not hasattr(values, "__len__") or len(values) != len(self.kept):
             return values
         found = dict(zip(self.kept, values, strict=True))
-        return [found.get(row) for row in range(self._count)]
+        return [found.get(row, otherwise) for row in range(self._count)]
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
@@ -234,10 +236,10 @@ class _ScoringCall:
             _SCORING.reset(token)
 
     def result(self, rewards: Any) -> Any:
-        """The rewards of all rollouts, once the call has succeeded."""
+        """The rewards of all rollouts, once the call has succeeded; 0.0 for those it was not asked about."""
         for log, args in self._logged:
             log(*args)
-        return self._in_all_rows(rewards)
+        return self._in_all_rows(rewards, 0.0)
 
 
 class _Access:
@@ -388,7 +390,7 @@ def _factory(factory: Callable[[], Any], access: _Access) -> Callable[[], Any]:
             return environment
         if kind not in access.classes:
             access.classes[kind] = _threaded(kind, access)
-        environment.__class__ = access.classes[kind]
+        object.__setattr__(environment, "__class__", access.classes[kind])  # a class may have a `__setattr__` of its own
         return environment
 
     return functools.update_wrapper(make, factory) if inspect.isroutine(factory) else make
@@ -403,7 +405,14 @@ def _threaded(kind: type, access: _Access) -> type:
             return plain(self, name)
         return access.read(self, name)
 
-    body = {"__getattribute__": look_up, "__slots__": (), "__doc__": kind.__doc__, "__module__": kind.__module__}
+    def described(self: Any) -> str:
+        try:
+            return kind.__repr__(self)
+        except EnvironmentTimeoutError:  # which the attributes of one that failed raise; logs show it all the same
+            return object.__repr__(self)
+
+    body = {"__getattribute__": look_up, "__repr__": described, "__slots__": ()}
+    body |= {"__doc__": kind.__doc__, "__module__": kind.__module__}
     body["_plain_class"] = kind
     missing: Any = getattr(kind, "__getattr__", None)
     if missing is not None:  # Python asks it, on the caller's thread, where `look_up` has found nothing

@@ -19,6 +19,7 @@ from trl_toolgrpo import (
     ConfigError,
     EnvironmentTimeoutError,
     RewardError,
+    Tool,
     ToolGRPOTrainer,
     ToolRuntimeError,
     ToolTimeoutError,
@@ -599,3 +600,85 @@ def test_a_reward_function_that_scores_none_of_those_that_are_left_is_named(tmp_
     monkeypatch.setattr(Record, "made", itertools.count(1))
     with pytest.raises(RewardError, match="`unsure` gave None or NaN for all 3,"):
         rewarded(tmp_path, monkeypatch, Bare, unsure)
+
+
+class Later(Lab):
+    """An environment with a tool that is a coroutine function, and calls others of its methods."""
+
+    async def look(self) -> str:
+        """Look."""
+        await asyncio.sleep(0)
+        return f"{await self._seen()} {self._said()}"
+
+    async def _seen(self):
+        return self.number
+
+    def _said(self):
+        return "seen"
+
+
+class LaterStatic(Lab):
+    @staticmethod
+    async def look() -> str:
+        """Look."""
+        await asyncio.sleep(0)
+        return "seen"
+
+
+class LaterListed(Later):
+    """One whose tool is in a list that `reset` makes."""
+
+    look = None
+    tools: typing.ClassVar = []
+
+    def reset(self, **row):
+        self.tools = [Tool("look", "Look.", {"type": "object", "properties": {}}, self._look)]
+
+    async def _look(self):
+        return f"{await self._seen()} {self._said()}"
+
+
+class LaterAwaited(Later):
+    """One whose tool is a function that gives a coroutine."""
+
+    def look(self) -> str:
+        """Look."""
+        return Later.look(self)
+
+
+class LaterPartial(Later):
+    """One whose tool is a partial method."""
+
+    async def _call(self, words: str) -> str:
+        """
+        Look.
+
+        Args:
+            words: What for.
+        """
+        return f"{words} {await self._seen()} {self._said()}"
+
+    look = functools.partialmethod(_call, words="for")
+
+
+@pytest.mark.parametrize("recording", PATHS)
+@pytest.mark.parametrize("kind", [Later, LaterStatic, LaterListed, LaterAwaited, LaterPartial])
+def test_tools_of_an_environment_may_be_coroutine_functions(tmp_path, monkeypatch, recording, kind):
+    if not recording and kind in (LaterListed, LaterAwaited, LaterPartial):
+        pytest.skip("TRL has no such tools")
+    said = []
+
+    def reward(completions, **kwargs):
+        said.extend(m["content"] for messages in completions for m in messages if m["role"] == "tool")
+        return [0.0] * len(completions)
+
+    own = type("Lab", (kind,), {"made": 0})
+    turns = (CALL, "done<|im_end|>")
+    if recording:
+        log = rewarded(tmp_path, monkeypatch, own, reward, turns)
+        assert log[0]["tools/call_frequency"] == 1.0 and log[0]["tools/failure_frequency"] == 0.0
+        assert len(said) == 4 and all("seen" in text for text in said)
+    else:
+        executor = ToolExecutor(environment_timeout=LIMIT)
+        look = on_own_thread(own, executor, limits_tools=False)().look
+        assert "seen" in asyncio.run(look())

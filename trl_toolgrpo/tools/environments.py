@@ -296,7 +296,9 @@ class _Access:
         if isinstance(value, _THREAD_BOUND):
             return _ThreadBound(value, owner, self)
         if isinstance(value, functools.partial):
-            return functools.partial(self.stand_in(value.func, owner, name), *value.args, **value.keywords)
+            found = functools.partial(self.stand_in(value.func, owner, name), *value.args, **value.keywords)
+            vars(found).update({"__name__": name, **vars(value)})  # TRL asks tools for their names
+            return found
         is_own = inspect.ismethod(value) and value.__self__ is owner
         if not is_own and not (name == "get_reward" and callable(value)):
             return value
@@ -308,12 +310,16 @@ class _Access:
         if inspect.iscoroutinefunction(value):
 
             async def method_async(*args: Any, **kwargs: Any) -> Any:
+                if self.executor.is_within_call(owner):  # as a tool, whose call has the thread
+                    return await value(*args, **kwargs)
                 with self._failing(owner, name):
                     return self.stand_in(await asyncio.wrap_future(start(*args, **kwargs)), owner, name)
 
             return functools.wraps(value)(method_async)
 
         def method(*args: Any, **kwargs: Any) -> Any:
+            if self.executor.is_within_call(owner):
+                return value(*args, **kwargs)
             with self._failing(owner, name):
                 return self.stand_in(wait(start(*args, **kwargs)), owner, name)
 

@@ -163,7 +163,7 @@ def test_a_constructor_that_hangs_in_one_of_many_costs_its_rollout_alone(tmp_pat
 
 @pytest.mark.parametrize("recording", PATHS)
 @pytest.mark.parametrize("kind", ["hangs", "async hangs", "raises"])
-def test_a_get_reward_that_fails_leaves_its_rollout_unscored(tmp_path, monkeypatch, recording, kind):
+def test_a_get_reward_that_fails_leaves_its_rollout_unscored(tmp_path, monkeypatch, caplog, recording, kind):
     def reward(self):
         if self.number == 2:
             hang()
@@ -185,6 +185,7 @@ def test_a_get_reward_that_fails_leaves_its_rollout_unscored(tmp_path, monkeypat
     assert log[0]["rewards/Lab/mean"] == pytest.approx((1 + 3 + 4) / 3)  # TRL asks each in turn
     assert log[0]["rewards/watch/mean"] == 0.0
     assert [e.number for e in seen[1]] == [1, 3, 4, 5]
+    assert "All reward functions returned None" not in caplog.text
 
 
 @pytest.mark.parametrize("recording", PATHS)
@@ -498,9 +499,7 @@ class Shown(Record):
 
 @pytest.mark.parametrize("recording", PATHS)
 @pytest.mark.parametrize("kind", [Record, Slotted, Shown])
-def test_an_environment_that_failed_can_be_shown_and_blames_no_reward(
-    tmp_path, monkeypatch, caplog, recording, kind
-):
+def test_an_environment_that_failed_can_be_shown_and_blames_no_reward(tmp_path, monkeypatch, caplog, recording, kind):
     monkeypatch.setattr(Record, "made", itertools.count(1))
     _, log, seen = train(tmp_path, monkeypatch, kind, recording=recording)
     assert log[0]["environments/failures"] == 1.0 and [e.number for e in seen[0]] == [1, 3, 4]

@@ -215,11 +215,11 @@ class _ScoringCall:
         whole = len(self.kept) == self._count or not isinstance(value, list) or len(value) != self._count
         return value if whole else [value[row] for row in self.kept]
 
-    def _in_all_rows(self, values: Any, otherwise: float | None = None) -> Any:
+    def _in_all_rows(self, values: Any) -> Any:
         if len(self.kept) == self._count or not hasattr(values, "__len__") or len(values) != len(self.kept):
             return values
         found = dict(zip(self.kept, values, strict=True))
-        return [found.get(row, otherwise) for row in range(self._count)]
+        return [found.get(row) for row in range(self._count)]
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
@@ -236,10 +236,14 @@ class _ScoringCall:
             _SCORING.reset(token)
 
     def result(self, rewards: Any) -> Any:
-        """The rewards of all rollouts, once the call has succeeded; 0.0 for those it was not asked about."""
+        """The rewards of all rollouts, once the call has succeeded; 0.0 for those whose environment has failed."""
         for log, args in self._logged:
             log(*args)
-        return self._in_all_rows(rewards, 0.0)
+        found = self._in_all_rows(rewards)
+        if not self._failures.of_batch or not hasattr(found, "__len__") or len(found) != self._count:
+            return found
+        pairs = zip(self._environments, found, strict=True)
+        return [0.0 if self._failures.includes(environment) else reward for environment, reward in pairs]
 
 
 class _Access:
@@ -396,7 +400,8 @@ def _factory(factory: Callable[[], Any], access: _Access) -> Callable[[], Any]:
             return environment
         if kind not in access.classes:
             access.classes[kind] = _threaded(kind, access)
-        object.__setattr__(environment, "__class__", access.classes[kind])  # a class may have a `__setattr__` of its own
+        # A class may have a `__setattr__` of its own
+        object.__setattr__(environment, "__class__", access.classes[kind])
         return environment
 
     return functools.update_wrapper(make, factory) if inspect.isroutine(factory) else make
@@ -411,9 +416,11 @@ def _threaded(kind: type, access: _Access) -> type:
             return plain(self, name)
         return access.read(self, name)
 
-    def described(self: Any) -> str:
+    shown: Any = kind.__repr__
+
+    def described(self: Any) -> Any:
         try:
-            return kind.__repr__(self)
+            return shown(self)
         except EnvironmentTimeoutError:  # which the attributes of one that failed raise; logs show it all the same
             return object.__repr__(self)
 

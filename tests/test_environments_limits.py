@@ -2,11 +2,14 @@
 
 import asyncio
 import ctypes
+import dataclasses
 import functools
+import itertools
 import math
 import sqlite3
 import threading
 import time
+import typing
 
 import pytest
 from conftest import MAKE_SAMPLER, ScriptedSampler, chat_tokenizer, config, prompts, tiny_model
@@ -15,6 +18,8 @@ from datasets import Dataset
 from trl_toolgrpo import (
     ConfigError,
     EnvironmentTimeoutError,
+    RewardError,
+    Tool,
     ToolGRPOTrainer,
     ToolRuntimeError,
     ToolTimeoutError,
@@ -158,7 +163,7 @@ def test_a_constructor_that_hangs_in_one_of_many_costs_its_rollout_alone(tmp_pat
 
 @pytest.mark.parametrize("recording", PATHS)
 @pytest.mark.parametrize("kind", ["hangs", "async hangs", "raises"])
-def test_a_get_reward_that_fails_leaves_its_rollout_unscored(tmp_path, monkeypatch, recording, kind):
+def test_a_get_reward_that_fails_leaves_its_rollout_unscored(tmp_path, monkeypatch, caplog, recording, kind):
     def reward(self):
         if self.number == 2:
             hang()
@@ -180,6 +185,7 @@ def test_a_get_reward_that_fails_leaves_its_rollout_unscored(tmp_path, monkeypat
     assert log[0]["rewards/Lab/mean"] == pytest.approx((1 + 3 + 4) / 3)  # TRL asks each in turn
     assert log[0]["rewards/watch/mean"] == 0.0
     assert [e.number for e in seen[1]] == [1, 3, 4, 5]
+    assert "All reward functions returned None" not in caplog.text
 
 
 @pytest.mark.parametrize("recording", PATHS)
@@ -455,3 +461,223 @@ def test_without_a_limit_an_environment_may_take_its_time(tmp_path, monkeypatch)
 
     environment = on_own_thread(lab(reset=reset), ToolExecutor(environment_timeout=None))()
     assert environment.reset() is None and environment.get_reward() == 1.0
+
+
+@dataclasses.dataclass
+class Record:
+    """An environment that is shown by its fields."""
+
+    number: int = 0
+    made: typing.ClassVar = itertools.count(1)
+
+    def __post_init__(self):
+        self.number = next(self.made)
+
+    def reset(self, **row):
+        if self.number == 2:
+            hang()
+
+    def get_reward(self) -> float:
+        return float(self.number)
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted(Record):
+    """One without a dict."""
+
+
+class Shown(Record):
+    """One with words of its own."""
+
+    def __repr__(self):
+        return f"Shown({self.number}, {self.view})"
+
+    @property
+    def view(self):
+        return hang() if self.number == 2 else "fine"
+
+
+@pytest.mark.parametrize("recording", PATHS)
+@pytest.mark.parametrize("kind", [Record, Slotted, Shown])
+def test_an_environment_that_failed_can_be_shown_and_blames_no_reward(tmp_path, monkeypatch, caplog, recording, kind):
+    monkeypatch.setattr(Record, "made", itertools.count(1))
+    _, log, seen = train(tmp_path, monkeypatch, kind, recording=recording)
+    assert log[0]["environments/failures"] == 1.0 and [e.number for e in seen[0]] == [1, 3, 4]
+    assert log[0]["reward"] == pytest.approx((1 + 3 + 4) / 3)
+    assert "All reward functions returned None" not in caplog.text
+
+
+def test_an_environment_whose_attributes_hang_has_a_text():
+    environment = on_own_thread(Shown, ToolExecutor(environment_timeout=LIMIT))()
+    environment.number = 1
+    assert repr(environment) == "Shown(1, fine)"
+    environment.number = 2
+    assert "Shown object at" in repr(environment)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """An environment whose attributes cannot be set."""
+
+    state: dict = dataclasses.field(default_factory=dict)
+
+    def reset(self, **row):
+        self.state["thread"] = threading.get_ident()
+        self.state["connection"] = sqlite3.connect(":memory:")
+
+    def answer(self) -> int:
+        return self.state["connection"].execute("SELECT 7").fetchone()[0]
+
+
+class Keeper(Frozen):
+    """One that keeps elsewhere what is set."""
+
+    def __init__(self):
+        object.__setattr__(self, "state", {})
+
+    def __setattr__(self, name, value):
+        self.state[name] = value
+
+
+@pytest.mark.parametrize("kind", [Frozen, Keeper])
+def test_a_class_that_does_not_let_attributes_be_set_lives_on_its_thread(kind):
+    environment = on_own_thread(kind, ToolExecutor())()
+    environment.reset()
+    assert environment.state["thread"] != threading.get_ident() and environment.answer() == 7
+    assert "__class__" not in environment.state
+
+
+CALL = '<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call><|im_end|>'
+
+
+def rewarded(tmp_path, monkeypatch, kind, reward=None, turns=("done<|im_end|>",), **changes):
+    """Train with the reward of the environment alone, or that of a function; what was logged."""
+    tokenizer = chat_tokenizer()
+    script = [list(turns)] * 4
+    monkeypatch.setattr(MAKE_SAMPLER, lambda *a, **k: ScriptedSampler(tokenizer, script, [tokenizer.eos_token_id]))
+    changes = {"logprob_check": "off", "health_checks": "off", "max_completion_length": 256, **changes}
+    trainer = ToolGRPOTrainer(
+        tiny_model(tokenizer),
+        reward,
+        config(tmp_path, environment_timeout=LIMIT, tool_timeout=LIMIT, **changes),
+        prompts(),
+        processing_class=tokenizer,
+        environment_factory=kind,
+    )
+    trainer.train()
+    return trainer.state.log_history
+
+
+@pytest.mark.parametrize("fault", ["reset", "get_reward", "look"])
+def test_a_first_batch_whose_environments_all_fail_is_no_fault_of_the_rewards(tmp_path, monkeypatch, fault):
+    def get_reward(self):
+        return hang() if self.number <= 4 else 1.0
+
+    def reset(self, **row):
+        if self.number <= 4:
+            hang()
+
+    def look(self) -> str:
+        """Look."""
+        return hang() if self.number <= 4 else "nothing"
+
+    method = {"reset": reset, "get_reward": get_reward, "look": look}[fault]
+    turns = (CALL, "done<|im_end|>") if fault == "look" else ("done<|im_end|>",)
+    log = rewarded(tmp_path, monkeypatch, lab(**{fault: method}), turns=turns, max_steps=2)
+    assert log[0]["environments/failures"] == (0.0 if fault == "look" else 4.0)
+    assert log[0]["rewards/Lab/mean"] is None and log[0]["loss"] == 0.0
+    assert log[1]["environments/failures"] == 0.0 and log[1]["rewards/Lab/mean"] > 0.0
+
+
+def test_a_reward_function_that_scores_none_of_those_that_are_left_is_named(tmp_path, monkeypatch):
+    def unsure(environments, **kwargs):
+        return [None] * len(environments)
+
+    class Bare(Record):
+        get_reward = None
+
+    monkeypatch.setattr(Record, "made", itertools.count(1))
+    with pytest.raises(RewardError, match="`unsure` gave None or NaN for all 3,"):
+        rewarded(tmp_path, monkeypatch, Bare, unsure)
+
+
+class Later(Lab):
+    """An environment with a tool that is a coroutine function, and calls others of its methods."""
+
+    async def look(self) -> str:
+        """Look."""
+        await asyncio.sleep(0)
+        return f"{await self._seen()} {self._said()}"
+
+    async def _seen(self):
+        return self.number
+
+    def _said(self):
+        return "seen"
+
+
+class LaterStatic(Lab):
+    @staticmethod
+    async def look() -> str:
+        """Look."""
+        await asyncio.sleep(0)
+        return "seen"
+
+
+class LaterListed(Later):
+    """One whose tool is in a list that `reset` makes."""
+
+    look = None
+    tools: typing.ClassVar = []
+
+    def reset(self, **row):
+        self.tools = [Tool("look", "Look.", {"type": "object", "properties": {}}, self._look)]
+
+    async def _look(self):
+        return f"{await self._seen()} {self._said()}"
+
+
+class LaterAwaited(Later):
+    """One whose tool is a function that gives a coroutine."""
+
+    def look(self) -> str:
+        """Look."""
+        return Later.look(self)
+
+
+class LaterPartial(Later):
+    """One whose tool is a partial method."""
+
+    async def _call(self, words: str) -> str:
+        """
+        Look.
+
+        Args:
+            words: What for.
+        """
+        return f"{words} {await self._seen()} {self._said()}"
+
+    look = functools.partialmethod(_call, words="for")
+
+
+@pytest.mark.parametrize("recording", PATHS)
+@pytest.mark.parametrize("kind", [Later, LaterStatic, LaterListed, LaterAwaited, LaterPartial])
+def test_tools_of_an_environment_may_be_coroutine_functions(tmp_path, monkeypatch, recording, kind):
+    if not recording and kind in (LaterListed, LaterAwaited, LaterPartial):
+        pytest.skip("TRL has no such tools")
+    said = []
+
+    def reward(completions, **kwargs):
+        said.extend(m["content"] for messages in completions for m in messages if m["role"] == "tool")
+        return [0.0] * len(completions)
+
+    own = type("Lab", (kind,), {"made": 0})
+    turns = (CALL, "done<|im_end|>")
+    if recording:
+        log = rewarded(tmp_path, monkeypatch, own, reward, turns)
+        assert log[0]["tools/call_frequency"] == 1.0 and log[0]["tools/failure_frequency"] == 0.0
+        assert len(said) == 4 and all("seen" in text for text in said)
+    else:
+        executor = ToolExecutor(environment_timeout=LIMIT)
+        look = on_own_thread(own, executor, limits_tools=False)().look
+        assert "seen" in asyncio.run(look())

@@ -412,6 +412,11 @@ def async_raiser(error):
         (KeyError("name"), "KeyError: 'name'"),
         (KeyError("two words"), "KeyError: 'two words'"),
         (KeyError(), "KeyError"),
+        (
+            ExceptionGroup("two tasks", [KeyError("city"), ExceptionGroup("inner", [ValueError("no such row")])]),
+            "ExceptionGroup: two tasks (2 sub-exceptions); KeyError: 'city'; "
+            "ExceptionGroup: inner (1 sub-exception); no such row",
+        ),
         (type("Missing", (KeyError,), {})(signal.SIGINT), f"Missing: {signal.SIGINT!r}"),
         (type("Told", (KeyError,), {"__str__": lambda self: "no such row"})("x"), "no such row"),
         (IndexError(7), "IndexError: 7"),

@@ -216,9 +216,30 @@ async def keywords_later(**filters: str):
     """
 
 
+def keywords_of_no_type(query: str, **filters):
+    """Doc.
+
+    Args:
+        query: What for.
+    """
+
+
+def unwrapped(function):
+    """Decorate without `functools.wraps`, so that the signature is lost."""
+
+    def call(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    call.__doc__ = function.__doc__
+    return call
+
+
 @pytest.mark.parametrize(
     ("thing", "words"),
     [
+        (keywords_of_no_type, "takes any keyword \\(`\\*\\*filters`\\)"),
+        (functools.cache(keywords_of_no_type), "takes any keyword"),
+        (unwrapped(by_position), "by position"),
         (keywords, "takes any keyword \\(`\\*\\*filters`\\).*additionalProperties"),
         (keywords_later, "takes any keyword"),
         (functools.partial(keywords, query="cats"), "takes any keyword"),

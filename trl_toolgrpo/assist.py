@@ -27,6 +27,7 @@ class AssistedWarmup(GRPOTrainer):
     args: ToolGRPOConfig
     model: Any
     _scored: bool | None = None  # whether a rollout of the latest batch was; not known before the first
+    _lost: Tensor | None
 
     @property
     def _assisted(self) -> bool:
@@ -55,15 +56,16 @@ class AssistedWarmup(GRPOTrainer):
         """Raise where reward functions score nothing from the start; later that is warned of when it begins."""
         if not self.model.training:
             return
-        failed_environments = self._metrics["train"].get("environments/failures", [0.0])[-1]  # of all processes
-        if failed_environments and bool(rewards.isnan().all()):
-            return  # which says why there is no reward
-        before, self._scored = self._scored, not bool(rewards.isnan().all())
+        asked = rewards if self._lost is None else rewards[~self._lost]  # a lost environment is why there is none
+        scored = not bool(asked.isnan().all())
+        if not scored and 2 * len(asked) < len(rewards):
+            return  # too few to blame the reward functions
+        before, self._scored = self._scored, scored
         if self._scored:
             return
         names = " and ".join(f"`{name}`" for name in self.reward_func_names)
         words = (
-            f"No rollout of the batch was scored: {names} gave None or NaN for all {len(rewards)}, so that there is "
+            f"No rollout of the batch was scored: {names} gave None or NaN for all {len(asked)}, so that there is "
             f"nothing to learn from."
         )
         if before is None:

@@ -74,6 +74,7 @@ class RolloutTools(GRPOTrainer):
     _redactor: Redactor
     _inert: InertPrompts | None = None
     _rows: Sequence[dict[str, Any]] = ()  # of the data set, whose rollouts are made
+    _lost: Tensor | None = None  # rollouts of all processes whose environment failed or hangs, bool, shape (N,)
 
     def _start_servers(self, mcp_servers: Any, tools: Any, environment_factory: Any) -> Any:
         """Start the MCP servers; the run's tools, theirs included."""
@@ -267,11 +268,12 @@ class RolloutTools(GRPOTrainer):
         rewards = super()._calculate_rewards(*args, **kwargs)
         if not self.environments:
             return rewards
-        failed = [self._environment_failures.includes(environment) for environment in self.environments]
-        everywhere = self.accelerator.gather(torch.tensor(failed, device=rewards.device))
+        failures = self._environment_failures
+        found = [[failures.includes(environment), self._is_lost(environment)] for environment in self.environments]
+        failed, self._lost = self.accelerator.gather(torch.tensor(found, device=rewards.device)).unbind(dim=1)
         metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["environments/failures"].append(float(everywhere.sum()))
-        return rewards.masked_fill(everywhere[:, None], torch.nan)
+        metrics["environments/failures"].append(float(failed.sum()))
+        return rewards.masked_fill(failed[:, None], torch.nan)
 
     def _tools_of(self, environment: Any, read: Callable[..., T]) -> T:
         """What is read of the tools of a rollout; of one whose environment failed, only those the trainer got."""

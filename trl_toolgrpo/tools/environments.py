@@ -158,7 +158,9 @@ def scoring_plain_instances(reward_func: Any) -> Any:
 
 def scoring_without_failed(reward_func: Any, failures: EnvironmentFailures) -> Any:
     """
-    A reward function that is not asked about rollouts whose environment has failed: they get `None`.
+    A reward function that is not asked about rollouts whose environment has failed: they get 0.0.
+
+    The trainer replaces that by no reward. TRL would take a `None` for a fault of the reward functions, and say so.
 
     What it reads of the other environments is read on their own threads, also by a coroutine function. If one of them
     does not answer, its rollout has failed too, and the function is called again without it; what it logged before
@@ -234,10 +236,14 @@ class _ScoringCall:
             _SCORING.reset(token)
 
     def result(self, rewards: Any) -> Any:
-        """The rewards of all rollouts, once the call has succeeded."""
+        """The rewards of all rollouts, once the call has succeeded; 0.0 for those whose environment has failed."""
         for log, args in self._logged:
             log(*args)
-        return self._in_all_rows(rewards)
+        found = self._in_all_rows(rewards)
+        if not self._failures.of_batch or not hasattr(found, "__len__") or len(found) != self._count:
+            return found
+        pairs = zip(self._environments, found, strict=True)
+        return [0.0 if self._failures.includes(environment) else reward for environment, reward in pairs]
 
 
 class _Access:
@@ -294,7 +300,9 @@ class _Access:
         if isinstance(value, _THREAD_BOUND):
             return _ThreadBound(value, owner, self)
         if isinstance(value, functools.partial):
-            return functools.partial(self.stand_in(value.func, owner, name), *value.args, **value.keywords)
+            found = functools.partial(self.stand_in(value.func, owner, name), *value.args, **value.keywords)
+            vars(found).update({"__name__": name, **vars(value)})  # TRL asks tools for their names
+            return found
         is_own = inspect.ismethod(value) and value.__self__ is owner
         if not is_own and not (name == "get_reward" and callable(value)):
             return value
@@ -306,12 +314,16 @@ class _Access:
         if inspect.iscoroutinefunction(value):
 
             async def method_async(*args: Any, **kwargs: Any) -> Any:
+                if self.executor.is_within_call(owner):  # as a tool, whose call has the thread
+                    return await value(*args, **kwargs)
                 with self._failing(owner, name):
                     return self.stand_in(await asyncio.wrap_future(start(*args, **kwargs)), owner, name)
 
             return functools.wraps(value)(method_async)
 
         def method(*args: Any, **kwargs: Any) -> Any:
+            if self.executor.is_within_call(owner):
+                return value(*args, **kwargs)
             with self._failing(owner, name):
                 return self.stand_in(wait(start(*args, **kwargs)), owner, name)
 
@@ -388,7 +400,8 @@ def _factory(factory: Callable[[], Any], access: _Access) -> Callable[[], Any]:
             return environment
         if kind not in access.classes:
             access.classes[kind] = _threaded(kind, access)
-        environment.__class__ = access.classes[kind]
+        # A class may have a `__setattr__` of its own
+        object.__setattr__(environment, "__class__", access.classes[kind])
         return environment
 
     return functools.update_wrapper(make, factory) if inspect.isroutine(factory) else make
@@ -403,7 +416,16 @@ def _threaded(kind: type, access: _Access) -> type:
             return plain(self, name)
         return access.read(self, name)
 
-    body = {"__getattribute__": look_up, "__slots__": (), "__doc__": kind.__doc__, "__module__": kind.__module__}
+    shown: Any = kind.__repr__
+
+    def described(self: Any) -> Any:
+        try:
+            return shown(self)
+        except EnvironmentTimeoutError:  # which the attributes of one that failed raise; logs show it all the same
+            return object.__repr__(self)
+
+    body = {"__getattribute__": look_up, "__repr__": described, "__slots__": ()}
+    body |= {"__doc__": kind.__doc__, "__module__": kind.__module__}
     body["_plain_class"] = kind
     missing: Any = getattr(kind, "__getattr__", None)
     if missing is not None:  # Python asks it, on the caller's thread, where `look_up` has found nothing

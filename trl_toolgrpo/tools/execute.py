@@ -252,6 +252,17 @@ class ToolExecutor:
         lane = self._owners.find(owner)
         return lane is not None and lane.abandoned
 
+    def is_within_call(self, owner: object) -> bool:
+        """
+        Whether the caller belongs to what runs on an owner's thread, coroutines that it waits for included.
+
+        Args:
+            owner (`object`):
+                The environment instance.
+        """
+        lane = self._owners.find(owner)
+        return lane is not None and lane.worker is not None and lane.worker.is_working
+
     def give_up(self, owner: object) -> None:
         """
         Abandons an owner that has failed: calls on it are answered as those after a time limit that was not kept.

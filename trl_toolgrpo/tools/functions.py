@@ -46,15 +46,28 @@ def as_tool(function_or_tool: Callable[..., Any] | Tool) -> Tool:
     refuse_generator(name, function_or_tool)
     try:
         function = _plain(function_or_tool)
-        parameters = inspect.signature(function).parameters.values()
+        _refuse_what_has_no_name(name, inspect.signature(function))
         described = get_json_schema(function)["function"]
+    except ToolSchemaError:
+        raise
     except Exception as error:
         raise ToolSchemaError(
             f"The tool {name!r} cannot be described to the policy: {error} Add type hints and a Google-style "
             f"docstring with an `Args:` section that names every argument, or pass "
             f"Tool(name=..., description=..., parameters=..., function=...)."
         ) from error
-    for parameter in parameters:
+    return Tool(
+        name=described["name"],
+        description=described["description"],
+        parameters=described["parameters"],
+        function=function,
+        returns=described.get("return"),
+    )
+
+
+def _refuse_what_has_no_name(name: str, signature: inspect.Signature) -> None:
+    """Refuse arguments that the schema of a tool cannot show or that cannot be given by keyword."""
+    for parameter in signature.parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             raise ToolSchemaError(
                 f"The tool {name!r} takes any keyword (`**{parameter.name}`), which its schema would show as one "
@@ -66,13 +79,6 @@ def as_tool(function_or_tool: Callable[..., Any] | Tool) -> Tool:
                 f"The argument {parameter.name!r} of tool {name!r} can only be given by position, and tools are "
                 f"called by keyword. Make it a plain argument."
             )
-    return Tool(
-        name=described["name"],
-        description=described["description"],
-        parameters=described["parameters"],
-        function=function,
-        returns=described.get("return"),
-    )
 
 
 def environment_tools(environment: object) -> list[Tool]:

@@ -107,6 +107,8 @@ def raised(error: BaseException) -> ToolResult:
 def _error_text(error: BaseException) -> str:
     """What an exception says, with its type where that is a mere value: a KeyError's key, an exit code."""
     kind, text = type(error).__name__, _safe_str(error)
+    if isinstance(error, BaseExceptionGroup):  # a task group of a tool: its own text only counts them
+        return "; ".join([f"{kind}: {text}", *map(_error_text, error.exceptions)])
     if not text.strip():
         return kind
     is_value = type(error).__str__ is KeyError.__str__ or (len(error.args) == 1 and not isinstance(error.args[0], str))

@@ -10,6 +10,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
+
+
+_WORKING: ContextVar[int | None] = ContextVar("working", default=None)  # thread of the worker whose job runs
 
 
 class Worker:
@@ -32,6 +36,11 @@ class Worker:
         """Whether the caller is on this thread."""
         return threading.get_ident() == self._thread.ident
 
+    @property
+    def is_working(self) -> bool:
+        """Whether the caller belongs to a job of this thread: runs on it, or in a coroutine that it has started."""
+        return _WORKING.get() == self._thread.ident
+
     def run(self, job: Callable[[], object]) -> None:
         """
         Queues a job.
@@ -48,6 +57,7 @@ class Worker:
 
     @staticmethod
     def _run(jobs: "queue.SimpleQueue[Callable[[], object] | None]") -> None:
+        _WORKING.set(threading.get_ident())
         while True:
             job = jobs.get()
             if job is None:

@@ -137,6 +137,7 @@ class RunLog(GRPOTrainer):
     _toolset: ToolSet
     _mcp: MCPTools | None
     _run_folder: Path | None = None  # where the log of this run is, once it has begun
+    _run_file: os.stat_result | None = None  # the `run.json` it has begun with
     _full: set[str]  # files of it that could not be written to
     _redactor = Redactor()
     _log_failures: LogFailures
@@ -170,6 +171,15 @@ class RunLog(GRPOTrainer):
         if "_log_failures" in vars(self):
             self._log_failures.guard(self.callback_handler.callbacks[-1])
 
+    def _owns_folder(self) -> bool:
+        """Whether no other run has begun in the output folder since this one did, as far as `run.json` tells."""
+        if self._run_folder is None or self._run_file is None:
+            return True
+        try:
+            return os.path.samestat(self._run_file, os.stat(self._run_folder / RUN))
+        except OSError:
+            return True
+
     def _servers(self) -> Iterable[MCPServer]:
         return self._mcp.servers.values() if self._mcp is not None else ()
 
@@ -193,6 +203,7 @@ class RunLog(GRPOTrainer):
             problem = error
         same_error(problem, OutputFolderInUseError)
         self._logged, self._run_folder, self._full, self._begun = None, None, set(), (-1, 0)
+        self._run_file = None
         self._started = time.monotonic()
         with lock or nullcontext():
             try:
@@ -223,6 +234,7 @@ class RunLog(GRPOTrainer):
                 tools = [tool.name for tool in self._toolset.known]
                 write_json(folder / RUN, describe_start(self.args, name, self.reward_func_names, tools, redactor))
                 _tell_of_secrets()
+                self._run_file = os.stat(folder / RUN)
             self._run_folder = folder
         except OSError as error:
             logger.warning("Nothing is logged in `output_dir` (%s): %s.", folder, error)
@@ -261,7 +273,7 @@ class RunLog(GRPOTrainer):
 
     def _add_line(self, name: str, record: dict[str, Any]) -> None:
         """Add to a file of the run. A disk that does not take it ends the file, not the run."""
-        if self._run_folder is None or name in self._full:
+        if self._run_folder is None or name in self._full or not self._owns_folder():
             return
         try:
             add_line(self._run_folder / name, record)

@@ -294,7 +294,7 @@ def redact_logs(loggers: Iterable[str], redactor: Redactor) -> None:
 
     Args:
         loggers (`Iterable[str]`):
-            Names of the library's loggers; a record is changed by the logger it is made by.
+            Names of loggers; a record is changed by the logger it is made by.
         redactor ([`Redactor`]):
             Knows the secrets.
     """
@@ -307,19 +307,27 @@ def redact_logs(loggers: Iterable[str], redactor: Redactor) -> None:
         found[0].redactors.add(redactor)
 
 
+def loggers_of(package: str) -> list[str]:
+    """Return the names of the loggers that the modules of a package have made."""
+    return [name for name in logging.root.manager.loggerDict if f"{name}.".startswith(f"{package}.")]
+
+
 class _RecordFilter(logging.Filter):
     def __init__(self) -> None:
         super().__init__()
         self.redactors: weakref.WeakSet[Redactor] = weakref.WeakSet()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info:
-            record.exc_text, record.exc_info = logging.Formatter().formatException(record.exc_info), None
-        message = record.getMessage()
+        message, trace = record.getMessage(), record.exc_text
+        if record.exc_info and not trace:
+            trace = logging.Formatter().formatException(record.exc_info)
+        shown = message, trace
         for redactor in list(self.redactors):
-            message = redactor.text(message)
-            record.exc_text = redactor.text(record.exc_text) if record.exc_text else None
-        record.msg, record.args = message, ()
+            shown = redactor.text(shown[0]), shown[1] and redactor.text(shown[1])
+        if shown[0] != message:
+            record.msg, record.args = shown[0], ()
+        if shown[1] != trace:
+            record.exc_text, record.exc_info = shown[1], None
         return True
 
 

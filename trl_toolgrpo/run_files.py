@@ -29,7 +29,6 @@ from .redaction import (
     argument_secrets,
     config_secrets,
     masked_arguments,
-    secret_values,
     secret_variables,
 )
 from .tools.results import encodable
@@ -115,7 +114,8 @@ def holds_other_page(folder: Path) -> bool:
     file = folder / CARD
     if not file.is_file():
         return file.exists()
-    return not _IS_CARD.match(file.read_text(encoding="utf-8", errors="replace"))
+    page = file.read_text(encoding="utf-8", errors="replace")
+    return bool(page.strip()) and not _IS_CARD.match(page)  # a full disk leaves an empty one
 
 
 @contextmanager
@@ -151,11 +151,16 @@ def run_redactor(args: Any, servers: Iterable[Any] = ()) -> Redactor:
             The run's servers.
     """
     configured = {field.name: getattr(args, field.name) for field in fields(args)}
-    variables = {name: os.environ[name] for name in secret_variables(os.environ)}
-    secrets = config_secrets([variables, configured, {"token": get_token()}]) + argument_secrets(sys.argv)
+    secrets = config_secrets(configured) + process_secrets()
     for server in servers:
-        secrets += secret_values(server.env, server.headers, server.url)
+        secrets += server.secrets
     return Redactor(secrets)
+
+
+def process_secrets() -> list[str]:
+    """Return the secrets of this process: of its command line and environment, and the stored token for the Hub."""
+    variables = {name: os.environ[name] for name in secret_variables(os.environ)}
+    return config_secrets([variables, {"token": get_token()}]) + argument_secrets(sys.argv)
 
 
 def describe_start(

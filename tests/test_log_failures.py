@@ -240,7 +240,7 @@ def test_a_tracker_of_conversations_that_fails_ends_no_run(broken, tmp_path, mon
     trackio = pytest.importorskip("trackio")
     options = {"report_to": "trackio", "project": f"broken-{broken}", "run_name": "tiny", "trackio_space_id": None}
     options |= {"log_completions": True, "log_unique_prompts": True}
-    constant = lambda completions, **kwargs: [0.0] * len(completions)  # noqa: E731
+    constant = lambda completions, **kwargs: [0.25] * len(completions)  # noqa: E731
     trainer = start(tmp_path, monkeypatch, constant, max_steps=4, **options)
     monkeypatch.setattr(trackio, broken, fail)
     trainer.train()

@@ -174,15 +174,20 @@ LOGGED = {
     "log": (
         (
             "if self.accelerator.is_main_process and self.log_completions:",
+            'f"completions_{self.state.global_step:05d}.parquet"',
             'self._logs["prompt"]',
             'dict(self._logs["extra"])',
             "self.state.log_history.append(output)\n    self.control = self.callback_handler.on_log(",
         ),
-        "run_log.RunLog.log gives another `_logs`, and tells failures of a callback from those of the table",
+        "run_log.RunLog.log gives another `_logs`, tells its failures from those of the table, removes a torn one",
     ),
     "_log_completion_extra": (
         ("self._pending_extra_logs[column].extend(values)",),
         "run_log.RunLog._calculate_rewards aligns them",
+    ),
+    "_calculate_rewards": (
+        ('reward_kwargs["log_extra"] = self._log_completion_extra', 'reward_kwargs["log_metric"] = self._log_metric'),
+        "reward_checks gives reward functions its own in their place",
     ),
     "_generate_and_score_completions": (
         ("observation = environment.reset(", '"content": content + observation}'),

@@ -146,6 +146,13 @@ def test_a_fault_is_a_no_go_that_names_it(script, capsys, fault, subject, words,
     )
 
 
+def test_the_table_holds_no_secret(script, capsys, monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "judge is not")
+    main(["--config", str(script.parent / "run.yaml"), "--fault=rewards", "--judge_key", "at home"])
+    shown = capsys.readouterr().out
+    assert "[secret]" in shown and "judge is not" not in shown and "at home" not in shown
+
+
 def test_a_name_that_resembles_a_tool_is_noted_and_named_in_the_verdict(script, capsys):
     assert main(["--config", str(script.parent / "run.yaml"), "--fault=mention"]) == 0
     said = " ".join(capsys.readouterr().out.split())

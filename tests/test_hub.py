@@ -31,9 +31,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM, 
 from trl import GRPOTrainer
 
 from trl_toolgrpo import CheckpointSaveError, HubPushError, MCPServer, ToolGRPOTrainer, ValueHead, ValueHeadError
+from trl_toolgrpo.config import changed_fields
 from trl_toolgrpo.model_card import bars, command, compose, configuration, curves, tools
 from trl_toolgrpo.redaction import SECRET, config_secrets, masked, masked_arguments
-from trl_toolgrpo.run_card import _set_fields, launcher, machines
+from trl_toolgrpo.run_card import launcher, machines
 
 
 NAME = "run"
@@ -534,7 +535,7 @@ def test_a_configuration_is_shown_without_secrets():
 
 
 def test_what_is_no_plain_value_is_shown_in_words(tmp_path):
-    shown = configuration(_set_fields(config(tmp_path, model_init_kwargs={"where": Path("x"), "ends": (1, 2)})))
+    shown = configuration(changed_fields(config(tmp_path, model_init_kwargs={"where": Path("x"), "ends": (1, 2)})))
     assert "model_init_kwargs:\n  ends:\n  - 1\n  - 2\n  where: x\n" in shown
 
 

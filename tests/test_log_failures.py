@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import sys
 
 import pytest
@@ -239,12 +240,36 @@ def test_a_tracker_of_conversations_that_fails_ends_no_run(broken, tmp_path, mon
     trackio = pytest.importorskip("trackio")
     options = {"report_to": "trackio", "project": f"broken-{broken}", "run_name": "tiny", "trackio_space_id": None}
     options |= {"log_completions": True, "log_unique_prompts": True}
-    constant = lambda completions, **kwargs: [0.0] * len(completions)  # noqa: E731
+    constant = lambda completions, **kwargs: [0.25] * len(completions)  # noqa: E731
     trainer = start(tmp_path, monkeypatch, constant, max_steps=4, **options)
     monkeypatch.setattr(trackio, broken, fail)
     trainer.train()
     assert trainer.state.global_step == 4 and said(caplog, "the run goes on")
     assert len(list((tmp_path / "completions").glob("*.parquet"))) == 4
+
+
+def test_lines_of_the_package_hold_no_secret(tmp_path, monkeypatch, caplog):
+    """Neither what a tracker says, nor its traceback, nor what a reward function logs."""
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-hush-123456")
+
+    class Own(Broken):
+        events = ("on_log", "on_evaluate")
+
+        @staticmethod
+        def error():
+            raise RuntimeError("401 for sk-hush-123456")
+
+    def rewards(completion_ids, log_metric, log_extra, **kwargs):
+        log_metric("judge", "sk-hush-123456")
+        log_extra("judge", "sk-hush-123456")
+        return varied(completion_ids)
+
+    trainer = start(tmp_path, monkeypatch, rewards, callbacks=[Own()])
+    formatter = logging.Formatter()
+    trainer.train()
+    lines = "\n".join(formatter.format(record) for record in caplog.records)
+    assert "sk-hush" not in lines and "401 for [secret]" in lines and "Traceback" in lines
+    assert lines.count("[secret]") >= 4
 
 
 def test_a_rollout_without_a_score_is_logged_in_a_few_words(tmp_path, monkeypatch, caplog):

@@ -5,8 +5,10 @@ import logging
 from pathlib import Path
 
 import pytest
+from conftest import config
 
 from trl_toolgrpo import ConfigError, MCPServer, ToolNameError
+from trl_toolgrpo.run_files import run_redactor
 from trl_toolgrpo.tools.mcp_config import read_servers
 from trl_toolgrpo.tools.mcp_names import ToolOrigin, choose_tools, identifiers, name_tools
 
@@ -84,6 +86,26 @@ def test_the_name_of_the_server_is_in_the_words():
         read_servers({"files": {}})
     with pytest.raises(ConfigError, match="2 MCP servers named 'x'"):
         read_servers([{"command": "x"}, {"command": "/bin/x"}])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--api-key", "abc-123456"],
+        ["--token=abc-123456"],
+        ["-y", "a-server", "postgresql://me:abc-123456@db.example/main"],
+        ["mcp-remote", "https://x.org/mcp?key=abc-123456"],
+        ["mcp-remote", "https://x.org", "--header", "Authorization: Bearer abc-123456"],
+        ["run", "-e", "GITHUB_TOKEN=abc-123456", "image"],
+        ['--config={"password": "abc-123456"}'],
+    ],
+    ids=" ".join,
+)
+def test_secrets_of_a_command_are_not_shown(arguments, tmp_path):
+    server = MCPServer("x", arguments)
+    assert "abc-123456" not in repr(server) and server.args == arguments
+    for redactor in (server.redactor, run_redactor(config(tmp_path), [server])):
+        assert redactor.text("refused: abc-123456") == "refused: [secret]"
 
 
 def test_secrets_are_not_shown():

@@ -243,6 +243,17 @@ def test_what_is_changed_before_the_trainer_takes_it_is_set_too(base, tmp_path):
     assert "_begun_with" not in json.dumps(args.to_dict(), default=str)
 
 
+@pytest.mark.parametrize("kind", [ToolGRPOConfig, GRPOConfig])
+def test_the_settings_of_a_run_are_those_of_its_card(base, tmp_path, kind):
+    changes = {"accelerator_config": {"split_batches": False, "even_batches": False}, "learning_rate": 1e-4}
+    args = kind(str(tmp_path), **BARE, report_to="none", max_steps=1, max_completion_length=4, **changes)
+    ToolGRPOTrainer(str(base), reward, args, prompts(8)).train()
+    settings = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["config"]
+    assert settings.pop("output_dir") == str(tmp_path) and settings["accelerator_config"]["even_batches"] is False
+    assert settings == configuration_of((tmp_path / "README.md").read_text(encoding="utf-8"))
+    assert set(settings) == {*BARE, *changes, "max_steps", "max_completion_length"}
+
+
 def card_of(trainer):
     trainer.create_model_card()
     return (Path(trainer.args.output_dir) / "README.md").read_text(encoding="utf-8")
@@ -280,10 +291,21 @@ def test_an_evaluation_without_training_writes_no_card(base, tmp_path):
     assert not (tmp_path / "out" / "README.md").exists()
 
 
-def test_a_page_that_is_no_card_is_left_alone(base, tmp_path, caplog):
-    (tmp_path / "README.md").write_text("# My project\n\nIt uses trl_toolgrpo.\n")
-    start(base, tmp_path).train()
-    assert (tmp_path / "README.md").read_text().startswith("# My project") and "is there, and is none" in caplog.text
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("save_strategy", ["no", "steps"])
+@pytest.mark.parametrize("page", ["# My project\n\nIt uses trl_toolgrpo.\n", "---\ntitle: mine\n---\n\xe9 page\n"])
+def test_a_page_that_is_no_card_is_left_alone(base, tmp_path, caplog, lora, save_strategy, page):
+    file = tmp_path / "README.md"
+    file.write_bytes(page.encode("latin-1"))
+    trainer = start(base, tmp_path, lora, save_strategy=save_strategy, save_steps=1, eval_dataset=prompts(4))
+    trainer.train()
+    trainer.save_model()
+    trainer.evaluate()
+    trainer.save_model(str(tmp_path))
+    trainer.create_model_card()
+    start(base, tmp_path, lora).train()  # which moves the run before
+    assert file.read_bytes() == page.encode("latin-1") and caplog.text.count("is there, and is none") == 2
+    assert not list(tmp_path.glob("earlier-run-1/README.md"))
 
 
 def test_a_card_that_cannot_be_written_does_not_end_the_run(base, tmp_path, caplog, monkeypatch):

@@ -102,12 +102,14 @@ SECRET_NAMES = (
     "Proxy-Authorization Ocp-Apim-Subscription-Key hub_token NGROK_AUTHTOKEN API_KEYS GITHUB_PAT MYSQL_PWD TOKEN KEY "
     "KEY_OPENAI OPENAI_KEY_TEAM ANTHROPIC_API_KEY_PROD db.password SECRET_KEY_BASE JWT SESSION_COOKIE X-Signature "
     "client_secret APIKEY1 PASSWORD2 GPG_PASSPHRASE AZURE_STORAGE_CONNECTION_STRING SLACK_WEBHOOK_URL --api-key "
+    "DBPASS SMTPPASS SSHPASS DB_PASS OPENAIAPIKEY AWS_CREDS PASSCODE DB_PW DISCORD_WEBHOOK masterkey ADMIN_PASSCODE "
     "SENTRY_AUTH_TOKEN GOOGLE_APPLICATION_CREDENTIALS_JSON PRIVATE_KEY X-Auth"
 )
 PUBLIC_NAMES = (
     "PATH PWD OLDPWD KEYBOARD MONKEY KEYMAP TOKENIZERS_PARALLELISM tokenizer tokenizer_name max_tokens num_tokens "
     "pad_token pad_token_id eos_token eos_token_id per_token_logps max_tool_output_tokens metric_key_prefix sort_key "
     "key_padding_mask num_key_value_heads SSH_AUTH_SOCK SSH_ASKPASS TOKEN_LIMIT TOKEN_FILE DB_PASSWORD_FILE author "
+    "secretary pass_rate pass_at_1 token_ratio surpass overpass hotkey turkey sacred trespass keyword_rate "
     "bypass compass passes GIT_AUTHOR_NAME LS_COLORS top_k XAUTHORITY mask_truncated_completions PUBLIC_KEY"
 )
 
@@ -144,6 +146,46 @@ def test_a_secret_may_stand_in_another_value():
 def test_a_command_line_tells_its_secrets():
     given = ["train.py", "--judge_key", "abc-123456", "--hub-token=def-123456", "--max_tokens", "100000"]
     assert argument_secrets(given) == ["abc-123456", "abc-123456", "def-123456", "def-123456"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "shown"),
+    [
+        ("X-Api-Key: abc-123456", "X-Api-Key: [secret]"),
+        ("Authorization: Bearer abc-123456", "Authorization: [secret]"),
+        ("+judge.api_key=abc-123456", "+judge.api_key=[secret]"),
+        ("Server=db;Password=abc-123456;User=me", "Server=db;Password=[secret];User=me"),
+        ("host=db password='abc-123456' user=me", "host=db password=[secret] user=me"),
+        ("-Djdbc.password=abc-123456", "-Djdbc.password=[secret]"),
+        ("mysql://me@h/a,mysql://me:abc-123456@h/b", "mysql://...@h/a,mysql://...@h/b"),
+        ("https://h/cb#access_token=abc-123456", "https://h/cb"),
+    ],
+)
+@pytest.mark.parametrize("place", ["argument", "variable", "configuration"])
+def test_a_secret_within_a_text(argument, shown, place):
+    if place == "argument":
+        assert masked_arguments(["train.py", "--to", argument]) == ["train.py", "--to", shown]
+        assert "abc-123456" in argument_secrets(["train.py", argument])
+    elif place == "variable":
+        assert secret_variables({"OPTIONS": argument}) == ["OPTIONS"]
+    else:
+        assert masked({"options": [argument]}) == {"options": [shown]}
+        assert "abc-123456" in config_secrets({"options": [argument]})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["key=abc-123456", "a=b", "max_tokens=123456", "Say the password: please. Then go.", "rs=0:di=01;34", "x" * 10**6],
+)
+def test_a_text_without_a_secret_stays(text):
+    assert masked({"text": text}) == {"text": text} and config_secrets({"text": text}) == []
+
+
+def test_options_that_take_several_secrets():
+    given = ["train.py", "--api_keys", "abc-123456", "def-123456", "--hub-token", "ghi-123456", "run.yaml"]
+    assert masked_arguments(given) == [
+        "train.py", "--api_keys", SECRET, SECRET, "--hub-token", SECRET, "run.yaml"
+    ]  # fmt: skip
 
 
 def test_the_configuration_that_trackers_get_holds_no_secret(tmp_path):

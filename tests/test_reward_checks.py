@@ -2,8 +2,11 @@
 
 import functools
 import logging
+import math
+from decimal import Decimal
 
 import numpy
+import pandas
 import pytest
 import torch
 from conftest import config, prompts, tiny_model
@@ -90,6 +93,69 @@ def test_nan_counts_as_not_scored_and_is_told_once(tokenizer, tmp_path, caplog):
     said = [record.getMessage() for record in caplog.records if "returned NaN" in record.getMessage()]
     assert len(said) == 1 and "`reward` returned NaN for rollout 1." in said[0]
     assert trainer.state.global_step == 2 and trainer.state.log_history[0]["rewards/reward/mean"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "logged"),
+    [
+        ("judged", True, 1.0), ("judged", numpy.float32(0.5), 0.5), ("judged", torch.tensor([0.5]), 0.5),
+        ("judged", Decimal("0.5"), 0.5), ("judged", math.nan, None), (3, 1.0, 1.0), (None, 1.0, 1.0),
+        (["a"], 1.0, 1.0), ("\ud800", 1.0, 1.0), ("\ud800", "0.5", "left out"), ("judged", None, "left out"),
+        *(("judged", odd, "left out") for odd in ([1.0], {"a": 1}, torch.ones(2), numpy.ones(2), 1j, 10**400, b"1")),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_metrics_of_any_kind_end_no_run(tokenizer, tmp_path, caplog, name, value, logged):
+    def reward(completions, log_metric, **kwargs):
+        log_metric(name=name, value=value)
+        log_metric("other", 1.0)
+        return [1.0] * len(completions)
+
+    trainer = construct(tokenizer, tmp_path, reward, evaluation=prompts(1), max_steps=2)
+    trainer.train()
+    trainer.evaluate()
+    shown = str(name).replace("\ud800", "\ufffd")
+    entries = [(e, "") for e in trainer.state.log_history if "loss" in e] + [(trainer.state.log_history[-1], "eval_")]
+    assert len(entries) == 3 and all(entry[f"{prefix}other"] == 1.0 for entry, prefix in entries)
+    if logged == "left out":
+        said = f"The reward function `reward` logs {'None' if value is None else repr(value)[:80]}"
+        assert caplog.text.count(said) == 1 and f"the metric `{shown}`, which is no number" in caplog.text
+        assert all(prefix + shown not in entry for entry, prefix in entries)
+    else:
+        assert all(entry[prefix + shown] == logged for entry, prefix in entries)
+        assert "which is no number" not in caplog.text and "run goes on" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        ([1, 2, 3, 4], [1, 2, 3, 4]), (torch.arange(4), [0, 1, 2, 3]), (numpy.arange(4.0), [0.0, 1.0, 2.0, 3.0]),
+        (range(4), [0, 1, 2, 3]), *((odd, "left out") for odd in (5, None, "abcd", b"abcd", {1: 1, 2: 2, 3: 3, 4: 4})),
+        (torch.tensor(1.0), "left out"), (object, "left out"),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["function", "async"])
+def test_columns_of_any_kind_end_no_run(tokenizer, tmp_path, caplog, value, kept, kind):
+    def log(completions, log_extra):
+        log_extra(column=7, values=value)
+        log_extra("text", ["x"] * len(completions))
+        return [1.0] * len(completions)
+
+    def reward(completions, log_extra, **kwargs):
+        return log(completions, log_extra)
+
+    async def reward_async(completions, log_extra, **kwargs):
+        return log(completions, log_extra)
+
+    options = {"log_completions": True, "num_completions_to_print": 0, "max_steps": 2}
+    construct(tokenizer, tmp_path, reward if kind == "function" else reward_async, **options).train()
+    table = pandas.read_parquet(tmp_path / "completions" / "completions_00002.parquet")
+    assert list(table["text"]) == ["x"] * len(table)
+    if kept == "left out":
+        assert "7" not in table and caplog.text.count("in the column `7`, which is no list") == 1
+    else:
+        assert list(table["7"])[-4:] == kept
 
 
 def test_batches_without_a_score_later_are_told_of_and_do_not_end_the_run(tokenizer, tmp_path, caplog):

@@ -18,7 +18,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_toolgrpo import OutputFolderInUseError, ToolGRPOTrainer, find_checkpoint, read_rollouts
+from trl_toolgrpo import CheckpointSaveError, OutputFolderInUseError, ToolGRPOTrainer, find_checkpoint, read_rollouts
 from trl_toolgrpo.checkpoint import fault_of
 from trl_toolgrpo.report.__main__ import main as report
 from trl_toolgrpo.run_files import read_lines
@@ -298,6 +298,80 @@ def test_each_kind_of_earlier_run_is_kept(tmp_path, kind):
     before = contents(tmp_path)
     start(tmp_path, max_steps=1, save_strategy="no").train()
     assert before and contents(tmp_path / "earlier-run-1") == before
+
+
+def test_files_of_the_user_do_not_move(tmp_path):
+    start(tmp_path).train()
+    names = ["README.md", "ds_config.json", "my-config.json", "adapter_plan.txt", "model_notes.txt", "tokenizers.txt"]
+    for name in names:
+        (tmp_path / name).write_text("the user's")
+    start(tmp_path, max_steps=1).train()
+    assert all((tmp_path / name).read_text() == "the user's" for name in names)
+    assert not {path.name for path in (tmp_path / "earlier-run-1").iterdir()} & set(names)
+
+
+@pytest.mark.parametrize("moves", [0, 2])
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("later", ["a new run", "resumed"])
+def test_an_earlier_run_stays_whole_where_a_move_is_cut_off(tmp_path, monkeypatch, moves, error, later):
+    start(tmp_path, log_completions=True).train()
+    before, replace, done = contents(tmp_path), os.replace, []
+
+    def cut_off(source, target):
+        if "earlier-run" in str(target):
+            done.append(target)
+            if len(done) > moves:
+                raise error
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", cut_off)
+    if isinstance(error, OSError):
+        with pytest.raises(CheckpointSaveError, match="cannot be moved"):
+            start(tmp_path, log_completions=True).train()
+        assert contents(tmp_path) == before
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            start(tmp_path, log_completions=True).train()
+    monkeypatch.undo()
+    if later == "resumed":
+        trainer = start(tmp_path, log_completions=True, max_steps=3)
+        trainer.train(resume_from_checkpoint=True)
+        assert trainer.state.global_step == 3 and not list(tmp_path.glob("*earlier-run*"))
+    else:
+        start(tmp_path, log_completions=True).train()
+        assert contents(tmp_path / "earlier-run-1") == before and len(list(tmp_path.glob("*earlier-run*"))) == 1
+
+
+def test_what_others_wrote_after_a_move_was_cut_off_is_kept_apart(tmp_path):
+    start(tmp_path, max_steps=1).train()
+    (tmp_path / "_earlier-run-1" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "_earlier-run-1" / "checkpoint-1" / "trainer_state.json").write_text("of the first")
+    before = contents(tmp_path / "checkpoint-1")
+    start(tmp_path, max_steps=1).train()
+    assert (tmp_path / "earlier-run-1" / "checkpoint-1" / "trainer_state.json").read_text() == "of the first"
+    assert contents(tmp_path / "earlier-run-2" / "checkpoint-1") == before
+
+
+@pytest.mark.parametrize("asked_for", ["True", "checkpoint-2", "latest"])
+def test_a_checkpoint_that_is_a_link_is_of_its_folder(tmp_path, asked_for):
+    folder = tmp_path / "run"
+    start(folder).train()
+    (tmp_path / "disk").mkdir()
+    shutil.move(folder / "checkpoint-2", tmp_path / "disk" / "checkpoint-2")
+    (folder / "checkpoint-2").symlink_to(tmp_path / "disk" / "checkpoint-2")
+    (folder / "latest").symlink_to("checkpoint-1")
+    trainer = start(folder, max_steps=3)
+    trainer.train(resume_from_checkpoint=True if asked_for == "True" else str(folder / asked_for))
+    assert trainer.state.global_step == 3 and not (folder / "earlier-run-1").exists()
+
+
+def test_a_run_that_is_over_adds_nothing_to_the_next_one(tmp_path):
+    first = start(tmp_path, max_steps=1)
+    first.train()
+    start(tmp_path, max_steps=1).train()
+    before = contents(tmp_path)
+    first.evaluate(prompts(4))
+    assert contents(tmp_path) == before
 
 
 def test_a_folder_without_a_run_stays_as_it_is(tmp_path):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import chat_tokenizer, config, prompts, tiny_model
+from datasets import load_dataset
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from torch.distributed.checkpoint.api import CheckpointException
@@ -321,6 +323,30 @@ def test_a_file_that_is_replaced_stays_as_it_was_on_a_full_disk(small_disk):
         assert sorted(path.name for path in small_disk.iterdir()) == sorted(["fill", name])
         assert read_lines(small_disk / name) == [line]
         (small_disk / name).unlink()
+
+
+def test_what_a_full_disk_leaves_can_be_read_and_is_written_anew(small_disk, monkeypatch, caplog):
+    """The tables of completions, of which a torn one spoils the folder, and the model card."""
+    folder, filler = small_disk / "run", small_disk / "filler"
+    subprocess.run(["mount", "-o", "remount,size=512k", str(small_disk)], check=True)
+
+    def fill():
+        with suppress(OSError), filler.open("wb", 0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    options = {"save_strategy": "no", "log_completions": True, "num_completions_to_print": 0}
+    trainer = start(folder, **options)
+    trainer.add_callback(At(1, fill))
+    trainer.add_callback(At(2, filler.unlink))
+    trainer.train()
+    tables = sorted(path.name for path in (folder / "completions").iterdir())
+    assert tables == ["completions_00002.parquet", "completions_00003.parquet"]
+    assert len(load_dataset("parquet", data_files=str(folder / "completions" / "*"), split="train")) == 8
+    assert "could not be shown or stored" in caplog.text
+    (folder / "README.md").write_bytes(b"")
+    start(folder, **options).train()
+    assert (folder / "README.md").read_text().startswith("---\n")
 
 
 def test_a_report_that_finds_no_room_leaves_the_one_before(small_disk, capsys):

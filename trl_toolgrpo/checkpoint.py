@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from .errors import CheckpointError, CheckpointSaveError, ToolGRPOError
 from .rollout_log import FOLDER, find_files
-from .run_files import HEALTH, METRICS, PUBLISHED, RUN, write_json
+from .run_files import CARD, HEALTH, METRICS, PUBLISHED, RUN, holds_other_page, write_json
 
 
 logger = logging.getLogger(__name__)
@@ -52,15 +52,17 @@ _STORAGE_TEXT = re.compile(
 _SIGNS = (RUN, METRICS, HEALTH, "completions/*.parquet", "trainer_state.json")
 _LEFT = (
     *(RUN, METRICS, HEALTH, FOLDER, "completions", "runs", "trainer_state.json", "*_results.json", "report.html"),
-    *("README.md", PUBLISHED, UNFINISHED),
+    *(PUBLISHED, UNFINISHED),
 )
 _MODEL = (
-    *("adapter_*", "model*.safetensors*", "pytorch_model*", "value_head.safetensors", "*config.json", "tokenizer*"),
+    *("adapter_config.json", "adapter_model*", "model*.safetensors*", "pytorch_model*", "value_head.safetensors"),
+    *("config.json", "generation_config.json", "*processor_config.json", "tokenizer.*", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "training_args.bin"),
 )
 _CHUNK = 2**22
 _REPLACED = "replaced-"
 _REMOVED = "removed-"
+_MOVING = "_"  # before the name of a folder of an earlier run that is not all there
 _PROBE_SECONDS = 10  # a network file system may be slow to show what another machine wrote
 
 
@@ -109,7 +111,9 @@ def _write_manifest(folder: Path, checksums: bool) -> None:
 
 
 def put_back(output_dir: Path) -> None:
-    """Put a checkpoint back in its place that was to be replaced when the run was killed."""
+    """Put back in its place what a killed run was moving: a checkpoint to be replaced, the files of an earlier run."""
+    for moving in output_dir.glob(f"{_MOVING}{EARLIER}*"):
+        _move_back(moving)
     for path in (output_dir / UNFINISHED).glob(f"{_REPLACED}{PREFIX}*"):
         target = output_dir / path.name.removeprefix(_REPLACED)
         if not target.exists():
@@ -344,19 +348,46 @@ def set_aside(output_dir: Path, needed: Path | None = None) -> Path | None:
     if not (found or signs or find_files(output_dir / FOLDER)):
         return None
     patterns = _LEFT if output_dir.resolve() == kept else (*_LEFT, *_MODEL)
+    patterns = patterns if holds_other_page(output_dir) else (*patterns, CARD)
     found += [path for pattern in patterns for path in output_dir.glob(pattern) if path.resolve() != kept]
     return move_aside(output_dir, dict.fromkeys(found))
 
 
 def move_aside(output_dir: Path, paths: Iterable[Path]) -> Path:
-    """Move files and folders of an output folder to a new folder of an earlier run in it, which is returned."""
-    number = 1
-    while (folder := output_dir / f"{EARLIER}{number}").exists():
+    """
+    Move files and folders of an output folder to a new folder of an earlier run in it, which is returned: all of them,
+    or none where the disk refuses. What a kill leaves half moved is put back by the next run, see [`put_back`].
+    """
+    number, taken = 1, {path.name.removeprefix(_MOVING) for path in output_dir.iterdir()}
+    while (name := f"{EARLIER}{number}") in taken:
         number += 1
-    folder.mkdir()
-    for path in paths:
-        os.replace(path, folder / path.name)
+    folder, moving = output_dir / name, output_dir / f"{_MOVING}{name}"
+    moving.mkdir()
+    try:
+        for path in paths:
+            os.replace(path, moving / path.name)
+        os.replace(moving, folder)
+    except OSError:
+        _move_back(moving)
+        raise
     return folder
+
+
+def _move_back(moving: Path) -> None:
+    """Undo a move that was not finished; finish it if others have written anew what was moved."""
+    with suppress(OSError):
+        targets = {path: moving.parent / path.name for path in moving.iterdir()}
+        if any(os.path.lexists(path) and not _is_empty(path) for path in targets.values()):
+            os.replace(moving, moving.with_name(moving.name.removeprefix(_MOVING)))
+            return
+        for path, target in targets.items():
+            os.replace(path, target)
+        moving.rmdir()
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a path is an empty folder, such as TRL makes for completions."""
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
 
 
 def is_storage_failure(error: BaseException) -> bool:

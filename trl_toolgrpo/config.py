@@ -5,9 +5,11 @@ all stages.
 """
 
 import copy
+import json
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import GRPOConfig
 
 from .config_checks import (
@@ -431,6 +433,20 @@ def default_values(args: Any) -> dict[str, Any]:
     }
 
 
+def changed_fields(args: Any) -> dict[str, Any]:
+    """
+    Return the fields of a configuration that were set (see [`set_fields`]) and differ from their defaults, by name in
+    their order, as JSON data without secrets.
+
+    Args:
+        args ([`ToolGRPOConfig`]):
+            A configuration.
+    """
+    usual, given = default_values(args), set_fields(args)
+    plain = json.loads(json.dumps(args.to_dict(), default=str))
+    return {name: plain[name] for name, default in usual.items() if name in given and plain[name] != default}
+
+
 # What the defaults of these fields, "none", "" and "auto", are written as at construction
 _WRITTEN_ANEW: dict[str, Any] = {"report_to": [], "debug": [], "pad_to_multiple_of": None}
 
@@ -465,10 +481,12 @@ def derived_values(args: GRPOConfig) -> dict[str, Any]:
     by_step = args.per_device_train_batch_size * args.world_size
     best = args.metric_for_best_model
     return _WRITTEN_ANEW | {
+        "accelerator_config": AcceleratorConfig(),
         "activation_checkpointing": args.gradient_checkpointing,
         "activation_checkpointing_kwargs": args.gradient_checkpointing_kwargs,
         "bf16": not args.fp16,
         "dataloader_pin_memory": not args.use_cpu,
+        "disable_tqdm": False,
         "do_eval": args.eval_strategy != "no",
         "eval_steps": args.logging_steps if args.eval_strategy == "steps" else None,
         "generation_batch_size": by_step * (args.steps_per_generation or 1),

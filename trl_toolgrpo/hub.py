@@ -233,7 +233,7 @@ class HubPush(RunCard):
         """Remove what this run has published before; a folder of that name that is not its own is moved aside."""
         card = folder / "README.md"
         known = self._goes_on and card.is_file() and b"trl_toolgrpo" in card.read_bytes()
-        if self._has_published or known:
+        if self._owns_folder() and (self._has_published or known):
             shutil.rmtree(folder, ignore_errors=True)
         elif folder.exists():
             place = move_aside(folder.parent, [folder])

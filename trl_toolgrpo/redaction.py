@@ -36,9 +36,11 @@ _PUBLIC = frozenset(
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')  # of JSON
 _SCHEMES = re.compile(r"(?:basic|bearer|token)\s+", re.IGNORECASE)
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of a name: API_KEY_2, apiKey, X-Api-Key
-_PASSWORD = re.compile(r"secret|passw|passphrase|credential|pwd$|^pass$")
-_KEY = re.compile(r"token$|^key$|^(?:access|account|api|auth|encryption|master|private|secret|signing|ssh)keys?$")
-_LAST = frozenset({"auth", "authorization", "bearer", "cookie", "cookies", "jwt", "pat", "signature"})
+_PASSWORD = re.compile(
+    r"secret(?!ar)|passw|passphrase|passcode|credential|creds$|^cred$|pwd$|^pw$|^pass$|(?:db|my|sql|smtp|ssh|user)pass$"
+)
+_KEY = re.compile(r"token$|^key$|(?:access|account|api|auth|encryption|master|private|secret|signing|ssh)keys?$")
+_LAST = frozenset({"auth", "authorization", "bearer", "cookie", "cookies", "jwt", "pat", "signature", "webhook"})
 _PLURAL = frozenset({"access", "api", "auth", "bearer", "hf", "hub", "private", "refresh"})  # API_KEYS, not max_tokens
 _PAIRS = frozenset({("connection", "string"), ("webhook", "url")})
 # What a vocabulary or a table names so
@@ -57,12 +59,18 @@ _OF_TABLE = frozenset(
 # Of a secret, what is none: where it lies, what it is called, how long it is
 _ABOUT = frozenset(
     {
-        *("budget", "column", "columns", "count", "dir", "directory", "expiration", "expires", "expiry", "field"),
-        *("file", "folder", "format", "heads", "ids", "index", "length", "level", "limit", "mask", "name", "path"),
-        *("parallelism", "prefix", "size", "suffix", "timeout", "ttl", "type", "types"),
+        *("at", "budget", "column", "columns", "count", "dir", "directory", "expiration", "expires", "expiry"),
+        *("field", "file", "folder", "format", "heads", "ids", "index", "length", "level", "limit", "mask", "name"),
+        *("parallelism", "path", "prefix", "rate", "ratio", "size", "suffix", "timeout", "ttl", "type", "types"),
     }
 )
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s\"'<>`]+", re.IGNORECASE)
+_URL_OR_ASSIGNED = re.compile(
+    r"""(?P<url>[a-z][a-z0-9+.-]{0,30}://[^\s"'<>`]+?(?=,[a-z][a-z0-9+.-]*://|[\s"'<>`]|$))"""
+    r"""|(?<![\w.-])(?P<name>[\w.-]+)(?P<sign>\s*=\s*)(?P<value>"[^"]*"|'[^']*'|[^\s;,&"']+)""",
+    re.IGNORECASE,
+)
+_HEADER = re.compile(r"(?P<name>[\w-]+)(?P<sign>:\s+)(?P<value>(?:(?:basic|bearer|token)\s+)?\S+)", re.IGNORECASE)
+_SEVERAL = re.compile(r"(?:key|token|secret|password|credential)s$", re.IGNORECASE)
 
 
 class Redactor:
@@ -208,8 +216,8 @@ def secret_variables(variables: Mapping[str, str]) -> list[str]:
 
 def masked(value: Any, name: str = "", found: list[str] | None = None) -> Any:
     """
-    A configuration without its secrets: what is named for one, at any depth and in strings of JSON too, and the logins
-    and queries of URLs.
+    A configuration without its secrets: what is named for one, at any depth, in strings of JSON, of `name=value` and
+    of a header too, and the logins and queries of URLs.
 
     Args:
         value (`Any`):
@@ -249,16 +257,19 @@ def masked_arguments(arguments: Sequence[str], found: list[str] | None = None) -
     """
     found = [] if found is None else found
     shown: list[str] = []
-    awaited = False  # the option before is named for a secret
+    awaited = several = False  # whether the option before is named for a secret, or for more than one
     for argument in arguments:
         name, sign, value = argument.partition("=")
-        option = re.fullmatch(r"-*[\w.-]+", name) is not None
+        option = re.fullmatch(r"[-+~]*[\w.-]+", name) is not None
         if awaited and not argument.startswith("--"):
             found += _leaves(argument)
             shown.append(SECRET)
         else:
             shown.append(f"{name}={masked(value, name, found)}" if option and sign else masked(argument, found=found))
-        awaited = option and not sign and name.startswith("-") and is_secret_name(name)
+        if option and name.startswith("-"):
+            awaited, several = not sign and is_secret_name(name), _SEVERAL.search(name) is not None
+        else:
+            awaited = awaited and several
     return shown
 
 
@@ -283,7 +294,7 @@ def redact_logs(loggers: Iterable[str], redactor: Redactor) -> None:
 
     Args:
         loggers (`Iterable[str]`):
-            Names of the library's loggers; a record is changed by the logger it is made by.
+            Names of loggers; a record is changed by the logger it is made by.
         redactor ([`Redactor`]):
             Knows the secrets.
     """
@@ -296,19 +307,27 @@ def redact_logs(loggers: Iterable[str], redactor: Redactor) -> None:
         found[0].redactors.add(redactor)
 
 
+def loggers_of(package: str) -> list[str]:
+    """Return the names of the loggers that the modules of a package have made."""
+    return [name for name in logging.root.manager.loggerDict if f"{name}.".startswith(f"{package}.")]
+
+
 class _RecordFilter(logging.Filter):
     def __init__(self) -> None:
         super().__init__()
         self.redactors: weakref.WeakSet[Redactor] = weakref.WeakSet()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info:
-            record.exc_text, record.exc_info = logging.Formatter().formatException(record.exc_info), None
-        message = record.getMessage()
+        message, trace = record.getMessage(), record.exc_text
+        if record.exc_info and not trace:
+            trace = logging.Formatter().formatException(record.exc_info)
+        shown = message, trace
         for redactor in list(self.redactors):
-            message = redactor.text(message)
-            record.exc_text = redactor.text(record.exc_text) if record.exc_text else None
-        record.msg, record.args = message, ()
+            shown = redactor.text(shown[0]), shown[1] and redactor.text(shown[1])
+        if shown[0] != message:
+            record.msg, record.args = shown[0], ()
+        if shown[1] != trace:
+            record.exc_text, record.exc_info = shown[1], None
         return True
 
 
@@ -332,7 +351,22 @@ def _masked_text(text: str, found: list[str]) -> str:
             data = None
         if (shown := masked(data, found=found)) != data:
             return _encoded(shown)
-    return _URL.sub(lambda url: _masked_login(url.group(), found), text)
+    header = _HEADER.fullmatch(text)
+    if header is not None:
+        return _masked_part(header, found)
+    return _URL_OR_ASSIGNED.sub(lambda part: _masked_part(part, found), text)
+
+
+def _masked_part(part: re.Match[str], found: list[str]) -> str:
+    """A URL, `name=value` or `name: value` in a text."""
+    groups = part.groupdict()
+    if groups.get("url"):
+        return _masked_login(groups["url"], found)
+    name, sign, value = groups["name"], groups["sign"], groups["value"]
+    if name.lower() == "key" or not is_secret_name(name):
+        return f"{name}{sign}{_masked_text(value, found)}" if "://" in value else part.group()
+    found += _leaves(value.strip("\"'"))
+    return f"{name}{sign}{SECRET}"
 
 
 def _masked_login(url: str, found: list[str]) -> str:
@@ -342,12 +376,13 @@ def _masked_login(url: str, found: list[str]) -> str:
     except ValueError:  # such as an IPv6 address without its end
         return url if "@" not in url else SECRET
     login = parts.netloc.rpartition("@")[0]
-    if not login and not parts.query:
+    told = [value for name, value in urllib.parse.parse_qsl(parts.fragment) if is_secret_name(name)]
+    if not login and not parts.query and not told:
         return url
     # A user alone is a token only where the web has none: `postgres://postgres@host` names no secret
     secret = parts.password or (parts.username if parts.scheme in ("http", "https") else None)
     found += [login, secret, urllib.parse.unquote(secret)] if secret else []
-    found += [value for name, value in urllib.parse.parse_qsl(parts.query) if is_secret_name(name)]
+    found += [value for name, value in urllib.parse.parse_qsl(parts.query) if is_secret_name(name)] + told
     return masked_url(url)
 
 

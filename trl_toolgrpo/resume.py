@@ -102,8 +102,9 @@ class ExactResume(GRPOTrainer):
         if resume_from_checkpoint:
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
             self._check_same_run(Path(resume_from_checkpoint))
-            output_dir = Path(str(self.args.output_dir)).resolve()
-            self._goes_on = Path(resume_from_checkpoint).resolve().parent == output_dir
+            output_dir, folder = Path(str(self.args.output_dir)).resolve(), Path(resume_from_checkpoint)
+            # A checkpoint may be a link to another disk, or be given by one
+            self._goes_on = output_dir in (folder.parent.resolve(), folder.resolve().parent)
         else:  # a new run begins with a rollout batch, also where this trainer has trained before
             self._step, self._buffered_inputs, self._goes_on = 0, None, False
         if not self._goes_on:

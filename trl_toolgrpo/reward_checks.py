@@ -4,7 +4,7 @@ import functools
 import inspect
 import logging
 import math
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -12,6 +12,7 @@ from torch import nn
 from trl.trainer.utils import is_async_callable
 
 from .errors import ConfigError, RewardError
+from .tools.results import encodable
 
 
 logger = logging.getLogger(__name__)
@@ -76,21 +77,22 @@ def checked(function: Any, name: str) -> Any:
     """
     if isinstance(function, nn.Module):
         return function
-    warned: list[bool] = []
+    say_once = functools.partial(_say_once, set())
 
-    def check(kwargs: Mapping[str, Any]) -> None:
+    def given(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         missing = _missing(function, kwargs)
         if missing and "prompts" in kwargs:
             raise RewardError(_missing_columns(name, missing, "the data", set(kwargs).difference(GIVEN)))
+        return {**kwargs, **_loggers(name, kwargs, say_once)}
 
     def rewards_of(result: Any, kwargs: Mapping[str, Any]) -> Any:
         if "prompts" not in kwargs:  # asked by a script, of which nothing is known
             return result
         rewards = _rewards(name, result, len(kwargs["prompts"]))
         nan = next((row for row, reward in enumerate(rewards) if reward is not None and math.isnan(reward)), None)
-        if nan is not None and not warned:
-            warned.append(True)
-            logger.warning(
+        if nan is not None:
+            say_once(
+                "NaN",
                 "The reward function `%s` returned NaN for rollout %d. It counts as a rollout that the function "
                 "cannot score, as None does; if it can, look for a division by zero or a logarithm of it.",
                 *(name, nan),
@@ -100,13 +102,13 @@ def checked(function: Any, name: str) -> Any:
     if is_async_callable(function):
 
         async def reward_async(*args: Any, **kwargs: Any) -> Any:
-            check(kwargs)
+            kwargs = given(kwargs)
             return rewards_of(await function(*args, **kwargs), kwargs)
 
         return functools.wraps(function)(reward_async)
 
     def reward(*args: Any, **kwargs: Any) -> Any:
-        check(kwargs)
+        kwargs = given(kwargs)
         return rewards_of(function(*args, **kwargs), kwargs)
 
     return functools.wraps(function)(reward)
@@ -118,6 +120,57 @@ def _parameters(function: Any) -> list[inspect.Parameter]:
         return list(inspect.signature(function, follow_wrapped=False).parameters.values())
     except (TypeError, ValueError):  # of a built-in
         return [inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)]
+
+
+def _say_once(said: set[str], what: str, message: str, *values: Any) -> None:
+    if what not in said:
+        said.add(what)
+        logger.warning(message, *values)
+
+
+def _loggers(function: str, kwargs: Mapping[str, Any], say_once: Callable[..., None]) -> dict[str, Any]:
+    """What a reward function logs with, in place of TRL's."""
+    makers = {"log_metric": _metric_logger, "log_extra": _column_logger}
+    return {key: make(function, kwargs[key], say_once) for key, make in makers.items() if callable(kwargs.get(key))}
+
+
+def _metric_logger(function: str, log: Callable[..., Any], say_once: Callable[..., None]) -> Callable[..., None]:
+    """TRL's `log_metric` for a reward function; what is no number is left out, since it would end the run."""
+
+    def log_metric(name: Any, value: Any) -> None:
+        metric = encodable(str(name))
+        try:
+            if isinstance(value, str | bytes):
+                raise TypeError
+            log(metric, float(value))
+        except Exception:  # of a value of any kind
+            say_once(
+                f"metric {metric}",
+                "The reward function `%s` logs %s as the metric `%s`, which is no number: it is left out. Pass one "
+                "number to `log_metric`.",
+                *(function, _short(value), metric),
+            )
+
+    return log_metric
+
+
+def _column_logger(function: str, log: Callable[..., Any], say_once: Callable[..., None]) -> Callable[..., None]:
+    """TRL's `log_extra` for a reward function; what is no list is left out, since it would end the run."""
+
+    def log_extra(column: Any, values: Any) -> None:
+        column = encodable(str(column))
+        listed = values.tolist() if hasattr(values, "tolist") else values
+        if isinstance(listed, str | bytes | Mapping) or not isinstance(listed, Iterable):
+            return say_once(
+                f"column {column}",
+                "The reward function `%s` logs %s in the column `%s`, which is no list: it is left out. Pass one "
+                "value for each completion to `log_extra`.",
+                *(function, _short(values), column),
+            )
+        log(column, list(listed))
+        return None
+
+    return log_extra
 
 
 def _missing(function: Any, given: Collection[str]) -> list[str]:

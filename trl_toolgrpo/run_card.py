@@ -8,7 +8,8 @@ import logging
 import os
 import re
 import sys
-from enum import Enum
+from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from . import model_card
-from .config import ToolGRPOConfig, default_values, set_fields
+from .config import ToolGRPOConfig, changed_fields
 from .log_failures import LogFailures
 from .redaction import masked
-from .run_files import run_redactor
+from .run_files import CARD, holds_other_page, other_page_aside, run_redactor
 from .tools.mcp import MCPTools
 from .tools.toolset import ToolSet
 from .value import ValueHead
@@ -31,9 +32,6 @@ from .version import __version__
 
 logger = logging.getLogger(__name__)
 
-CARD = "README.md"
-_IS_CARD = re.compile(r"\s*---\n(.*\n)*?(library_name|base_model):")
-"""What a model card begins with, and no other page."""
 _PACKAGES = {"PEFT": "peft", "Accelerate": "accelerate", "huggingface_hub": "huggingface_hub"}
 _POLICIES = {
     "transformer_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
@@ -53,6 +51,7 @@ class RunCard(GRPOTrainer):
     _is_vlm: bool
     _toolset: ToolSet
     _log_failures: LogFailures
+    _owns_folder: Callable[[], bool]  # of `run_log.py`
     _mcp: MCPTools | None
     _value_head: ValueHead | None
     _home: str | None = None  # the output folder, while another one stands in for it
@@ -64,13 +63,18 @@ class RunCard(GRPOTrainer):
     ) -> None:
         """
         TRL's card, with what it does not know: how the model is loaded, its task, tools, rewards and curves, the
-        configuration, and the command that reproduces it. Secrets are replaced.
+        configuration, and the command that reproduces it. Secrets are replaced. A page in its place that is no model
+        card is left alone.
 
         Args:
             model_name, dataset_name, tags:
                 As in TRL.
         """
         with self._log_failures.tolerated("The model card could not be written"):
+            folder = Path(str(self.args.output_dir))
+            if self.is_world_process_zero() and holds_other_page(folder):
+                sentence = f"No model card was written: {folder / CARD} is there, and is none"
+                return self._log_failures.say_once(sentence, sentence)
             super().create_model_card(model_name, dataset_name, tags)
             if self.is_world_process_zero():
                 self._complete_card(model_name, dataset_name)
@@ -91,8 +95,13 @@ class RunCard(GRPOTrainer):
         return figures
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """TRL's save; after training with the card of the run, in place of the one that PEFT writes."""
-        super().save_model(output_dir, _internal_call)
+        """
+        TRL's save; after training with the card of the run, in place of the one that PEFT writes. A page in its place
+        that is no card, which PEFT reads and adds to, stays as it is.
+        """
+        folder = Path(output_dir or str(self.args.output_dir))
+        with other_page_aside(folder) if self.args.should_save else nullcontext():
+            super().save_model(output_dir, _internal_call)
         if self._trained and not _internal_call:
             self._update_card(output_dir)
 
@@ -101,17 +110,15 @@ class RunCard(GRPOTrainer):
         if not self.is_world_process_zero():
             return
         folder, usual, home = Path(output_dir or str(self.args.output_dir)), self.args.output_dir, self._home
-        file = folder / CARD
+        if not output_dir and not self._owns_folder():
+            return
         self._home, self._stays = str(usual), True
         self.args.output_dir = str(folder)
         try:
-            if file.is_file() and not _IS_CARD.match(file.read_text(encoding="utf-8", errors="replace")):
-                logger.warning("No model card was written: %s is there, and is none.", file)
-                return
             folder.mkdir(parents=True, exist_ok=True)
             self.create_model_card(model_name=(self.args.hub_model_id or self._name_of_run).split("/")[-1])
         except Exception as error:
-            logger.warning("The model card %s was not written: %s: %s", file, type(error).__name__, error)
+            logger.warning("The model card %s was not written: %s: %s", folder / CARD, type(error).__name__, error)
         finally:
             self.args.output_dir, self._home, self._stays = usual, home, False
 
@@ -162,7 +169,9 @@ class RunCard(GRPOTrainer):
             model_card.tools(self._toolset.known, self._toolset.decided_at_reset),
             model_card.rewards(rewards),
             model_card.curves(self.state.log_history),
-            model_card.configuration(_set_fields(self.args)),
+            model_card.configuration(
+                {name: value for name, value in changed_fields(self.args).items() if not _UNTOLD.match(name)}
+            ),
             model_card.command(self._launcher(), sys.argv, machines(self.args.world_size)),
         ]
 
@@ -300,15 +309,3 @@ def _deepspeed_options(plugin: Any) -> dict[str, Any]:
         "zero3_init_flag": plugin.zero3_init_flag if third else None,
         "zero3_save_16bit_model": plugin.zero3_save_16bit_model if third else None,
     }
-
-
-def _set_fields(args: ToolGRPOConfig) -> dict[str, Any]:
-    """The fields of a configuration that were set and differ from their defaults, as plain values without secrets."""
-    usual, found = default_values(args), {}
-    for name in sorted(set_fields(args)):
-        value = getattr(args, name)
-        value = value.value if isinstance(value, Enum) else value
-        plain = isinstance(value, (str, int, float, bool, list, dict)) or value is None
-        if plain and value != usual[name] and not _UNTOLD.match(name):
-            found[name] = json.loads(json.dumps(masked(value, name), default=str))
-    return found

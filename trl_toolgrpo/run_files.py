@@ -7,10 +7,11 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,12 @@ import transformers
 import trl
 from huggingface_hub import get_token
 
+from .config import changed_fields
 from .redaction import (
     Redactor,
     argument_secrets,
     config_secrets,
-    masked,
     masked_arguments,
-    secret_values,
     secret_variables,
 )
 from .tools.results import encodable
@@ -40,7 +40,11 @@ METRICS = "metrics.jsonl"
 HEALTH = "health.jsonl"
 PUBLISHED = "hub"
 """Folder for what is pushed to the Hub."""
+CARD = "README.md"
 VERSION = 1
+
+_IS_CARD = re.compile(r"\s*---\n(.*\n)*?(library_name|base_model):")
+"""What a model card begins with, and no other page."""
 
 
 def add_line(path: Path, record: dict[str, Any]) -> None:
@@ -99,6 +103,42 @@ def cut_back(path: Path, step: int) -> None:
     replace_text(path, "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in kept))
 
 
+def holds_other_page(folder: Path) -> bool:
+    """
+    Return whether the `README.md` of a folder is a page that is no model card, and not to be written over.
+
+    Args:
+        folder (`Path`):
+            The folder.
+    """
+    file = folder / CARD
+    if not file.is_file():
+        return file.exists()
+    page = file.read_text(encoding="utf-8", errors="replace")
+    return bool(page.strip()) and not _IS_CARD.match(page)  # a full disk leaves an empty one
+
+
+@contextmanager
+def other_page_aside(folder: Path) -> Iterator[None]:
+    """
+    While open, a `README.md` that is no model card is called `.README.md.kept`.
+
+    Args:
+        folder (`Path`):
+            Its folder.
+    """
+    file, kept = folder / CARD, folder / f".{CARD}.kept"
+    aside = holds_other_page(folder) and not kept.exists()
+    if aside:
+        os.replace(file, kept)
+    try:
+        yield
+    finally:
+        if aside:
+            file.unlink(missing_ok=True)
+            os.replace(kept, file)
+
+
 def run_redactor(args: Any, servers: Iterable[Any] = ()) -> Redactor:
     """
     Knows the secrets of a run: those of its configuration, command line, environment and MCP servers, and the token
@@ -111,11 +151,16 @@ def run_redactor(args: Any, servers: Iterable[Any] = ()) -> Redactor:
             The run's servers.
     """
     configured = {field.name: getattr(args, field.name) for field in fields(args)}
-    variables = {name: os.environ[name] for name in secret_variables(os.environ)}
-    secrets = config_secrets([variables, configured, {"token": get_token()}]) + argument_secrets(sys.argv)
+    secrets = config_secrets(configured) + process_secrets()
     for server in servers:
-        secrets += secret_values(server.env, server.headers, server.url)
+        secrets += server.secrets
     return Redactor(secrets)
+
+
+def process_secrets() -> list[str]:
+    """Return the secrets of this process: of its command line and environment, and the stored token for the Hub."""
+    variables = {name: os.environ[name] for name in secret_variables(os.environ)}
+    return config_secrets([variables, {"token": get_token()}]) + argument_secrets(sys.argv)
 
 
 def describe_start(
@@ -126,7 +171,7 @@ def describe_start(
 
     Args:
         args ([`ToolGRPOConfig`]):
-            Configuration; the fields that are not at their default are kept.
+            Configuration; the fields that were set are kept.
         model (`str`):
             Name of the model.
         reward_funcs, tools (`Sequence[str]`):
@@ -134,9 +179,6 @@ def describe_start(
         redactor ([`Redactor`]):
             Keeps secrets out.
     """
-    plain = json.loads(json.dumps(args.to_dict(), default=str))
-    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args)}
-    changed = {n: v for n, v in plain.items() if v != defaults.get(n) and not n.endswith("_token")}
     libraries = (torch, transformers, trl, peft, accelerate, datasets)
     versions = {library.__name__: str(library.__version__) for library in libraries}
     return redactor.data(
@@ -145,7 +187,7 @@ def describe_start(
             "model": model,
             "reward_funcs": list(reward_funcs),
             "tools": list(tools),
-            "config": masked(changed),
+            "config": {name: value for name, value in changed_fields(args).items() if not name.endswith("_token")},
             "versions": {"trl_toolgrpo": __version__, **versions, "python": platform.python_version()},
             "command": masked_arguments(sys.argv),
         }

@@ -11,11 +11,12 @@ import time
 import traceback
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
@@ -28,7 +29,7 @@ from .completions_table import aligned, storable_logs
 from .config import ToolGRPOConfig
 from .errors import OutputFolderInUseError
 from .log_failures import LogFailures
-from .redaction import SECRET, Redactor, secret_variables
+from .redaction import SECRET, Redactor, loggers_of, redact_logs, secret_variables
 from .rollout.engine import RolloutBatch, RolloutEngine
 from .rollout_log import FOLDER, LoggedBatch, file_name, find_files, read_table, step_of, tabulate, with_ratios, write
 from .run_files import (
@@ -137,6 +138,7 @@ class RunLog(GRPOTrainer):
     _toolset: ToolSet
     _mcp: MCPTools | None
     _run_folder: Path | None = None  # where the log of this run is, once it has begun
+    _run_file: os.stat_result | None = None  # the `run.json` it has begun with
     _full: set[str]  # files of it that could not be written to
     _redactor = Redactor()
     _log_failures: LogFailures
@@ -153,7 +155,7 @@ class RunLog(GRPOTrainer):
 
     def _prepare_run_log(self) -> None:
         self._logged_ratios, self._full, self._log_failures = {}, set(), LogFailures()
-        self._redactor = run_redactor(self.args, self._servers())
+        self._keep_secrets()
         for callback in self.callback_handler.callbacks:
             self._log_failures.guard(callback)
         self.add_callback(_RunLogCallback(self))
@@ -169,6 +171,21 @@ class RunLog(GRPOTrainer):
         super().add_callback(callback)
         if "_log_failures" in vars(self):
             self._log_failures.guard(self.callback_handler.callbacks[-1])
+
+    def _keep_secrets(self) -> Redactor:
+        """Return what knows the secrets of the run as they are now; lines that this package logs are without them."""
+        self._redactor = run_redactor(self.args, self._servers())
+        redact_logs(loggers_of(__package__), self._redactor)
+        return self._redactor
+
+    def _owns_folder(self) -> bool:
+        """Whether no other run has begun in the output folder since this one did, as far as `run.json` tells."""
+        if self._run_folder is None or self._run_file is None:
+            return True
+        try:
+            return os.path.samestat(self._run_file, os.stat(self._run_folder / RUN))
+        except OSError:
+            return True
 
     def _servers(self) -> Iterable[MCPServer]:
         return self._mcp.servers.values() if self._mcp is not None else ()
@@ -193,6 +210,7 @@ class RunLog(GRPOTrainer):
             problem = error
         same_error(problem, OutputFolderInUseError)
         self._logged, self._run_folder, self._full, self._begun = None, None, set(), (-1, 0)
+        self._run_file = None
         self._started = time.monotonic()
         with lock or nullcontext():
             try:
@@ -211,7 +229,7 @@ class RunLog(GRPOTrainer):
     def _begin_run_log(self) -> None:
         """Start the log, or cut it back to where a resumed run goes on."""
         folder, step = Path(str(self.args.output_dir)), self.state.global_step
-        redactor = self._redactor = run_redactor(self.args, self._servers())
+        redactor = self._keep_secrets()
         if self._recording:
             self._engine.redactor = redactor
         try:
@@ -223,6 +241,7 @@ class RunLog(GRPOTrainer):
                 tools = [tool.name for tool in self._toolset.known]
                 write_json(folder / RUN, describe_start(self.args, name, self.reward_func_names, tools, redactor))
                 _tell_of_secrets()
+                self._run_file = os.stat(folder / RUN)
             self._run_folder = folder
         except OSError as error:
             logger.warning("Nothing is logged in `output_dir` (%s): %s.", folder, error)
@@ -253,6 +272,9 @@ class RunLog(GRPOTrainer):
             if len(self.state.log_history) == entries or Trainer.log.__code__ in inside:  # of figures or a callback
                 raise
             self._log_failures.say("The completions of a step could not be shown or stored", error)
+            if isinstance(error, OSError):
+                table = f"completions_{self.state.global_step:05d}.parquet"
+                _remove_torn(Path(str(self.args.output_dir)) / "completions" / table)
         finally:
             self._logs = kept
         if self._run_folder is not None and self.accelerator.is_main_process:
@@ -261,7 +283,7 @@ class RunLog(GRPOTrainer):
 
     def _add_line(self, name: str, record: dict[str, Any]) -> None:
         """Add to a file of the run. A disk that does not take it ends the file, not the run."""
-        if self._run_folder is None or name in self._full:
+        if self._run_folder is None or name in self._full or not self._owns_folder():
             return
         try:
             add_line(self._run_folder / name, record)
@@ -373,6 +395,15 @@ class _RunLogCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._begin_run_log()
+
+
+def _remove_torn(table: Path) -> None:
+    """Remove a table for which there was no room, so that those beside it can be read as one data set."""
+    try:
+        pq.read_schema(table)
+    except (OSError, pa.ArrowException):
+        with suppress(OSError):
+            table.unlink(missing_ok=True)
 
 
 def _cut_run_files(folder: Path, step: int) -> None:

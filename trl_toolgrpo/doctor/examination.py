@@ -8,11 +8,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..checks import check_policy_is_trained
+from ..redaction import Redactor, argument_secrets
+from ..run_files import process_secrets
 from .chat_questions import check_chat, check_tools
 from .data_questions import check_data
 from .findings import FAULT, NOTE, OK, Finding
@@ -58,7 +60,11 @@ def examine(script: Path, arguments: Sequence[str]) -> Examination:
             Its command line.
     """
     started = time.perf_counter()
-    findings = list(_ask(lambda: load_maker(script), arguments))
+    redactor = Redactor(process_secrets() + argument_secrets(arguments))
+    findings = [
+        replace(finding, words=redactor.text(finding.words), remedy=redactor.text(finding.remedy))
+        for finding in _ask(lambda: load_maker(script), arguments)
+    ]
     return Examination(findings, time.perf_counter() - started)
 
 

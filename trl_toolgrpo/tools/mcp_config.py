@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..redaction import Redactor, masked_url, secret_values
+from ..redaction import Redactor, argument_secrets, masked_url, secret_values
 
 
 # What other programs call them -> what they are called here.
@@ -160,10 +160,15 @@ class MCPServer:
         who = f"the MCP server {self.name!r}" if self.name else "an MCP server"
         raise ConfigError(f"You passed {who} with {given}. {what_to_do}")
 
+    @property
+    def secrets(self) -> list[str]:
+        """What of the server's configuration is secret: of its environment, headers, address and arguments."""
+        return secret_values(self.env, self.headers, self.url) + argument_secrets(self.args)
+
     @cached_property
     def redactor(self) -> Redactor:
         """Keeps the server's secrets out of texts."""
-        return Redactor(secret_values(self.env, self.headers, self.url))
+        return Redactor(self.secrets)
 
     def __repr__(self) -> str:
         shown = []

@@ -109,7 +109,7 @@ def as_whole(value: Any, hint: Any) -> Any:
             As in [`wrong_type`], which has found nothing wrong.
     """
     is_other = isinstance(value, Real) and not isinstance(value, int)
-    return int(value) if is_other and set(_kinds(hint)) - {type(None)} == {int} else value  # type: ignore[call-overload]
+    return int(value) if is_other and set(_kinds(hint)) - {type(None)} == {int} else value
 
 
 def _kinds(hint: Any) -> list[Any]:
@@ -128,7 +128,8 @@ def check_types(config: Any) -> None:
     Raises:
         ConfigError: for a text where a number, a truth value or a mapping should be, and the like.
     """
-    for name, hint in field_types(type(config)).items():
+    kind: type = type(config)
+    for name, hint in field_types(kind).items():
         if not hasattr(config, name):
             continue
         value = getattr(config, name)

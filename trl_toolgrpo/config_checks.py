@@ -128,8 +128,8 @@ def check_types(config: Any) -> None:
     Raises:
         ConfigError: for a text where a number, a truth value or a mapping should be, and the like.
     """
-    kind: type = type(config)
-    for name, hint in field_types(kind).items():
+    config_class: type = type(config)
+    for name, hint in field_types(config_class).items():
         if not hasattr(config, name):
             continue
         value = getattr(config, name)

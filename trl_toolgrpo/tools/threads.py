@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 
 
-_WORKING: ContextVar[int | None] = ContextVar("working", default=None)  # thread of the worker whose job runs
+_WORKING: ContextVar[object] = ContextVar("working", default=None)  # jobs of the worker whose job runs
 
 
 class Worker:
@@ -39,7 +39,7 @@ class Worker:
     @property
     def is_working(self) -> bool:
         """Whether the caller belongs to a job of this thread: runs on it, or in a coroutine that it has started."""
-        return _WORKING.get() == self._thread.ident
+        return _WORKING.get() is self._jobs
 
     def run(self, job: Callable[[], object]) -> None:
         """
@@ -57,7 +57,7 @@ class Worker:
 
     @staticmethod
     def _run(jobs: "queue.SimpleQueue[Callable[[], object] | None]") -> None:
-        _WORKING.set(threading.get_ident())
+        _WORKING.set(jobs)
         while True:
             job = jobs.get()
             if job is None:

@@ -109,7 +109,7 @@ def as_whole(value: Any, hint: Any) -> Any:
             As in [`wrong_type`], which has found nothing wrong.
     """
     is_other = isinstance(value, Real) and not isinstance(value, int)
-    return int(value) if is_other and set(_kinds(hint)) - {type(None)} == {int} else value  # type: ignore[call-overload]
+    return int(value) if is_other and set(_kinds(hint)) - {type(None)} == {int} else value
 
 
 def _kinds(hint: Any) -> list[Any]:
@@ -128,7 +128,8 @@ def check_types(config: Any) -> None:
     Raises:
         ConfigError: for a text where a number, a truth value or a mapping should be, and the like.
     """
-    for name, hint in field_types(type(config)).items():
+    kind: Any = type(config)
+    for name, hint in field_types(kind).items():
         if not hasattr(config, name):
             continue
         value = getattr(config, name)
@@ -140,8 +141,8 @@ def check_types(config: Any) -> None:
             if not name.endswith("_kwargs"):
                 wanted = None if Path(str(value)).is_file() else f"{wanted}, or the path of a JSON file"
         if wanted is not None:
-            kind = "text" if isinstance(value, str) else f"of type {type(value).__name__}"
-            raise ConfigError(f"You passed `{name}={value!r}`, which is {kind}. Pass {wanted}.")
+            found = "text" if isinstance(value, str) else f"of type {type(value).__name__}"
+            raise ConfigError(f"You passed `{name}={value!r}`, which is {found}. Pass {wanted}.")
         if (whole := as_whole(value, hint)) is not value:
             setattr(config, name, whole)
 

@@ -57,7 +57,7 @@ def make_trainer(arguments):
         def reward(completions, **kwargs):
             return [float(number) for number in range(len(completions))]
     if fault == "mention":
-        data = prompts(6, "Use the tool `a_dd`.")
+        data = prompts(6, "Use the tool `add_up`.")
     if fault == "sampling":
         options["top_k"] = 20
     if changes.pop("push_to_hub", None):
@@ -157,9 +157,9 @@ def test_a_name_that_resembles_a_tool_is_noted_and_named_in_the_verdict(script, 
     assert main(["--config", str(script.parent / "run.yaml"), "--fault=mention"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "go (" in said.splitlines()[-1] and ", with notes on: tools" in said
-    assert said.count("names the tool `a_dd`, which does not exist; did you mean `add`?") == 1
+    assert said.count("names the tool `add_up`, which does not exist; did you mean `add`?") == 1
     finding = found(examine(script, ["--fault=mention"]), "tools")
-    assert finding.state == "note" and "`a_dd`" in finding.words and "Correct the prompt" in finding.remedy
+    assert finding.state == "note" and "`add_up`" in finding.words and "Correct the prompt" in finding.remedy
 
 
 def test_a_setting_the_recipe_refuses_is_a_no_go_before_anything_is_built(capsys):

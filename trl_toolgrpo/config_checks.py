@@ -128,8 +128,8 @@ def check_types(config: Any) -> None:
     Raises:
         ConfigError: for a text where a number, a truth value or a mapping should be, and the like.
     """
-    config_class: type = type(config)
-    for name, hint in field_types(config_class).items():
+    kind: Any = type(config)
+    for name, hint in field_types(kind).items():
         if not hasattr(config, name):
             continue
         value = getattr(config, name)
@@ -141,8 +141,8 @@ def check_types(config: Any) -> None:
             if not name.endswith("_kwargs"):
                 wanted = None if Path(str(value)).is_file() else f"{wanted}, or the path of a JSON file"
         if wanted is not None:
-            kind = "text" if isinstance(value, str) else f"of type {type(value).__name__}"
-            raise ConfigError(f"You passed `{name}={value!r}`, which is {kind}. Pass {wanted}.")
+            found = "text" if isinstance(value, str) else f"of type {type(value).__name__}"
+            raise ConfigError(f"You passed `{name}={value!r}`, which is {found}. Pass {wanted}.")
         if (whole := as_whole(value, hint)) is not value:
             setattr(config, name, whole)
 

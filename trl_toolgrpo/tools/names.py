@@ -35,7 +35,8 @@ def find_mentions(
 
     Three resemble it: its words in another order (`slack_send_message` for `send_slack_message`), its letters with
     other joints (`sendSlackMessage`, `look_up`), and its words with one of them misspelt (`get_wether`). Prose,
-    attributes, paths, constants, classes, assignments and definitions are passed over.
+    attributes, paths, constants, classes, assignments and definitions are passed over. Names with some of its words
+    are a matter of course in code and count only next to the word: "the tool `lookup_key`" for `lookup`.
 
     Args:
         texts (`Iterable[str]`):
@@ -61,6 +62,11 @@ def find_mentions(
             if start is not None:
                 known.add(name)
                 yield Mention(name, tool, reordered, text, _excerpt(text, start, name))
+        for name, start in _called_tools(text) if "tool" in text else ():
+            akin = None if name in known else tools.sharing(name)
+            if akin is not None:
+                known.add(name)
+                yield Mention(name, akin, False, text, _excerpt(text, start, name))
 
 
 def check_tool_columns(names: Iterable[str], tool_names: Collection[str]) -> None:
@@ -99,6 +105,11 @@ _PART_BEFORE = re.compile(
     r"(?:[\w)\]]\.|->|::|[/\\@$#?&]|--|\b(?:def|class|func|fn|import|const|let|var) "
     r"|(?:^|[\n=({;,]|export|async|default) *function )$"
 )
+_TOOL = re.compile(r"\btools?\b")
+_NAME_BEFORE = re.compile(r"(?<![\w.`])(`?)([^\W\d]\w*)\1 $")
+_NAME_AFTER = re.compile(r" (`?)([^\W\d]\w*)\1(?![\w(]|\.\w)")
+# Too common in names of tools to say that two of them are the same
+_TRIVIAL = frozenset({"all", "and", "for", "from", "get", "new", "not", "run", "set", "the", "use", "with"})
 _PART_AFTER = re.compile(r"\.[A-Za-z]|::|->|[/\\]|\s?=(?!=)")
 
 
@@ -106,7 +117,7 @@ class _ToolNames:
     """The tools' names, indexed by words and letters, so that many identifiers are compared quickly."""
 
     def __init__(self, names: Collection[str]) -> None:
-        words = {name: found for name in names if (found := _words(name))}
+        words = self.words = {name: found for name in names if (found := _words(name))}
         self.by_letters = {"".join(found): name for name, found in words.items()}
         self.by_words = {tuple(sorted(found)): name for name, found in words.items()}
         self.by_gap: dict[tuple[str, ...], list[tuple[str, str]]] = {}
@@ -119,7 +130,7 @@ class _ToolNames:
         words = _words(name)
         tool = self.by_letters.get("".join(words))
         if tool is not None:  # a single word with other capitals is a name such as "GitHub"
-            is_word = name.casefold() == tool.casefold() and len(_words(tool)) == 1
+            is_word = name.casefold() == tool.casefold() and len(self.words[tool]) == 1
             return None if is_word or _is_attribute(name, tool) else (tool, False)
         tool = self.by_words.get(tuple(sorted(words)))
         if tool is not None:
@@ -129,6 +140,31 @@ class _ToolNames:
                 if _is_misspelt(word, meant) and not _is_attribute(name, tool):
                     return tool, False
         return None
+
+
+    def sharing(self, name: str) -> str | None:
+        """A tool whose telling words are among those of a name, or the other way round."""
+        mine = _telling(_words(name))
+        for tool, words in self.words.items() if mine else ():
+            its_words = _telling(words)
+            if its_words and (mine <= its_words or its_words <= mine):
+                return tool
+        return None
+
+
+def _telling(words: list[str]) -> frozenset[str]:
+    return frozenset(word for word in words if len(word) > 2 and word not in _TRIVIAL)
+
+
+def _called_tools(text: str) -> Iterator[tuple[str, int]]:
+    """Names right before or after the word "tool", with where they begin."""
+    for word in _TOOL.finditer(text):
+        begin = max(0, word.start() - 80)
+        before = _NAME_BEFORE.search(text[begin : word.start()])
+        after = _NAME_AFTER.match(text, word.end())
+        for match, offset in ((before, begin), (after, 0)):
+            if match is not None and (match[1] or _LIKE_A_NAME.search(match[2])):
+                yield match[2], offset + match.start(2)
 
 
 def _words(identifier: str) -> list[str]:

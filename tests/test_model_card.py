@@ -122,6 +122,27 @@ def sorted_values(model, trainer):
     return [value for _, value in sorted((head | model.state_dict()).items())]
 
 
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("estimator", ["group", "gae"])
+def test_the_code_of_a_card_runs_where_only_checkpoints_were_saved(base, tmp_path, lora, estimator):
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_steps": 2}
+    trainer = start(base, tmp_path, lora, advantage_estimator=estimator, **options)
+    trainer.train()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f'from_pretrained("{tmp_path / "checkpoint-2"}")' in card.replace("base, ", "") and pasted(card)[1]
+    trainer.save_model()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "checkpoint-2" not in "".join(code_of(card)) and pasted(card)[1]
+
+
+def test_a_card_of_a_model_that_was_not_saved_says_so(base, tmp_path):
+    trainer = start(base, tmp_path)
+    trainer.train()
+    assert "was not saved yet; `trainer.save_model()`" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    trainer.save_model()
+    assert "was not saved yet" not in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_code_of_a_card_of_plain_prompts_runs(base, tmp_path):
     """A tokenizer without a chat template, and prompts that are texts."""
     tokenizer = AutoTokenizer.from_pretrained(base)

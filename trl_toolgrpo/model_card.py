@@ -85,6 +85,7 @@ def usage(
     multimodal: bool = False,
     max_new_tokens: int = 256,
     base_options: Mapping[str, Any] | None = None,
+    saved: bool = True,
 ) -> str:
     """
     How the model is loaded and asked, with prompts rendered as in training; the code runs as it stands.
@@ -108,6 +109,8 @@ def usage(
             Most tokens that the example generates.
         base_options (`Mapping[str, Any]`, *optional*):
             Arguments that the base model is loaded with.
+        saved (`bool`, *optional*, defaults to `True`):
+            Whether the model is there already.
     """
     kind, reader, name = "AutoModelForCausalLM", "AutoTokenizer", "tokenizer"
     if multimodal:
@@ -151,7 +154,8 @@ def usage(
         head = "from trl_toolgrpo import ValueHead"
         text += "\n\nThe value head of the training run is in `value_head.safetensors`:\n\n"
         text += _code(f"{head}\n\nvalue_head = ValueHead.from_pretrained({place})", "python")
-    return f"## Use\n\n{text}"
+    first = "" if saved else "The model was not saved yet; `trainer.save_model()` writes it to this folder.\n\n"
+    return f"## Use\n\n{first}{text}"
 
 
 def method(estimator: str, loss: str, level: str = "token", adapter: bool = False) -> str:

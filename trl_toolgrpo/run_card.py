@@ -20,6 +20,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from . import model_card
+from .checkpoint import checkpoints, fault_of
 from .config import ToolGRPOConfig, changed_fields
 from .log_failures import LogFailures
 from .redaction import masked
@@ -181,15 +182,16 @@ class RunCard(GRPOTrainer):
         return model_card.method(args.advantage_estimator, args.loss_type, level, self._has_adapter)
 
     def _usage(self) -> str:
-        """How the model is loaded from where it is: the Hub for a card that is pushed, else the output folder."""
+        """How the model is loaded from where it is: the Hub for a card that is pushed, else a folder."""
         pushed = self.args.push_to_hub or (self._home is not None and not self._stays)
         repo = str(self.hub_model_id or self.args.hub_model_id or self._name_of_run)
         given: Any = self.args.model_init_kwargs
         given = given if isinstance(given, dict) else {}
         options = {name: given[name] for name in ("revision", "trust_remote_code") if given.get(name)}
         options |= {"trust_remote_code": True} if self.args.trust_remote_code else {}
+        saved = None if pushed else self._saved_in()
         return model_card.usage(
-            repo if pushed else str(self.args.output_dir),
+            repo if pushed else str(saved or self.args.output_dir),
             self._base_model(),
             [dict(self._toolset.shown(tool).schema) for tool in self._toolset.known],
             masked(json.loads(json.dumps(self.chat_template_kwargs, default=str))) if self._renders_chat else None,
@@ -198,7 +200,15 @@ class RunCard(GRPOTrainer):
             multimodal=self._is_vlm,
             max_new_tokens=min(self.args.max_completion_length or 256, 256),
             base_options=options,
+            saved=pushed or saved is not None,
         )
+
+    def _saved_in(self) -> Path | None:
+        """Where the model is: in the output folder, in the newest checkpoint there, or nowhere yet."""
+        folder = Path(str(self.args.output_dir))
+        if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            return folder
+        return next((path for path in checkpoints(folder) if fault_of(path) is None), None)
 
     @property
     def _renders_chat(self) -> bool:

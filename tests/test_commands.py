@@ -37,6 +37,7 @@ RUN_BY = {
     "tests/benchmarks/step.py": ("test_benchmarks.py", "test_a_benchmark_measures_both_sides"),
     "tests/benchmarks/gpu.py": ("test_gpu_benchmark.py", "test_the_dry_run_passes_within_a_minute_of_two_cores"),
     "tests/benchmarks/gpu_wheels.py": ("test_gpu_benchmark.py", "test_weights_travel_in_pieces_and_are_converted"),
+    "tests/benchmarks/health_runs.py": ("test_health_runs.py", "test_the_command_says_what_it_finds"),
     "tests/benchmarks/hostile_python.py": ("test_commands.py", "test_the_trial_of_hostile_code_runs"),
     "tests/benchmarks/kills.py": ("test_resume.py", "test_a_run_that_is_killed_again_and_again_is_the_same"),
     "tests/benchmarks/report.py": ("test_commands.py", "test_the_benchmark_of_the_report_runs"),

@@ -303,7 +303,8 @@ def test_5_an_overlong_result_is_cut_and_shown(ours, trl):
     options = {"tools": [verbose], "mask_truncated_completions": True}
     found = ours(script, max_tool_output_tokens=100, **options)
     content = results(found)[0]["content"]
-    assert content.startswith("blah blah") and content.endswith("longer than 100 tokens]")
+    assert content.startswith("blah blah") and content.endswith("blah blah ")
+    assert content.count("[... truncated: the output was longer than 100 tokens ...]") == 1
     assert found.completions[0][-1]["content"] == "done"
     assert found.metric("tools/verbose/truncated") == 4
     assert len(found.tool_ids(0)) < 220

@@ -295,6 +295,7 @@ def test_rollout_figures_known_by_hand():
             "rollout/stop/tool_limit": 0.25,
             "rollout/stop/parse_errors": 0.25,
             "rollout/stop/tool_overflow": 0.0,
+            "rollout/stop/environment": 0.0,
             "tools/unknown_calls": 1,
             "tools/malformed_calls": 2,
             "tools/abandoned": 3,

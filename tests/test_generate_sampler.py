@@ -141,7 +141,7 @@ def test_sharding_that_gathers_for_each_token_is_refused(tmp_path, plugins, gath
     trainer = ToolGRPOTrainer(tiny_model(tokenizer), reward, options, prompts(), processing_class=tokenizer)
     trainer.accelerator.state = SimpleNamespace(**plugins)
     with pytest.raises(ConfigError, match=refused) if refused else nullcontext():
-        trainer._prepare_recording(trainer._executor, None, False)
+        trainer._prepare_recording(None, False)
 
 
 def test_fsdp_reshards_after_rollouts_as_before():

@@ -2,9 +2,12 @@
 
 import math
 import random
+import re
 import time
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -285,3 +288,26 @@ def test_a_run_is_stored_as_it_was(tmp_path):
         ("a", [{"step": 1, "loss": 0.5, "kl": None}], facts),
         ("b", [{"step": 1, "loss": 0.5, "kl": None}, {"step": 2, "loss": 0.25, "reward": 1.0}], facts),
     ]
+
+
+# The command
+
+
+@pytest.mark.slow
+def test_the_command_says_what_it_finds(monkeypatch, capsys):
+    """On a few of the faults, one of them too weak for the rule that should name it."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    import health_runs
+
+    few = ["a tool that fails", "a reward for length"]
+    monkeypatch.setattr(health_runs, "FAULTS", {name: FAULTS[name] for name in few})
+    monkeypatch.setattr("sys.argv", ["health_runs.py"])
+    with pytest.raises(SystemExit) as ended:
+        health_runs.main()
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and all(name in said for name in few)
+    weak = replace(FAULTS["a tool that fails"], strengths=(0.0,))
+    monkeypatch.setattr(health_runs, "FAULTS", {"a tool that fails": weak})
+    with pytest.raises(SystemExit) as ended:
+        health_runs.main()
+    assert ended.value.code == 1 and re.search(r"a tool that fails\s+tool_failing\s+none", capsys.readouterr().out)

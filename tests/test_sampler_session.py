@@ -30,6 +30,19 @@ def test_draws_follow_the_distribution():
         assert chi_square < 24.3  # 0.999 quantile at 6 degrees of freedom
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_no_figure_of_a_draw(dtype):
+    """Also where a constraint leaves few tokens: the least float32 is no finite bfloat16."""
+    logits = (4 * torch.randn(3, 300, generator=torch.Generator().manual_seed(2))).to(dtype)
+    logits[1, 5:], logits[2, 1:] = -math.inf, -math.inf
+    noise = torch.tensor([0.2, 0.7, 0.5])
+    alone = sample_tokens(logits, 0.9, noise)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = sample_tokens(logits, 0.9, noise)
+    assert all(torch.equal(one, other) for one, other in zip(found, alone, strict=True))
+    assert found[2].isfinite().all() and found[2][2] == pytest.approx(0.0, abs=1e-6)
+
+
 def test_noise_is_inverted_through_the_cumulative_distribution():
     logits = torch.log(torch.tensor([[0.1, 0.2, 0.3, 0.4]]))
     for noise, token in ((0.0, 0), (0.0999, 0), (0.1001, 1), (0.2999, 1), (0.3001, 2), (0.6001, 3), (0.99999994, 3)):

@@ -73,6 +73,8 @@ class RunCard(GRPOTrainer):
         """
         with self._log_failures.tolerated("The model card could not be written"):
             folder = Path(str(self.args.output_dir))
+            if self.is_world_process_zero():
+                folder.mkdir(parents=True, exist_ok=True)
             if self.is_world_process_zero() and holds_other_page(folder):
                 sentence = f"No model card was written: {folder / CARD} is there, and is none"
                 return self._log_failures.say_once(sentence, sentence)
@@ -107,7 +109,7 @@ class RunCard(GRPOTrainer):
             self._update_card(output_dir)
 
     def _update_card(self, output_dir: str | None = None) -> None:
-        """Write the card of a folder anew. Nothing depends on it: what it fails over is logged."""
+        """Write the card of a folder anew."""
         if not self.is_world_process_zero():
             return
         folder, usual, home = Path(output_dir or str(self.args.output_dir)), self.args.output_dir, self._home
@@ -116,10 +118,7 @@ class RunCard(GRPOTrainer):
         self._home, self._stays = str(usual), True
         self.args.output_dir = str(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             self.create_model_card(model_name=(self.args.hub_model_id or self._name_of_run).split("/")[-1])
-        except Exception as error:
-            logger.warning("The model card %s was not written: %s: %s", folder / CARD, type(error).__name__, error)
         finally:
             self.args.output_dir, self._home, self._stays = usual, home, False
 

@@ -38,7 +38,7 @@ def check_scoring(trainer: Any) -> None:
             "You passed a model with `attn_implementation='flex_attention'` on a CPU, where torch has no backward "
             "pass for it. Load the model with `attn_implementation='sdpa'`, or train on a GPU."
         )
-    plugin = trainer.accelerator.state.deepspeed_plugin
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     if plugin is not None and plugin.zero_stage == 3:
         return
     if any(p.is_meta or hasattr(p, "ds_id") or isinstance(p, DTensor) for p in model.parameters()):

@@ -71,7 +71,7 @@ def _sample_rows(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Ten
         tokens = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True)
         tokens.clamp_(max=logits.shape[-1] - 1)
     logprobs = (scores.gather(-1, tokens) - log_z).clamp_(max=0.0)  # rounding alone can pass 0
-    with torch.autocast(scores.device.type, enabled=False):  # the least float32 is -inf in bfloat16, and 0 times it NaN
+    with torch.autocast(scores.device.type, enabled=False):  # whose least float32 is -inf
         expected = torch.linalg.vecdot(probabilities, scores.clamp(min=torch.finfo(scores.dtype).min))
     entropies = log_z[:, 0] - expected
     return tokens[:, 0], logprobs[:, 0], entropies

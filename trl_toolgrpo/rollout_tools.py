@@ -188,7 +188,7 @@ class RolloutTools(GRPOTrainer):
         if self._inert is None or not isinstance(prompt, list):
             return None
         schemas = self.tools if self.environment_factories is None else self._env_tools[self._batch_environments[row]]
-        marked = with_observation(self._given(row), prompt, self._inert.mark)
+        marked = with_observation(self._given(row), prompt, self._inert.mark) if self.environments else prompt
         return self._inert.encode(self._messages.rewritten(marked, tools), self._inert.schemas(schemas or ()))
 
     def _given(self, row: int) -> Any:

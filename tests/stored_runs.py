@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from trl_toolgrpo import ToolGRPOConfig, Trajectory
-from trl_toolgrpo.config import defaults
+from trl_toolgrpo.config import default_values
 from trl_toolgrpo.health import RunFacts
 from trl_toolgrpo.health_rollouts import DISTINCT, SHORTCUTS, correlation_within_groups, costs
 from trl_toolgrpo.health_watch import facts_of
@@ -88,7 +88,8 @@ def read_folder(folder, dtype=torch.float32):
     folder = Path(folder)
     entries = [entry for entry in read_lines(folder / METRICS) if "loss" in entry]
     settings = json.loads((folder / RUN).read_text())["config"]
-    settings = {name: settings[name] for name in settings if name in defaults() and name != "generation_batch_size"}
+    known = default_values().keys() - {"generation_batch_size"}
+    settings = {name: value for name, value in settings.items() if name in known}
     facts = facts_of(ToolGRPOConfig(**settings), torch.nn.Linear(1, 1, dtype=dtype))
     by_step = {entry["step"]: entry for entry in entries}
     paths = log_files(folder) if find_files(folder / FOLDER) else []

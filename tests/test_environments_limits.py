@@ -6,10 +6,12 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 import sqlite3
 import threading
 import time
 import typing
+from pathlib import Path
 
 import pytest
 from conftest import MAKE_SAMPLER, ScriptedSampler, chat_tokenizer, config, prompts, tiny_model
@@ -20,6 +22,7 @@ from trl_toolgrpo import (
     EnvironmentTimeoutError,
     RewardError,
     Tool,
+    ToolGRPOConfig,
     ToolGRPOTrainer,
     ToolRuntimeError,
     ToolTimeoutError,
@@ -681,3 +684,24 @@ def test_tools_of_an_environment_may_be_coroutine_functions(tmp_path, monkeypatc
         executor = ToolExecutor(environment_timeout=LIMIT)
         look = on_own_thread(own, executor, limits_tools=False)().look
         assert "seen" in asyncio.run(look())
+
+
+def test_the_example_of_the_guide_runs(tmp_path):
+    """With a tiny model and two short steps in place of Qwen3's."""
+    guide = (Path(__file__).parents[1] / "recipes" / "GUIDE.md").read_text(encoding="utf-8")
+    (block,) = (b for b in re.findall(r"^```python\n(.*?)^```", guide, re.M | re.S) if "environment_timeout" in b)
+    tokenizer = chat_tokenizer()
+    tiny_model(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    sizes = {"max_steps": 2, "max_completion_length": 16, "use_cpu": True, "num_generations": 4, "report_to": "none",
+             "per_device_train_batch_size": 4, "logging_steps": 1, "output_dir": str(tmp_path / "run")}  # fmt: skip
+    questions = prompts(8).add_column("city", ["Riga"] * 8)
+    known = {"ToolGRPOConfig": lambda **given: ToolGRPOConfig(**{**given, **sizes}), "questions": questions}
+    text = block.replace("Qwen/Qwen3-0.6B", str(tmp_path / "model"))
+    exec(text.replace("import ToolGRPOConfig, ToolGRPOTrainer", "import ToolGRPOTrainer"), known)
+    trainer = known["trainer"]
+    assert trainer.args.environment_timeout == 30.0 and trainer.state.global_step == 2
+    environment = known["Orders"]()
+    assert "orders" in environment.reset(city="Riga") and environment.query("select sum(amount) from orders") == [(7,)]
+    scored = known["reward"]([environment] * 2, [[{"content": "It is 7."}], [{"content": "It is 8."}]])
+    assert scored == [1.0, 0.0]

@@ -379,6 +379,16 @@ def test_without_a_network_the_run_goes_on(server, base, tmp_path, caplog, monke
     assert server.requests == []
 
 
+def let_pushes_fail(monkeypatch, error):
+    """Have TRL's pushes raise an error."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(GRPOTrainer, "push_to_hub", fail)
+    monkeypatch.setattr(GRPOTrainer, "init_hf_repo", fail)
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -390,12 +400,7 @@ def test_without_a_network_the_run_goes_on(server, base, tmp_path, caplog, monke
 )  # fmt: skip
 def test_what_the_hub_did_not_take_is_told_as_that(base, tmp_path, monkeypatch, caplog, error):
     trainer = start(base, tmp_path / NAME, push_to_hub=False, save_strategy="no")
-
-    def refuse(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(GRPOTrainer, "push_to_hub", refuse)
-    monkeypatch.setattr(GRPOTrainer, "init_hf_repo", refuse)
+    let_pushes_fail(monkeypatch, error)
     trainer.init_hf_repo()
     assert "The Hub did not take the repository" in caplog.text
     with pytest.raises(HubPushError, match=type(error).__name__):
@@ -412,12 +417,7 @@ def test_what_the_hub_did_not_take_is_told_as_that(base, tmp_path, monkeypatch, 
 )  # fmt: skip
 def test_a_fault_of_the_program_is_not_blamed_on_the_hub(base, tmp_path, monkeypatch, caplog, error):
     trainer = start(base, tmp_path / NAME, push_to_hub=False, save_strategy="no")
-
-    def fail(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(GRPOTrainer, "push_to_hub", fail)
-    monkeypatch.setattr(GRPOTrainer, "init_hf_repo", fail)
+    let_pushes_fail(monkeypatch, error)
     for push in (trainer.init_hf_repo, trainer.push_to_hub):
         with pytest.raises(type(error), match="a bug"):
             push()

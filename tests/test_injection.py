@@ -9,6 +9,7 @@ from families import ALL, CALLS, JSON_CONTENT, TRAINING, benign, controls, famil
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers
+from trl import GRPOTrainer
 from trl.chat_template_utils import add_response_schema, get_training_chat_template
 
 from trl_toolgrpo import Tool, ToolCall, ToolGRPOTrainer, ToolResult, ToolSchemaError, TransientToolError
@@ -373,12 +374,33 @@ def test_an_environment_cannot_forge_a_prompt(kind, monkeypatch, tmp_path):
     assert made.seen[0]["prompt"][-1]["content"] != "hello", "reward functions get what `reset` said"
 
 
-def test_what_a_user_writes_in_a_prompt_stays_what_it_is(monkeypatch, tmp_path):
+def look(place: str) -> str:
+    """
+    Look around.
+
+    Args:
+        place: Where.
+    """
+    return place
+
+
+@pytest.mark.parametrize("tools", [{"environment_factory": Inn}, {"tools": [look]}], ids=["environment", "functions"])
+def test_what_a_user_writes_in_a_prompt_stays_what_it_is(monkeypatch, tmp_path, tools):
     """A data set may hold control tokens on purpose."""
     rows = [{"prompt": [{"role": "user", "content": "a <|im_end|> b"}]}] * 4
-    made = run_script(ToolGRPOTrainer, monkeypatch, tmp_path, [["x<|im_end|>"]], rows=rows, environment_factory=Inn)
+    made = run_script(ToolGRPOTrainer, monkeypatch, tmp_path, [["x<|im_end|>"]], rows=rows, **tools)
     ids = made.trajectories[0].prompt_ids
     assert ids.count(made.trainer._tokenizer.eos_token_id) == 3
+
+
+def test_prompts_that_are_asked_for_directly_have_the_tokens_of_trl(monkeypatch, tmp_path):
+    """As a benchmark does, without the rows of a data set."""
+    prompts = [[{"role": "user", "content": "a <|im_end|> b"}], [{"role": "user", "content": "hello"}]]
+    ids = []
+    for kind in (ToolGRPOTrainer, GRPOTrainer):
+        made = run_script(kind, monkeypatch, tmp_path / kind.__name__, [["x<|im_end|>"]], tools=[look])
+        ids.append(made.trainer._tokenize_prompts(prompts)[0])
+    assert ids[0] == ids[1]
 
 
 def test_a_template_that_changes_texts_is_refused_where_it_has_to_be_cut():

@@ -369,7 +369,7 @@ class ToolGRPOConfig(GRPOConfig):
             super().__post_init__()
         except (ValueError, TypeError) as error:  # the latter for a key that a nested configuration does not know
             raise ConfigError(self._uneven_groups() or str(error)) from error
-        check_fields(self, defaults())
+        check_fields(self, own_defaults)
         # No fields: they are in no dump of the configuration
         self._passed = passed
         self._begun_with: dict[str, Any] | None = {name: getattr(self, name) for name in own_defaults}
@@ -417,19 +417,20 @@ class ToolGRPOConfig(GRPOConfig):
         if type(args) is GRPOConfig:
             config.__class__ = cls
         check_types(config)
-        check_fields(config, defaults())
+        check_fields(config, default_values(cls))
         return config  # type: ignore[return-value]
 
 
-def defaults() -> dict[str, Any]:
-    """Default of each field of [`ToolGRPOConfig`]."""
-    return {f.name: f.default for f in fields(ToolGRPOConfig)}
+def default_values(kind: Any = ToolGRPOConfig) -> dict[str, Any]:
+    """
+    Default of each field that can be passed to a class of configurations, made anew where it is mutable.
 
-
-def default_values(args: Any) -> dict[str, Any]:
-    """Default of each field of a configuration that can be passed to its class, made anew where it is mutable."""
+    Args:
+        kind (`type` or `GRPOConfig`, *optional*, defaults to [`ToolGRPOConfig`]):
+            The class, or a configuration of it.
+    """
     return {
-        f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args) if f.init
+        f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(kind) if f.init
     }
 
 

@@ -318,7 +318,7 @@ def first_paragraph(text: str | None) -> str:
 
 
 def _keywords(options: Mapping[str, Any]) -> str:
-    """Arguments behind others in a call, as Python writes them."""
+    """Arguments after others in a call, as Python writes them."""
     odd = {name: value for name, value in options.items() if not name.isidentifier() or keyword.iskeyword(name)}
     plain = [f", {name}={value!r}" for name, value in options.items() if name not in odd]
     return "".join(plain) + (f", **{odd!r}" if odd else "")

@@ -9,10 +9,10 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from torch import nn
-from trl.trainer.utils import is_async_callable
 
 from .errors import ConfigError, RewardError
 from .tools.results import encodable
+from .tools.types import is_async_callable
 
 
 logger = logging.getLogger(__name__)

@@ -39,7 +39,7 @@ from .checks import (
     warn_of_dropout,
     warn_of_no_learning_rate,
 )
-from .config import ToolGRPOConfig, defaults
+from .config import ToolGRPOConfig, default_values
 from .config_checks import idle_fields
 from .correction import SamplerCorrection, correction_line
 from .critic import Critic
@@ -251,7 +251,7 @@ class ToolGRPOTrainer(
             if self._mcp is not None:
                 self._make_chat()
             return
-        for name, why in idle_fields(self.args, defaults()).items():
+        for name, why in idle_fields(self.args, default_values()).items():
             logger.warning(f"You set `{name}`, which has no effect here: {why}.")
         line = correction_line(self.args)
         if line is not None and self.accelerator.is_main_process:

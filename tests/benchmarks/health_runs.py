@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from conftest import chat_tokenizer, config, tiny_model
+from conftest import add, chat_tokenizer, config, tiny_model
 from datasets import Dataset
 from peft import LoraConfig
 from simulated_runs import FAULTS, SOUND, alarms, facts_of, simulate, weakest
@@ -76,17 +76,6 @@ KINDS = {
     "scaled by batch": {"scale_rewards": "batch"},
     "truncated rollouts masked": {"mask_truncated_completions": True},
 }  # fmt: skip
-
-
-def add(a: int, b: int) -> int:
-    """
-    Add two numbers.
-
-    Args:
-        a: First.
-        b: Second.
-    """
-    return a + b
 
 
 def question(a, b):

@@ -107,11 +107,11 @@ def _warnings() -> Iterator[dict[str, str]]:
     """What the package warns of meanwhile, such as a tool that the chat template does not show whole, by subject."""
     said: dict[str, str] = {}
 
-    def keep(record: logging.LogRecord) -> None:
-        said.setdefault(record.getMessage(), getattr(record, "subject", "construction"))
+    class Keeper(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.setdefault(record.getMessage(), getattr(record, "subject", "construction"))
 
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = keep  # type: ignore[method-assign]
+    handler = Keeper(logging.WARNING)
     logger = logging.getLogger(__package__.partition(".")[0])
     logger.addHandler(handler)
     try:

@@ -1,6 +1,6 @@
 """Curves as SVG: one small panel for each metric, readable without a script.
 
-Owns which metrics are shown first and how a panel is drawn; `template/curves.js` adds the values under the pointer.
+Some metrics are shown first; `template/curves.js` adds the values under the pointer.
 """
 
 import html

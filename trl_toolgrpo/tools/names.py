@@ -141,7 +141,6 @@ class _ToolNames:
                     return tool, False
         return None
 
-
     def sharing(self, name: str) -> str | None:
         """A tool whose telling words are among those of a name, or the other way round."""
         mine = _telling(_words(name))

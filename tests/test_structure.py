@@ -14,6 +14,7 @@ PACKAGE = Path(trl_toolgrpo.__file__).parent
 ORDER = [
     "version",
     "errors",
+    "types",
     "redaction",
     "batch_position",
     "model_settings",

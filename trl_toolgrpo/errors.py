@@ -1,11 +1,31 @@
-"""One exception type per boundary. Fed by every module; imports nothing of the package.
+"""One exception type for each boundary.
 
 Each type is also a standard-library type, so `except ValueError` and `except TimeoutError` keep working.
 """
 
 
 class ToolGRPOError(Exception):
-    """Base of every error this package raises on purpose."""
+    """
+    Base of every error that this package raises on purpose.
+
+    Args:
+        *args (`object`):
+            The message: what was passed, and why it cannot work.
+        remedy (`str`, *optional*, defaults to `""`):
+            What to do about it, in a sentence. `str(error)` ends with it.
+    """
+
+    def __init__(self, *args: object, remedy: str = "") -> None:
+        super().__init__(*args)
+        self.remedy = remedy
+
+    @property
+    def message(self) -> str:
+        """What is wrong, without the remedy."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.remedy}".strip()
 
 
 class ConfigError(ToolGRPOError, ValueError):
@@ -40,10 +60,12 @@ class EnvironmentTimeoutError(ToolTimeoutError):
             What did not answer.
         environment (`object`, *optional*):
             The instance.
+        remedy (`str`, *optional*, defaults to `""`):
+            What to do about it.
     """
 
-    def __init__(self, message: str, environment: object | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, environment: object | None = None, *, remedy: str = "") -> None:
+        super().__init__(message, remedy=remedy)
         self.environment = environment
 
 

@@ -1,8 +1,7 @@
 """Success by task and difficulty of a base model, a trained adapter or a model on the Hub, with confidence intervals.
 
-Owns the command line; the rollouts are those of the trainer's own evaluation, sampled as in training, the tasks and
-their judges are those of the recipes. What a run was trained on and how its rollouts were sampled is read from its
-output folder.
+The rollouts are those of the trainer's own evaluation, sampled as in training. What a run was trained on and how its
+rollouts were sampled is read from its output folder.
 
     python recipes/evaluate.py --model outputs/tiny_cpu
     python recipes/evaluate.py --model Qwen/Qwen3-0.6B --task workspace simple_python multiple multi_turn_base
@@ -15,22 +14,20 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from bfcl import build_bfcl
-from bfcl_multi_turn import MultiTurn
-from evaluation import RunSettings, TaskResult, as_table, write_json
 from peft import PeftConfig, PeftModel
-from qwen3_tools import resolve_model
 from rich.console import Console
-from scoreboard import Scoreboard
-from task import Task
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, get_quantization_config
-from workspace import build_workspace
 
 from trl_toolgrpo import ToolGRPOConfig, ToolGRPOTrainer
+from trl_toolgrpo.recipes.bfcl import MultiTurn, build_bfcl
+from trl_toolgrpo.recipes.evaluation.results import RunSettings, TaskResult, as_table, write_json
+from trl_toolgrpo.recipes.evaluation.scoreboard import Scoreboard
+from trl_toolgrpo.recipes.models import resolve_model
+from trl_toolgrpo.recipes.task import Task
+from trl_toolgrpo.recipes.workspace import build_workspace
 
 
 TASKS: dict[str, Callable[[int, RunSettings], Task]] = {
@@ -69,16 +66,18 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def settings_of(given: argparse.Namespace) -> RunSettings:
-    """The run's own settings, with what the command line sets instead."""
+    """Return the run's own settings, with what the command line sets instead."""
     run = RunSettings.load(given.model)
     names = ("question_seed", "temperature", "max_completion_length", "max_tool_calling_iterations")
     changes = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     return replace(run, **changes, **({} if given.limit is None else {"held_out_size": given.limit}))
 
 
-def load_policy(name: str, dtype: str, run: RunSettings | None = None) -> tuple[Any, Any]:
+def load_policy(
+    name: str, dtype: str, run: RunSettings | None = None
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """
-    A model and its tokenizer.
+    Load a model and its tokenizer.
 
     Args:
         name (`str`):
@@ -104,9 +103,14 @@ def load_policy(name: str, dtype: str, run: RunSettings | None = None) -> tuple[
 
 
 def build_evaluator(
-    task: Task, policy: Any, tokenizer: Any, run: RunSettings, given: argparse.Namespace, folder: str
+    task: Task,
+    policy: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    run: RunSettings,
+    given: argparse.Namespace,
+    folder: str,
 ) -> tuple[ToolGRPOTrainer, Scoreboard]:
-    """The trainer, of which only the evaluation is used, and the scoreboard that records it."""
+    """Return a trainer, of which only the evaluation is used, and the scoreboard that records it."""
     scoreboard = Scoreboard(task)
     on_cpu = not torch.cuda.is_available()
     args = ToolGRPOConfig(
@@ -137,7 +141,13 @@ def build_evaluator(
     return trainer, scoreboard
 
 
-def evaluate(name: str, policy: Any, tokenizer: Any, run: RunSettings, given: argparse.Namespace) -> TaskResult:
+def evaluate(
+    name: str,
+    policy: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    run: RunSettings,
+    given: argparse.Namespace,
+) -> TaskResult:
     """
     Evaluate on one task.
 
@@ -173,7 +183,7 @@ def evaluate(name: str, policy: Any, tokenizer: Any, run: RunSettings, given: ar
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     given = parse_arguments(sys.argv[1:])
 
     run = settings_of(given)

@@ -1,7 +1,4 @@
-"""What a recipe trains on: questions, the world they are asked in, and the judgement of a rollout.
-
-Owns the two records every task of this folder shares; imports nothing of it.
-"""
+"""What a recipe trains on: questions, the world they are asked in, and the verdict on a rollout."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,11 +6,13 @@ from typing import Any
 
 from datasets import Dataset
 
+from trl_toolgrpo.types import Message, Row
+
 
 @dataclass(frozen=True)
 class Verdict:
     """
-    Judgement of one rollout.
+    The verdict on one rollout.
 
     Args:
         success (`bool`):
@@ -49,12 +48,12 @@ class Task:
     train: Dataset
     held_out: Dataset
     environment_factory: Callable[[], Any] | None
-    judge: Callable[[list[dict[str, Any]], Any, dict[str, Any]], Verdict]
+    judge: Callable[[list[Message], Any, Row], Verdict]
 
 
-def final_answer(completion: list[dict[str, Any]]) -> str:
+def final_answer(completion: list[Message]) -> str:
     """
-    Text of the final assistant message.
+    Return the text of the final assistant message.
 
     Args:
         completion (`list[dict]`):

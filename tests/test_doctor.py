@@ -255,7 +255,7 @@ def test_rollouts_that_say_little_are_noted():
 
 def test_the_configuration_of_the_recipe_is_the_one_examined(tmp_path):
     sys.path.insert(0, str(RECIPES))
-    from qwen3_tools import make_trainer
+    from trl_toolgrpo.recipes.qwen3_tools import make_trainer
 
     with pytest.raises(ValueError, match="num_generations"):
         make_trainer(["--config", str(RECIPES / "tiny_cpu.yaml"), "--bf16", "false", "--num_generations", "1"])

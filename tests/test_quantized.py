@@ -1,8 +1,6 @@
 """QLoRA on a CPU: the recipe's flags, rollouts of a 4-bit policy, and optimizers that keep their state in 8 bits."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,13 +13,10 @@ from trl import get_peft_config, get_quantization_config
 
 from trl_toolgrpo import ConfigError, ToolGRPOTrainer, ValueHead
 from trl_toolgrpo.quantized import keep_trainable
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-from evaluate import load_policy
-from evaluation import RunSettings
-from qwen3_tools import build_task, build_trainer, parse_arguments
+from trl_toolgrpo.recipes.arguments import parse_arguments
+from trl_toolgrpo.recipes.evaluate import load_policy
+from trl_toolgrpo.recipes.evaluation.results import RunSettings
+from trl_toolgrpo.recipes.qwen3_tools import build_task, build_trainer
 
 
 def quantized(folder, path, *flags):

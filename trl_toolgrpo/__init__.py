@@ -2,6 +2,7 @@
 
 from .checkpoint import find_checkpoint
 from .config import ToolGRPOConfig
+from .config_parser import ToolGRPOParser
 from .errors import (
     ChatTemplateError,
     CheckpointError,
@@ -32,6 +33,7 @@ from .errors import (
 )
 from .identity import keep_batch_size
 from .memory import MemoryEstimate, ModelShape, estimate_memory
+from .output_folder import check_output_dir, earlier_runs
 from .rollout_log import read_rollouts
 from .tools.mcp_config import MCPServer
 from .tools.mcp_session import MCPSession
@@ -70,6 +72,7 @@ __all__ = [
     "ToolCall",
     "ToolGRPOConfig",
     "ToolGRPOError",
+    "ToolGRPOParser",
     "ToolGRPOTrainer",
     "ToolNameError",
     "ToolResult",
@@ -83,6 +86,8 @@ __all__ = [
     "ValueHead",
     "ValueHeadError",
     "__version__",
+    "check_output_dir",
+    "earlier_runs",
     "estimate_memory",
     "find_checkpoint",
     "keep_batch_size",

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import sys
 import time
 from collections import defaultdict
 from contextlib import nullcontext
@@ -12,14 +11,12 @@ from pathlib import Path
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-sys.path.insert(0, str(RECIPES))
-
 import torch
-from bfcl import BFCLEnvironment, build_bfcl
-from smollm2 import convert_smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.chat_template_utils import add_response_schema
 
+from trl_toolgrpo.recipes.bfcl.task import BFCLEnvironment, build_bfcl
+from trl_toolgrpo.recipes.models.smollm2 import convert_smollm2
 from trl_toolgrpo.rollout import model_sampler
 from trl_toolgrpo.rollout.chat import ToolChat
 from trl_toolgrpo.rollout.constraint import CallConstraints, GrammarConstraint

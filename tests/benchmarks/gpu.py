@@ -306,10 +306,11 @@ def step(run: Run, record: Record) -> None:
 
 def smollm2(run: Run, record: Record) -> None:
     """The recipe for SmolLM2 on BFCL, for as long as there is time; in a dry run with a tiny model."""
-    sys.path.insert(0, str(ROOT / "recipes"))
-    import qwen3_tools
+    import trl_toolgrpo
 
+    trl_toolgrpo.__path__.append(str(ROOT))  # finds the recipes of a checkout that is not installed
     from trl_toolgrpo import LogprobMismatchError
+    from trl_toolgrpo.recipes import qwen3_tools
 
     began = time.time()
     flags = recipe_flags(run, Path(tempfile.mkdtemp()))
@@ -336,7 +337,7 @@ def smollm2(run: Run, record: Record) -> None:
 
 def recipe_flags(run: Run, folder: Path) -> list[str]:
     """The recipe's command line, with its model in place."""
-    from smollm2 import convert_smollm2
+    from trl_toolgrpo.recipes.models.smollm2 import convert_smollm2
 
     if run.dry_run:
         model = tiny_weights(folder / "tiny")

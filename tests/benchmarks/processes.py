@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 HERE = Path(__file__).parents[1]
-sys.path[:0] = [str(HERE), str(HERE.parent / "recipes")]
+sys.path.insert(0, str(HERE))
 
 WORKER = "--worker"
 
@@ -31,9 +31,10 @@ def worker(folder: str, steps: int, rollouts: int) -> None:
 
     import torch
     from conftest import chat_tokenizer, config, tiny_model
-    from workspace import WorkspaceEnvironment, build_workspace
 
     from trl_toolgrpo import ToolGRPOTrainer
+    from trl_toolgrpo.recipes.workspace.environment import WorkspaceEnvironment
+    from trl_toolgrpo.recipes.workspace.task import build_workspace
 
     torch.set_num_threads(1)
     tokenizer = chat_tokenizer()

@@ -1,6 +1,6 @@
 """Peak memory of LoRA and of QLoRA on a CPU: a few steps of a recipe with each, in processes of their own.
 
-    python recipes/smollm2.py --output smollm2 && python tests/benchmarks/qlora.py smollm2
+    python -m trl_toolgrpo.recipes.models.smollm2 --output smollm2 && python tests/benchmarks/qlora.py smollm2
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """What a verified sync of the reference costs: a rank-16 adapter on all linear layers of SmolLM2-135M, in both modes.
 Then what a reference that is synced costs the steps between, against TRL's reference of a LoRA run, which never moves.
 
-    python recipes/smollm2.py --output smollm2 && python tests/benchmarks/reference.py smollm2
+    python -m trl_toolgrpo.recipes.models.smollm2 --output smollm2 && python tests/benchmarks/reference.py smollm2
 """
 
 import argparse

@@ -10,7 +10,6 @@ on a busy machine it takes that from training.
 import argparse
 import functools
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -20,8 +19,6 @@ from typing import Any
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-sys.path[:0] = [str(RECIPES)]
-
 
 class Meter:
     """Adds up the time of calls by kind, without the calls of the same kind inside them."""
@@ -59,18 +56,17 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="folder of a model that is there already")
     arguments, more = parser.parse_known_args()
 
-    from qwen3_tools import build_task, build_trainer, keep_freed_memory, parse_arguments
-
     from trl_toolgrpo import health_watch, run_log
     from trl_toolgrpo.health_rollouts import ROLLOUT_RULES
     from trl_toolgrpo.health_updates import UPDATE_RULES
+    from trl_toolgrpo.recipes.arguments import parse_arguments
+    from trl_toolgrpo.recipes.qwen3_tools import build_task, build_trainer
 
     folder = tempfile.mkdtemp()
     flags = ["--config", arguments.config, "--output_dir", folder, "--max_steps", str(arguments.steps)]
     flags += ["--held_out_size", "8", "--sample_every", "0", *more]
     flags += ["--model_name_or_path", arguments.model] if arguments.model else []
     recipe, training, model = parse_arguments(flags, {})
-    keep_freed_memory()
     trainer, _ = build_trainer(build_task(recipe, training), recipe, training, model)
     training.eval_on_start = False
 

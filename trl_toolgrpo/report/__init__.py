@@ -3,7 +3,8 @@
 Owns what the page shows and how it is packed; reads what a run leaves in its output folder, and nothing else.
 """
 
+from .folder import read_folder
 from .page import Report, build_report
 
 
-__all__ = ["Report", "build_report"]
+__all__ = ["Report", "build_report", "read_folder"]

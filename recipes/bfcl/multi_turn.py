@@ -1,9 +1,8 @@
 """BFCL `multi_turn_base`: 200 tasks of the Berkeley Function Calling Leaderboard that a user brings up turn by turn,
 in worlds that keep their state (a file system, a car, a stock broker, ...).
 
-Owns the worlds, the user's turns and the judgement, which is the leaderboard's own checker; the worlds are its own
-classes as well. Each turn of the user is a rollout on what was said before, in the world as it was left. Feeds
-`evaluate.py`.
+The worlds and the checker that judges a task are the leaderboard's own. Each turn of the user is a rollout that
+continues the conversation so far, in the world as it was left.
 """
 
 import copy
@@ -17,13 +16,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from bfcl import read_questions, to_json_schema
 from datasets import Dataset
-from task import Task, Verdict
 
 from trl_toolgrpo import Tool
+from trl_toolgrpo.types import JSONObject, JSONValue, Message, Row
+
+from ..task import Task, Verdict
+from .task import read_questions, to_json_schema
 
 
 CATEGORY = "multi_turn_base"
@@ -53,12 +53,12 @@ class World:
             Whether a turn did not come to its end.
     """
 
-    entry: dict[str, Any]
+    entry: JSONObject
     truth: list[list[str]]
     tools: list[Tool] = field(default_factory=list)
     calls: list[list[str]] = field(default_factory=list)
-    prompt: list[dict[str, Any]] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
+    prompt: list[Message] = field(default_factory=list)
+    history: list[Message] = field(default_factory=list)
     ended: bool = False
 
 
@@ -79,7 +79,7 @@ class MultiTurnEnvironment:
         self.tools: list[Tool] = []
         self._worlds = worlds
 
-    def reset(self, row_id: str, turn: int, **row: Any) -> None:
+    def reset(self, row_id: str, turn: int, **row: object) -> None:
         """
         Take up a turn.
 
@@ -125,14 +125,14 @@ class MultiTurn:
         first = Dataset.from_list(self._rows(0))
         return Task(first, first, partial(MultiTurnEnvironment, self.worlds), self.judge)
 
-    def turns(self) -> Iterator[list[dict[str, Any]]]:
+    def turns(self) -> Iterator[list[Message]]:
         """The rows of each turn; the rollouts of one have to be judged before the next is asked for."""
         for turn in range(max(len(world.entry["question"]) for world in self.worlds.values())):
             rows = self._rows(turn)
             if rows:
                 yield rows
 
-    def _rows(self, turn: int) -> list[dict[str, Any]]:
+    def _rows(self, turn: int) -> list[Message]:
         # A list, since a table would merge the arguments of calls of different tools
         rows = []
         for row_id, world in self.worlds.items():
@@ -144,7 +144,7 @@ class MultiTurn:
                 rows.append({**row, "turn": turn})
         return rows
 
-    def judge(self, completion: list[dict[str, Any]], environment: Any, row: dict[str, Any]) -> Verdict:
+    def judge(self, completion: list[Message], environment: MultiTurnEnvironment, row: Row) -> Verdict:
         """
         Judge a turn: the last one of a task by the leaderboard's checker.
 
@@ -169,7 +169,7 @@ class MultiTurn:
         return verdict
 
 
-def open_world(entry: dict[str, Any], truth: list[list[str]]) -> World:
+def open_world(entry: JSONObject, truth: list[list[str]]) -> World:
     """
     A task's world as it is at the beginning.
 
@@ -207,12 +207,11 @@ def check(world: World) -> bool:
             del played[variable]
 
 
-def _call(world: World, method: Callable[..., Any], /, **arguments: Any) -> Any:
+def _call(world: World, method: Callable[..., object], /, **arguments: JSONValue) -> object:
     world.calls[-1].append(f"{method.__name__}({', '.join(f'{name}={value!r}' for name, value in arguments.items())})")
     return method(**arguments)
 
 
-def _documentation(name: str) -> list[dict[str, Any]]:
-    spec: Any = importlib.util.find_spec("bfcl_eval")
-    file = Path(spec.submodule_search_locations[0]) / "data" / "multi_turn_func_doc" / name
+def _documentation(name: str) -> list[Message]:
+    file = Path(importlib.import_module("bfcl_eval").__path__[0]) / "data" / "multi_turn_func_doc" / name
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]

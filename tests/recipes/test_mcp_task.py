@@ -10,15 +10,13 @@ import yaml
 from test_mcp import Run
 
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 SERVERS = RECIPES.parent / "outputs" / "servers"
-sys.path.insert(0, str(RECIPES))
-
-import mcp_task
-from qwen3_tools import parse_arguments, resolve_servers
-from server_environment import make_environment
-
 from trl_toolgrpo import ToolResult
+from trl_toolgrpo.recipes.arguments import parse_arguments
+from trl_toolgrpo.recipes.mcp_company import demonstrations
+from trl_toolgrpo.recipes.mcp_company import task as mcp_task
+from trl_toolgrpo.recipes.mcp_company.servers import make_environment, resolve_servers
 from trl_toolgrpo.tools.mcp_config import read_servers
 
 
@@ -34,7 +32,7 @@ class Servers:
 
     def call(self, tool, **arguments):
         if tool == "convert_time":
-            return ToolResult(mcp_task.converted(**arguments))
+            return ToolResult(demonstrations.converted(**arguments))
         return ToolResult(str([dict(row) for row in self.database.execute(arguments["query"])]))
 
 
@@ -59,16 +57,16 @@ def rows(kind, count=3):
 def test_a_demonstration_without_a_slip_succeeds(tmp_path, kind):
     for row in rows(kind):
         servers = Servers(mcp_task.make_company(tmp_path))
-        verdict = mcp_task.judge(play(mcp_task.demonstrate(row, 0.0), servers), servers, row)
+        verdict = mcp_task.judge(play(demonstrations.demonstrate(row, 0.0), servers), servers, row)
         assert (verdict.success, verdict.reward, verdict.valid_call) == (True, 1.0, True)
 
 
 def test_short_of_a_success_there_is_part_of_the_reward(tmp_path):
     row = rows("change")[0]
     servers = Servers(mcp_task.make_company(tmp_path))
-    slip = mcp_task.judge(play(mcp_task.demonstrate(row, 1.0), servers), servers, row)
+    slip = mcp_task.judge(play(demonstrations.demonstrate(row, 1.0), servers), servers, row)
     assert (slip.success, round(slip.reward, 3)) == (False, 0.4)
-    done = play(mcp_task.demonstrate(row, 0.0), servers)
+    done = play(demonstrations.demonstrate(row, 0.0), servers)
     wrong = mcp_task.judge([*done[:-1], {"role": "assistant", "content": "1"}], servers, row)
     assert (wrong.success, round(wrong.reward, 3)) == (False, 0.3)
     assert mcp_task.judge([{"role": "assistant", "content": "1"}], servers, rows("time")[0]).reward == 0.0
@@ -78,7 +76,7 @@ def test_a_database_that_changed_for_no_reason_is_no_success(tmp_path):
     row = rows("salary")[0]
     servers = Servers(mcp_task.make_company(tmp_path))
     servers.database.execute("UPDATE employees SET salary = 1 WHERE name != ?", [row["name"]])
-    assert not mcp_task.judge(play(mcp_task.demonstrate(row, 0.0), servers), servers, row).success
+    assert not mcp_task.judge(play(demonstrations.demonstrate(row, 0.0), servers), servers, row).success
 
 
 def test_held_out_questions_are_about_people_of_their_own(tmp_path):
@@ -92,9 +90,8 @@ def test_the_output_folder_is_filled_in(tmp_path):
     arguments = ["--config", str(RECIPES / "mcp.yaml"), "--output_dir", str(tmp_path / 'a "b"')]
     recipe, training, _ = parse_arguments(arguments, {})
     assert recipe.server_packages == RECIPE["server_packages"]
-    recipe.server_packages = None
     (tmp_path / 'a "b"' / "company").mkdir(parents=True)
-    sqlite, clock = read_servers(resolve_servers(recipe, training))
+    sqlite, clock = read_servers(resolve_servers(recipe.mcp_servers, None, recipe.server_folder, training))
     assert sqlite.files == str(tmp_path / 'a "b"' / "company") and sqlite.per_rollout and not clock.per_rollout
 
 
@@ -117,7 +114,7 @@ def real_servers(tmp_path, monkeypatch, command):
     if (SERVERS / "packages.txt").is_file():
         monkeypatch.setenv("PATH", str(SERVERS / "bin"), prepend=":")
     elif command == "mcp-server-sqlite":
-        pytest.skip(f"{SERVERS} is not there; recipes/server_environment.py makes it")
+        pytest.skip(f"{SERVERS} is not there; `python -m trl_toolgrpo.recipes.mcp_company.servers` makes it")
     mcp_task.make_company(tmp_path / "company")
     text = yaml.safe_dump(RECIPE["mcp_servers"]).replace("{output_dir}", str(tmp_path))
     return [server for server in read_servers(yaml.safe_load(text)) if server.command == command]
@@ -127,13 +124,13 @@ def real_servers(tmp_path, monkeypatch, command):
 def test_the_real_servers_answer_as_the_demonstrations_say(tmp_path, monkeypatch, command):
     run = Run(*real_servers(tmp_path, monkeypatch, command), timeout=60.0)
     try:
-        expected = mcp_task.demonstration_tools()
+        expected = demonstrations.demonstration_tools()
         described = {tool["function"]["name"]: tool["function"]["parameters"] for tool in expected}
         for tool in run.mcp.tools:
             assert list(tool.parameters["properties"]) == list(described[tool.name]["properties"])
         for kind in ["time"] if command == "mcp-server-time" else ["salary", "change"]:
             row, session = rows(kind, 1)[0], run.mcp.session()
-            *messages, last = mcp_task.demonstrate(row, 0.0)[2:]
+            *messages, last = demonstrations.demonstrate(row, 0.0)[2:]
             calls = [call["function"] for message in messages for call in message.get("tool_calls", ())]
             told = [session.call(call["name"], **call["arguments"]) for call in calls]
             assert not any(result.is_error for result in told)

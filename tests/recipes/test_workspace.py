@@ -4,8 +4,6 @@ hand."""
 import json
 import random
 import sqlite3
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,15 +11,13 @@ import torch
 from transformers import TrainerControl, TrainerState
 from trl.chat_template_utils import get_training_chat_template
 
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-from scoreboard import Rates, Scoreboard, comparison, success_rates
-from task import Verdict, final_answer
-from tiny_model import build_tokenizer, workspace_tools
-from warm_start import batches_by_length, demonstrate, encode
-from workspace import WorkspaceEnvironment, answers, build_workspace, judge
-
+from trl_toolgrpo.recipes.evaluation.scoreboard import Rates, Scoreboard, comparison, success_rates
+from trl_toolgrpo.recipes.models.tiny_qwen3 import build_tokenizer, workspace_tools
+from trl_toolgrpo.recipes.models.warm_start import batches_by_length, encode
+from trl_toolgrpo.recipes.task import Verdict, final_answer
+from trl_toolgrpo.recipes.workspace.demonstrations import demonstrate
+from trl_toolgrpo.recipes.workspace.environment import WorkspaceEnvironment
+from trl_toolgrpo.recipes.workspace.task import answers, build_workspace, judge
 from trl_toolgrpo.tools.functions import environment_tools
 
 

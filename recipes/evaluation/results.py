@@ -1,18 +1,16 @@
-"""What an evaluation found: rates with confidence intervals, as a table and as JSON; and what a run was set to.
-
-Owns the arithmetic and the two records; fed by `evaluate.py`, which makes the rollouts, and by `qwen3_tools.py`, which
-leaves its settings in the output folder.
-"""
+"""What an evaluation found, as rates with confidence intervals, and the settings of the run that it evaluates."""
 
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
-from task import Verdict
+
+from trl_toolgrpo.types import JSONObject
+
+from ..task import Verdict
 
 
 SETTINGS = "recipe.json"
@@ -41,21 +39,21 @@ class RunSettings:
     temperature: float = 1.0
     max_completion_length: int = 512
     max_tool_calling_iterations: int | None = 8
-    chat_template_kwargs: dict[str, Any] | None = field(default_factory=lambda: {"enable_thinking": False})
+    chat_template_kwargs: JSONObject | None = field(default_factory=lambda: {"enable_thinking": False})
     load_in_4bit: bool = False
     load_in_8bit: bool = False
     bnb_4bit_quant_type: str = "nf4"
     use_bnb_nested_quant: bool = False
 
     @classmethod
-    def of(cls, *sources: Any) -> "RunSettings":
-        """The settings among the attributes of other records."""
+    def of(cls, *sources: object) -> "RunSettings":
+        """Return the settings found among the attributes of other records."""
         found = {f.name: getattr(source, f.name) for source in sources for f in fields(cls) if hasattr(source, f.name)}
         return cls(**found)
 
     @classmethod
     def load(cls, folder: str | Path) -> "RunSettings":
-        """Those that a run left in its output folder, for its checkpoints too; the defaults where there are none."""
+        """Read the settings in a run's output folder, also for its checkpoints; without any, return the defaults."""
         file = Path(folder) / SETTINGS
         if not file.is_file() and Path(folder).name.startswith("checkpoint-"):
             file = Path(folder).parent / SETTINGS
@@ -63,7 +61,7 @@ class RunSettings:
         return cls(**{name: value for name, value in known.items() if name in {f.name for f in fields(cls)}})
 
     def save(self, folder: str | Path) -> None:
-        """Leave them in an output folder."""
+        """Write the settings to an output folder."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / SETTINGS).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
 
@@ -75,7 +73,7 @@ class Rate:
 
     Args:
         successes, questions (`int`):
-            Of how many how many.
+            How many of how many.
         rate, low, high (`float`):
             The share and the bounds of its interval.
     """
@@ -88,7 +86,7 @@ class Rate:
 
     @classmethod
     def of(cls, outcomes: Sequence[bool]) -> "Rate":
-        """The rate of some outcomes, at least one."""
+        """Return the rate of at least one outcome."""
         return cls(sum(outcomes), len(outcomes), sum(outcomes) / len(outcomes), *wilson(sum(outcomes), len(outcomes)))
 
     def __str__(self) -> str:
@@ -97,11 +95,11 @@ class Rate:
 
 def wilson(successes: int, questions: int, z: float = 1.959964) -> tuple[float, float]:
     """
-    Wilson's score interval for a share (https://doi.org/10.1080/01621459.1927.10502953).
+    Compute Wilson's score interval for a share (https://doi.org/10.1080/01621459.1927.10502953).
 
     Args:
         successes, questions (`int`):
-            Of how many how many; at least one question.
+            How many of how many; at least one question.
         z (`float`, *optional*, defaults to `1.959964`):
             Normal quantile; the default is for 95%.
 
@@ -139,7 +137,7 @@ class TaskResult:
     @classmethod
     def of(cls, task: str, records: Sequence[tuple[str, int, Verdict]]) -> "TaskResult":
         """
-        The result of some rollouts.
+        Return the result of some rollouts.
 
         Args:
             task (`str`):
@@ -164,7 +162,7 @@ class TaskResult:
 
 def as_table(model: str, results: Sequence[TaskResult]) -> Table:
     """
-    The results as a table for the console.
+    Return the results as a table for the console.
 
     Args:
         model (`str`):
@@ -187,9 +185,9 @@ def as_table(model: str, results: Sequence[TaskResult]) -> Table:
     return table
 
 
-def write_json(file: Path, model: str, settings: dict[str, Any], results: Sequence[TaskResult]) -> None:
+def write_json(file: Path, model: str, settings: JSONObject, results: Sequence[TaskResult]) -> None:
     """
-    Write the results.
+    Write the results as JSON.
 
     Args:
         file (`Path`):

@@ -12,7 +12,7 @@ from conftest import chat_tokenizer, tiny_model
 
 
 pytestmark = pytest.mark.long
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def launch(folder, config, *flags):

@@ -1,7 +1,7 @@
 """Whether a call answers a question of the Berkeley Function Calling Leaderboard, by its published answers.
 
-Owns the comparison of arguments with accepted values, by the rules of the leaderboard's own AST checker for Python
-(https://gorilla.cs.berkeley.edu/blogs/8_berkeley_function_calling_leaderboard.html); pure functions, fed by `bfcl.py`.
+The rules are those of the leaderboard's own AST checker for Python
+(https://gorilla.cs.berkeley.edu/blogs/8_berkeley_function_calling_leaderboard.html).
 
 A published answer lists for each parameter the values that are accepted; an empty string among them says that the
 parameter may be left out. A float takes an integer too, an integer no float. Strings are compared without case, spaces
@@ -11,7 +11,8 @@ variables.
 """
 
 import re
-from typing import Any
+
+from trl_toolgrpo.types import JSONObject, JSONValue
 
 
 TYPES: dict[str, type] = {
@@ -28,7 +29,7 @@ TYPES: dict[str, type] = {
 _IGNORED = re.compile(r"[ ,./\-_*^]")
 
 
-def matches(arguments: dict[str, Any], accepted: dict[str, list], parameters: dict[str, Any]) -> bool:
+def matches(arguments: JSONObject, accepted: dict[str, list], parameters: JSONObject) -> bool:
     """
     Whether the arguments of a call are right.
 
@@ -50,7 +51,7 @@ def matches(arguments: dict[str, Any], accepted: dict[str, list], parameters: di
     return share_matched(arguments, accepted, parameters) == 1.0
 
 
-def share_matched(arguments: dict[str, Any], accepted: dict[str, list], parameters: dict[str, Any]) -> float:
+def share_matched(arguments: JSONObject, accepted: dict[str, list], parameters: JSONObject) -> float:
     """
     Share of the arguments that are right, of those given and those missing.
 
@@ -70,12 +71,12 @@ def share_matched(arguments: dict[str, Any], accepted: dict[str, list], paramete
     return sum(right) / max(len(right) + len(missing), 1) if right or missing else 1.0
 
 
-def value_matches(value: Any, accepted: list, schema: dict[str, Any]) -> bool:
+def value_matches(value: JSONValue, accepted: list, schema: JSONObject) -> bool:
     """
     Whether an argument has one of the accepted values.
 
     Args:
-        value (`Any`):
+        value (`object`):
             The argument.
         accepted (`list`):
             Accepted values.
@@ -95,15 +96,15 @@ def value_matches(value: Any, accepted: list, schema: dict[str, Any]) -> bool:
     if written_otherwise or declared in (int, float, bool):
         return value in accepted
     if declared is str:
-        return _plain(value) in [_plain(entry) for entry in accepted if isinstance(entry, str)]
+        return _normalized(value) in [_normalized(entry) for entry in accepted if isinstance(entry, str)]
     if declared is dict:
         return any(_dict_matches(value, entry) for entry in accepted if entry != "")
     if inner is dict:
         return any(_dicts_match(value, entry) for entry in accepted)
-    return _plain_all(value) in [_plain_all(entry) for entry in accepted]
+    return _all_normalized(value) in [_all_normalized(entry) for entry in accepted]
 
 
-def _has_type(value: Any, accepted: list, declared: type, inner: type | None) -> bool:
+def _has_type(value: JSONValue, accepted: list, declared: type, inner: type | None) -> bool:
     if type(value) is not declared:
         return type(value) is _type_of(accepted)
     if inner is None:
@@ -119,21 +120,23 @@ def _type_of(accepted: list) -> type | None:
     return next((type(entry) for entry in accepted if entry != ""), None)
 
 
-def _plain(value: Any) -> Any:
+def _normalized(value: JSONValue) -> JSONValue:
     return _IGNORED.sub("", value).lower().replace("'", '"') if isinstance(value, str) else value
 
 
-def _plain_all(values: Any) -> list:
-    return [_plain(value) for value in values]
+def _all_normalized(values: JSONValue) -> list:
+    return [_normalized(value) for value in values]
 
 
-def _dict_matches(value: dict[str, Any], accepted: dict[str, list]) -> bool:
+def _dict_matches(value: JSONObject, accepted: dict[str, list]) -> bool:
     if any("" not in values for name, values in accepted.items() if name not in value):
         return False
-    return all(name in accepted and _plain(entry) in _plain_all(accepted[name]) for name, entry in value.items())
+    return all(
+        name in accepted and _normalized(entry) in _all_normalized(accepted[name]) for name, entry in value.items()
+    )
 
 
-def _dicts_match(values: list[dict[str, Any]], accepted: list[dict[str, list]]) -> bool:
+def _dicts_match(values: list[JSONObject], accepted: list[dict[str, list]]) -> bool:
     if len(values) != len(accepted):
         return False
     return all(

@@ -1,9 +1,7 @@
 """BFCL `simple_python` and `multiple`: 400 and 200 real questions of the Berkeley Function Calling Leaderboard, each
 with a function of its own, or two to four of which one is right.
 
-Owns the reading of the questions, the mapping of the leaderboard's schemas to JSON Schema and the judgement of a
-rollout; the comparison with the published answers is in `bfcl_answers.py`. The questions come from the installed
-`bfcl-eval` package, which is not imported, or from a data set on the Hub. Feeds `qwen3_tools.py` and `evaluate.py`.
+The questions come from the installed `bfcl-eval` package, which is not imported, or from a data set on the Hub.
 """
 
 import importlib.util
@@ -12,13 +10,14 @@ import random
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from bfcl_answers import matches, share_matched
 from datasets import Dataset, load_dataset
-from task import Task, Verdict
 
 from trl_toolgrpo import Tool
+from trl_toolgrpo.types import JSONObject, JSONValue, Message, Row
+
+from ..task import Task, Verdict
+from .answers import matches, share_matched
 
 
 QUESTIONS = "BFCL_v4_{category}.json"
@@ -44,9 +43,9 @@ class BFCLEnvironment:
 
     def __init__(self) -> None:
         self.tools: list[Tool] = []
-        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.calls: list[tuple[str, JSONObject]] = []
 
-    def reset(self, function: str, **row: Any) -> None:
+    def reset(self, function: str, **row: object) -> None:
         """
         Take up a question.
 
@@ -61,12 +60,12 @@ class BFCLEnvironment:
             parameters, record = to_json_schema(described["parameters"]), partial(self._record, name)
             self.tools.append(Tool(name, described["description"], parameters, record, ends_rollout=True))
 
-    def _record(self, function: str, /, **arguments: Any) -> str:
+    def _record(self, function: str, /, **arguments: JSONValue) -> str:
         self.calls.append((function, arguments))
         return "Done."
 
 
-def functions_of(function: str) -> dict[str, dict[str, Any]]:
+def functions_of(function: str) -> dict[str, JSONObject]:
     """The functions in a row's JSON text by their names as identifiers."""
     described = json.loads(function)
     return {identifier(one["name"]): one for one in (described if isinstance(described, list) else [described])}
@@ -118,7 +117,7 @@ def build_bfcl(
 
 def read_questions(
     dataset_name: str | None = None, category: str = "simple_python"
-) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+) -> list[tuple[JSONObject, JSONObject]]:
     """
     The questions and their published answers, as the leaderboard writes them.
 
@@ -153,7 +152,7 @@ def read_questions(
     return [(question, by_id[question["id"]]) for question in questions]
 
 
-def _row(question: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+def _row(question: JSONObject, answer: JSONObject) -> JSONObject:
     """A row of the task, without its split. Difficulty is the number of required arguments, from 1 to 3, or the number
     of functions to choose from."""
     functions = question["function"]
@@ -174,7 +173,7 @@ def identifier(name: str) -> str:
     return re.sub(r"\W", "_", name)
 
 
-def to_json_schema(schema: dict[str, Any]) -> dict[str, Any]:
+def to_json_schema(schema: JSONObject) -> JSONObject:
     """
     One of the leaderboard's schemas as JSON Schema, nested ones included.
 
@@ -185,7 +184,7 @@ def to_json_schema(schema: dict[str, Any]) -> dict[str, Any]:
     Returns:
         `dict`: the schema with the types JSON Schema has; `any` has none. The mark `optional` is left out.
     """
-    mapped: dict[str, Any] = {}
+    mapped: JSONObject = {}
     for key, value in schema.items():
         if key == "type":
             kind = TYPES.get(value, value)
@@ -199,7 +198,7 @@ def to_json_schema(schema: dict[str, Any]) -> dict[str, Any]:
     return mapped
 
 
-def judge(completion: list[dict[str, Any]], environment: BFCLEnvironment, row: dict[str, Any]) -> Verdict:
+def judge(completion: list[Message], environment: BFCLEnvironment, row: Row) -> Verdict:
     """
     Judge a rollout by its calls.
 

@@ -1,22 +1,22 @@
 """The MCP task: questions that two real MCP servers answer, `mcp-server-sqlite` and `mcp-server-time`.
 
-Owns the company's database that each rollout's SQLite server starts with, the questions, the judgement of a rollout by
-what the servers answer afterwards, and the demonstrations the tiny model is warm-started with. Feeds `qwen3_tools.py`.
+Each rollout has an SQLite server of its own, which starts with the company's database. A rollout is judged by what the
+servers answer afterwards.
 """
 
 import ast
 import json
 import random
 import sqlite3
-import zlib
-from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
-from zoneinfo import ZoneInfo
 
 from datasets import Dataset
-from task import Task, Verdict, final_answer
-from workspace import FIRST_NAMES, LAST_NAMES
+
+from trl_toolgrpo import MCPSession
+from trl_toolgrpo.types import JSONObject, JSONValue, Message, Row
+
+from ..task import Task, Verdict, final_answer
+from ..workspace.task import FIRST_NAMES, LAST_NAMES
 
 
 SYSTEM_PROMPT = "Use the tools, one call at a time. Then answer with the value alone."
@@ -34,26 +34,6 @@ QUESTIONS = {
     "change": (2, ["Set the salary of {name} to {new}. What was it before?"]),
 }
 
-ZONE = (
-    "{} IANA timezone name (e.g., {}). Use 'Etc/UTC' as local timezone if no {} timezone provided by the user."
-)
-TOOLS = [
-    ("read_query", "Execute a SELECT query on the SQLite database", {"query": "SELECT SQL query to execute"}),
-    (
-        "write_query",
-        "Execute an INSERT, UPDATE, or DELETE query on the SQLite database",
-        {"query": "SQL query to execute"},
-    ),
-    (
-        "convert_time",
-        "Convert time between timezones",
-        {
-            "source_timezone": ZONE.format("Source", "'America/New_York', 'Europe/London'", "source"),
-            "time": "Time to convert in 24-hour format (HH:MM)",
-            "target_timezone": ZONE.format("Target", "'Asia/Tokyo', 'America/San_Francisco'", "target"),
-        },
-    ),
-]
 FAILURES = ('{"error"', "Database error", "Error")
 
 # The share of the people that only held-out questions are about
@@ -113,7 +93,7 @@ def build_mcp(train_size: int, held_out_size: int, seed: int, folder: str | Path
     return Task(Dataset.from_list(rows["train"]), Dataset.from_list(held_out), None, judge)
 
 
-def make_row(row_id: str, seed: int) -> dict[str, Any]:
+def make_row(row_id: str, seed: int) -> JSONObject:
     """
     One question.
 
@@ -143,7 +123,7 @@ def make_row(row_id: str, seed: int) -> dict[str, Any]:
     return {"row_id": row_id, "split": split, "prompt": prompt, "difficulty": difficulty, "kind": kind, **about}
 
 
-def judge(completion: list[dict[str, Any]], servers: Any, row: dict[str, Any]) -> Verdict:
+def judge(completion: list[Message], servers: MCPSession, row: Row) -> Verdict:
     """
     Judge a rollout by its answer and by what its servers say now.
 
@@ -181,7 +161,7 @@ def people_in(text: str) -> dict[str, int]:
         return {}
 
 
-def time_arguments(row: dict[str, Any]) -> dict[str, str]:
+def time_arguments(row: Row) -> dict[str, str]:
     """Arguments of `convert_time` for a question."""
     return {
         "source_timezone": ZONES[row["city"]],
@@ -190,86 +170,7 @@ def time_arguments(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def time_there(answer: Any) -> str | None:
+def time_there(answer: JSONValue) -> str | None:
     """Hours and minutes at the target in an answer of `convert_time`."""
     answer = json.loads(answer) if isinstance(answer, str) and answer.startswith("{") else answer
     return answer["target"]["datetime"][11:16] if isinstance(answer, dict) and "target" in answer else None
-
-
-# Demonstrations
-
-
-def demonstrate(row: dict[str, Any], slip_rate: float, seed: int = 0) -> list[dict[str, Any]]:
-    """
-    Answer a question as the servers would, but carelessly.
-
-    Args:
-        row (`dict`):
-            The question.
-        slip_rate (`float`):
-            Probability to leave out the change that was asked for.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the slips, together with the row's id.
-
-    Returns:
-        `list[dict]`: the conversation, prompt included.
-    """
-    randomness = random.Random(zlib.crc32(f"{row['row_id']} {seed}".encode()))
-    where = f"WHERE name = '{row['name']}'"
-    if row["kind"] == "time":
-        result = converted(**time_arguments(row))
-        messages = _call("convert_time", result, **time_arguments(row))
-        answer = str(time_there(result))
-    else:
-        answer = str(people()[row["name"]])
-        messages = _call("read_query", f"[{{'salary': {answer}}}]", query=f"SELECT salary FROM employees {where}")
-        if row["kind"] == "change" and randomness.random() >= slip_rate:
-            query = f"UPDATE employees SET salary = {row['new']} {where}"
-            messages += _call("write_query", "[{'affected_rows': 1}]", query=query)
-    return [*row["prompt"], *messages, {"role": "assistant", "content": answer}]
-
-
-def converted(source_timezone: str, time: str, target_timezone: str) -> str:
-    """What `convert_time` answers."""
-    hours, minutes = map(int, time.split(":"))
-    source = datetime.now(ZoneInfo(source_timezone)).replace(hour=hours, minute=minutes, second=0, microsecond=0)
-    target = source.astimezone(ZoneInfo(target_timezone))
-    apart = ((target.utcoffset() or timedelta()) - (source.utcoffset() or timedelta())).total_seconds() / 3600
-    answer = {"source": _moment(source_timezone, source), "target": _moment(target_timezone, target)}
-    return json.dumps({**answer, "time_difference": f"{apart:+.1f}h"}, indent=2)
-
-
-def demonstration_tools() -> list[dict[str, Any]]:
-    """The servers' tools as the servers describe them."""
-    return [
-        {
-            "type": "function",
-            "function": {
-                "name": name,
-                "description": description,
-                "parameters": {
-                    "type": "object",
-                    "properties": {name: {"type": "string", "description": text} for name, text in arguments.items()},
-                    "required": list(arguments),
-                },
-            },
-        }
-        for name, description, arguments in TOOLS
-    ]
-
-
-def _call(name: str, result: str, **arguments: Any) -> list[dict[str, Any]]:
-    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    return [
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "name": name, "content": result},
-    ]
-
-
-def _moment(zone: str, when: datetime) -> dict[str, Any]:
-    return {
-        "timezone": zone,
-        "datetime": when.isoformat(timespec="seconds"),
-        "day_of_week": when.strftime("%A"),
-        "is_dst": bool(when.dst()),
-    }

@@ -1,8 +1,8 @@
 """Curves of one or several runs as a picture, from the log each run leaves in its output folder.
 
-    python recipes/curves.py assisted=outputs/one alone=outputs/other --metrics valid_calls success --out curves.svg
+    python -m trl_toolgrpo.recipes.evaluation.curves assisted=outputs/one alone=outputs/other --out curves.svg
 
-Owns the reading of logs and the drawing; needs matplotlib (extra `report`).
+It needs matplotlib (extra `report`).
 """
 
 import argparse
@@ -10,10 +10,10 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 from trl_toolgrpo import ReportError
-from trl_toolgrpo.report.folder import read_folder
+from trl_toolgrpo.report import read_folder
+from trl_toolgrpo.types import JSONObject
 
 
 LABELS = {
@@ -23,9 +23,9 @@ LABELS = {
 }
 
 
-def read_curve(log: Sequence[dict[str, Any]], metric: str) -> tuple[list[int], list[float]]:
+def read_curve(log: Sequence[JSONObject], metric: str) -> tuple[list[int], list[float]]:
     """
-    One metric of one run.
+    Read one metric of one run.
 
     Args:
         log (`Sequence[dict]`):

@@ -10,14 +10,11 @@ import yaml
 from trl import GRPOTrainer
 
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import evaluate
-from qwen3_tools import parse_arguments
-
+ROOT = Path(__file__).parents[2]
 from trl_toolgrpo import ConfigError, ToolGRPOConfig
 from trl_toolgrpo.config_checks import TRL_CHOICES
+from trl_toolgrpo.recipes import evaluate
+from trl_toolgrpo.recipes.arguments import parse_arguments
 
 
 ON_THIS_MACHINE = ["--bf16", "false", "--use_cpu", "true"]
@@ -118,7 +115,7 @@ def test_files_that_are_no_yaml_are_named(tmp_path):
     for text, words in (
         ("a: [1", "is no YAML"),
         ("- a", "must contain a YAML mapping"),
-        ("task: bfcl\nseed: 1\ntask: mcp", "`task` stands there 2 times"),
+        ("task: bfcl\nseed: 1\ntask: mcp", "`task` occurs 2 times"),
         ("on: 1", "there is no argument `on`"),
         ("5: 1", "there is no argument `5`"),
     ):

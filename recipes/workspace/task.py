@@ -1,20 +1,20 @@
 """The workspace task: questions about a company that only its database can answer.
 
-Owns the environment (a real SQLite database and four tools), the questions at one, two and three dependent calls, and
-the judgement of a rollout by its final answer and by the state of the database. Feeds `qwen3_tools.py` and, as the
-source of demonstrations, `tiny_model.py`.
+They need one, two or three dependent calls. A rollout is judged by its final answer and by the state of the database.
 """
 
 import json
 import random
 import re
-import sqlite3
 from functools import partial
 from itertools import product
-from typing import Any
 
 from datasets import Dataset
-from task import Task, Verdict, final_answer
+
+from trl_toolgrpo.types import JSONObject, Message, Row
+
+from ..task import Task, Verdict, final_answer
+from .environment import WorkspaceEnvironment, progress
 
 
 SYSTEM_PROMPT = "Use the tools, one call at a time. Then answer with the value alone."
@@ -50,150 +50,7 @@ HELD_OUT_SHARE = 0.2
 COMPANY_SIZE = 6
 
 
-class WorkspaceEnvironment:
-    """
-    A company of a few people in an SQLite database, opened anew for each rollout.
-
-    The connection is used in the environment's own methods only, which all run on the rollout's thread. What a reward
-    needs is left in plain attributes.
-
-    Args:
-        turn_rewards (`bool`, *optional*, defaults to `False`):
-            Reward each of the dependent calls in the turn that makes it.
-
-    Attributes:
-        calls (`list[tuple[str, dict]]`):
-            Name and arguments of every call that succeeded, in order.
-        rewarded (`float`):
-            What the turns so far have earned.
-        turn_reward (`float`, *optional*):
-            What the current turn has earned; the trainer takes it.
-        outbox (`list[tuple[str, str]]`):
-            Recipient and text of every Slack message, read back from the database after each one sent.
-    """
-
-    def __init__(self, turn_rewards: bool = False) -> None:
-        self.calls: list[tuple[str, dict[str, Any]]] = []
-        self.outbox: list[tuple[str, str]] = []
-        self.rewarded = 0.0
-        self.turn_reward: float | None = None
-        self._turn_rewards = turn_rewards
-        self._plan: list[list[Any]] = []
-        self._database: sqlite3.Connection | None = None
-
-    def reset(self, employees: list[dict[str, Any]], plan: str = "[]", **row: Any) -> None:
-        """
-        Open a fresh database that holds the given people.
-
-        Args:
-            employees (`list[dict]`):
-                One record per person: `employee_id`, `name`, `salary`, `manager_id`.
-            plan (`str`, *optional*):
-                JSON text of the dependent calls, in order, for rewards of turns.
-            row (`dict`):
-                The other columns of the dataset, not needed here.
-        """
-        self.calls, self.outbox = [], []
-        self.rewarded, self.turn_reward = 0.0, None
-        self._plan = json.loads(plan)
-        self._database = sqlite3.connect(":memory:")
-        self._database.executescript(
-            """
-            CREATE TABLE employees (
-                employee_id INTEGER PRIMARY KEY,
-                name TEXT NOT NULL UNIQUE,
-                salary INTEGER NOT NULL,
-                manager_id INTEGER NOT NULL
-            );
-            CREATE TABLE messages (
-                message_id INTEGER PRIMARY KEY,
-                recipient_id INTEGER NOT NULL REFERENCES employees (employee_id),
-                text TEXT NOT NULL
-            );
-            """
-        )
-        self._database.executemany(
-            "INSERT INTO employees VALUES (:employee_id, :name, :salary, :manager_id)", employees
-        )
-
-    def _one(self, query: str, argument: Any, missing: str) -> tuple:
-        if self._database is None:
-            raise RuntimeError("The workspace has no database yet. Call reset() first.")
-        row = self._database.execute(query, (argument,)).fetchone()
-        if row is None:
-            raise LookupError(missing)
-        return row
-
-    def _record(self, name: str, /, **arguments: Any) -> None:
-        """Put a call that succeeded on record."""
-        self.calls.append((name, arguments))
-        earned = progress(self.calls, self._plan) - self.rewarded if self._turn_rewards and self._plan else 0.0
-        if earned:
-            self.rewarded += earned
-            self.turn_reward = (self.turn_reward or 0.0) + earned
-
-    def find_employee(self, name: str) -> dict:
-        """
-        Look up an employee by name.
-
-        Args:
-            name: Full name.
-        """
-        (employee_id,) = self._one(
-            "SELECT employee_id FROM employees WHERE name = ?", name, f"no employee is named {name!r}"
-        )
-        self._record("find_employee", name=name)
-        return {"employee_id": employee_id}
-
-    def get_salary(self, employee_id: int) -> dict:
-        """
-        Get the salary of an employee.
-
-        Args:
-            employee_id: Employee id.
-        """
-        (salary,) = self._one(
-            "SELECT salary FROM employees WHERE employee_id = ?", employee_id, f"no employee has id {employee_id}"
-        )
-        self._record("get_salary", employee_id=employee_id)
-        return {"salary": salary}
-
-    def get_manager(self, employee_id: int) -> dict:
-        """
-        Get the manager of an employee.
-
-        Args:
-            employee_id: Employee id.
-        """
-        manager_id, name = self._one(
-            "SELECT boss.employee_id, boss.name FROM employees AS report "
-            "JOIN employees AS boss ON boss.employee_id = report.manager_id WHERE report.employee_id = ?",
-            employee_id,
-            f"no employee has id {employee_id}",
-        )
-        self._record("get_manager", employee_id=employee_id)
-        return {"manager_id": manager_id, "name": name}
-
-    def send_slack_message(self, recipient: str, text: str) -> dict:
-        """
-        Send a Slack message.
-
-        Args:
-            recipient: Full name.
-            text: Message.
-        """
-        (recipient_id,) = self._one(
-            "SELECT employee_id FROM employees WHERE name = ?", recipient, f"no employee is named {recipient!r}"
-        )
-        self._database.execute("INSERT INTO messages (recipient_id, text) VALUES (?, ?)", (recipient_id, text))
-        self.outbox = self._database.execute(
-            "SELECT name, text FROM messages JOIN employees ON employee_id = recipient_id ORDER BY message_id"
-        ).fetchall()
-        self._record("send_slack_message", recipient=recipient, text=text)
-        return {"sent": True}
-
-
-def judge(completion: list[dict[str, Any]], environment: WorkspaceEnvironment, row: dict[str, Any]) -> Verdict:
+def judge(completion: list[Message], environment: WorkspaceEnvironment, row: Row) -> Verdict:
     """
     Judge a rollout by its final answer and by the state it left behind.
 
@@ -218,27 +75,7 @@ def judge(completion: list[dict[str, Any]], environment: WorkspaceEnvironment, r
     return Verdict(success, reward - environment.rewarded, bool(environment.calls))
 
 
-def progress(calls: list[tuple[str, dict[str, Any]]], plan: list[list[Any]]) -> float:
-    """
-    Half the share of the dependent calls that were made in order.
-
-    Args:
-        calls (`list[tuple[str, dict]]`):
-            Calls made.
-        plan (`list[list]`):
-            Name and arguments of each dependent call, at least one.
-
-    Returns:
-        `float`: from 0 to 0.5.
-    """
-    done = 0
-    for name, arguments in calls:
-        if done < len(plan) and [name, arguments] == plan[done]:
-            done += 1
-    return 0.5 * done / len(plan)
-
-
-def answers(text: str, expected: str, employees: list[dict[str, Any]], subject: str) -> bool:
+def answers(text: str, expected: str, employees: list[Message], subject: str) -> bool:
     """
     Whether a text gives the expected value and no other candidate.
 
@@ -298,7 +135,7 @@ def build_workspace(
     return Task(Dataset.from_list(train), Dataset.from_list(held_out), environment, judge)
 
 
-def _rows(split: str, size: int, seed: int, kinds: list[str]) -> list[dict[str, Any]]:
+def _rows(split: str, size: int, seed: int, kinds: list[str]) -> list[Message]:
     pools = [
         _share([f"{first} {last}" for first, last in product(FIRST_NAMES, LAST_NAMES)], split),
         _share(list(range(1000, 10_000)), split),
@@ -314,7 +151,7 @@ def _share(values: list, split: str) -> list:
     return shuffled[:cut] if split == "held_out" else shuffled[cut:]
 
 
-def _row(row_id: str, kind: str, pools: list[list], randomness: random.Random) -> dict[str, Any]:
+def _row(row_id: str, kind: str, pools: list[list], randomness: random.Random) -> JSONObject:
     names, ids, salaries = (randomness.sample(pool, COMPANY_SIZE) for pool in pools)
     employees = [
         {

@@ -5,17 +5,19 @@ import json
 import random
 import sys
 import types
-from pathlib import Path
 
 import pytest
 from jsonschema import Draft202012Validator
 
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-from bfcl import BFCLEnvironment, build_bfcl, identifier, judge, read_questions, to_json_schema
-from bfcl_answers import matches, share_matched, value_matches
-
+from trl_toolgrpo.recipes.bfcl.answers import matches, share_matched, value_matches
+from trl_toolgrpo.recipes.bfcl.task import (
+    BFCLEnvironment,
+    build_bfcl,
+    identifier,
+    judge,
+    read_questions,
+    to_json_schema,
+)
 from trl_toolgrpo.tools.arguments import validate_arguments
 
 
@@ -258,7 +260,7 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch):
 
 
 def test_without_the_package_the_hub_is_read(questions, monkeypatch, tmp_path):
-    import bfcl
+    from trl_toolgrpo.recipes.bfcl import task as bfcl
 
     files = {"": [q for q, _ in questions[:3]], "possible_answer/": [a for _, a in questions[:3]]}
 

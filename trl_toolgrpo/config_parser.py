@@ -1,4 +1,4 @@
-"""The command line of a recipe and its YAML, in which every value is checked wherever it comes from."""
+"""A command line and its YAML, in which every value is checked wherever it comes from."""
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -8,18 +8,20 @@ from typing import Any, NoReturn, get_args
 import yaml
 from trl import TrlParser
 
-from trl_toolgrpo import ConfigError
-from trl_toolgrpo.config_checks import as_whole, field_types, wrong_type
+from .config_checks import as_whole, field_types, wrong_type
+from .errors import ConfigError
 
 
-class RecipeParser(TrlParser):
+class ToolGRPOParser(TrlParser):
     """
-    TRL's parser, which refuses in a line what it cannot read: a key or a flag that no argument has, with the one that
-    was likely meant; a value of another type; one that is none of the choices. No flag can be abbreviated.
+    TRL's parser of command lines and YAMLs, which says in one line what it cannot read.
+
+    That is a key or a flag that no argument has (it names the one that was likely meant), a value of another type, and
+    one that is none of the choices. Flags cannot be abbreviated.
 
     Args:
         dataclass_types (`Sequence[type]`):
-            What is read, as in [`~trl.TrlParser`].
+            The dataclasses to fill, as in [`~trl.TrlParser`].
     """
 
     def __init__(self, dataclass_types: Sequence[type]):
@@ -40,10 +42,10 @@ class RecipeParser(TrlParser):
         """
         given = [] if args is None else list(args)
         if given[-1:] == ["--config"]:
-            raise ConfigError("You passed `--config` without a file. Name a YAML.")
+            raise ConfigError("You passed `--config` without a file.", remedy="Name a YAML.")
         self.source = given[given.index("--config") + 1] if "--config" in given else ""
         if self.source and not Path(self.source).is_file():
-            raise ConfigError(f"You passed `--config {self.source}`, which is no file. Name a YAML.")
+            raise ConfigError(f"You passed `--config {self.source}`, which is no file.", remedy="Name a YAML.")
         try:
             if self.source:
                 self._check_keys()
@@ -52,19 +54,21 @@ class RecipeParser(TrlParser):
             raise ConfigError(f"{self.source} is no YAML: {' '.join(str(error).split())}.") from error
 
     def _check_keys(self) -> None:
-        """Refuse keys that stand in the YAML twice, of which the first would be lost, and those that are no names."""
+        """Refuse keys that occur twice in the YAML, of which the first would be lost, and keys that are no names."""
         root = yaml.compose(Path(self.source).read_text(encoding="utf-8"), yaml.SafeLoader)
         keys = [key for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
         names = [key.value for key in keys]
         for key in keys:
             if names.count(key.value) > 1:
-                raise ConfigError(f"{self.source}: `{key.value}` stands there {names.count(key.value)} times.")
+                raise ConfigError(f"{self.source}: `{key.value}` occurs {names.count(key.value)} times.")
             if not key.tag.endswith((":str", ":merge")):
-                raise ConfigError(f"{self.source}: there is no argument `{key.value}`. Write names of arguments.")
+                raise ConfigError(
+                    f"{self.source}: there is no argument `{key.value}`.", remedy="Write names of arguments."
+                )
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
         """
-        Take values of a YAML, or of environment variables, for what the command line leaves out.
+        Set values of a YAML, or of environment variables, for what the command line leaves out.
 
         Args:
             kwargs:
@@ -77,39 +81,40 @@ class RecipeParser(TrlParser):
         action = next((action for action in self._actions if action.dest == name), None)
         if action is None:
             known = sorted(action.dest for action in self._actions)
-            raise ConfigError(f"{where}there is no argument `{name}`. {_meant(name, known)}")
+            raise ConfigError(f"{where}there is no argument `{name}`.", remedy=_suggestion(name, known))
         hint = self.hints.get(name, Any)
         if isinstance(value, str):
             try:
                 value = self._get_value(action, text := value)
             except Exception as error:  # whatever a type raises; argparse gives it back as an error of its own
-                words = str(error).partition(": ")[2] or str(error)
-                raise ConfigError(f"{where}`{name}` is {text!r}: {words.rstrip('.')}.") from error
+                reason = str(error).partition(": ")[2] or str(error)
+                raise ConfigError(f"{where}`{name}` is {text!r}: {reason.rstrip('.')}.") from error
             if action.nargs == "+" and wrong_type(value, hint) is not None:  # one of a list, as on the command line
                 value = [value]
         wanted = wrong_type(value, hint)
         if wanted is not None and (value is not None or action.choices is None):
-            raise ConfigError(f"{where}`{name}` is {value!r}. Write {wanted}.")
+            raise ConfigError(f"{where}`{name}` is {value!r}.", remedy=f"Write {wanted}.")
         for item in value if isinstance(value, list) else [value]:
             takes_none = item is None and type(None) in get_args(hint)
             if action.choices is not None and not takes_none and item not in action.choices:
-                raise ConfigError(f"{where}`{name}` is {item!r}. Choose one of {', '.join(map(str, action.choices))}.")
+                choices = ", ".join(map(str, action.choices))
+                raise ConfigError(f"{where}`{name}` is {item!r}.", remedy=f"Choose one of {choices}.")
         return as_whole(value, hint)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
-        """Argparse's, for which what is left over is an error."""
+        """Parse as argparse does, and refuse what is left over."""
         found, rest = super().parse_known_args(args, namespace)
         if rest:
             flag = next((text for text in rest if text.startswith("-")), rest[0]).partition("=")[0]
-            meant = _meant(flag, sorted(self._option_string_actions))
-            raise ConfigError(f"On the command line, there is no argument {flag}. {meant}")
+            suggestion = _suggestion(flag, sorted(self._option_string_actions))
+            raise ConfigError(f"On the command line, there is no argument {flag}.", remedy=suggestion)
         return found, rest
 
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse would end the program with, after all its usage."""
+        """Raise what argparse would print, after all its usage, before it ends the program."""
         raise ConfigError(f"On the command line, {message.rstrip('.')}.")
 
 
-def _meant(name: str, known: Sequence[str]) -> str:
+def _suggestion(name: str, known: Sequence[str]) -> str:
     closest = get_close_matches(name, known, n=1)
     return f"Did you mean {closest[0]}?" if closest else "See --help for those there are."

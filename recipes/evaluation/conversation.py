@@ -1,15 +1,14 @@
-"""A sample conversation on the console now and then, so that a person sees what the figures mean.
-
-Owns the rendering of a conversation as text and the callback that prints one; fed by the scoreboard.
-"""
+"""A sample conversation on the console now and then, so that a person sees what the figures mean."""
 
 import json
-from typing import Any
 
-from scoreboard import Scoreboard
-from task import Verdict
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trl_toolgrpo.types import Message
+
+from ..task import Verdict
+from .scoreboard import Scoreboard
 
 
 MAX_CHARACTERS = 400
@@ -30,16 +29,18 @@ class SampleConversation(TrainerCallback):
         self._scoreboard = scoreboard
         self._every = every
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Print, if it is time."""
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Print a conversation every so many steps."""
         due = self._every > 0 and (state.global_step - 1) % self._every == 0
         if due and state.is_world_process_zero and self._scoreboard.sample is not None:
             tqdm.write(f"\nSample conversation at step {state.global_step}\n{as_text(*self._scoreboard.sample)}\n")
 
 
-def as_text(prompt: list[dict[str, Any]], completion: list[dict[str, Any]], verdict: Verdict) -> str:
+def as_text(prompt: list[Message], completion: list[Message], verdict: Verdict) -> str:
     """
-    A conversation as one line per message.
+    Return a conversation as one line per message.
 
     Args:
         prompt, completion (`list[dict]`):
@@ -55,7 +56,7 @@ def as_text(prompt: list[dict[str, Any]], completion: list[dict[str, Any]], verd
     return "\n".join([*lines, f"    verdict: {outcome}, reward {verdict.reward:.2f}"])
 
 
-def _one_line(message: dict[str, Any]) -> str:
+def _one_line(message: Message) -> str:
     parts = [str(message["content"])] if message.get("content") else []
     for call in message.get("tool_calls") or []:
         function = call.get("function", call)

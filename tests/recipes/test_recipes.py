@@ -13,20 +13,18 @@ import yaml
 from transformers import TrainerState
 
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-import qwen3_tools
-import scoreboard
-from evaluation import RunSettings
-from qwen3_tools import checkpoint_to_resume, flags_that_keep_batches, parse_arguments, read_switches
-from scoreboard import Rates, Scoreboard
-from task import Verdict
-from tiny_model import TinyModel, build_tiny_model
-from warm_start import WarmStart
-from workspace import build_workspace
-
+RECIPES = Path(__file__).parents[2] / "recipes"
 from trl_toolgrpo import CheckpointSaveError, OutputFolderInUseError, ToolGRPOConfig, checkpoint
+from trl_toolgrpo.recipes import qwen3_tools, resuming
+from trl_toolgrpo.recipes.arguments import parse_arguments, read_switches
+from trl_toolgrpo.recipes.evaluation import scoreboard
+from trl_toolgrpo.recipes.evaluation.results import RunSettings
+from trl_toolgrpo.recipes.evaluation.scoreboard import Rates, Scoreboard
+from trl_toolgrpo.recipes.models.tiny_qwen3 import TinyModel, build_tiny_model
+from trl_toolgrpo.recipes.models.warm_start import WarmStart
+from trl_toolgrpo.recipes.resuming import checkpoint_to_resume, flags_that_keep_batches
+from trl_toolgrpo.recipes.task import Verdict
+from trl_toolgrpo.recipes.workspace.task import build_workspace
 from trl_toolgrpo.run_lock import take_lock
 
 
@@ -166,7 +164,7 @@ def test_a_kill_while_the_rates_are_written_leaves_those_before(tmp_path, monkey
 @pytest.mark.parametrize("text", [None, '[{"overall": 0.5, "by_diff', "null", "[3]", '[{"overall": 0.5}]'])
 def test_rates_that_are_missing_or_torn_are_done_without(tmp_path, caplog, text):
     if text is not None:
-        (tmp_path / scoreboard.FILE).write_text(text)
+        (tmp_path / scoreboard.EVALUATIONS).write_text(text)
     resumed = board()
     assert not resumed.recall(tmp_path / "checkpoint-4") and resumed.evaluations == []
     assert f"The rates before {tmp_path / 'checkpoint-4'} are not known" in caplog.text
@@ -270,8 +268,8 @@ def test_a_run_of_two_processes_is_gone_on_from_with_one(tmp_path, capsys):
 
 def test_the_main_process_looks_for_the_checkpoint_to_resume(monkeypatch):
     training = SimpleNamespace(resume_from_checkpoint="true", process_index=1, output_dir="nowhere")
-    monkeypatch.setattr(qwen3_tools, "find_checkpoint", lambda folder: 1 / 0)
-    monkeypatch.setattr(qwen3_tools, "broadcast_object_list", lambda found: ["checkpoint-7"])
+    monkeypatch.setattr(resuming, "find_checkpoint", lambda folder: 1 / 0)
+    monkeypatch.setattr(resuming, "broadcast_object_list", lambda found: ["checkpoint-7"])
     assert checkpoint_to_resume(training) == "checkpoint-7"
 
 

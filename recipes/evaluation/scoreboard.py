@@ -1,31 +1,35 @@
-"""How often the policy succeeds: the reward function of a recipe and its held-out rates.
+"""How often the policy succeeds: the reward function of a recipe, and its held-out rates.
 
-Owns the reward function that keeps score, and the callback that turns each evaluation into rates; fed by the task's
-judge and by the trainer. A held-out evaluation is the trainer's own (`trainer.evaluate()`), so its rollouts are
-sampled exactly as in training, at the training temperature, once per question. The rates are also kept in the output
-folder, for a run that goes on from one of its checkpoints.
+A held-out evaluation is the trainer's own (`trainer.evaluate()`), so its rollouts are sampled exactly as in training,
+at the training temperature, once per question. The rates are also kept in the output folder, for a run that is resumed
+from one of its checkpoints.
 """
 
 import json
 import logging
 import os
-from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from evaluation import SETTINGS, RunSettings
-from task import Task, Verdict
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trl_toolgrpo.checkpoint import EARLIER
+from trl_toolgrpo import earlier_runs
+from trl_toolgrpo.types import Message
+
+from ..task import Task, Verdict
+from .results import SETTINGS, RunSettings, TaskResult
 
 
 logger = logging.getLogger(__name__)
 
-FILE = "evaluations.json"
+EVALUATIONS = "evaluations.json"
+
+ScoredRow: TypeAlias = tuple[str, int, Verdict]
+"""Row id, difficulty and verdict of a rollout."""
 
 
 @dataclass(frozen=True)
@@ -73,21 +77,21 @@ class Scoreboard(TrainerCallback):
         self.__name__ = "task_reward"
         self.settings: RunSettings | None = None
         self.evaluations: list[Rates] = []
-        self.records: list[tuple[str, int, Verdict]] = []
-        self.sample: tuple | None = None
+        self.records: list[ScoredRow] = []
+        self.sample: tuple[list[Message], list[Message], Verdict] | None = None
         self._judge = task.judge
-        self._held_out: list[tuple[str, int, Verdict]] = []
+        self._held_out: list[ScoredRow] = []
 
     def __call__(
         self,
-        prompts: list,
-        completions: list,
-        log_metric: Any,
+        prompts: list[list[Message]],
+        completions: list[list[Message]],
+        log_metric: Callable[[str, float], None],
         environments: list | None = None,
         mcp_sessions: list | None = None,
-        **columns: Any,
+        **columns: object,
     ) -> list[float]:
-        """Rewards of a batch of rollouts; held-out ones also go on record."""
+        """Return the rewards of a batch of rollouts, and put held-out ones on record."""
         size = len(completions)
         worlds = environments or mcp_sessions or [None] * size
         lists = {name: values for name, values in columns.items() if isinstance(values, list) and len(values) == size}
@@ -105,16 +109,22 @@ class Scoreboard(TrainerCallback):
         log_metric("valid_calls", sum(verdict.valid_call for verdict in verdicts) / size)
         return [verdict.reward for verdict in verdicts]
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin the record in the output folder: with what was recalled, and nothing of an earlier run."""
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Begin the record in the output folder, without anything of an earlier run."""
         self._keep(args, state, new=state.global_step == 0)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Evaluate where an assisted warm-up ends, except in a replay, which samples nothing."""
         if state.global_step == args.assist_warmup_steps and args.replay is None:
             control.should_evaluate = True
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Turn what was recorded since the last evaluation into rates, over all processes."""
         records, self._held_out = gather_object(self._held_out), []
         if records:
@@ -122,10 +132,10 @@ class Scoreboard(TrainerCallback):
             self.evaluations.append(success_rates(records, state.global_step))
             self._keep(args, state)
 
-    def _keep(self, args: Any, state: Any, new: bool = False) -> None:
+    def _keep(self, args: TrainingArguments, state: TrainerState, new: bool = False) -> None:
         if not state.is_world_process_zero:
             return
-        file = Path(args.output_dir) / FILE
+        file = Path(args.output_dir) / EVALUATIONS
         try:
             if new:
                 _set_aside(file)
@@ -144,7 +154,7 @@ class Scoreboard(TrainerCallback):
 
     def recall(self, checkpoint: Path) -> bool:
         """
-        Take up what the run of a checkpoint had on record by then. The main process reads it; all have to call this.
+        Read what the run of a checkpoint had on record by then. The main process reads it; all have to call this.
 
         Args:
             checkpoint (`Path`):
@@ -161,7 +171,7 @@ def _read(checkpoint: Path) -> list[Rates]:
     checkpoint = checkpoint.resolve()
     try:
         step = int(checkpoint.name.rpartition("-")[2])
-        known = json.loads((checkpoint.parent / FILE).read_text(encoding="utf-8"))
+        known = json.loads((checkpoint.parent / EVALUATIONS).read_text(encoding="utf-8"))
         found = [
             Rates(**{**kept, "by_difficulty": {int(name): rate for name, rate in kept["by_difficulty"].items()}})
             for kept in known
@@ -178,20 +188,20 @@ def _read(checkpoint: Path) -> list[Rates]:
 
 
 def _set_aside(file: Path) -> None:
-    """Take the record of an earlier run away, to where the trainer has just moved the files of that run."""
-    folders = sorted(file.parent.glob(f"{EARLIER}*"), key=lambda folder: int(folder.name.removeprefix(EARLIER)))
-    for name in (FILE, SETTINGS) if folders else ():
+    """Move the record of an earlier run to the folder to which the trainer has just moved that run's files."""
+    folders = earlier_runs(file.parent)
+    for name in (EVALUATIONS, SETTINGS) if folders else ():
         if (file.parent / name).is_file() and not (folders[-1] / name).exists():
             os.replace(file.parent / name, folders[-1] / name)
     file.unlink(missing_ok=True)
 
 
-def success_rates(records: list[tuple[str, int, Verdict]], step: int = 0) -> Rates:
+def success_rates(records: list[ScoredRow], step: int = 0) -> Rates:
     """
-    Rates of the given rollouts.
+    Return the rates of the given rollouts.
 
     Args:
-        records (`list[tuple[str, int, Verdict]]`):
+        records (`list[ScoredRow]`):
             Row id, difficulty and verdict of each rollout. A row that several processes were given, because the last
             batch was filled up, counts once.
         step (`int`, *optional*, defaults to `0`):
@@ -200,20 +210,17 @@ def success_rates(records: list[tuple[str, int, Verdict]], step: int = 0) -> Rat
     Returns:
         [`Rates`]: the rates.
     """
-    rows = {row_id: (difficulty, verdict) for row_id, difficulty, verdict in reversed(records)}
-    groups = defaultdict(list)
-    for difficulty, verdict in rows.values():
-        groups[difficulty].append(verdict.success)
-    overall = sum(verdict.success for _, verdict in rows.values()) / len(rows)
-    valid_calls = sum(verdict.valid_call for _, verdict in rows.values()) / len(rows)
-    by_difficulty = {difficulty: sum(group) / len(group) for difficulty, group in sorted(groups.items())}
-    return Rates(overall, by_difficulty, valid_calls, step)
+    result = TaskResult.of("", records)
+    by_difficulty = {difficulty: rate.rate for difficulty, rate in result.by_difficulty.items()}
+    return Rates(result.success.rate, by_difficulty, result.valid_calls.rate, step)
 
 
 def comparison(before: Rates, after: Rates, assisted: Rates | None = None) -> str:
     """
-    The last lines of a run: the rates by difficulty, then overall; of a run with an assisted warm-up also the rate of
-    valid calls and the accuracy before it, after it and at the end.
+    Return the last lines of a run: the rates by difficulty, then overall.
+
+    For a run with an assisted warm-up, they also give the rate of valid calls and the accuracy before it, after it and
+    at the end.
 
     Args:
         before, after ([`Rates`]):

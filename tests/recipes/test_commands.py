@@ -13,18 +13,15 @@ from pathlib import Path
 import pytest
 
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import curves
-import qwen3_tools
-import tiny_model
-from warm_start import WarmStart
-
+ROOT = Path(__file__).parents[2]
 import trl_toolgrpo
 from trl_toolgrpo import serve
 from trl_toolgrpo.doctor import __main__ as doctor
 from trl_toolgrpo.memory import memory_table
+from trl_toolgrpo.recipes import qwen3_tools
+from trl_toolgrpo.recipes.evaluation import curves
+from trl_toolgrpo.recipes.models import tiny_qwen3 as tiny_model
+from trl_toolgrpo.recipes.models.warm_start import WarmStart
 from trl_toolgrpo.report import __main__ as report
 
 
@@ -42,10 +39,10 @@ RUN_BY = {
     "tests/benchmarks/kills.py": ("test_resume.py", "test_a_run_that_is_killed_again_and_again_is_the_same"),
     "tests/benchmarks/report.py": ("test_commands.py", "test_the_benchmark_of_the_report_runs"),
     "recipes/evaluate.py": ("test_evaluate.py", "test_the_command_line"),
-    "recipes/server_environment.py": (
+    "recipes/mcp_company/servers.py": (
         "test_mcp_task.py", "test_an_environment_that_cannot_be_made_is_an_error_in_pips_words",
     ),
-    "recipes/smollm2.py": (
+    "recipes/models/smollm2.py": (
         "test_real_model.py", "test_twenty_steps_at_trls_defaults_end_without_an_error_a_fallback_or_an_alarm",
     ),
 }  # fmt: skip
@@ -53,20 +50,27 @@ RUN_BY = {
 
 def runs(script, file, test):
     """Whether a test, with the fixtures and helpers that it names, uses a script: by import, or by its file's name."""
-    tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+    (path,) = (ROOT / "tests").rglob(file)
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     stem = Path(script).stem
+    names_of_script = {stem, "trl_toolgrpo." + script.removesuffix(".py").replace("/", ".")}
     imported = {
         alias.asname or alias.name
         for node in ast.walk(tree)
         if isinstance(node, (ast.Import, ast.ImportFrom))
         for alias in node.names
-        if stem == (alias.name if isinstance(node, ast.Import) else node.module)
+        if names_of_script & {alias.name if isinstance(node, ast.Import) else node.module, import_path(node, alias)}
     }
     looked_at, names = set(), {test}
     while names - looked_at:
         looked_at |= names
         names = {used for name in names for part in defined_as(tree, name) for used in uses(part)}
     return bool(looked_at & (imported | {f"{stem}.py"})) and bool(defined_as(tree, test))
+
+
+def import_path(node, alias):
+    """The dotted name of what an `import` or a `from ... import` names."""
+    return alias.name if isinstance(node, ast.Import) else f"{node.module}.{alias.name}"
 
 
 def defined_as(tree, name):
@@ -93,7 +97,7 @@ def test_a_long_program_is_run_by_the_test_that_is_named(script):
 
 def test_a_test_that_runs_something_else_is_told_apart():
     assert not runs("tests/benchmarks/report.py", "test_report_browser.py", "test_verdict_curves_and_tools_are_there")
-    assert not runs("recipes/smollm2.py", "test_bfcl.py", "test_commands_are_found")
+    assert not runs("recipes/models/smollm2.py", "test_bfcl.py", "test_commands_are_found")
     assert not runs("tests/benchmarks/kills.py", "test_resume.py", "test_no_such_test")
 
 
@@ -161,6 +165,8 @@ def check_module(name, words):
         assert words == [] and "Qwen3-0.6B" in memory_table()
     elif name == "pytest":
         assert words in ([], ["-m", "vllm", "-n", "0"], ["-m", "long"])
+    elif name.startswith("trl_toolgrpo.recipes."):
+        check_script(["python", f"{name.removeprefix('trl_toolgrpo.').replace('.', '/')}.py", *words])
     else:
         assert name == "venv" and len(words) == 1
 
@@ -181,7 +187,7 @@ def check_script(words):
     text = (ROOT / words[1]).read_text(encoding="utf-8")
     for flag in (word for word in words[2:] if word.startswith("--")):
         assert f'"{flag}"' in text
-    assert words[1] in ("recipes/curves.py", "recipes/qwen3_tools.py", *RUN_BY)
+    assert words[1] in ("recipes/evaluation/curves.py", "recipes/qwen3_tools.py", *RUN_BY)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

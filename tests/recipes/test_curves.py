@@ -3,14 +3,10 @@
 import json
 import math
 import sys
-from pathlib import Path
 
 import pytest
 
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-from curves import draw, main, read_curve, smooth, steps_to
+from trl_toolgrpo.recipes.evaluation.curves import draw, main, read_curve, smooth, steps_to
 
 
 LOG = [

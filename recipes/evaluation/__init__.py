@@ -1,0 +1,1 @@
+"""Scores of a policy: during training, after it, and as pictures."""

@@ -24,17 +24,17 @@ class ToolGRPOParser(TrlParser):
             The dataclasses to fill, as in [`~trl.TrlParser`].
     """
 
-    def __init__(self, dataclass_types: Sequence[type]):
-        super().__init__(dataclass_types, allow_abbrev=False)
+    def __init__(self, dataclass_types: Sequence[Any]) -> None:
+        super().__init__(tuple(dataclass_types), allow_abbrev=False)
         self.hints = {name: hint for kind in dataclass_types for name, hint in field_types(kind).items()}
         self.source = ""
 
-    def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs: Any) -> tuple[Any, ...]:
+    def parse_args_and_config(self, args: Iterable[str] | None = None, *options: bool, **kwargs: bool) -> tuple[Any, ...]:
         """
         Read a command line and the YAML that its `--config` names.
 
         Args:
-            args, kwargs:
+            args, options, kwargs:
                 As in [`~trl.TrlParser.parse_args_and_config`].
 
         Raises:
@@ -49,7 +49,7 @@ class ToolGRPOParser(TrlParser):
         try:
             if self.source:
                 self._check_keys()
-            return super().parse_args_and_config(given, **kwargs)
+            return super().parse_args_and_config(given, *options, **kwargs)
         except yaml.YAMLError as error:
             raise ConfigError(f"{self.source} is no YAML: {' '.join(str(error).split())}.") from error
 
@@ -101,7 +101,7 @@ class ToolGRPOParser(TrlParser):
                 raise ConfigError(f"{where}`{name}` is {item!r}.", remedy=f"Choose one of {choices}.")
         return as_whole(value, hint)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse as argparse does, and refuse what is left over."""
         found, rest = super().parse_known_args(args, namespace)
         if rest:

@@ -33,7 +33,7 @@ from trl_toolgrpo.recipes.workspace import build_workspace
 def build_task(recipe: RecipeArguments, training: ToolGRPOConfig) -> Task:
     """Build the task that the arguments ask for."""
     if recipe.task == "mcp":
-        folder = Path(training.output_dir) / "company"
+        folder = Path(str(training.output_dir)) / "company"
         with training.main_process_first(desc="writing the company's database"):
             return build_mcp(recipe.train_size, recipe.held_out_size, recipe.question_seed, folder)
     if recipe.task == "bfcl":

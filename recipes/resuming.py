@@ -25,7 +25,7 @@ def checkpoint_to_resume(training: ToolGRPOConfig) -> str | None:
         return asked_for
     found = None
     if training.process_index == 0:  # the others take what it found
-        found = find_checkpoint(training.output_dir)
+        found = find_checkpoint(str(training.output_dir))
         begins = f"No checkpoint in {training.output_dir} yet: starting from the beginning."
         print(begins if found is None else f"Resuming from {found}.", flush=True)
     (found,) = broadcast_object_list([found])

@@ -107,7 +107,7 @@ def value_matches(value: JSONValue, accepted: list, schema: JSONObject) -> bool:
 def _has_type(value: JSONValue, accepted: list, declared: type, inner: type | None) -> bool:
     if type(value) is not declared:
         return type(value) is _type_of(accepted)
-    if inner is None:
+    if inner is None or not isinstance(value, list):
         return True
     return any(
         not isinstance(entry, list) or all(type(item) in (inner, _type_of(entry)) for item in value)

@@ -135,12 +135,12 @@ class Scoreboard(TrainerCallback):
     def _keep(self, args: TrainingArguments, state: TrainerState, new: bool = False) -> None:
         if not state.is_world_process_zero:
             return
-        file = Path(args.output_dir) / EVALUATIONS
+        file = Path(str(args.output_dir)) / EVALUATIONS
         try:
             if new:
                 _set_aside(file)
             if self.settings is not None:
-                self.settings.save(args.output_dir)
+                self.settings.save(file.parent)
             unfinished = file.with_suffix(".unfinished")
             unfinished.write_text(json.dumps([asdict(rates) for rates in self.evaluations]), encoding="utf-8")
             os.replace(unfinished, file)  # at once: a kill leaves no half of it

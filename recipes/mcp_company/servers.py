@@ -48,7 +48,7 @@ def make_environment(folder: str | Path, packages: Sequence[str]) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     print(f"Installing {', '.join(packages)} in {folder}.", flush=True)
     venv.create(folder, with_pip=True)
-    command = [programs / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages]
+    command = [str(programs / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"pip could not install {', '.join(packages)}:\n{done.stderr.strip()}")

@@ -48,7 +48,7 @@ def resolve_model(model: ModelConfig, training: ToolGRPOConfig, task: str = "wor
         )
     if name not in ("tiny", "smollm2"):
         return name
-    folder = Path(training.output_dir) / name
+    folder = Path(str(training.output_dir)) / name
     with training.main_process_first(desc=f"building the model `{name}`"):
         if name == "tiny":
             settings = TINY[task](seed=training.seed)

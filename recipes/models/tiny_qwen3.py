@@ -198,7 +198,7 @@ def _training_text(tokenizer: PreTrainedTokenizerFast, conversations: list[list[
     yield from [part for part in parts for _ in range(20)]
     control = re.compile("|".join(map(re.escape, [*SPECIAL_TOKENS, *MARKUP_TOKENS])))
     for messages in conversations:
-        yield from control.split(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
+        yield from control.split(str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)))
 
 
 def build_model(settings: TinyModel, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,7 +152,7 @@ def encode(
     """
     if not conversations:
         return []
-    encoded = tokenizer.apply_chat_template(
+    encoded: Any = tokenizer.apply_chat_template(
         conversations,
         tools=tools,
         chat_template=get_training_chat_template(tokenizer),

@@ -3,7 +3,7 @@
 Owns what the page shows and how it is packed; reads what a run leaves in its output folder, and nothing else.
 """
 
-from .page import Report, build_report
+from .page import ReportPage, build_report
 
 
-__all__ = ["Report", "build_report"]
+__all__ = ["ReportPage", "build_report"]

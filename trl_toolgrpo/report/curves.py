@@ -1,17 +1,20 @@
-"""Curves as SVG: one small panel for each metric, readable without a script.
+"""Curves as small panels, one for each metric, readable without a script.
 
-Some metrics are shown first; `template/curves.js` adds the values under the pointer.
+Here it is decided what is drawn where; `template/page.html` has the SVG, and `template/curves.js` adds the values
+under the pointer. A plotting library would take longer to import than the whole page takes to make, and would bring
+no color schemes for light and dark.
 """
 
-import html
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 
 from ..curve_noise import is_flat
+from .folder import RunFolder
 
 
 FIRST = (
@@ -21,14 +24,12 @@ FIRST = (
     "completions/mean_length", "completions/clipped_ratio", "rollout/tokens_per_second", "step_time",
 )  # fmt: skip
 """Metrics that are shown at once, in this order; the others are folded away."""
-WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 320, 140, 56, 6, 18, 8
-POINTS = 400
-"""Most points of a line; of more, the lowest and highest of neighbouring ones are drawn."""
+WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 320, 140, 56, 314, 122, 8
+"""Size of a panel, and where its curves end, in pixels."""
+POINTS = 600
+"""Number of points of a line above which only the lowest and highest of neighbouring points are kept."""
 
 _ROOM = 8  # characters of a number that fit to the left of a panel
-
-Place = Callable[[float, float], str]
-"""Where in a panel the value of a step is, as `x,y`."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Line:
 
     Args:
         label (`str`):
-            Run it is of.
+            Run it belongs to.
         steps, values (`Sequence[float]`):
             Points; values that are not finite are gaps.
         kind (`str`):
@@ -53,95 +54,123 @@ class Line:
     kind: str = "train"
     run: int = 0
 
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        """Points to draw, as step and value."""
+        fewer = thin(np.asarray(self.steps, float), np.asarray(self.values, float), POINTS)
+        return list(zip(*(axis.tolist() for axis in fewer), strict=True))
 
-def panel(metric: str, lines: Sequence[Line]) -> str:
+
+@dataclass(frozen=True)
+class Panel:
     """
-    A metric as a figure with its name, its last values and its curves.
+    What is drawn of a metric.
+
+    Args:
+        metric (`str`):
+            Its name.
+        latest (`list[tuple[int, str]]`):
+            Number of each run, and its last value.
+        summary (`str`, *optional*):
+            The curves in words, for screen readers.
+        steps (`tuple[float, float]`, *optional*):
+            First and last step.
+        ends (`list[str]`, *optional*):
+            Labels below the panel: the first step and, if it differs, the last.
+        grid (`list[tuple[float, str]]`, *optional*):
+            Height and label of each horizontal line; none if there is nothing to draw.
+        strokes (`list[tuple[str, int, list[tuple[float, float]]]]`, *optional*):
+            Kind, number of the run and places of the neighbouring points of a line.
+        values (`list`, *optional*):
+            Points of each training line as steps and values, for the pointer.
+    """
+
+    metric: str
+    latest: list[tuple[int, str]]
+    summary: str = ""
+    steps: tuple[float, float] = (0.0, 0.0)
+    ends: list[str] = field(default_factory=list)
+    grid: list[tuple[float, str]] = field(default_factory=list)
+    strokes: list[tuple[str, int, list[tuple[float, float]]]] = field(default_factory=list)
+    values: list[list[tuple[float, float | None]]] = field(default_factory=list)
+
+
+def panels(runs: Sequence[RunFolder]) -> tuple[list[Panel], list[Panel]]:
+    """
+    Return the panels that are shown at once, and those that are folded away.
+
+    Args:
+        runs (`Sequence[RunFolder]`):
+            The runs, each with a color of its own.
+    """
+    names = [name for run in runs for name in run.metric_names()]
+    trained = [name for name in names if not name.startswith("eval_")]
+    evaluated = [run.metric_of(name) for run in runs for name in run.metric_names() if name.startswith("eval_")]
+    metrics = dict.fromkeys([*trained, *evaluated])
+    first = [name for name in FIRST if name in metrics]
+    rest = [name for name in metrics if name not in FIRST]
+    return [panel(name, _lines(runs, name)) for name in first], [panel(name, _lines(runs, name)) for name in rest]
+
+
+def _lines(runs: Sequence[RunFolder], metric: str) -> list[Line]:
+    lines = []
+    for number, run in enumerate(runs):
+        sets = [("eval", prefix, name) for prefix, name in run.evaluations()]
+        for kind, prefix, name in [("train", "", ""), *sets]:
+            steps, values = run.curve(f"{prefix}{metric}")
+            if steps:
+                lines.append(Line(f"{run.name}, {name}" if name else run.name, steps, values, kind, number))
+    return lines
+
+
+def panel(metric: str, lines: Sequence[Line]) -> Panel:
+    """
+    Place the curves of a metric in a panel.
 
     Args:
         metric (`str`):
             Its name.
         lines (`Sequence[Line]`):
             Curves of each run.
-
-    Returns:
-        `str`: HTML.
     """
-    points = [p for line in lines for p in zip(line.steps, line.values, strict=True) if math.isfinite(p[1])]
-    latest = " ".join(
-        f'<span class="last run{line.run}">{_number(line.values[-1])}</span>' for line in lines if line.kind == "train"
-    )
-    title = (
-        f'<figcaption><span class="metric">{html.escape(metric)}</span> {latest}'
-        f'<span class="at" hidden></span></figcaption>'
-    )
-    if not points:
-        return f'<figure class="panel">{title}<p class="none">no finite value was logged</p></figure>'
-    xs, ys = [p[0] for p in points], [p[1] for p in points]
-    low, high = min(ys), max(ys)
+    trained = [line for line in lines if line.kind == "train"]
+    latest = [(line.run, _number(line.values[-1])) for line in trained]
+    known = [p for line in lines for p in zip(line.steps, line.values, strict=True) if math.isfinite(p[1])]
+    if not known:
+        return Panel(metric, latest)
+    steps, values = zip(*known, strict=True)
+    first, last, low, high = min(steps), max(steps), min(values), max(values)
     flat = is_flat(low, high, metric)
     if flat:
-        low, high = _around((low + high) / 2)
-    first, last = min(xs), max(xs)
+        middle = (low + high) / 2
+        margin = abs(middle) * 0.1 or 1.0
+        low, high = middle - margin, middle + margin
 
-    def at(step: float, value: float) -> str:
-        value = (low + high) / 2 if flat else value
-        x = LEFT + (WIDTH - LEFT - RIGHT) * ((step - first) / (last - first) if last > first else 0.5)
-        y = TOP + (HEIGHT - TOP - BOTTOM) * (1 - (value - low) / (high - low))
-        return f"{x:.1f},{y:.1f}"
+    def place(step: float, value: float) -> tuple[float, float]:
+        across = (step - first) / (last - first) if last > first else 0.5
+        up = 0.5 if flat else (value - low) / (high - low)
+        return round(LEFT + (RIGHT - LEFT) * across, 1), round(BOTTOM - (BOTTOM - TOP) * up, 1)
 
-    ends = low, (low + high) / 2, high
-    heights = (HEIGHT - BOTTOM, (TOP + HEIGHT - BOTTOM) / 2, TOP)
-    grid = "".join(_gridline(y, label) for y, label in zip(heights, _labels(ends), strict=True))
-    steps = f'<text x="{LEFT}" y="{HEIGHT - 4}">{_number(first)}</text>' + (
-        f'<text class="end" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}">step {_number(last)}</text>' if last > first else ""
-    )
-    drawn = "".join(_points(line, at) if line.kind == "eval" else _polylines(line, at) for line in lines)
-    label = html.escape(f"{metric}: {'; '.join(_in_words(line) for line in lines)}", quote=True)
-    return (
-        f'<figure class="panel" data-metric="{html.escape(metric, quote=True)}" '
-        f'data-x="{first} {last} {LEFT} {WIDTH - RIGHT} {WIDTH}">{title}'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{grid}{steps}{drawn}</svg></figure>'
-    )
-
-
-def _polylines(line: Line, at: Place) -> str:
-    """A line with a gap where values are not finite; a point alone is drawn as one."""
-    steps, values = thin(np.asarray(line.steps, float), np.asarray(line.values, float), POINTS)
-    parts: list[list[str]] = [[]]
-    for step, value in zip(steps.tolist(), values.tolist(), strict=True):
-        if math.isfinite(value):
-            parts[-1].append(at(step, value))
-        elif parts[-1]:
-            parts.append([])
-    drawn = []
-    for part in parts:
-        if len(part) == 1:
-            x, y = part[0].split(",")
-            drawn.append(f'<circle class="run{line.run}" cx="{x}" cy="{y}" r="2"/>')
-        elif part:
-            drawn.append(f'<polyline class="run{line.run}" points="{" ".join(part)}"/>')
-    return "".join(drawn)
-
-
-def _points(line: Line, at: Place) -> str:
-    drawn = []
-    for step, value in zip(line.steps, line.values, strict=True):
-        if math.isfinite(value):
-            x, y = at(step, value).split(",")
-            drawn.append(f'<circle class="eval run{line.run}" cx="{x}" cy="{y}" r="3.5"/>')
-    return "".join(drawn)
-
-
-def _gridline(y: float, label: str) -> str:
-    return (
-        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text class="end" x="{LEFT - 4}" y="{y + 3:.1f}">{label}</text>'
+    strokes = [
+        (line.kind, line.run, [place(*point) for point in part])
+        for line in lines
+        for finite, part in groupby(line.points, key=lambda point: math.isfinite(point[1]))
+        if finite
+    ]
+    return Panel(
+        metric,
+        latest,
+        summary=f"{metric}: {'; '.join(map(_summary, lines))}",
+        steps=(first, last),
+        ends=[_number(first)] + ([f"step {_number(last)}"] if last > first else []),
+        grid=list(zip((BOTTOM, (TOP + BOTTOM) / 2, TOP), _labels((low, (low + high) / 2, high)), strict=True)),
+        strokes=strokes,
+        values=[[(x, float(f"{y:.5g}") if math.isfinite(y) else None) for x, y in line.points] for line in trained],
     )
 
 
 def _labels(values: Sequence[float]) -> list[str]:
-    """Numbers beside a panel: with as many digits as tell them apart, and few enough to have room there."""
+    """Numbers beside a panel, with enough digits to tell them apart and few enough to fit."""
     labels = [_number(value) for value in values]
     for digits in range(4, 8):
         if len(set(labels)) == len(labels):
@@ -155,7 +184,7 @@ def _labels(values: Sequence[float]) -> list[str]:
 
 def thin(steps: np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
     """
-    At most about `most` points of a curve, with the lowest and the highest of those that are left out.
+    Return at most about `most` points of a curve, with the lowest and the highest of those that are left out.
 
     Args:
         steps, values (`np.ndarray`):
@@ -174,25 +203,20 @@ def thin(steps: np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarray, 
     return steps[chosen], values[chosen]
 
 
-def _around(value: float) -> tuple[float, float]:
-    margin = abs(value) * 0.1 or 1.0
-    return value - margin, value + margin
-
-
-def _in_words(line: Line) -> str:
+def _summary(line: Line) -> str:
     known = [(step, value) for step, value in zip(line.steps, line.values, strict=True) if math.isfinite(value)]
-    what = f"{line.label}{', evaluations' if line.kind == 'eval' else ''}"
+    name = f"{line.label}{', evaluations' if line.kind == 'eval' else ''}"
     if not known:
-        return f"{what} no finite value"
+        return f"{name} no finite value"
     values = [value for _, value in known]
     return (
-        f"{what} {_number(values[0])} at step {_number(known[0][0])}, {_number(values[-1])} at step "
+        f"{name} {_number(values[0])} at step {_number(known[0][0])}, {_number(values[-1])} at step "
         f"{_number(known[-1][0])}, lowest {_number(min(values))}, highest {_number(max(values))}"
     )
 
 
 def _number(value: float, digits: int = 3) -> str:
-    """A number in as few characters as tell it."""
+    """A number in few characters."""
     if not math.isfinite(value):
         return str(value)
     if value == int(value) and abs(value) < 1e5:

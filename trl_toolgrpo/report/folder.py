@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import ReportError
 from ..run_files import HEALTH, METRICS, RUN
 from ..run_files import VERSION as RUN_VERSION
-from .rollouts import RolloutFile, find_rollout_files
+from .rollouts import find_rollout_files
 
 
 STATE = "trainer_state.json"
@@ -45,7 +45,7 @@ class RunFolder:
     settings: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     health: list[dict[str, Any]] | None = None
-    rollouts: list[RolloutFile] = field(default_factory=list)
+    rollouts: dict[Path, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     @property

@@ -1,17 +1,16 @@
-"""What became of the calls of each tool, counted over rollouts or, without a rollout log, over logged figures.
+"""What became of the calls of each tool, counted over rollouts or, without a rollout log, over logged metrics."""
 
-Owns the statistics behind the tool table. Pure but for what it has been told.
-"""
-
-import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from .rollouts import RolloutTable
+from ..types import JSONObject, JSONValue, Row
+
+
+_METRIC = re.compile(r"tools/(?!mcp/)(.+)/(calls|errors|timeouts|truncated|latency_p50|latency_p95)")
 
 
 @dataclass
@@ -29,7 +28,7 @@ class ToolFigures:
         rewards (`list[float]`):
             Rewards of the rollouts that call it.
         p50, p95 (`float`, *optional*):
-            Latencies where only these are known.
+            Latencies in seconds, where only these are known.
     """
 
     calls: float = 0
@@ -42,89 +41,91 @@ class ToolFigures:
     p95: float | None = None
 
     def latency(self, percentile: int) -> float | None:
-        """A percentile of the latencies, in seconds."""
+        """Return a percentile of the latencies, in seconds."""
         if self.seconds:
             return float(np.percentile(self.seconds, percentile))
         return self.p50 if percentile == 50 else self.p95
 
     def mean_reward(self) -> float | None:
-        """Mean reward of the rollouts that call the tool."""
+        """Return the mean reward of the rollouts that call the tool."""
         return float(np.mean(self.rewards)) if self.rewards else None
 
 
 class ToolStatistics:
-    """Counts the calls of rollouts, and of those without any."""
+    """
+    Figures of all tools, and the rewards of rollouts that call none.
+
+    Attributes:
+        tools (`dict[str, ToolFigures]`): figures by the tool's name.
+        rollouts (`int`): number of rollouts that were counted.
+        without_calls (`list[float]`): rewards of the rollouts without a call.
+    """
 
     def __init__(self) -> None:
         self.tools: dict[str, ToolFigures] = {}
         self.rollouts = 0
         self.without_calls: list[float] = []
 
-    def add(self, table: RolloutTable) -> None:
+    def add(self, rollout: Row) -> None:
         """
-        Add rollouts.
+        Count the calls of a rollout.
 
         Args:
-            table ([`RolloutTable`]):
-                The rollouts.
+            rollout (`dict`):
+                The rollout, as a row of the log.
         """
-        for turns, reward in zip(table.turns, table.reward.tolist(), strict=True):
-            self.rollouts += 1
-            called = set()
-            for turn in turns:
-                results = turn["tool_results"]
-                for number, (name, status, seconds) in enumerate(calls_of([turn])):
-                    figures = self.tools.setdefault(name, ToolFigures())
-                    called.add(name)
-                    figures.calls += 1
-                    if status == "ok":
-                        figures.truncated += bool(results[number].get("truncated"))
-                    else:
-                        figures.failed += 1
-                        figures.failures[status] += 1
-                    if number < len(results):
-                        figures.seconds.append(seconds)
-            if math.isfinite(reward):
-                for name in called:
-                    self.tools[name].rewards.append(reward)
-                if not called:
-                    self.without_calls.append(reward)
+        self.rollouts += 1
+        called = set()
+        for turn in rollout["turns"]:
+            results = turn["tool_results"]
+            for number, (name, status, seconds) in enumerate(calls_of([turn])):
+                figures = self.tools.setdefault(name, ToolFigures())
+                called.add(name)
+                figures.calls += 1
+                if status == "ok":
+                    figures.truncated += bool(results[number].get("truncated"))
+                else:
+                    figures.failed += 1
+                    figures.failures[status] += 1
+                if number < len(results):
+                    figures.seconds.append(seconds)
+        if rollout["reward"] is not None:
+            for rewards in [self.tools[name].rewards for name in called] or [self.without_calls]:
+                rewards.append(rollout["reward"])
 
 
-def from_metrics(metrics: Sequence[dict[str, Any]]) -> ToolStatistics:
+def from_metrics(metrics: Sequence[JSONObject]) -> ToolStatistics:
     """
-    What the logged figures tell of tools; latencies are the medians of those logged.
+    Return what the logged metrics say about tools; latencies are the medians of those logged.
 
     Args:
         metrics (`Sequence[dict]`):
             Logged steps.
     """
-    found = ToolStatistics()
-    latencies: dict[tuple[str, str], list[float]] = {}
+    logged: dict[str, dict[str, list[float]]] = {}
     for entry in metrics:
-        for key, value in entry.items():
-            parts = key.split("/")
-            if parts[0] != "tools" or len(parts) < 3 or parts[1] == "mcp" or not isinstance(value, (int, float)):
-                continue
-            name, figure = "/".join(parts[1:-1]), parts[-1]
-            if figure not in ("calls", "errors", "timeouts", "truncated", "latency_p50", "latency_p95"):
-                continue
-            tool = found.tools.setdefault(name, ToolFigures())
-            if figure.startswith("latency"):
-                latencies.setdefault((name, figure[-3:]), []).append(float(value))
-            elif figure == "timeouts":
-                tool.failures["timeout"] += value  # type: ignore[assignment]  # a mean over rollout batches
-            else:
-                counted = {"calls": "calls", "errors": "failed", "truncated": "truncated"}[figure]
-                setattr(tool, counted, getattr(tool, counted) + value)
-    for (name, figure), values in latencies.items():
-        setattr(found.tools[name], figure, float(np.median(values)))
+        for metric, value in entry.items():
+            match = _METRIC.fullmatch(metric)
+            if match and isinstance(value, (int, float)):
+                logged.setdefault(match[1], {}).setdefault(match[2], []).append(value)
+    found = ToolStatistics()
+    for name, figures in logged.items():
+        sums = Counter({figure: sum(values) for figure, values in figures.items()})
+        medians = {figure: float(np.median(values)) for figure, values in figures.items()}
+        found.tools[name] = ToolFigures(
+            calls=sums["calls"],
+            failed=sums["errors"],
+            truncated=sums["truncated"],
+            failures=Counter({"timeout": sums["timeouts"]}),
+            p50=medians.get("latency_p50"),
+            p95=medians.get("latency_p95"),
+        )
     return found
 
 
-def calls_of(turns: Sequence[dict[str, Any]]) -> list[tuple[str, str, float]]:
+def calls_of(turns: Sequence[JSONObject]) -> list[tuple[str, str, float]]:
     """
-    Name, what became of it, and seconds of each call.
+    Return the name, the outcome and the seconds of each call.
 
     Args:
         turns (`Sequence[dict]`):
@@ -136,16 +137,16 @@ def calls_of(turns: Sequence[dict[str, Any]]) -> list[tuple[str, str, float]]:
         for number, call in enumerate(turn["tool_calls"]):
             result = results[number] if number < len(results) else None
             seconds = round(float((result or {}).get("seconds") or 0.0), 4)
-            found.append((tool_name(call.get("name")), call_status(call, result), seconds))
+            found.append((tool_name(call.get("name")), _outcome(call, result), seconds))
     return found
 
 
-def tool_name(name: Any) -> str:
-    """The name of a tool as it is shown; calls that could not be read have none."""
+def tool_name(name: JSONValue) -> str:
+    """Return the name of a tool as it is shown; a call that could not be read has none."""
     return str(name or "").strip() or "(unreadable)"
 
 
-def call_status(call: dict[str, Any], result: dict[str, Any] | None) -> str:
+def _outcome(call: JSONObject, result: JSONObject | None) -> str:
     """`"ok"`, `"malformed"`, `"unanswered"`, or the type of the error a call ended in."""
     if call.get("error") is not None:
         return "malformed"

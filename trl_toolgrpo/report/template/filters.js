@@ -14,6 +14,7 @@ function fillFilters() {
   options(filters.elements.tool, [["", "any"], ["!", "none called"], ...tools.map((tool) => [`=${tool}`, tool])]);
   options(filters.elements.run, [["", "both"], ...data.runs.map((run, number) => [String(number), run.name])]);
   find("run-filter").hidden = data.runs.length < 2;
+  find("whole-filter").hidden = rollouts.every((rollout) => rollout.whole);
 }
 
 function number(name) {
@@ -23,7 +24,7 @@ function number(name) {
 
 function passing() {
   const least = number("least"), most = number("most"), from = number("from"), until = number("until");
-  const { stop, tool, run, failed, order } = filters.elements;
+  const { stop, tool, run, failed, whole, order } = filters.elements;
   const found = rollouts.filter((rollout) => {
     if (run.value !== "" && rollout.run !== Number(run.value)) return false;
     if (least !== null && !(rollout.reward !== null && rollout.reward >= least)) return false;
@@ -31,6 +32,7 @@ function passing() {
     if (from !== null && rollout.step < from) return false;
     if (until !== null && rollout.step > until) return false;
     if (failed.checked && !rollout.failed) return false;
+    if (whole.checked && !rollout.whole) return false;
     if (stop.value === "!stop" ? rollout.stop === "stop" : stop.value && rollout.stop !== stop.value.slice(1)) return false;
     return tool.value === "!" ? !rollout.tools.length : !tool.value || rollout.tools.includes(tool.value.slice(1));
   });

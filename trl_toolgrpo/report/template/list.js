@@ -20,21 +20,13 @@ function rowOf(rollout, index) {
   }
   const first = append(row, "div", "", "");
   if (data.runs.length > 1) append(first, "span", `run${rollout.run}`, `${data.runs[rollout.run].name} `);
-  append(first, "span", "", `step ${rollout.step}, group ${rollout.group}, ${rollout.tokens} tokens`);
+  append(first, "span", "", `step ${rollout.step}, group ${rollout.group}, ${rollout.tokens} tokens${rollout.whole ? "" : ", left out"}`);
   if (rollout.assisted) append(first, "span", "", ", assisted");
   const second = append(row, "div", "second", "");
   if (rollout.stop !== "stop") append(second, "span", "cut", `${rollout.stop} `);
   if (rollout.failed) append(second, "span", "bad", `${rollout.failed} failed `);
   append(second, "span", "", rollout.tools.join(", ") || "no call");
   return row;
-}
-
-function append(parent, tag, className, text) {
-  const child = document.createElement(tag);
-  if (className) child.className = className;
-  if (text !== undefined) child.textContent = text;
-  parent.append(child);
-  return child;
 }
 
 function drawRows() {

@@ -1,0 +1,139 @@
+"""The tables of the page: tools, settings, and two runs side by side."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..types import JSONObject, JSONValue
+from .folder import RunFolder
+from .tools import ToolFigures, ToolStatistics
+from .verdict import edges
+
+
+COMPARED = ("rollout/tokens_per_second", "tools/failure_frequency", "completions/clipped_ratio")
+"""Metrics that a comparison puts side by side, after the rewards of training and of each evaluation set."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """
+    A table.
+
+    Args:
+        label (`str`):
+            What it is, for screen readers.
+        head (`Sequence[str]`):
+            Names of the columns.
+        rows (`list[list[str]]`):
+            Texts of each row; the first names it.
+        caption (`str`, *optional*):
+            Text above it.
+    """
+
+    label: str
+    head: Sequence[str]
+    rows: list[list[str]]
+    caption: str = ""
+
+
+def tool_table(run: RunFolder, statistics: ToolStatistics, source: str) -> Table | None:
+    """
+    Return the table of the tools of a run, those called most often first; `None` without any.
+
+    Args:
+        run ([`RunFolder`]):
+            The run.
+        statistics ([`ToolStatistics`]):
+            What became of the calls.
+        source (`str`):
+            What was counted.
+    """
+    if not statistics.tools:
+        return None
+    total = sum(tool.calls for tool in statistics.tools.values()) or 1
+    ranked = sorted(statistics.tools.items(), key=lambda item: -item[1].calls)
+    rewards, caption = statistics.without_calls, f"{run.name}: {source}."
+    if rewards:
+        mean = sum(rewards) / len(rewards)
+        caption += f" {len(rewards)} rollouts without a call have a mean reward of {mean:.3g}."
+    return Table(
+        f"Tools of {run.name}",
+        ("tool", "calls", "share", "failed", "failures", "cut", "p50", "p95", "mean reward"),
+        [[name, *_tool_cells(tool, total)] for name, tool in ranked],
+        caption,
+    )
+
+
+def _tool_cells(tool: ToolFigures, total: float) -> list[str]:
+    reward = tool.mean_reward()
+    return [
+        f"{tool.calls:.0f}",
+        f"{tool.calls / total:.0%}",
+        f"{tool.failed / tool.calls:.1%}" if tool.calls else "",
+        ", ".join(f"{kind} {count:g}" for kind, count in tool.failures.most_common() if count),
+        f"{tool.truncated:.0f}" if tool.truncated else "",
+        _seconds(tool.latency(50)),
+        _seconds(tool.latency(95)),
+        "" if reward is None else f"{reward:.3g}",
+    ]
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value * 1000:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def settings_table(runs: Sequence[RunFolder]) -> Table | None:
+    """
+    Return the settings of a run, or those in which several runs differ; `None` if nothing is known of them.
+
+    Args:
+        runs (`Sequence[RunFolder]`):
+            The runs.
+    """
+    flat = [_flat(run.settings) for run in runs]
+    if not any(flat):
+        return None
+    names = list(dict.fromkeys(name for settings in flat for name in settings))
+    if len(runs) > 1:
+        names = [name for name in names if len({settings.get(name) for settings in flat}) > 1]
+    rows = [[name, *(settings.get(name, "default") for settings in flat)] for name in names]
+    label = "Settings that differ" if len(runs) > 1 else "Settings"
+    return Table(label, ["setting", *(run.name for run in runs)], rows)
+
+
+def _flat(settings: JSONObject) -> dict[str, str]:
+    """Settings as names and short texts, those of the configuration and the versions by their own names."""
+    found: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            found.update({inner: _short(item) for inner, item in value.items()})
+        elif name != "version":
+            found[name] = " ".join(map(str, value)) if name == "command" and isinstance(value, list) else _short(value)
+    return found
+
+
+def _short(value: JSONValue) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def comparison_table(runs: Sequence[RunFolder]) -> Table | None:
+    """
+    Return the main figures at the beginning and the end of several runs, side by side.
+
+    Args:
+        runs (`Sequence[RunFolder]`):
+            The runs.
+    """
+    rows = []
+    held_out = dict.fromkeys(f"{prefix}reward" for run in runs for prefix, _ in run.evaluations())
+    for metric in ("reward", *held_out, *COMPARED):
+        found = [edges(run.curve(metric)[1]) for run in runs]
+        if any(found):
+            rows.append([metric, *("" if ends is None else f"{ends[0]:.3g} → {ends[1]:.3g}" for ends in found)])
+    if len(runs) < 2 or not rows:
+        return None
+    head = ["figure", *(run.name for run in runs)]
+    return Table("Comparison", head, rows, "Mean of the first and of the last few logged steps.")

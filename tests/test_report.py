@@ -16,7 +16,8 @@ from trl_toolgrpo.report.__main__ import main
 from trl_toolgrpo.report.curves import LEFT, Line, panel, thin
 from trl_toolgrpo.report.folder import RunFolder, read_folder
 from trl_toolgrpo.report.page_data import spread_order
-from trl_toolgrpo.report.tools import from_metrics
+from trl_toolgrpo.report.tables import tool_table
+from trl_toolgrpo.report.tools import Call, count_calls, from_metrics
 from trl_toolgrpo.report.verdict import judge, rule_histories
 from trl_toolgrpo.report.vocabulary import Vocabulary
 from trl_toolgrpo.rollout_log import KEY
@@ -110,7 +111,7 @@ def test_nothing_a_run_wrote_can_be_markup(tmp_path):
 
 TAGS = set(
     "html head meta title style body a header h1 nav main section h2 ul li strong span details summary div table "
-    "caption thead tbody tr th td p figure figcaption svg line text polyline circle noscript form label input select "
+    "caption thead tbody tr th td p figure figcaption svg line text path noscript form label input select "
     "option button output article script".split()
 )
 
@@ -300,24 +301,41 @@ def test_tools_are_counted_over_rollouts_or_over_what_was_logged(tmp_path):
     for name in set(called):
         assert f'<th scope="row">{name}</th><td>{called.count(name)}</td>' in html
     logged = [{"tools/a/calls": 3, "tools/a/errors": 1, "tools/a/latency_p50": 0.2, "tools/unknown_calls": 4}] * 2
-    tools = from_metrics([{"step": 1, **entry} for entry in logged]).tools
-    assert list(tools) == ["a"] and (tools["a"].calls, tools["a"].failed, tools["a"].latency(50)) == (6, 2, 0.2)
+    tools = from_metrics([{"step": 1, **entry} for entry in logged])
+    assert list(tools.index) == ["a"] and tools.loc["a", ["calls", "failed", "p50"]].tolist() == [6, 2, 0.2]
+    assert not len(from_metrics([])) and not len(count_calls([]))
+
+
+def test_the_figures_of_tools_are_those_of_their_calls():
+    calls = [
+        (0, 1.0, Call("a", "ok", 0.1, True)), (0, 1.0, Call("a", "timeout", 0.3, False)),
+        (1, 0.0, Call("a", "malformed", 0.2, False)), (1, 0.0, Call("b", "unanswered", None, False)),
+        (2, None, Call("a", "timeout", 0.2, False)),
+    ]  # fmt: skip
+    a, b = count_calls(calls).itertuples()
+    assert (a.Index, a.calls, a.failed, a.truncated, a.failures) == ("a", 4, 3, 1, "timeout 2, malformed 1")
+    assert (a.p50, a.reward) == (pytest.approx(0.2), 0.5) and a.p95 == pytest.approx(0.285)
+    assert (b.Index, b.calls, b.failed, b.failures) == ("b", 1, 1, "unanswered 1") and math.isnan(b.p50)
+    table = tool_table("Tools", count_calls(calls), "")
+    assert table.rows[0] == ["a", "4", "80%", "75.0%", "timeout 2, malformed 1", "1", "200 ms", "285 ms", "0.5"]
+    assert table.rows[1] == ["b", "1", "20%", "100.0%", "unanswered 1", "", "", "", "0"]
 
 
 def test_curves_have_gaps_where_values_are_not_finite():
     drawn = panel("kl", [Line("run", [1, 2, 3, 4, 5], [0.0, 1.0, math.nan, 1.0, 0.0])])
-    assert [len(points) for _, _, points in drawn.strokes] == [2, 2]
+    ((kind, run, path),) = drawn.paths
+    assert (kind, run) == ("train", 0) and [path.count(letter) for letter in "ML"] == [2, 2]
     assert drawn.summary == "kl: run 0 at step 1, 0 at step 5, lowest 0, highest 1"
     assert [value for _, value in drawn.values[0]] == [0.0, 1.0, None, 1.0, 0.0]
     none = panel("kl", [Line("run", [1], [math.inf])])
-    assert not none.grid and not none.strokes and none.latest == [(0, "inf")]
+    assert not none.grid and not none.paths and none.latest == [(0, "inf")]
 
 
 def test_a_metric_without_a_finite_value_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kl": NaN, "reward": 1.0}\n{"step": 2, "loss": Infinity}\n')
     html = build_report([tmp_path]).html
     assert html.count("no finite value was logged") == 2
-    assert html.count("<polyline") == 0 and html.count('<circle class="train run0"') == 1
+    assert re.findall('<path class="train run0" d="([^"]*)"', html) == ["M185.0,65.0h0"]
 
 
 @pytest.mark.parametrize(
@@ -339,8 +357,8 @@ def test_a_metric_without_a_finite_value_is_named(tmp_path):
 )
 def test_a_line_of_rounding_is_drawn_flat(metric, values, flat):
     drawn = panel(metric, [Line("run", [1, 2, 3, 4], values)])
-    ((_, _, points),), labels = drawn.strokes, [label for _, label in drawn.grid]
-    assert len(points) == 4 and (len({height for _, height in points}) == 1) == flat
+    heights, labels = re.findall(r",([\d.]+)", drawn.paths[0][2]), [label for _, label in drawn.grid]
+    assert len(heights) == 4 and (len(set(heights)) == 1) == flat
     assert len(labels) == len(set(labels)) == 3 and all(len(label) <= 8 for label in labels)
 
 
@@ -399,7 +417,7 @@ def test_two_runs_are_compared(tmp_path, monkeypatch, capsys):
     html = (tmp_path / "comparison.html").read_text()
     assert "comparison.html" in capsys.readouterr().out
     assert "<td>1e-05</td><td>3e-05</td>" in html and ">model</th>" not in html
-    assert html.count('class="verdict') == 2 and 'polyline class="run1"' in html
+    assert html.count('class="verdict') == 2 and 'path class="train run1"' in html
     assert [run["name"] for run in data_of(html)["runs"]] == ["first", "second"]
     assert len(rollouts_of(html, 1)) == 8 and all(row["whole"] for row in rollouts_of(html, 1))
 

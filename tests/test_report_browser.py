@@ -66,9 +66,9 @@ def shown_figures(page):
 def test_verdict_curves_and_tools_are_there(page):
     text = page.run("document.body.innerText")
     assert "Needs a look: 1 warning stands at the end (kl)." in text and "Lower the learning rate." in text
-    assert page.run("document.querySelectorAll('.panel svg polyline').length") >= 8
+    assert page.run("document.querySelectorAll('.panel svg path').length") >= 8
     assert "find_employee" in page.run("document.querySelector('#tools table').innerText")
-    assert page.run("getComputedStyle(document.querySelector('.panel polyline')).fill") == "none"
+    assert page.run("getComputedStyle(document.querySelector('.panel path')).fill") == "none"
 
 
 def test_only_the_rows_in_view_are_in_the_document(page):

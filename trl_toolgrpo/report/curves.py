@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 
 import numpy as np
 
@@ -75,12 +74,12 @@ class Panel:
             The curves in words, for screen readers.
         steps (`tuple[float, float]`, *optional*):
             First and last step.
-        ends (`list[str]`, *optional*):
+        ends (`tuple[str, str]`, *optional*):
             Labels below the panel: the first step and, if it differs, the last.
         grid (`list[tuple[float, str]]`, *optional*):
             Height and label of each horizontal line; none if there is nothing to draw.
-        strokes (`list[tuple[str, int, list[tuple[float, float]]]]`, *optional*):
-            Kind, number of the run and places of the neighbouring points of a line.
+        paths (`list[tuple[str, int, str]]`, *optional*):
+            Kind, number of the run and SVG path of each line.
         values (`list`, *optional*):
             Points of each training line as steps and values, for the pointer.
     """
@@ -89,9 +88,9 @@ class Panel:
     latest: list[tuple[int, str]]
     summary: str = ""
     steps: tuple[float, float] = (0.0, 0.0)
-    ends: list[str] = field(default_factory=list)
+    ends: tuple[str, str] = ("", "")
     grid: list[tuple[float, str]] = field(default_factory=list)
-    strokes: list[tuple[str, int, list[tuple[float, float]]]] = field(default_factory=list)
+    paths: list[tuple[str, int, str]] = field(default_factory=list)
     values: list[list[tuple[float, float | None]]] = field(default_factory=list)
 
 
@@ -103,9 +102,9 @@ def panels(runs: Sequence[RunFolder]) -> tuple[list[Panel], list[Panel]]:
         runs (`Sequence[RunFolder]`):
             The runs, each with a color of its own.
     """
-    names = [name for run in runs for name in run.metric_names()]
-    trained = [name for name in names if not name.startswith("eval_")]
-    evaluated = [run.metric_of(name) for run in runs for name in run.metric_names() if name.startswith("eval_")]
+    names = [(run, name) for run in runs for name in run.metric_names()]
+    trained = [name for _, name in names if not name.startswith("eval_")]
+    evaluated = [run.metric_of(name) for run, name in names if name.startswith("eval_")]
     metrics = dict.fromkeys([*trained, *evaluated])
     first = [name for name in FIRST if name in metrics]
     rest = [name for name in metrics if name not in FIRST]
@@ -146,40 +145,34 @@ def panel(metric: str, lines: Sequence[Line]) -> Panel:
         margin = abs(middle) * 0.1 or 1.0
         low, high = middle - margin, middle + margin
 
-    def place(step: float, value: float) -> tuple[float, float]:
-        across = (step - first) / (last - first) if last > first else 0.5
-        up = 0.5 if flat else (value - low) / (high - low)
-        return round(LEFT + (RIGHT - LEFT) * across, 1), round(BOTTOM - (BOTTOM - TOP) * up, 1)
+    def path(line: Line) -> str:
+        drawn, joined = "", False
+        for step, value in line.points:
+            if math.isfinite(value):
+                across = (step - first) / (last - first) if last > first else 0.5
+                up = 0.5 if flat else (value - low) / (high - low)
+                x, y = LEFT + (RIGHT - LEFT) * across, BOTTOM - (BOTTOM - TOP) * up
+                drawn += f"L{x:.1f},{y:.1f}" if joined else f"M{x:.1f},{y:.1f}h0"  # h0 makes a dot of a point alone
+            joined = math.isfinite(value) and line.kind == "train"
+        return drawn
 
-    strokes = [
-        (line.kind, line.run, [place(*point) for point in part])
-        for line in lines
-        for finite, part in groupby(line.points, key=lambda point: math.isfinite(point[1]))
-        if finite
-    ]
     return Panel(
         metric,
         latest,
         summary=f"{metric}: {'; '.join(map(_summary, lines))}",
         steps=(first, last),
-        ends=[_number(first)] + ([f"step {_number(last)}"] if last > first else []),
+        ends=(_number(first), f"step {_number(last)}" if last > first else ""),
         grid=list(zip((BOTTOM, (TOP + BOTTOM) / 2, TOP), _labels((low, (low + high) / 2, high)), strict=True)),
-        strokes=strokes,
+        paths=[(line.kind, line.run, path(line)) for line in lines],
         values=[[(x, float(f"{y:.5g}") if math.isfinite(y) else None) for x, y in line.points] for line in trained],
     )
 
 
 def _labels(values: Sequence[float]) -> list[str]:
-    """Numbers beside a panel, with enough digits to tell them apart and few enough to fit."""
-    labels = [_number(value) for value in values]
-    for digits in range(4, 8):
-        if len(set(labels)) == len(labels):
-            break
-        finer = [_number(value, digits) for value in values]
-        if max(map(len, finer)) > _ROOM:
-            break
-        labels = finer
-    return labels
+    """Numbers beside a panel, with enough digits to tell them apart unless there is no room for them."""
+    choices = [[_number(value, digits) for value in values] for digits in range(3, 8)]
+    fitting = [labels for labels in choices if max(map(len, labels)) <= _ROOM] or choices[:1]
+    return next((labels for labels in fitting if len(set(labels)) == len(labels)), fitting[-1])
 
 
 def thin(steps: np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
@@ -204,15 +197,12 @@ def thin(steps: np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarray, 
 
 
 def _summary(line: Line) -> str:
-    known = [(step, value) for step, value in zip(line.steps, line.values, strict=True) if math.isfinite(value)]
+    known = [(value, step) for step, value in zip(line.steps, line.values, strict=True) if math.isfinite(value)]
     name = f"{line.label}{', evaluations' if line.kind == 'eval' else ''}"
     if not known:
         return f"{name} no finite value"
-    values = [value for _, value in known]
-    return (
-        f"{name} {_number(values[0])} at step {_number(known[0][0])}, {_number(values[-1])} at step "
-        f"{_number(known[-1][0])}, lowest {_number(min(values))}, highest {_number(max(values))}"
-    )
+    first, last = (f"{_number(value)} at step {_number(step)}" for value, step in (known[0], known[-1]))
+    return f"{name} {first}, {last}, lowest {_number(min(known)[0])}, highest {_number(max(known)[0])}"
 
 
 def _number(value: float, digits: int = 3) -> str:

@@ -10,7 +10,7 @@ from . import curves
 from .folder import RunFolder, read_folder
 from .page_data import FIELDS, JSON_OPTIONS, RunData, collect_rollouts
 from .tables import Table, comparison_table, settings_table, tool_table
-from .tools import from_metrics
+from .tools import count_calls, from_metrics
 from .verdict import judge
 from .vocabulary import Vocabulary, load_tokenizer
 
@@ -101,6 +101,10 @@ def _render(runs: Sequence[RunFolder], collected: Sequence[RunData]) -> str:
 
 
 def _tools(run: RunFolder, data: RunData) -> Table | None:
-    if data.tools.rollouts:
-        return tool_table(run, data.tools, f"counted over {data.tools.rollouts} rollouts")
-    return tool_table(run, from_metrics(run.metrics), "from the logged metrics")
+    label, rewards = f"Tools of {run.name}", data.without_calls
+    if not data.rows:
+        return tool_table(label, from_metrics(run.metrics), f"{run.name}: from the logged metrics.")
+    caption = f"{run.name}: counted over {len(data.rows)} rollouts."
+    if rewards:
+        caption += f" {len(rewards)} rollouts without a call have a mean reward of {sum(rewards) / len(rewards):.3g}."
+    return tool_table(label, count_calls(data.calls), caption)

@@ -12,7 +12,7 @@ from jinja2.utils import htmlsafe_json_dumps
 
 from ..types import JSONObject, JSONValue, Row
 from .rollouts import FIGURES, read_rollout_file
-from .tools import ToolStatistics, calls_of, tool_name
+from .tools import Call, calls_of, tool_name
 from .vocabulary import Vocabulary
 
 
@@ -38,8 +38,10 @@ class RunData:
             The values of [`FIELDS`] for each rollout, in the order of the log.
         prompts (`dict[tuple[int, ...], int]`):
             Token ids of each prompt, and the number under which `whole` refers to it.
-        tools ([`ToolStatistics`]):
-            What became of their calls.
+        calls (`list[tuple[int, float | None, Call]]`):
+            Number and reward of a rollout with each of its calls.
+        without_calls (`list[float]`):
+            Rewards of the rollouts without a call.
         total (`int`):
             Rollouts of the log, including those that are not in the list.
     """
@@ -47,7 +49,8 @@ class RunData:
     vocabulary: Vocabulary
     rows: list[list[JSONValue]] = field(default_factory=list)
     prompts: dict[tuple[int, ...], int] = field(default_factory=dict)
-    tools: ToolStatistics = field(default_factory=ToolStatistics)
+    calls: list[tuple[int, float | None, Call]] = field(default_factory=list)
+    without_calls: list[float] = field(default_factory=list)
     total: int = 0
 
     @property
@@ -77,16 +80,17 @@ def collect_rollouts(files: Mapping[Path, int], vocabulary: Vocabulary, room: in
     most = max(room // (4 * ROW_SIZE), 1)
     listed = list(files)[:: max(math.ceil(data.total / most), 1)]
     room -= ROW_SIZE * sum(files[path] for path in listed)
-    rows: dict[int, list[list[JSONValue]]] = {}
+    rows: list[tuple[int, list[JSONValue]]] = []
     for place in spread_order(len(listed)):
-        rollouts = read_rollout_file(listed[place], problems)
-        rows[place] = []
-        for rollout in rollouts:
+        for rollout in read_rollout_file(listed[place], problems):
+            calls, reward = calls_of(rollout["turns"]), rollout["reward"]
+            data.calls += [(len(rows), reward, call) for call in calls]
+            if reward is not None and not calls:
+                data.without_calls.append(reward)
             whole, size = _add_tokens(data, rollout, room)
             room = room - size if whole else 0  # after the first that does not fit, none has its tokens
-            data.tools.add(rollout)
-            rows[place].append(_row(rollout, whole))
-    data.rows = [row for place in sorted(rows) for row in rows[place]]
+            rows.append((place, _row(rollout, calls, whole)))
+    data.rows = [row for _, row in sorted(rows, key=lambda row: row[0])]
     return data
 
 
@@ -122,12 +126,17 @@ def _add_tokens(data: RunData, rollout: Row, room: int) -> tuple[JSONObject | No
     return whole, size
 
 
-def _row(rollout: Row, whole: JSONObject | None) -> list[JSONValue]:
-    tools = list(dict.fromkeys(map(tool_name, rollout["tools"])))
-    failed = sum(status != "ok" for _, status, _ in calls_of(rollout["turns"]))
-    places = [rollout[name] for name in ("step", "batch", "group", "rollout")]
-    reward, assisted = _short_number(rollout["reward"]), int(rollout["assisted"])
-    return [*places, reward, assisted, rollout["stop_reason"], tools, failed, len(rollout["completion_ids"]), whole]
+def _row(rollout: Row, calls: Sequence[Call], whole: JSONObject | None) -> list[JSONValue]:
+    return [
+        *(rollout[name] for name in ("step", "batch", "group", "rollout")),
+        _short_number(rollout["reward"]),
+        int(rollout["assisted"]),
+        rollout["stop_reason"],
+        list(dict.fromkeys(map(tool_name, rollout["tools"]))),
+        sum(call.outcome != "ok" for call in calls),
+        len(rollout["completion_ids"]),
+        whole,
+    ]
 
 
 def _turn(turn: JSONObject) -> JSONObject:

@@ -1,12 +1,14 @@
 """The tables of the page: tools, settings, and two runs side by side."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pandas
+
 from ..types import JSONObject, JSONValue
 from .folder import RunFolder
-from .tools import ToolFigures, ToolStatistics
 from .verdict import edges
 
 
@@ -36,50 +38,39 @@ class Table:
     caption: str = ""
 
 
-def tool_table(run: RunFolder, statistics: ToolStatistics, source: str) -> Table | None:
+def tool_table(label: str, figures: pandas.DataFrame, caption: str) -> Table | None:
     """
-    Return the table of the tools of a run, those called most often first; `None` without any.
+    Return the table of the tools of a run; `None` without any.
 
     Args:
-        run ([`RunFolder`]):
-            The run.
-        statistics ([`ToolStatistics`]):
-            What became of the calls.
-        source (`str`):
+        label (`str`):
+            What it is.
+        figures (`pandas.DataFrame`):
+            Figures of each tool, from [`count_calls`] or [`from_metrics`].
+        caption (`str`):
             What was counted.
     """
-    if not statistics.tools:
-        return None
-    total = sum(tool.calls for tool in statistics.tools.values()) or 1
-    ranked = sorted(statistics.tools.items(), key=lambda item: -item[1].calls)
-    rewards, caption = statistics.without_calls, f"{run.name}: {source}."
-    if rewards:
-        mean = sum(rewards) / len(rewards)
-        caption += f" {len(rewards)} rollouts without a call have a mean reward of {mean:.3g}."
-    return Table(
-        f"Tools of {run.name}",
-        ("tool", "calls", "share", "failed", "failures", "cut", "p50", "p95", "mean reward"),
-        [[name, *_tool_cells(tool, total)] for name, tool in ranked],
-        caption,
-    )
-
-
-def _tool_cells(tool: ToolFigures, total: float) -> list[str]:
-    reward = tool.mean_reward()
-    return [
-        f"{tool.calls:.0f}",
-        f"{tool.calls / total:.0%}",
-        f"{tool.failed / tool.calls:.1%}" if tool.calls else "",
-        ", ".join(f"{kind} {count:g}" for kind, count in tool.failures.most_common() if count),
-        f"{tool.truncated:.0f}" if tool.truncated else "",
-        _seconds(tool.latency(50)),
-        _seconds(tool.latency(95)),
-        "" if reward is None else f"{reward:.3g}",
+    head = ("tool", "calls", "share", "failed", "failures", "cut", "p50", "p95", "mean reward")
+    total = figures["calls"].sum() or 1
+    rows = [
+        [
+            str(tool.Index),
+            f"{tool.calls:.0f}",
+            f"{tool.calls / total:.0%}",
+            f"{tool.failed / tool.calls:.1%}" if tool.calls else "",
+            tool.failures,
+            f"{tool.truncated:.0f}" if tool.truncated else "",
+            _seconds(tool.p50),
+            _seconds(tool.p95),
+            "" if math.isnan(tool.reward) else f"{tool.reward:.3g}",
+        ]
+        for tool in figures.itertuples()
     ]
+    return Table(label, head, rows, caption) if rows else None
 
 
-def _seconds(value: float | None) -> str:
-    if value is None:
+def _seconds(value: float) -> str:
+    if math.isnan(value):
         return ""
     return f"{value * 1000:.3g} ms" if value < 1 else f"{value:.3g} s"
 

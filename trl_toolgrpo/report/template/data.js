@@ -12,14 +12,13 @@ const rollouts = data.runs.flatMap((run, number) =>
   run.rows.map((row) => Object.fromEntries([["run", number], ...row.map((value, place) => [data.fields[place], value])])),
 );
 
-function append(parent, tag, className, text) {
-  const child = document.createElement(tag);
-  if (className) child.className = className;
-  if (text !== undefined) child.textContent = text;
-  parent.append(child);
-  return child;
+// A new element; children that are strings become text, whatever is in them
+function create(tag, properties, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
 }
 
 function shown(value, digits = 4) {
-  return value === null || value === undefined ? "none" : String(+value.toPrecision(digits));
+  return typeof value === "number" ? String(+value.toPrecision(digits)) : String(value ?? "none");
 }

@@ -102,24 +102,18 @@ def panels(runs: Sequence[RunFolder]) -> tuple[list[Panel], list[Panel]]:
         runs (`Sequence[RunFolder]`):
             The runs, each with a color of its own.
     """
-    names = [(run, name) for run in runs for name in run.metric_names()]
-    trained = [name for _, name in names if not name.startswith("eval_")]
-    evaluated = [run.metric_of(name) for run, name in names if name.startswith("eval_")]
-    metrics = dict.fromkeys([*trained, *evaluated])
-    first = [name for name in FIRST if name in metrics]
-    rest = [name for name in metrics if name not in FIRST]
-    return [panel(name, _lines(runs, name)) for name in first], [panel(name, _lines(runs, name)) for name in rest]
-
-
-def _lines(runs: Sequence[RunFolder], metric: str) -> list[Line]:
-    lines = []
+    lines: dict[str, list[Line]] = {}
     for number, run in enumerate(runs):
-        sets = [("eval", prefix, name) for prefix, name in run.evaluations()]
-        for kind, prefix, name in [("train", "", ""), *sets]:
-            steps, values = run.curve(f"{prefix}{metric}")
-            if steps:
-                lines.append(Line(f"{run.name}, {name}" if name else run.name, steps, values, kind, number))
-    return lines
+        for name in run.metric_names():
+            metric = run.metric_of(name)
+            prefix = name.removesuffix(metric)
+            held_out = dict(run.evaluations()).get(prefix)
+            label = f"{run.name}, {held_out}" if held_out else run.name
+            line = Line(label, *run.curve(name), kind="eval" if prefix else "train", run=number)
+            lines.setdefault(metric, []).append(line)
+    first = [name for name in FIRST if name in lines]
+    rest = [name for name in lines if name not in FIRST]
+    return [panel(name, lines[name]) for name in first], [panel(name, lines[name]) for name in rest]
 
 
 def panel(metric: str, lines: Sequence[Line]) -> Panel:

@@ -84,12 +84,12 @@ def settings_table(runs: Sequence[RunFolder]) -> Table | None:
             The runs.
     """
     flat = [_flat(run.settings) for run in runs]
-    if not any(flat):
-        return None
     names = list(dict.fromkeys(name for settings in flat for name in settings))
-    if len(runs) > 1:
-        names = [name for name in names if len({settings.get(name) for settings in flat}) > 1]
+    if not names:
+        return None
     rows = [[name, *(settings.get(name, "default") for settings in flat)] for name in names]
+    if len(runs) > 1:
+        rows = [row for row in rows if len(set(row[1:])) > 1]
     label = "Settings that differ" if len(runs) > 1 else "Settings"
     return Table(label, ["setting", *(run.name for run in runs)], rows)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 from ..types import JSONObject
 from .folder import RunFolder, finite
@@ -144,7 +145,8 @@ def summarize(run: RunFolder) -> list[str]:
         return ["No figures were logged yet."]
     first, last = run.metrics[0]["step"], run.metrics[-1]["step"]
     times = [entry["time"] for entry in run.metrics if isinstance(entry.get("time"), (int, float))]
-    duration = f", {_duration(times[-1] - times[0])}" if len(times) > 1 and times[-1] > times[0] else ""
+    seconds = round(times[-1] - times[0]) if times else 0
+    duration = f", over {timedelta(seconds=seconds)} hours" if seconds > 0 else ""
     sentences = [f"Steps {first} to {last} are logged{duration}."]
     sentences += _moved(run, "reward", "The mean reward of training")
     for prefix, name in run.evaluations():
@@ -183,13 +185,6 @@ def _moved(run: RunFolder, metric: str, what: str) -> list[str]:
         return []
     before, after = ends
     spread = max(finite(values)) - min(finite(values))
-    how = "stayed" if abs(after - before) <= 0.05 * spread else "rose" if after > before else "fell"
-    moved = f"{what} {how} " + (f"at {after:.3g}" if how == "stayed" else f"from {before:.3g} to {after:.3g}")
-    return [f"{moved}."]
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+    if abs(after - before) <= 0.05 * spread:
+        return [f"{what} stayed at {after:.3g}."]
+    return [f"{what} {'rose' if after > before else 'fell'} from {before:.3g} to {after:.3g}."]

@@ -87,8 +87,8 @@ function turnInWords(turn, number) {
 
 function tokenOf(place, scale) {
   const text = texts[rollout.tokens[place]], kind = rollout.kinds[place];
-  const visible = text.trim() || text.replace(/ /g, "\u00b7").replace(/\n/g, "\u21b5\n") || "\u2205";
-  const token = create("span", { id: `t${place}`, className: `t ${KINDS[kind]}` }, text.trim() ? text : visible);
+  const visible = text.trim() ? text : text.replace(/ /g, "\u00b7").replace(/\n/g, "\u21b5\n") || "\u2205";
+  const token = create("span", { id: `t${place}`, className: `t ${KINDS[kind]}` }, visible);
   if (scale && kind === SAMPLED) {
     const value = rollout.figures[color.value][place], level = value === null ? 0 : scale.level(value);
     const share = Math.round(75 * Math.min(1, Math.abs(level)));
@@ -110,7 +110,7 @@ function scaleOf(name) {
 }
 
 function drawLegend(scale) {
-  const key = (className, ...children) => create("span", { className, ariaHidden: className.startsWith("bar") }, ...children);
+  const key = (className, ...children) => create("span", { className }, ...children);
   const keys = [key("key forced", "forced"), key("key tool", "tool output and template")];
   if (scale) {
     const [low, middle, high] = scale.ends, parts = [`sampled, by ${FIGURES[color.value]}: ${low}`];

@@ -13,17 +13,10 @@ function rowOf(rollout, index) {
   if (failed) second.unshift(span("bad", `${failed} failed `));
   if (stop !== "stop") second.unshift(span("cut", `${stop} `));
   const bar = create("span", { className: "bar", style: `width: ${(100 * Math.abs(reward)) / widest}%` });
+  const attributes = { role: "option", ariaSelected: rollout === selected, ariaPosInSet: index + 1, ariaSetSize: listed.length };
   return create(
     "div",
-    {
-      id: `row-${index}`,
-      className: index === active ? "row active" : "row",
-      style: `top: ${index * ROW}px`,
-      role: "option",
-      ariaSelected: rollout === selected,
-      ariaPosInSet: index + 1,
-      ariaSetSize: listed.length,
-    },
+    { ...attributes, id: `row-${index}`, className: `row${index === active ? " active" : ""}`, style: `top: ${index * ROW}px` },
     create("div", { className: "reward" }, shown(reward, 3), bar),
     create("div", {}, ...first),
     create("div", { className: "second" }, ...second),

@@ -86,7 +86,7 @@ def script(tmp_path):
 
 
 def found(examination, subject):
-    return next(finding for finding in examination.findings if finding.subject == subject)
+    return next(finding for finding in examination.results if finding.subject == subject)
 
 
 def test_a_healthy_recipe_is_a_go(tmp_path, capsys):
@@ -112,14 +112,14 @@ def test_a_look_makes_no_repository_on_the_hub(script, tmp_path, monkeypatch):
 def test_a_script_of_ones_own_is_a_go_and_every_question_is_answered(script):
     examination = examine(script, [])
     assert examination.go, examination.faults
-    subjects = [finding.subject for finding in examination.findings]
+    subjects = [finding.subject for finding in examination.results]
     assert subjects == [
         "versions", "hardware", "configuration", "tools", "template: prefixes", "template: calls",
         "template: tool output", "data: train_dataset", "rollouts", "self-check", "update", "memory",
     ]  # fmt: skip
-    assert "6 rows; prompts of" in found(examination, "data: train_dataset").words
+    assert "6 rows; prompts of" in found(examination, "data: train_dataset").message
     assert found(examination, "update").state == "ok" and found(examination, "self-check").state == "ok"
-    assert "add. Their descriptions are" in found(examination, "tools").words
+    assert "add. Their descriptions are" in found(examination, "tools").message
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_a_fault_is_a_no_go_that_names_it(script, capsys, fault, subject, words,
     examination = examine(script, [f"--fault={fault}"])
     assert [finding.subject for finding in examination.faults] == [subject]
     assert (
-        words in examination.faults[0].words and remedy in examination.faults[0].remedy + examination.faults[0].words
+        words in examination.faults[0].message and remedy in examination.faults[0].remedy + examination.faults[0].message
     )
 
 
@@ -159,7 +159,7 @@ def test_a_name_that_resembles_a_tool_is_noted_and_named_in_the_verdict(script, 
     assert "go (" in said.splitlines()[-1] and ", with notes on: tools" in said
     assert said.count("names the tool `add_up`, which does not exist; did you mean `add`?") == 1
     finding = found(examine(script, ["--fault=mention"]), "tools")
-    assert finding.state == "note" and "`add_up`" in finding.words and "Correct the prompt" in finding.remedy
+    assert finding.state == "note" and "`add_up`" in finding.message and "Correct the prompt" in finding.remedy
 
 
 def test_a_setting_the_recipe_refuses_is_a_no_go_before_anything_is_built(capsys):
@@ -214,7 +214,7 @@ def test_a_template_that_loses_calls_is_named(tokenizer):
     chat = ToolChat(tokenizer, [tokenizer.eos_token_id])
     tool = as_tool(_noted)
     _, calls, output = check_chat(chat, [tool])
-    assert calls.state == "fault" and "_noted({'text': 'a word'})" in calls.words
+    assert calls.state == "fault" and "_noted({'text': 'a word'})" in calls.message
     assert output.state == "ok"
 
 
@@ -240,17 +240,17 @@ def test_a_version_that_does_not_fit_is_a_fault(monkeypatch):
     finding = check_versions()
     assert (
         finding.state == "fault"
-        and "torch is" in finding.words
-        and "no-such-package is not installed" in finding.words
+        and "torch is" in finding.message
+        and "no-such-package is not installed" in finding.message
     )
-    assert "pytest" not in finding.words + finding.remedy and "'torch>=99'" in finding.remedy
+    assert "pytest" not in finding.message + finding.remedy and "'torch>=99'" in finding.remedy
 
 
 def test_rollouts_that_say_little_are_noted():
     cut = Trajectory([1], [2], [-0.1], [1], [0], [Turn(0, 1, "length")], "length")
     ended = Trajectory([1], [2], [-0.1], [1], [0], [Turn(0, 1)], "stop")
-    assert "Every one was cut off" in describe([cut, cut], 1.0).words
-    assert "None called a tool" in describe([cut, ended], 1.0).words
+    assert "Every one was cut off" in describe([cut, cut], 1.0).message
+    assert "None called a tool" in describe([cut, ended], 1.0).message
 
 
 def test_the_configuration_of_the_recipe_is_the_one_examined(tmp_path):

@@ -101,8 +101,7 @@ class ModelShape:
     @property
     def cached_values(self) -> int:
         """Numbers that a cache keeps for a token, over all blocks."""
-        own = sum(2 * key for _, key in self.attention_widths)
-        return own if self.stored_values is None else self.stored_values
+        return sum(2 * key for _, key in self.attention_widths) if self.stored_values is None else self.stored_values
 
     @property
     def parameters(self) -> int:

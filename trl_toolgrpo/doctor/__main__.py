@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ..errors import DoctorError
@@ -53,9 +53,7 @@ def draw(examination: Examination) -> Table:
         examination ([`Examination`]):
             What was found.
     """
-    table = Table(show_lines=False, box=None, padding=(0, 1))
-    for column in ("looked at", "", "found"):
-        table.add_column(column, overflow="fold")
+    table = Table(*(Column(name, overflow="fold") for name in ("looked at", "", "found")), box=None)
     for result in examination.results:
         text = result.message + (f"\n-> {result.remedy}" if result.remedy else "")
         table.add_row(result.subject, Text(result.state, COLORS[result.state]), Text(text))

@@ -54,8 +54,6 @@ def _check_lengths(trainer: ToolTrainer, subject: str, rows: int, row: int, leng
         message += f": row {row} does not fit into the model's {positions} positions."
         remedy = "Shorten the prompts or drop such rows, show fewer tools, or take a model with a longer context."
         return CheckResult(subject, FAULT, message, remedy)
-    message += (
-        f": after row {row}, {positions - longest} of the model's {positions} positions are left, fewer than "
-        f"`max_completion_length={room}`."
-    )
+    message += f": after row {row}, {positions - longest} of the model's {positions} positions are left, "
+    message += f"fewer than `max_completion_length={room}`."
     return CheckResult(subject, NOTE, message, "Rollouts of long prompts end early. Shorten them, or lower the limit.")

@@ -1,23 +1,24 @@
 """The examination: every check in order, as far as the results of earlier ones allow."""
 
 import logging
-import logging.handlers
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
-from ..checks import check_policy_is_trained
 from ..redaction import Redactor, argument_secrets
 from ..run_files import process_secrets
 from .chat_questions import check_chat, check_tools
 from .data_questions import check_data
 from .findings import FAULT, NOTE, OK, CheckResult, ToolTrainer
-from .script import construct, load_maker, output_folder
+from .script import construct, output_folder
 from .surroundings import check_hardware, check_versions
 from .trial import try_run
+
+
+PACKAGE = __name__.partition(".")[0]
 
 
 @dataclass
@@ -67,9 +68,13 @@ def examine(script: Path, arguments: Sequence[str]) -> Examination:
 
 def _results(script: Path, arguments: Sequence[str]) -> Iterator[CheckResult]:
     yield check_versions()
-    with _warnings() as records:
-        trainer, wrong = construct(lambda given: _trainable(load_maker(script)(given)), arguments)
-    subjects = {record.getMessage(): getattr(record, "subject", "construction") for record in records}
+    # The package warns of what it cannot refuse, for example a tool that the chat template cuts
+    logger, handler = logging.getLogger(PACKAGE), MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
+    handler.setLevel(logging.WARNING)
+    logger.addHandler(handler)
+    trainer, wrong = construct(script, arguments)
+    logger.removeHandler(handler)
+    subjects = {record.getMessage(): getattr(record, "subject", "construction") for record in handler.buffer}
     yield from (CheckResult("construction", NOTE, text) for text, subject in subjects.items() if subject != "tools")
     if wrong is not None:
         yield check_hardware(Path.cwd())
@@ -94,25 +99,6 @@ def _results(script: Path, arguments: Sequence[str]) -> Iterator[CheckResult]:
         traceback.print_exc()
         message = f"{type(error).__name__}: {error}"
         yield CheckResult(subject, FAULT, message, "The traceback above says where; training would end there too.")
-
-
-def _trainable(trainer: ToolTrainer) -> ToolTrainer:
-    """The trainer, whose policy must be one that training would change."""
-    check_policy_is_trained(trainer.model)
-    return trainer
-
-
-@contextmanager
-def _warnings() -> Iterator[list[logging.LogRecord]]:
-    """Warnings of the package while the block runs, for example about a tool that the chat template cuts."""
-    handler = logging.handlers.MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
-    handler.setLevel(logging.WARNING)
-    logger = logging.getLogger(__package__.partition(".")[0])
-    logger.addHandler(handler)
-    try:
-        yield handler.buffer
-    finally:
-        logger.removeHandler(handler)
 
 
 def _configuration(trainer: ToolTrainer) -> str:

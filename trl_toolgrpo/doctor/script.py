@@ -6,9 +6,9 @@ into the output folder.
 """
 
 import argparse
-import ast
 import importlib.util
 import inspect
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,6 +19,7 @@ import yaml
 from transformers import Trainer
 
 from .. import errors
+from ..checks import check_policy_is_trained
 from ..errors import DoctorError, ToolGRPOError
 from .findings import FAULT, CheckResult, ToolTrainer
 
@@ -51,7 +52,7 @@ def find_script(config: Path, given: Path | None = None) -> Path:
     if not config.is_file():
         raise DoctorError(f"You passed `--config {config}`, which is no file.", remedy="Pass the YAML of a recipe.")
     if given is not None:
-        if not given.is_file() or not _defines_maker(given):
+        if not _defines_maker(given):
             message = f"You passed `--script {given}`, which has no function `{MAKER}(arguments)`."
             raise DoctorError(message, remedy=f"Write one: {needed}")
         return given
@@ -64,11 +65,8 @@ def find_script(config: Path, given: Path | None = None) -> Path:
 
 
 def _defines_maker(path: Path) -> bool:
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError, OSError):
-        return False
-    return any(isinstance(node, ast.FunctionDef) and node.name == MAKER for node in tree.body)
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return re.search(rf"^def {MAKER}\(", text, re.MULTILINE) is not None
 
 
 def load_maker(script: Path) -> Callable[[Sequence[str]], ToolTrainer]:
@@ -111,24 +109,25 @@ def output_folder(arguments: Sequence[str], otherwise: str) -> Path:
     return Path(str(written.get("output_dir", otherwise)) if isinstance(written, dict) else otherwise)
 
 
-def construct(
-    make: Callable[[Sequence[str]], ToolTrainer], arguments: Sequence[str]
-) -> tuple[ToolTrainer, CheckResult | None]:
+def construct(script: Path, arguments: Sequence[str]) -> tuple[ToolTrainer, CheckResult | None]:
     """
     Make the trainer of a command line.
 
     Args:
-        make (`Callable`):
-            Returns the trainer of a command line.
+        script (`Path`):
+            The script.
         arguments (`Sequence[str]`):
             The command line.
 
     Returns:
-        `tuple[ToolGRPOTrainer | None, CheckResult | None]`: the trainer, or what is wrong.
+        `tuple[ToolGRPOTrainer | None, CheckResult | None]`: the trainer, whose policy training would change; or what
+        is wrong.
     """
     try:
         with patch.object(Trainer, "init_hf_repo"):  # which would create a repository with `push_to_hub`
-            return make(arguments), None
+            trainer = load_maker(script)(arguments)
+        check_policy_is_trained(trainer.model)
+        return trainer, None
     except SystemExit:  # argparse has printed why
         message = "The command line or the YAML cannot be read; the reason stands above."
         return None, CheckResult("configuration", FAULT, message, "Correct it, or see the script's --help.")

@@ -34,9 +34,8 @@ def check_versions() -> CheckResult:
         return CheckResult("versions", FAULT, f"{'; '.join(wrong.values())}.", f"Run `pip install {' '.join(wrong)}`.")
     versions = ", ".join(f"{name} {_installed_version(name)}" for name in SHOWN)
     if not required:
-        message = f"{versions}; trl_toolgrpo is not installed, so its requirements are unknown."
-        return CheckResult("versions", NOTE, message)
-    return CheckResult("versions", OK, f"{versions}.")
+        versions += "; trl_toolgrpo is not installed, so its requirements are unknown"
+    return CheckResult("versions", OK if required else NOTE, f"{versions}.")
 
 
 def _installed_version(name: str) -> str | None:
@@ -54,10 +53,9 @@ def check_hardware(folder: Path) -> CheckResult:
         folder (`Path`):
             Where checkpoints would go.
     """
+    cards = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     parts = [f"{os.cpu_count()} CPU cores", f"{psutil.virtual_memory().total / 1e9:.0f} GB of memory"]
-    for index in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(index)
-        parts.append(f"{card.name} with {card.total_memory / 1e9:.0f} GB")
+    parts += [f"{card.name} with {card.total_memory / 1e9:.0f} GB" for card in cards]
     home = next((path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir()), Path("/"))
     free = shutil.disk_usage(home).free
     message = f"{', '.join(parts)}; {free / 1e9:.0f} GB free for {folder}."

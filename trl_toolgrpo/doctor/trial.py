@@ -136,8 +136,7 @@ def check_memory(trainer: ToolTrainer) -> CheckResult:
         f"optimizer takes {state / 1e9:.1f} GB more, of {total / 1e9:.1f} GB."
     )
     remedy = "Lower `per_device_train_batch_size` or `max_completion_length`, use an adapter (`use_peft`), or quantize."
-    if peak + state > total:
-        return CheckResult("memory", FAULT, message, remedy)
-    if peak + state > 0.85 * total:
-        return CheckResult("memory", NOTE, f"{message} That is tight.", remedy)
-    return CheckResult("memory", OK, message)
+    if peak + state <= 0.85 * total:
+        return CheckResult("memory", OK, message)
+    tight = peak + state <= total
+    return CheckResult("memory", NOTE if tight else FAULT, f"{message}{' That is tight.' if tight else ''}", remedy)

@@ -181,12 +181,12 @@ def thin(steps: np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarray, 
     """
     if len(steps) <= most:
         return steps, values
-    kept: set[int] = {0, len(steps) - 1}
+    kept = {0, len(steps) - 1}
     for part in np.array_split(np.arange(len(steps)), most // 2):
-        finite = part[np.isfinite(values[part])]
-        kept |= {int(finite[values[finite].argmin()]), int(finite[values[finite].argmax()])} if len(finite) else set()
-        kept |= {int(x) for x in part[~np.isfinite(values[part])][:1]}
-    chosen = np.array(sorted(kept))
+        finite = np.isfinite(values[part])
+        lows, highs = (np.where(finite, values[part], limit) for limit in (np.inf, -np.inf))
+        kept |= {int(part[place]) for place in (lows.argmin(), highs.argmax(), finite.argmin())}  # the last is a gap
+    chosen = sorted(kept)
     return steps[chosen], values[chosen]
 
 

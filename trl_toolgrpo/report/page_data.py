@@ -11,7 +11,7 @@ from pathlib import Path
 from jinja2.utils import htmlsafe_json_dumps
 
 from ..types import JSONObject, JSONValue, Row
-from .rollouts import FIGURES, read_rollout_file
+from .rollouts import FIGURES, read_rollout_file, short_number
 from .tools import Call, calls_of, tool_name
 from .vocabulary import Vocabulary
 
@@ -111,7 +111,7 @@ def _add_tokens(data: RunData, rollout: Row, room: int) -> tuple[JSONObject | No
         "prompt": data.prompts.get(prompt, len(data.prompts)),
         "tokens": ids,
         "kinds": "".join("0" if not assistant else "2" if forced else "1" for assistant, forced in masks),
-        "figures": {name: list(map(_short_number, values)) for name, values in figures.items()},
+        "figures": {name: list(map(short_number, values)) for name, values in figures.items()},
         "turns": [_turn(turn) for turn in rollout["turns"]],
         "rewards": rollout["rewards"],
     }
@@ -127,16 +127,11 @@ def _add_tokens(data: RunData, rollout: Row, room: int) -> tuple[JSONObject | No
 
 
 def _row(rollout: Row, calls: Sequence[Call], whole: JSONObject | None) -> list[JSONValue]:
-    return [
-        *(rollout[name] for name in ("step", "batch", "group", "rollout")),
-        _short_number(rollout["reward"]),
-        int(rollout["assisted"]),
-        rollout["stop_reason"],
-        list(dict.fromkeys(map(tool_name, rollout["tools"]))),
-        sum(call.outcome != "ok" for call in calls),
-        len(rollout["completion_ids"]),
-        whole,
-    ]
+    places = [rollout[name] for name in ("step", "batch", "group", "rollout")]
+    kind = [rollout["reward"], int(rollout["assisted"]), rollout["stop_reason"]]
+    tools = list(dict.fromkeys(map(tool_name, rollout["tools"])))
+    failed = sum(call.outcome != "ok" for call in calls)
+    return [*places, *kind, tools, failed, len(rollout["completion_ids"]), whole]
 
 
 def _turn(turn: JSONObject) -> JSONObject:
@@ -145,11 +140,6 @@ def _turn(turn: JSONObject) -> JSONObject:
         "start": turn.get("start", 0),
         "calls": calls_of([turn]),
         "stop": turn.get("stop_reason", "stop"),
-        "seconds": round(turn.get("sample_seconds") or 0, 3),
+        "seconds": turn.get("sample_seconds") or 0,
         "reward": sum(reward for reward in rewards if reward is not None),
     }
-
-
-def _short_number(value: float | None) -> float | None:
-    """A number with four digits; `None` if it is not finite."""
-    return float(f"{value:.4g}") if value is not None and math.isfinite(value) else None

@@ -99,8 +99,7 @@ def _is_whole(row: Row) -> bool:
 
 def _rollout(row: Row) -> Row:
     rollout = _DEFAULTS | {name: value for name, value in row.items() if value is not None}
-    reward = rollout["reward"]
-    rollout["reward"] = reward if reward is not None and math.isfinite(reward) else None
+    rollout["reward"] = short_number(rollout["reward"])
     rollout["rewards"] = _decoded(rollout["rewards"], {})
     rollout["turns"] = [turn for turn in _decoded(rollout["turns"], []) if isinstance(turn, dict)]
     for turn in rollout["turns"]:
@@ -111,17 +110,17 @@ def _rollout(row: Row) -> Row:
 
 
 def _decoded(text: str, default: JSONValue) -> JSONValue:
-    """A value written as JSON, with `None` for numbers that are not finite; the default unless it is of its type."""
+    """A value written as JSON, with short numbers; the default unless it is of its type."""
     try:
-        value = json.loads(text, parse_constant=lambda _: None, parse_float=_finite_float)
+        value = json.loads(text, parse_constant=lambda _: None, parse_float=lambda text: short_number(float(text)))
     except ValueError:
         return default
     return value if isinstance(value, type(default)) else default
 
 
-def _finite_float(text: str) -> float | None:
-    value = float(text)
-    return value if math.isfinite(value) else None
+def short_number(value: float | None) -> float | None:
+    """Return a number with four digits; `None` if it is not finite."""
+    return float(f"{value:.4g}") if value is not None and math.isfinite(value) else None
 
 
 def _one_line(error: Exception) -> str:

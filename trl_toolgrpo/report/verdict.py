@@ -40,18 +40,6 @@ class RuleHistory:
     times: int = 1
     recovered: int | None = None
 
-    @property
-    def state(self) -> str:
-        """Its level, or `"recovered"`."""
-        return self.level if self.recovered is None else "recovered"
-
-    @property
-    def when(self) -> str:
-        """Steps at which it spoke, in words."""
-        steps = f"step {self.first}" if self.first == self.last else f"steps {self.first} to {self.last}"
-        times = f", {self.times} times" if self.times > 1 else ""
-        return steps + times + ("" if self.recovered is None else f", recovered at step {self.recovered}")
-
 
 @dataclass
 class Verdict:
@@ -153,11 +141,7 @@ def summarize(run: RunFolder) -> list[str]:
         sentences += _moved(run, f"{prefix}reward", f"The held-out reward{f' on {name}' if name else ''}")
     for metric, words in (
         ("ratio/mean", "The ratio of the policy to the sampling policy was {:.3f} on average over the last steps."),
-        (
-            "value/explained_variance",
-            "The explained variance of the value head is {:.2f} over the last steps (1 at best; below 0 it does worse "
-            "than the mean return).",
-        ),
+        ("value/explained_variance", "The explained variance of the value head is {:.2f} (1 at best, below 0 useless)."),
         ("tools/call_frequency", "A rollout makes {:.1f} tool calls at the end."),
         ("tools/failure_frequency", "Of its tool calls {:.1%} fail at the end."),
         ("completions/clipped_ratio", "At the end {:.0%} of the rollouts are cut off by a limit."),

@@ -3,6 +3,8 @@
 const tokens = find("tokens"), color = find("color"), promptText = find("prompt").querySelector(".text");
 let rollout = null, texts = {}, current = -1;
 
+for (const name in FIGURES) if (rollouts.some(({ whole }) => whole && name in whole.figures)) color.append(new Option(FIGURES[name], name));
+
 function openRollout(entry) {
   const run = data.runs[entry.run];
   if (!entry.whole) {
@@ -14,7 +16,6 @@ function openRollout(entry) {
   for (const part of [find("prompt"), find("legend")]) part.hidden = false;
   drawFacts(entry);
   drawPrompt(run.prompts[rollout.prompt]);
-  color.replaceChildren(new Option("who wrote them", "kind"), ...Object.keys(rollout.figures).map(figureOption));
   drawTokens();
   find("conversation").scrollTop = 0;
   point(Math.max(0, rollout.kinds.indexOf(SAMPLED)), false);
@@ -53,10 +54,6 @@ function pretty(text) {
     return text;
   }
 }
-
-let coloring = "kind"; // kept from one rollout to the next
-
-const figureOption = (name) => new Option(FIGURES[name], name, false, name === coloring);
 
 function drawTokens() {
   const scale = scaleOf(color.value);
@@ -153,7 +150,6 @@ tokens.addEventListener("click", (event) => {
   if (token) point(Number(token.id.slice(1)), false);
 });
 color.addEventListener("change", () => {
-  coloring = color.value;
   drawTokens();
   point(current, false);
 });

@@ -13,14 +13,9 @@ function showValues(figure, event) {
   const cursor = svg.querySelector(".cursor") || svg.appendChild(grid.cloneNode());
   cursor.setAttribute("class", "cursor");
   for (const [name, value] of Object.entries({ x1: x, x2: x, y1: 0, y2: 122 })) cursor.setAttribute(name, value);
-  const values = figure.querySelector(".at");
-  values.textContent = `step ${step}: ${found.map((point) => shown(point[1])).join(" / ")}`;
-  toggleValues(figure, true);
-}
-
-function toggleValues(figure, pointed) {
-  figure.querySelector(".at").hidden = !pointed;
-  for (const last of figure.querySelectorAll(".last")) last.hidden = pointed;
+  const caption = figure.querySelector(".at");
+  caption.textContent = `step ${step}: ${found.map((point) => shown(point[1])).join(" / ")}`;
+  caption.hidden = false;
 }
 
 for (const svg of document.querySelectorAll(".panel svg")) {
@@ -28,6 +23,6 @@ for (const svg of document.querySelectorAll(".panel svg")) {
   for (const kind of ["pointermove", "pointerdown"]) svg.addEventListener(kind, (event) => showValues(figure, event));
   svg.addEventListener("pointerleave", () => {
     svg.querySelector(".cursor")?.remove();
-    toggleValues(figure, false);
+    figure.querySelector(".at").hidden = true;
   });
 }

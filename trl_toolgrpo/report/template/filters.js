@@ -36,9 +36,7 @@ function passing() {
     if (stop.value === "!stop" ? rollout.stop === "stop" : stop.value && rollout.stop !== stop.value.slice(1)) return false;
     return tool.value === "!" ? !rollout.tools.length : !tool.value || rollout.tools.includes(tool.value.slice(1));
   });
-  const unscored = (rollout, otherwise) => (rollout.reward === null ? otherwise : rollout.reward);
-  if (order.value === "worst") found.sort((a, b) => unscored(a, Infinity) - unscored(b, Infinity));
-  if (order.value === "best") found.sort((a, b) => unscored(b, -Infinity) - unscored(a, -Infinity));
-  if (order.value === "longest") found.sort((a, b) => b.tokens - a.tokens);
-  return found;
+  const keys = { worst: (rollout) => rollout.reward ?? Infinity, best: (rollout) => -(rollout.reward ?? -Infinity), longest: (rollout) => -rollout.tokens };
+  const key = keys[order.value];
+  return key ? found.sort((a, b) => key(a) - key(b)) : found;
 }

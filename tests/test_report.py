@@ -4,6 +4,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
@@ -15,7 +16,7 @@ from trl_toolgrpo.report import build_report
 from trl_toolgrpo.report.__main__ import main
 from trl_toolgrpo.report.curves import LEFT, Line, panel, thin
 from trl_toolgrpo.report.folder import RunFolder, read_folder
-from trl_toolgrpo.report.page_data import spread_order
+from trl_toolgrpo.report.page_data import RunData, spread_order
 from trl_toolgrpo.report.tables import tool_table
 from trl_toolgrpo.report.tools import Call, count_calls, from_metrics
 from trl_toolgrpo.report.verdict import judge, rule_histories
@@ -316,7 +317,9 @@ def test_the_figures_of_tools_are_those_of_their_calls():
     assert (a.Index, a.calls, a.failed, a.truncated, a.failures) == ("a", 4, 3, 1, "timeout 2, malformed 1")
     assert (a.p50, a.reward) == (pytest.approx(0.2), 0.5) and a.p95 == pytest.approx(0.285)
     assert (b.Index, b.calls, b.failed, b.failures) == ("b", 1, 1, "unanswered 1") and math.isnan(b.p50)
-    table = tool_table("Tools", count_calls(calls), "")
+    data = RunData(Vocabulary(), rows=[[]] * 3, calls=calls, without_calls=[0.5, 1.0])
+    table = tool_table(RunFolder(Path("run")), data)
+    assert table.caption == "run: counted over 3 rollouts. 2 rollouts without a call have a mean reward of 0.75."
     assert table.rows[0] == ["a", "4", "80%", "75.0%", "timeout 2, malformed 1", "1", "200 ms", "285 ms", "0.5"]
     assert table.rows[1] == ["b", "1", "20%", "100.0%", "unanswered 1", "", "", "", "0"]
 

@@ -116,7 +116,5 @@ def check_tools(
     names = ", ".join(tool.name for tool in tools[:8]) + (" and more" if len(tools) > 8 else "")
     more = ("; " if names else "") + "each environment brings its own at reset" if at_reset else ""
     cost = f" Their descriptions are {prompt_tokens} tokens of every prompt." if prompt_tokens else ""
-    if suspicious:
-        message = f"{names}{more}.{cost} {' '.join(suspicious)}"
-        return CheckResult("tools", NOTE, message, "Correct the prompt where a tool is meant.")
-    return CheckResult("tools", OK, f"{names}{more}.{cost}")
+    state, remedy = (NOTE, "Correct the prompt where a tool is meant.") if suspicious else (OK, "")
+    return CheckResult("tools", state, " ".join([f"{names}{more}.{cost}", *suspicious]), remedy)

@@ -103,7 +103,7 @@ def try_update(trainer: ToolTrainer, batch: Batch) -> CheckResult:
         loss = trainer.compute_loss(trainer.model, part)
     trainer.accelerator.backward(loss)
     loss = float(loss.detach())
-    gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+    gradients = (p.grad for p in trainer.model.parameters() if p.grad is not None)
     norm = math.sqrt(sum(float(gradient.float().square().sum()) for gradient in gradients))
     trainer.model.zero_grad(set_to_none=True)
     if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -29,14 +29,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         description="Make one self-contained HTML file of a run.",
         allow_abbrev=False,
     )
-    parser.add_argument("output_dir", nargs="?", type=Path, help="output folder of a run")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="output folders of two runs")
+    runs = parser.add_mutually_exclusive_group(required=True)
+    runs.add_argument("output_dir", nargs="?", type=Path, help="output folder of a run")
+    runs.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="output folders of two runs")
     parser.add_argument("--out", type=Path, help="file to write; in the folder: report.html; for two runs, here")
     parser.add_argument("--max_size", type=float, default=MAX_MEGABYTES, help="largest size in MB (default %(default)g)")
-    given = parser.parse_args(arguments)
-    if (given.output_dir is None) == (given.compare is None):
-        parser.error("pass one output folder, or --compare and two of them")
-    return given
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -122,13 +123,10 @@ def read_folder(path: str | Path) -> RunFolder:
         run.health = [entry for entry in entries if isinstance(entry.get("rule"), str) and entry.get("level")]
     run.rollouts = find_rollout_files(path, run.problems)
     if run.empty:
-        held = sorted(entry.name for entry in path.iterdir())
-        shown = f"It holds {', '.join(held[:6])}{' and more' if len(held) > 6 else ''}." if held else "It is empty."
-        run.problems.insert(
-            0,
-            f"Nothing of a run was found in {path}: none of {METRICS}, {HEALTH}, {RUN}, {STATE} or a folder "
-            f"rollouts/. {shown} Pass the `output_dir` of a run of ToolGRPOTrainer that has begun to train.",
-        )
+        held = ", ".join(sorted(entry.name for entry in path.iterdir())[:6]) or "nothing"
+        problem = f"Nothing of a run was found in {path}: none of {METRICS}, {HEALTH}, {RUN}, {STATE} or rollouts/."
+        remedy = "Pass the `output_dir` of a run of ToolGRPOTrainer that has begun to train."
+        run.problems.insert(0, f"{problem} It holds {held}. {remedy}")
     return run
 
 
@@ -136,15 +134,14 @@ def _read_object(path: Path, folder: Path, problems: list[str]) -> JSONObject:
     """A file of JSON; empty, with a problem, if it is not one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-        error: Exception = TypeError(f"it holds a {type(content).__name__} in place of named fields")
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__} in place of named fields")
+        return content
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as failure:
-        error = failure
-    problems.append(f"{path.relative_to(folder)} cannot be read: {error}.")
-    return {}
+    except (OSError, ValueError) as error:
+        problems.append(f"{path.relative_to(folder)} cannot be read: {error}.")
+        return {}
 
 
 def _read_settings(folder: Path, problems: list[str]) -> JSONObject:
@@ -188,10 +185,9 @@ def _read_lines(path: Path, problems: list[str]) -> list[JSONObject]:
         return []
     found, bad = [], []
     for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line) if line.strip() else {}
-        except ValueError:
-            entry = None
+        entry = None
+        with suppress(ValueError):
+            entry = json.loads(line.strip() or "{}")
         if isinstance(entry, dict):
             found.append(entry)
         else:

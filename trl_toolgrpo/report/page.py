@@ -9,8 +9,7 @@ import jinja2
 from . import curves
 from .folder import RunFolder, read_folder
 from .page_data import FIELDS, JSON_OPTIONS, RunData, collect_rollouts
-from .tables import Table, comparison_table, settings_table, tool_table
-from .tools import count_calls, from_metrics
+from .tables import comparison_table, settings_table, tool_table
 from .verdict import judge
 from .vocabulary import Vocabulary, load_tokenizer
 
@@ -55,9 +54,7 @@ def build_report(folders: Sequence[str | Path], max_megabytes: float = MAX_MEGAB
         ReportError: if a folder does not exist.
     """
     runs = [read_folder(folder) for folder in folders]
-    vocabularies = [
-        Vocabulary(load_tokenizer(run.path, run.problems) if run.rollouts else None) for run in runs
-    ]
+    vocabularies = [Vocabulary(load_tokenizer(run.path, run.problems) if run.rollouts else None) for run in runs]
     shell = _render(runs, [RunData(vocabulary) for vocabulary in vocabularies])
     room = int(MARGIN * max_megabytes * 1e6) - len(shell.encode())
     collected = [
@@ -70,13 +67,8 @@ def build_report(folders: Sequence[str | Path], max_megabytes: float = MAX_MEGAB
 
 def _render(runs: Sequence[RunFolder], collected: Sequence[RunData]) -> str:
     """The page; reading rollouts may have found more problems, so that it is made after that."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__, "template"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    loader = jinja2.PackageLoader(__package__, "template")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     environment.policies["json.dumps_kwargs"] = JSON_OPTIONS
     both = list(zip(runs, collected, strict=True))
     first, rest = curves.panels(runs)
@@ -95,16 +87,7 @@ def _render(runs: Sequence[RunFolder], collected: Sequence[RunData]) -> str:
         panels=first,
         folded=rest,
         chart=curves,
-        tools=[(run.name, _tools(run, part)) for run, part in both],
+        tools=[(run.name, tool_table(run, part)) for run, part in both],
+        whole=all(part.shown == len(part.rows) for part in collected),
         data=data,
     )
-
-
-def _tools(run: RunFolder, data: RunData) -> Table | None:
-    label, rewards = f"Tools of {run.name}", data.without_calls
-    if not data.rows:
-        return tool_table(label, from_metrics(run.metrics), f"{run.name}: from the logged metrics.")
-    caption = f"{run.name}: counted over {len(data.rows)} rollouts."
-    if rewards:
-        caption += f" {len(rewards)} rollouts without a call have a mean reward of {sum(rewards) / len(rewards):.3g}."
-    return tool_table(label, count_calls(data.calls), caption)

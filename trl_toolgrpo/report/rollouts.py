@@ -49,16 +49,12 @@ def find_rollout_files(folder: Path, problems: list[str]) -> dict[Path, int]:
     for path in sorted(paths, key=lambda path: (place_in_log(path) or (), path.name)):
         try:
             meta = parquet.read_metadata(path)
-            schema = meta.schema.to_arrow_schema()
-            version = details(schema.empty_table(), "it")["version"]
-            missing = [name for name in ("step", *_LISTS) if name not in schema.names]
+            version = details(meta.schema.to_arrow_schema().empty_table(), "it")["version"]
             if version > VERSION:
                 raise RolloutLogError(
                     f"its format has version {version}, and this version of trl_toolgrpo reads up to {VERSION}.",
                     remedy="Upgrade trl_toolgrpo.",
                 )
-            if missing:
-                raise RolloutLogError(f"it has no column {', '.join(missing)}.")
         except (*_UNREADABLE, RecursionError) as error:
             problems.append(f"{FOLDER}/{path.name} is left out: {_one_line(error)}")
             continue
@@ -93,7 +89,7 @@ def read_rollout_file(path: Path, problems: list[str]) -> list[Row]:
 
 
 def _is_whole(row: Row) -> bool:
-    lists = [row[name] for name in _LISTS]
+    lists = [row.get(name) for name in _LISTS]
     return all(isinstance(values, list) and len(values) == len(lists[0]) for values in lists)
 
 

@@ -5,10 +5,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import pandas
-
 from ..types import JSONObject, JSONValue
 from .folder import RunFolder
+from .page_data import RunData
+from .tools import count_calls, from_metrics
 from .verdict import edges
 
 
@@ -38,18 +38,20 @@ class Table:
     caption: str = ""
 
 
-def tool_table(label: str, figures: pandas.DataFrame, caption: str) -> Table | None:
+def tool_table(run: RunFolder, data: RunData) -> Table | None:
     """
-    Return the table of the tools of a run; `None` without any.
+    Return the table of the tools of a run; `None` if no call is on record.
 
     Args:
-        label (`str`):
-            What it is.
-        figures (`pandas.DataFrame`):
-            Figures of each tool, from [`count_calls`] or [`from_metrics`].
-        caption (`str`):
-            What was counted.
+        run ([`RunFolder`]):
+            The run.
+        data ([`RunData`]):
+            Its rollouts; without any, the logged metrics are used.
     """
+    figures = count_calls(data.calls) if data.rows else from_metrics(run.metrics)
+    caption = f"{run.name}: {f'counted over {len(data.rows)} rollouts' if data.rows else 'from the logged metrics'}."
+    if rewards := data.without_calls:
+        caption += f" {len(rewards)} rollouts without a call have a mean reward of {sum(rewards) / len(rewards):.3g}."
     head = ("tool", "calls", "share", "failed", "failures", "cut", "p50", "p95", "mean reward")
     total = figures["calls"].sum() or 1
     rows = [
@@ -66,7 +68,7 @@ def tool_table(label: str, figures: pandas.DataFrame, caption: str) -> Table | N
         ]
         for tool in figures.itertuples()
     ]
-    return Table(label, head, rows, caption) if rows else None
+    return Table(f"Tools of {run.name}", head, rows, caption) if rows else None
 
 
 def _seconds(value: float) -> str:

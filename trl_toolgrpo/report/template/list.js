@@ -66,7 +66,6 @@ list.addEventListener("keydown", (event) => {
     choose(active + LIST_KEYS[event.key]);
   } else if (event.key === "Enter" || event.key === " ") {
     event.preventDefault();
-    if (selected !== listed[active]) choose(active);
     find("tokens").focus();
   }
 });

@@ -8,16 +8,12 @@ with it:
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
+from transformers import PretrainedConfig
 
 from .errors import ConfigError
 from .model_settings import layer_settings, stored_values
-
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 
 METHODS = ("full", "lora", "qlora")
@@ -55,7 +51,7 @@ class ModelShape:
     stored_values: int | None = None
 
     @classmethod
-    def from_config(cls, config: "PretrainedConfig") -> "ModelShape":
+    def from_config(cls, config: PretrainedConfig) -> "ModelShape":
         """
         Read the shape from a configuration of transformers.
 
@@ -288,8 +284,7 @@ def memory_table() -> str:
             cells = []
             for sharding, processes in layouts.values():
                 found = estimate_memory(shape, method, weight_bytes=size, sharding=sharding, processes=processes)
-                quantized = method == "qlora" and sharding == "parameters"
-                cells.append("-" if quantized else f"{found.peak / 2**30:.0f}")
+                cells.append("-" if (method, sharding) == ("qlora", "parameters") else f"{found.peak / 2**30:.0f}")
             lines.append(f"| Qwen3-{name} | {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

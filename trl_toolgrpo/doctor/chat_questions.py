@@ -4,7 +4,7 @@ Each is tried on the trainer's own chat handling.
 """
 
 from collections.abc import Sequence
-from os.path import commonprefix
+from itertools import takewhile
 
 from ..rollout.chat import ToolChat, tool_message
 from ..tools.types import Tool, ToolCall
@@ -34,7 +34,7 @@ def _check_prefix(chat: ToolChat) -> CheckResult:
     call, whole = (chat.render_call("tool", {"argument": "value"}, results) for results in ([], [result]))
     if whole.startswith(call):
         return CheckResult(subject, OK, "What is written stays as it is when a tool's result follows.")
-    same = len(commonprefix([call, whole]))
+    same = _shared_length(call, whole)
     message = f"A result changes the text before it: {call[same : same + 40]!r} becomes {whole[same : same + 40]!r}."
     return CheckResult(subject, FAULT, message, "Use a template that renders earlier messages alike whatever follows.")
 
@@ -57,9 +57,14 @@ def _turn(chat: ToolChat, name: str, arguments: JSONObject) -> tuple[list[int], 
     """Tokens of an assistant turn that makes a call, and the text before it."""
     opening = chat.encode(chat.render([{"role": "user", "content": "dummy"}], add_generation_prompt=True))
     ids = chat.encode(chat.render_call(name, arguments))
-    start = len(commonprefix([opening, ids]))
+    start = _shared_length(opening, ids)
     end = next((place + 1 for place in range(start, len(ids)) if ids[place] in chat.stop_ids), len(ids))
     return ids[start:end], chat.tokenizer.decode(ids[:start])
+
+
+def _shared_length(first: Sequence[object], second: Sequence[object]) -> int:
+    """Number of characters or tokens that two texts begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def example_arguments(schema: JSONSchema) -> JSONObject:
@@ -70,13 +75,11 @@ def example_arguments(schema: JSONSchema) -> JSONObject:
         schema (`dict`):
             JSON schema of a tool's parameters.
     """
-    plain = {"string": ["a word"], "integer": [7], "number": [1.5], "boolean": [True]}
-    found = {}
-    for name, inner in (schema.get("properties") or {}).items():
-        if isinstance(inner, dict):
-            choices = inner.get("enum") or plain.get(str(inner.get("type")), [])
-            found |= {name: choice for choice in choices[:1]}
-    return found
+    plain: JSONObject = {"string": "a word", "integer": 7, "number": 1.5, "boolean": True}
+    properties = schema.get("properties") or {}
+    inner = {name: part for name, part in properties.items() if isinstance(part, dict)}
+    choices = {name: part.get("enum") or [plain.get(str(part.get("type")))] for name, part in inner.items()}
+    return {name: values[0] for name, values in choices.items() if values[0] is not None}
 
 
 def _check_output(chat: ToolChat) -> CheckResult:

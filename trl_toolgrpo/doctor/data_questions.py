@@ -32,8 +32,7 @@ def check_data(trainer: ToolTrainer) -> tuple[list[CheckResult], int | None]:
         read = ((row, dataset[row]) for row in rows)
         asked = [(row, content["prompt"]) for row, content in read if "prompt" in content]
         if not asked:
-            message = f"{len(dataset)} rows; their environments give the prompts."
-            found.append(CheckResult(f"data: {name}", NOTE, message))
+            found.append(CheckResult(f"data: {name}", NOTE, f"{len(dataset)} rows; environments give the prompts."))
             continue
         prompts = [trainer._messages.rewritten(prompt, tools) for _, prompt in asked]
         lengths = [trainer._renderer.length(prompt) for prompt in prompts]

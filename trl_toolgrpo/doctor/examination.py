@@ -12,13 +12,10 @@ from ..redaction import Redactor, argument_secrets
 from ..run_files import process_secrets
 from .chat_questions import check_chat, check_tools
 from .data_questions import check_data
-from .findings import FAULT, NOTE, OK, CheckResult, ToolTrainer
+from .findings import FAULT, NOTE, OK, CheckResult
 from .script import construct, output_folder
 from .surroundings import check_hardware, check_versions
-from .trial import try_run
-
-
-PACKAGE = __name__.partition(".")[0]
+from .trial import check_memory, try_run
 
 
 @dataclass
@@ -69,7 +66,7 @@ def examine(script: Path, arguments: Sequence[str]) -> Examination:
 def _results(script: Path, arguments: Sequence[str]) -> Iterator[CheckResult]:
     yield check_versions()
     # The package warns of what it cannot refuse, for example a tool that the chat template cuts
-    logger, handler = logging.getLogger(PACKAGE), MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
+    logger, handler = logging.getLogger(__name__.partition(".")[0]), MemoryHandler(10_000, logging.CRITICAL + 1)
     handler.setLevel(logging.WARNING)
     logger.addHandler(handler)
     trainer, wrong = construct(script, arguments)
@@ -81,7 +78,10 @@ def _results(script: Path, arguments: Sequence[str]) -> Iterator[CheckResult]:
         yield wrong
         return
     yield check_hardware(output_folder(arguments, trainer.args.output_dir))
-    yield CheckResult("configuration", OK, _configuration(trainer))
+    model = f"{type(trainer.model).__name__} on {trainer.accelerator.device}"
+    batch = f"{trainer.args.generation_batch_size} rollouts a batch in groups of {trainer.num_generations}"
+    estimator = trainer.args.advantage_estimator
+    yield CheckResult("configuration", OK, f"{model}, {batch}, advantages by `{estimator}`.")
     data, cost = check_data(trainer)
     tools = trainer._toolset
     suspicious = [text for text, subject in subjects.items() if subject == "tools"]
@@ -99,11 +99,5 @@ def _results(script: Path, arguments: Sequence[str]) -> Iterator[CheckResult]:
         traceback.print_exc()
         message = f"{type(error).__name__}: {error}"
         yield CheckResult(subject, FAULT, message, "The traceback above says where; training would end there too.")
-
-
-def _configuration(trainer: ToolTrainer) -> str:
-    args = trainer.args
-    return (
-        f"{type(trainer.model).__name__} on {trainer.accelerator.device}, {args.generation_batch_size} rollouts a "
-        f"batch in groups of {trainer.num_generations}, advantages by `{args.advantage_estimator}`."
-    )
+    if subject == "update":
+        yield check_memory(trainer)

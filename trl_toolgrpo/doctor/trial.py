@@ -46,7 +46,6 @@ def try_run(trainer: ToolTrainer) -> Iterator[CheckResult]:
         count = f"{trainer.num_generations} in {seconds:.1f} s"
         yield CheckResult("rollouts", NOTE, f"{count}, on TRL's own path: no log-prob is recorded or checked.")
     yield try_update(trainer, batch)
-    yield check_memory(trainer)
 
 
 def _check_logprobs(trainer: ToolTrainer) -> CheckResult:
@@ -70,11 +69,10 @@ def describe(trajectories: list[Trajectory], seconds: float) -> CheckResult:
     """
     calls = [call for t in trajectories for turn in t.turns for call in turn.tool_calls]
     results = [result for t in trajectories for turn in t.turns for result in turn.tool_results]
-    failed = sum(result.is_error for result in results)
-    stops = sorted({t.stop_reason for t in trajectories})
     message = (
-        f"{len(trajectories)} of one prompt in {seconds:.1f} s: {len(calls)} calls, {failed} of {len(results)} "
-        f"answered ones failed; stop reasons {', '.join(stops)}."
+        f"{len(trajectories)} of one prompt in {seconds:.1f} s: {len(calls)} calls, "
+        f"{sum(result.is_error for result in results)} of {len(results)} answered ones failed; "
+        f"stop reasons {', '.join(sorted({t.stop_reason for t in trajectories}))}."
     )
     if all(t.truncated for t in trajectories):
         remedy = "Look at `max_completion_length` and `max_tool_calling_iterations`, unless the policy is untrained."
@@ -108,7 +106,7 @@ def try_update(trainer: ToolTrainer, batch: Batch) -> CheckResult:
     trainer.model.zero_grad(set_to_none=True)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         message = f"The loss is {loss:.3g} and its gradient has the norm {norm:.3g}."
-        return CheckResult("update", FAULT, message, "Check the model's weights and dtype, and what the rewards return.")
+        return CheckResult("update", FAULT, message, "Check the model's weights and dtype, and the rewards.")
     if norm == 0:
         message = "The gradient is 0: the rewards of this group do not differ."
         return CheckResult("update", NOTE, message, "No matter if other groups differ; watch `frac_reward_zero_std`.")
@@ -135,7 +133,7 @@ def check_memory(trainer: ToolTrainer) -> CheckResult:
         f"{count / 1e6:.1f} million parameters are trained; the trial took {peak / 1e9:.1f} GB at its peak, the "
         f"optimizer takes {state / 1e9:.1f} GB more, of {total / 1e9:.1f} GB."
     )
-    remedy = "Lower `per_device_train_batch_size` or `max_completion_length`, use an adapter (`use_peft`), or quantize."
+    remedy = "Lower `per_device_train_batch_size` or `max_completion_length`, train an adapter, or quantize."
     if peak + state <= 0.85 * total:
         return CheckResult("memory", OK, message)
     tight = peak + state <= total

@@ -16,7 +16,7 @@ from .tools import Call, calls_of, tool_name
 from .vocabulary import Vocabulary
 
 
-JSON_OPTIONS = {"separators": (",", ":"), "allow_nan": False}
+JSON_OPTIONS: JSONObject = {"separators": (",", ":"), "allow_nan": False}
 """How JSON of the page is written. Numbers that are not finite must be replaced by None before."""
 FIELDS = ("step", "batch", "group", "rollout", "reward", "assisted", "stop", "tools", "failed", "tokens", "whole")
 """Names of the values in each row of the list. `whole` holds the tokens, or null."""

@@ -89,8 +89,8 @@ def read_rollout_file(path: Path, problems: list[str]) -> list[Row]:
 
 
 def _is_whole(row: Row) -> bool:
-    lists = [row.get(name) for name in _LISTS]
-    return all(isinstance(values, list) and len(values) == len(lists[0]) for values in lists)
+    lists = [row[name] for name in _LISTS if isinstance(row.get(name), list)]
+    return len(lists) == len(_LISTS) and len(set(map(len, lists))) == 1
 
 
 def _rollout(row: Row) -> Row:

@@ -98,7 +98,7 @@ def count_calls(calls: Sequence[tuple[int, float | None, Call]]) -> pandas.DataF
 
 def from_metrics(metrics: Sequence[JSONObject]) -> pandas.DataFrame:
     """
-    Return the figures of each tool as [`count_calls`] does, from logged metrics; latencies are medians of those logged.
+    Return the figures of each tool as [`count_calls`] does, from logged metrics; latencies are medians of these.
 
     Args:
         metrics (`Sequence[dict]`):

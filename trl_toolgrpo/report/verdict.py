@@ -141,7 +141,7 @@ def summarize(run: RunFolder) -> list[str]:
         sentences += _moved(run, f"{prefix}reward", f"The held-out reward{f' on {name}' if name else ''}")
     for metric, words in (
         ("ratio/mean", "The ratio of the policy to the sampling policy was {:.3f} on average over the last steps."),
-        ("value/explained_variance", "The explained variance of the value head is {:.2f} (1 at best, below 0 worse than the mean)."),
+        ("value/explained_variance", "The value head's explained variance is {:.2f} (1 at best, not below 0)."),
         ("tools/call_frequency", "A rollout makes {:.1f} tool calls at the end."),
         ("tools/failure_frequency", "Of its tool calls {:.1%} fail at the end."),
         ("completions/clipped_ratio", "At the end {:.0%} of the rollouts are cut off by a limit."),

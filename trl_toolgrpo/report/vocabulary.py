@@ -24,9 +24,6 @@ class Vocabulary:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase | None" = None) -> None:
         self.tokenizer = tokenizer
         self.texts: dict[int, str] = {}
-        if tokenizer is not None:
-            self._anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
-            self._before = self._decode([])
 
     def new_texts(self, ids: Iterable[int]) -> dict[int, str]:
         """
@@ -41,16 +38,15 @@ class Vocabulary:
     def _text(self, id: int) -> str:
         if self.tokenizer is None:
             return f"[{id}]"
-        text = self._decode([id]).removeprefix(self._before)
+        # After another token, since some tokenizers drop the space at the beginning of a text
+        anchor = self.tokenizer.encode("a", add_special_tokens=False)[-1:]
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        before, text = self.tokenizer.batch_decode([anchor, [*anchor, id]], **options)
+        text = text.removeprefix(before)
         if text and "\N{REPLACEMENT CHARACTER}" not in text:
             return text
-        token = self.tokenizer.convert_ids_to_tokens(id)  # part of a character, or an id the tokenizer does not know
+        token = next(iter(self.tokenizer.convert_ids_to_tokens([id])))  # part of a character, or unknown to the tokenizer
         return f"[{id}]" if token is None else f"\N{LEFT ANGLE BRACKET}{_hexadecimal(token)}\N{RIGHT ANGLE BRACKET}"
-
-    def _decode(self, ids: list[int]) -> str:
-        """Text of tokens after an anchor, since some tokenizers drop the space at the beginning of a text."""
-        ids = [*self._anchor, *ids]
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def load_tokenizer(folder: Path, problems: list[str]) -> "PreTrainedTokenizerBase | None":

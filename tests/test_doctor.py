@@ -85,8 +85,8 @@ def script(tmp_path):
     sys.path.remove(str(tmp_path)) if str(tmp_path) in sys.path else None
 
 
-def found(examination, subject):
-    return next(finding for finding in examination.findings if finding.subject == subject)
+def result_of(examination, subject):
+    return next(result for result in examination.results if result.subject == subject)
 
 
 def test_a_healthy_recipe_is_a_go(tmp_path, capsys):
@@ -112,14 +112,14 @@ def test_a_look_makes_no_repository_on_the_hub(script, tmp_path, monkeypatch):
 def test_a_script_of_ones_own_is_a_go_and_every_question_is_answered(script):
     examination = examine(script, [])
     assert examination.go, examination.faults
-    subjects = [finding.subject for finding in examination.findings]
+    subjects = [result.subject for result in examination.results]
     assert subjects == [
         "versions", "hardware", "configuration", "tools", "template: prefixes", "template: calls",
         "template: tool output", "data: train_dataset", "rollouts", "self-check", "update", "memory",
     ]  # fmt: skip
-    assert "6 rows; prompts of" in found(examination, "data: train_dataset").words
-    assert found(examination, "update").state == "ok" and found(examination, "self-check").state == "ok"
-    assert "add. Their descriptions are" in found(examination, "tools").words
+    assert "6 rows; prompts of" in result_of(examination, "data: train_dataset").message
+    assert result_of(examination, "update").state == "ok" and result_of(examination, "self-check").state == "ok"
+    assert "add. Their descriptions are" in result_of(examination, "tools").message
 
 
 @pytest.mark.parametrize(
@@ -140,10 +140,9 @@ def test_a_fault_is_a_no_go_that_names_it(script, capsys, fault, subject, words,
     said = " ".join(capsys.readouterr().out.split())
     assert f"no-go: {subject} (" in said
     examination = examine(script, [f"--fault={fault}"])
-    assert [finding.subject for finding in examination.faults] == [subject]
-    assert (
-        words in examination.faults[0].words and remedy in examination.faults[0].remedy + examination.faults[0].words
-    )
+    assert [result.subject for result in examination.faults] == [subject]
+    (found,) = examination.faults
+    assert words in found.message and remedy in f"{found.message} {found.remedy}"
 
 
 def test_the_table_holds_no_secret(script, capsys, monkeypatch):
@@ -158,8 +157,8 @@ def test_a_name_that_resembles_a_tool_is_noted_and_named_in_the_verdict(script, 
     said = " ".join(capsys.readouterr().out.split())
     assert "go (" in said.splitlines()[-1] and ", with notes on: tools" in said
     assert said.count("names the tool `add_up`, which does not exist; did you mean `add`?") == 1
-    finding = found(examine(script, ["--fault=mention"]), "tools")
-    assert finding.state == "note" and "`add_up`" in finding.words and "Correct the prompt" in finding.remedy
+    result = result_of(examine(script, ["--fault=mention"]), "tools")
+    assert result.state == "note" and "`add_up`" in result.message and "Correct the prompt" in result.remedy
 
 
 def test_a_setting_the_recipe_refuses_is_a_no_go_before_anything_is_built(capsys):
@@ -214,7 +213,7 @@ def test_a_template_that_loses_calls_is_named(tokenizer):
     chat = ToolChat(tokenizer, [tokenizer.eos_token_id])
     tool = as_tool(_noted)
     _, calls, output = check_chat(chat, [tool])
-    assert calls.state == "fault" and "_noted({'text': 'a word'})" in calls.words
+    assert calls.state == "fault" and "_noted({'text': 'a word'})" in calls.message
     assert output.state == "ok"
 
 
@@ -237,20 +236,20 @@ def test_a_version_that_does_not_fit_is_a_fault(monkeypatch):
     assert check_versions().state != "fault"
     needed = "trl_toolgrpo.doctor.surroundings.metadata.requires"
     monkeypatch.setattr(needed, lambda name: ["torch>=99", "no-such-package", "pytest; extra == 'test'"])
-    finding = check_versions()
+    result = check_versions()
     assert (
-        finding.state == "fault"
-        and "torch is" in finding.words
-        and "no-such-package is not installed" in finding.words
+        result.state == "fault"
+        and "torch is" in result.message
+        and "no-such-package is not installed" in result.message
     )
-    assert "pytest" not in finding.words + finding.remedy and "'torch>=99'" in finding.remedy
+    assert "pytest" not in result.message + result.remedy and "'torch>=99'" in result.remedy
 
 
 def test_rollouts_that_say_little_are_noted():
     cut = Trajectory([1], [2], [-0.1], [1], [0], [Turn(0, 1, "length")], "length")
     ended = Trajectory([1], [2], [-0.1], [1], [0], [Turn(0, 1)], "stop")
-    assert "Every one was cut off" in describe([cut, cut], 1.0).words
-    assert "None called a tool" in describe([cut, ended], 1.0).words
+    assert "Every one was cut off" in describe([cut, cut], 1.0).message
+    assert "None called a tool" in describe([cut, ended], 1.0).message
 
 
 def test_the_configuration_of_the_recipe_is_the_one_examined(tmp_path):

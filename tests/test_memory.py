@@ -12,7 +12,7 @@ from conftest import chat_tokenizer, tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from trl_toolgrpo import ModelShape, estimate_memory
+from trl_toolgrpo import ConfigError, ModelShape, estimate_memory
 from trl_toolgrpo.memory import QWEN3, memory_table
 
 
@@ -78,7 +78,7 @@ def test_known_answers():
 
 @pytest.mark.parametrize("given", [{"method": "dora"}, {"sharding": "half"}])
 def test_what_is_not_known_is_refused(given):
-    with pytest.raises(ValueError, match="there are full, lora, qlora"):
+    with pytest.raises(ConfigError, match="Choose from full, lora, qlora, and from none, gradients, parameters"):
         estimate_memory(QWEN3["8B"], **given)
 
 

@@ -1,10 +1,10 @@
 """The report without a browser: what it reads, what it packs, what it says of a folder that is not whole."""
 
-import base64
-import gzip
 import json
 import math
 import re
+from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
@@ -14,11 +14,12 @@ from synthetic_run import rollout, write_rollouts, write_run
 from trl_toolgrpo import ReportError
 from trl_toolgrpo.report import build_report
 from trl_toolgrpo.report.__main__ import main
-from trl_toolgrpo.report.curves import Line, panel, thin
+from trl_toolgrpo.report.curves import LEFT, Line, panel, thin
 from trl_toolgrpo.report.folder import RunFolder, read_folder
-from trl_toolgrpo.report.packing import spread_order
-from trl_toolgrpo.report.tools import from_metrics
-from trl_toolgrpo.report.verdict import collect_findings, judge
+from trl_toolgrpo.report.page_data import RunData, spread_order
+from trl_toolgrpo.report.tables import tool_table
+from trl_toolgrpo.report.tools import Call, count_calls, from_metrics
+from trl_toolgrpo.report.verdict import judge, rule_histories
 from trl_toolgrpo.report.vocabulary import Vocabulary
 from trl_toolgrpo.rollout_log import KEY
 
@@ -27,69 +28,38 @@ def data_of(html):
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html)[1])
 
 
-def chunks_of(html, run=0):
-    """The chunks of a page, read as its script reads them."""
-    for text in re.findall(rf'<script type="text/plain" id="chunk-{run}-\d+">(.*?)</script>', html):
-        yield decode(gzip.decompress(base64.b64decode(text)))
-
-
-def decode(raw):
-    size = int.from_bytes(raw[:4], "big")
-    header, place = json.loads(raw[4 : 4 + size]), 4 + size
-
-    def column(count, dtype):
-        nonlocal place
-        width = np.dtype(dtype).itemsize
-        part = np.frombuffer(raw[place : place + count * width], np.uint8)
-        place += count * width
-        return np.ascontiguousarray(part.reshape(width, count).T).view(dtype)[:, 0]
-
-    width = ">u4" if header["wide"] else ">u2"
-    count = sum(row["tokens"] for row in header["rollouts"])
-    header["prompt_tokens"] = column(sum(header["prompts"]), width)
-    header["token_numbers"], header["kinds"] = column(count, width), column(count, "u1")
-    header["figures"] = {name: column(count, ">f2").astype(float) for name in header["figures"]}
-    assert place == len(raw)
-    return header
+def rollouts_of(html, run=0):
+    """The rows of a run's list, by the names of their values."""
+    data = data_of(html)
+    return [dict(zip(data["fields"], row, strict=True)) for row in data["runs"][run]["rows"]]
 
 
 def test_every_token_comes_back_with_its_figures(tmp_path):
     folder = write_run(tmp_path / "run", rollouts=70, per_file=60, vocabulary=50)
     report = build_report([folder])
     assert report.shown == report.total == 70 and not report.runs[0].problems
-    data, rows = data_of(report.html), []
+    run, rows = data_of(report.html)["runs"][0], []
     for path in sorted((folder / "rollouts").glob("*.parquet")):
         rows += pyarrow.parquet.read_table(path).to_pylist()
-    texts, found = data["runs"][0]["tokens"], 0
-    index = data["runs"][0]["index"]
-    for chunk in chunks_of(report.html):
-        start = 0
-        for record in chunk["rollouts"]:
-            row, part = rows[found], slice(start, start + record["tokens"])
-            ids = [texts[number] for number in chunk["token_numbers"][part]]
-            assert ids == [text_of(id) for id in row["completion_ids"]]
-            assistant, forced = np.array(row["tool_mask"]), np.array(row["forced_mask"])
-            assert np.array_equal(chunk["kinds"][part], assistant + forced)
-            for name, column, offset in (
-                ("logprob", "logprobs", 0),
-                ("advantage", "advantages", 0),
-                ("value", "values", 0),
-                ("ratio", "ratios", -1),
-            ):
-                expected = np.array(row[column]) + offset
-                assert np.allclose(chunk["figures"][name][part], expected, rtol=1e-3, atol=1e-6), name
-            first = sum(chunk["prompts"][: record["prompt"]])
-            prompt = chunk["prompt_tokens"][first : first + chunk["prompts"][record["prompt"]]]
-            assert [texts[number] for number in prompt] == [text_of(id) for id in row["prompt_ids"]]
-            assert record["rewards"] == json.loads(row["rewards"])
-            turns = json.loads(row["turns"])
-            assert [(turn["start"], turn["end"]) for turn in record["turns"]] == [
-                (t["start"], t["end"]) for t in turns
-            ]
-            assert index["reward"][found] == row["reward"] and index["stop"][found] == row["stop_reason"]
-            assert set(index["tools"][found]) == set(row["tools"])
-            start, found = part.stop, found + 1
-    assert found == 70 and sum(data["runs"][0]["sizes"]) == 70
+    for row, found in zip(rows, rollouts_of(report.html), strict=True):
+        whole = found["whole"]
+        assert whole["tokens"] == row["completion_ids"] and found["tokens"] == len(row["completion_ids"])
+        assert [run["texts"][str(id)] for id in whole["tokens"]] == [text_of(id) for id in row["completion_ids"]]
+        kinds = [mine + forced for mine, forced in zip(row["tool_mask"], row["forced_mask"], strict=True)]
+        assert whole["kinds"] == "".join(map(str, kinds))
+        columns = {"logprob": "logprobs", "advantage": "advantages", "value": "values", "ratio": "ratios"}
+        assert set(whole["figures"]) == set(columns)
+        for name, column in columns.items():
+            assert np.allclose(whole["figures"][name], row[column], rtol=1e-3, atol=1e-6), name
+        assert run["prompts"][whole["prompt"]] == row["prompt_ids"]
+        assert set(map(str, row["prompt_ids"])) <= set(run["texts"])
+        assert whole["rewards"] == json.loads(row["rewards"])
+        assert [turn["start"] for turn in whole["turns"]] == [turn["start"] for turn in json.loads(row["turns"])]
+        assert found["reward"] == row["reward"] and found["stop"] == row["stop_reason"]
+        assert [found[name] for name in ("step", "group", "rollout")] == [
+            row[name] for name in ("step", "group", "rollout")
+        ]
+        assert set(found["tools"]) == set(row["tools"])
 
 
 def text_of(id):
@@ -101,21 +71,95 @@ def test_the_page_asks_nothing_of_the_network_and_no_text_ends_its_scripts(tmp_p
     html = build_report([write_run(tmp_path / "run", rollouts=8, vocabulary=20)]).html
     assert not re.search(r"(?:src|href)=[\"'](?!#)", html) and "default-src 'none'" in html
     assert "@import" not in html and "url(" not in html and "fetch(" not in html
-    assert "</script><b>" not in html and html.count("<script") == html.count("</script>")
-    assert "{{" not in html
+    assert "</script><b>" not in html and html.count("<script") == html.count("</script>") == 2
+    assert "{{" not in html and "{%" not in html
 
 
-def test_a_log_that_is_too_large_is_sampled_evenly_and_the_page_says_so(tmp_path):
+HOSTILE = "</script><script>alert(1)</script><!--<script>\u2028\u2029'\"><img src=x onerror=alert(1)>&lt;{{ 7 * 7 }}"
+
+
+def test_nothing_a_run_wrote_can_be_markup(tmp_path):
+    """Whatever the texts of a run are, they are texts in the page and come back from its JSON as they were."""
+    folder = write_run(tmp_path / HOSTILE.replace("/", "_"), rollouts=8, per_file=8)
+    path = next((folder / "rollouts").glob("*.parquet"))
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    for row in rows:
+        turns = json.loads(row["turns"])
+        turns[0] |= {"tool_calls": [{"name": HOSTILE}], "tool_results": [{"is_error": True, "error_type": HOSTILE}]}
+        row |= {"tools": [HOSTILE], "stop_reason": HOSTILE, "prompt": HOSTILE, "messages": HOSTILE}
+        row |= {"turns": json.dumps(turns), "rewards": json.dumps({HOSTILE: 1.0})}
+    write_rollouts(path, rows)
+    (folder / "tokenizer_config.json").unlink()
+    message = {"step": 3, "rule": HOSTILE, "level": "error", "message": HOSTILE}
+    (folder / "health.jsonl").write_text(json.dumps(message) + "\n")
+    (folder / "run.json").write_text(json.dumps({HOSTILE: HOSTILE, "config": {"a": [HOSTILE]}}))
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 11, HOSTILE: 1.0, f"eval_{HOSTILE}_runtime": 1.0}) + "\n")
+    for html in (build_report([folder]).html, build_report([folder, folder]).html):
+        assert html.count("<script") == html.count("</script>") == 2 and html.count("<!--") == 0
+        assert "<img" not in html
+        embedded = re.search(r'id="data">(.*?)</script>', html)[1]
+        assert not set("<>&'\u2028\u2029") & set(embedded)
+        whole = rollouts_of(html)[0]["whole"]
+        assert whole["text"] == [HOSTILE, HOSTILE] and whole["rewards"] == {HOSTILE: 1.0}
+        assert rollouts_of(html)[0]["stop"] == HOSTILE and rollouts_of(html)[0]["tools"] == [HOSTILE]
+        for attribute in re.findall(r"data-lines='([^']*)'", html):
+            assert json.loads(attribute) is not None
+        page = Page()
+        page.feed(html)
+        assert page.scripts == 2 and HOSTILE in page.texts and page.tags <= TAGS
+
+
+TAGS = set(
+    re.findall(
+        r"\w+",
+        "html head meta title style body a header h1 nav main section h2 ul li strong span details summary div table "
+        "caption thead tbody tr th td p figure figcaption svg line text path noscript form label input select "
+        "option button output article script",
+    )
+)
+
+
+class Page(HTMLParser):
+    """What a parser of HTML finds in a page."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.texts, self.scripts = set(), [], 0
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.scripts += tag == "script"
+        assert not [name for name, _ in attributes if name.startswith("on")]
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_a_log_that_is_too_large_is_listed_whole_and_its_tokens_are_of_some(tmp_path):
     folder = write_run(tmp_path / "run", rollouts=128, per_file=8, vocabulary=100)
     whole = build_report([folder])
     limit = len(whole.html.encode()) / 2e6
     part = build_report([folder], max_megabytes=limit)
     assert len(part.html.encode()) <= limit * 1e6 and 0 < part.shown < part.total == 128
-    assert f"{part.shown} of 128 rollouts are shown" in part.html and "are shown, spread" not in whole.html
-    steps = np.array(data_of(part.html)["runs"][0]["index"]["step"])
-    assert np.all(np.diff(steps) >= 0)
-    assert steps.min() == 0 and steps.max() >= 12 and len(set(steps.tolist())) >= 4
-    assert len(list(chunks_of(part.html))) == len(data_of(part.html)["runs"][0]["sizes"])
+    assert f"of 128 rollouts 128 are listed and {part.shown} have their tokens here" in part.html
+    assert "are listed and" not in whole.html
+    listed = rollouts_of(part.html)
+    assert [row["step"] for row in listed] == [number // 8 for number in range(128)]
+    steps = [row["step"] for row in listed if row["whole"]]
+    assert len(steps) == part.shown and min(steps) == 0 and max(steps) >= 12 and len(set(steps)) >= 4
+    texts = data_of(part.html)["runs"][0]["texts"]
+    assert all(str(id) in texts for row in listed if row["whole"] for id in row["whole"]["tokens"])
+
+
+def test_a_log_whose_list_is_too_large_is_read_in_part(tmp_path):
+    folder = write_run(tmp_path / "run", rollouts=128, per_file=4)
+    shell = len(build_report([write_run(tmp_path / "none", rollouts=0)]).html)
+    part = build_report([folder], max_megabytes=(shell + 30_000) / 1e6)
+    steps = [row["step"] for row in rollouts_of(part.html)]
+    assert 16 <= len(steps) < 128 and part.total == 128 and f"of 128 rollouts {len(steps)} are listed" in part.html
+    assert min(steps) == 0 and max(steps) >= 28 and steps == sorted(steps)
+    assert len(part.html.encode()) <= shell + 30_000
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 64, 100])
@@ -162,10 +206,10 @@ def test_what_is_torn_foreign_or_newer_is_named_and_the_rest_is_shown(tmp_path):
     problems = "\n".join(report.runs[0].problems)
     for words in (
         f"rollouts/{files[0].name} is left out",
-        f"rollouts/{files[1].name} is left out: its format is of version 2",
+        f"rollouts/{files[1].name} is left out: its format has version 2",
         "Upgrade trl_toolgrpo",
         f"rollouts/{files[2].name}: 1 of 8 rollouts are left out",
-        "other.parquet is left out: it is no file of a rollout log",
+        "other.parquet is left out: it is a parquet file of something else",
         "metrics.jsonl: 1 of 11 lines cannot be read (line 11); its writer was stopped in the middle of it",
         "run.json is of version 7",
         "health.jsonl: 1 of 1 lines cannot be read",
@@ -185,7 +229,7 @@ def test_files_of_no_shape_at_all_are_named(tmp_path, monkeypatch):
     pyarrow.parquet.write_table(table.set_column(place, "tool_mask", pyarrow.array([1] * len(table))), files[1])
     report = build_report([folder])
     problems = "\n".join(report.runs[0].problems)
-    assert f"{files[0].name} is left out: its format is of version None" in problems
+    assert f"{files[0].name} is left out: it is a parquet file of something else" in problems
     assert f"{files[1].name}: 8 of 8 rollouts are left out" in problems and report.shown == 16
 
     def unreadable(*args, **kwargs):
@@ -214,9 +258,9 @@ def test_each_part_alone_makes_a_report(tmp_path, kept):
     assert ('data-metric="reward"' in report.html) == (kept == "metrics.jsonl")
     assert (report.shown == 8) == (kept == "rollouts")
     if kept == "rollouts":  # no tokenizer: ids, and the messages as texts
-        assert data_of(report.html)["runs"][0]["tokens"][0].startswith("[")
+        assert all(text == f"[{id}]" for id, text in data_of(report.html)["runs"][0]["texts"].items())
         assert "No tokenizer was saved" in "".join(report.runs[0].problems)
-        assert next(chunks_of(report.html))["rollouts"][0]["text"][0].startswith("[{")
+        assert rollouts_of(report.html)[0]["whole"]["text"][0].startswith("[{")
 
 
 def test_the_log_of_trl_is_read_where_there_is_no_other(tmp_path):
@@ -239,7 +283,7 @@ def test_the_verdict_says_what_stands_and_what_recovered():
         {"step": 6, "rule": "ratio", "level": "error", "message": "Off by 3."},
         {"step": 9, "rule": "kl", "level": "ok"},
     ]
-    ratio, kl = collect_findings(health)
+    ratio, kl = rule_histories(health)
     assert (ratio.rule, ratio.level, ratio.first, ratio.last, ratio.times) == ("ratio", "error", 5, 6, 2)
     assert ratio.message == "Off by 3." and ratio.recovered is None and kl.recovered == 9
     metrics = [{"step": step, "reward": 0.1 * step} for step in range(1, 11)]
@@ -250,7 +294,7 @@ def test_the_verdict_says_what_stands_and_what_recovered():
     assert judge(RunFolder(".", metrics=metrics, health=[health[0], health[3]])).level == "ok"
     assert judge(RunFolder(".", metrics=metrics, health=[])).headline.startswith("Healthy")
     back = [*health[:1], health[3], {"step": 12, "rule": "kl", "level": "warning", "message": "again"}]
-    assert collect_findings(back)[0].recovered is None
+    assert rule_histories(back)[0].recovered is None
 
 
 def test_tools_are_counted_over_rollouts_or_over_what_was_logged(tmp_path):
@@ -261,23 +305,43 @@ def test_tools_are_counted_over_rollouts_or_over_what_was_logged(tmp_path):
     for name in set(called):
         assert f'<th scope="row">{name}</th><td>{called.count(name)}</td>' in html
     logged = [{"tools/a/calls": 3, "tools/a/errors": 1, "tools/a/latency_p50": 0.2, "tools/unknown_calls": 4}] * 2
-    tools = from_metrics([{"step": 1, **entry} for entry in logged]).tools
-    assert list(tools) == ["a"] and (tools["a"].calls, tools["a"].failed, tools["a"].latency(50)) == (6, 2, 0.2)
+    tools = from_metrics([{"step": 1, **entry} for entry in logged])
+    assert list(tools.index) == ["a"] and tools.loc["a", ["calls", "failed", "p50"]].tolist() == [6, 2, 0.2]
+    assert not len(from_metrics([])) and not len(count_calls([]))
+
+
+def test_the_figures_of_tools_are_those_of_their_calls():
+    calls = [
+        (0, 1.0, Call("a", "ok", 0.1, True)), (0, 1.0, Call("a", "timeout", 0.3, False)),
+        (1, 0.0, Call("a", "malformed", 0.2, False)), (1, 0.0, Call("b", "unanswered", None, False)),
+        (2, None, Call("a", "timeout", 0.2, False)),
+    ]  # fmt: skip
+    a, b = count_calls(calls).itertuples()
+    assert (a.Index, a.calls, a.failed, a.truncated, a.failures) == ("a", 4, 3, 1, "timeout 2, malformed 1")
+    assert (a.p50, a.reward) == (pytest.approx(0.2), 0.5) and a.p95 == pytest.approx(0.285)
+    assert (b.Index, b.calls, b.failed, b.failures) == ("b", 1, 1, "unanswered 1") and math.isnan(b.p50)
+    data = RunData(Vocabulary(), rows=[[]] * 3, calls=calls, without_calls=[0.5, 1.0])
+    table = tool_table(RunFolder(Path("run")), data)
+    assert table.caption == "run: counted over 3 rollouts. 2 rollouts without a call have a mean reward of 0.75."
+    assert table.rows[0] == ["a", "4", "80%", "75.0%", "timeout 2, malformed 1", "1", "200 ms", "285 ms", "0.5"]
+    assert table.rows[1] == ["b", "1", "20%", "100.0%", "unanswered 1", "", "", "", "0"]
 
 
 def test_curves_have_gaps_where_values_are_not_finite():
     drawn = panel("kl", [Line("run", [1, 2, 3, 4, 5], [0.0, 1.0, math.nan, 1.0, 0.0])])
-    assert drawn.count("<polyline") == 2
-    assert "kl: run 0 at step 1, 0 at step 5, lowest 0, highest 1" in drawn
-    assert "no finite value" in panel("kl", [Line("run", [1], [math.inf])])
+    ((kind, run, path),) = drawn.paths
+    assert (kind, run) == ("train", 0) and [path.count(letter) for letter in "ML"] == [2, 2]
+    assert drawn.summary == "kl: run 0 at step 1, 0 at step 5, lowest 0, highest 1"
+    assert [value for _, value in drawn.values[0]] == [0.0, 1.0, None, 1.0, 0.0]
+    none = panel("kl", [Line("run", [1], [math.inf])])
+    assert not none.grid and not none.paths and none.latest == [(0, "inf")]
 
 
-def drawn_of(html):
-    """Heights of the points of each line of a panel, and its labels."""
-    lines = re.findall(r'<polyline class="run\d" points="([^"]+)"', html)
-    heights = [[float(point.split(",")[1]) for point in line.split()] for line in lines]
-    labels = re.findall(r'<text class="end" x="(\d+)" y="[^"]+">([^<]+)</text>', html)
-    return heights, [text for place, text in labels if float(place) < 100]
+def test_a_metric_without_a_finite_value_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kl": NaN, "reward": 1.0}\n{"step": 2, "loss": Infinity}\n')
+    html = build_report([tmp_path]).html
+    assert html.count("no finite value was logged") == 2
+    assert re.findall('<path class="train run0" d="([^"]*)"', html) == ["M185.0,65.0h0"]
 
 
 @pytest.mark.parametrize(
@@ -298,19 +362,20 @@ def drawn_of(html):
     ],
 )
 def test_a_line_of_rounding_is_drawn_flat(metric, values, flat):
-    heights, labels = drawn_of(panel(metric, [Line("run", [1, 2, 3, 4], values)]))
-    assert (len(set(heights[0])) == 1) == flat
+    drawn = panel(metric, [Line("run", [1, 2, 3, 4], values)])
+    heights, labels = re.findall(r",([\d.]+)", drawn.paths[0][2]), [label for _, label in drawn.grid]
+    assert len(heights) == 4 and (len(set(heights)) == 1) == flat
     assert len(labels) == len(set(labels)) == 3 and all(len(label) <= 8 for label in labels)
 
 
 @pytest.mark.parametrize("low", [-98765.4, -2450.0, -0.00123, -1.23e-5, 0.0, 1.23e-9, 0.999, 2450.0, 1e5, 1.5e12])
 @pytest.mark.parametrize("span", [1e-3, 0.1, 1.0, 1234.5, 4e7])
 def test_the_numbers_beside_a_curve_have_room(low, span):
-    html = panel("tokens_per_second", [Line("run", [1, 2], [low, low + span * max(abs(low), 1e-3)])])
-    labels = re.findall(r'<text class="end" x="(\d+)" y="[^"]+">([^<]+)</text>', html)[:3]
-    for place, text in labels:  # digits of 10 pixels' height are at most 6.4 wide, signs and points half of that
+    drawn = panel("tokens_per_second", [Line("run", [1, 2], [low, low + span * max(abs(low), 1e-3)])])
+    assert len(drawn.grid) == 3
+    for _, text in drawn.grid:  # digits of 10 pixels' height are at most 6.4 wide, signs and points half of that
         narrow = sum(character in "-.e" for character in text)
-        assert 6.4 * (len(text) - narrow) + 4.2 * narrow <= float(place), text
+        assert 6.4 * (len(text) - narrow) + 4.2 * narrow <= LEFT - 4, text
 
 
 def test_calls_that_could_not_be_read_have_a_name(tmp_path):
@@ -320,7 +385,7 @@ def test_calls_that_could_not_be_read_have_a_name(tmp_path):
     for row, name in zip(rows, ("", " ", None), strict=False):
         row["tools"] = [name, "find_employee"]
     write_rollouts(path, rows)
-    tools = data_of(build_report([folder]).html)["runs"][0]["index"]["tools"]
+    tools = [row["tools"] for row in rollouts_of(build_report([folder]).html)]
     assert tools[:3] == [["(unreadable)", "find_employee"]] * 3 and all(name for names in tools for name in names)
 
 
@@ -335,9 +400,8 @@ def test_thin_curves_keep_their_extremes():
 def test_bytes_that_are_half_a_character_are_shown_as_bytes(tokenizer):
     ids = tokenizer("a \N{SNOWMAN}<|im_end|>", add_special_tokens=False)["input_ids"]
     vocabulary = Vocabulary(tokenizer)
-    numbers = vocabulary.number(np.array(ids))
-    texts = [vocabulary.texts()[number] for number in numbers]
-    assert texts == [
+    vocabulary.texts |= vocabulary.new_texts(ids)
+    assert [vocabulary.texts[id] for id in ids] == [
         "a",
         " ",
         "\N{LEFT ANGLE BRACKET}E2\N{RIGHT ANGLE BRACKET}",
@@ -345,8 +409,7 @@ def test_bytes_that_are_half_a_character_are_shown_as_bytes(tokenizer):
         "\N{LEFT ANGLE BRACKET}83\N{RIGHT ANGLE BRACKET}",
         "<|im_end|>",
     ]
-    assert vocabulary.number(np.array([ids[0], 70_000])).tolist() == [numbers[0], len(texts)]
-    assert vocabulary.texts()[-1] == "[70000]"
+    assert vocabulary.new_texts([ids[0], 70_000]) == {70_000: "[70000]"}
 
 
 def test_two_runs_are_compared(tmp_path, monkeypatch, capsys):
@@ -360,9 +423,9 @@ def test_two_runs_are_compared(tmp_path, monkeypatch, capsys):
     html = (tmp_path / "comparison.html").read_text()
     assert "comparison.html" in capsys.readouterr().out
     assert "<td>1e-05</td><td>3e-05</td>" in html and ">model</th>" not in html
-    assert html.count('class="verdict') == 2 and 'polyline class="run1"' in html
+    assert html.count('class="verdict') == 2 and 'path class="train run1"' in html
     assert [run["name"] for run in data_of(html)["runs"]] == ["first", "second"]
-    assert len(list(chunks_of(html, 1))) == 1
+    assert len(rollouts_of(html, 1)) == 8 and all(row["whole"] for row in rollouts_of(html, 1))
 
 
 @pytest.mark.parametrize("arguments", [[], ["a", "--compare", "b", "c"]])
@@ -377,8 +440,18 @@ def test_rollouts_of_some_runs_have_no_values_and_some_no_reward(tmp_path):
     rows = [rollout(random, 50, [1, 2], place, 2, with_values) for with_values in (True, False)]
     rows[1] |= {"reward": None, "rewards": '{"made_up": NaN}', "ratios": None}
     write_rollouts(tmp_path / "rollouts" / "000000-000.parquet", rows)
-    chunk = next(chunks_of(build_report([tmp_path]).html))
-    count = chunk["rollouts"][0]["tokens"]
-    assert np.isnan(chunk["figures"]["value"][count:]).all() and not np.isnan(chunk["figures"]["value"][:count]).any()
-    assert np.isnan(chunk["figures"]["ratio"][count:]).all()
-    assert chunk["rollouts"][1]["rewards"] == {"made_up": None}
+    first, second = rollouts_of(build_report([tmp_path]).html)
+    assert set(first["whole"]["figures"]) == {"logprob", "ratio", "advantage", "value"}
+    assert set(second["whole"]["figures"]) == {"logprob", "advantage"}
+    assert second["reward"] is None and second["whole"]["rewards"] == {"made_up": None}
+
+
+def test_figures_that_are_not_finite_are_null(tmp_path):
+    place = {"step": 0, "rollout": 0, "group": 0}
+    row = rollout(np.random.default_rng(0), 50, [1, 2], place, 2, True)
+    row["logprobs"] = [math.nan, -math.inf, *row["logprobs"][2:]]
+    row |= {"reward": math.nan, "rewards": '{"made_up": 1e999}'}
+    write_rollouts(tmp_path / "rollouts" / "000000-000.parquet", [row])
+    (found,) = rollouts_of(build_report([tmp_path]).html)
+    assert found["whole"]["figures"]["logprob"][:2] == [None, None] and found["reward"] is None
+    assert found["whole"]["rewards"] == {"made_up": None}

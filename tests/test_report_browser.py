@@ -5,7 +5,7 @@ import json
 import pyarrow.parquet
 import pytest
 from chromium import chromium, find_chromium
-from synthetic_run import write_run
+from synthetic_run import write_rollouts, write_run
 
 from trl_toolgrpo.report import build_report
 
@@ -66,9 +66,9 @@ def shown_figures(page):
 def test_verdict_curves_and_tools_are_there(page):
     text = page.run("document.body.innerText")
     assert "Needs a look: 1 warning stands at the end (kl)." in text and "Lower the learning rate." in text
-    assert page.run("document.querySelectorAll('.panel svg polyline').length") >= 8
+    assert page.run("document.querySelectorAll('.panel svg path').length") >= 8
     assert "find_employee" in page.run("document.querySelector('#tools table').innerText")
-    assert page.run("getComputedStyle(document.querySelector('.panel polyline')).fill") == "none"
+    assert page.run("getComputedStyle(document.querySelector('.panel path')).fill") == "none"
 
 
 def test_only_the_rows_in_view_are_in_the_document(page):
@@ -207,7 +207,7 @@ def test_values_are_shown_under_the_pointer(page):
     )
     page.call("Input.dispatchMouseEvent", type="mouseMoved", x=left + width - 3, y=top + height / 2)
     said = page.run("document.querySelector('.panel .at').textContent")
-    last = page.run("points[0].curves.reward[1].at(-1)")
+    last = page.run("JSON.parse(document.querySelector('.panel').dataset.lines)[0].at(-1)[1]")
     assert said.startswith("step 10: ") and float(said.split(": ")[1]) == pytest.approx(last, rel=1e-3)
 
 
@@ -267,11 +267,37 @@ def test_what_a_screen_reader_is_told(page):
             assert name, f"a {role} without a name"
 
 
-def test_a_chunk_that_is_damaged_is_named_and_the_others_open(browser, rows, tmp_path):
-    html = rows[1].read_text(encoding="utf-8")
-    start = html.index('id="chunk-0-0">') + len('id="chunk-0-0">')
-    (tmp_path / "torn.html").write_text(html[:start] + "AAAA" + html[start + 4 :], encoding="utf-8")
-    browser.open(tmp_path / "torn.html")
-    browser.wait_for("document.querySelector('#facts').textContent.includes('cannot be unpacked')")
-    browser.run("choose(159)")
-    browser.wait_for("rollout && rollout.tokens.length === rollouts[159].tokens")
+def test_a_rollout_whose_tokens_were_left_out_says_so_and_the_others_open(browser, rows, tmp_path):
+    limit = rows[1].stat().st_size / 2e6
+    report = build_report([rows[1].parent], max_megabytes=limit)
+    assert 10 < report.shown < 150
+    (tmp_path / "part.html").write_text(report.html, encoding="utf-8")
+    browser.open(tmp_path / "part.html")
+    browser.wait_for("document.querySelector('#count').textContent === '160 of 160 rollouts'")
+    browser.run("choose(rollouts.findIndex((rollout) => !rollout.whole))")
+    assert "left out" in browser.run("document.querySelector('#facts').textContent")
+    assert "left out" in browser.run("document.querySelector('.row[aria-selected=true]').textContent")
+    assert browser.run("document.querySelectorAll('#tokens .t').length") == 0
+    assert browser.run("!document.querySelector('#whole-filter').hidden")
+    browser.run("filters.elements.whole.click()")
+    assert browser.run("document.querySelector('#count').textContent") == f"{report.shown} of 160 rollouts"
+    assert browser.run("document.querySelectorAll('#tokens .t').length === selected.tokens && selected.tokens > 0")
+
+
+def test_hostile_texts_are_shown_as_texts(browser, tmp_path):
+    folder = write_run(tmp_path / "<img src=x onerror=fail()>", rollouts=8)
+    hostile = "</script><img src=x onerror=fail()>\u2028<b>"
+    message = {"step": 4, "rule": "kl", "level": "warning", "message": hostile}
+    (folder / "health.jsonl").write_text(json.dumps(message) + "\n")
+    path = next((folder / "rollouts").glob("*.parquet"))
+    logged = pyarrow.parquet.read_table(path).to_pylist()
+    write_rollouts(path, [row | {"stop_reason": hostile, "tools": [hostile]} for row in logged])
+    (folder / "report.html").write_text(build_report([folder]).html, encoding="utf-8")
+    browser.requests.clear()
+    browser.open(folder / "report.html")
+    browser.wait_for("document.querySelectorAll('#tokens .t').length > 0")
+    assert browser.run("document.querySelectorAll('img, b:not(#facts b, #token b)').length") == 0
+    assert hostile in browser.run("document.querySelector('.rules').textContent")
+    assert hostile in browser.run("document.querySelector('.row').textContent")
+    assert hostile in browser.run("[...document.querySelector('#filters [name=stop]').options].at(-1).text")
+    assert not browser.errors and all(url.startswith("file:") for url in browser.requests)

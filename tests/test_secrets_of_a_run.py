@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import chat_tokenizer, prompts, scripted_model_sampler, tiny_model, tool_call
-from test_report import chunks_of
+from test_report import rollouts_of
 from trl import TrlParser
 
 from trl_toolgrpo import ToolGRPOConfig, ToolGRPOTrainer, ToolResult
@@ -179,11 +179,11 @@ def test_no_table_holds_a_secret_in_texts_or_tokens(run):
                     assert hidden_in(TOKENIZER.decode(fits)) == [], (path, entry["name"])
 
 
-def test_the_report_holds_no_secret_in_its_chunks(run):
+def test_the_report_holds_no_secret_in_its_rollouts(run):
     _, folder = run
     html = (folder / "out" / "report.html").read_text()
-    chunks = list(chunks_of(html))
-    assert chunks and all(hidden_in(repr(chunk["rollouts"])) == [] for chunk in chunks)
+    rollouts = rollouts_of(html)
+    assert rollouts and all(row["whole"] and hidden_in(repr(row)) == [] for row in rollouts)
 
 
 def test_the_pickled_arguments_and_the_logs_of_a_resumed_run(run):

@@ -1,4 +1,4 @@
-"""Which changes of a logged figure are rounding: a curve that shows nothing else is drawn flat."""
+"""Tells rounding from change in a logged figure: a curve of nothing but rounding is drawn flat."""
 
 import re
 
@@ -12,7 +12,7 @@ _OF_LOGPROBS = re.compile(r"(?:.*[/_])?(?:ratio|kl|loss|sampling)(?:[/_].*)?")
 
 def is_flat(low: float, high: float, metric: str) -> bool:
     """
-    Whether a curve between two values shows rounding alone.
+    Return whether a curve between two values shows nothing but rounding.
 
     Args:
         low, high (`float`):

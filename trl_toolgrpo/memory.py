@@ -1,14 +1,18 @@
-"""How much memory a run takes, before it is started.
+"""An estimate of the memory that a run takes, from the model's shape and the sizes of the run.
 
-Pure functions of the model's shape and of the sizes of a run. The table of recipes/GUIDE.md is made with it:
+`accelerate estimate-memory` knows weights and training, and not the rollouts. The table of recipes/GUIDE.md is made
+with it:
 
     python -m trl_toolgrpo.memory
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+import numpy as np
+from transformers import PretrainedConfig
+
+from .errors import ConfigError
 from .model_settings import layer_settings, stored_values
 
 
@@ -47,9 +51,9 @@ class ModelShape:
     stored_values: int | None = None
 
     @classmethod
-    def from_config(cls, config: Any) -> "ModelShape":
+    def from_config(cls, config: PretrainedConfig) -> "ModelShape":
         """
-        The shape in a configuration of transformers.
+        Read the shape from a configuration of transformers.
 
         Args:
             config (`PretrainedConfig`):
@@ -72,7 +76,8 @@ class ModelShape:
     @property
     def attention_widths(self) -> list[tuple[int, int]]:
         """Width of the queries and of the keys of each block."""
-        kept, widths = _of_layers(self.num_key_value_heads, self), _of_layers(self.head_dim, self)
+        sizes = (self.num_key_value_heads, self.head_dim)
+        kept, widths = (np.broadcast_to(size, self.num_hidden_layers).tolist() for size in sizes)
         return [(self.num_attention_heads * width, count * width) for count, width in zip(kept, widths, strict=True)]
 
     @property
@@ -92,8 +97,7 @@ class ModelShape:
     @property
     def cached_values(self) -> int:
         """Numbers that a cache keeps for a token, over all blocks."""
-        own = sum(2 * key for _, key in self.attention_widths)
-        return own if self.stored_values is None else self.stored_values
+        return sum(2 * key for _, key in self.attention_widths) if self.stored_values is None else self.stored_values
 
     @property
     def parameters(self) -> int:
@@ -103,12 +107,8 @@ class ModelShape:
         return self.linear_parameters + embeddings + norms
 
     def lora_parameters(self, rank: int) -> int:
-        """Weights of LoRA factors on all linear layers of the blocks."""
+        """Return the number of weights in LoRA factors on all linear layers of the blocks."""
         return rank * sum(inputs + outputs for inputs, outputs in self.linear_layers)
-
-
-def _of_layers(value: int | tuple[int, ...], shape: ModelShape) -> Sequence[int]:
-    return value if isinstance(value, tuple) else [value] * shape.num_hidden_layers
 
 
 def _one_if_equal(values: Sequence[int]) -> int | tuple[int, ...]:
@@ -178,7 +178,7 @@ def estimate_memory(
     on_cpu: bool = False,
 ) -> MemoryEstimate:
     """
-    Memory that a run takes in each process.
+    Estimate the memory that a run takes in each process.
 
     Args:
         shape ([`ModelShape`]):
@@ -212,13 +212,11 @@ def estimate_memory(
         [`MemoryEstimate`]: the parts.
 
     Raises:
-        ValueError: for a method or sharding that there is not.
+        ConfigError: for an unknown method or sharding.
     """
     if method not in METHODS or sharding not in SHARDINGS:
-        raise ValueError(
-            f"You passed method={method!r} and sharding={sharding!r}; there are {', '.join(METHODS)} and "
-            f"{', '.join(SHARDINGS)}."
-        )
+        message = f"You passed method={method!r} and sharding={sharding!r}, of which one is unknown."
+        raise ConfigError(message, remedy=f"Choose from {', '.join(METHODS)}, and from {', '.join(SHARDINGS)}.")
     trained = shape.parameters if method == "full" else shape.lora_parameters(lora_rank)
     trained_bytes = weight_bytes if method == "full" else _FLOAT
     weights = float(shape.parameters * weight_bytes) + (0 if method == "full" else trained * trained_bytes)
@@ -226,10 +224,10 @@ def estimate_memory(
         weights -= shape.linear_parameters * (weight_bytes - _NF4)
     gradients, optimizer = float(trained * trained_bytes), 2.0 * trained * trained_bytes
     gathered = 0.0
-    if sharding == "none" and processes > 1:
-        gradients *= 2  # DDP reduces them in buckets of its own
     if sharding != "none":
         gradients, optimizer = gradients / processes, optimizer / processes
+    elif processes > 1:
+        gradients *= 2  # DDP reduces them in buckets of its own
     if sharding == "parameters":
         weights, gathered = weights / processes, shape.parameters * float(min(weight_bytes, compute_bytes))
     activations = _activations(
@@ -270,26 +268,24 @@ QWEN3 = {
 
 def memory_table() -> str:
     """
-    GPU memory of Qwen3 in GiB by method and sharding, as a Markdown table; the sizes are the defaults of
+    Return the GPU memory of Qwen3 in GiB by method and sharding, as a Markdown table. The sizes are the defaults of
     [`estimate_memory`], in bfloat16.
     """
-    columns: dict[str, dict[str, Any]] = {
-        "one GPU": {},
-        "8 GPUs, DDP": {"processes": 8},
-        "8 GPUs, ZeRO-2": {"sharding": "gradients", "processes": 8},
-        "8 GPUs, FSDP2 or ZeRO-3": {"sharding": "parameters", "processes": 8},
+    layouts = {
+        "one GPU": ("none", 1),
+        "8 GPUs, DDP": ("none", 8),
+        "8 GPUs, ZeRO-2": ("gradients", 8),
+        "8 GPUs, FSDP2 or ZeRO-3": ("parameters", 8),
     }
-    lines = [f"| model | method | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
+    lines = [f"| model | method | {' | '.join(layouts)} |", f"|---|---|{'---|' * len(layouts)}"]
     for name, shape in QWEN3.items():
         for method in METHODS:
-            # Small steps vanish in bfloat16: what is trained has float32 weights
-            size = 4 if method == "full" else 2
-            found = []
-            for layout in columns.values():
-                quantized = method == "qlora" and layout.get("sharding") == "parameters"
-                estimate = estimate_memory(shape, method, weight_bytes=size, **layout)
-                found.append("-" if quantized else f"{estimate.peak / 2**30:.0f}")
-            lines.append(f"| Qwen3-{name} | {method} | {' | '.join(found)} |")
+            size = 4 if method == "full" else 2  # small steps vanish in bfloat16: trained weights are float32
+            cells = []
+            for sharding, processes in layouts.values():
+                found = estimate_memory(shape, method, weight_bytes=size, sharding=sharding, processes=processes)
+                cells.append("-" if (method, sharding) == ("qlora", "parameters") else f"{found.peak / 2**30:.0f}")
+            lines.append(f"| Qwen3-{name} | {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

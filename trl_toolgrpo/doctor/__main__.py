@@ -2,7 +2,7 @@
 
     python -m trl_toolgrpo.doctor --config recipes/tiny_cpu.yaml [--script recipes/qwen3_tools.py] [--max_steps 3 ...]
 
-Owns the table that is printed, and the exit code: 0 for go, 1 for no-go.
+It prints a table and exits with 0 for go, 1 for no-go.
 """
 
 import argparse
@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from ..errors import DoctorError
 from .examination import Examination, examine
@@ -24,7 +25,7 @@ COLORS = {"ok": "green", "note": "yellow", "fault": "bold red"}
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """
-    Read the command line; what is not the doctor's is the script's.
+    Read the command line; arguments that are not the doctor's are the script's.
 
     Args:
         arguments (`Sequence[str]`):
@@ -39,45 +40,38 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, required=True, help="YAML of the run")
-    parser.add_argument("--script", type=Path, help="script with a make_trainer; by default the one beside the YAML")
+    parser.add_argument("--script", type=Path, help="script with a make_trainer; by default the one next to the YAML")
     given, rest = parser.parse_known_args(arguments)
     return given, ["--config", str(given.config), *rest]
 
 
 def draw(examination: Examination) -> Table:
     """
-    The findings as a table.
+    Return the results as a table.
 
     Args:
         examination ([`Examination`]):
             What was found.
     """
-    table = Table(show_lines=False, box=None, padding=(0, 1))
-    for column in ("looked at", "", "found"):
-        table.add_column(column, overflow="fold")
-    for finding in examination.findings:
-        color = COLORS[finding.state]
-        words = finding.words + (f"\n-> {finding.remedy}" if finding.remedy else "")
-        table.add_row(finding.subject, f"[{color}]{finding.state}[/]", _plain(words))
+    table = Table(*(Column(name, overflow="fold") for name in ("looked at", "", "found")), box=None)
+    for result in examination.results:
+        text = result.message + (f"\n-> {result.remedy}" if result.remedy else "")
+        table.add_row(result.subject, Text(result.state, COLORS[result.state]), Text(text))
     return table
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", "\\[")
 
 
 def verdict(examination: Examination) -> str:
     """
-    Go or no-go in one line; a go names what should be looked at all the same.
+    Return go or no-go in one line; a go names what should be looked at all the same.
 
     Args:
         examination ([`Examination`]):
             What was found.
     """
     if examination.go:
-        noted = dict.fromkeys(finding.subject for finding in examination.findings if finding.state == NOTE)
+        noted = dict.fromkeys(result.subject for result in examination.results if result.state == NOTE)
         return f"go ({examination.seconds:.0f} s)" + (f", with notes on: {', '.join(noted)}" if noted else "")
-    return f"no-go: {', '.join(finding.subject for finding in examination.faults)} ({examination.seconds:.0f} s)"
+    return f"no-go: {', '.join(result.subject for result in examination.faults)} ({examination.seconds:.0f} s)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

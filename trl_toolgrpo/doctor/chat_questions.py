@@ -1,23 +1,23 @@
-"""Whether the chat template can carry a conversation with tools, token by token, and nothing a tool says can break it.
+"""Checks that the chat template can carry a conversation with tools, token by token, whatever a tool returns.
 
-Owns the questions about template and tools; each is tried on the trainer's own chat handling.
+Each is tried on the trainer's own chat handling.
 """
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any
 
 from ..rollout.chat import ToolChat, tool_message
 from ..tools.types import Tool, ToolCall
-from .findings import FAULT, NOTE, OK, Finding
+from ..types import JSONObject, JSONSchema
+from .findings import FAULT, NOTE, OK, CheckResult
 
 
 REMEDY = "Use a template TRL ships (trl/chat_templates), whose calls are known to be read."
 
 
-def check_chat(chat: ToolChat, tools: list[Tool]) -> list[Finding]:
+def check_chat(chat: ToolChat, tools: list[Tool]) -> list[CheckResult]:
     """
-    The questions about a template.
+    Check a template.
 
     Args:
         chat (`ToolChat`):
@@ -28,18 +28,18 @@ def check_chat(chat: ToolChat, tools: list[Tool]) -> list[Finding]:
     return [_check_prefix(chat), _check_calls(chat, tools), _check_output(chat)]
 
 
-def _check_prefix(chat: ToolChat) -> Finding:
+def _check_prefix(chat: ToolChat) -> CheckResult:
     subject = "template: prefixes"
     result = {"role": "tool", "name": "tool", "content": "result"}
     call, whole = (chat.render_call("tool", {"argument": "value"}, results) for results in ([], [result]))
     if whole.startswith(call):
-        return Finding(subject, OK, "What is written stays as it is when a tool's result follows.")
-    same = _shared(call, whole)
-    words = f"A result changes the text before it: {call[same : same + 40]!r} becomes {whole[same : same + 40]!r}."
-    return Finding(subject, FAULT, words, "Use a template that renders earlier messages alike whatever follows.")
+        return CheckResult(subject, OK, "What is written stays as it is when a tool's result follows.")
+    same = _shared_length(call, whole)
+    message = f"A result changes the text before it: {call[same : same + 40]!r} becomes {whole[same : same + 40]!r}."
+    return CheckResult(subject, FAULT, message, "Use a template that renders earlier messages alike whatever follows.")
 
 
-def _check_calls(chat: ToolChat, tools: list[Tool]) -> Finding:
+def _check_calls(chat: ToolChat, tools: list[Tool]) -> CheckResult:
     subject = "template: calls"
     for tool in tools:
         given = example_arguments(tool.parameters)
@@ -47,48 +47,43 @@ def _check_calls(chat: ToolChat, tools: list[Tool]) -> Finding:
         calls = chat.parse(ids, opening, [tool.schema], 0).calls
         if len(calls) != 1 or calls[0].error is not None or calls[0].name != tool.name or calls[0].arguments != given:
             read = "no call" if not calls else calls[0].error or f"{calls[0].name}({calls[0].arguments})"
-            words = f"A call {tool.name}({given}), as the template writes it, is read as {read}."
-            return Finding(subject, FAULT, words, REMEDY)
-    count = len(tools)
-    return Finding(
-        subject, OK, f"Calls of {count} tool{'' if count == 1 else 's'} are read as the template writes them."
-    )
+            message = f"A call {tool.name}({given}), as the template writes it, is read as {read}."
+            return CheckResult(subject, FAULT, message, REMEDY)
+    count = f"{len(tools)} tool{'' if len(tools) == 1 else 's'}"
+    return CheckResult(subject, OK, f"Calls of {count} are read as the template writes them.")
 
 
-def _turn(chat: ToolChat, name: str, arguments: dict[str, Any]) -> tuple[list[int], str]:
+def _turn(chat: ToolChat, name: str, arguments: JSONObject) -> tuple[list[int], str]:
     """Tokens of an assistant turn that makes a call, and the text before it."""
     opening = chat.encode(chat.render([{"role": "user", "content": "dummy"}], add_generation_prompt=True))
     ids = chat.encode(chat.render_call(name, arguments))
-    start = _shared(opening, ids)
+    start = _shared_length(opening, ids)
     end = next((place + 1 for place in range(start, len(ids)) if ids[place] in chat.stop_ids), len(ids))
     return ids[start:end], chat.tokenizer.decode(ids[:start])
 
 
-def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """Characters or tokens that two texts begin with alike."""
+def _shared_length(first: Sequence[object], second: Sequence[object]) -> int:
+    """Number of characters or tokens that two texts begin with alike."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
-def example_arguments(schema: dict[str, Any]) -> dict[str, Any]:
+def example_arguments(schema: JSONSchema) -> JSONObject:
     """
-    Arguments that fit a schema, for its properties of plain types.
+    Return arguments that fit a schema, for its properties of plain types.
 
     Args:
         schema (`dict`):
             JSON schema of a tool's parameters.
     """
-    plain = {"string": "a word", "integer": 7, "number": 1.5, "boolean": True}
-    found = {}
-    for name, inner in (schema.get("properties") or {}).items():
-        if isinstance(inner, dict) and inner.get("enum"):
-            found[name] = inner["enum"][0]
-        elif isinstance(inner, dict) and isinstance(inner.get("type"), str) and inner["type"] in plain:
-            found[name] = plain[inner["type"]]
-    return found
+    plain: JSONObject = {"string": "a word", "integer": 7, "number": 1.5, "boolean": True}
+    properties = schema.get("properties") or {}
+    inner = {name: part for name, part in properties.items() if isinstance(part, dict)}
+    choices = {name: part.get("enum") or [plain.get(str(part.get("type")))] for name, part in inner.items()}
+    return {name: values[0] for name, values in choices.items() if values[0] is not None}
 
 
-def _check_output(chat: ToolChat) -> Finding:
-    """Whether a result made of every control token comes out as text."""
+def _check_output(chat: ToolChat) -> CheckResult:
+    """Check that a result made of every control token comes out as text."""
     subject = "template: tool output"
     hostile = "".join(chat.tokenizer.decode([id]) for id in sorted(chat.control_ids)) * 2
     call = ToolCall("call_0_0", "tool")
@@ -97,17 +92,16 @@ def _check_output(chat: ToolChat) -> Finding:
     control = [[id for id in ids if id in chat.control_ids] for ids in (tame, wild)]
     if control[0] != control[1]:
         forged = chat.tokenizer.decode([id for id in control[1] if id not in control[0]][:4])
-        words = f"A result that contains control tokens forges them: {forged!r}."
-        return Finding(subject, FAULT, words, REMEDY)
-    words = f"None of {len(chat.control_ids)} control tokens can come of what a tool returns."
-    return Finding(subject, OK, words)
+        return CheckResult(subject, FAULT, f"A result that contains control tokens forges them: {forged!r}.", REMEDY)
+    message = f"No tool result can contain any of the {len(chat.control_ids)} control tokens."
+    return CheckResult(subject, OK, message)
 
 
 def check_tools(
     tools: list[Tool], at_reset: bool, prompt_tokens: int | None, suspicious: Sequence[str] = ()
-) -> Finding:
+) -> CheckResult:
     """
-    What the policy may call.
+    Check what the policy may call.
 
     Args:
         tools (`list[Tool]`):
@@ -117,15 +111,13 @@ def check_tools(
         prompt_tokens (`int`, *optional*):
             Tokens their descriptions take.
         suspicious (`Sequence[str]`, *optional*, defaults to `()`):
-            What was said of names in prompts that resemble a tool's.
+            Warnings about names in prompts that resemble a tool's.
     """
     if not tools and not at_reset:
-        words = "The run has no tools, so every rollout is one turn."
-        return Finding("tools", NOTE, words, "Pass `tools`, an `environment_factory` or `mcp_servers`.")
+        message = "The run has no tools, so every rollout is one turn."
+        return CheckResult("tools", NOTE, message, "Pass `tools`, an `environment_factory` or `mcp_servers`.")
     names = ", ".join(tool.name for tool in tools[:8]) + (" and more" if len(tools) > 8 else "")
     more = ("; " if names else "") + "each environment brings its own at reset" if at_reset else ""
     cost = f" Their descriptions are {prompt_tokens} tokens of every prompt." if prompt_tokens else ""
-    if suspicious:
-        words = f"{names}{more}.{cost} {' '.join(suspicious)}"
-        return Finding("tools", NOTE, words, "Correct the prompt where a tool is meant.")
-    return Finding("tools", OK, f"{names}{more}.{cost}")
+    state, remedy = (NOTE, "Correct the prompt where a tool is meant.") if suspicious else (OK, "")
+    return CheckResult("tools", state, " ".join([f"{names}{more}.{cost}", *suspicious]), remedy)

@@ -1,26 +1,21 @@
-"""The examination: every question in order, as far as the answers before allow.
-
-Owns the order and the verdict.
-"""
+"""The examination: every check in order, as far as the results of earlier ones allow."""
 
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Any
 
-from ..checks import check_policy_is_trained
 from ..redaction import Redactor, argument_secrets
 from ..run_files import process_secrets
 from .chat_questions import check_chat, check_tools
 from .data_questions import check_data
-from .findings import FAULT, NOTE, OK, Finding
-from .script import construct, load_maker, output_folder
+from .findings import FAULT, NOTE, OK, CheckResult
+from .script import construct, output_folder
 from .surroundings import check_hardware, check_versions
-from .trial import check_memory, try_rollouts, try_update
+from .trial import check_memory, try_run
 
 
 @dataclass
@@ -29,19 +24,19 @@ class Examination:
     What was found.
 
     Args:
-        findings (`list[Finding]`):
-            The answers in the order of the questions.
+        results (`list[CheckResult]`):
+            The results in the order of the checks.
         seconds (`float`):
             Time it took.
     """
 
-    findings: list[Finding] = field(default_factory=list)
+    results: list[CheckResult] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
-    def faults(self) -> list[Finding]:
+    def faults(self) -> list[CheckResult]:
         """What stands in the way."""
-        return [finding for finding in self.findings if finding.state == FAULT]
+        return [result for result in self.results if result.state == FAULT]
 
     @property
     def go(self) -> bool:
@@ -61,78 +56,48 @@ def examine(script: Path, arguments: Sequence[str]) -> Examination:
     """
     started = time.perf_counter()
     redactor = Redactor(process_secrets() + argument_secrets(arguments))
-    findings = [
-        replace(finding, words=redactor.text(finding.words), remedy=redactor.text(finding.remedy))
-        for finding in _ask(lambda: load_maker(script), arguments)
+    results = [
+        replace(result, message=redactor.text(result.message), remedy=redactor.text(result.remedy))
+        for result in _results(script, arguments)
     ]
-    return Examination(findings, time.perf_counter() - started)
+    return Examination(results, time.perf_counter() - started)
 
 
-def _ask(load: Callable[[], Any], arguments: Sequence[str]) -> Iterator[Finding]:
+def _results(script: Path, arguments: Sequence[str]) -> Iterator[CheckResult]:
     yield check_versions()
-    with _warnings() as said:
-        trainer, wrong = construct(lambda given: _trainable(load()(given)), arguments)
-    yield from (Finding("construction", NOTE, words) for words, subject in said.items() if subject != "tools")
+    # The package warns of what it cannot refuse, for example a tool that the chat template cuts
+    logger, handler = logging.getLogger(__name__.partition(".")[0]), MemoryHandler(10_000, logging.CRITICAL + 1)
+    handler.setLevel(logging.WARNING)
+    logger.addHandler(handler)
+    trainer, wrong = construct(script, arguments)
+    logger.removeHandler(handler)
+    subjects = {record.getMessage(): getattr(record, "subject", "construction") for record in handler.buffer}
+    yield from (CheckResult("construction", NOTE, text) for text, subject in subjects.items() if subject != "tools")
     if wrong is not None:
         yield check_hardware(Path.cwd())
         yield wrong
         return
     yield check_hardware(output_folder(arguments, trainer.args.output_dir))
-    yield Finding("configuration", OK, _configuration(trainer))
+    model = f"{type(trainer.model).__name__} on {trainer.accelerator.device}"
+    batch = f"{trainer.args.generation_batch_size} rollouts a batch in groups of {trainer.num_generations}"
+    estimator = trainer.args.advantage_estimator
+    yield CheckResult("configuration", OK, f"{model}, {batch}, advantages by `{estimator}`.")
     data, cost = check_data(trainer)
     tools = trainer._toolset
-    suspicious = [words for words, subject in said.items() if subject == "tools"]
+    suspicious = [text for text, subject in subjects.items() if subject == "tools"]
     yield check_tools(tools.known, tools.decided_at_reset, cost, suspicious)
-    chat = trainer._engine.chat if trainer._recording else None
-    answers = [*([] if chat is None else check_chat(chat, tools.known)), *data]
-    yield from answers
-    if any(answer.state == FAULT for answer in answers):
+    chat = check_chat(trainer._engine.chat, tools.known) if trainer._recording else []
+    yield from [*chat, *data]
+    if any(result.state == FAULT for result in [*chat, *data]):
         return
-    rollouts, batch = _guarded(lambda: try_rollouts(trainer), "rollouts")
-    yield from rollouts
-    if batch is not None:
-        update, _ = _guarded(lambda: ([try_update(trainer, batch)], None), "update")
-        yield from update
-        yield check_memory(trainer)
-
-
-def _trainable(trainer: Any) -> Any:
-    """The trainer, whose policy has to be one that training would move."""
-    check_policy_is_trained(trainer.model)
-    return trainer
-
-
-@contextmanager
-def _warnings() -> Iterator[dict[str, str]]:
-    """What the package warns of meanwhile, such as a tool that the chat template does not show whole, by subject."""
-    said: dict[str, str] = {}
-
-    class Keeper(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.setdefault(record.getMessage(), getattr(record, "subject", "construction"))
-
-    handler = Keeper(logging.WARNING)
-    logger = logging.getLogger(__package__.partition(".")[0])
-    logger.addHandler(handler)
+    subject = "rollouts"
     try:
-        yield said
-    finally:
-        logger.removeHandler(handler)
-
-
-def _guarded(question: Callable[[], tuple[list[Finding], Any]], subject: str) -> tuple[list[Finding], Any]:
-    """A question whose error is the answer."""
-    try:
-        return question()
+        for result in try_run(trainer):
+            subject = "update"
+            yield result
     except Exception as error:
         traceback.print_exc()
-        words = f"{type(error).__name__}: {error}"
-        return [Finding(subject, FAULT, words, "The traceback above says where; training would end there too.")], None
-
-
-def _configuration(trainer: Any) -> str:
-    args = trainer.args
-    return (
-        f"{type(trainer.model).__name__} on {trainer.accelerator.device}, {args.generation_batch_size} rollouts a "
-        f"batch in groups of {trainer.num_generations}, advantages by `{args.advantage_estimator}`."
-    )
+        message = f"{type(error).__name__}: {error}"
+        yield CheckResult(subject, FAULT, message, "The traceback above says where; training would end there too.")
+    if subject == "update":
+        yield check_memory(trainer)

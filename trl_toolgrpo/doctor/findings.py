@@ -1,16 +1,18 @@
-"""What the doctor says: one record for each question.
-
-Owns the vocabulary of the verdict: a fault is a no-go, a note is not.
-"""
+"""The answer to one question of the doctor."""
 
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
+
+ToolTrainer: TypeAlias = Any
+"""A [`ToolGRPOTrainer`]. The trainer may import everything, and so nothing imports its class."""
 
 OK, NOTE, FAULT = "ok", "note", "fault"
+"""States of a result: a fault is a no-go, a note is not."""
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """
     The answer to one question.
 
@@ -19,7 +21,7 @@ class Finding:
             What was looked at.
         state (`str`):
             `"ok"`, `"note"` or `"fault"`.
-        words (`str`):
+        message (`str`):
             What was found.
         remedy (`str`, *optional*, defaults to `""`):
             What to do about it.
@@ -27,5 +29,5 @@ class Finding:
 
     subject: str
     state: str
-    words: str
+    message: str
     remedy: str = ""

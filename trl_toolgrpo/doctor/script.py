@@ -1,50 +1,43 @@
-"""The script that would train: found beside the YAML, and asked for its trainer.
+"""The script that would train: found next to the YAML, and asked for its trainer.
 
-Owns the seam between the doctor and a script: a function `make_trainer(arguments)` at the top of the script, which
-gives the trainer that this command line asks for. Where it has a parameter `trial`, it gets True, and leaves out what
-takes long and writes nothing into the output folder.
+A script has a function `make_trainer(arguments)` at its top level, which returns the trainer that this command line
+asks for. If it has a parameter `trial`, that is True here: the script leaves out what takes long and writes nothing
+into the output folder.
 """
 
-import ast
+import argparse
 import importlib.util
 import inspect
+import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from unittest.mock import patch
 
 import yaml
 from transformers import Trainer
 
-from ..errors import (
-    ChatTemplateError,
-    ConfigError,
-    DatasetError,
-    DoctorError,
-    MCPServerError,
-    ToolGRPOError,
-    ToolNameError,
-    ToolSchemaError,
-)
-from .findings import FAULT, Finding
+from .. import errors
+from ..checks import check_policy_is_trained
+from ..errors import DoctorError, ToolGRPOError
+from .findings import FAULT, CheckResult, ToolTrainer
 
 
 MAKER = "make_trainer"
 SUBJECTS: dict[type[Exception], str] = {
-    ConfigError: "configuration",
-    ChatTemplateError: "template",
-    ToolNameError: "tools",
-    ToolSchemaError: "tools",
-    DatasetError: "data",
-    MCPServerError: "MCP servers",
+    errors.ConfigError: "configuration",
+    errors.ChatTemplateError: "template",
+    errors.ToolNameError: "tools",
+    errors.ToolSchemaError: "tools",
+    errors.DatasetError: "data",
+    errors.MCPServerError: "MCP servers",
 }
 
 
 def find_script(config: Path, given: Path | None = None) -> Path:
     """
-    The script a YAML is for: the one given, or the only one beside it that has a `make_trainer`.
+    Find the script a YAML is for: the one given, or the only one next to it that has a `make_trainer`.
 
     Args:
         config (`Path`):
@@ -55,36 +48,30 @@ def find_script(config: Path, given: Path | None = None) -> Path:
     Raises:
         DoctorError: if there is no such script, or there are several.
     """
+    needed = f"`{MAKER}` takes a command line as a list and returns the trainer, ready to train."
     if not config.is_file():
-        raise DoctorError(f"You passed `--config {config}`, which is no file. Pass the YAML of a recipe.")
+        raise DoctorError(f"You passed `--config {config}`, which is no file.", remedy="Pass the YAML of a recipe.")
     if given is not None:
-        if not given.is_file() or not _defines_maker(given):
-            raise DoctorError(f"You passed `--script {given}`, which has no function `{MAKER}(arguments)`. {_WRITE}")
+        if not _defines_maker(given):
+            message = f"You passed `--script {given}`, which has no function `{MAKER}(arguments)`."
+            raise DoctorError(message, remedy=f"Write one: {needed}")
         return given
     found = [path for path in sorted(config.parent.glob("*.py")) if _defines_maker(path)]
     if len(found) != 1:
-        what = f"there are {', '.join(path.name for path in found)}" if found else "there is none"
-        raise DoctorError(
-            f"Looking beside {config} for the script with a function `{MAKER}(arguments)`: {what}. Name one with "
-            f"--script. {_WRITE}"
-        )
+        names = f"there are {', '.join(path.name for path in found)}" if found else "there is none"
+        message = f"Looking next to {config} for the script with a function `{MAKER}(arguments)`: {names}."
+        raise DoctorError(message, remedy=f"Name one with --script. {needed}")
     return found[0]
 
 
-_WRITE = f"`{MAKER}` takes a command line as a list and returns the trainer, ready to train."
-
-
 def _defines_maker(path: Path) -> bool:
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError, OSError):
-        return False
-    return any(isinstance(node, ast.FunctionDef) and node.name == MAKER for node in tree.body)
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return re.search(rf"^def {MAKER}\(", text, re.MULTILINE) is not None
 
 
-def load_maker(script: Path) -> Callable[[Sequence[str]], Any]:
+def load_maker(script: Path) -> Callable[[Sequence[str]], ToolTrainer]:
     """
-    The function of a script that makes its trainer, for a trial.
+    Return the function of a script that makes its trainer, for a trial.
 
     Args:
         script (`Path`):
@@ -93,7 +80,7 @@ def load_maker(script: Path) -> Callable[[Sequence[str]], Any]:
     sys.path.insert(0, str(script.parent.resolve()))
     spec = importlib.util.spec_from_file_location(script.stem, script)
     if spec is None or spec.loader is None:
-        raise DoctorError(f"{script} cannot be imported. Pass a Python file.")
+        raise DoctorError(f"{script} cannot be imported.", remedy="Pass a Python file.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[script.stem] = module
     spec.loader.exec_module(module)
@@ -104,69 +91,55 @@ def load_maker(script: Path) -> Callable[[Sequence[str]], Any]:
 
 def output_folder(arguments: Sequence[str], otherwise: str) -> Path:
     """
-    Where a command line or its YAML would have checkpoints, which is not where a trial has its files.
+    Return where a command line or its YAML would put checkpoints, which is not where a trial has its files.
 
     Args:
         arguments (`Sequence[str]`):
             The command line, with `--config`.
         otherwise (`str`):
-            Folder where neither names one.
+            Folder if neither names one.
     """
-    given = list(arguments)
-    if "--output_dir" in given[:-1]:
-        return Path(given[given.index("--output_dir") + 1])
-    try:
-        written = yaml.safe_load(Path(given[given.index("--config") + 1]).read_text(encoding="utf-8"))
-    except (OSError, ValueError, IndexError, yaml.YAMLError):
-        written = None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--output_dir", type=Path)
+    given, _ = parser.parse_known_args(arguments)
+    if given.output_dir is not None:
+        return given.output_dir
+    written = yaml.safe_load(given.config.read_text(encoding="utf-8")) if given.config else None
     return Path(str(written.get("output_dir", otherwise)) if isinstance(written, dict) else otherwise)
 
 
-def construct(make: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> tuple[Any, Finding | None]:
+def construct(script: Path, arguments: Sequence[str]) -> tuple[ToolTrainer, CheckResult | None]:
     """
-    The trainer; or why there is none.
+    Make the trainer of a command line.
 
     Args:
-        make (`Callable`):
-            Gives the trainer of a command line.
+        script (`Path`):
+            The script.
         arguments (`Sequence[str]`):
             The command line.
 
     Returns:
-        `tuple[Any, Finding | None]`: the trainer, or what is wrong.
+        `tuple[ToolGRPOTrainer | None, CheckResult | None]`: the trainer, whose policy training would change; or what
+        is wrong.
     """
     try:
-        with _without_hub():
-            return make(arguments), None
-    except SystemExit:  # argparse has said why
-        words = "The command line or the YAML cannot be read; the reason stands above."
-        return None, Finding("configuration", FAULT, words, "Correct it, or see the script's --help.")
+        with patch.object(Trainer, "init_hf_repo"):  # which would create a repository with `push_to_hub`
+            trainer = load_maker(script)(arguments)
+        check_policy_is_trained(trainer.model)
+        return trainer, None
+    except SystemExit:  # argparse has printed why
+        message = "The command line or the YAML cannot be read; the reason stands above."
+        return None, CheckResult("configuration", FAULT, message, "Correct it, or see the script's --help.")
     except ToolGRPOError as error:
         subject = next((name for kind, name in SUBJECTS.items() if isinstance(error, kind)), "construction")
-        return None, Finding(subject, FAULT, *_split(str(error)))
+        return None, CheckResult(subject, FAULT, error.message, error.remedy)
     except Exception as error:
-        words = f"{type(error).__name__}: {error}"
+        subject, remedy = "construction", "See the traceback above: it comes from the script or a library it calls."
         if "arguments are not used" in str(error):  # of TrlParser, for a flag or a key that nothing reads
-            return None, Finding("configuration", FAULT, words, "Remove what no argument reads, or correct its name.")
-        if "template" in str(error):
-            return None, Finding("template", FAULT, words, "Use a template TRL ships (trl/chat_templates).")
-        traceback.print_exc()
-        remedy = "See the traceback above: it comes from the script, or from a library it calls."
-        return None, Finding("construction", FAULT, words, remedy)
-
-
-@contextmanager
-def _without_hub() -> Iterator[None]:
-    """With `push_to_hub`, making a trainer makes a repository; a look at it does not."""
-    trainer: Any = Trainer
-    create, trainer.init_hf_repo = trainer.init_hf_repo, lambda *args, **kwargs: None
-    try:
-        yield
-    finally:
-        trainer.init_hf_repo = create
-
-
-def _split(message: str) -> tuple[str, str]:
-    """An error's last sentence is what to do."""
-    words, dot, remedy = message.strip().rpartition(". ")
-    return (words + dot.strip(), remedy) if dot else (message, "")
+            subject, remedy = "configuration", "Remove what no argument reads, or correct its name."
+        elif "template" in str(error):  # of TRL, which has no type of error for it
+            subject, remedy = "template", "Use a template TRL ships (trl/chat_templates)."
+        else:
+            traceback.print_exc()
+        return None, CheckResult(subject, FAULT, f"{type(error).__name__}: {error}", remedy)

@@ -1,10 +1,6 @@
-"""The machine and what is installed on it, against what the run needs.
-
-Owns the questions that need no trainer: versions, and hardware.
-"""
+"""Checks of the machine and of the installed packages, which need no trainer."""
 
 import os
-import re
 import shutil
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +9,7 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
-from .findings import FAULT, NOTE, OK, Finding
+from .findings import FAULT, NOTE, OK, CheckResult
 
 
 SHOWN = ("torch", "transformers", "trl", "peft")
@@ -21,50 +17,50 @@ LEAST_DISK = 2e9
 """Bytes below which a checkpoint may not find room."""
 
 
-def check_versions() -> Finding:
-    """Whether every package this one requires is installed in a version it was made for."""
+def check_versions() -> CheckResult:
+    """Check that every required package is installed in a version that fits."""
     try:
         required = metadata.requires("trl_toolgrpo") or []
     except metadata.PackageNotFoundError:
         required = []
-    wrong = []
-    for line in required:
-        requirement = Requirement(line)
+    wrong = {}
+    for requirement in map(Requirement, required):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        try:
-            version = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            wrong.append(f"{requirement.name} is not installed")
-            continue
-        if not requirement.specifier.contains(version, prereleases=True):
-            wrong.append(f"{requirement.name} is {version}, and {requirement.specifier} is needed")
+        version, needed = _installed_version(requirement.name), f"{requirement.name}{requirement.specifier}"
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            wrong[f"'{needed}'"] = f"{requirement.name} is {version or 'not installed'}, and {needed} is needed"
     if wrong:
-        names = " ".join(f"'{Requirement(line)}'" for line in required if re.split(r"\W", line)[0] in " ".join(wrong))
-        return Finding("versions", FAULT, "; ".join(wrong) + ".", f"Run `pip install {names}`.")
-    words = ", ".join(f"{name} {metadata.version(name)}" for name in SHOWN)
+        return CheckResult("versions", FAULT, f"{'; '.join(wrong.values())}.", f"Run `pip install {' '.join(wrong)}`.")
+    versions = ", ".join(f"{name} {_installed_version(name)}" for name in SHOWN)
     if not required:
-        return Finding("versions", NOTE, f"{words}; trl_toolgrpo is not installed, so its requirements are unknown.")
-    return Finding("versions", OK, f"{words}.")
+        versions += "; trl_toolgrpo is not installed, so its requirements are unknown"
+    return CheckResult("versions", OK if required else NOTE, f"{versions}.")
 
 
-def check_hardware(folder: Path) -> Finding:
+def _installed_version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check_hardware(folder: Path) -> CheckResult:
     """
-    What there is to compute on, and room for checkpoints.
+    Check that there is room for checkpoints, and name what there is to compute on.
 
     Args:
         folder (`Path`):
             Where checkpoints would go.
     """
+    cards = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     parts = [f"{os.cpu_count()} CPU cores", f"{psutil.virtual_memory().total / 1e9:.0f} GB of memory"]
-    for index in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(index)
-        parts.append(f"{card.name} with {card.total_memory / 1e9:.0f} GB")
+    parts += [f"{card.name} with {card.total_memory / 1e9:.0f} GB" for card in cards]
     home = next((path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir()), Path("/"))
     free = shutil.disk_usage(home).free
-    words = f"{', '.join(parts)}; {free / 1e9:.0f} GB free for {folder}."
+    message = f"{', '.join(parts)}; {free / 1e9:.0f} GB free for {folder}."
     if not os.access(home, os.W_OK):
-        return Finding("hardware", FAULT, f"{home} cannot be written to.", "Pass another `output_dir`.")
+        return CheckResult("hardware", FAULT, f"{home} cannot be written to.", "Pass another `output_dir`.")
     if free < LEAST_DISK:
-        return Finding("hardware", NOTE, words, "Make room: a checkpoint may not fit.")
-    return Finding("hardware", OK, words)
+        return CheckResult("hardware", NOTE, message, "Make room: a checkpoint may not fit.")
+    return CheckResult("hardware", OK, message)

@@ -1,32 +1,33 @@
-"""One group of rollouts, checked against the trainer, and the update it would feed, without taking it.
+"""One group of rollouts, checked against the trainer, and the update it would feed, which is not taken.
 
-Owns the questions that only running answers: do rollouts work, are the recorded log-probs the trainer's, is there a
-gradient, and does all that fit into memory.
+These checks need a run: whether rollouts work, whether the recorded log-probs match the trainer's, whether there is a
+gradient, and whether all that fits into memory.
 """
 
 import math
 import resource
 import time
-from typing import Any
+from collections.abc import Iterator
 
 import psutil
 import torch
 
 from ..errors import LogprobMismatchError
 from ..trajectory import Trajectory
-from .findings import FAULT, NOTE, OK, Finding
+from ..types import Batch
+from .findings import FAULT, NOTE, OK, CheckResult, ToolTrainer
 
 
-def try_rollouts(trainer: Any) -> tuple[list[Finding], dict[str, Any] | None]:
+def try_run(trainer: ToolTrainer) -> Iterator[CheckResult]:
     """
-    Make the rollouts of one group, which the trainer checks against itself.
+    Generate the rollouts of one group, which the trainer checks against itself, and compute the update.
 
     Args:
         trainer ([`ToolGRPOTrainer`]):
             The trainer.
 
     Returns:
-        `tuple[list[Finding], dict | None]`: the answers, and the batch that an update would get.
+        `Iterator[CheckResult]`: the results, of the rollouts first.
     """
     trainer.model_wrapped = trainer.model = trainer.accelerator.prepare_model(trainer.model)
     trainer.model.train()
@@ -35,24 +36,30 @@ def try_rollouts(trainer: Any) -> tuple[list[Finding], dict[str, Any] | None]:
     try:
         batch = trainer._generate_and_score_completions([dict(row) for _ in range(trainer.num_generations)])
     except LogprobMismatchError as error:
-        words, _, remedy = str(error).rpartition("Check that ")
-        return [Finding("self-check", FAULT, words.strip() or str(error), f"Check that {remedy}")], None
+        yield CheckResult("self-check", FAULT, error.message, error.remedy)
+        return
     seconds = time.perf_counter() - started
-    if not trainer._recording:
-        words = f"{trainer.num_generations} in {seconds:.1f} s, on TRL's own path: no log-prob is recorded or checked."
-        return [Finding("rollouts", NOTE, words)], batch
-    found = [describe(trainer._batch.trajectories, seconds)]
+    if trainer._recording:
+        yield describe(trainer._batch.trajectories, seconds)
+        yield _check_logprobs(trainer)
+    else:
+        count = f"{trainer.num_generations} in {seconds:.1f} s"
+        yield CheckResult("rollouts", NOTE, f"{count}, on TRL's own path: no log-prob is recorded or checked.")
+    yield try_update(trainer, batch)
+
+
+def _check_logprobs(trainer: ToolTrainer) -> CheckResult:
     if trainer.args.logprob_check == "off":
-        words = "Recorded log-probs were not compared with the trainer's: `logprob_check` is off."
-        return [*found, Finding("self-check", NOTE, words, "Leave it at 'first'; it costs one pass.")], batch
+        message = "Recorded log-probs were not compared with the trainer's: `logprob_check` is off."
+        return CheckResult("self-check", NOTE, message, "Leave it at 'first'; it costs one pass.")
     tokens = sum(sum(t.trainable_mask) for t in trainer._batch.trajectories)
-    words = f"Recorded log-probs are those the trainer computes, for each of {tokens} sampled tokens."
-    return [*found, Finding("self-check", OK, words)], batch
+    message = f"Recorded log-probs are those the trainer computes, for each of {tokens} sampled tokens."
+    return CheckResult("self-check", OK, message)
 
 
-def describe(trajectories: list[Trajectory], seconds: float) -> Finding:
+def describe(trajectories: list[Trajectory], seconds: float) -> CheckResult:
     """
-    What came of a group of rollouts.
+    Describe a group of rollouts.
 
     Args:
         trajectories (`list[Trajectory]`):
@@ -62,56 +69,53 @@ def describe(trajectories: list[Trajectory], seconds: float) -> Finding:
     """
     calls = [call for t in trajectories for turn in t.turns for call in turn.tool_calls]
     results = [result for t in trajectories for turn in t.turns for result in turn.tool_results]
-    failed = sum(result.is_error for result in results)
-    stops = sorted({t.stop_reason for t in trajectories})
-    words = (
-        f"{len(trajectories)} of one prompt in {seconds:.1f} s: {len(calls)} calls, {failed} of {len(results)} "
-        f"answered ones failed; stop reasons {', '.join(stops)}."
+    message = (
+        f"{len(trajectories)} of one prompt in {seconds:.1f} s: {len(calls)} calls, "
+        f"{sum(result.is_error for result in results)} of {len(results)} answered ones failed; "
+        f"stop reasons {', '.join(sorted({t.stop_reason for t in trajectories}))}."
     )
     if all(t.truncated for t in trajectories):
         remedy = "Look at `max_completion_length` and `max_tool_calling_iterations`, unless the policy is untrained."
-        return Finding("rollouts", NOTE, f"{words} Every one was cut off.", remedy)
+        return CheckResult("rollouts", NOTE, f"{message} Every one was cut off.", remedy)
     if not calls:
         remedy = "If only calls earn a reward, start with `assist_warmup_steps` and `force_rate`."
-        return Finding("rollouts", NOTE, f"{words} None called a tool.", remedy)
-    return Finding("rollouts", OK, words)
+        return CheckResult("rollouts", NOTE, f"{message} None called a tool.", remedy)
+    return CheckResult("rollouts", OK, message)
 
 
-def try_update(trainer: Any, batch: dict[str, Any]) -> Finding:
+def try_update(trainer: ToolTrainer, batch: Batch) -> CheckResult:
     """
-    Loss and gradient of the group, in micro-batches as training has them; no step is taken.
+    Compute loss and gradient of a micro-batch of the group; no step is taken.
 
     Args:
         trainer ([`ToolGRPOTrainer`]):
             The trainer.
         batch (`dict`):
-            What its rollouts gave.
+            What its rollouts gave, tensors of shape (B, ...).
     """
     rows = min(trainer.args.per_device_train_batch_size, len(batch["completion_ids"]))
-    part = {
-        name: value[:rows] if isinstance(value, torch.Tensor) and value.dim() else value
-        for name, value in batch.items()
-    }
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and value.dim()}
+    part = batch | {name: tensor[:rows] for name, tensor in tensors.items()}
     trainer.current_gradient_accumulation_steps = 1  # which training counts, and the loss is divided by
     with trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(trainer.model, part)
     trainer.accelerator.backward(loss)
     loss = float(loss.detach())
-    gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+    gradients = (p.grad for p in trainer.model.parameters() if p.grad is not None)
     norm = math.sqrt(sum(float(gradient.float().square().sum()) for gradient in gradients))
     trainer.model.zero_grad(set_to_none=True)
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        words = f"The loss is {loss:.3g} and its gradient has the norm {norm:.3g}."
-        return Finding("update", FAULT, words, "Check the model's weights and dtype, and what the rewards return.")
+        message = f"The loss is {loss:.3g} and its gradient has the norm {norm:.3g}."
+        return CheckResult("update", FAULT, message, "Check the model's weights and dtype, and the rewards.")
     if norm == 0:
-        words = "The gradient is 0: the rewards of this group do not differ."
-        return Finding("update", NOTE, words, "No matter if other groups differ; watch `frac_reward_zero_std`.")
-    return Finding("update", OK, f"The gradient of one micro-batch has the norm {norm:.3g}.")
+        message = "The gradient is 0: the rewards of this group do not differ."
+        return CheckResult("update", NOTE, message, "No matter if other groups differ; watch `frac_reward_zero_std`.")
+    return CheckResult("update", OK, f"The gradient of one micro-batch has the norm {norm:.3g}.")
 
 
-def check_memory(trainer: Any) -> Finding:
+def check_memory(trainer: ToolTrainer) -> CheckResult:
     """
-    What the trial took at its peak, and what the optimizer will take beside it.
+    Check the memory that the trial took at its peak, in addition to what the optimizer will take.
 
     Args:
         trainer ([`ToolGRPOTrainer`]):
@@ -125,15 +129,12 @@ def check_memory(trainer: Any) -> Finding:
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         total = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     count = sum(p.numel() for p in trained)
-    words = (
+    message = (
         f"{count / 1e6:.1f} million parameters are trained; the trial took {peak / 1e9:.1f} GB at its peak, the "
         f"optimizer takes {state / 1e9:.1f} GB more, of {total / 1e9:.1f} GB."
     )
-    remedy = (
-        "Lower `per_device_train_batch_size` or `max_completion_length`, train an adapter (`use_peft`), or quantize."
-    )
-    if peak + state > total:
-        return Finding("memory", FAULT, words, remedy)
-    if peak + state > 0.85 * total:
-        return Finding("memory", NOTE, f"{words} That is tight.", remedy)
-    return Finding("memory", OK, words)
+    remedy = "Lower `per_device_train_batch_size` or `max_completion_length`, train an adapter, or quantize."
+    if peak + state <= 0.85 * total:
+        return CheckResult("memory", OK, message)
+    tight = peak + state <= total
+    return CheckResult("memory", NOTE if tight else FAULT, f"{message}{' That is tight.' if tight else ''}", remedy)

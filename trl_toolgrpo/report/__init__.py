@@ -1,10 +1,10 @@
 """A run as one HTML file: `python -m trl_toolgrpo.report <output_dir>`.
 
-Owns what the page shows and how it is packed; reads what a run leaves in its output folder, and nothing else.
+It reads what a run leaves in its output folder, and nothing else.
 """
 
-from .folder import read_folder
-from .page import Report, build_report
+from .folder import RunFolder, read_folder
+from .page import ReportPage, build_report
 
 
-__all__ = ["Report", "build_report", "read_folder"]
+__all__ = ["ReportPage", "RunFolder", "build_report", "read_folder"]

@@ -3,7 +3,7 @@
     python -m trl_toolgrpo.report <output_dir> [--out report.html]
     python -m trl_toolgrpo.report --compare A B
 
-Owns the arguments, the file written and the exit code: 0 if there is something to show, 1 if not.
+The exit code is 0 if there is something to show, and 1 if not.
 """
 
 import argparse
@@ -29,14 +29,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         description="Make one self-contained HTML file of a run.",
         allow_abbrev=False,
     )
-    parser.add_argument("output_dir", nargs="?", type=Path, help="output folder of a run")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="output folders of two runs")
+    runs = parser.add_mutually_exclusive_group(required=True)
+    runs.add_argument("output_dir", nargs="?", type=Path, help="output folder of a run")
+    runs.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="output folders of two runs")
     parser.add_argument("--out", type=Path, help="file to write; in the folder: report.html; for two runs, here")
-    parser.add_argument("--max_size", type=float, default=MAX_MEGABYTES, help="largest size in MB (default 30)")
-    given = parser.parse_args(arguments)
-    if (given.output_dir is None) == (given.compare is None):
-        parser.error("pass one output folder, or --compare and two of them")
-    return given
+    parser.add_argument("--max_size", type=float, default=MAX_MEGABYTES, help=f"size in MB ({MAX_MEGABYTES:g})")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for run in report.runs:
         for problem in run.problems:
             print(f"{run.name}: {problem}", file=sys.stderr)
-    rollouts = f"{report.shown} of {report.total}" if report.shown < report.total else f"{report.total}"
-    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {rollouts} rollouts")
+    part = f", {report.shown} of them with tokens" if report.shown < report.total else ""
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {report.total} rollouts{part}")
     return 1 if all(run.empty for run in report.runs) else 0
 
 

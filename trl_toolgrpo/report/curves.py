@@ -1,17 +1,19 @@
-"""Curves as SVG: one small panel for each metric, readable without a script.
+"""Curves as small panels, one for each metric, readable without a script.
 
-Some metrics are shown first; `template/curves.js` adds the values under the pointer.
+Here it is decided what is drawn where; `template/page.html` has the SVG, and `template/curves.js` adds the values
+under the pointer. A plotting library would take longer to import than the whole page takes to make, and would bring
+no color schemes for light and dark.
 """
 
-import html
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..curve_noise import is_flat
+from .folder import RunFolder
 
 
 FIRST = (
@@ -21,14 +23,12 @@ FIRST = (
     "completions/mean_length", "completions/clipped_ratio", "rollout/tokens_per_second", "step_time",
 )  # fmt: skip
 """Metrics that are shown at once, in this order; the others are folded away."""
-WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 320, 140, 56, 6, 18, 8
-POINTS = 400
-"""Most points of a line; of more, the lowest and highest of neighbouring ones are drawn."""
+WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 320, 140, 56, 314, 122, 8
+"""Size of a panel, and where its curves end, in pixels."""
+POINTS = 600
+"""Number of points of a line above which only the lowest and highest of neighbouring points are kept."""
 
 _ROOM = 8  # characters of a number that fit to the left of a panel
-
-Place = Callable[[float, float], str]
-"""Where in a panel the value of a step is, as `x,y`."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Line:
 
     Args:
         label (`str`):
-            Run it is of.
+            Run it belongs to.
         steps, values (`Sequence[float]`):
             Points; values that are not finite are gaps.
         kind (`str`):
@@ -53,109 +53,125 @@ class Line:
     kind: str = "train"
     run: int = 0
 
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        """Points to draw, as step and value."""
+        fewer = thin(np.asarray(self.steps, float), np.asarray(self.values, float), POINTS)
+        return list(zip(*(axis.tolist() for axis in fewer), strict=True))
 
-def panel(metric: str, lines: Sequence[Line]) -> str:
+
+@dataclass(frozen=True)
+class Panel:
     """
-    A metric as a figure with its name, its last values and its curves.
+    What is drawn of a metric.
+
+    Args:
+        metric (`str`):
+            Its name.
+        latest (`list[tuple[int, str]]`):
+            Number of each run, and its last value.
+        summary (`str`, *optional*):
+            The curves in words, for screen readers.
+        steps (`tuple[float, float]`, *optional*):
+            First and last step.
+        ends (`tuple[str, str]`, *optional*):
+            Labels below the panel: the first step and, if it differs, the last.
+        grid (`list[tuple[float, str]]`, *optional*):
+            Height and label of each horizontal line; none if there is nothing to draw.
+        paths (`list[tuple[str, int, str]]`, *optional*):
+            Kind, number of the run and SVG path of each line.
+        values (`list`, *optional*):
+            Points of each training line as steps and values, for the pointer.
+    """
+
+    metric: str
+    latest: list[tuple[int, str]]
+    summary: str = ""
+    steps: tuple[float, float] = (0.0, 0.0)
+    ends: tuple[str, str] = ("", "")
+    grid: list[tuple[float, str]] = field(default_factory=list)
+    paths: list[tuple[str, int, str]] = field(default_factory=list)
+    values: list[list[tuple[float, float | None]]] = field(default_factory=list)
+
+
+def panels(runs: Sequence[RunFolder]) -> tuple[list[Panel], list[Panel]]:
+    """
+    Return the panels that are shown at once, and those that are folded away.
+
+    Args:
+        runs (`Sequence[RunFolder]`):
+            The runs, each with a color of its own.
+    """
+    lines: dict[str, list[Line]] = {}
+    for number, run in enumerate(runs):
+        for name in run.metric_names():
+            metric = run.metric_of(name)
+            prefix = name.removesuffix(metric)
+            held_out = dict(run.evaluations()).get(prefix)
+            label = f"{run.name}, {held_out}" if held_out else run.name
+            line = Line(label, *run.curve(name), kind="eval" if prefix else "train", run=number)
+            lines.setdefault(metric, []).append(line)
+    first = [name for name in FIRST if name in lines]
+    rest = [name for name in lines if name not in FIRST]
+    return [panel(name, lines[name]) for name in first], [panel(name, lines[name]) for name in rest]
+
+
+def panel(metric: str, lines: Sequence[Line]) -> Panel:
+    """
+    Place the curves of a metric in a panel.
 
     Args:
         metric (`str`):
             Its name.
         lines (`Sequence[Line]`):
             Curves of each run.
-
-    Returns:
-        `str`: HTML.
     """
-    points = [p for line in lines for p in zip(line.steps, line.values, strict=True) if math.isfinite(p[1])]
-    latest = " ".join(
-        f'<span class="last run{line.run}">{_number(line.values[-1])}</span>' for line in lines if line.kind == "train"
-    )
-    title = (
-        f'<figcaption><span class="metric">{html.escape(metric)}</span> {latest}'
-        f'<span class="at" hidden></span></figcaption>'
-    )
-    if not points:
-        return f'<figure class="panel">{title}<p class="none">no finite value was logged</p></figure>'
-    xs, ys = [p[0] for p in points], [p[1] for p in points]
-    low, high = min(ys), max(ys)
+    trained = [line for line in lines if line.kind == "train"]
+    latest = [(line.run, _number(line.values[-1])) for line in trained]
+    known = [p for line in lines for p in zip(line.steps, line.values, strict=True) if math.isfinite(p[1])]
+    if not known:
+        return Panel(metric, latest)
+    steps, values = zip(*known, strict=True)
+    first, last, low, high = min(steps), max(steps), min(values), max(values)
     flat = is_flat(low, high, metric)
     if flat:
-        low, high = _around((low + high) / 2)
-    first, last = min(xs), max(xs)
+        middle = (low + high) / 2
+        margin = abs(middle) * 0.1 or 1.0
+        low, high = middle - margin, middle + margin
 
-    def at(step: float, value: float) -> str:
-        value = (low + high) / 2 if flat else value
-        x = LEFT + (WIDTH - LEFT - RIGHT) * ((step - first) / (last - first) if last > first else 0.5)
-        y = TOP + (HEIGHT - TOP - BOTTOM) * (1 - (value - low) / (high - low))
-        return f"{x:.1f},{y:.1f}"
+    def path(line: Line) -> str:
+        drawn, joined = "", False
+        for step, value in line.points:
+            if math.isfinite(value):
+                across = (step - first) / (last - first) if last > first else 0.5
+                up = 0.5 if flat else (value - low) / (high - low)
+                x, y = LEFT + (RIGHT - LEFT) * across, BOTTOM - (BOTTOM - TOP) * up
+                drawn += f"L{x:.1f},{y:.1f}" if joined else f"M{x:.1f},{y:.1f}h0"  # h0 makes a dot of a point alone
+            joined = math.isfinite(value) and line.kind == "train"
+        return drawn
 
-    ends = low, (low + high) / 2, high
-    heights = (HEIGHT - BOTTOM, (TOP + HEIGHT - BOTTOM) / 2, TOP)
-    grid = "".join(_gridline(y, label) for y, label in zip(heights, _labels(ends), strict=True))
-    steps = f'<text x="{LEFT}" y="{HEIGHT - 4}">{_number(first)}</text>' + (
-        f'<text class="end" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}">step {_number(last)}</text>' if last > first else ""
-    )
-    drawn = "".join(_points(line, at) if line.kind == "eval" else _polylines(line, at) for line in lines)
-    label = html.escape(f"{metric}: {'; '.join(_in_words(line) for line in lines)}", quote=True)
-    return (
-        f'<figure class="panel" data-metric="{html.escape(metric, quote=True)}" '
-        f'data-x="{first} {last} {LEFT} {WIDTH - RIGHT} {WIDTH}">{title}'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{grid}{steps}{drawn}</svg></figure>'
-    )
-
-
-def _polylines(line: Line, at: Place) -> str:
-    """A line with a gap where values are not finite; a point alone is drawn as one."""
-    steps, values = thin(np.asarray(line.steps, float), np.asarray(line.values, float), POINTS)
-    parts: list[list[str]] = [[]]
-    for step, value in zip(steps.tolist(), values.tolist(), strict=True):
-        if math.isfinite(value):
-            parts[-1].append(at(step, value))
-        elif parts[-1]:
-            parts.append([])
-    drawn = []
-    for part in parts:
-        if len(part) == 1:
-            x, y = part[0].split(",")
-            drawn.append(f'<circle class="run{line.run}" cx="{x}" cy="{y}" r="2"/>')
-        elif part:
-            drawn.append(f'<polyline class="run{line.run}" points="{" ".join(part)}"/>')
-    return "".join(drawn)
-
-
-def _points(line: Line, at: Place) -> str:
-    drawn = []
-    for step, value in zip(line.steps, line.values, strict=True):
-        if math.isfinite(value):
-            x, y = at(step, value).split(",")
-            drawn.append(f'<circle class="eval run{line.run}" cx="{x}" cy="{y}" r="3.5"/>')
-    return "".join(drawn)
-
-
-def _gridline(y: float, label: str) -> str:
-    return (
-        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text class="end" x="{LEFT - 4}" y="{y + 3:.1f}">{label}</text>'
+    return Panel(
+        metric,
+        latest,
+        summary=f"{metric}: {'; '.join(map(_summary, lines))}",
+        steps=(first, last),
+        ends=(_number(first), f"step {_number(last)}" if last > first else ""),
+        grid=list(zip((BOTTOM, (TOP + BOTTOM) / 2, TOP), _labels((low, (low + high) / 2, high)), strict=True)),
+        paths=[(line.kind, line.run, path(line)) for line in lines],
+        values=[[(x, float(f"{y:.5g}") if math.isfinite(y) else None) for x, y in line.points] for line in trained],
     )
 
 
 def _labels(values: Sequence[float]) -> list[str]:
-    """Numbers beside a panel: with as many digits as tell them apart, and few enough to have room there."""
-    labels = [_number(value) for value in values]
-    for digits in range(4, 8):
-        if len(set(labels)) == len(labels):
-            break
-        finer = [_number(value, digits) for value in values]
-        if max(map(len, finer)) > _ROOM:
-            break
-        labels = finer
-    return labels
+    """Numbers beside a panel, with enough digits to tell them apart unless there is no room for them."""
+    choices = [[_number(value, digits) for value in values] for digits in range(3, 8)]
+    fitting = [labels for labels in choices if max(map(len, labels)) <= _ROOM] or choices[:1]
+    return next((labels for labels in fitting if len(set(labels)) == len(labels)), fitting[-1])
 
 
 def thin(steps: np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
     """
-    At most about `most` points of a curve, with the lowest and the highest of those that are left out.
+    Return at most about `most` points of a curve, with the lowest and the highest of those that are left out.
 
     Args:
         steps, values (`np.ndarray`):
@@ -165,34 +181,26 @@ def thin(steps: np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarray, 
     """
     if len(steps) <= most:
         return steps, values
-    kept: set[int] = {0, len(steps) - 1}
+    kept = {0, len(steps) - 1}
     for part in np.array_split(np.arange(len(steps)), most // 2):
-        finite = part[np.isfinite(values[part])]
-        kept |= {int(finite[values[finite].argmin()]), int(finite[values[finite].argmax()])} if len(finite) else set()
-        kept |= {int(x) for x in part[~np.isfinite(values[part])][:1]}
-    chosen = np.array(sorted(kept))
+        finite = np.isfinite(values[part])
+        lows, highs = (np.where(finite, values[part], limit) for limit in (np.inf, -np.inf))
+        kept |= {int(part[place]) for place in (lows.argmin(), highs.argmax(), finite.argmin())}  # the last is a gap
+    chosen = sorted(kept)
     return steps[chosen], values[chosen]
 
 
-def _around(value: float) -> tuple[float, float]:
-    margin = abs(value) * 0.1 or 1.0
-    return value - margin, value + margin
-
-
-def _in_words(line: Line) -> str:
-    known = [(step, value) for step, value in zip(line.steps, line.values, strict=True) if math.isfinite(value)]
-    what = f"{line.label}{', evaluations' if line.kind == 'eval' else ''}"
+def _summary(line: Line) -> str:
+    known = [(value, step) for step, value in zip(line.steps, line.values, strict=True) if math.isfinite(value)]
+    name = f"{line.label}{', evaluations' if line.kind == 'eval' else ''}"
     if not known:
-        return f"{what} no finite value"
-    values = [value for _, value in known]
-    return (
-        f"{what} {_number(values[0])} at step {_number(known[0][0])}, {_number(values[-1])} at step "
-        f"{_number(known[-1][0])}, lowest {_number(min(values))}, highest {_number(max(values))}"
-    )
+        return f"{name} no finite value"
+    first, last = (f"{_number(value)} at step {_number(step)}" for value, step in (known[0], known[-1]))
+    return f"{name} {first}, {last}, lowest {_number(min(known)[0])}, highest {_number(max(known)[0])}"
 
 
 def _number(value: float, digits: int = 3) -> str:
-    """A number in as few characters as tell it."""
+    """A number in few characters."""
     if not math.isfinite(value):
         return str(value)
     if value == int(value) and abs(value) < 1e5:

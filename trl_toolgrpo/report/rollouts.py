@@ -1,272 +1,122 @@
-"""The rollout log as tables: files found, opened, and read column by column.
+"""The files of a rollout log, and the rollouts in them.
 
-Owns which columns the report reads; the format is that of `rollout_log.py`, whose reader wants a log that is whole.
-Here a file that is torn, foreign or newer is a problem in words.
+The reader in `rollout_log.py` insists on a log that is whole. This one turns a file that is torn, foreign or newer
+into a problem to show, and reads the rest.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as parquet
 
-from ..rollout_log import FOLDER, KEY, VERSION, place_in_log
+from ..errors import RolloutLogError
+from ..rollout_log import FOLDER, VERSION, details, place_in_log
+from ..types import JSONValue, Row
 
 
-REQUIRED = ("step", "completion_ids", "logprobs", "tool_mask", "forced_mask")
 FIGURES = {"logprob": "logprobs", "ratio": "ratios", "advantage": "advantages", "value": "values"}
 """Figures of each completion token, and the columns that hold them."""
-_READ = (
-    *REQUIRED, "batch",
-    "rollout", "group", "prompt", "messages", "prompt_ids", "stop_reason", "turns", "tools", "rewards",
-    "reward", "assisted", "advantages", "values", "ratios",
-)  # fmt: skip
+
+_LISTS = ("completion_ids", "logprobs", "tool_mask", "forced_mask")
+_DEFAULTS = {
+    **dict.fromkeys(("step", "batch", "rollout", "group"), -1),
+    **dict.fromkeys(("tools", "prompt_ids", *FIGURES.values()), ()),
+    **dict.fromkeys(("prompt", "messages", "turns", "rewards"), ""),
+    "stop_reason": "unknown",
+    "reward": None,
+    "assisted": False,
+}
+"""What a rollout has where the log says nothing."""
 
 # Not all errors of pyarrow are ValueErrors
 _UNREADABLE = (OSError, ValueError, pa.ArrowException)
 
 
-@dataclass(frozen=True)
-class RolloutFile:
+def find_rollout_files(folder: Path, problems: list[str]) -> dict[Path, int]:
     """
-    A file of the rollout log.
-
-    Args:
-        path (`Path`):
-            Where it is.
-        rows (`int`):
-            Rollouts in it.
-    """
-
-    path: Path
-    rows: int
-
-
-@dataclass(frozen=True)
-class Lists:
-    """
-    A column of lists.
-
-    Args:
-        values (`np.ndarray`):
-            All of them, one behind the other.
-        offsets (`np.ndarray`):
-            Where each begins, and where the last ends; shape (rows + 1,).
-    """
-
-    values: np.ndarray
-    offsets: np.ndarray
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Length of each list, shape (rows,)."""
-        return np.diff(self.offsets)
-
-    def row(self, index: int) -> np.ndarray:
-        """One of the lists."""
-        return self.values[self.offsets[index] : self.offsets[index + 1]]
-
-
-@dataclass
-class RolloutTable:
-    """
-    Rollouts of one file.
-
-    Args:
-        step, batch, group, rollout (`np.ndarray`):
-            Integers, shape (rows,); -1 where the file has none.
-        reward (`np.ndarray`):
-            Weighted sum of rewards; NaN where a rollout is unscored.
-        stop_reason, prompt, messages (`list[str]`):
-            Texts, empty where the file has none.
-        turns, tools, rewards (`list`):
-            Records of the turns, names of the tools called, and rewards by function, of each rollout.
-        assisted (`list[bool]`):
-            Whether the rollout is of an assisted step.
-        prompt_ids, completion_ids, tool_mask, forced_mask ([`Lists`]):
-            Tokens, and what they are.
-        figures (`dict[str, Lists]`):
-            Those of [`FIGURES`] that the file has.
-    """
-
-    step: np.ndarray
-    batch: np.ndarray
-    group: np.ndarray
-    rollout: np.ndarray
-    reward: np.ndarray
-    stop_reason: list[str]
-    prompt: list[str]
-    messages: list[str]
-    turns: list[list[dict[str, Any]]]
-    tools: list[list[str]]
-    rewards: list[dict[str, Any]]
-    assisted: list[bool]
-    prompt_ids: Lists
-    completion_ids: Lists
-    tool_mask: Lists
-    forced_mask: Lists
-    figures: dict[str, Lists]
-
-    def __len__(self) -> int:
-        return len(self.step)
-
-
-def find_rollout_files(folder: Path, problems: list[str]) -> list[RolloutFile]:
-    """
-    The files of a rollout log that can be opened, by step.
+    Return the files of a rollout log that can be opened, by step, and the number of rollouts in each.
 
     Args:
         folder (`Path`):
             Output folder of a run.
         problems (`list[str]`):
-            Gets a line for each file that cannot be.
-
-    Returns:
-        `list[RolloutFile]`: the others.
+            Gets a line for each file that cannot be opened.
     """
-    import pyarrow.parquet as parquet
-
-    found = []
+    found = {}
     paths = (folder / FOLDER).glob("*.parquet")
     for path in sorted(paths, key=lambda path: (place_in_log(path) or (), path.name)):
         try:
             meta = parquet.read_metadata(path)
-            names = meta.schema.to_arrow_schema().names
-            _check_format((meta.metadata or {}).get(KEY), names)
+            version = details(meta.schema.to_arrow_schema().empty_table(), "it")["version"]
+            if version > VERSION:
+                raise RolloutLogError(
+                    f"its format has version {version}, and this version of trl_toolgrpo reads up to {VERSION}.",
+                    remedy="Upgrade trl_toolgrpo.",
+                )
         except (*_UNREADABLE, RecursionError) as error:
             problems.append(f"{FOLDER}/{path.name} is left out: {_one_line(error)}")
             continue
-        found.append(RolloutFile(path, meta.num_rows))
+        found[path] = meta.num_rows
     return found
 
 
-def _check_format(written: bytes | None, names: list[str]) -> None:
-    if written is None:
-        raise ValueError("it is no file of a rollout log of trl_toolgrpo.")
-    described = json.loads(written)
-    version = described.get("version") if isinstance(described, dict) else None
-    if not isinstance(version, int) or version > VERSION:
-        raise ValueError(
-            f"its format is of version {version}, and this version of trl_toolgrpo reads up to {VERSION}. Upgrade "
-            f"trl_toolgrpo."
-        )
-    missing = [name for name in REQUIRED if name not in names]
-    if missing:
-        raise ValueError(f"it has no column {', '.join(missing)}.")
-
-
-def read_tables(files: list[RolloutFile], problems: list[str]) -> Iterator[tuple[RolloutFile, RolloutTable]]:
+def read_rollout_file(path: Path, problems: list[str]) -> list[Row]:
     """
-    The rollouts of each file; files and rows that cannot be read are left out and named.
+    Read the rollouts of a file, each as a row of the log with its turns and rewards decoded.
 
     Args:
-        files (`list[RolloutFile]`):
-            What to read, in this order.
+        path (`Path`):
+            The file.
         problems (`list[str]`):
-            Gets a line for each file with a fault.
+            Gets a line if the file or some of its rollouts cannot be read. These are left out.
     """
-    import pyarrow.parquet as parquet
-
-    for file in files:
-        name = f"{FOLDER}/{file.path.name}"
-        try:
-            known = parquet.read_schema(file.path).names
-            table = parquet.read_table(file.path, columns=[column for column in _READ if column in known])
-            read, dropped = _read_table(table)
-        except (*_UNREADABLE, AttributeError, KeyError, TypeError) as error:
-            problems.append(f"{name} is left out: {_one_line(error)}")
-            continue
-        if dropped:
-            problems.append(
-                f"{name}: {dropped} of {file.rows} rollouts are left out, since their tokens and the figures of these "
-                f"differ in number."
-            )
-        yield file, read
+    name = f"{FOLDER}/{path.name}"
+    try:
+        columns = [column for column in parquet.read_schema(path).names if column in {*_LISTS, *_DEFAULTS}]
+        rows = parquet.read_table(path, columns=columns).to_pylist()
+        rollouts = [_rollout(row) for row in rows if _is_whole(row)]
+    except (*_UNREADABLE, AttributeError, KeyError, TypeError) as error:
+        problems.append(f"{name} is left out: {_one_line(error)}")
+        return []
+    if len(rollouts) < len(rows):
+        problems.append(
+            f"{name}: {len(rows) - len(rollouts)} of {len(rows)} rollouts are left out, since they do not have a "
+            f"log-prob and mask entries for each token."
+        )
+    return rollouts
 
 
-def _read_table(table: Any) -> tuple[RolloutTable, int]:
-    """The rollouts of a table whose columns agree in length, and how many do not."""
-    lists = ("completion_ids", "logprobs", "tool_mask", "forced_mask")
-    length = _lists(table, "completion_ids").lengths
-    whole = np.ones(len(table), dtype=bool)
-    for column in lists[1:]:
-        whole &= _lists(table, column).lengths == length
-    table = table.filter(whole)
-    rows = len(table)
-    completion_ids = _lists(table, "completion_ids")
-    figures = {}
-    for figure, column in FIGURES.items():
-        if column in table.column_names:
-            found = _lists(table, column)
-            if len(found.values) and np.array_equal(found.lengths, completion_ids.lengths):
-                figures[figure] = found
-            elif len(found.values):
-                figures[figure] = _spread(found, completion_ids)
-    integers = {name: _column(table, name, -1) for name in ("step", "group", "rollout")}
-    integers["batch"] = [-1 if number is None else number for number in _column(table, "batch", -1)]
-    return RolloutTable(
-        **{name: np.array(values, dtype=np.int64) for name, values in integers.items()},
-        reward=np.array([np.nan if x is None else x for x in _column(table, "reward", None)], dtype=np.float64),
-        stop_reason=[str(text or "unknown") for text in _column(table, "stop_reason", "unknown")],
-        prompt=_column(table, "prompt", ""),
-        messages=_column(table, "messages", ""),
-        turns=[_records(text) for text in _column(table, "turns", "[]")],
-        tools=[list(names or []) for names in _column(table, "tools", None)],
-        rewards=[_decoded(text, {}) for text in _column(table, "rewards", "{}")],
-        assisted=[bool(value) for value in _column(table, "assisted", False)],
-        prompt_ids=_lists(table, "prompt_ids") if "prompt_ids" in table.column_names else _no_lists(rows),
-        completion_ids=completion_ids,
-        tool_mask=_lists(table, "tool_mask"),
-        forced_mask=_lists(table, "forced_mask"),
-        figures=figures,
-    ), int((~whole).sum())
+def _is_whole(row: Row) -> bool:
+    lists = [row[name] for name in _LISTS if isinstance(row.get(name), list)]
+    return len(lists) == len(_LISTS) and len(set(map(len, lists))) == 1
 
 
-def _column(table: Any, name: str, default: Any) -> list[Any]:
-    return table[name].to_pylist() if name in table.column_names else [default] * len(table)
-
-
-def _lists(table: Any, name: str) -> Lists:
-    column = table[name].combine_chunks()
-    if not hasattr(column, "flatten"):  # a column of nothing but nulls
-        return _no_lists(len(table))
-    values = column.flatten().to_numpy(zero_copy_only=False)  # without the lists that are null
-    lengths = np.array(column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False), dtype=np.int64)
-    return Lists(values, np.concatenate([[0], np.cumsum(lengths)]))
-
-
-def _no_lists(rows: int) -> Lists:
-    return Lists(np.zeros(0), np.zeros(rows + 1, dtype=np.int64))
-
-
-def _spread(found: Lists, tokens: Lists) -> Lists:
-    """A figure that some rollouts lack, with NaN for each of their tokens."""
-    values = np.full(len(tokens.values), np.nan, dtype=np.float32)
-    for row in np.flatnonzero(found.lengths == tokens.lengths).tolist():
-        values[tokens.offsets[row] : tokens.offsets[row + 1]] = found.row(row)
-    return Lists(values, tokens.offsets)
-
-
-def _records(text: Any) -> list[dict[str, Any]]:
-    """Records of turns, each with lists of records of its calls and results."""
-    turns = [turn for turn in _decoded(text, []) if isinstance(turn, dict)]
-    for turn in turns:
+def _rollout(row: Row) -> Row:
+    rollout = _DEFAULTS | {name: value for name, value in row.items() if value is not None}
+    rollout["reward"] = short_number(rollout["reward"])
+    rollout["rewards"] = _decoded(rollout["rewards"], {})
+    rollout["turns"] = [turn for turn in _decoded(rollout["turns"], []) if isinstance(turn, dict)]
+    for turn in rollout["turns"]:
         for name in ("tool_calls", "tool_results"):
             inner = turn.get(name)
             turn[name] = [part for part in inner if isinstance(part, dict)] if isinstance(inner, list) else []
-    return turns
+    return rollout
 
 
-def _decoded(text: Any, default: Any) -> Any:
-    """A value written as JSON, NaN as `None`; the default where there is none of its kind."""
+def _decoded(text: str, default: JSONValue) -> JSONValue:
+    """A value written as JSON, with short numbers; the default unless it is of its type."""
     try:
-        value = json.loads(text, parse_constant=lambda _: None) if isinstance(text, str) else text
+        value = json.loads(text, parse_constant=lambda _: None, parse_float=lambda text: short_number(float(text)))
     except ValueError:
         return default
     return value if isinstance(value, type(default)) else default
+
+
+def short_number(value: float | None) -> float | None:
+    """Return a number with four digits; `None` if it is not finite."""
+    return float(f"{value:.4g}") if value is not None and math.isfinite(value) else None
 
 
 def _one_line(error: Exception) -> str:

@@ -1,154 +1,127 @@
-"""What became of the calls of each tool, counted over rollouts or, without a rollout log, over logged figures.
+"""What became of the calls of each tool, counted over rollouts or, without a rollout log, over logged metrics."""
 
-Owns the statistics behind the tool table. Pure but for what it has been told.
-"""
-
-import math
-from collections import Counter
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
-import numpy as np
+import pandas
 
-from .rollouts import RolloutTable
+from ..types import JSONObject, JSONValue
 
 
-@dataclass
-class ToolFigures:
+_METRIC = re.compile(r"tools/(?!mcp/)(.+)/(calls|errors|timeouts|truncated|latency_p50|latency_p95)")
+
+
+class Call(NamedTuple):
     """
-    Figures of one tool.
+    A tool call of a rollout.
 
     Args:
-        calls, failed, truncated (`float`):
-            Counts.
-        failures (`Counter`):
-            Failed calls by the type of error.
-        seconds (`list[float]`):
-            Latencies of answered calls.
-        rewards (`list[float]`):
-            Rewards of the rollouts that call it.
-        p50, p95 (`float`, *optional*):
-            Latencies where only these are known.
+        tool (`str`):
+            Name of the tool as it is shown.
+        outcome (`str`):
+            `"ok"`, `"malformed"`, `"unanswered"`, or the type of the error it ended in.
+        seconds (`float`, *optional*):
+            Time until it was answered; `None` if it was not.
+        truncated (`bool`):
+            Whether its result was cut.
     """
 
-    calls: float = 0
-    failed: float = 0
-    truncated: float = 0
-    failures: Counter = field(default_factory=Counter)
-    seconds: list[float] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)
-    p50: float | None = None
-    p95: float | None = None
-
-    def latency(self, percentile: int) -> float | None:
-        """A percentile of the latencies, in seconds."""
-        if self.seconds:
-            return float(np.percentile(self.seconds, percentile))
-        return self.p50 if percentile == 50 else self.p95
-
-    def mean_reward(self) -> float | None:
-        """Mean reward of the rollouts that call the tool."""
-        return float(np.mean(self.rewards)) if self.rewards else None
+    tool: str
+    outcome: str
+    seconds: float | None
+    truncated: bool
 
 
-class ToolStatistics:
-    """Counts the calls of rollouts, and of those without any."""
-
-    def __init__(self) -> None:
-        self.tools: dict[str, ToolFigures] = {}
-        self.rollouts = 0
-        self.without_calls: list[float] = []
-
-    def add(self, table: RolloutTable) -> None:
-        """
-        Add rollouts.
-
-        Args:
-            table ([`RolloutTable`]):
-                The rollouts.
-        """
-        for turns, reward in zip(table.turns, table.reward.tolist(), strict=True):
-            self.rollouts += 1
-            called = set()
-            for turn in turns:
-                results = turn["tool_results"]
-                for number, (name, status, seconds) in enumerate(calls_of([turn])):
-                    figures = self.tools.setdefault(name, ToolFigures())
-                    called.add(name)
-                    figures.calls += 1
-                    if status == "ok":
-                        figures.truncated += bool(results[number].get("truncated"))
-                    else:
-                        figures.failed += 1
-                        figures.failures[status] += 1
-                    if number < len(results):
-                        figures.seconds.append(seconds)
-            if math.isfinite(reward):
-                for name in called:
-                    self.tools[name].rewards.append(reward)
-                if not called:
-                    self.without_calls.append(reward)
-
-
-def from_metrics(metrics: Sequence[dict[str, Any]]) -> ToolStatistics:
+def calls_of(turns: Sequence[JSONObject]) -> list[Call]:
     """
-    What the logged figures tell of tools; latencies are the medians of those logged.
-
-    Args:
-        metrics (`Sequence[dict]`):
-            Logged steps.
-    """
-    found = ToolStatistics()
-    latencies: dict[tuple[str, str], list[float]] = {}
-    for entry in metrics:
-        for key, value in entry.items():
-            parts = key.split("/")
-            if parts[0] != "tools" or len(parts) < 3 or parts[1] == "mcp" or not isinstance(value, (int, float)):
-                continue
-            name, figure = "/".join(parts[1:-1]), parts[-1]
-            if figure not in ("calls", "errors", "timeouts", "truncated", "latency_p50", "latency_p95"):
-                continue
-            tool = found.tools.setdefault(name, ToolFigures())
-            if figure.startswith("latency"):
-                latencies.setdefault((name, figure[-3:]), []).append(float(value))
-            elif figure == "timeouts":
-                tool.failures["timeout"] += value  # type: ignore[assignment]  # a mean over rollout batches
-            else:
-                counted = {"calls": "calls", "errors": "failed", "truncated": "truncated"}[figure]
-                setattr(tool, counted, getattr(tool, counted) + value)
-    for (name, figure), values in latencies.items():
-        setattr(found.tools[name], figure, float(np.median(values)))
-    return found
-
-
-def calls_of(turns: Sequence[dict[str, Any]]) -> list[tuple[str, str, float]]:
-    """
-    Name, what became of it, and seconds of each call.
+    Return the calls of a rollout.
 
     Args:
         turns (`Sequence[dict]`):
-            Records of turns.
+            Records of its turns.
     """
     found = []
     for turn in turns:
-        results = turn["tool_results"]
-        for number, call in enumerate(turn["tool_calls"]):
-            result = results[number] if number < len(results) else None
-            seconds = round(float((result or {}).get("seconds") or 0.0), 4)
-            found.append((tool_name(call.get("name")), call_status(call, result), seconds))
+        results: list[JSONObject | None] = turn["tool_results"]
+        missing = len(turn["tool_calls"]) - len(results)
+        for call, result in zip(turn["tool_calls"], [*results, *[None] * missing], strict=False):
+            outcome = _outcome(call, result)
+            seconds = None if result is None else round(float(result.get("seconds") or 0), 4)
+            cut = outcome == "ok" and result is not None and bool(result.get("truncated"))
+            found.append(Call(tool_name(call.get("name")), outcome, seconds, cut))
     return found
 
 
-def tool_name(name: Any) -> str:
-    """The name of a tool as it is shown; calls that could not be read have none."""
+def tool_name(name: JSONValue) -> str:
+    """Return the name of a tool as it is shown; a call that could not be read has none."""
     return str(name or "").strip() or "(unreadable)"
 
 
-def call_status(call: dict[str, Any], result: dict[str, Any] | None) -> str:
-    """`"ok"`, `"malformed"`, `"unanswered"`, or the type of the error a call ended in."""
+def _outcome(call: JSONObject, result: JSONObject | None) -> str:
     if call.get("error") is not None:
         return "malformed"
     if result is None:
         return "unanswered"
     return str(result.get("error_type") or "error") if result.get("is_error") else "ok"
+
+
+def count_calls(calls: Sequence[tuple[int, float | None, Call]]) -> pandas.DataFrame:
+    """
+    Return the figures of each tool.
+
+    Args:
+        calls (`Sequence[tuple[int, float | None, Call]]`):
+            Number and reward of a rollout with each of its calls.
+
+    Returns:
+        `pandas.DataFrame`: by the name of the tool, the most used first: `calls`, `failed`, `truncated` (counts),
+        `failures` (the failed ones by type of error, in words), `p50`, `p95` (seconds), and `reward` (mean over the
+        rollouts that call it).
+    """
+    frame = pandas.DataFrame(
+        [(number, reward, *call) for number, reward, call in calls], columns=["rollout", "reward", *Call._fields]
+    ).astype({"reward": float, "seconds": float, "truncated": int})
+    tools, failed = frame.groupby("tool"), frame[frame["outcome"] != "ok"].groupby("tool")["outcome"]
+    failures = {name: outcomes.value_counts() for name, outcomes in failed}
+    figures = {
+        "calls": tools.size(),
+        "failed": failed.size(),
+        "truncated": tools["truncated"].sum(),
+        "failures": pandas.Series({name: _in_words(counts.items()) for name, counts in failures.items()}, dtype=str),
+        "p50": tools["seconds"].median(),
+        "p95": tools["seconds"].quantile(0.95),
+        "reward": frame.drop_duplicates(["rollout", "tool"]).groupby("tool")["reward"].mean(),
+    }
+    return _ranked(pandas.DataFrame(figures))
+
+
+def from_metrics(metrics: Sequence[JSONObject]) -> pandas.DataFrame:
+    """
+    Return the figures of each tool as [`count_calls`] does, from logged metrics; latencies are medians of these.
+
+    Args:
+        metrics (`Sequence[dict]`):
+            Logged steps.
+    """
+    logged = [
+        (match[1], match[2], float(value))
+        for entry in metrics
+        for metric, value in entry.items()
+        if (match := _METRIC.fullmatch(metric)) and isinstance(value, (int, float))
+    ]
+    values = pandas.DataFrame(logged, columns=["tool", "figure", "value"]).groupby(["tool", "figure"])["value"]
+    names = ["calls", "errors", "truncated", "timeouts", "latency_p50", "latency_p95"]
+    sums, medians = (part.unstack().reindex(columns=names) for part in (values.sum(), values.median()))
+    figures = sums[names[:3]].join(medians[names[4:]]).set_axis(["calls", "failed", "truncated", "p50", "p95"], axis=1)
+    figures["failures"] = [_in_words([("timeout", count)]) for count in sums["timeouts"].fillna(0)]
+    return _ranked(figures.assign(reward=float("nan")))
+
+
+def _in_words(counts: Sequence[tuple[str, float]]) -> str:
+    return ", ".join(f"{kind} {count:g}" for kind, count in counts if count)
+
+
+def _ranked(figures: pandas.DataFrame) -> pandas.DataFrame:
+    counts = ["calls", "failed", "truncated"]
+    return figures.fillna(dict.fromkeys(counts, 0) | {"failures": ""}).sort_values("calls", ascending=False)

@@ -1,77 +1,63 @@
-"""Token ids as texts: a table of the tokens that occur, so that a report holds each text once.
+"""The texts of token ids, including tokens that are only part of a character."""
 
-Owns the numbering of tokens and how a token is written by itself, bytes that are half a character included.
-"""
-
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Vocabulary:
     """
-    Numbers tokens in the order they are first seen, from 0.
+    Texts of the tokens that occur in a run.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            Tells their texts; without it they are shown as ids.
+            Decodes them; without it they are shown as ids.
+
+    Attributes:
+        texts (`dict[int, str]`): text of each token, by its id.
     """
 
-    def __init__(self, tokenizer: Any = None):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase | None" = None) -> None:
         self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self._numbers = np.full(1024, -1, dtype=np.int64)
+        self.texts: dict[int, str] = {}
 
-    def number(self, ids: np.ndarray) -> np.ndarray:
+    def new_texts(self, ids: Iterable[int]) -> dict[int, str]:
         """
-        Numbers of tokens; new ones are added.
+        Return the texts of those tokens that `texts` does not have yet, by their ids.
 
         Args:
-            ids (`np.ndarray`):
-                Token ids, shape (n,).
-
-        Returns:
-            `np.ndarray`: their numbers, int64, shape (n,).
+            ids (`Iterable[int]`):
+                Token ids.
         """
-        ids = ids.astype(np.int64)
-        if len(ids) and ids.max() >= len(self._numbers):
-            grown = np.full(2 * int(ids.max()) + 2, -1, dtype=np.int64)
-            grown[: len(self._numbers)] = self._numbers
-            self._numbers = grown
-        new = np.unique(ids[self._numbers[ids] < 0]) if len(ids) else ids
-        self._numbers[new] = np.arange(len(self.ids), len(self.ids) + len(new))
-        self.ids += new.tolist()
-        return self._numbers[ids]
+        return {id: self._text(id) for id in sorted(set(ids) - self.texts.keys())}
 
-    def texts(self) -> list[str]:
-        """Text of each token, by its number."""
+    def _text(self, id: int) -> str:
         if self.tokenizer is None:
-            return [f"[{id}]" for id in self.ids]
+            return f"[{id}]"
+        # After another token, since some tokenizers drop the space at the beginning of a text
         anchor = self.tokenizer.encode("a", add_special_tokens=False)[-1:]
-        decode = _decoder(self.tokenizer)
-        before = decode(anchor)
-        return [self._text(id, decode([*anchor, id]).removeprefix(before)) for id in self.ids]
-
-    def _text(self, id: int, text: str) -> str:
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        before, text = self.tokenizer.batch_decode([anchor, [*anchor, id]], **options)
+        text = text.removeprefix(before)
         if text and "\N{REPLACEMENT CHARACTER}" not in text:
             return text
-        token = self.tokenizer.convert_ids_to_tokens(id)  # half a character, or an id the tokenizer does not know
+        token = next(iter(self.tokenizer.convert_ids_to_tokens([id])))  # part of a character, or unknown to the tokenizer
         return f"[{id}]" if token is None else f"\N{LEFT ANGLE BRACKET}{_hexadecimal(token)}\N{RIGHT ANGLE BRACKET}"
 
 
-def load_tokenizer(folder: Path, problems: list[str]) -> Any:
+def load_tokenizer(folder: Path, problems: list[str]) -> "PreTrainedTokenizerBase | None":
     """
-    The tokenizer a run has saved in its output folder or a checkpoint.
+    Load the tokenizer that a run has saved in its output folder or a checkpoint.
 
     Args:
         folder (`Path`):
             Output folder.
         problems (`list[str]`):
             Gets a line if there is none, or it cannot be loaded.
-
-    Returns:
-        `PreTrainedTokenizerBase`, *optional*: the tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -85,16 +71,9 @@ def load_tokenizer(folder: Path, problems: list[str]) -> Any:
         return None
     try:
         return AutoTokenizer.from_pretrained(str(home), local_files_only=True)
-    except Exception as error:  # whatever a foreign tokenizer file does; the report is readable without it
+    except Exception as error:  # a tokenizer file may fail in any way; the report is readable without it
         problems.append(f"The tokenizer in {home} cannot be loaded, so tokens are shown as their ids: {error}")
         return None
-
-
-def _decoder(tokenizer: Any) -> Any:
-    def decode(ids: list[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    return decode
 
 
 def _hexadecimal(token: str) -> str:

@@ -1,54 +1,28 @@
 // Values under the pointer, in the caption of a panel.
 
-const points = JSON.parse(find("points").textContent);
-const SVG = "http://www.w3.org/2000/svg";
-
-function valueAt(run, metric, step) {
-  const [steps, values] = run.curves[metric] || [[], []];
-  let best = -1;
-  steps.forEach((known, place) => {
-    if (best < 0 || Math.abs(known - step) < Math.abs(steps[best] - step)) best = place;
-  });
-  return best < 0 ? null : [steps[best], values[best]];
-}
-
 function showValues(figure, event) {
-  const svg = figure.querySelector("svg"), [first, last, left, right, width] = figure.dataset.x.split(" ").map(Number);
+  const svg = figure.querySelector("svg"), [low, high] = JSON.parse(figure.dataset.steps);
+  const grid = svg.querySelector(".grid"), left = grid.x1.baseVal.value, right = grid.x2.baseVal.value;
   const box = svg.getBoundingClientRect();
-  const share = ((event.clientX - box.left) / box.width * width - left) / (right - left);
-  const wanted = first + Math.min(1, Math.max(0, share)) * (last - first);
-  const said = [];
-  let step = null;
-  for (const run of points) {
-    const found = valueAt(run, figure.dataset.metric, wanted);
-    if (found === null) continue;
-    step = found[0];
-    said.push(shown(found[1]));
-  }
-  if (step === null) return;
-  const x = left + (right - left) * (last > first ? (step - first) / (last - first) : 0.5);
-  let cursor = svg.querySelector(".cursor");
-  if (!cursor) {
-    cursor = document.createElementNS(SVG, "line");
-    cursor.setAttribute("class", "cursor");
-    svg.append(cursor);
-  }
+  const share = ((event.clientX - box.left) / box.width * svg.viewBox.baseVal.width - left) / (right - left);
+  const wanted = low + Math.min(1, Math.max(0, share)) * (high - low);
+  const nearest = (line) => line.reduce((a, b) => (Math.abs(b[0] - wanted) < Math.abs(a[0] - wanted) ? b : a));
+  const found = JSON.parse(figure.dataset.lines).map(nearest);
+  if (!found.length) return;
+  const step = found[found.length - 1][0], x = left + (right - left) * (high > low ? (step - low) / (high - low) : 0.5);
+  const cursor = svg.querySelector(".cursor") || svg.appendChild(grid.cloneNode());
+  cursor.setAttribute("class", "cursor");
   for (const [name, value] of Object.entries({ x1: x, x2: x, y1: 0, y2: 122 })) cursor.setAttribute(name, value);
-  const values = figure.querySelector(".at");
-  values.textContent = `step ${step}: ${said.join(" / ")}`;
-  values.hidden = false;
-  figure.querySelectorAll(".last").forEach((last) => (last.hidden = true));
+  const caption = figure.querySelector(".at");
+  caption.textContent = `step ${step}: ${found.map((point) => shown(point[1])).join(" / ")}`;
+  caption.hidden = false;
 }
 
-function hideValues(figure) {
-  figure.querySelector(".cursor")?.remove();
-  figure.querySelector(".at").hidden = true;
-  figure.querySelectorAll(".last").forEach((last) => (last.hidden = false));
-}
-
-for (const figure of document.querySelectorAll(".panel[data-metric]")) {
-  const svg = figure.querySelector("svg");
-  svg.addEventListener("pointermove", (event) => showValues(figure, event));
-  svg.addEventListener("pointerdown", (event) => showValues(figure, event));
-  svg.addEventListener("pointerleave", () => hideValues(figure));
+for (const svg of document.querySelectorAll(".panel svg")) {
+  const figure = svg.closest(".panel");
+  for (const kind of ["pointermove", "pointerdown"]) svg.addEventListener(kind, (event) => showValues(figure, event));
+  svg.addEventListener("pointerleave", () => {
+    svg.querySelector(".cursor")?.remove();
+    figure.querySelector(".at").hidden = true;
+  });
 }

@@ -13,30 +13,22 @@ function fillFilters() {
   options(filters.elements.stop, [["", "any"], ["!stop", "cut off (all but stop)"], ...stops.map((stop) => [`=${stop}`, stop])]);
   options(filters.elements.tool, [["", "any"], ["!", "none called"], ...tools.map((tool) => [`=${tool}`, tool])]);
   options(filters.elements.run, [["", "both"], ...data.runs.map((run, number) => [String(number), run.name])]);
-  find("run-filter").hidden = data.runs.length < 2;
 }
 
-function number(name) {
-  const text = filters.elements[name].value;
-  return text === "" ? null : Number(text);
-}
+const LIMITS = [["least", "reward", 1], ["most", "reward", -1], ["from", "step", 1], ["until", "step", -1]];
 
 function passing() {
-  const least = number("least"), most = number("most"), from = number("from"), until = number("until");
-  const { stop, tool, run, failed, order } = filters.elements;
+  const { stop, tool, run, failed, whole, order } = filters.elements;
+  const limits = LIMITS.map(([name, field, sign]) => [filters.elements[name].value, field, sign]).filter(([limit]) => limit !== "");
   const found = rollouts.filter((rollout) => {
     if (run.value !== "" && rollout.run !== Number(run.value)) return false;
-    if (least !== null && !(rollout.reward !== null && rollout.reward >= least)) return false;
-    if (most !== null && !(rollout.reward !== null && rollout.reward <= most)) return false;
-    if (from !== null && rollout.step < from) return false;
-    if (until !== null && rollout.step > until) return false;
+    if (!limits.every(([limit, field, sign]) => sign * ((rollout[field] ?? NaN) - limit) >= 0)) return false;
     if (failed.checked && !rollout.failed) return false;
+    if (whole.checked && !rollout.whole) return false;
     if (stop.value === "!stop" ? rollout.stop === "stop" : stop.value && rollout.stop !== stop.value.slice(1)) return false;
     return tool.value === "!" ? !rollout.tools.length : !tool.value || rollout.tools.includes(tool.value.slice(1));
   });
-  const unscored = (rollout, otherwise) => (rollout.reward === null ? otherwise : rollout.reward);
-  if (order.value === "worst") found.sort((a, b) => unscored(a, Infinity) - unscored(b, Infinity));
-  if (order.value === "best") found.sort((a, b) => unscored(b, -Infinity) - unscored(a, -Infinity));
-  if (order.value === "longest") found.sort((a, b) => b.tokens - a.tokens);
-  return found;
+  const keys = { worst: (rollout) => rollout.reward ?? Infinity, best: (rollout) => -(rollout.reward ?? -Infinity), longest: (rollout) => -rollout.tokens };
+  const key = keys[order.value];
+  return key ? found.sort((a, b) => key(a) - key(b)) : found;
 }

@@ -6,35 +6,21 @@ let listed = [], active = 0, selected = null;
 let widest = 1;
 
 function rowOf(rollout, index) {
-  const row = document.createElement("div");
-  row.className = index === active ? "row active" : "row";
-  row.id = `row-${index}`;
-  row.style.top = `${index * ROW}px`;
-  row.setAttribute("role", "option");
-  row.setAttribute("aria-selected", String(rollout === selected));
-  row.setAttribute("aria-posinset", String(index + 1));
-  row.setAttribute("aria-setsize", String(listed.length));
-  const reward = append(row, "div", "reward", rollout.reward === null ? "none" : shown(rollout.reward, 3));
-  if (rollout.reward !== null) {
-    append(reward, "span", "bar").style.width = `${(100 * Math.abs(rollout.reward)) / widest}%`;
-  }
-  const first = append(row, "div", "", "");
-  if (data.runs.length > 1) append(first, "span", `run${rollout.run}`, `${data.runs[rollout.run].name} `);
-  append(first, "span", "", `step ${rollout.step}, group ${rollout.group}, ${rollout.tokens} tokens`);
-  if (rollout.assisted) append(first, "span", "", ", assisted");
-  const second = append(row, "div", "second", "");
-  if (rollout.stop !== "stop") append(second, "span", "cut", `${rollout.stop} `);
-  if (rollout.failed) append(second, "span", "bad", `${rollout.failed} failed `);
-  append(second, "span", "", rollout.tools.join(", ") || "no call");
-  return row;
-}
-
-function append(parent, tag, className, text) {
-  const child = document.createElement(tag);
-  if (className) child.className = className;
-  if (text !== undefined) child.textContent = text;
-  parent.append(child);
-  return child;
+  const { run, step, group, reward, stop, failed } = rollout, span = (className, text) => create("span", { className }, text);
+  const size = `${rollout.tokens} tokens${rollout.whole ? "" : ", left out"}${rollout.assisted ? ", assisted" : ""}`;
+  const first = [`step ${step}, group ${group}, ${size}`], second = [span("", rollout.tools.join(", ") || "no call")];
+  if (data.runs.length > 1) first.unshift(span(`run${run}`, `${data.runs[run].name} `));
+  if (failed) second.unshift(span("bad", `${failed} failed `));
+  if (stop !== "stop") second.unshift(span("cut", `${stop} `));
+  const bar = create("span", { className: "bar", style: `width: ${(100 * Math.abs(reward)) / widest}%` });
+  const attributes = { role: "option", ariaSelected: rollout === selected, ariaPosInSet: index + 1, ariaSetSize: listed.length };
+  return create(
+    "div",
+    { ...attributes, id: `row-${index}`, className: `row${index === active ? " active" : ""}`, style: `top: ${index * ROW}px` },
+    create("div", { className: "reward" }, shown(reward, 3), bar),
+    create("div", {}, ...first),
+    create("div", { className: "second" }, ...second),
+  );
 }
 
 function drawRows() {
@@ -80,7 +66,6 @@ list.addEventListener("keydown", (event) => {
     choose(active + LIST_KEYS[event.key]);
   } else if (event.key === "Enter" || event.key === " ") {
     event.preventDefault();
-    if (selected !== listed[active]) choose(active);
     find("tokens").focus();
   }
 });

@@ -228,7 +228,7 @@ def test_a_health_rule_that_fails_ends_no_run(tmp_path, monkeypatch, caplog):
 @pytest.mark.parametrize("error", [fail, refuse])
 def test_a_model_card_that_cannot_be_written_ends_no_run(error, tmp_path, monkeypatch, caplog):
     trainer = start(tmp_path, monkeypatch, save_strategy="steps", save_steps=1)
-    monkeypatch.setattr("trl_toolgrpo.run_card.ModelCard.load", error)
+    monkeypatch.setattr("trl_toolgrpo.model_card.ModelCard.load", error)
     trainer.train()
     trainer.create_model_card()
     assert trainer.state.global_step == 3 and (tmp_path / "checkpoint-3").is_dir()

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from trl import GRPOConfig
 
 from trl_toolgrpo import ToolGRPOConfig, ToolGRPOTrainer
-from trl_toolgrpo.model_card import bars, curves, usage
+from trl_toolgrpo.model_card import bars, curves
 
 
 def find(city: str, days: int = 1) -> str:
@@ -170,17 +170,32 @@ def test_a_card_names_the_folder_it_lies_in(base, tmp_path, monkeypatch, relativ
     assert trainer.args.output_dir == ("runs/out" if relative else str(tmp_path / "runs" / "out"))
 
 
-def test_options_of_the_base_model_are_in_the_code():
-    options = {"revision": "abc", "trust_remote_code": True}
-    text = usage("me/run", "you/base", [], {}, adapter=True, base_options=options)
-    assert 'from_pretrained("you/base", revision=\'abc\', trust_remote_code=True)' in text
-    assert 'AutoTokenizer.from_pretrained("me/run", trust_remote_code=True)' in text
-    text = usage("me/run", None, [], {}, adapter=True)
-    assert 'PeftConfig.from_pretrained("me/run").base_model_name_or_path' in text
-    text = usage("me/run", None, [], {}, multimodal=True)
-    assert 'AutoProcessor.from_pretrained("me/run")' in text and "**inputs" in text
-    for case in (usage("a\"b\\c", "d", [{"x": None}], {"enable_thinking": False, "class": 1}), text):
-        compile("\n".join(code_of(case)), "card", "exec")
+def test_options_of_the_base_model_are_in_the_code(base, tmp_path):
+    trainer = start(base, tmp_path, tools=[find])
+    assert f'PeftConfig.from_pretrained("{tmp_path}").base_model_name_or_path' in card_of(trainer)
+    trainer.model.config._name_or_path, trainer.args.push_to_hub, trainer.hub_model_id = "you/base", True, "me/run"
+    trainer.args.model_init_kwargs = {"revision": "abc", "trust_remote_code": True, "dtype": "float32"}
+    card = card_of(trainer)
+    assert 'from_pretrained("you/base", revision=\'abc\', trust_remote_code=True)' in card
+    assert 'AutoTokenizer.from_pretrained("me/run", trust_remote_code=True)' in card
+    compile("\n".join(code_of(card)), "card", "exec")
+
+
+def test_a_multimodal_card_names_classes_that_exist(base, tmp_path):
+    trainer = start(base, tmp_path, lora=False, tools=[find])
+    trainer._is_vlm = True
+    card = card_of(trainer)
+    assert f'AutoProcessor.from_pretrained("{tmp_path}")' in card and "**inputs" in card
+    compile("\n".join(code_of(card)), "card", "exec")
+    for name in re.search(r"from transformers import (.*)", card)[1].split(", "):
+        assert hasattr(transformers, name)
+
+
+def test_the_card_of_a_run_without_tools_says_so(base, tmp_path):
+    trainer = start(base, tmp_path)
+    assert "## Tools\n\nNone.\n\n## Rewards" in card_of(trainer) and "Nothing was logged." in card_of(trainer)
+    trainer._toolset.decided_at_reset = True
+    assert "## Tools\n\nEach rollout had tools of its own" in card_of(trainer)
 
 
 # The method
@@ -211,7 +226,7 @@ def test_the_method_is_that_of_each_paper_it_is_from(base, tmp_path, changes, pa
 
 
 def configuration_of(card):
-    return yaml.safe_load(re.search(r"What differs from the defaults:\n\n```yaml\n(.*?)\n```", card, re.DOTALL)[1])
+    return yaml.safe_load(re.search(r"What differs from the defaults:\n\n````yaml\n(.*?)\n````", card, re.DOTALL)[1])
 
 
 BARE = {"use_cpu": True, "bf16": False}
@@ -331,7 +346,7 @@ def test_a_page_that_is_no_card_is_left_alone(base, tmp_path, caplog, lora, save
 
 def test_a_card_that_cannot_be_written_does_not_end_the_run(base, tmp_path, caplog, monkeypatch):
     trainer = start(base, tmp_path)
-    monkeypatch.setattr(trainer, "_sections", lambda *args: 1 / 0)
+    monkeypatch.setattr(trainer, "_card_facts", lambda *args: 1 / 0)
     trainer.train()
     assert trainer.state.global_step == 1 and "The model card could not be written" in caplog.text
     assert "ZeroDivisionError" in caplog.text
@@ -347,11 +362,6 @@ def test_a_curve_of_rounding_is_level():
     assert bars([1e-6, 5e-7, 0.0], metric="learning_rate") == "█▅▁"
     assert bars([1.0, 1.001, 1.002]) == "▁▄█" and bars([1e5, 1e5 + 0.01]) == "▁▁"
     log = [{"step": step, "ratio/mean": x, "ratio/std": abs(x - 1), "reward": step} for step, x in enumerate(noise)]
-    text = curves(log)
-    assert re.search(r"`ratio/mean` .* ▁▁▁▁▁ \|", text) and re.search(r"`ratio/std` .* ▁▁▁▁▁ \|", text)
-    assert re.search(r"`reward` .* ▁\S+█ \|", text)
-
-
-def test_a_multimodal_card_names_classes_that_exist():
-    for name in re.findall(r"from transformers import (.*)", usage("a", "b", [], {}, multimodal=True)):
-        assert all(hasattr(transformers, kind) for kind in name.split(", "))
+    rows = {row[0]: row[-1] for row in curves(log)}
+    assert rows["`ratio/mean`"] == rows["`ratio/std`"] == "▁" * 5
+    assert rows["`reward`"][0] == "▁" and rows["`reward`"][-1] == "█"

@@ -129,7 +129,7 @@ def test_a_pushed_run_loads_anywhere(server, base, tmp_path, monkeypatch):
     assert tokenizer.chat_template == trainer.processing_class.chat_template
 
 
-def test_the_card_tells_of_the_run(server, base, tmp_path, monkeypatch):
+def test_the_pushed_card_describes_the_run_without_secrets(server, base, tmp_path, monkeypatch):
     secret = "value of a secret variable"
     monkeypatch.setenv("WEATHER_API_KEY", secret)
     monkeypatch.setattr(sys, "argv", ["recipes/train.py", "--note", f"{secret}|", "--wandb_api_key", "short"])
@@ -155,7 +155,7 @@ def test_the_card_tells_of_the_run(server, base, tmp_path, monkeypatch):
     assert MCPServer(**servers["weather"]).redactor.text("what-nobody-may-know") == "[secret]"
 
 
-def test_what_the_configuration_has_in_confidence_is_not_pushed(server, base, tmp_path, monkeypatch):
+def test_secrets_of_the_configuration_are_not_pushed(server, base, tmp_path, monkeypatch):
     """Neither with the card nor with a checkpoint; the run goes on with it."""
     token, password = "hf_of_the_configuration", "passw0rd"
     given = {"dtype": torch.float32, "token": token}
@@ -242,7 +242,7 @@ def test_checkpoints_that_are_being_uploaded_are_known(server, base, tmp_path, s
 
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
-def test_a_limit_of_checkpoints_loses_no_upload(server, base, tmp_path, strategy, monkeypatch, caplog):
+def test_save_total_limit_waits_for_uploads(server, base, tmp_path, strategy, monkeypatch, caplog):
     """The first is uploaded still when the second and third are saved, and the limit would remove it."""
     arrived = hold(monkeypatch)
     options = {"save_total_limit": 1, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
@@ -256,7 +256,7 @@ def test_a_limit_of_checkpoints_loses_no_upload(server, base, tmp_path, strategy
 
 
 def test_training_ends_when_the_upload_has(server, base, tmp_path, monkeypatch):
-    """What TRL then removes beside the best checkpoint is on the Hub."""
+    """The checkpoints that TRL then removes, all but the best, are on the Hub."""
     arrived, seen = hold(monkeypatch), []
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "hub_strategy": "checkpoint"}
     trainer = start(base, tmp_path / NAME, **options)
@@ -269,7 +269,7 @@ def test_training_ends_when_the_upload_has(server, base, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("gone", [False, True])
-def test_a_folder_that_is_gone_is_not_said_to_be_there(server, base, tmp_path, gone, monkeypatch, caplog):
+def test_a_failed_background_push_names_only_an_existing_folder(server, base, tmp_path, gone, monkeypatch, caplog):
     trainer = start(base, tmp_path / NAME, save_strategy="no", hub_strategy="checkpoint", max_steps=1)
     folder = tmp_path / NAME / "checkpoint-1"
     (folder / "part").mkdir(parents=True)
@@ -394,7 +394,7 @@ def let_pushes_fail(monkeypatch, error):
     ],
     ids=lambda error: type(error).__name__,
 )  # fmt: skip
-def test_what_the_hub_did_not_take_is_told_as_that(base, tmp_path, monkeypatch, caplog, error):
+def test_network_and_disk_errors_raise_hub_push_error(base, tmp_path, monkeypatch, caplog, error):
     trainer = start(base, tmp_path / NAME, push_to_hub=False, save_strategy="no")
     let_pushes_fail(monkeypatch, error)
     trainer.init_hf_repo()
@@ -411,7 +411,7 @@ def test_what_the_hub_did_not_take_is_told_as_that(base, tmp_path, monkeypatch, 
     ],
     ids=lambda error: type(error).__name__,
 )  # fmt: skip
-def test_a_fault_of_the_program_is_not_blamed_on_the_hub(base, tmp_path, monkeypatch, caplog, error):
+def test_bugs_propagate_unchanged_from_a_push(base, tmp_path, monkeypatch, caplog, error):
     trainer = start(base, tmp_path / NAME, push_to_hub=False, save_strategy="no")
     let_pushes_fail(monkeypatch, error)
     for push in (trainer.init_hf_repo, trainer.push_to_hub):
@@ -420,7 +420,7 @@ def test_a_fault_of_the_program_is_not_blamed_on_the_hub(base, tmp_path, monkeyp
     assert "The Hub did not take" not in caplog.text
 
 
-def test_an_error_of_the_storage_behind_the_hub_is_told_as_that(server, base, tmp_path, monkeypatch):
+def test_an_error_of_the_hubs_storage_raises_hub_push_error(server, base, tmp_path, monkeypatch):
     """The client raises it as a plain `RuntimeError`."""
     trainer = start(base, tmp_path / NAME, save_strategy="no")
 
@@ -491,7 +491,7 @@ def test_bars_and_curves():
     assert curves([{"train_runtime": 3.0, "step": 2}, {"step": 3, "loss": float("nan")}]) == []
 
 
-def test_command_keeps_secrets_back():
+def test_option_values_that_are_secret_are_masked():
     given = ["a.py", "--hub_token=x", "--api_key", "y", "--steps", "3", "--secret", "--flag", "a b"]
     shown = "a.py '--hub_token=[secret]' --api_key '[secret]' --steps 3 --secret --flag 'a b'"
     assert shlex.join(masked_arguments(given)) == shown
@@ -531,7 +531,7 @@ def test_a_configuration_is_shown_without_secrets():
     }  # fmt: skip
 
 
-def test_what_is_no_plain_value_is_shown_in_words(tmp_path):
+def test_paths_and_tuples_of_the_configuration_become_plain_values(tmp_path):
     shown = changed_fields(config(tmp_path, model_init_kwargs={"where": Path("x"), "ends": (1, 2)}))
     assert shown["model_init_kwargs"] == {"where": "x", "ends": [1, 2]}
 
@@ -568,7 +568,7 @@ def words_of(options):
         },
     ],
 )  # fmt: skip
-def test_the_command_shards_as_fsdp_did(options, monkeypatch):
+def test_the_command_restores_the_fsdp_options(options, monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     begin = ["accelerate", "launch", "--num_processes", "4", "--use_fsdp"]
     _, first = launched([*begin, *words_of(options)], monkeypatch)
@@ -589,7 +589,7 @@ def test_the_command_shards_as_fsdp_did(options, monkeypatch):
         {"deepspeed_config_file": "ds.json"},
     ],
 )
-def test_the_command_shards_as_deepspeed_did(options, monkeypatch):
+def test_the_command_restores_the_deepspeed_options(options, monkeypatch):
     several = ["--num_machines", "2", "--machine_rank", "MACHINE_RANK", "--main_process_ip", "FIRST_MACHINE"]
     standard = ["--use_deepspeed", "--deepspeed_multinode_launcher", "standard"]
     begin = ["accelerate", "launch", "--num_processes", "16", *several, *standard]
@@ -604,7 +604,7 @@ def test_the_command_shards_as_deepspeed_did(options, monkeypatch):
     assert again == first
 
 
-def test_the_command_says_on_how_many_machines(server, base, tmp_path, monkeypatch):
+def test_the_command_names_the_number_of_machines(server, base, tmp_path, monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert machines(16) == 1 and launcher(1) == ["python"]
     assert launcher(2) == ["torchrun", "--nproc_per_node", "2"]

@@ -59,7 +59,7 @@ def code_of(card):
 
 
 def pasted(card):
-    """What the code of a card leaves behind when it is run, and what it prints."""
+    """The names that the code of a card defines, and what it prints."""
     left, said = {}, io.StringIO()
     with contextlib.redirect_stdout(said):
         for block in code_of(card):
@@ -213,7 +213,7 @@ def test_the_card_of_a_run_without_tools_says_so(base, tmp_path):
         ({"loss_type": "dapo", "importance_sampling_level": "sequence"}, {"2402.03300", "2503.14476", "2507.18071"}),
     ],
 )
-def test_the_method_is_that_of_each_paper_it_is_from(base, tmp_path, changes, papers):
+def test_the_card_cites_the_paper_of_each_method(base, tmp_path, changes, papers):
     trainer = start(base, tmp_path, **changes)
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
@@ -266,7 +266,7 @@ def same(usual, value):
     return usual == value or (value, usual) in [("none", []), (True, "group"), (None, "auto")]
 
 
-def test_what_is_changed_before_the_trainer_takes_it_is_set_too(base, tmp_path):
+def test_fields_changed_after_construction_are_listed(base, tmp_path):
     args = config(tmp_path)
     args.learning_rate, args.eval_on_start = 0.5, True
     trainer = ToolGRPOTrainer(str(base), reward, args, prompts(4), prompts(4))
@@ -280,7 +280,7 @@ def test_what_is_changed_before_the_trainer_takes_it_is_set_too(base, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [ToolGRPOConfig, GRPOConfig])
-def test_the_settings_of_a_run_are_those_of_its_card(base, tmp_path, kind):
+def test_run_json_and_the_card_list_the_same_settings(base, tmp_path, kind):
     changes = {"accelerator_config": {"split_batches": False, "even_batches": False}, "learning_rate": 1e-4}
     args = kind(str(tmp_path), **BARE, report_to="none", max_steps=1, max_completion_length=4, **changes)
     ToolGRPOTrainer(str(base), reward, args, prompts(8)).train()
@@ -306,7 +306,7 @@ def figures(folder, name):
 
 @pytest.mark.parametrize("save_strategy", ["no", "steps"])
 @pytest.mark.parametrize("saves", ["before", "after", "never"])
-def test_the_card_has_the_last_evaluation(base, tmp_path, save_strategy, saves):
+def test_the_card_includes_the_last_evaluation(base, tmp_path, save_strategy, saves):
     changes = {"save_strategy": save_strategy, "save_steps": 1, "eval_strategy": "no", "eval_on_start": True}
     trainer = start(base, tmp_path, eval_dataset=prompts(4), max_steps=2, learning_rate=0.1, **changes)
     trainer.train()
@@ -330,7 +330,7 @@ def test_an_evaluation_without_training_writes_no_card(base, tmp_path):
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("save_strategy", ["no", "steps"])
 @pytest.mark.parametrize("page", ["# My project\n\nIt uses trl_toolgrpo.\n", "---\ntitle: mine\n---\n\xe9 page\n"])
-def test_a_page_that_is_no_card_is_left_alone(base, tmp_path, caplog, lora, save_strategy, page):
+def test_a_readme_that_is_no_card_is_left_alone(base, tmp_path, caplog, lora, save_strategy, page):
     file = tmp_path / "README.md"
     file.write_bytes(page.encode("latin-1"))
     trainer = start(base, tmp_path, lora, save_strategy=save_strategy, save_steps=1, eval_dataset=prompts(4))
@@ -355,7 +355,7 @@ def test_a_card_that_cannot_be_written_does_not_end_the_run(base, tmp_path, capl
 # Curves that are flat
 
 
-def test_a_curve_of_rounding_is_level():
+def test_a_curve_that_only_rounding_moves_is_flat():
     noise = [1.0, 1 + 1e-7, 1 - 1e-7, 1.0, 1 + 2e-7]
     assert bars(noise) == "▁" * 5
     assert bars([9e-8, 2e-7, 1e-7], metric="ratio/std") == "▁" * 3

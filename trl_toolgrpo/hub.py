@@ -14,6 +14,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 from socket import gaierror
 from ssl import SSLError
@@ -23,7 +24,7 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import CommitInfo
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 from transformers.utils.hub import hf_api
 
@@ -31,7 +32,7 @@ from .checkpoint import attempt, find_checkpoint, is_storage_failure, move_aside
 from .errors import CheckpointSaveError, HubPushError
 from .model_card import RunCard
 from .redaction import masked
-from .run_files import CARD, PUBLISHED
+from .run_files import CARD, PUBLISHED, other_page_aside
 
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ _PUBLIC = ("adapter_*", "model*", "*config.json", "value_head.safetensors", "*to
 class HubPush(RunCard):
     """Part of [`ToolGRPOTrainer`]; see `push_to_hub` and the other `hub_*` fields of TRL's configuration."""
 
-    push_in_progress: PushInProgress | None = None
+    push_in_progress: Any = None
     _goes_on = False  # the run was resumed from a checkpoint in this output folder
     _has_published = False
     _upload: tuple[Path, Future] | None = None  # of the last checkpoint that was pushed
@@ -78,7 +79,7 @@ class HubPush(RunCard):
         revision: str | None = None,
         private: bool | None = None,
         **kwargs: Any,
-    ) -> CommitInfo | Future | None:
+    ) -> Any:
         """
         Push the adapter (or model), the value head, the tokenizer and a model card to `hub_model_id`.
 
@@ -117,14 +118,14 @@ class HubPush(RunCard):
                 f"and run `{self._push_command(folder)}`.",
             )
         if isinstance(found, Future):
-            self.push_in_progress = PushInProgress([found])
+            self.push_in_progress = PushInProgress([found])  # type: ignore[arg-type]  # a list is meant there
         return found
 
     def _start_upload(
         self, folder: Path, place: str, message: str | None, blocking: bool, token: str | None, revision: str | None
     ) -> CommitInfo | Future:
         """Push a folder to a place in the repository; what becomes of it in the background is logged."""
-        found = hf_api().upload_folder(
+        found: CommitInfo | Future = hf_api().upload_folder(  # type: ignore[call-overload]
             repo_id=str(self.hub_model_id),
             folder_path=folder,
             path_in_repo=place,
@@ -149,24 +150,24 @@ class HubPush(RunCard):
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS) and isinstance(job, Future):
             folder = Path(checkpoint_folder)
             place = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name
-            second: Any = self._start_upload(folder, place, f"{message}, checkpoint", False, None, None)
-            self._upload = folder, second
-            self.push_in_progress = PushInProgress([job, second])
+            upload = self._start_upload(folder, place, f"{message}, checkpoint", False, None, None)
+            self._upload = folder, upload  # type: ignore[assignment]  # in the background, so that it is a future
+            self.push_in_progress.jobs.append(upload)
 
     @property
     def _uploading(self) -> set[Path]:
         """Checkpoint folders whose upload to the Hub has not ended: until then they have to stay."""
         return {self._upload[0]} if self._upload is not None and not self._upload[1].done() else set()
 
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _finalize_training(self, trial: object, num_train_samples: object, start_time: float) -> TrainOutput:
         """Wait for uploads before TRL removes the checkpoints other than the best one."""
         self._finish_current_push()
-        return super()._finalize_training(*args, **kwargs)
+        return super()._finalize_training(trial, num_train_samples, start_time)
 
-    def _push_or_log(self, message: str, **options: Any) -> CommitInfo | Future | None:
+    def _push_or_log(self, message: str, blocking: bool = True) -> CommitInfo | Future | None:
         """Push along with a save; if that fails, the run goes on."""
         try:
-            return self.push_to_hub(message, **options)
+            return self.push_to_hub(message, blocking)
         except CheckpointSaveError as error:
             logger.error("Nothing was pushed, and the run goes on. %s", error)
         except HubPushError as error:
@@ -204,7 +205,7 @@ class HubPush(RunCard):
             if self.args.should_save:
                 self._make_way(folder)
             with self._output_in(folder, publishing=True):
-                super(HubPush, self).save_model(_internal_call=True)
+                self.save_model(_internal_call=True)
                 with tolerated():
                     if self.args.should_save:
                         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, of use to nobody else
@@ -232,8 +233,8 @@ class HubPush(RunCard):
         if more:
             raise CheckpointSaveError(
                 f"Neither {folder} nor {refuge} takes the trained model: {problems[0]}; {more[0]}. It is in memory "
-                f"still:",
-                remedy=f"free space, or call `trainer.save_model(folder)` with a folder on another disk."
+                f"still.",
+                remedy=f"Free space, or call `trainer.save_model(folder)` with a folder on another disk."
                 f"{self._last_checkpoint()}",
             )
         logger.warning("%s could not be written: %s. %s was written instead.", folder, problems[0], refuge)
@@ -256,7 +257,7 @@ class HubPush(RunCard):
 
     def _rescue(self) -> str:
         """Write the trained model where there is room for it, since no checkpoint could be; return what came of it."""
-        refuge, problems = self._write_elsewhere(self._save_alone, self._name_of_run)
+        refuge, problems = self._write_elsewhere(self._save_with_card, self._name_of_run)
         if problems:
             return "The trained model is in memory still: `trainer.save_model(folder)` writes it elsewhere."
         return f"The trained model was written to {refuge} instead; {self._how_to_push(refuge)}."
@@ -280,7 +281,7 @@ class HubPush(RunCard):
         if _internal_call:
             return super().save_model(output_dir, _internal_call)
         target = Path(output_dir or str(self.args.output_dir))
-        folder = self._write_somewhere(self._save_alone, target)
+        folder = self._write_somewhere(self._save_with_card, target)
         if self.args.push_to_hub:
             self._push_or_log("Model save")
         if folder != target:
@@ -289,19 +290,22 @@ class HubPush(RunCard):
                 remedy=f"Move it to where it is to stay; {self._how_to_push(folder)}.",
             )
 
-    def _save_alone(self, folder: Path) -> None:
-        """Save as for a user, without the push."""
-        push, self.args.push_to_hub = self.args.push_to_hub, False
-        try:
-            super().save_model(str(folder))
-        finally:
-            self.args.push_to_hub = push
+    def _save_with_card(self, folder: Path) -> None:
+        """
+        Save without a push; after training the card of the run takes the place of the one that PEFT writes. A
+        `README.md` that is no card, which PEFT would read and add to, stays as it is.
+        """
+        with self._output_in(folder):
+            with other_page_aside(folder) if self.args.should_save else nullcontext():
+                super().save_model(_internal_call=True)
+            if self._trained:
+                self.create_model_card()
 
     def _how_to_push(self, folder: Path) -> str:
         return f"`{self._push_command(folder)} --exclude {TRAINING_ARGS_NAME}` pushes it to the Hub"
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save as TRL does; the arguments that are pickled beside the model hold no secrets."""
+        """Save as TRL does; the arguments that are pickled next to the model hold no secrets."""
         given = self.args
         self.args = copy.copy(given)
         values = {name: masked(value, name) for name, value in vars(given).items()} | {"hub_token": None}
@@ -314,7 +318,7 @@ class HubPush(RunCard):
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether the Hub did not take a push, or the disk what goes with it; anything else is a fault of the program."""
+    """Return whether the Hub refused a push, or the disk what goes with it; anything else is a bug."""
     if isinstance(error, _FAILURES) or is_storage_failure(error) or type(error).__module__.startswith("hf_xet"):
         return True
     frames = traceback.extract_tb(error.__traceback__)

@@ -12,7 +12,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -31,9 +31,10 @@ from .config import ToolGRPOConfig, changed_fields
 from .curve_noise import is_flat
 from .log_failures import LogFailures
 from .redaction import masked, masked_arguments
-from .run_files import CARD, holds_other_page, other_page_aside, run_redactor
+from .run_files import CARD, holds_other_page, run_redactor
 from .tools.mcp import MCPTools
 from .tools.toolset import ToolSet
+from .types import JSONObject
 from .value import ValueHead
 from .version import __version__
 
@@ -77,7 +78,8 @@ class RunCard(GRPOTrainer):
     """Part of [`ToolGRPOTrainer`]: the model card, and when it is written."""
 
     args: ToolGRPOConfig
-    hub_model_id: str | None
+    model: Any
+    hub_model_id: Any
     chat_template_kwargs: dict[str, object]
     _is_vlm: bool
     _toolset: ToolSet
@@ -107,7 +109,7 @@ class RunCard(GRPOTrainer):
             folder.mkdir(parents=True, exist_ok=True)
             if holds_other_page(folder):
                 sentence = f"No model card was written: {folder / CARD} is there, and is none"
-                return self._log_failures.say_once(sentence, sentence)
+                return self._log_failures.warn_once(sentence, sentence)
             name = model_name or self._repo_name.split("/")[-1]
             tags = [tags] if isinstance(tags, str) else tags or []
             super().create_model_card(name, dataset_name, [*tags, *(getattr(self.model, "model_tags", None) or ())])
@@ -140,22 +142,10 @@ class RunCard(GRPOTrainer):
             self._update_card()
         return figures
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """
-        Save as TRL does; after training with the card of the run, in place of the one that PEFT writes. A `README.md`
-        that is no card, which PEFT would read and add to, stays as it is.
-        """
-        folder = Path(output_dir or str(self.args.output_dir))
-        with other_page_aside(folder) if self.args.should_save else nullcontext():
-            super().save_model(output_dir, _internal_call)
-        if self._trained and not _internal_call:
-            self._update_card(output_dir)
-
-    def _update_card(self, output_dir: str | None = None) -> None:
-        """Write the card of a folder anew, that of the output folder only while no other run has begun there."""
-        if self.is_world_process_zero() and (output_dir or self._owns_folder()):
-            with self._output_in(Path(output_dir or str(self.args.output_dir))):
-                self.create_model_card()
+    def _update_card(self) -> None:
+        """Write the card of the output folder anew, unless another run has begun there."""
+        if self._owns_folder():
+            self.create_model_card()
 
     @contextmanager
     def _output_in(self, folder: Path, publishing: bool = False) -> Iterator[None]:
@@ -179,9 +169,10 @@ class RunCard(GRPOTrainer):
     def _has_adapter(self) -> bool:
         return hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
 
-    def _card_facts(self) -> dict[str, Any]:
+    def _card_facts(self) -> JSONObject:
         """Return what the template is rendered with."""
-        args, dataset, base = self.args, self.train_dataset, get_config_model_id(self.model.config)
+        args, base = self.args, get_config_model_id(self.model.config)
+        dataset: Any = self.train_dataset
 
         # How the model is loaded: from the Hub for a card that is pushed, else from where it was saved last
         pushed = args.push_to_hub or self._publishing
@@ -235,7 +226,7 @@ class RunCard(GRPOTrainer):
 
     @property
     def _renders_chat(self) -> bool:
-        """Whether prompts are messages that a chat template renders, and not plain texts."""
+        """Whether prompts are messages that a chat template renders, rather than plain texts."""
         if getattr(self.processing_class, "chat_template", None) is None:
             return False
         dataset: Any = self.train_dataset
@@ -244,7 +235,7 @@ class RunCard(GRPOTrainer):
 
     @property
     def _sharding(self) -> str:
-        """What the launcher shards with. What the run's own arguments shard is not for the launcher to shard."""
+        """What the launcher shards with: nothing, where the run's own arguments shard the model."""
         if self.is_fsdp_enabled and not self.args.fsdp:
             return "fsdp"
         return "deepspeed" if self.is_deepspeed_enabled and not self.args.deepspeed else ""
@@ -270,12 +261,12 @@ class RunCard(GRPOTrainer):
         return run_redactor(self.args, self._mcp.servers.values() if self._mcp is not None else ()).text(text)
 
 
-def curves(log: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def curves(log: Sequence[JSONObject]) -> list[list[str]]:
     """
     Return the rows of the table of curves: name, first, last, least and largest value, and the curve as bars.
 
     Args:
-        log (`Sequence[Mapping[str, Any]]`):
+        log (`Sequence[dict]`):
             The trainer's log history.
     """
     found: dict[str, list[float]] = {}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from io import BytesIO
 
 import pandas as pd
@@ -102,11 +103,9 @@ def _redacted_call(call: object, redactor: Redactor) -> JSONObject:
 def _object_text(arguments: object) -> str:
     """Return the arguments of a call as the JSON text of an object."""
     if isinstance(arguments, str):
-        try:
+        with suppress(ValueError, RecursionError):
             if isinstance(json.loads(arguments), dict):
                 return arguments
-        except (ValueError, RecursionError):
-            pass
     if arguments is None or arguments == "":
         return "{}"
     return _json(arguments if isinstance(arguments, dict) else {"arguments": arguments})

@@ -60,7 +60,7 @@ class HealthWatch(RunLog):
             known = still_open(read_lines(self._run_folder / HEALTH))
             self._monitor.open = dict.fromkeys(known, self._monitor.count)
 
-    def _calculate_rewards(self, inputs: list[Row], *args: Any) -> Tensor:
+    def _calculate_rewards(self, inputs: list[Row], *args: list) -> Tensor:
         """Compute rewards as TRL does, and log how they follow what the rollouts cost."""
         scores = super()._calculate_rewards(inputs, *args)
         if self._monitor is not None and self._recording and self._batch is not None and self.model.training:

@@ -33,6 +33,7 @@ from .errors import CheckpointSaveError, HubPushError
 from .model_card import RunCard
 from .redaction import masked
 from .run_files import CARD, PUBLISHED, other_page_aside
+from .types import JSONObject
 
 
 logger = logging.getLogger(__name__)
@@ -198,7 +199,7 @@ class HubPush(RunCard):
     def _published(self) -> Path:
         return Path(str(self.args.output_dir)).absolute() / PUBLISHED
 
-    def _publish(self, card: dict[str, Any]) -> Path:
+    def _publish(self, card: JSONObject) -> Path:
         """Write what is pushed, all processes together; elsewhere, if the output folder does not take it."""
 
         def write(folder: Path) -> None:

@@ -57,7 +57,7 @@ class Live(HealthWatch):
             self._display.tokens_per_second = tokens / (time.perf_counter() - started)
         return output
 
-    def _calculate_rewards(self, inputs: list[Row], *args: Any) -> Tensor:
+    def _calculate_rewards(self, inputs: list[Row], *args: list) -> Tensor:
         scores = super()._calculate_rewards(inputs, *args)
         if self.model.training and self._recording and self._batch is not None and self._shows_conversations:
             trajectories = self._batch.trajectories

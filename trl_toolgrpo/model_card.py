@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import get_int_from_env
 from huggingface_hub import ModelCard
 from transformers.trainer_utils import TrainOutput
@@ -31,8 +30,7 @@ from .config import ToolGRPOConfig, changed_fields
 from .curve_noise import is_flat
 from .log_failures import LogFailures
 from .redaction import masked, masked_arguments
-from .run_files import CARD, holds_other_page, run_redactor
-from .tools.mcp import MCPTools
+from .run_files import CARD, holds_other_page
 from .tools.toolset import ToolSet
 from .types import JSONObject
 from .value import ValueHead
@@ -85,7 +83,7 @@ class RunCard(GRPOTrainer):
     _toolset: ToolSet
     _log_failures: LogFailures
     _owns_folder: Callable[[], bool]  # of `run_log.py`
-    _mcp: MCPTools | None
+    _redacted: Callable[[str], str]  # of `run_log.py`
     _value_head: ValueHead | None
     _home: str | None = None  # the output folder, while another one stands in for it
     _publishing = False  # what is written goes to the Hub
@@ -124,7 +122,7 @@ class RunCard(GRPOTrainer):
                 "versions_and_citations": versions.replace(VERSIONS, ""),
             }
             card = ModelCard.from_template(card.data, template_path=str(_TEMPLATE), **facts)
-            card.text = self._redacted(card.text)
+            card.text = self._redacted(card.text) + "\n"
             card.save(folder / CARD)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -253,13 +251,6 @@ class RunCard(GRPOTrainer):
             parts.append(("ratios of whole sequences", "2507.18071", "GSPO"))
         return parts
 
-    def _redacted(self, text: str) -> str:
-        """
-        Return a text without the secrets of this run: those of its environment, its configuration, its command line
-        and its MCP servers.
-        """
-        return run_redactor(self.args, self._mcp.servers.values() if self._mcp is not None else ()).text(text)
-
 
 def curves(log: Sequence[JSONObject]) -> list[list[str]]:
     """
@@ -335,6 +326,9 @@ def launcher(processes: int, sharding: str = "") -> list[str]:
     words.append(f"--use_{sharding}")
     if count > 1 and sharding == "deepspeed":
         words += ["--deepspeed_multinode_launcher", "standard"]
+    # The launcher's options are in the environment of the processes that it starts
+    from accelerate.commands.launch import launch_command_parser  # slow to import
+
     prefix, parser = {"fsdp": "FSDP_", "deepspeed": "ACCELERATE_DEEPSPEED_"}[sharding], launch_command_parser()
     for variable, value in sorted(os.environ.items()):
         name = _LAUNCH_OPTIONS.get(variable, variable.removeprefix("ACCELERATE_DEEPSPEED_").lower())

@@ -45,7 +45,7 @@ class Replay(Live):
     def _logs_rollouts(self) -> bool:
         return self.args.replay is None and super()._logs_rollouts
 
-    def _prepare_inputs(self, generation_batch: Any) -> Batch:
+    def _prepare_inputs(self, generation_batch: Batch) -> Batch:
         if self.args.replay is None or not self.model.training or not batch_is_due(self):
             return super()._prepare_inputs(generation_batch)
         batches = self._buffered_inputs = self._replayed_batches()

@@ -131,7 +131,7 @@ class RunLog(GRPOTrainer):
     _full: set[str]  # files there that could not be written to
     _redactor = Redactor()
     _log_failures: LogFailures
-    _logs: dict[str, Any]  # TRL's, of `log_completions`
+    _logs: JSONObject  # TRL's, of `log_completions`
     _pending_extra_logs: defaultdict[str, list[object]]
     _writer: RolloutWriter | None = None
     _started = 0.0  # by the monotonic clock
@@ -161,10 +161,17 @@ class RunLog(GRPOTrainer):
         if "_log_failures" in vars(self):
             self._log_failures.guard(self.callback_handler.callbacks[-1])
 
+    def _current_redactor(self) -> Redactor:
+        return run_redactor(self.args, self._mcp.servers.values() if self._mcp is not None else ())
+
     def _update_redactor(self) -> None:
         """Find the secrets of the run as they are now, and keep them out of the lines that this package logs."""
-        self._redactor = run_redactor(self.args, self._mcp.servers.values() if self._mcp is not None else ())
+        self._redactor = self._current_redactor()
         redact_logs(loggers_of(__package__), self._redactor)
+
+    def _redacted(self, text: str) -> str:
+        """Return a text without the secrets of the run as they are now."""
+        return self._current_redactor().text(text)
 
     def _owns_folder(self) -> bool:
         """Return whether no other run has begun in the output folder since this one did, judging by `run.json`."""
@@ -287,12 +294,12 @@ class RunLog(GRPOTrainer):
         self._texts = prompts, output[3]
         return output
 
-    def _calculate_rewards(self, inputs: list[Row], *args: Any) -> Tensor:
+    def _calculate_rewards(self, inputs: list[Row], *args: list) -> Tensor:
         self._scores = super()._calculate_rewards(inputs, *args)
         align_columns(self._pending_extra_logs, self._logs["extra"], len(inputs), self._log_failures.warn_once)
         return self._scores
 
-    def _prepare_inputs(self, generation_batch: Any) -> Batch:
+    def _prepare_inputs(self, generation_batch: Batch) -> Batch:
         before = self._buffered_inputs
         counts = {name: len(values) for name, values in self._metrics["train"].items()}
         inputs = super()._prepare_inputs(generation_batch)
@@ -346,7 +353,7 @@ class RunLog(GRPOTrainer):
             ratios = (logps - inputs["old_per_token_logps"]).masked_fill(mask == 0, 0.0).exp()
             self._logged_ratios[self._step % (self.args.steps_per_generation or 1)] = inputs["rollout"], ratios
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Take a step as TRL does, and log the rollout batch after its last update."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not batch_in_use(self):

@@ -97,13 +97,12 @@ class Replay(Live):
 
     def _file_of_batch(self) -> Path:
         """Return the file of the rollout batch that begins now, by its number."""
-        files, name = log_files(str(self.args.replay)), self._name_of_batch()
+        path = log_files(str(self.args.replay))[0].with_name(self._name_of_batch())
         if self._numbered is None:
-            self._numbered = batch_files(files, self.accelerator.process_index)
+            self._numbered = batch_files(path.parent, self.accelerator.process_index)
         found = self._numbered.get(batch_number(self))
         if found is not None:
             return found
-        path = files[0].with_name(name)
         if not path.is_file() or path in self._numbered.values():
             raise self._missing_batch(path)
         # Of a version that did not count rollout batches and named them by their steps alone

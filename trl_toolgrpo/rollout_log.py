@@ -9,6 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -316,28 +317,23 @@ def step_of(path: Path) -> int:
     return int(re.match(r"\d+", path.name)[0])  # type: ignore[index]
 
 
-def batch_files(files: Iterable[Path], process: int) -> dict[int, Path]:
+def batch_files(folder: Path, process: int) -> dict[int, Path]:
     """
     Return the files of one process by the number of their rollout batch. Files without such a number, or that cannot
     be read, are left out.
 
     Args:
-        files (`Iterable[Path]`):
-            From [`log_files`].
+        folder (`Path`):
+            Folder of the log.
         process (`int`):
             Index of the process.
     """
     found = {}
-    for path in files:
-        place = place_in_log(path)
-        if place is None or place[2] != process:
-            continue
-        try:
+    for path in find_files(folder, process):
+        with suppress(OSError, pa.ArrowException, KeyError):
             numbers = pq.read_table(path, columns=["batch"])["batch"]
-        except (OSError, pa.ArrowException, KeyError):
-            continue
-        if len(numbers) and numbers[0].is_valid:
-            found[numbers[0].as_py()] = path
+            if len(numbers) and numbers[0].is_valid:
+                found[numbers[0].as_py()] = path
     return found
 
 
@@ -394,12 +390,10 @@ def details(table: pa.Table, path: str | Path = "The table") -> JSONObject:
     Raises:
         RolloutLogError: if it is no rollout log.
     """
-    try:
+    with suppress(KeyError, ValueError, TypeError):
         found = json.loads((table.schema.metadata or {})[KEY])
         if isinstance(found["version"], int):
             return found
-    except (KeyError, ValueError, TypeError):
-        pass
     raise RolloutLogError(
         f"{path} is a parquet file of something else: it has no metadata `{KEY.decode()}` with a version."
     )
@@ -454,9 +448,8 @@ def check_rollouts(table: pa.Table, path: str | Path, strict: bool) -> tuple[pa.
             if strict:
                 raise
             logger.warning("Masked out: %s", error)
-            ids = {column: record[column] for column in ("prompt_ids", "completion_ids")}
-            reason = record["stop_reason"]
-            masked[row] = Trajectory(**ids, logprobs=[], tool_mask=[], forced_mask=[], turns=[], stop_reason=reason)
+            ids = record["prompt_ids"], record["completion_ids"]
+            masked[row] = Trajectory(*ids, [], [], [], [], stop_reason=record["stop_reason"])
             masked[row].mask_out()
     has_values = any(values is not None for values in columns["values"])
     for row, trajectory in masked.items():

@@ -93,18 +93,16 @@ def take_lock(folder: Path) -> RunLock | None:
     except (OSError, ImportError) as error:
         if folder.absolute() not in _unlocked:
             _unlocked.add(folder.absolute())
+            problem = f"{type(error).__name__}: {error}"
             logger.warning(
-                "`output_dir` (%s) cannot be locked: %s: %s. Make sure that no other run writes to it.",
-                folder,
-                type(error).__name__,
-                error,
+                "`output_dir` (%s) cannot be locked: %s. Make sure that no other run writes to it.", folder, problem
             )
         return None
     since = datetime.now().astimezone().isoformat(" ", "seconds")
-    holder = {"pid": str(os.getpid()), "host": socket.gethostname(), "since": since}
+    holder = {"pid": str(os.getpid()), "host": socket.gethostname(), "since": since, "job": job_id(os.environ)}
     with suppress(OSError):  # on a full disk the lock still holds
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, json.dumps({**holder, "job": job_id(os.environ)}).encode())
+        os.write(descriptor, json.dumps(holder).encode())
     return RunLock(folder / LOCK, descriptor)
 
 

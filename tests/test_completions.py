@@ -180,7 +180,7 @@ def test_columns_of_any_type_are_stored(case, tmp_path, monkeypatch, caplog):
         assert list(table["column"]) == [0.5, 1, 2, 3]
 
 
-def test_a_column_that_is_not_always_logged_keeps_its_rows(tmp_path, monkeypatch, caplog):
+def test_a_column_logged_in_some_batches_has_nulls_in_the_others(tmp_path, monkeypatch, caplog):
     calls = []
 
     def reward(completions, log_extra, **kwargs):
@@ -259,7 +259,7 @@ def test_secrets_are_not_in_the_table(secret, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("a bug")])
-def test_a_table_that_cannot_be_written_is_said_once(error, tmp_path, monkeypatch, caplog):
+def test_a_table_that_cannot_be_written_is_logged_once(error, tmp_path, monkeypatch, caplog):
     trainer = start(tmp_path, monkeypatch, [["x<|im_end|>"]], max_steps=3)
 
     def fail(*args, **kwargs):

@@ -112,7 +112,7 @@ SIGNATURES = {
     ),
     "create_model_card": (
         ["self", "model_name", "dataset_name", "tags"],
-        "run_card.RunCard.create_model_card adds to it",
+        "model_card.RunCard.create_model_card adds to it",
     ),
     "_finish_current_push": (["self"], "hub.HubPush._push_from_checkpoint waits for the one before"),
     "_init_training_state": (
@@ -204,12 +204,12 @@ def test_the_profiler_is_looked_up_when_it_begins():
 PUSHED = {
     "push_to_hub": (
         (
+            "self.callback_handler.on_push_begin(self.args, self.state, self.control)",
             "if self.hub_model_id is None:\n        self.init_hf_repo(",
-            "self.save_model(_internal_call=True)",
-            "self.create_model_card(model_name=model_name, **kwargs)",
-            "folder_path=self.args.output_dir",
+            "revision = self.args.hub_revision",
+            "return hf_api().upload_folder(",
         ),
-        "hub.HubPush.push_to_hub puts another folder in the place of `output_dir` and has saved the model before",
+        "hub.HubPush.push_to_hub does the same with a folder of its own",
     ),
     "save_model": (
         ("if self.args.push_to_hub and not _internal_call:",),
@@ -217,7 +217,7 @@ PUSHED = {
     ),
     "create_model_card": (
         ('model_card.save(os.path.join(self.args.output_dir, "README.md"))',),
-        "run_card.RunCard.create_model_card reads it there",
+        "model_card.RunCard.create_model_card reads it there",
     ),
     "_save": (("torch.save(self.args, ",), "hub.HubPush._save keeps the Hub token out of them"),
 }
@@ -226,9 +226,9 @@ PUSHED = {
 def test_the_model_card_has_its_headings():
     template = (resources.files("trl") / "templates" / "lm_model_card.md").read_text(encoding="utf-8")
     for heading in (model_card.PROCEDURE, model_card.VERSIONS):
-        assert heading in template, f"TRL's model card has no {heading!r}; model_card.compose keeps what follows it."
+        assert heading in template, f"TRL's model card has no {heading!r}; `model_card.RunCard` keeps what follows it."
     assert len(model_card.METHOD.findall(template)) == 1, (
-        "TRL's model card has another sentence on the method; model_card.compose puts its own in place of it."
+        "TRL's model card has another sentence on the method; `model_card.RunCard` puts its own in place of it."
     )
     assert HfHubHTTPError.__bases__[0].__name__ == "HTTPError", "hub.py catches what all HTTP failures are"
 

@@ -240,7 +240,7 @@ def test_a_rollout_that_lacks_a_step_is_no_shortcut(monkeypatch, tmp_path):
     assert named(tmp_path) == {}
 
 
-def test_two_batches_in_an_optimizer_step_and_their_replay_blame_nobody(monkeypatch, tmp_path):
+def test_two_batches_in_an_optimizer_step_and_their_replay_are_healthy(monkeypatch, tmp_path):
     changes = {
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "steps_per_generation": 2,
         "learning_rate": 1e-2, "max_steps": 6,
@@ -252,7 +252,7 @@ def test_two_batches_in_an_optimizer_step_and_their_replay_blame_nobody(monkeypa
     assert named(tmp_path / "run") == {} and named(tmp_path / "again") == {}
 
 
-def test_a_fault_is_said_once_and_survives_a_resume(monkeypatch, tmp_path, caplog):
+def test_a_fault_is_reported_once_also_after_a_resume(monkeypatch, tmp_path, caplog):
     changes = {"rewards": constant, "advantage_estimator": "group", "save_strategy": "steps", "save_steps": 1}
     with caplog.at_level(logging.WARNING):
         start(tmp_path, monkeypatch, **changes).train()
@@ -278,7 +278,7 @@ def test_raise_saves_a_checkpoint_and_ends_the_run(monkeypatch, tmp_path):
     assert resumed.state.global_step == 6 and list(named(tmp_path)) == ["advantages_zero"]
 
 
-def test_raise_on_a_full_disk_says_where_the_model_is(monkeypatch, tmp_path):
+def test_raise_on_a_full_disk_names_the_folder_of_the_model(monkeypatch, tmp_path):
     changes = {"rewards": constant, "advantage_estimator": "group", "max_steps": 6}
     trainer = start(tmp_path / "run", monkeypatch, health_checks="raise", **changes)
     (tmp_path / "elsewhere").mkdir()
@@ -291,7 +291,7 @@ def test_raise_on_a_full_disk_says_where_the_model_is(monkeypatch, tmp_path):
     assert "checkpoint-3; resume from there" not in str(told.value) and list(Path(kept).glob("*.safetensors"))
 
 
-def test_nothing_is_looked_for_when_it_is_off(monkeypatch, tmp_path):
+def test_health_checks_off_runs_no_rule(monkeypatch, tmp_path):
     trainer = start(tmp_path, monkeypatch, rewards=constant, health_checks="off", advantage_estimator="group")
     trainer.train()
     assert not (tmp_path / "health.jsonl").exists()
@@ -300,7 +300,7 @@ def test_nothing_is_looked_for_when_it_is_off(monkeypatch, tmp_path):
         config(tmp_path, health_checks="loud")
 
 
-def test_rollouts_of_trl_are_watched_too(monkeypatch, tmp_path):
+def test_rules_run_on_trls_own_rollouts(monkeypatch, tmp_path):
     trainer = ToolGRPOTrainer(
         tiny_model(TOKENIZER), constant, config(tmp_path, record_sample_logprobs=False, max_steps=3), prompts(),
         processing_class=TOKENIZER,
@@ -405,7 +405,7 @@ def test_rules_on_streams_with_the_fault_and_without(rule):
         assert not found_by(rule, stream(40, **{name: value}, **explained)), name
 
 
-def test_a_spread_is_asked_for_only_where_it_is_due():
+def test_ratio_spread_is_due_only_from_a_second_step_on_a_batch():
     assert found_by("ratio_spread", stream(8, **REUSED), steps_per_batch=2)
     assert not found_by("ratio_spread", stream(8, **{**REUSED, "ratio__std": 1e-3}), steps_per_batch=2)
     assert not found_by("ratio_spread", stream(8, ratio__std=0.0))  # each step has a batch of its own
@@ -429,20 +429,20 @@ def test_groups_without_a_spread_are_no_fault_once_the_task_is_solved():
     assert not found_by("advantages_zero", stream(4, frac_reward_zero_std=[0.5, 1.0, 1.0, 1.0]))
 
 
-def test_a_policy_that_is_sure_because_it_has_learned_has_not_collapsed():
+def test_low_entropy_with_a_risen_reward_is_no_collapse():
     falling = {"entropy": lambda step: 0.5 if step < 30 else 0.01}
     assert not found_by("entropy_collapse", stream(40, reward=lambda step: step / 40, **falling))
     assert found_by("entropy_collapse", stream(3, entropy=1e-5))
 
 
-def test_no_gradient_is_no_fault_of_its_own_where_no_group_has_a_spread():
+def test_gradient_zero_is_silent_where_no_group_has_a_spread():
     assert found_by("gradient_zero", stream(5, grad_norm=0.0))
     assert not found_by("gradient_zero", stream(5, grad_norm=0.0, frac_reward_zero_std=1.0))
     assert found_by("gradient_zero", stream(5, grad_norm=0.0, frac_reward_zero_std=1.0, forced__loss=0.0))
     assert not found_by("gradient_zero", stream(5, grad_norm=lambda step: float(step == 4)))
 
 
-def test_references_are_expected_to_follow_on_time():
+def test_reference_still_counts_the_syncs_that_were_due():
     synced = stream(12, ref__syncs=lambda step: float(step // 3))
     assert not any(found_by("reference_still", synced[:n], sync_steps=3) for n in range(1, 13))
     assert found_by("reference_still", stream(8), sync_steps=3) and not found_by("reference_still", stream(8))
@@ -450,7 +450,7 @@ def test_references_are_expected_to_follow_on_time():
     assert not found_by("reference_differs", stream(4, ref__kl=0.01), copies_policy=False)
 
 
-def test_a_critic_that_stands_still():
+def test_critic_still_by_explained_variance_or_missing_gradient():
     assert found_by("critic_still", stream(4, value__explained_variance=0.0))
     assert not found_by("critic_still", stream(3, value__explained_variance=0.0))
     assert found_by("critic_still", stream(4, value__grad_norm=...))
@@ -458,14 +458,14 @@ def test_a_critic_that_stands_still():
     assert not found_by("critic_still", stream(4, **none))
 
 
-def test_fewer_calls_for_more_reward_are_no_fading():
+def test_fewer_calls_with_more_reward_are_no_fading():
     calls = {"tools__call_frequency": lambda step: 3.0 if step < 30 else 1.0}
     assert not found_by("tool_use_fading", stream(40, reward=lambda step: step / 40, **calls))
     assert found_by("tool_use_fading", stream(40, reward=lambda step: 1 - step / 80, **calls))
     assert not found_by("tool_use_fading", stream(40, forced__loss=lambda step: 0.1 if step < 30 else ..., **calls))
 
 
-def test_what_cuts_rollouts_off_is_named():
+def test_truncated_names_what_cut_the_rollouts_off():
     for reason, words in (("tool_limit", "max_tool_calling_iterations"), ("parse_errors", "parse_error_budget")):
         finding = RULES["truncated"].check(
             stream(4, completions__clipped_ratio=0.9, **{f"rollout__stop__{reason}": 0.9}), RunFacts()
@@ -473,7 +473,7 @@ def test_what_cuts_rollouts_off_is_named():
         assert words in finding.message and "90%" in finding.message
 
 
-def test_every_message_says_what_why_and_what_to_do():
+def test_every_message_names_the_fault_its_cause_and_the_remedy():
     seen = set()
     for rule, (sick, _) in BOTH_WAYS.items():
         name, value = sick[0]
@@ -483,7 +483,7 @@ def test_every_message_says_what_why_and_what_to_do():
     assert len(seen) == len(BOTH_WAYS)
 
 
-def test_a_monitor_says_when_a_fault_begins_and_when_it_is_over():
+def test_a_monitor_reports_the_start_and_the_end_of_a_fault():
     monitor = HealthMonitor([Rule("kl_runaway", RULES["kl_runaway"].check)], RunFacts())
     kl = [0.1] * 3 + [0.9] * 4 + [0.1, 0.9, 0.9, 0.9] + [0.1] * 9 + [0.9] * 3
     said = [(line["step"], line["level"]) for step in stream(len(kl), kl=kl) for line in monitor.step(step)]
@@ -493,7 +493,7 @@ def test_a_monitor_says_when_a_fault_begins_and_when_it_is_over():
     assert still_open([{"rule": rule, "level": level} for rule, level in lines]) == ["b"]
 
 
-def test_correlations_are_those_within_groups():
+def test_correlation_is_computed_within_groups():
     rewards, lengths = [1.0, 2, 3, 4, 11, 12, 13, 14], [8.0, 6, 4, 2, 8, 6, 4, 2]
     assert correlation_within_groups(rewards, lengths, 4) == pytest.approx(-1)
     together = correlation_within_groups(rewards, [1.0, 2, 3, 4, 4, 3, 2, 1], 4)
@@ -509,7 +509,7 @@ def test_correlations_are_those_within_groups():
     assert correlation_within_groups(rewards.tolist(), values.tolist(), 4) == pytest.approx(expected)
 
 
-def test_lines_are_json(monkeypatch, tmp_path):
+def test_health_lines_are_json(monkeypatch, tmp_path):
     trainer = start(tmp_path, monkeypatch, max_steps=3)
     nan_gradient(trainer, monkeypatch)
     trainer.train()

@@ -138,7 +138,7 @@ def test_a_long_run_costs_a_rule_no_more_and_hides_nothing():
 
 
 @pytest.mark.parametrize("reused", [1, 2, 3])
-def test_a_slow_fade_is_seen_whatever_lies_between(reused):
+def test_a_slow_fade_is_seen_in_a_thinned_window(reused):
     """Tool use that halves over 2,000 steps, far more than the window holds, from a peak in the middle of the run."""
 
     def change(step, entry, generator):
@@ -151,7 +151,7 @@ def test_a_slow_fade_is_seen_whatever_lies_between(reused):
     assert set(found) == {"tool_use_fading"} and 2000 < found["tool_use_fading"] < 2800
 
 
-def test_a_resumed_monitor_sees_what_one_that_was_not_interrupted_sees():
+def test_a_resumed_monitor_has_the_window_of_an_uninterrupted_one():
     steps = list(simulate(Kind(8, 4), 1, 900))
     whole, resumed = (HealthMonitor(list(RULES.values()), facts_of(Kind(8, 4))) for _ in range(2))
     for entry in steps:
@@ -227,7 +227,7 @@ def test_a_scaled_loss_may_overflow_and_others_may_not():
     assert rule(stream(1, loss=None), RunFacts(loss_scaling=True)) is not None
 
 
-def test_causes_are_those_that_the_figures_show():
+def test_messages_name_the_cause_that_the_metrics_show():
     def message(rule, entry, **facts):
         return RULES[rule].check([{"step": 1, "reward": 0.5, **entry}], RunFacts(**facts)).message
 
@@ -243,7 +243,7 @@ def test_causes_are_those_that_the_figures_show():
     assert RULES["reference_differs"].check([{"step": 1, "ref/kl": 0.2, **gap}], RunFacts()) is not None
 
 
-def test_no_entropy_at_all_is_that_of_masked_rollouts():
+def test_entropy_of_exactly_zero_is_no_collapse():
     rule = RULES["entropy_collapse"].check
     assert rule(stream(4, entropy=0.0), RunFacts()) is None and rule(stream(4, entropy=1e-5), RunFacts()) is not None
 
@@ -269,7 +269,7 @@ def test_few_groups_without_a_spread_are_an_accident():
     assert stands(3, RunFacts(), **differ)
 
 
-def test_chances_are_those_of_the_binomial_distribution():
+def test_binomial_tail_against_known_values():
     for total in (1, 7, 60, 500):
         for share in (Fraction(1, 20), Fraction(1, 3), Fraction(9, 10)):
             terms = [math.comb(total, n) * share**n * (1 - share) ** (total - n) for n in range(total + 1)]

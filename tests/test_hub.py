@@ -20,7 +20,6 @@ import pytest
 import torch
 import transformers
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from conftest import add, chat_tokenizer, config, prompts, tiny_model
 from hub_server import TOKEN, USER, _Handler, hub
@@ -28,13 +27,11 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM, TrainerCallback
-from trl import GRPOTrainer
 
 from trl_toolgrpo import CheckpointSaveError, HubPushError, MCPServer, ToolGRPOTrainer, ValueHead, ValueHeadError
 from trl_toolgrpo.config import changed_fields
-from trl_toolgrpo.model_card import bars, command, compose, configuration, curves, tools
+from trl_toolgrpo.model_card import bars, curves, launcher, machines
 from trl_toolgrpo.redaction import SECRET, config_secrets, masked, masked_arguments
-from trl_toolgrpo.run_card import launcher, machines
 
 
 NAME = "run"
@@ -132,7 +129,7 @@ def test_a_pushed_run_loads_anywhere(server, base, tmp_path, monkeypatch):
     assert tokenizer.chat_template == trainer.processing_class.chat_template
 
 
-def test_the_card_tells_of_the_run(server, base, tmp_path, monkeypatch):
+def test_the_pushed_card_describes_the_run_without_secrets(server, base, tmp_path, monkeypatch):
     secret = "value of a secret variable"
     monkeypatch.setenv("WEATHER_API_KEY", secret)
     monkeypatch.setattr(sys, "argv", ["recipes/train.py", "--note", f"{secret}|", "--wandb_api_key", "short"])
@@ -158,7 +155,7 @@ def test_the_card_tells_of_the_run(server, base, tmp_path, monkeypatch):
     assert MCPServer(**servers["weather"]).redactor.text("what-nobody-may-know") == "[secret]"
 
 
-def test_what_the_configuration_has_in_confidence_is_not_pushed(server, base, tmp_path, monkeypatch):
+def test_secrets_of_the_configuration_are_not_pushed(server, base, tmp_path, monkeypatch):
     """Neither with the card nor with a checkpoint; the run goes on with it."""
     token, password = "hf_of_the_configuration", "passw0rd"
     given = {"dtype": torch.float32, "token": token}
@@ -245,7 +242,7 @@ def test_checkpoints_that_are_being_uploaded_are_known(server, base, tmp_path, s
 
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
-def test_a_limit_of_checkpoints_loses_no_upload(server, base, tmp_path, strategy, monkeypatch, caplog):
+def test_save_total_limit_waits_for_uploads(server, base, tmp_path, strategy, monkeypatch, caplog):
     """The first is uploaded still when the second and third are saved, and the limit would remove it."""
     arrived = hold(monkeypatch)
     options = {"save_total_limit": 1, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
@@ -259,7 +256,7 @@ def test_a_limit_of_checkpoints_loses_no_upload(server, base, tmp_path, strategy
 
 
 def test_training_ends_when_the_upload_has(server, base, tmp_path, monkeypatch):
-    """What TRL then removes beside the best checkpoint is on the Hub."""
+    """The checkpoints that TRL then removes, all but the best, are on the Hub."""
     arrived, seen = hold(monkeypatch), []
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "hub_strategy": "checkpoint"}
     trainer = start(base, tmp_path / NAME, **options)
@@ -272,7 +269,7 @@ def test_training_ends_when_the_upload_has(server, base, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("gone", [False, True])
-def test_a_folder_that_is_gone_is_not_said_to_be_there(server, base, tmp_path, gone, monkeypatch, caplog):
+def test_a_failed_background_push_names_only_an_existing_folder(server, base, tmp_path, gone, monkeypatch, caplog):
     trainer = start(base, tmp_path / NAME, save_strategy="no", hub_strategy="checkpoint", max_steps=1)
     folder = tmp_path / NAME / "checkpoint-1"
     (folder / "part").mkdir(parents=True)
@@ -380,13 +377,12 @@ def test_without_a_network_the_run_goes_on(server, base, tmp_path, caplog, monke
 
 
 def let_pushes_fail(monkeypatch, error):
-    """Have TRL's pushes raise an error."""
+    """Have the client raise an error."""
 
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(GRPOTrainer, "push_to_hub", fail)
-    monkeypatch.setattr(GRPOTrainer, "init_hf_repo", fail)
+    monkeypatch.setattr(HfApi, "create_repo", fail)
 
 
 @pytest.mark.parametrize(
@@ -398,7 +394,7 @@ def let_pushes_fail(monkeypatch, error):
     ],
     ids=lambda error: type(error).__name__,
 )  # fmt: skip
-def test_what_the_hub_did_not_take_is_told_as_that(base, tmp_path, monkeypatch, caplog, error):
+def test_network_and_disk_errors_raise_hub_push_error(base, tmp_path, monkeypatch, caplog, error):
     trainer = start(base, tmp_path / NAME, push_to_hub=False, save_strategy="no")
     let_pushes_fail(monkeypatch, error)
     trainer.init_hf_repo()
@@ -415,7 +411,7 @@ def test_what_the_hub_did_not_take_is_told_as_that(base, tmp_path, monkeypatch, 
     ],
     ids=lambda error: type(error).__name__,
 )  # fmt: skip
-def test_a_fault_of_the_program_is_not_blamed_on_the_hub(base, tmp_path, monkeypatch, caplog, error):
+def test_bugs_propagate_unchanged_from_a_push(base, tmp_path, monkeypatch, caplog, error):
     trainer = start(base, tmp_path / NAME, push_to_hub=False, save_strategy="no")
     let_pushes_fail(monkeypatch, error)
     for push in (trainer.init_hf_repo, trainer.push_to_hub):
@@ -424,7 +420,7 @@ def test_a_fault_of_the_program_is_not_blamed_on_the_hub(base, tmp_path, monkeyp
     assert "The Hub did not take" not in caplog.text
 
 
-def test_an_error_of_the_storage_behind_the_hub_is_told_as_that(server, base, tmp_path, monkeypatch):
+def test_an_error_of_the_hubs_storage_raises_hub_push_error(server, base, tmp_path, monkeypatch):
     """The client raises it as a plain `RuntimeError`."""
     trainer = start(base, tmp_path / NAME, save_strategy="no")
 
@@ -487,16 +483,18 @@ def test_bars_and_curves():
     assert bars([0.0, 1.0, 2.0, 7.0]) == "▁▂▃█"
     assert bars([3.0, 3.0]) == "▁▁" and len(bars([float(i) for i in range(1000)])) == 30
     log = [{"step": 1, "reward": 0.0, "loss": 1.5, "learning_rate": 1.0}, {"step": 5, "reward": 2.0, "eval_reward": 3}]
-    text = curves(log)
-    assert "Optimizer steps 1 to 5." in text and "learning_rate" not in text
-    assert "| `reward` | 0 | 2 | 0 | 2 | ▁█ |" in text and "| `eval_reward` | 3 | 3 | 3 | 3 | ▁ |" in text
-    assert "Nothing was logged" in curves([{"train_runtime": 3.0, "step": 2}, {"step": 3, "loss": float("nan")}])
+    assert curves(log) == [
+        ["`eval_reward`", "3", "3", "3", "3", "▁"],
+        ["`loss`", "1.5", "1.5", "1.5", "1.5", "▁"],
+        ["`reward`", "0", "2", "0", "2", "▁█"],
+    ]
+    assert curves([{"train_runtime": 3.0, "step": 2}, {"step": 3, "loss": float("nan")}]) == []
 
 
-def test_command_keeps_secrets_back():
+def test_option_values_that_are_secret_are_masked():
     given = ["a.py", "--hub_token=x", "--api_key", "y", "--steps", "3", "--secret", "--flag", "a b"]
     shown = "a.py '--hub_token=[secret]' --api_key '[secret]' --steps 3 --secret --flag 'a b'"
-    assert f"torchrun --nproc_per_node 2 {shown}\n" in command(["torchrun", "--nproc_per_node", "2"], given)
+    assert shlex.join(masked_arguments(given)) == shown
 
 
 def test_a_command_line_is_shown_without_secrets():
@@ -505,7 +503,6 @@ def test_a_command_line_is_shown_without_secrets():
     assert masked_arguments(given) == [*shown, "http://["]
     plain = ["--max_tokens", "5", "--tokenizer=x", "--eos_token", "<|im_end|>", '{"a":1}', "https://x.org/#part"]
     assert masked_arguments(plain) == plain
-    assert "On each of 2 machines" in command(["torchrun"], plain, 2) and "machines" not in command(["python"], plain)
 
 
 def test_a_configuration_is_shown_without_secrets():
@@ -534,78 +531,91 @@ def test_a_configuration_is_shown_without_secrets():
     }  # fmt: skip
 
 
-def test_what_is_no_plain_value_is_shown_in_words(tmp_path):
-    shown = configuration(changed_fields(config(tmp_path, model_init_kwargs={"where": Path("x"), "ends": (1, 2)})))
-    assert "model_init_kwargs:\n  ends:\n  - 1\n  - 2\n  where: x\n" in shown
+def test_paths_and_tuples_of_the_configuration_become_plain_values(tmp_path):
+    shown = changed_fields(config(tmp_path, model_init_kwargs={"where": Path("x"), "ends": (1, 2)}))
+    assert shown["model_init_kwargs"] == {"where": "x", "ends": [1, 2]}
 
 
-def environment_of(words, monkeypatch):
-    """What `accelerate launch` tells the processes it starts."""
+def launched(words, monkeypatch):
+    """The variables of a process that `accelerate launch` starts, as they are set here."""
     assert words[:2] == ["accelerate", "launch"]
+    for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_"))]:
+        monkeypatch.delenv(name)
     filled = ["1" if word == "MACHINE_RANK" else word for word in words[2:]]
     arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args([*filled, "train.py"]))
     arguments.deepspeed_fields_from_accelerate_config = ""
     made = prepare_deepspeed_cmd_env(arguments)[1] if arguments.use_deepspeed else prepare_multi_gpu_env(arguments)
     for name, value in made.items():
         monkeypatch.setenv(name, value)
-    return arguments
+    found = {name: value for name, value in made.items() if name.startswith(("FSDP_", "ACCELERATE_"))}
+    return arguments, found
+
+
+def words_of(options):
+    return [word for name, value in options.items() for word in (f"--{name}", value)]
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT"},
-        {"reshard_after_forward": False, "cpu_offload": True, "activation_checkpointing": True},
-        {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 7, "cpu_ram_efficient_loading": True},
-        {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_cls_names_to_wrap": ["A", "B"]},
+        {"fsdp_version": "2", "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
+        {"fsdp_version": "2", "fsdp_reshard_after_forward": "false", "fsdp_offload_params": "true"},
+        {"fsdp_version": "2", "fsdp_activation_checkpointing": "true", "fsdp_state_dict_type": "FULL_STATE_DICT"},
+        {"fsdp_version": "1", "fsdp_auto_wrap_policy": "SIZE_BASED_WRAP", "fsdp_min_num_params": "7"},
+        {
+            "fsdp_version": "2", "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "fsdp_transformer_layer_cls_to_wrap": "A,B",
+        },
     ],
-)
-def test_the_command_shards_as_fsdp_did(options, monkeypatch):
-    monkeypatch.setenv("FSDP_VERSION", "0")  # is put back with the others
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **options)
-    words = launcher(4, 1, fsdp=plugin)
-    assert words[2:7] == ["--num_processes", "4", "--use_fsdp", "--fsdp_version", "2"]
-    environment_of(words, monkeypatch)
-    again = FullyShardedDataParallelPlugin()
-    for name in ("fsdp_version", "state_dict_type", "min_num_params", "cpu_ram_efficient_loading", *options):
-        assert getattr(again, name) == getattr(plugin, name), name
-    assert again.auto_wrap_policy == plugin.auto_wrap_policy and again.cpu_offload == plugin.cpu_offload
+)  # fmt: skip
+def test_the_command_restores_the_fsdp_options(options, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    begin = ["accelerate", "launch", "--num_processes", "4", "--use_fsdp"]
+    _, first = launched([*begin, *words_of(options)], monkeypatch)
+    words = launcher(4, "fsdp")
+    assert words[:5] == begin
+    for name, value in options.items():
+        assert f"--{name} {value}" in " ".join(words) or value == launch_command_parser().get_default(name)
+    assert launched(words, monkeypatch)[1] == first
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"zero_stage": 1},
-        {"zero_stage": 2, "offload_optimizer_device": "cpu"},
-        {"zero_stage": 3, "zero3_save_16bit_model": True, "offload_param_device": "cpu"},
-        {"zero_stage": 3, "zero3_init_flag": False},
+        {"zero_stage": "1"},
+        {"zero_stage": "2", "offload_optimizer_device": "cpu"},
+        {"zero_stage": "3", "zero3_save_16bit_model": "true", "offload_param_device": "cpu"},
+        {"zero_stage": "3", "zero3_init_flag": "false"},
+        {"deepspeed_config_file": "ds.json"},
     ],
 )
-def test_the_command_shards_as_deepspeed_did(options, monkeypatch):
-    plugin = DeepSpeedPlugin(**options)
-    words = launcher(16, 2, deepspeed=plugin)
-    several = "--num_machines 2 --machine_rank MACHINE_RANK --main_process_ip FIRST_MACHINE"
-    assert f"--num_processes 16 {several} --use_deepspeed" in " ".join(words)
-    arguments = environment_of(words, monkeypatch)
+def test_the_command_restores_the_deepspeed_options(options, monkeypatch):
+    several = ["--num_machines", "2", "--machine_rank", "MACHINE_RANK", "--main_process_ip", "FIRST_MACHINE"]
+    standard = ["--use_deepspeed", "--deepspeed_multinode_launcher", "standard"]
+    begin = ["accelerate", "launch", "--num_processes", "16", *several, *standard]
+    _, first = launched([*begin, *words_of(options)], monkeypatch)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    words = launcher(16, "deepspeed")
+    assert words[: len(begin)] == begin
+    for name, value in options.items():
+        assert f"--{name} {value}" in " ".join(words)
+    arguments, again = launched(words, monkeypatch)
     assert (arguments.nnodes, arguments.nproc_per_node, arguments.node_rank) == ("2", "8", 1)
-    again = DeepSpeedPlugin()
-    for name in ("zero_stage", "zero3_init_flag", "zero3_save_16bit_model", "offload_optimizer_device", *options):
-        assert getattr(again, name) == getattr(plugin, name), name
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds.json")
-    assert launcher(2, deepspeed=plugin)[4:] == ["--use_deepspeed", "--deepspeed_config_file", "ds.json"]
+    assert again == first
 
 
-def test_the_command_says_on_how_many_machines(monkeypatch):
+def test_the_command_names_the_number_of_machines(server, base, tmp_path, monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert machines(16) == 1 and launcher(1) == ["python"]
     assert launcher(2) == ["torchrun", "--nproc_per_node", "2"]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert machines(16) == 2 and machines(8) == 1
     nodes = ["--nnodes", "2", "--node_rank", "MACHINE_RANK", "--master_addr", "FIRST_MACHINE"]
-    assert launcher(16, 2) == ["torchrun", *nodes, "--nproc_per_node", "8"]
-
-
-def test_sections_without_content():
-    assert tools([]) == "## Tools\n\nNone."
-    assert "tools of its own" in tools([], decided_at_reset=True)
-    assert compose("no known heading", "# Title", ["one", ""], {"x": "1"}) == "# Title\n\none\n"
+    assert launcher(16) == ["torchrun", *nodes, "--nproc_per_node", "8"]
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    trainer = start(base, tmp_path / NAME, push_to_hub=False)
+    for count in (1, 2):
+        monkeypatch.setattr("trl_toolgrpo.model_card.machines", lambda processes, count=count: count)
+        trainer.create_model_card()
+        card = (tmp_path / NAME / "README.md").read_text(encoding="utf-8")
+        assert ("On each of 2 machines, with its number" in card) == (count == 2)

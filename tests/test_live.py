@@ -71,10 +71,10 @@ def test_tensorboard_gets_conversations_and_faults_as_text(monkeypatch, tmp_path
 
 def test_the_best_and_the_worst_rollouts_are_shown(monkeypatch, tmp_path):
     trainer = start(tmp_path, monkeypatch, max_steps=1)
-    assert trainer._worth_a_look([0.5, 3.0, float("nan"), 1.0, -1.0, 2.0]) == [2, 4, 5, 1]
-    assert trainer._worth_a_look([1.0, 0.0]) == [1, 0]
+    assert live_module.extreme_rows([0.5, 3.0, float("nan"), 1.0, -1.0, 2.0]) == [2, 4, 5, 1]
+    assert live_module.extreme_rows([1.0, 0.0]) == [1, 0]
     trainer.train()
-    assert trainer._shown == []  # nobody looks
+    assert not trainer._conversations  # nobody looks
 
 
 class Terminal(io.StringIO):
@@ -92,15 +92,15 @@ def test_progress_has_phases_speed_and_time_left(monkeypatch, tmp_path):
     trainer = start(tmp_path, monkeypatch, disable_tqdm=False)
     kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
     assert RolloutProgress in kinds and ProgressCallback not in kinds
-    phases, show = [], progress._show
-    monkeypatch.setattr(progress, "_show", lambda **changes: (phases.append(changes), show(**changes)))
+    phases, show = [], progress._update
+    monkeypatch.setattr(progress, "_update", lambda **changes: (phases.append(changes), show(**changes)))
     trainer.train()
     assert phases[:3] == [{"description": "rollout"}, {"description": "update "}, {"completed": 1}]
     drawn = screen.getvalue()
     assert "4/4" in drawn and "tokens/s" in drawn and "0:00:" in drawn
 
 
-def test_progress_ends_with_a_run_that_fails(monkeypatch, tmp_path):
+def test_progress_stops_when_training_fails(monkeypatch, tmp_path):
     def failing(completion_ids, **kwargs):
         raise RuntimeError("the judge is gone")
 

@@ -103,7 +103,7 @@ def test_a_tracker_that_begins_to_fail_later_ends_no_run(tmp_path, monkeypatch, 
     assert trainer.state.global_step == 3 and len(said(caplog, "Later failed in `on_log`")) == 1
 
 
-def test_a_tracker_begins_anew_in_another_run(tmp_path, monkeypatch):
+def test_a_muted_tracker_is_called_again_in_the_next_run(tmp_path, monkeypatch):
     class Once(Broken):
         events = ("on_train_begin",)
 
@@ -137,7 +137,7 @@ def test_ctrl_c_in_a_tracker_ends_the_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [PrinterCallback, RolloutProgress, TrackioCallback])
-def test_what_draws_a_run_is_guarded_once(kind):
+def test_reporting_callbacks_are_guarded_once(kind):
     callback, failures = kind(), LogFailures()
     failures.guard(callback)
     first = callback.on_log
@@ -186,7 +186,7 @@ def test_one_batch_that_cannot_be_logged_leaves_the_others(tmp_path, monkeypatch
     assert {row["step"] for row in read_rollouts(tmp_path)} == {0, 2}
 
 
-def test_the_error_of_a_run_is_not_hidden_by_its_log(tmp_path, monkeypatch):
+def test_a_reward_error_is_raised_although_the_log_fails_too(tmp_path, monkeypatch):
     def reward(completions, trainer_state, **kwargs):
         if trainer_state.global_step == 1:
             raise KeyError("the reward's own")
@@ -198,7 +198,7 @@ def test_the_error_of_a_run_is_not_hidden_by_its_log(tmp_path, monkeypatch):
         trainer.train()
 
 
-def test_figures_that_are_no_data_end_no_run(tmp_path, monkeypatch, caplog):
+def test_metrics_that_json_cannot_hold_do_not_end_the_run(tmp_path, monkeypatch, caplog):
     trainer = start(tmp_path, monkeypatch)
     log = ToolGRPOTrainer.log
     odd = {"half": "\ud83d", "object": object(), "cycle": (cycle := {})}
@@ -221,14 +221,14 @@ def test_a_health_rule_that_fails_ends_no_run(tmp_path, monkeypatch, caplog):
     trainer = start(tmp_path, monkeypatch)
     monkeypatch.setattr("trl_toolgrpo.health.HealthMonitor.step", fail)
     trainer.train()
-    (record,) = said(caplog, "The health rules could not be asked")
+    (record,) = said(caplog, "The health rules could not be run")
     assert trainer.state.global_step == 3 and record.exc_info
 
 
 @pytest.mark.parametrize("error", [fail, refuse])
 def test_a_model_card_that_cannot_be_written_ends_no_run(error, tmp_path, monkeypatch, caplog):
     trainer = start(tmp_path, monkeypatch, save_strategy="steps", save_steps=1)
-    monkeypatch.setattr("trl_toolgrpo.run_card.ModelCard.load", error)
+    monkeypatch.setattr("trl_toolgrpo.model_card.ModelCard.load", error)
     trainer.train()
     trainer.create_model_card()
     assert trainer.state.global_step == 3 and (tmp_path / "checkpoint-3").is_dir()
@@ -248,7 +248,7 @@ def test_a_tracker_of_conversations_that_fails_ends_no_run(broken, tmp_path, mon
     assert len(list((tmp_path / "completions").glob("*.parquet"))) == 4
 
 
-def test_lines_of_the_package_hold_no_secret(tmp_path, monkeypatch, caplog):
+def test_log_records_hold_no_secret(tmp_path, monkeypatch, caplog):
     """Neither what a tracker says, nor its traceback, nor what a reward function logs."""
     monkeypatch.setenv("JUDGE_API_KEY", "sk-hush-123456")
 

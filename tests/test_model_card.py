@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from trl import GRPOConfig
 
 from trl_toolgrpo import ToolGRPOConfig, ToolGRPOTrainer
-from trl_toolgrpo.model_card import bars, curves, usage
+from trl_toolgrpo.model_card import bars, curves
 
 
 def find(city: str, days: int = 1) -> str:
@@ -59,7 +59,7 @@ def code_of(card):
 
 
 def pasted(card):
-    """What the code of a card leaves behind when it is run, and what it prints."""
+    """The names that the code of a card defines, and what it prints."""
     left, said = {}, io.StringIO()
     with contextlib.redirect_stdout(said):
         for block in code_of(card):
@@ -170,17 +170,32 @@ def test_a_card_names_the_folder_it_lies_in(base, tmp_path, monkeypatch, relativ
     assert trainer.args.output_dir == ("runs/out" if relative else str(tmp_path / "runs" / "out"))
 
 
-def test_options_of_the_base_model_are_in_the_code():
-    options = {"revision": "abc", "trust_remote_code": True}
-    text = usage("me/run", "you/base", [], {}, adapter=True, base_options=options)
-    assert 'from_pretrained("you/base", revision=\'abc\', trust_remote_code=True)' in text
-    assert 'AutoTokenizer.from_pretrained("me/run", trust_remote_code=True)' in text
-    text = usage("me/run", None, [], {}, adapter=True)
-    assert 'PeftConfig.from_pretrained("me/run").base_model_name_or_path' in text
-    text = usage("me/run", None, [], {}, multimodal=True)
-    assert 'AutoProcessor.from_pretrained("me/run")' in text and "**inputs" in text
-    for case in (usage("a\"b\\c", "d", [{"x": None}], {"enable_thinking": False, "class": 1}), text):
-        compile("\n".join(code_of(case)), "card", "exec")
+def test_options_of_the_base_model_are_in_the_code(base, tmp_path):
+    trainer = start(base, tmp_path, tools=[find])
+    assert f'PeftConfig.from_pretrained("{tmp_path}").base_model_name_or_path' in card_of(trainer)
+    trainer.model.config._name_or_path, trainer.args.push_to_hub, trainer.hub_model_id = "you/base", True, "me/run"
+    trainer.args.model_init_kwargs = {"revision": "abc", "trust_remote_code": True, "dtype": "float32"}
+    card = card_of(trainer)
+    assert 'from_pretrained("you/base", revision=\'abc\', trust_remote_code=True)' in card
+    assert 'AutoTokenizer.from_pretrained("me/run", trust_remote_code=True)' in card
+    compile("\n".join(code_of(card)), "card", "exec")
+
+
+def test_a_multimodal_card_names_classes_that_exist(base, tmp_path):
+    trainer = start(base, tmp_path, lora=False, tools=[find])
+    trainer._is_vlm = True
+    card = card_of(trainer)
+    assert f'AutoProcessor.from_pretrained("{tmp_path}")' in card and "**inputs" in card
+    compile("\n".join(code_of(card)), "card", "exec")
+    for name in re.search(r"from transformers import (.*)", card)[1].split(", "):
+        assert hasattr(transformers, name)
+
+
+def test_the_card_of_a_run_without_tools_says_so(base, tmp_path):
+    trainer = start(base, tmp_path)
+    assert "## Tools\n\nNone.\n\n## Rewards" in card_of(trainer) and "Nothing was logged." in card_of(trainer)
+    trainer._toolset.decided_at_reset = True
+    assert "## Tools\n\nEach rollout had tools of its own" in card_of(trainer)
 
 
 # The method
@@ -198,7 +213,7 @@ def test_options_of_the_base_model_are_in_the_code():
         ({"loss_type": "dapo", "importance_sampling_level": "sequence"}, {"2402.03300", "2503.14476", "2507.18071"}),
     ],
 )
-def test_the_method_is_that_of_each_paper_it_is_from(base, tmp_path, changes, papers):
+def test_the_card_cites_the_paper_of_each_method(base, tmp_path, changes, papers):
     trainer = start(base, tmp_path, **changes)
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
@@ -211,7 +226,7 @@ def test_the_method_is_that_of_each_paper_it_is_from(base, tmp_path, changes, pa
 
 
 def configuration_of(card):
-    return yaml.safe_load(re.search(r"What differs from the defaults:\n\n```yaml\n(.*?)\n```", card, re.DOTALL)[1])
+    return yaml.safe_load(re.search(r"What differs from the defaults:\n\n````yaml\n(.*?)\n````", card, re.DOTALL)[1])
 
 
 BARE = {"use_cpu": True, "bf16": False}
@@ -251,7 +266,7 @@ def same(usual, value):
     return usual == value or (value, usual) in [("none", []), (True, "group"), (None, "auto")]
 
 
-def test_what_is_changed_before_the_trainer_takes_it_is_set_too(base, tmp_path):
+def test_fields_changed_after_construction_are_listed(base, tmp_path):
     args = config(tmp_path)
     args.learning_rate, args.eval_on_start = 0.5, True
     trainer = ToolGRPOTrainer(str(base), reward, args, prompts(4), prompts(4))
@@ -265,7 +280,7 @@ def test_what_is_changed_before_the_trainer_takes_it_is_set_too(base, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [ToolGRPOConfig, GRPOConfig])
-def test_the_settings_of_a_run_are_those_of_its_card(base, tmp_path, kind):
+def test_run_json_and_the_card_list_the_same_settings(base, tmp_path, kind):
     changes = {"accelerator_config": {"split_batches": False, "even_batches": False}, "learning_rate": 1e-4}
     args = kind(str(tmp_path), **BARE, report_to="none", max_steps=1, max_completion_length=4, **changes)
     ToolGRPOTrainer(str(base), reward, args, prompts(8)).train()
@@ -291,7 +306,7 @@ def figures(folder, name):
 
 @pytest.mark.parametrize("save_strategy", ["no", "steps"])
 @pytest.mark.parametrize("saves", ["before", "after", "never"])
-def test_the_card_has_the_last_evaluation(base, tmp_path, save_strategy, saves):
+def test_the_card_includes_the_last_evaluation(base, tmp_path, save_strategy, saves):
     changes = {"save_strategy": save_strategy, "save_steps": 1, "eval_strategy": "no", "eval_on_start": True}
     trainer = start(base, tmp_path, eval_dataset=prompts(4), max_steps=2, learning_rate=0.1, **changes)
     trainer.train()
@@ -315,7 +330,7 @@ def test_an_evaluation_without_training_writes_no_card(base, tmp_path):
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("save_strategy", ["no", "steps"])
 @pytest.mark.parametrize("page", ["# My project\n\nIt uses trl_toolgrpo.\n", "---\ntitle: mine\n---\n\xe9 page\n"])
-def test_a_page_that_is_no_card_is_left_alone(base, tmp_path, caplog, lora, save_strategy, page):
+def test_a_readme_that_is_no_card_is_left_alone(base, tmp_path, caplog, lora, save_strategy, page):
     file = tmp_path / "README.md"
     file.write_bytes(page.encode("latin-1"))
     trainer = start(base, tmp_path, lora, save_strategy=save_strategy, save_steps=1, eval_dataset=prompts(4))
@@ -331,7 +346,7 @@ def test_a_page_that_is_no_card_is_left_alone(base, tmp_path, caplog, lora, save
 
 def test_a_card_that_cannot_be_written_does_not_end_the_run(base, tmp_path, caplog, monkeypatch):
     trainer = start(base, tmp_path)
-    monkeypatch.setattr(trainer, "_sections", lambda *args: 1 / 0)
+    monkeypatch.setattr(trainer, "_card_facts", lambda *args: 1 / 0)
     trainer.train()
     assert trainer.state.global_step == 1 and "The model card could not be written" in caplog.text
     assert "ZeroDivisionError" in caplog.text
@@ -340,18 +355,13 @@ def test_a_card_that_cannot_be_written_does_not_end_the_run(base, tmp_path, capl
 # Curves that are flat
 
 
-def test_a_curve_of_rounding_is_level():
+def test_a_curve_that_only_rounding_moves_is_flat():
     noise = [1.0, 1 + 1e-7, 1 - 1e-7, 1.0, 1 + 2e-7]
     assert bars(noise) == "▁" * 5
     assert bars([9e-8, 2e-7, 1e-7], metric="ratio/std") == "▁" * 3
     assert bars([1e-6, 5e-7, 0.0], metric="learning_rate") == "█▅▁"
     assert bars([1.0, 1.001, 1.002]) == "▁▄█" and bars([1e5, 1e5 + 0.01]) == "▁▁"
     log = [{"step": step, "ratio/mean": x, "ratio/std": abs(x - 1), "reward": step} for step, x in enumerate(noise)]
-    text = curves(log)
-    assert re.search(r"`ratio/mean` .* ▁▁▁▁▁ \|", text) and re.search(r"`ratio/std` .* ▁▁▁▁▁ \|", text)
-    assert re.search(r"`reward` .* ▁\S+█ \|", text)
-
-
-def test_a_multimodal_card_names_classes_that_exist():
-    for name in re.findall(r"from transformers import (.*)", usage("a", "b", [], {}, multimodal=True)):
-        assert all(hasattr(transformers, kind) for kind in name.split(", "))
+    rows = {row[0]: row[-1] for row in curves(log)}
+    assert rows["`ratio/mean`"] == rows["`ratio/std`"] == "▁" * 5
+    assert rows["`reward`"][0] == "▁" and rows["`reward`"][-1] == "█"

@@ -256,7 +256,7 @@ def test_weights_that_do_not_move_raise_an_alarm(tmp_path, peft, estimator):
     assert "policy_still" in alarms(tmp_path)
 
 
-def test_rollouts_of_trl_are_watched_too(tmp_path):
+def test_rules_run_on_trls_own_rollouts(tmp_path):
     trainer = start(tmp_path, record_sample_logprobs=False)
     trainer.add_callback(Restore())
     trainer.train()

@@ -65,7 +65,7 @@ def figures(trainer):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_replayed_run_is_the_run_that_wrote_the_log(tmp_path, monkeypatch, name):
+def test_replay_gives_the_weights_of_the_logged_run(tmp_path, monkeypatch, name):
     """With dropout, whose noise is that of the log."""
     lora, changes = SETTINGS[name]
     first = start(tmp_path / "first", lora=lora, **changes)
@@ -100,7 +100,7 @@ def test_logs_of_another_shape_are_refused(logged, tmp_path):
         start(tmp_path, replay=str(logged), per_device_train_batch_size=8, steps_per_generation=1).train()
 
 
-def test_the_end_of_a_log_is_said(logged, tmp_path):
+def test_a_log_that_ends_early_is_refused_by_step(logged, tmp_path):
     with pytest.raises(RolloutLogError, match=r"no 000004-000.parquet, the batch of step 4; it holds .* 0 to 2"):
         start(tmp_path, replay=str(logged)).train()
 
@@ -153,14 +153,14 @@ def test_logs_of_earlier_versions_that_lack_batches_are_refused(tmp_path):
         again.train()
 
 
-def test_a_trainer_that_trains_again_writes_a_log_of_its_own(tmp_path):
+def test_training_again_after_replay_writes_its_own_log(tmp_path):
     trainer = start(tmp_path / "first", max_steps=3, save_strategy="no")
     trainer.train()
     trainer.train()
     assert [row["batch"] for row in read_rollouts(tmp_path / "first")] == [0] * 8 + [1] * 8
 
 
-def test_figures_can_be_changed_and_rollouts_stay(logged, tmp_path):
+def test_replay_with_another_loss_uses_the_same_rollouts(logged, tmp_path):
     """For debugging: other losses on the same rollouts."""
     trainer = start(tmp_path, never, replay=str(logged), max_steps=4, learning_rate=1e-4, log_completions=True)
     trainer.train()

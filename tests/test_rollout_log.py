@@ -182,7 +182,7 @@ def test_datasets_and_json_open_what_is_written(run):
     assert started["versions"]["torch"] == torch.__version__ and started["command"]
 
 
-def test_tool_calls_and_truth_of_a_conversation(monkeypatch, tmp_path):
+def test_a_logged_conversation_has_its_tool_calls_and_results(monkeypatch, tmp_path):
     script = [[tool_call("add", a=1, b=2), "3<|im_end|>"], ["no<|im_end|>"]]
     seen = []
 
@@ -208,7 +208,7 @@ def test_tool_calls_and_truth_of_a_conversation(monkeypatch, tmp_path):
     assert advantages == {0.0} and rows[0]["values"] is None
 
 
-def test_a_number_that_is_a_secret_elsewhere_and_half_an_emoji_can_be_read_back(monkeypatch, tmp_path, caplog):
+def test_a_secret_number_and_a_lone_surrogate_are_stored_readably(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("NODE_KEY", "100000")
     calls = [tool_call("add", a=100000, b=2), tool_call("add \ud800", **{"100000 \ud83d": "\ud83d"})]
     trainer = ToolGRPOTrainer(
@@ -227,7 +227,7 @@ def test_a_number_that_is_a_secret_elsewhere_and_half_an_emoji_can_be_read_back(
     assert said == ["The values of these environment variables are replaced by [secret] in logs: NODE_KEY."]
 
 
-def test_assisted_batches_say_so(tmp_path):
+def test_assisted_batches_are_marked(tmp_path):
     trainer = start(tmp_path, assist_warmup_steps=4, max_steps=8, advantage_estimator="group")
     trainer.train()
     rows = list(read_rollouts(tmp_path))
@@ -242,7 +242,7 @@ def test_assisted_batches_say_so(tmp_path):
     st.booleans(),
 )
 def test_tensors_are_kept_to_the_bit(lists, dtype, in_column):
-    """Signs of zero and NaN included, in a column or beside it."""
+    """Signs of zero and NaN included, in a column or next to it."""
     width = max(len(values) for values in lists) + 1
     tensor = torch.full((len(lists), width), -0.0)
     for row, values in zip(tensor, lists, strict=True):
@@ -261,7 +261,7 @@ def test_tensors_are_kept_to_the_bit(lists, dtype, in_column):
 
 @pytest.mark.parametrize("step", [2, 4, 7])
 def test_a_resumed_run_leaves_the_same_log(run, tmp_path, step):
-    """In the middle of a rollout batch and at its end; what came behind the checkpoint is dropped."""
+    """In the middle of a rollout batch and at its end; what came after the checkpoint is dropped."""
     resumed = start(tmp_path)
     (tmp_path / "rollouts").mkdir()
     for name in ("000004-000", "000008-000", "000012-001"):
@@ -278,7 +278,7 @@ def test_a_resumed_run_leaves_the_same_log(run, tmp_path, step):
     assert untimed(lines[0]) == untimed(lines[1])
 
 
-def test_a_run_that_fails_leaves_what_it_was_working_on(tmp_path):
+def test_a_failed_run_has_logged_its_current_batch(tmp_path):
     def failing(completion_ids, trainer_state, **kwargs):
         if trainer_state.global_step == 8:
             raise RuntimeError("the judge is gone")
@@ -304,7 +304,7 @@ def test_the_log_is_bounded(run, tmp_path):
     assert [path.name for path in log_files(tmp_path)] == ["000008-000.parquet", "000012-000.parquet"]
 
 
-def test_no_log_is_written_where_none_is_asked_for(tmp_path):
+def test_rollout_log_limit_zero_writes_no_log(tmp_path):
     start(tmp_path, max_steps=1, rollout_log_limit=0).train()
     assert not (tmp_path / "rollouts").exists() and (tmp_path / "metrics.jsonl").is_file()
     with pytest.raises(RolloutLogError, match=r"no rollout log in .*rollout_log_limit"):
@@ -313,7 +313,7 @@ def test_no_log_is_written_where_none_is_asked_for(tmp_path):
         config(tmp_path, rollout_log_limit=-1.0)
 
 
-def test_a_full_disk_ends_the_lines_and_not_the_run(tmp_path, monkeypatch, caplog):
+def test_a_full_disk_ends_the_json_lines_but_not_the_run(tmp_path, monkeypatch, caplog):
     """The disk takes what fits on it: half of the second line of the metrics, and none of the health."""
     full, written = errno.ENOSPC, []
 
@@ -337,7 +337,7 @@ def test_a_full_disk_ends_the_lines_and_not_the_run(tmp_path, monkeypatch, caplo
         assert len(said) == 1 and "No space left on device" in said[0]
 
 
-def test_files_of_others_beside_the_log_are_left_alone(tmp_path):
+def test_other_parquet_files_in_the_log_folder_are_left_alone(tmp_path):
     foreign = tmp_path / "rollouts" / "x-000.parquet"
     foreign.parent.mkdir()
     foreign.write_bytes(b"of somebody else")
@@ -345,7 +345,7 @@ def test_files_of_others_beside_the_log_are_left_alone(tmp_path):
     assert foreign.read_bytes() == b"of somebody else" and len(log_files(tmp_path)) == 1
 
 
-def test_a_disk_that_refuses_ends_the_log_and_not_the_run(tmp_path, monkeypatch, caplog):
+def test_a_refusing_disk_ends_the_rollout_log_but_not_the_run(tmp_path, monkeypatch, caplog):
     def full(table, path):
         raise OSError(28, "No space left on device")
 
@@ -358,7 +358,7 @@ def test_a_disk_that_refuses_ends_the_log_and_not_the_run(tmp_path, monkeypatch,
     assert len(said) == 1 and "No space left on device" in said[0]
 
 
-def test_logs_that_cannot_be_read_are_refused_in_words(run, tmp_path):
+def test_unreadable_logs_raise_rollout_log_error(run, tmp_path):
     good = read_table(log_files(run.args.output_dir)[0])
     with pytest.raises(RolloutLogError, match="it is no folder"):
         log_files(tmp_path / "nowhere")
@@ -380,7 +380,7 @@ def test_logs_that_cannot_be_read_are_refused_in_words(run, tmp_path):
         read_table(torn)
 
 
-def test_lines_behind_a_step_and_torn_ones_are_dropped(tmp_path):
+def test_cut_back_drops_later_and_torn_lines(tmp_path):
     file = tmp_path / "metrics.jsonl"
     for step in (1, 2, 3):
         add_line(file, {"step": step, "loss": float("nan"), "reward": 0.1})

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import chat_tokenizer, config, prompts, tiny_model
+from huggingface_hub import HfApi
 from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -80,7 +81,7 @@ def live_run(tmp_path):
         process.kill()
 
 
-def test_a_second_run_is_told_who_holds_the_folder_and_touches_nothing(tmp_path, live_run):
+def test_a_second_run_in_the_folder_is_refused_and_changes_nothing(tmp_path, live_run):
     folder = tmp_path / "run"
     before = contents(folder)
     holder = f"process {live_run.pid} on {socket.gethostname()}, since"
@@ -106,7 +107,7 @@ def test_the_folder_of_a_run_that_was_killed_is_free_at_once(tmp_path, live_run)
     assert resumed.state.global_step == 3 and not (folder / LOCK).exists()
 
 
-def test_a_process_that_was_forked_does_not_hold_the_folder(tmp_path):
+def test_a_forked_process_does_not_hold_the_lock(tmp_path):
     """As data loaders and tools are, which may live on where their run was killed."""
     lock = take_lock(tmp_path)
     ready, done = os.pipe(), os.pipe()
@@ -124,7 +125,7 @@ def test_a_process_that_was_forked_does_not_hold_the_folder(tmp_path):
     os.waitpid(child, 0)
 
 
-def test_two_runs_at_a_time_in_one_process_are_two_runs(tmp_path):
+def test_two_concurrent_runs_in_one_process_are_refused(tmp_path):
     found = []
 
     def begin():
@@ -148,7 +149,7 @@ def test_a_folder_is_free_again_after_an_error(tmp_path):
     assert resumed.state.global_step == 2
 
 
-def test_a_trainer_trains_again_and_two_trainers_one_after_the_other(tmp_path):
+def test_one_trainer_and_two_trainers_can_train_in_turn(tmp_path):
     first = start(tmp_path)
     first.train()
     first.train()
@@ -161,7 +162,7 @@ def test_a_trainer_trains_again_and_two_trainers_one_after_the_other(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES])
-def test_a_file_system_without_locks_is_told_of_once(tmp_path, monkeypatch, caplog, number):
+def test_a_file_system_without_locks_is_logged_once(tmp_path, monkeypatch, caplog, number):
     def refuse(*args):
         raise OSError(number, os.strerror(number))
 
@@ -174,13 +175,13 @@ def test_a_file_system_without_locks_is_told_of_once(tmp_path, monkeypatch, capl
     assert len(said) == 1 and str(tmp_path) in said[0] and os.strerror(number) in said[0]
 
 
-def test_a_platform_without_such_locks_is_told_of_once(tmp_path, monkeypatch, caplog):
+def test_a_platform_without_locks_is_logged_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "fcntl", None)
     assert take_lock(tmp_path) is None and take_lock(tmp_path) is None
     assert caplog.text.count("cannot be locked: ") == 1
 
 
-def test_a_lock_that_was_released_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+def test_a_lock_file_removed_before_locking_is_created_anew(tmp_path, monkeypatch):
     """Between the opening and the locking of its file, its holder has removed it."""
     holder, flock, taken = take_lock(tmp_path), fcntl.flock, []
 
@@ -210,11 +211,11 @@ def test_a_lock_that_was_released_meanwhile_is_taken_anew(tmp_path, monkeypatch)
         ({"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}, "node1:29500"),
     ],
 )
-def test_the_launcher_says_which_job_a_process_is_of(variables, expected):
+def test_job_id_of_each_launcher(variables, expected):
     assert job_id(variables) == expected
 
 
-def test_a_lock_of_the_same_job_on_another_machine_is_no_other_run(tmp_path, monkeypatch):
+def test_a_lock_of_the_same_job_on_another_machine_is_accepted(tmp_path, monkeypatch):
     """It was begun there before, and the file system has not seen yet that its machine is gone."""
     monkeypatch.setenv("SLURM_JOB_ID", "3")
     lock = take_lock(tmp_path)
@@ -228,7 +229,7 @@ def test_a_lock_of_the_same_job_on_another_machine_is_no_other_run(tmp_path, mon
     lock.release()
 
 
-def test_a_holder_that_has_not_said_who_it_is_is_another_process(tmp_path):
+def test_an_empty_lock_file_is_held_by_another_process(tmp_path):
     lock = take_lock(tmp_path)
     (tmp_path / LOCK).write_text("{")
     with pytest.raises(OutputFolderInUseError, match="writes to: another process"):
@@ -342,7 +343,7 @@ def test_an_earlier_run_stays_whole_where_a_move_is_cut_off(tmp_path, monkeypatc
         assert contents(tmp_path / "earlier-run-1") == before and len(list(tmp_path.glob("*earlier-run*"))) == 1
 
 
-def test_what_others_wrote_after_a_move_was_cut_off_is_kept_apart(tmp_path):
+def test_files_written_after_an_interrupted_move_are_kept_apart(tmp_path):
     start(tmp_path, max_steps=1).train()
     (tmp_path / "_earlier-run-1" / "checkpoint-1").mkdir(parents=True)
     (tmp_path / "_earlier-run-1" / "checkpoint-1" / "trainer_state.json").write_text("of the first")
@@ -365,7 +366,7 @@ def test_a_checkpoint_that_is_a_link_is_of_its_folder(tmp_path, asked_for):
     assert trainer.state.global_step == 3 and not (folder / "earlier-run-1").exists()
 
 
-def test_a_run_that_is_over_adds_nothing_to_the_next_one(tmp_path):
+def test_an_ended_run_adds_nothing_to_the_next_one(tmp_path):
     first = start(tmp_path, max_steps=1)
     first.train()
     start(tmp_path, max_steps=1).train()
@@ -404,8 +405,8 @@ def test_a_run_resumed_from_elsewhere_deletes_nothing_of_another(tmp_path):
     assert not (tmp_path / "two" / "earlier-run-2").exists()
 
 
-def test_a_folder_named_hub_of_someone_else_is_moved_and_not_deleted(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(GRPOTrainer, "push_to_hub", lambda self, *args, **kwargs: None)
+def test_a_foreign_folder_named_hub_is_moved_and_not_deleted(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **kwargs: None)
     trainer = start(tmp_path)
     trainer.train()
     trainer.hub_model_id = "someone/run"
@@ -426,7 +427,7 @@ def test_a_folder_named_hub_of_someone_else_is_moved_and_not_deleted(tmp_path, m
     assert not (tmp_path / "earlier-run-2").exists()
 
 
-def test_a_checkpoint_is_no_run_for_the_report(tmp_path, capsys):
+def test_the_report_takes_no_settings_from_a_checkpoint(tmp_path, capsys):
     start(tmp_path / "run").train()
     shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "copy")
     assert report([str(tmp_path / "copy")]) == 0

@@ -138,7 +138,7 @@ def hidden_in(text):
     return found + ["SMTP_PASS"] * (r"with \"quotes\" 3c4d" in text)
 
 
-def test_the_run_has_said_its_secrets(run):
+def test_the_run_has_used_every_secret(run):
     """What is looked for was there: the tools told it, and the policy has read `[secret]` in its place."""
     trainer, folder = run
     assert trainer.state.global_step == 2
@@ -186,7 +186,7 @@ def test_the_report_holds_no_secret_in_its_rollouts(run):
     assert rollouts and all(row["whole"] and hidden_in(repr(row)) == [] for row in rollouts)
 
 
-def test_the_pickled_arguments_and_the_logs_of_a_resumed_run(run):
+def test_pickled_arguments_and_logs_of_a_resumed_run_hold_no_secret(run):
     _, folder = run
     args = torch.load(folder / "out" / "checkpoint-2" / "training_args.bin", weights_only=False)
     assert hidden_in(repr(vars(args))) == [] and args.hub_token is None

@@ -56,7 +56,7 @@ class At(TrainerCallback):
 
 
 @pytest.mark.parametrize("name", sorted(errno.errorcode.values()))
-def test_only_a_full_read_only_or_broken_disk_is_one(name):
+def test_is_storage_failure_for_full_read_only_or_broken_disks(name):
     number = getattr(errno, name)
     disk = number in {getattr(errno, refusal) for refusal in REFUSALS}
     assert is_storage_failure(OSError(number, os.strerror(number))) == disk
@@ -73,7 +73,7 @@ def test_only_a_full_read_only_or_broken_disk_is_one(name):
     ],
     ids=repr,
 )  # fmt: skip
-def test_an_error_of_the_program_is_none_of_the_disk(error):
+def test_bugs_are_no_storage_failures(error):
     assert not is_storage_failure(error)
 
 
@@ -113,7 +113,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("read_only", [False, True])
 @pytest.mark.parametrize("name", WRITERS)
-def test_each_writer_says_that_the_disk_refused(small_disk, name, read_only):
+def test_the_error_of_each_writer_is_a_storage_failure(small_disk, name, read_only):
     if read_only:
         subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(Exception) as refused:
@@ -123,7 +123,7 @@ def test_each_writer_says_that_the_disk_refused(small_disk, name, read_only):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_folder_that_is_not_there_is_no_full_disk(tmp_path, name):
+def test_a_missing_folder_is_no_storage_failure(tmp_path, name):
     if name == "parquet":
         pytest.skip("makes the folder")
     with pytest.raises(Exception) as missing:
@@ -135,7 +135,7 @@ def test_a_folder_that_is_not_there_is_no_full_disk(tmp_path, name):
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
-def test_a_run_goes_on_and_saves_at_the_next_checkpoint(tmp_path, monkeypatch, caplog, refusal):
+def test_a_failed_checkpoint_is_tried_again_at_the_next_one(tmp_path, monkeypatch, caplog, refusal):
     trainer, number = start(tmp_path), getattr(errno, refusal)
     save = torch.save
 
@@ -193,7 +193,7 @@ def test_nothing_is_patched_while_a_checkpoint_is_written(tmp_path, monkeypatch)
     assert len(found) == 2 and "does not exist" in found[0] and fault_of(tmp_path / "checkpoint-1") is None
 
 
-def test_an_attempt_within_another_keeps_its_refusals_to_itself():
+def test_nested_attempts_report_their_own_refusals():
     def full():
         raise OSError(errno.ENOSPC, "full")
 
@@ -278,7 +278,7 @@ def test_a_whole_run_on_a_disk_that_fills_up(small_disk, tmp_path, monkeypatch, 
     assert str(kept.parent) in str(refused.value)
 
 
-def test_a_full_disk_at_the_start_is_told_before_anything_is_trained(small_disk):
+def test_a_full_disk_at_the_start_is_refused_before_training(small_disk):
     attempt(lambda: (small_disk / "fill").write_bytes(bytes(2**17)))
     trainer = start(small_disk)
     with pytest.raises(CheckpointSaveError, match=r"Nothing can be written to `output_dir`.*No space left"):
@@ -287,7 +287,7 @@ def test_a_full_disk_at_the_start_is_told_before_anything_is_trained(small_disk)
 
 
 @pytest.mark.parametrize("how", ["missing", "full"])
-def test_without_room_for_temporary_files_the_message_is_that_of_the_disk(tmp_path, small_disk, monkeypatch, how):
+def test_no_room_for_temporary_files_is_reported_as_a_full_disk(tmp_path, small_disk, monkeypatch, how):
     trainer = start(tmp_path / "run", max_steps=1)
 
     def refuse(*args, **kwargs):
@@ -325,7 +325,7 @@ def test_a_file_that_is_replaced_stays_as_it_was_on_a_full_disk(small_disk):
         (small_disk / name).unlink()
 
 
-def test_what_a_full_disk_leaves_can_be_read_and_is_written_anew(small_disk, monkeypatch, caplog):
+def test_torn_tables_and_cards_of_a_full_disk_are_replaced(small_disk, monkeypatch, caplog):
     """The tables of completions, of which a torn one spoils the folder, and the model card."""
     folder, filler = small_disk / "run", small_disk / "filler"
     subprocess.run(["mount", "-o", "remount,size=512k", str(small_disk)], check=True)
@@ -359,7 +359,7 @@ def test_a_report_that_finds_no_room_leaves_the_one_before(small_disk, capsys):
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), pa.ArrowInvalid("a bug"), KeyError("bug")])
-def test_an_error_of_the_log_hides_none_of_the_run(tmp_path, monkeypatch, caplog, error):
+def test_an_error_of_the_log_does_not_hide_that_of_the_run(tmp_path, monkeypatch, caplog, error):
     class Stop(Exception):
         pass
 

@@ -130,7 +130,6 @@ ORDER = [
     "given_rollouts",
     "curve_noise",
     "model_card",
-    "run_card",
     "hub",
     "resume",
     "report.rollouts",

@@ -1,19 +1,20 @@
-"""Health rules: what a rule is, what it is told, what counts as evidence, and when a finding is said.
+"""Health rules: what a rule is, what it knows of a run, what counts as evidence, and when a finding is reported.
 
-The rules are in `health_updates.py` and `health_rollouts.py`; `health_watch.py` shows them the metrics of each logged
-step. A run of thousands of steps shows every rule thousands of windows, so that a rule must be silent on all of them
-where nothing is wrong: one that judges by a count asks how likely the count is by chance ([`binomial_tail`] below
-[`CHANCE`]), one that judges by noisy figures asks for a difference of many standard errors, and one that judges by a
-figure which rounding alone can move asks for more than rounding.
+A run of thousands of steps shows every rule thousands of windows, and on a healthy run a rule must be silent on all of
+them. So a rule that judges by a count asks how likely the count is by chance ([`binomial_tail`] below [`CHANCE`]), one
+that judges by noisy figures asks for a difference of many standard errors, and one that judges by a figure which
+rounding alone can move asks for more than rounding.
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+
+from .types import JSONObject
 
 
-Window = Sequence[dict[str, Any]]
+Window = Sequence[JSONObject]
 """Metrics of the logged training steps of a run, oldest first, each with its `step`."""
 
 RECOVERED = 5
@@ -28,15 +29,15 @@ _FIRST, _MIDDLE, _LAST = 64, 128, 128
 @dataclass(frozen=True)
 class RunFacts:
     """
-    What a rule has to know of a run beside its metrics.
+    What a rule has to know of a run in addition to its metrics.
 
     Args:
         logprob_tolerance (`float`, *optional*, defaults to `1e-3`):
             Mean difference in nats that rounding explains between recorded and recomputed log-probs.
         doubtful_tolerance (`float`, *optional*, defaults to `0.0`):
-            The same at tokens that the policy hardly expects. A policy that was sure may not be so for ever.
+            The same at tokens that the policy hardly expects. A policy that is sure now may not stay so.
         dtype (`str`, *optional*, defaults to `"float32"`):
-            What the policy computes in.
+            Dtype that the policy computes in.
         steps_per_batch (`int`, *optional*, defaults to `1`):
             Most optimizer steps that a rollout batch feeds.
         policy_from (`int`, *optional*, defaults to `0`):
@@ -58,7 +59,7 @@ class RunFacts:
         loss_scaling (`bool`, *optional*, defaults to `False`):
             Whether the loss is scaled, and steps whose gradient overflows are left out.
         rope (`str`, *optional*, defaults to `""`):
-            Kinds of rotary embeddings of the policy that depend on the length of what is read.
+            Kinds of rotary embeddings of the policy that depend on the length of the sequence.
     """
 
     logprob_tolerance: float = 1e-3
@@ -81,7 +82,7 @@ class RunFacts:
         """Groups of a rollout batch."""
         return max(self.rollouts // self.generations, 1)
 
-    def at_full_rate(self, entry: dict[str, Any]) -> bool:
+    def at_full_rate(self, entry: JSONObject) -> bool:
         """Whether a step has a tenth of the learning rate or more, so that its update can be expected to show."""
         rate = entry.get("learning_rate")
         return rate is None or rate >= 0.1 * self.learning_rate
@@ -105,7 +106,7 @@ class RunFacts:
 
 
 @dataclass(frozen=True)
-class Finding:
+class HealthFinding:
     """
     What a rule has found.
 
@@ -130,13 +131,13 @@ class Rule:
         name (`str`):
             Its name in `health.jsonl`.
         check (`Callable`):
-            `check(window, facts)` gives a [`Finding`], or `None` where there is none.
+            `check(window, facts)` returns a [`HealthFinding`], or `None` where nothing is wrong.
         level (`str`, *optional*, defaults to `"warning"`):
             `"error"` where every further update is wasted or wrong.
     """
 
     name: str
-    check: Callable[[Window, RunFacts], Finding | None]
+    check: Callable[[Window, RunFacts], HealthFinding | None]
     level: str = "warning"
 
 
@@ -144,50 +145,37 @@ class Rule:
 
 
 def latest(window: Window, name: str, count: int) -> list[float]:
-    """The last `count` finite values of a metric, oldest first; fewer where there are not as many."""
-    found: list[float] = []
-    for entry in reversed(window):
-        value = entry.get(name)
-        if value is not None and math.isfinite(value):
-            found.append(value)
-            if len(found) == count:
-                break
-    return found[::-1]
+    """Return the last `count` finite values of a metric, oldest first; fewer where there are not as many."""
+    return earliest(window[::-1], name, count)[::-1]
 
 
 def earliest(window: Window, name: str, count: int) -> list[float]:
-    """The first `count` finite values of a metric."""
-    found: list[float] = []
-    for entry in window:
-        value = entry.get(name)
-        if value is not None and math.isfinite(value):
-            found.append(value)
-            if len(found) == count:
-                break
-    return found
+    """Return the first `count` finite values of a metric, oldest first; fewer where there are not as many."""
+    values = (entry.get(name) for entry in window)
+    return list(islice((value for value in values if value is not None and math.isfinite(value)), count))
 
 
 def mean(values: Sequence[float]) -> float:
-    """Mean; 0 of nothing."""
+    """Return the mean; 0 of nothing."""
     return sum(values) / len(values) if values else 0.0
 
 
 def trained(window: Window, facts: RunFacts) -> Window:
-    """The steps with a policy gradient."""
+    """Return the steps with a policy gradient."""
     return [entry for entry in window if entry["step"] > facts.policy_from and "forced/loss" not in entry]
 
 
 def batches(window: Window, count: int | None = None) -> Window:
-    """The steps in which a rollout batch was generated; the last `count` of them."""
+    """Return the steps in which a rollout batch was generated: all, or the last `count` of them."""
     found = [entry for entry in window if entry.get("reward") is not None]
     return found if count is None else found[-count:]
 
 
 def improved(window: Window) -> bool:
     """
-    Whether reward is clearly above where it began, so that a policy that has settled is no fault.
+    Return whether reward is clearly above where it began, so that a policy that has settled is no fault.
 
-    A mean over up to 8 batches at either end, since that of a small batch is noise for the most part.
+    Means over up to 8 batches at either end are compared, since that of one small batch is mostly noise.
     """
     found = batches(window)
     count = min(8, max(len(found) // 2, 1))
@@ -238,39 +226,39 @@ def deviations(now: Sequence[float], before: Sequence[float], least: float = 0.0
     return difference / math.sqrt(variance * (1 / len(now) + 1 / len(before)))
 
 
-# Saying it
+# Reporting
 
 
 @dataclass
 class HealthMonitor:
     """
-    Runs rules over the steps of a run and says each fault once, when it begins and when it is over.
+    Runs rules over the steps of a run and reports each fault twice: when it begins, and when it is over.
 
     Args:
         rules (`Sequence[Rule]`):
             The rules.
         facts ([`RunFacts`]):
-            What they are told.
+            What they know of the run.
         open (`dict[str, int]`, *optional*):
-            Faults that were not over yet, and the logged step, counted from 0, in which each was last seen.
+            Faults that are not over, and the logged step, counted from 0, in which each was last seen.
 
     Attributes:
-        window (`list[dict]`): what rules are shown, at most 320 steps however long the run is: the first 64 and the
-            last 128, and between them one rollout batch of so many, evenly over the run.
+        window (`list[dict]`): the steps that rules see, at most 320 however long the run is: the first 64 and the
+            last 128, and between them rollout batches, evenly over the run.
         count (`int`): logged steps so far.
     """
 
     rules: Sequence[Rule]
     facts: RunFacts
     open: dict[str, int] = field(default_factory=dict)
-    window: list[dict[str, Any]] = field(default_factory=list, init=False)
+    window: list[JSONObject] = field(default_factory=list, init=False)
     count: int = field(default=0, init=False)
-    _left: int = field(default=0, init=False)  # rollout batches that are not among the last steps any more
-    _every: int = field(default=1, init=False)  # one of so many is kept of them
+    _left: int = field(default=0, init=False)  # rollout batches that are no longer among the last steps
+    _every: int = field(default=1, init=False)  # one in so many of them is kept
 
-    def recall(self, steps: Iterable[dict[str, Any]]) -> None:
+    def recall(self, steps: Iterable[JSONObject]) -> None:
         """
-        Take in the steps of a run that is resumed, without looking for faults.
+        Add the steps of a run that is resumed, without looking for faults.
 
         Args:
             steps (`Iterable[dict]`):
@@ -279,7 +267,7 @@ class HealthMonitor:
         for metrics in steps:
             self._remember(metrics)
 
-    def _remember(self, metrics: dict[str, Any]) -> None:
+    def _remember(self, metrics: JSONObject) -> None:
         self.window.append(metrics)
         self.count += 1
         if len(self.window) <= _FIRST + _LAST:
@@ -292,9 +280,9 @@ class HealthMonitor:
             self.window[_FIRST:-_LAST] = self.window[_FIRST:-_LAST][1::2]
             self._every *= 2
 
-    def step(self, metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    def step(self, metrics: JSONObject) -> list[JSONObject]:
         """
-        Take in a logged training step.
+        Add a logged training step and look for faults.
 
         Args:
             metrics (`dict`):
@@ -305,31 +293,23 @@ class HealthMonitor:
             that are over (`level` `"ok"`).
         """
         self._remember(metrics)
-        step, said = metrics["step"], []
+        lines = []
         for rule in self.rules:
             finding = rule.check(self.window, self.facts)
+            line = {"step": metrics["step"], "rule": rule.name, "level": rule.level if finding else "ok"}
             if finding is not None:
                 if rule.name not in self.open:
-                    said.append(
-                        {
-                            "step": step,
-                            "rule": rule.name,
-                            "level": rule.level,
-                            "value": finding.value,
-                            "threshold": finding.threshold,
-                            "message": finding.message,
-                        }
-                    )
+                    lines.append({**line, **asdict(finding)})
                 self.open[rule.name] = self.count
             elif rule.name in self.open and self.count - self.open[rule.name] >= RECOVERED:
                 del self.open[rule.name]
-                said.append({"step": step, "rule": rule.name, "level": "ok"})
-        return said
+                lines.append(line)
+        return lines
 
 
-def still_open(lines: Iterable[dict[str, Any]]) -> list[str]:
+def still_open(lines: Iterable[JSONObject]) -> list[str]:
     """
-    Faults that were not over at the end of a `health.jsonl`.
+    Return the faults that were not over at the end of a `health.jsonl`.
 
     Args:
         lines (`Iterable[dict]`):

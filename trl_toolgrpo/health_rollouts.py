@@ -1,18 +1,17 @@
 """Health rules on rollouts: use of tools, tools that fail or are slow, broken calls, truncation, shortcuts to reward.
 
-Each rule is a function of the metrics of the steps so far; its docstring says what evidence it asks for. At the end
-are the figures that tell whether reward follows length or repeated calls.
+Each rule is a function of the metrics of the steps so far; its docstring says what evidence it asks for. The figures
+that tell whether reward follows length or repeated calls are computed at the end.
 """
 
 import json
 import math
 from collections.abc import Sequence
 from statistics import median
-from typing import Any
 
 from .health import (
     CHANCE,
-    Finding,
+    HealthFinding,
     Rule,
     RunFacts,
     Window,
@@ -23,8 +22,10 @@ from .health import (
     latest,
     mean,
     trained,
-)
+)  # fmt: skip
+from .tools.types import ToolCall
 from .trajectory import Trajectory
+from .types import JSONObject
 
 
 SHORTCUTS = {"length": "reward/length_correlation", "calls": "reward/repeats_correlation"}
@@ -46,7 +47,7 @@ _REMEDIES = {
 }
 
 
-def _tool_use_fading(window: Window, facts: RunFacts) -> Finding | None:
+def _tool_use_fading(window: Window, facts: RunFacts) -> HealthFinding | None:
     """
     Half as many calls over 6 batches as at the peak, and by 8 standard errors: the peak is the largest of many means,
     and a small batch has twice as many calls as another by chance. Fewer calls for more reward are no fault, nor are
@@ -65,7 +66,7 @@ def _tool_use_fading(window: Window, facts: RunFacts) -> Finding | None:
     gained = deviations(rewards[-6:], rewards[peak : peak + 6])
     if (gained > 2 and now >= 0.1) or (gained > -2 and now >= 1):
         return None
-    return Finding(
+    return HealthFinding(
         f"Tool use fades: {now:.2f} calls a rollout over the last 6 batches, {best:.2f} at its peak around step "
         f"{found[peak]['step']}. The policy has found that guessing, or an answer of its own, pays as well. Make "
         f"reward depend on what only a tool can know, check that failed calls are not punished harder than no calls, "
@@ -75,17 +76,14 @@ def _tool_use_fading(window: Window, facts: RunFacts) -> Finding | None:
     )
 
 
-def _figures(entry: dict[str, Any], figure: str) -> dict[str, float]:
-    """A figure of each tool, by name."""
-    ending = f"/{figure}"
-    return {
-        name[6 : -len(ending)]: value
-        for name, value in entry.items()
-        if value is not None and name.startswith("tools/") and name.endswith(ending)
-    }
+def _figures(entry: JSONObject, figure: str) -> dict[str, float]:
+    """Return a figure of each tool, by name."""
+    start, end = "tools/", f"/{figure}"
+    names = [name for name in entry if name.startswith(start) and name.endswith(end) and entry[name] is not None]
+    return {name.removeprefix(start).removesuffix(end): entry[name] for name in names}
 
 
-def _tool_failing(window: Window, facts: RunFacts) -> Finding | None:
+def _tool_failing(window: Window, facts: RunFacts) -> HealthFinding | None:
     """
     A question's own tool may fail since the question is hard; one that fails in many batches does so by itself. In
     each of the last 3 batches that use it half of its calls fail, and in all of them more than 6 of 10, and more than
@@ -102,7 +100,7 @@ def _tool_failing(window: Window, facts: RunFacts) -> Finding | None:
         calls, failed = sum(pair[0] for pair in last), sum(pair[1] for pair in last)
         in_each = len(last) == 3 and all(errors >= 0.5 * count for count, errors in last)
         if in_each and failed > 0.6 * calls and binomial_tail(failed, calls, 0.5) < CHANCE:
-            return Finding(
+            return HealthFinding(
                 f"The tool `{tool}` fails in {failed / calls:.0%} of its {calls:.0f} calls over the last 3 batches "
                 f"that use it. Either it is broken (a service that is down, a missing key), or the policy cannot "
                 f"fill in its arguments. Read the errors in the sample conversations, call it by hand, and make its "
@@ -113,7 +111,7 @@ def _tool_failing(window: Window, facts: RunFacts) -> Finding | None:
     return None
 
 
-def _tool_slow(window: Window, facts: RunFacts) -> Finding | None:
+def _tool_slow(window: Window, facts: RunFacts) -> HealthFinding | None:
     """
     A tool has become slow where its typical call has, twice in a row; where only its slowest calls have, which many
     services show now and then, five times in a row. It runs into its time limit where more than a fifth of its calls
@@ -129,9 +127,9 @@ def _tool_slow(window: Window, facts: RunFacts) -> Finding | None:
         found = _slower(used, tool, "latency_p50", 2) or _slower(used, tool, "latency_p95", 5)
         if found is not None:
             what, now, usual = found
-            return Finding(
+            return HealthFinding(
                 f"The tool `{tool}` has become slow: {what} of its calls take up to {now:.1f} s, {usual:.2f} s "
-                f"before. Rollouts wait for it. Look at the service behind it, cache or batch what it does, set "
+                f"before. Rollouts wait for it. Look at the service it calls, cache or batch what it does, set "
                 f"`Tool(timeout=...)`, or raise `max_concurrent_tools`.",
                 now,
                 max(10 * usual, 1.0),
@@ -139,7 +137,7 @@ def _tool_slow(window: Window, facts: RunFacts) -> Finding | None:
         late = sum(e.get(f"tools/{tool}/timeouts") or 0.0 for e in used[-5:])
         calls = sum(e.get(f"tools/{tool}/calls") or 0.0 for e in used[-5:])
         if late > 0.2 * calls and binomial_tail(late, calls, 0.1) < CHANCE:
-            return Finding(
+            return HealthFinding(
                 f"The tool `{tool}` exceeds its time limit in {late / calls:.0%} of its calls. Each such call costs "
                 f"the whole limit and teaches the policy that the tool fails. Raise `tool_timeout`, or make the tool "
                 f"faster.",
@@ -148,7 +146,7 @@ def _tool_slow(window: Window, facts: RunFacts) -> Finding | None:
             )
     waits = latest(recent, "rollout/tool_wait_fraction", 5)
     if len(waits) == 5 and mean(waits) > 0.7 and _seconds_waited(recent[-5:], facts) >= 1:
-        return Finding(
+        return HealthFinding(
             f"{mean(waits):.0%} of the time of rollouts is spent waiting for tools with nothing to decode. Make the "
             f"slowest tool faster, raise `max_concurrent_tools`, or generate more rollouts at a time.",
             mean(waits),
@@ -158,7 +156,10 @@ def _tool_slow(window: Window, facts: RunFacts) -> Finding | None:
 
 
 def _slower(used: Window, tool: str, figure: str, count: int) -> tuple[str, float, float] | None:
-    """Words, the last latency and the usual one, where the last `count` are ten times the usual one and over 1 s."""
+    """
+    Return the share of calls, the last latency and the usual one, where the last `count` are ten times the usual one
+    and above 1 s.
+    """
     times = latest(used, f"tools/{tool}/{figure}", len(used))
     if len(times) <= count:
         return None
@@ -167,7 +168,7 @@ def _slower(used: Window, tool: str, figure: str, count: int) -> tuple[str, floa
 
 
 def _seconds_waited(found: Window, facts: RunFacts) -> float:
-    """Seconds that a batch waits for tools, on average; infinite where the speed of rollouts is not known."""
+    """Return the seconds that a batch waits for tools, on average; infinite where the speed of rollouts is unknown."""
     waited = []
     for entry in found:
         speed, length = entry.get("rollout/tokens_per_second"), entry.get("completions/mean_length")
@@ -177,7 +178,7 @@ def _seconds_waited(found: Window, facts: RunFacts) -> float:
     return mean(waited)
 
 
-def _broken_calls(window: Window, facts: RunFacts) -> Finding | None:
+def _broken_calls(window: Window, facts: RunFacts) -> HealthFinding | None:
     """
     In 3 batches, or in 6, more broken calls than by chance: more than 3 of 10 where one of 5 would be usual, and once
     the run has shown what is usual, more than 15 of 100 and three times as many. No single batch may be far better,
@@ -199,7 +200,7 @@ def _broken_calls(window: Window, facts: RunFacts) -> Finding | None:
     counts = [(broken, calls), _broken(found[-6:])]
     if broken <= limit * calls or min(binomial_tail(*count, usual) for count in counts) >= CHANCE:
         return None
-    return Finding(
+    return HealthFinding(
         f"{broken / calls:.0%} of the calls of the last 3 batches cannot be read or name a tool that does not "
         f"exist{began}. The policy loses the format of calls, or never had it. Warm it up with assisted steps "
         f"(`assist_warmup_steps`, `force_level='schema'`), lower `learning_rate` or `temperature`, and check that the "
@@ -210,12 +211,12 @@ def _broken_calls(window: Window, facts: RunFacts) -> Finding | None:
 
 
 def _broken(found: Window) -> tuple[float, float]:
-    """Calls that are broken, and all calls."""
+    """Return the number of broken calls, and of all calls."""
     broken = sum((e.get("tools/malformed_calls") or 0.0) + (e.get("tools/unknown_calls") or 0.0) for e in found)
     return broken, broken + sum(sum(_figures(entry, "calls").values()) for entry in found)
 
 
-def _truncated(window: Window, facts: RunFacts) -> Finding | None:
+def _truncated(window: Window, facts: RunFacts) -> HealthFinding | None:
     """
     More than half of 3 batches, and more than by chance if every third rollout were cut off. Forced calls of assisted
     steps, which may leave no room for an answer, do not count.
@@ -227,7 +228,7 @@ def _truncated(window: Window, facts: RunFacts) -> Finding | None:
         return None
     reasons = {reason: mean([entry.get(f"rollout/stop/{reason}") or 0.0 for entry in found]) for reason in _REMEDIES}
     reason = max(reasons, key=reasons.__getitem__) if any(reasons.values()) else "length"
-    return Finding(
+    return HealthFinding(
         f"{mean(shares):.0%} of the rollouts of the last 3 batches were cut off before the policy was done; most "
         f"often {_REMEDIES[reason]}. They are scored as they stand, so that reward measures the limit and not the "
         f"answer.",
@@ -236,7 +237,7 @@ def _truncated(window: Window, facts: RunFacts) -> Finding | None:
     )
 
 
-def _shortcut(window: Window, facts: RunFacts) -> Finding | None:
+def _shortcut(window: Window, facts: RunFacts) -> HealthFinding | None:
     """
     A reward that grows with length does so in every batch: four in a row, none left out, each with a correlation above
     0.97 over groups that have several distinct rewards and lengths ([`correlation_within_groups`]), while lengths do
@@ -256,7 +257,7 @@ def _shortcut(window: Window, facts: RunFacts) -> Finding | None:
         name, unit = _TRENDS[kind]
         before, now = mean(earliest(steps, name, _IN_A_ROW)), mean(latest(steps, name, _IN_A_ROW))
         if now >= 0.9 * before:
-            return Finding(
+            return HealthFinding(
                 f"Reward follows {what}: a correlation of {mean(last):.2f} within groups, {_IN_A_ROW} batches in a "
                 f"row ({before:.3g} {unit} a rollout at the start, {now:.3g} now). The policy will get {how}, not "
                 f"better. Look at the best and worst rollouts of a group, and {remedy}.",
@@ -281,12 +282,12 @@ ROLLOUT_RULES = (
 
 
 def costs(trajectory: Trajectory) -> list[float]:
-    """Of one rollout the assistant tokens of a turn, and the calls that were made before with the same arguments."""
+    """Return the assistant tokens a turn of a rollout, and how many calls repeat one with the same arguments."""
     calls = [_identity(call) for turn in trajectory.turns for call in turn.tool_calls if call.error is None]
     return [sum(trajectory.tool_mask) / max(len(trajectory.turns), 1), float(len(calls) - len(set(calls)))]
 
 
-def _identity(call: Any) -> str:
+def _identity(call: ToolCall) -> str:
     return f"{call.name} {json.dumps(call.arguments, sort_keys=True, default=str)}"
 
 
@@ -309,8 +310,8 @@ def correlation_within_groups(
             Least number of distinct rewards and of distinct values in a group; in a smaller one all must differ.
 
     Returns:
-        `float` or `None`: the correlation; `None` where fewer than 2 groups or 8 rollouts are left, or fewer pairs
-        that differ than `distinct` (twice as many in groups smaller than that).
+        `float` or `None`: the correlation; `None` where fewer than 2 groups or 8 rollouts are left, or fewer distinct
+        pairs than `distinct` (twice as many in groups smaller than that).
     """
     pairs: list[tuple[float, float]] = []
     least, groups = min(distinct, group), 0

@@ -8,7 +8,7 @@ from statistics import median
 
 from .health import (
     CHANCE,
-    Finding,
+    HealthFinding,
     Rule,
     RunFacts,
     Window,
@@ -18,7 +18,8 @@ from .health import (
     latest,
     mean,
     trained,
-)
+)  # fmt: skip
+from .types import JSONObject
 
 
 _WATCHED = ("loss", "grad_norm", "kl", "entropy", "ratio/mean", "value/loss", "value/grad_norm")
@@ -29,7 +30,7 @@ OVERFLOWS = 17
 """Steps in a row that loss scaling may leave out: a scale of 65,536 is halved each time, and 1 must be enough."""
 
 
-def _not_finite(window: Window, facts: RunFacts) -> Finding | None:
+def _not_finite(window: Window, facts: RunFacts) -> HealthFinding | None:
     """
     One figure that is not finite is enough, since no sound update has any. With loss scaling the norm of a gradient
     that overflowed is none: the step is left out, and the scale comes down.
@@ -42,7 +43,7 @@ def _not_finite(window: Window, facts: RunFacts) -> Finding | None:
             return None
     if not broken:
         return None
-    return Finding(
+    return HealthFinding(
         f"{', '.join(f'`{name}`' for name in broken)} is not a finite number. An update with it destroys the "
         f"weights, and every later step is lost. Usual causes: a learning rate that is too high, a reward or "
         f"log-prob that is infinite, float16 without loss scaling. Go back to the last checkpoint, lower "
@@ -50,16 +51,16 @@ def _not_finite(window: Window, facts: RunFacts) -> Finding | None:
     )
 
 
-def _is_broken(entry: dict, name: str) -> bool:
+def _is_broken(entry: JSONObject, name: str) -> bool:
     return name in entry and (entry[name] is None or not math.isfinite(entry[name]))
 
 
-def _ratio_mean(window: Window, facts: RunFacts) -> Finding | None:
+def _ratio_mean(window: Window, facts: RunFacts) -> HealthFinding | None:
     """
     Before the policy has moved the ratio is 1 but for rounding. After that its mean over tokens that were sampled
-    stays 1 in expectation, and what it is off by on one batch is its spread over the root of the number of tokens,
-    beside what the update fits to this very batch. Which of the two causes is named is told by the log-probs
-    compared before the policy had moved.
+    stays 1 in expectation, and what it is off by on one batch is its spread over the root of the number of tokens, in
+    addition to what the update fits to this very batch. The log-probs compared before the policy had moved tell which
+    of the two causes is named.
     """
     entry = window[-1]
     value = entry.get("ratio/mean")
@@ -85,7 +86,7 @@ def _ratio_mean(window: Window, facts: RunFacts) -> Finding | None:
             f"{gap[0]:.1e} nats. So the policy has moved far within one rollout batch. Lower `learning_rate`, "
             f"`num_iterations` or `steps_per_generation`."
         )
-    return Finding(
+    return HealthFinding(
         f"The mean ratio of the policy to the one that sampled is {value:.3f}, and should be 1 within {limit:.2g}. "
         f"{cause}{_spread_by_rounding(entry, facts)}",
         value,
@@ -93,8 +94,8 @@ def _ratio_mean(window: Window, facts: RunFacts) -> Finding | None:
     )
 
 
-def _spread_by_rounding(entry: dict, facts: RunFacts) -> str:
-    """What of the spread of a fresh ratio is the dtype's, for a message; empty in float32."""
+def _spread_by_rounding(entry: JSONObject, facts: RunFacts) -> str:
+    """Return for a message how much of a fresh ratio's spread is due to the dtype; empty in float32."""
     if not facts.low_precision or "sampling/logp_diff_mean" not in entry or entry.get("ratio/std") is None:
         return ""
     return (
@@ -103,7 +104,7 @@ def _spread_by_rounding(entry: dict, facts: RunFacts) -> str:
     )
 
 
-def _ratio_spread(window: Window, facts: RunFacts) -> Finding | None:
+def _ratio_spread(window: Window, facts: RunFacts) -> HealthFinding | None:
     """
     A spread is due from the second optimizer step on a batch, if the first has moved the policy: it had a gradient
     and more than the first steps of a learning rate that warms up. Twice in a row, and below what float32 rounds.
@@ -129,7 +130,7 @@ def _ratio_spread(window: Window, facts: RunFacts) -> Finding | None:
         "or the old log-probs are recomputed with the present policy. Check that `record_sample_logprobs=True`, that "
         "parameters require gradients, and keep trained weights in float32."
     )
-    return Finding(
+    return HealthFinding(
         f"The ratio has no spread (std {value:.1e}) in a second optimizer step on a rollout batch, where the policy "
         f"should have moved since it sampled. {cause}",
         value,
@@ -137,7 +138,7 @@ def _ratio_spread(window: Window, facts: RunFacts) -> Finding | None:
     )
 
 
-def _logprob_gap(window: Window, facts: RunFacts) -> Finding | None:
+def _logprob_gap(window: Window, facts: RunFacts) -> HealthFinding | None:
     """
     Two correct passes agree to rounding, however few the tokens; what rounding does in the run's own dtype was
     measured on its first batch. It grows with the logits while a policy trains, and single tokens show many times its
@@ -157,7 +158,7 @@ def _logprob_gap(window: Window, facts: RunFacts) -> Finding | None:
         if facts.rope
         else "Usual causes: "
     )
-    return Finding(
+    return HealthFinding(
         f"Log-probs recorded while sampling and those the trainer computes differ by {gap:.2e} nats on average and "
         f"{widest:.2e} at most, before the policy has moved; rounding in {facts.dtype} explains "
         f"{facts.logprob_tolerance:.2g} on average. Every ratio is wrong by as much. {rope}dropout in the policy, "
@@ -169,14 +170,14 @@ def _logprob_gap(window: Window, facts: RunFacts) -> Finding | None:
     )
 
 
-def _forced_in_update(window: Window, facts: RunFacts) -> Finding | None:
+def _forced_in_update(window: Window, facts: RunFacts) -> HealthFinding | None:
     """A count, not a sample: one forced token is enough."""
     value = window[-1].get("forced/fraction")
     if not value or "forced/loss" in window[-1]:
         return None
-    return Finding(
+    return HealthFinding(
         f"{value:.1%} of the tokens in a policy-gradient update were forced, not sampled. They carry no weight "
-        f"themselves, but the rollouts behind them are not the policy's own, and their rewards train it for what it "
+        f"themselves, but the rollouts with them are not the policy's own, and their rewards train it for what it "
         f"did not choose. `disable_forcing_in_updates=False` was set; set it to True, and force in assisted steps "
         f"only.",
         value,
@@ -184,7 +185,7 @@ def _forced_in_update(window: Window, facts: RunFacts) -> Finding | None:
     )
 
 
-def _reference_still(window: Window, facts: RunFacts) -> Finding | None:
+def _reference_still(window: Window, facts: RunFacts) -> HealthFinding | None:
     """A count: syncs that were due and did not come. One may wait for its rollout batch, and for the next log."""
     if facts.sync_steps is None:
         return None
@@ -193,7 +194,7 @@ def _reference_still(window: Window, facts: RunFacts) -> Finding | None:
     value = window[-1].get("ref/syncs") or 0.0
     if value >= due:
         return None
-    return Finding(
+    return HealthFinding(
         f"The reference was synced {value:.0f} times in {step} steps, {due} times were due. The KL term holds the "
         f"policy to where it began. Something has removed the sync callback, or syncs fail: look for callbacks that "
         f"were taken out, and call `trainer.sync_reference()` to see what it says.",
@@ -202,7 +203,7 @@ def _reference_still(window: Window, facts: RunFacts) -> Finding | None:
     )
 
 
-def _reference_differs(window: Window, facts: RunFacts) -> Finding | None:
+def _reference_differs(window: Window, facts: RunFacts) -> HealthFinding | None:
     """
     Tensors are counted. The KL of two equal policies is what rounding makes of it, about half the square of the
     difference of their log-probs; it is measured against recorded log-probs, and says nothing where those are wrong.
@@ -214,7 +215,7 @@ def _reference_differs(window: Window, facts: RunFacts) -> Finding | None:
         divergence = 0.0
     if not tensors and not (facts.copies_policy and divergence > limit):
         return None
-    return Finding(
+    return HealthFinding(
         f"Right after a sync {tensors:.0f} tensors of the reference differ from what they should be, and the KL of "
         f"the policy to it is {divergence:.1e}, which should be 0 to rounding. Usual causes: dropout in the policy, "
         f"or code that writes to the reference. Set `disable_dropout=True` and `lora_dropout` to 0.",
@@ -223,7 +224,7 @@ def _reference_differs(window: Window, facts: RunFacts) -> Finding | None:
     )
 
 
-def _policy_still(window: Window, facts: RunFacts) -> Finding | None:
+def _policy_still(window: Window, facts: RunFacts) -> HealthFinding | None:
     """
     `policy/moved` is there only where the optimizer had a gradient and a learning rate to move the policy with, and
     compares bits. While the rate warms up, its first steps may round to nothing.
@@ -233,7 +234,7 @@ def _policy_still(window: Window, facts: RunFacts) -> Finding | None:
         return None
     if not facts.at_full_rate(window[-1]):
         return None
-    return Finding(
+    return HealthFinding(
         "The policy does not move: it has a gradient and a learning rate, and not one of its weights has changed over "
         "the last 2 logged steps. Every further update is wasted. Usual causes: an optimizer made for other "
         "parameters, a callback that restores weights, a learning rate so low that it rounds to nothing in the dtype "
@@ -243,9 +244,9 @@ def _policy_still(window: Window, facts: RunFacts) -> Finding | None:
     )
 
 
-def _critic_still(window: Window, facts: RunFacts) -> Finding | None:
+def _critic_still(window: Window, facts: RunFacts) -> HealthFinding | None:
     """
-    A loss without a gradient, twice in a row: no sound head has that, but one that already tells the returns has
+    A loss without a gradient, twice in a row: no sound head has that, but one that already predicts the returns has
     neither, as where every reward is 0. Or a head that explains exactly nothing of four batches, although its
     learning rate has warmed up. With loss scaling a gradient that overflowed is not logged.
     """
@@ -259,7 +260,7 @@ def _critic_still(window: Window, facts: RunFacts) -> Finding | None:
     nothing = all(abs(e["value/explained_variance"]) < 1e-6 and facts.at_full_rate(e) for e in explained)
     if not frozen and not (len(explained) == 4 and nothing):
         return None
-    return Finding(
+    return HealthFinding(
         "The value head does not learn: it gets no gradient, or explains exactly nothing batch after batch. Its "
         "advantages are raw returns. Check that its parameters require gradients and are in the optimizer, and that "
         "`value_learning_rate` is not 0 (1e-3 is the default, 1e-2 suits short runs).",
@@ -268,7 +269,7 @@ def _critic_still(window: Window, facts: RunFacts) -> Finding | None:
     )
 
 
-def _critic_worse(window: Window, facts: RunFacts) -> Finding | None:
+def _critic_worse(window: Window, facts: RunFacts) -> HealthFinding | None:
     """
     What is explained of 16 batches together, each weighed by the variance of its rewards: one small batch with hardly
     any variance can be at -100 by itself. Most of them must be below 0 as well, and the task must not be solved, which
@@ -286,7 +287,7 @@ def _critic_worse(window: Window, facts: RunFacts) -> Finding | None:
     at_first = mean([(e.get("reward_std") or 0.0) ** 2 for e in found[:_CRITIC_BATCHES]])
     if improved(found) and mean(variances) < 0.5 * at_first:
         return None
-    return Finding(
+    return HealthFinding(
         f"The critic explains {pooled:.2f} of the variance of returns over the last {len(values)} batches: it does "
         f"worse than their mean, and its advantages are noisier than none. Lower `value_learning_rate`, raise "
         f"`value_epochs`, or warm the critic up first (`value_warmup_steps`).",
@@ -295,7 +296,7 @@ def _critic_worse(window: Window, facts: RunFacts) -> Finding | None:
     )
 
 
-def _value_loss(window: Window, facts: RunFacts) -> Finding | None:
+def _value_loss(window: Window, facts: RunFacts) -> HealthFinding | None:
     """
     A policy that learns changes how much rewards vary, and the loss with it: what is compared is the loss over their
     variance. All but one of the last 16 batches must be above all but one of the first 16, of at least 40, which has
@@ -310,7 +311,7 @@ def _value_loss(window: Window, facts: RunFacts) -> Finding | None:
     losses = [e["value/loss"] for e in found]
     if last[1] <= first[-2] or mean(last) <= 1.2 * mean(first) or mean(losses[-16:]) <= mean(losses[:16]):
         return None
-    return Finding(
+    return HealthFinding(
         f"The value loss has not fallen: {mean(losses[:16]):.3g} over the first 16 batches, {mean(losses[-16:]):.3g} "
         f"over the last 16, {mean(last) / mean(first):.1f} times as much of the variance of rewards, while the critic "
         f"explains {median(explained):.2f} of it. Raise `value_learning_rate` or `value_epochs`; if the loss "
@@ -320,7 +321,7 @@ def _value_loss(window: Window, facts: RunFacts) -> Finding | None:
     )
 
 
-def _gradient_zero(window: Window, facts: RunFacts) -> Finding | None:
+def _gradient_zero(window: Window, facts: RunFacts) -> HealthFinding | None:
     """
     Exactly 0 in three steps in a row. Where no group has a spread that is right, and another rule says so; in assisted
     steps it is right where no rollout earns a reward, which is no accident over 96 rollouts.
@@ -333,7 +334,7 @@ def _gradient_zero(window: Window, facts: RunFacts) -> Finding | None:
     flat = [e for e in batches(window, 3) if e.get("frac_reward_zero_std") == 1]
     if flat and not assisted:
         return None
-    return Finding(
+    return HealthFinding(
         f"The gradient was exactly 0 in {count} steps in a row, although there was something to learn from. In "
         f"assisted steps no rollout earned a reward: make forced calls valid (`force_level='schema'`). Else "
         f"parameters are frozen, or every token is masked: look at `completions/clipped_ratio` with "
@@ -343,7 +344,7 @@ def _gradient_zero(window: Window, facts: RunFacts) -> Finding | None:
     )
 
 
-def _gradient_spike(window: Window, facts: RunFacts) -> Finding | None:
+def _gradient_spike(window: Window, facts: RunFacts) -> HealthFinding | None:
     """
     Norms vary by a factor from batch to batch, and by a larger one where few groups have a spread. A spike is beyond
     20 times the median, and beyond six times the usual deviation of the logarithm from its median, over 24 norms or
@@ -358,7 +359,7 @@ def _gradient_spike(window: Window, facts: RunFacts) -> Finding | None:
     limit = max(usual * max(20.0, math.exp(min(6 * deviation, 700))), 6 * max(before), facts.max_grad_norm)
     if value <= limit:
         return None
-    return Finding(
+    return HealthFinding(
         f"The norm of the gradient is {value:.3g}, {value / usual:.0f} times its median of {usual:.3g}. One such "
         f"step can undo many. Usual causes: a rare token with a tiny probability, an outlier among rewards, a "
         f"learning rate that is too high. Set `max_grad_norm`, bound rewards, lower `learning_rate`.",
@@ -367,11 +368,11 @@ def _gradient_spike(window: Window, facts: RunFacts) -> Finding | None:
     )
 
 
-def _advantages_zero(window: Window, facts: RunFacts) -> Finding | None:
+def _advantages_zero(window: Window, facts: RunFacts) -> HealthFinding | None:
     """
-    Few groups without a spread are an accident, above all where most rollouts succeed or most fail. How many are not
-    is told by the groups before them: as many as have a chance below one in a million. Where no group has had a
-    spread, 24 groups, or 24 rollouts that all have the same reward: if one of five succeeded, 24 would fail by
+    Few groups without a spread are an accident, above all where most rollouts succeed or most fail. The groups before
+    them decide how many are not: as many as have a chance below one in a million. Where no group has had a spread, it
+    takes 24 groups, or 24 rollouts that all have the same reward: if one of five succeeded, 24 would fail by
     accident once in 200 runs. The same reward for everyone that is neither 0 nor 1 comes of the reward function, and
     three batches tell.
 
@@ -398,7 +399,7 @@ def _advantages_zero(window: Window, facts: RunFacts) -> Finding | None:
         if facts.group_advantages
         else ("Nowhere in any", "the critic has nothing to tell good rollouts by, and nothing is learned")
     )
-    return Finding(
+    return HealthFinding(
         f"{seen} of the last {count} rollout batches do rewards differ (mean reward {value:.3g}), so that {effect}. "
         f"The task is too hard or too easy for the policy, or the reward does not look at what it does. Check the "
         f"reward function on sample conversations, mix in easier questions or partial credit, raise "
@@ -408,12 +409,12 @@ def _advantages_zero(window: Window, facts: RunFacts) -> Finding | None:
     )
 
 
-def _is_flat(entry: dict, facts: RunFacts) -> bool:
-    """Whether no rollout of a batch has an advantage from its reward."""
+def _is_flat(entry: JSONObject, facts: RunFacts) -> bool:
+    """Return whether no rollout of a batch has an advantage from its reward."""
     return entry["frac_reward_zero_std"] == 1 and (facts.group_advantages or entry.get("reward_std") == 0)
 
 
-def _entropy_collapse(window: Window, facts: RunFacts) -> Finding | None:
+def _entropy_collapse(window: Window, facts: RunFacts) -> HealthFinding | None:
     """
     Three steps in a row below a tenth of what it was, with less than 1 nat left in a whole rollout, since a policy
     that has learned a format is sure of most tokens and open at a few; or below a twentieth. From the start, less than
@@ -430,7 +431,7 @@ def _entropy_collapse(window: Window, facts: RunFacts) -> Finding | None:
     if max(last) >= limit:
         return None
     began = f" (it began at {mean(first):.2g})" if first else ""
-    return Finding(
+    return HealthFinding(
         f"The entropy of the policy is {mean(last):.2g} nats a token{began}, {length * mean(last):.2g} in a whole "
         f"rollout, and reward has not come up with it: nearly every rollout of a group says the same, and "
         f"exploration is over. Raise `temperature` to 1, lower `learning_rate`, add a KL term (`beta`), or go back to "
@@ -440,7 +441,7 @@ def _entropy_collapse(window: Window, facts: RunFacts) -> Finding | None:
     )
 
 
-def _kl_runaway(window: Window, facts: RunFacts) -> Finding | None:
+def _kl_runaway(window: Window, facts: RunFacts) -> HealthFinding | None:
     """
     Three steps in a row, since the estimator has a heavy tail: a single token that the reference finds impossible can
     make the mean of a batch. A policy whose reward has come up has had to leave its reference, and may be further.
@@ -449,7 +450,7 @@ def _kl_runaway(window: Window, facts: RunFacts) -> Finding | None:
     limit = 2.0 if improved(trained(window, facts)) else 0.5
     if window[-1].get("kl") is None or len(last) < 3 or min(last) <= limit:
         return None
-    return Finding(
+    return HealthFinding(
         f"The policy is {last[-1]:.2f} nats a token away from its reference, and a fluent model stays below about "
         f"{limit:g}. It trades language for reward, or the updates are too large. Raise `beta`, lower "
         f"`learning_rate`, or let the reference follow (`sync_ref_model=True`).",

@@ -1,6 +1,6 @@
-"""The part of the trainer that runs the health rules on every logged step: what `health_checks` does.
+"""The health rules, run on every logged step as `health_checks` says.
 
-Every figure that the rules read is of all processes, so that the main process alone runs them.
+Every figure that the rules read is over all processes, so that the main process alone runs them.
 """
 
 import logging
@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from .batch_position import optimizer_steps_of
 from .checkpoint import PREFIX
 from .checks import policy_parameters
+from .config import ToolGRPOConfig
 from .diagnostics import compute_dtype
 from .errors import CheckpointSaveError, HealthError
 from .health import HealthMonitor, RunFacts, still_open
@@ -26,6 +27,7 @@ from .rounding import EXACT_TOLERANCE, LOW_PRECISION, Accepted
 from .run_files import HEALTH, read_lines
 from .run_log import RunLog
 from .sharding import local
+from .types import JSONObject, Row
 
 
 logger = logging.getLogger(__name__)
@@ -58,9 +60,9 @@ class HealthWatch(RunLog):
             known = still_open(read_lines(self._run_folder / HEALTH))
             self._monitor.open = dict.fromkeys(known, self._monitor.count)
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        """TRL's rewards, and how they follow what the rollouts cost."""
-        scores = super()._calculate_rewards(*args, **kwargs)
+    def _calculate_rewards(self, inputs: list[Row], *args: list) -> Tensor:
+        """Compute rewards as TRL does, and log how they follow what the rollouts cost."""
+        scores = super()._calculate_rewards(inputs, *args)
         if self._monitor is not None and self._recording and self._batch is not None and self.model.training:
             own = torch.tensor([costs(trajectory) for trajectory in self._batch.trajectories])
             every = self.accelerator.gather(own.to(self.accelerator.device)).T.tolist()
@@ -72,6 +74,7 @@ class HealthWatch(RunLog):
         return scores
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as TRL does, with `policy/moved`, and run the health rules on a training step."""
         moved = self._motion.take() if self._motion is not None and self.model.training and "loss" in logs else None
         if moved is not None and self._recording:  # else the log is TRL's own
             self._metrics["train"]["policy/moved"].append(moved)
@@ -80,31 +83,31 @@ class HealthWatch(RunLog):
             known = {} if moved is None else {"policy/moved": moved}
             self._check_health(self._monitor, {**self.state.log_history[-1], **known})
 
-    def _check_health(self, monitor: HealthMonitor, metrics: dict[str, Any]) -> None:
-        found: list[Any] = [None]
+    def _check_health(self, monitor: HealthMonitor, metrics: JSONObject) -> None:
+        faults: list[JSONObject] = []
         if self._rounding is not None and self.args.logprob_check_tolerance is None:
             mean, doubtful = self._rounding.mean, self._rounding.doubtful
             monitor.facts = replace(monitor.facts, logprob_tolerance=mean, doubtful_tolerance=doubtful)
         if self.accelerator.is_main_process:
-            with self._log_failures.tolerated("The health rules could not be asked"):
+            with self._log_failures.tolerated("The health rules could not be run"):
                 for line in monitor.step(metrics):
                     self._add_line(HEALTH, line)
                     if line["level"] != "ok":
-                        found[0] = found[0] or line
-                        self._say(line)
+                        faults.append(line)
+                        self._report_fault(line)
         if self.args.health_checks == "raise":
-            first = broadcast_object_list(found)[0]
-            if first is not None:
-                self._stop_for(first)
+            (faults,) = broadcast_object_list([faults])
+            if faults:
+                self._stop_for(faults[0])
 
-    def _say(self, line: dict[str, Any]) -> None:
-        """Tell of a fault that begins, on the main process."""
+    def _report_fault(self, line: JSONObject) -> None:
+        """Report a fault that begins, on the main process."""
         logger.warning("Health, step %d, %s: %s", line["step"], line["rule"], line["message"])
 
-    def _stop_for(self, line: dict[str, Any]) -> None:
-        """End the run as it stands, in every process."""
+    def _stop_for(self, line: JSONObject) -> None:
+        """Save the run as it stands and end it, in every process."""
         folder = Path(self._get_output_dir(trial=None)) / f"{PREFIX}{self.state.global_step}"
-        kept = (
+        remedy = (
             f"The run as it stands is in {folder}; resume from there with `health_checks='warn'` to go on all the "
             f"same, or from an earlier checkpoint."
         )
@@ -113,15 +116,16 @@ class HealthWatch(RunLog):
             self._save_checkpoint(self.model, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         except CheckpointSaveError as error:
-            kept = str(error)
+            remedy = str(error)
         raise HealthError(
             f"The run was stopped in step {line['step']} by the health rule `{line['rule']}`, as "
-            f"`health_checks='raise'` asks for. {line['message']} {kept}"
+            f"`health_checks='raise'` asks for. {line['message']}",
+            remedy=remedy,
         )
 
 
 class _PolicyMotion(TrainerCallback):
-    """Notes whether the weights of a policy move where the optimizer has reason to move them."""
+    """Observes whether the weights of a policy move where the optimizer has reason to move them."""
 
     def __init__(self, trainer: HealthWatch) -> None:
         self._trainer = trainer
@@ -129,24 +133,24 @@ class _PolicyMotion(TrainerCallback):
         self._has_gradient = False
         self._due = 0  # optimizer steps since the last look that should have moved the policy
 
-    def _policy(self) -> dict[str, Any]:
+    def _policy(self) -> dict[str, nn.Parameter]:
         return policy_parameters(self._trainer.accelerator.unwrap_model(self._trainer.model))
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
         self._before, self._due = {}, 0
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
         if not self._before:
             self._before = _fingerprints(self._policy())
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._trainer.is_deepspeed_enabled:  # which has made its step by now, and keeps no gradient
+    def on_pre_optimizer_step(self, args: object, state: object, control: object, **kwargs: object) -> None:
+        if self._trainer.is_deepspeed_enabled:  # which has taken its step by now, and keeps no gradient
             self._has_gradient = True
             return
         gradients = (parameter.grad for parameter in self._policy().values())
         self._has_gradient = any(bool(local(gradient).any()) for gradient in gradients if gradient is not None)
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_optimizer_step(self, args: object, state: object, control: object, **kwargs: object) -> None:
         trainer: Any = self._trainer
         own = {id(parameter) for parameter in self._policy().values()}
         groups = trainer.optimizer.param_groups  # DeepSpeed's hold flat copies, the policy's first
@@ -156,11 +160,12 @@ class _PolicyMotion(TrainerCallback):
 
     def take(self) -> float | None:
         """
-        Return the share of the policy's trained tensors that have changed since this was last asked.
+        Return the share of the policy's trained tensors that have changed since the last call. Every process must
+        call this.
 
         Returns:
             `float` or `None`: the same in every process; `None` if no optimizer step had both a gradient of the policy
-            and a learning rate. To be called in every process.
+            and a learning rate.
         """
         before, now = self._before, _fingerprints(self._policy())
         due, self._due = self._due, 0
@@ -173,7 +178,7 @@ class _PolicyMotion(TrainerCallback):
         return sum(count > 0 for count in moved) / len(moved)
 
 
-def _fingerprints(parameters: dict[str, Any]) -> dict[str, Tensor]:
+def _fingerprints(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """Return a sum of the bits of each parameter (of this process's share, if it is sharded), on the CPU."""
     sums = []
     for parameter in parameters.values():
@@ -183,9 +188,9 @@ def _fingerprints(parameters: dict[str, Any]) -> dict[str, Tensor]:
     return dict(zip(parameters, torch.stack(sums).cpu(), strict=True)) if sums else {}
 
 
-def facts_of(args: Any, model: Any) -> RunFacts:
+def facts_of(args: ToolGRPOConfig, model: nn.Module) -> RunFacts:
     """
-    What the rules have to know of a run.
+    Return what the rules have to know of a run.
 
     Args:
         args ([`ToolGRPOConfig`]):
@@ -202,8 +207,8 @@ def facts_of(args: Any, model: Any) -> RunFacts:
         sync_steps=args.ref_model_sync_steps if args.sync_ref_model else None,
         copies_policy=args.ref_model_mixup_alpha == 1,
         max_grad_norm=args.max_grad_norm or 1.0,
-        rollouts=args.generation_batch_size,
-        generations=args.num_generations,
+        rollouts=args.generation_batch_size or 1,
+        generations=args.num_generations or 1,
         learning_rate=args.learning_rate,
         group_advantages=args.advantage_estimator != "gae",
         loss_scaling=args.fp16,

@@ -1,4 +1,4 @@
-"""Failures of logs, which end no run: each is said once."""
+"""Failures of what only reports on a run: they do not end it, and each is logged once."""
 
 import functools
 import logging
@@ -21,41 +21,41 @@ REPORTERS = (
     *INTEGRATION_TO_CALLBACK.values(), LogCompletionsCallback, WeaveCallback, PrinterCallback, ProgressCallback,
     DEFAULT_PROGRESS_CALLBACK, RichProgressCallback, RolloutProgress,
 )  # fmt: skip
-"""Callbacks that only tell of a run: those of `report_to`, TRL's trackers, and those that draw its progress."""
+"""Callbacks that only report on a run: those of `report_to`, TRL's trackers, and those that draw its progress."""
 
 _GUARDED = "_toolgrpo_guarded"
-"""Attribute of a callback whose failures are said."""
+"""Attribute of a callback whose failures are tolerated."""
 _EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_")]
 
 
 class LogFailures:
     """
-    Keeps the failures of what only tells of a run from ending it, and says each once.
+    Keeps the failures of what only reports on a run from ending it, and logs each once.
 
-    What the disk or the network refuses is said in words. Anything else may be a fault of this package or of a
-    tracker, and is said with its traceback.
+    What the disk or the network refuses is logged as a sentence. Anything else may be a fault of this package or of a
+    tracker, and is logged with its traceback.
     """
 
     def __init__(self) -> None:
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     @contextmanager
     def tolerated(self, what: str) -> Iterator[None]:
         """
-        A part of a run that may fail; an exception in it ends the part.
+        Run a part of the run that may fail; an exception in it ends the part, and the next time it is tried again.
 
         Args:
             what (`str`):
-                What fails then, in a sentence: the run goes on without it, and it is tried again the next time.
+                What has failed then, in a sentence.
         """
         try:
             yield
         except Exception as error:
-            self.say(what, error)
+            self.warn(what, error)
 
-    def say(self, what: str, error: Exception) -> None:
+    def warn(self, what: str, error: Exception) -> None:
         """
-        Say a failure, unless it was said.
+        Log a failure, unless it was logged before.
 
         Args:
             what (`str`):
@@ -64,47 +64,46 @@ class LogFailures:
                 How.
         """
         sentence = f"{what}, and the run goes on: {type(error).__name__}: {error}"
-        self.say_once(what, sentence, None if isinstance(error, OSError) else error)
+        self.warn_once(what, sentence, None if isinstance(error, OSError) else error)
 
-    def say_once(self, what: str, sentence: str, traceback_of: Exception | None = None) -> None:
+    def warn_once(self, what: str, sentence: str, traceback_of: Exception | None = None) -> None:
         """
-        Warn, unless it was said.
+        Log a warning, unless it was logged before.
 
         Args:
             what (`str`):
-                What is said once.
+                What is logged once.
             sentence (`str`):
                 The warning, without its full stop.
             traceback_of (`Exception`, *optional*):
-                What is shown with it.
+                Whose traceback is logged with it.
         """
-        if what not in self._said:
-            self._said.add(what)
-            logger.warning("%s. Later failures of this kind are not said again.", sentence, exc_info=traceback_of)
+        if what not in self._warned:
+            self._warned.add(what)
+            logger.warning("%s. Later failures of this kind are not logged again.", sentence, exc_info=traceback_of)
 
     @contextmanager
     def of_profiling(self) -> Iterator[None]:
-        """While open, TRL's profiler, which sends each duration to trackers by itself, ends no run either."""
-        hook: Any = profiling
-        failures, kind = self, hook.ProfilingContext
-        base: Any = kind
+        """Tolerate failures of TRL's profiler while open, which sends each duration to trackers by itself."""
+        failures, module = self, vars(profiling)
+        kind: Any = profiling.ProfilingContext
 
-        class Tolerant(base):
+        class Tolerant(kind):
             def _log_metrics(self, duration: float) -> None:
                 with failures.tolerated("The duration of a part of a step could not be sent to a tracker"):
                     super()._log_metrics(duration)
 
-        hook.ProfilingContext = Tolerant
+        module["ProfilingContext"] = Tolerant
         try:
             yield
         finally:
-            hook.ProfilingContext = kind
+            module["ProfilingContext"] = kind
 
-    def guard(self, callback: Any) -> None:
+    def guard(self, callback: TrainerCallback) -> None:
         """
-        Keep a callback that only tells of a run from ending it; callbacks of users stay as they are.
+        Keep a callback that only reports on a run from ending it; callbacks of users stay as they are.
 
-        A tracker that cannot begin is not asked again in that run.
+        A tracker that cannot start is not called again in that run.
 
         Args:
             callback (`TrainerCallback`):
@@ -117,11 +116,11 @@ class LogFailures:
         for event in _EVENTS:
             setattr(callback, event, self._tolerant(callback, event, muted))
 
-    def _tolerant(self, callback: Any, event: str, muted: set[str]) -> Callable[..., Any]:
+    def _tolerant(self, callback: TrainerCallback, event: str, muted: set[str]) -> Callable[..., object]:
         own = vars(callback).get(event)
 
         @functools.wraps(getattr(callback, event))
-        def tolerant(*args: Any, **kwargs: Any) -> Any:
+        def tolerant(*args: Any, **kwargs: Any) -> object:
             method = own or functools.partial(getattr(type(callback), event), callback)
             if event == "on_train_begin":
                 muted.clear()
@@ -132,7 +131,7 @@ class LogFailures:
             except Exception as error:
                 if event == "on_train_begin":
                     muted.add(event)
-                self.say(f"{type(callback).__name__} failed in `{event}`", error)
+                self.warn(f"{type(callback).__name__} failed in `{event}`", error)
                 return None
 
         return tolerant

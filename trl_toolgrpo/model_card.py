@@ -1,34 +1,51 @@
-"""What a model card says of a run: its use, task, tools, rewards, curves, configuration, command and versions.
+"""The model card of a run: how the model is used, and how it was trained, without secrets.
 
-Owns the texts, as pure functions of plain values; `run_card.py` gathers those and puts the texts into the card that
-TRL writes.
+`RunCard` gathers what the trainer knows and renders `model_card.jinja` with it. The metadata, the badges of trackers,
+the versions and the citations are those of TRL's own card.
 """
 
 import json
 import keyword
+import os
 import pprint
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate.utils import get_int_from_env
+from huggingface_hub import ModelCard
+from transformers.trainer_utils import TrainOutput
+from trl import GRPOTrainer
+from trl.trainer.utils import get_config_model_id
 
+from .checkpoint import checkpoints, fault_of
+from .config import ToolGRPOConfig, changed_fields
 from .curve_noise import is_flat
-from .redaction import masked_arguments
-from .tools.types import Tool
+from .log_failures import LogFailures
+from .redaction import masked, masked_arguments
+from .run_files import CARD, holds_other_page
+from .tools.toolset import ToolSet
+from .types import JSONObject
+from .value import ValueHead
+from .version import __version__
 
 
 PROCEDURE = "## Training procedure"
-VERSIONS = "### Framework versions\n"
-"""Headings of TRL's card; what stands behind the first of them is kept."""
+VERSIONS = "### Framework versions"
+"""Headings of TRL's card; what follows the first of them is kept."""
 METHOD = re.compile(r"^This model was trained with .*$", re.MULTILINE)
-"""TRL's sentence on the method."""
-RANK = "MACHINE_RANK"
-FIRST = "FIRST_MACHINE"
-"""What a reader of a command for several machines replaces."""
+"""TRL's sentence on the method, which names one paper alone. A list of the methods takes its place."""
 
+_TEMPLATE = Path(__file__).with_name("model_card.jinja")
+_PACKAGES = {"PEFT": "peft", "Accelerate": "accelerate", "huggingface_hub": "huggingface_hub"}
+# Losses with what they do and the paper that introduced them
 _LOSSES = {
     "grpo": ("a clipped ratio, averaged over each rollout", "2402.03300", "DeepSeekMath"),
     "bnpo": ("a clipped ratio, averaged over the tokens of a batch", "1707.06347", "PPO"),
@@ -39,236 +56,225 @@ _LOSSES = {
     "vespo": ("soft weights of whole sequences", "2602.10693", "VESPO"),
     "sapo": ("a soft gate in place of a clipped ratio", "2511.20347", "SAPO"),
 }
-"""Losses with what they do and the paper that introduced them."""
-_BARS = "▁▂▃▄▅▆▇█"
-_WIDTH = 30
-_SHOWN = (
-    *("kl", "loss", "reward", "reward_std", "entropy", "success", "valid_calls"),
-    *("completions/mean_length", "forced/fraction", "ratio/mean", "ratio/std", "ref/kl", "rollout/turns_mean"),
-    *("tools/call_frequency", "tools/failure_frequency", "value/explained_variance", "value/loss"),
+_CURVES = re.compile(
+    r"rewards/.*|(eval_.*_|eval_)?(kl|loss|reward|reward_std|entropy|success|valid_calls|completions/mean_length"
+    r"|forced/fraction|ratio/mean|ratio/std|ref/kl|rollout/turns_mean|tools/call_frequency|tools/failure_frequency"
+    r"|value/explained_variance|value/loss)"
 )
+_BARS = "▁▂▃▄▅▆▇█"
+# Fields of the configuration that describe this machine or account, and not the run
+_PRIVATE = re.compile(r"(output_dir|logging_dir|run_name|push_to_hub|hub_.*|.*token|trackio_.*|project|disable_tqdm)$")
+# Options of `accelerate launch` that are not named as the variables that it passes them on in
+_LAUNCH_OPTIONS = {
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "fsdp_transformer_layer_cls_to_wrap",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "zero3_init_flag",
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": "deepspeed_config_file",
+}
 
 
-def compose(card: str, title: str, sections: Sequence[str], versions: Mapping[str, str], method: str = "") -> str:
+class RunCard(GRPOTrainer):
+    """Part of [`ToolGRPOTrainer`]: the model card, and when it is written."""
+
+    args: ToolGRPOConfig
+    model: Any
+    hub_model_id: Any
+    chat_template_kwargs: dict[str, object]
+    _is_vlm: bool
+    _toolset: ToolSet
+    _log_failures: LogFailures
+    _owns_folder: Callable[[], bool]  # of `run_log.py`
+    _redacted: Callable[[str], str]  # of `run_log.py`
+    _value_head: ValueHead | None
+    _home: str | None = None  # the output folder, while another one stands in for it
+    _publishing = False  # what is written goes to the Hub
+    _trained = False  # a training has ended, and none is in progress
+
+    def create_model_card(  # type: ignore[override]  # TRL's signature, not that of transformers
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """
+        Write the model card: how the model is loaded, its task, tools, rewards and curves, the configuration, and the
+        command that reproduces it. Secrets are replaced. A `README.md` that is no model card is left alone.
+
+        Args:
+            model_name, dataset_name, tags:
+                As in TRL.
+        """
+        if not self.is_world_process_zero():
+            return
+        with self._log_failures.tolerated("The model card could not be written"):
+            folder = Path(str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            if holds_other_page(folder):
+                sentence = f"No model card was written: {folder / CARD} is there, and is none"
+                return self._log_failures.warn_once(sentence, sentence)
+            name = model_name or self._repo_name.split("/")[-1]
+            tags = [tags] if isinstance(tags, str) else tags or []
+            super().create_model_card(name, dataset_name, [*tags, *(getattr(self.model, "model_tags", None) or ())])
+            card = ModelCard.load(folder / CARD)
+            if self._has_adapter:
+                card.data.library_name = "peft"
+            badges, versions = METHOD.split(card.text[card.text.index(PROCEDURE) :], maxsplit=1)
+            facts = self._card_facts() | {
+                "name": name,
+                "dataset_name": dataset_name,
+                "badges": badges,
+                "versions_and_citations": versions.replace(VERSIONS, ""),
+            }
+            card = ModelCard.from_template(card.data, template_path=str(_TEMPLATE), **facts)
+            card.text = self._redacted(card.text) + "\n"
+            card.save(folder / CARD)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as TRL does, and write the card when training has ended."""
+        self._trained = False
+        result = super().train(*args, **kwargs)
+        self._trained = True
+        self._update_card()
+        return result
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as TRL does; the card of the run includes an evaluation that follows training."""
+        figures = super().evaluate(*args, **kwargs)
+        if self._trained:
+            self._update_card()
+        return figures
+
+    def _update_card(self) -> None:
+        """Write the card of the output folder anew, unless another run has begun there."""
+        if self._owns_folder():
+            self.create_model_card()
+
+    @contextmanager
+    def _output_in(self, folder: Path, publishing: bool = False) -> Iterator[None]:
+        """While open, TRL and transformers write to another folder than `output_dir`."""
+        usual = self.args.output_dir
+        self._home, self._publishing, self.args.output_dir = str(usual), publishing, str(folder)
+        try:
+            yield
+        finally:
+            self._home, self._publishing, self.args.output_dir = None, False, usual
+
+    @property
+    def _name_of_run(self) -> str:
+        return Path(str(self._home or self.args.output_dir)).absolute().name
+
+    @property
+    def _repo_name(self) -> str:
+        return str(self.hub_model_id or self.args.hub_model_id or self._name_of_run)
+
+    @property
+    def _has_adapter(self) -> bool:
+        return hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
+
+    def _card_facts(self) -> JSONObject:
+        """Return what the template is rendered with."""
+        args, base = self.args, get_config_model_id(self.model.config)
+        dataset: Any = self.train_dataset
+
+        # How the model is loaded: from the Hub for a card that is pushed, else from where it was saved last
+        pushed = args.push_to_hub or self._publishing
+        saved = None if pushed else self._saved_in()
+        given = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+        options = {name: given[name] for name in ("revision", "trust_remote_code") if given.get(name)}
+        options |= {"trust_remote_code": True} if args.trust_remote_code else {}
+        template = masked(json.loads(json.dumps(self.chat_template_kwargs, default=str)))
+        schemas = [dict(self._toolset.shown(tool).schema) for tool in self._toolset.known]
+
+        # What it was trained on, and how
+        pools = getattr(self, "_environment_pool", None) or {}
+        functions = zip(self.reward_func_names, self.reward_weights.tolist(), self.reward_funcs, strict=True)
+        settings = {name: value for name, value in changed_fields(args).items() if not _PRIVATE.match(name)}
+        settings_yaml = yaml.safe_dump(settings, sort_keys=True, allow_unicode=True)
+        return {
+            "adapter": self._has_adapter,
+            "base": None if not base or Path(base).is_dir() else base,
+            "saved": pushed or saved is not None,
+            "place": json.dumps(self._repo_name if pushed else str(saved or args.output_dir), ensure_ascii=False),
+            "model_class": "AutoModelForImageTextToText" if self._is_vlm else "AutoModelForCausalLM",
+            "reader": "processor" if self._is_vlm else "tokenizer",
+            "multimodal": self._is_vlm,
+            "base_options": _keyword_arguments(options),
+            "trust": ", trust_remote_code=True" if options.get("trust_remote_code") else "",
+            "template": _keyword_arguments(template) if self._renders_chat else None,
+            "schemas": pprint.pformat(schemas, width=110, sort_dicts=False),
+            "max_new_tokens": min(args.max_completion_length or 256, 256),
+            "value_head": self._value_head is not None,
+            "rows": len(dataset) if hasattr(dataset, "__len__") else None,
+            "columns": getattr(dataset, "column_names", None) or (),
+            "environments": {type(pool[0]) for pool in pools.values() if pool},
+            "tools": self._toolset.known,
+            "decided_at_reset": self._toolset.decided_at_reset,
+            "rewards": [(name, weight, getattr(function, "__doc__", None)) for name, weight, function in functions],
+            "curves": curves(self.state.log_history),
+            "steps": sorted(entry["step"] for entry in self.state.log_history if "step" in entry),
+            "configuration": settings_yaml.rstrip(),
+            "machines": machines(args.world_size),
+            "command": shlex.join([*launcher(args.world_size, self._sharding), *masked_arguments(sys.argv)]),
+            "methods": self._methods(),
+            "versions": {"trl_toolgrpo": __version__, **{name: version(key) for name, key in _PACKAGES.items()}},
+        }
+
+    def _saved_in(self) -> Path | None:
+        """Return where the model is: in the output folder, in the newest checkpoint there, or nowhere yet."""
+        folder = Path(str(self.args.output_dir))
+        if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            return folder
+        return next((path for path in checkpoints(folder) if fault_of(path) is None), None)
+
+    @property
+    def _renders_chat(self) -> bool:
+        """Whether prompts are messages that a chat template renders, rather than plain texts."""
+        if getattr(self.processing_class, "chat_template", None) is None:
+            return False
+        dataset: Any = self.train_dataset
+        readable = hasattr(dataset, "__getitem__") and "prompt" in (getattr(dataset, "column_names", None) or ())
+        return not (readable and isinstance(dataset[0]["prompt"], str))
+
+    @property
+    def _sharding(self) -> str:
+        """What the launcher shards with: nothing, where the run's own arguments shard the model."""
+        if self.is_fsdp_enabled and not self.args.fsdp:
+            return "fsdp"
+        return "deepspeed" if self.is_deepspeed_enabled and not self.args.deepspeed else ""
+
+    def _methods(self) -> list[tuple[str, str, str]]:
+        """Return the parts of the training method, each with the id and title of the paper that introduced it."""
+        estimator, loss = self.args.advantage_estimator, self.args.loss_type
+        parts = []
+        if estimator != "gae":
+            parts.append(("advantages relative to a group of rollouts (GRPO)", "2402.03300", "DeepSeekMath"))
+        if estimator != "group":
+            parts.append(("generalized advantage estimation with a value head", "1506.02438", "GAE"))
+        parts.append(_LOSSES.get(loss, (f"the loss `{loss}`", "", "")))
+        if getattr(self.args, "importance_sampling_level", "token").startswith("sequence"):
+            parts.append(("ratios of whole sequences", "2507.18071", "GSPO"))
+        return parts
+
+
+def curves(log: Sequence[JSONObject]) -> list[list[str]]:
     """
-    The text of a card from TRL's.
+    Return the rows of the table of curves: name, first, last, least and largest value, and the curve as bars.
 
     Args:
-        card (`str`):
-            Text of TRL's card. Its quick start, which asks a question without tools, is left out; the badges, the
-            versions and the citations are kept.
-        title (`str`):
-            First lines.
-        sections (`Sequence[str]`):
-            What comes before the training procedure.
-        versions (`Mapping[str, str]`):
-            Packages that TRL does not name, with their versions.
-        method (`str`, *optional*):
-            What takes the place of TRL's sentence on the method, which knows of one paper alone.
-    """
-    kept = card[card.index(PROCEDURE) :] if PROCEDURE in card else ""
-    added = "".join(f"- {name}: {version}\n" for name, version in versions.items())
-    kept = kept.replace(VERSIONS, f"{VERSIONS}\n{added.rstrip()}", 1)
-    if method:
-        kept = METHOD.sub(lambda match: method, kept, count=1)
-    return "\n\n".join(part.strip() for part in [title, *sections, kept] if part.strip()) + "\n"
-
-
-def usage(
-    model: str,
-    base: str | None,
-    tools: Sequence[Mapping[str, Any]],
-    template: Mapping[str, Any] | None,
-    *,
-    adapter: bool = False,
-    value_head: bool = False,
-    multimodal: bool = False,
-    max_new_tokens: int = 256,
-    base_options: Mapping[str, Any] | None = None,
-    saved: bool = True,
-) -> str:
-    """
-    How the model is loaded and asked, with prompts rendered as in training; the code runs as it stands.
-
-    Args:
-        model (`str`):
-            Id on the Hub, or a folder.
-        base (`str`, *optional*):
-            Id of the base model; `None` for one that is not on the Hub, which an adapter's own configuration names.
-        tools (`Sequence[Mapping]`):
-            Schemas of the tools, as the chat template gets them.
-        template (`Mapping[str, Any]`, *optional*):
-            Arguments that the chat template gets in addition; `None` where prompts are plain texts.
-        adapter (`bool`, *optional*, defaults to `False`):
-            Whether the files are those of an adapter.
-        value_head (`bool`, *optional*, defaults to `False`):
-            Whether they include a value head.
-        multimodal (`bool`, *optional*, defaults to `False`):
-            Whether the model takes images too.
-        max_new_tokens (`int`, *optional*, defaults to `256`):
-            Most tokens that the example generates.
-        base_options (`Mapping[str, Any]`, *optional*):
-            Arguments that the base model is loaded with.
-        saved (`bool`, *optional*, defaults to `True`):
-            Whether the model is there already.
-    """
-    kind, reader, name = "AutoModelForCausalLM", "AutoTokenizer", "tokenizer"
-    if multimodal:
-        kind, reader, name = "AutoModelForImageTextToText", "AutoProcessor", "processor"
-    place, options = json.dumps(model, ensure_ascii=False), dict(base_options or {})
-    trusts = {key: value for key, value in options.items() if key == "trust_remote_code"}
-    lines = [f"from transformers import {kind}, {reader}", ""]
-    if adapter:
-        lines.insert(0, f"from peft import {'PeftModel' if base else 'PeftConfig, PeftModel'}")
-        source = json.dumps(base) if base else f"PeftConfig.from_pretrained({place}).base_model_name_or_path"
-        lines.append(f"base = {kind}.from_pretrained({source}{_keywords(options)})")
-        lines.append(f"model = PeftModel.from_pretrained(base, {place})")
-    else:
-        lines.append(f"model = {kind}.from_pretrained({place}{_keywords(trusts)})")
-    lines.append(f"{name} = {reader}.from_pretrained({place}{_keywords(trusts)})")
-    lines.append("")
-    question = "Hello! What can you do for me?"
-    if template is None:
-        lines.append(f'inputs = {name}(text="{question}", return_tensors="pt").to(model.device)')
-    else:
-        if tools:
-            lines += [f"tools = {pprint.pformat([dict(tool) for tool in tools], width=110, sort_dicts=False)}", ""]
-        content: Any = [{"type": "text", "text": question}] if multimodal else question
-        lines.append(f"messages = [{json.dumps({'role': 'user', 'content': content})}]")
-        lines.append(f"inputs = {name}.apply_chat_template(")
-        shown = ", tools=tools" if tools else ""
-        lines.append(f"    messages{shown}, add_generation_prompt=True{_keywords(template)},")
-        lines.append('    tokenize=True, return_dict=True, return_tensors="pt",')
-        lines.append(").to(model.device)")
-    # By name for a text model, which refuses the token types that some tokenizers add
-    given = "**inputs" if multimodal else 'inputs["input_ids"], attention_mask=inputs["attention_mask"]'
-    lines.append(f"output = model.generate({given}, max_new_tokens={max_new_tokens})")
-    lines.append(f'print({name}.decode(output[0, inputs["input_ids"].shape[1] :]))')
-    text = _code("\n".join(lines), "python")
-    if template is not None:
-        text += (
-            "\n\nPut messages of your own in place of the question: the system message of the training prompts, if "
-            "they had one, and what tools return as messages of the role `tool`."
-        )
-    if value_head:
-        head = "from trl_toolgrpo import ValueHead"
-        text += "\n\nThe value head of the training run is in `value_head.safetensors`:\n\n"
-        text += _code(f"{head}\n\nvalue_head = ValueHead.from_pretrained({place})", "python")
-    first = "" if saved else "The model was not saved yet; `trainer.save_model()` writes it to this folder.\n\n"
-    return f"## Use\n\n{first}{text}"
-
-
-def method(estimator: str, loss: str, level: str = "token", adapter: bool = False) -> str:
-    """
-    The parts of the training method, each with the paper that introduced it.
-
-    Args:
-        estimator (`str`):
-            `advantage_estimator` of the configuration.
-        loss (`str`):
-            `loss_type`.
-        level (`str`, *optional*, defaults to `"token"`):
-            `importance_sampling_level`.
-        adapter (`bool`, *optional*, defaults to `False`):
-            Whether an adapter is trained.
-    """
-    parts = []
-    if estimator != "gae":
-        parts.append(("advantages relative to a group of rollouts (GRPO)", "2402.03300", "DeepSeekMath"))
-    if estimator != "group":
-        parts.append(("generalized advantage estimation with a value head", "1506.02438", "GAE"))
-    if loss not in _LOSSES:
-        parts.append((f"the loss `{loss}`", "", ""))
-    else:
-        parts.append(_LOSSES[loss])
-    if level.startswith("sequence"):
-        parts.append(("ratios of whole sequences", "2507.18071", "GSPO"))
-    lines = [f"{what} ([{title}](https://huggingface.co/papers/{id}))" if id else what for what, id, title in parts]
-    lines.append("rollouts that call tools, with the log-prob of each token recorded as it was sampled (trl_toolgrpo)")
-    trained = "An adapter was" if adapter else "All weights were"
-    return f"{trained} trained with the parts of several methods:\n\n" + "\n".join(f"- {line}" for line in lines)
-
-
-def task(dataset: str | None, rows: int | None, columns: Sequence[str], environments: Mapping[str, str]) -> str:
-    """
-    What it was trained on.
-
-    Args:
-        dataset (`str`, *optional*):
-            Its name.
-        rows (`int`, *optional*):
-            Number of its rows; `None` for a stream.
-        columns (`Sequence[str]`):
-            Its columns.
-        environments (`Mapping[str, str]`):
-            Class of each environment with its description.
-    """
-    size = f"{rows} prompts" if rows is not None else "a stream of prompts"
-    named = f" of `{dataset}`" if dataset else ""
-    lines = [f"Trained on {size}{named} (columns {', '.join(f'`{name}`' for name in columns)})."]
-    lines += [f"Environment `{name}`: {text}" for name, text in environments.items()]
-    return "## Task\n\n" + "\n\n".join(lines)
-
-
-def tools(known: Sequence[Tool], decided_at_reset: bool = False) -> str:
-    """
-    A table of the tools.
-
-    Args:
-        known (`Sequence[Tool]`):
-            Tools of the run.
-        decided_at_reset (`bool`, *optional*, defaults to `False`):
-            Whether environments bring tools of their own to each rollout.
-    """
-    parts = []
-    if known:
-        rows = [(f"`{tool.name}`", _arguments(tool.parameters), first_paragraph(tool.description)) for tool in known]
-        parts.append(_table(("tool", "arguments", "what it does"), rows))
-    if decided_at_reset:
-        parts.append("Each rollout had tools of its own, which its environment brought.")
-    return "## Tools\n\n" + ("\n\n".join(parts) or "None.")
-
-
-def rewards(functions: Sequence[tuple[str, float, str | None]]) -> str:
-    """
-    A table of the reward functions.
-
-    Args:
-        functions (`Sequence[tuple[str, float, str | None]]`):
-            Name, weight and docstring of each.
-    """
-    rows = [(f"`{name}`", f"{weight:g}", first_paragraph(text)) for name, weight, text in functions]
-    return "## Rewards\n\n" + (_table(("function", "weight", "what it rewards"), rows) if rows else "None.")
-
-
-def curves(log: Sequence[Mapping[str, Any]]) -> str:
-    """
-    The curves of a run, each as a line of bars.
-
-    Args:
-        log (`Sequence[Mapping[str, Any]]`):
+        log (`Sequence[dict]`):
             The trainer's log history.
     """
     found: dict[str, list[float]] = {}
     for entry in log:
         for name, value in entry.items():
-            held_out = name.startswith("eval_") and any(name.endswith(f"_{shown}") for shown in _SHOWN)
-            if (name in _SHOWN or held_out or name.startswith("rewards/")) and _is_number(value):
-                found.setdefault(name, []).append(float(value))
-    if not found:
-        return "## Curves\n\nNothing was logged."
-    steps = [entry["step"] for entry in log if "step" in entry]
-    rows = [
-        (f"`{name}`", *(f"{value:.4g}" for value in (y[0], y[-1], min(y), max(y))), bars(y, metric=name))
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+            if is_number and _CURVES.fullmatch(name):
+                found.setdefault(name, []).append(value)
+    return [
+        [f"`{name}`", *(f"{value:.4g}" for value in (y[0], y[-1], min(y), max(y))), bars(y, metric=name)]
         for name, y in sorted(found.items())
     ]
-    head = ("figure", "first", "last", "least", "most", "curve")
-    return f"## Curves\n\nOptimizer steps {min(steps)} to {max(steps)}.\n\n{_table(head, rows)}"
 
 
-def bars(values: Sequence[float], width: int = _WIDTH, metric: str = "") -> str:
+def bars(values: Sequence[float], width: int = 30, metric: str = "") -> str:
     """
-    A curve as a line of bars, each the mean of its share of the values; level where only rounding moves it.
+    Return a curve as a line of bars, each the mean of its share of the values; level where only rounding moves it.
 
     Args:
         values (`Sequence[float]`):
@@ -282,67 +288,57 @@ def bars(values: Sequence[float], width: int = _WIDTH, metric: str = "") -> str:
     cuts = [index * len(values) // count for index in range(count + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
     low, spread = min(means), max(means) - min(means)
-    flat = is_flat(min(values), max(values), metric)
-    heights = [0 if flat or spread == 0 else round((mean - low) / spread * (len(_BARS) - 1)) for mean in means]
-    return "".join(_BARS[height] for height in heights)
+    if spread == 0 or is_flat(min(values), max(values), metric):
+        return _BARS[0] * count
+    return "".join(_BARS[round((mean - low) / spread * (len(_BARS) - 1))] for mean in means)
 
 
-def configuration(fields: Mapping[str, Any]) -> str:
-    """The fields of the configuration that were set, as YAML."""
-    plain = yaml.safe_dump(dict(fields), sort_keys=True, allow_unicode=True) if fields else "{}\n"
-    return f"## Configuration\n\nWhat differs from the defaults:\n\n{_code(plain.rstrip(), 'yaml')}"
-
-
-def command(launcher: Sequence[str], arguments: Sequence[str], machines: int = 1) -> str:
+def machines(processes: int) -> int:
     """
-    The command that reproduces the run.
+    Return on how many machines a run is; launchers tell each process how many are on its own.
 
     Args:
-        launcher (`Sequence[str]`):
-            What starts the script.
-        arguments (`Sequence[str]`):
-            Script and its arguments, shown without their secrets: see [`masked_arguments`].
-        machines (`int`, *optional*, defaults to `1`):
-            On how many it is to be given.
+        processes (`int`):
+            All processes of the run.
     """
-    text = "## Command\n\n"
-    if machines > 1:
-        text += f"On each of {machines} machines, with its number from 0 for `{RANK}` and the address of the first "
-        text += f"for `{FIRST}`:\n\n"
-    return text + _code(shlex.join([*launcher, *masked_arguments(arguments)]), "bash")
+    here = get_int_from_env(["LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"], processes)
+    return -(-processes // max(here, 1))
 
 
-def first_paragraph(text: str | None) -> str:
-    """The first paragraph of a docstring, on one line."""
-    return " ".join((text or "").strip().split("\n\n")[0].split())
+def launcher(processes: int, sharding: str = "") -> list[str]:
+    """
+    Return what starts the script of a run, on each of its machines.
+
+    Args:
+        processes (`int`):
+            All processes of the run.
+        sharding (`str`, *optional*):
+            `"fsdp"` or `"deepspeed"`, if accelerate's launcher is to shard the model as it did for this process.
+    """
+    count = machines(processes)
+    if not sharding:
+        nodes = ["--nnodes", str(count), "--node_rank", "MACHINE_RANK", "--master_addr", "FIRST_MACHINE"]
+        each = ["--nproc_per_node", str(processes // count)]
+        return ["python"] if processes == 1 else ["torchrun", *(nodes if count > 1 else []), *each]
+    words = ["accelerate", "launch", "--num_processes", str(processes)]
+    if count > 1:
+        words += ["--num_machines", str(count), "--machine_rank", "MACHINE_RANK", "--main_process_ip", "FIRST_MACHINE"]
+    words.append(f"--use_{sharding}")
+    if count > 1 and sharding == "deepspeed":
+        words += ["--deepspeed_multinode_launcher", "standard"]
+    # The launcher's options are in the environment of the processes that it starts
+    from accelerate.commands.launch import launch_command_parser  # slow to import
+
+    prefix, parser = {"fsdp": "FSDP_", "deepspeed": "ACCELERATE_DEEPSPEED_"}[sharding], launch_command_parser()
+    for variable, value in sorted(os.environ.items()):
+        name = _LAUNCH_OPTIONS.get(variable, variable.removeprefix("ACCELERATE_DEEPSPEED_").lower())
+        if variable.startswith(prefix) and value not in ("None", str(parser.get_default(name))):
+            words += [f"--{name}", value]
+    return words
 
 
-def _keywords(options: Mapping[str, Any]) -> str:
-    """Arguments after others in a call, as Python writes them."""
-    odd = {name: value for name, value in options.items() if not name.isidentifier() or keyword.iskeyword(name)}
-    plain = [f", {name}={value!r}" for name, value in options.items() if name not in odd]
-    return "".join(plain) + (f", **{odd!r}" if odd else "")
-
-
-def _arguments(schema: Mapping[str, Any]) -> str:
-    required = set(schema.get("required") or ())
-    parts = []
-    for name, inner in (schema.get("properties") or {}).items():
-        kind = inner.get("type") if isinstance(inner, dict) else None
-        optional = "" if name in required else ", optional"
-        parts.append(f"`{name}`" + (f" ({kind}{optional})" if isinstance(kind, str) else ""))
-    return ", ".join(parts) or "none"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _code(text: str, language: str) -> str:
-    fence = "```" if "```" not in text else "````"
-    return f"{fence}{language}\n{text}\n{fence}"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and abs(value) < 1e300
+def _keyword_arguments(options: Mapping[str, object]) -> str:
+    """Return arguments after others in a call, as Python writes them."""
+    if all(name.isidentifier() and not keyword.iskeyword(name) for name in options):
+        return "".join(f", {name}={value!r}" for name, value in options.items())
+    return f", **{options!r}"

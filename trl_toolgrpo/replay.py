@@ -1,7 +1,7 @@
 """Training again from a rollout log: the batches of another run, without sampling, tools or rewards.
 
-A mixin of the trainer: what `replay` does. A batch is put back as it was when its run trained on it, with the
-state of the random number generators, so that the same configuration gives the same weights to the bit.
+A batch is put back as it was when its run trained on it, with the state of the random number generators, so that the
+same configuration gives the same weights to the bit.
 """
 
 import math
@@ -16,6 +16,7 @@ from .batch_position import batch_is_due, batch_number, micro_batches_of
 from .errors import ConfigError, RolloutLogError
 from .live import Live
 from .rollout_log import batch_files, check_rollouts, details, log_files, read_table, rows_of, step_of, tensors_of
+from .types import Batch
 
 
 class Replay(Live):
@@ -35,22 +36,23 @@ class Replay(Live):
         files = log_files(self.args.replay)
         if Path(str(self.args.output_dir)).resolve() in (files[0].parent.resolve(), files[0].parent.parent.resolve()):
             raise ConfigError(
-                f"You passed `replay={str(self.args.replay)!r}`, which is `output_dir` itself: a run that begins "
-                f"clears what an earlier one has left there. Pass another `output_dir`."
+                f"You passed `replay={str(self.args.replay)!r}`, which is `output_dir` itself: a new run clears what "
+                f"an earlier one has left there.",
+                remedy="Pass another `output_dir`.",
             )
 
     @property
     def _logs_rollouts(self) -> bool:
         return self.args.replay is None and super()._logs_rollouts
 
-    def _prepare_inputs(self, generation_batch: Any) -> Any:
+    def _prepare_inputs(self, generation_batch: Batch) -> Batch:
         if self.args.replay is None or not self.model.training or not batch_is_due(self):
             return super()._prepare_inputs(generation_batch)
         batches = self._buffered_inputs = self._replayed_batches()
         return batches[self._step % len(batches)]
 
-    def _replayed_batches(self) -> list[dict[str, Any]]:
-        """The micro-batches of the rollout batch that the logged run trained on here."""
+    def _replayed_batches(self) -> list[Batch]:
+        """Return the micro-batches of the rollout batch that the logged run trained on here."""
         if self._sync_pending:
             self.sync_reference()  # type: ignore[attr-defined]
         path = self._file_of_batch()
@@ -64,7 +66,7 @@ class Replay(Live):
         tensors = tensors_of(table, path)
         if not self.args.strict_trajectories:
             self._mask_invalid(tensors, torch.tensor(invalid))
-        batches = divided(tensors, place, count, self.accelerator.device)
+        batches = replayed_micro_batches(tensors, place, count, self.accelerator.device)
         for device, state in details(table)["random"].items():
             found = torch.frombuffer(bytearray(bytes.fromhex(state)), dtype=torch.uint8)
             if device == "cpu":
@@ -74,7 +76,7 @@ class Replay(Live):
         return batches
 
     def _mask_invalid(self, tensors: dict[str, Tensor], invalid: Tensor) -> None:
-        """Take rollouts, bool, shape (N,), out of the update, and count them; every process has to call this."""
+        """Take rollouts, bool, shape (N,), out of the update, and count them. Every process must call this."""
 
         def total(values: Tensor) -> Tensor:
             return self.accelerator.gather(values.sum().to(self.accelerator.device)).sum().cpu()
@@ -94,36 +96,37 @@ class Replay(Live):
                 tensors[name] = total(values).to(tensors[name].dtype)
 
     def _file_of_batch(self) -> Path:
-        """Where the log has the rollout batch that begins now, by its number."""
-        files, name = log_files(str(self.args.replay)), self._name_of_batch()
+        """Return the file of the rollout batch that begins now, by its number."""
+        path = log_files(str(self.args.replay))[0].with_name(self._name_of_batch())
         if self._numbered is None:
-            self._numbered = batch_files(files, self.accelerator.process_index)
+            self._numbered = batch_files(path.parent, self.accelerator.process_index)
         found = self._numbered.get(batch_number(self))
         if found is not None:
             return found
-        path = files[0].with_name(name)
         if not path.is_file() or path in self._numbered.values():
-            raise RolloutLogError(self._what_is_missing(path))
+            raise self._missing_batch(path)
         # Of a version that did not count rollout batches and named them by their steps alone
         in_a_step = self.args.gradient_accumulation_steps // micro_batches_of(self.args)
         if in_a_step > 1:
             raise RolloutLogError(
                 f"{path} was written by an earlier version, which kept only the last rollout batch of an optimizer "
-                f"step; this run takes {in_a_step} in each. The others are lost: replay a log of this version."
+                f"step; this run takes {in_a_step} in each. The others are lost.",
+                remedy="Replay a log of this version.",
             )
         return path
 
-    def _what_is_missing(self, path: Path) -> str:
+    def _missing_batch(self, path: Path) -> RolloutLogError:
         steps = sorted({step_of(found) for found in log_files(path.parent)})
-        return (
+        return RolloutLogError(
             f"The rollout log in {path.parent} has no {path.name}, the batch of step {self.state.global_step}; it "
-            f"holds the steps {steps[0]} to {steps[-1]}. A log loses its oldest batches beyond `rollout_log_limit`; "
-            f"else set `max_steps`, `steps_per_generation`, `num_iterations` and the number of processes as in the "
-            f"run that wrote it ({path.parent.parent / 'run.json'})."
+            f"holds the steps {steps[0]} to {steps[-1]}.",
+            remedy="A log loses its oldest batches beyond `rollout_log_limit`; else set `max_steps`, "
+            "`steps_per_generation`, `num_iterations` and the number of processes as in the run that wrote it "
+            f"({path.parent.parent / 'run.json'}).",
         )
 
     def _check_fits(self, table: pa.Table, path: Path) -> None:
-        """Raise where the batch is not one of a run like this."""
+        """Raise where the batch is not from a run like this one."""
         found, micro_batches = details(table, path), self.args.steps_per_generation or 1
         vocabulary = self.accelerator.unwrap_model(self.model).config.get_text_config().vocab_size
         largest = max((max(ids.as_py(), default=0) for ids in table["completion_ids"]), default=0)
@@ -137,12 +140,13 @@ class Replay(Live):
             wrong.append(f"a token id of {largest} there, a vocabulary of {vocabulary} here")
         if wrong:
             raise RolloutLogError(
-                f"{path} was written by a run of another shape ({'; '.join(wrong)}). Replay with the model and the "
-                f"batch sizes it was written with; {path.parent.parent / 'run.json'} names them."
+                f"{path} was written by a run of another shape ({'; '.join(wrong)}).",
+                remedy=f"Replay with the model and the batch sizes it was written with; "
+                f"{path.parent.parent / 'run.json'} names them.",
             )
 
     def _log_again(self, table: pa.Table) -> None:
-        """Figures and conversations of the batch, as they were logged."""
+        """Log the metrics and conversations of the batch as its run did."""
         metrics = self._metrics["train"]
         for name, values in details(table)["metrics"].items():
             if name == "num_tokens":
@@ -152,7 +156,7 @@ class Replay(Live):
                 metrics[name].extend(values)
         if not self.log_completions:
             return
-        logs: Any = self._logs
+        logs = self._logs
         for row in rows_of(table):
             logs["prompt"].append(row["prompt"])
             logs["completion"].append(row["messages"])
@@ -162,23 +166,24 @@ class Replay(Live):
                 logs["rewards"][name].append(math.nan if reward is None else reward)
 
 
-def divided(tensors: dict[str, Tensor], place: Tensor, count: int, device: torch.device) -> list[dict[str, Any]]:
+def replayed_micro_batches(
+    tensors: dict[str, Tensor], place: Tensor, count: int, device: torch.device
+) -> list[Batch]:
     """
-    The micro-batches of a rollout batch.
+    Divide a rollout batch into the micro-batches it was trained in.
 
     Args:
         tensors (`dict[str, Tensor]`):
-            Of the batch, in order of the rollouts.
+            Of the batch, in order of the rollouts; of any dtype, shape (N, ...) or ().
         place (`Tensor`):
             Place of each rollout in the micro-batches, int64, shape (N,).
         count (`int`):
-            How many micro-batches there are.
+            Number of micro-batches.
         device (`torch.device`):
             Where they go.
     """
-    order = place.argsort()
-    batches: list[dict[str, Any]] = []
-    for rows in order.chunk(count):
+    batches: list[Batch] = []
+    for rows in place.argsort().chunk(count):
         batch = {name: tensor if tensor.ndim == 0 else tensor[rows] for name, tensor in tensors.items()}
         batches.append({name: tensor.to(device) for name, tensor in {**batch, "rollout": rows}.items()})
     return batches

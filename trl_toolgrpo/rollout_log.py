@@ -1,6 +1,6 @@
 """The rollout log: every rollout batch of a run, a parquet file for each process, to look at and to train from again.
 
-What is in a file, how it is written and read. Files are `rollouts/<step>-<process>.parquet` in the output folder,
+Files are `rollouts/<step>-<process>.parquet` in the output folder,
 `<step>.1-<process>.parquet` and so on for further rollout batches of the same optimizer step; the column `batch`
 counts the rollout batches of the run. `datasets.load_dataset("parquet", ...)` opens them too.
 """
@@ -9,9 +9,9 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,7 @@ from .rollout_tensors import keep, restore
 from .run_files import replaced
 from .tools.results import encodable
 from .trajectory import Trajectory, field_meant_by
+from .types import Batch, JSONObject, JSONValue, Message
 
 
 logger = logging.getLogger(__name__)
@@ -67,8 +68,8 @@ SCHEMA = pa.schema(
         ("tensors", _TENSORS),
     ]
 )
-"""Columns of a file; one row is one rollout. `place` and `tensors` are what training again needs in addition to the
-rest. Logs of earlier versions have no `batch`, which is null there."""
+"""Columns of a file; one row is one rollout. Training again needs `place` and `tensors` in addition to the rest. In
+logs of earlier versions `batch` is null."""
 
 
 @dataclass
@@ -94,23 +95,23 @@ class LoggedBatch:
         batches (`list[dict]`):
             The micro-batches it was divided into; their tensor `rollout` says which rows those are.
         metrics (`dict[str, list[float]]`, *optional*):
-            Figures that were logged with it.
+            Metrics that were logged with it.
         random (`dict[str, str]`, *optional*):
             State of the random number generators when it was ready, by device, in hexadecimal.
         number (`int`, *optional*):
-            Which rollout batch of the run it is, counted from 0.
+            Number of the rollout batch in the run, counted from 0.
     """
 
     step: int
     process: int
     processes: int
     num_generations: int
-    prompts: list[Any]
-    completions: list[Any]
+    prompts: list[str | list[Message]]
+    completions: list[str | list[Message]]
     trajectories: Sequence[Trajectory]
     rewards: list[dict[str, float | None]]
     totals: list[float | None]
-    batches: list[dict[str, Any]]
+    batches: list[Batch]
     metrics: dict[str, list[float]] = field(default_factory=dict)
     random: dict[str, str] = field(default_factory=dict)
     number: int | None = None
@@ -118,15 +119,15 @@ class LoggedBatch:
 
 def file_name(step: int, process: int, nth: int = 0) -> str:
     """
-    Name of the file of a rollout batch.
+    Return the name of the file of a rollout batch.
 
     Args:
         step (`int`):
             Optimizer steps done when it was generated.
         process (`int`):
-            Whose rollouts it holds.
+            Index of the process that made it.
         nth (`int`, *optional*, defaults to `0`):
-            Which rollout batch of that optimizer step it is.
+            Number of the rollout batch in that optimizer step.
     """
     return f"{step:06d}{f'.{nth}' if nth else ''}-{process:03d}.parquet"
 
@@ -136,7 +137,7 @@ def file_name(step: int, process: int, nth: int = 0) -> str:
 
 def tabulate(batch: LoggedBatch, redactor: Redactor | None = None) -> pa.Table:
     """
-    A batch as the table that is written, without ratios yet.
+    Return the table of a batch as it is written, without ratios yet.
 
     Args:
         batch ([`LoggedBatch`]):
@@ -157,7 +158,7 @@ def tabulate(batch: LoggedBatch, redactor: Redactor | None = None) -> pa.Table:
     for name in _JSON:
         columns[name] = [_storable(redactor.json(text)) for text in columns[name]]
     columns["tools"] = [[encodable(redactor.text(tool)) for tool in tools] for tools in columns["tools"]]
-    rows: list[list[dict[str, Any]]] = [[] for _ in range(count)]
+    rows: list[list[JSONObject]] = [[] for _ in range(count)]
     kept = {name: keep(name, tensor, columns, rows) for name, tensor in tensors.items()}
     metadata = {
         "version": VERSION,
@@ -167,15 +168,14 @@ def tabulate(batch: LoggedBatch, redactor: Redactor | None = None) -> pa.Table:
         "metrics": batch.metrics,
         "random": batch.random,
     }
-    columns |= {"place": place.numpy(), "tensors": rows}
+    columns |= {"place": place.tolist(), "tensors": rows}
     arrays = [pa.array(columns[f.name], type=f.type, from_pandas=False) for f in SCHEMA]
     return pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata({KEY: json.dumps(metadata).encode()}))
 
 
-def _columns(batch: LoggedBatch, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _columns(batch: LoggedBatch, tensors: dict[str, Tensor]) -> dict[str, list]:
     trajectories, count = batch.trajectories, len(batch.trajectories)
     first = batch.process * count
-    turns = [json.dumps([vars(turn) for turn in t.turns], default=_plain, ensure_ascii=False) for t in trajectories]
     return {
         "step": [batch.step] * count,
         "batch": [batch.number] * count,
@@ -189,7 +189,7 @@ def _columns(batch: LoggedBatch, tensors: dict[str, Tensor]) -> dict[str, Any]:
         "tool_mask": [np.array(t.tool_mask, np.int8) for t in trajectories],
         "forced_mask": [np.array(t.forced_mask, np.int8) for t in trajectories],
         "stop_reason": [t.stop_reason for t in trajectories],
-        "turns": turns,
+        "turns": [_as_json([vars(turn) for turn in t.turns]) for t in trajectories],
         "tools": [[call.name for turn in t.turns for call in turn.tool_calls] for t in trajectories],
         "rewards": [json.dumps(rewards) for rewards in batch.rewards],
         "reward": batch.totals,
@@ -201,7 +201,7 @@ def _columns(batch: LoggedBatch, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _storable(text: str) -> str:
-    """JSON that can be encoded: a lone surrogate, which a tool may return, stands there as its escape."""
+    """Return JSON that can be encoded, with the escape of each lone surrogate, which a tool may return."""
     return re.sub(r"[\ud800-\udfff]", lambda match: f"\\u{ord(match.group()):04x}", text)
 
 
@@ -211,33 +211,30 @@ def _advantages(advantages: Tensor, trajectory: Trajectory) -> np.ndarray:
     return advantages[: len(trajectory.completion_ids)].float().numpy()
 
 
-def _values(tensors: dict[str, Tensor], row: int, trajectory: Trajectory) -> Any:
+def _values(tensors: dict[str, Tensor], row: int, trajectory: Trajectory) -> np.ndarray | None:
     if "old_values" in tensors:
         return tensors["old_values"][row, : len(trajectory.completion_ids)].float().numpy()
     return None if trajectory.values is None else np.array(trajectory.values, np.float32)
 
 
-def _as_json(value: Any) -> str:
-    return json.dumps(value, default=_plain, ensure_ascii=False)
+def _as_json(value: JSONValue) -> str:
+    return json.dumps(value, default=lambda o: vars(o) if hasattr(o, "__dict__") else str(o), ensure_ascii=False)
 
 
-def _messages(completion: Any) -> Any:
+def _messages(completion: str | list[Message]) -> list[Message]:
     return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-
-
-def _plain(value: Any) -> Any:
-    return vars(value) if hasattr(value, "__dict__") else str(value)
 
 
 def with_ratios(table: pa.Table, ratios: Iterable[tuple[Tensor, Tensor]]) -> pa.Table:
     """
-    The table with the ratios of an update.
+    Return a table with the ratios of an update.
 
     Args:
         table (`pa.Table`):
             From [`tabulate`] or [`read_table`].
         ratios (`Iterable[tuple[Tensor, Tensor]]`):
-            Of each micro-batch the rows, shape (B,), and a ratio for each token, shape (B, T), padded on the right.
+            For each micro-batch its rows, int64, shape (B,), and a ratio for each token, float, shape (B, T), padded
+            on the right.
     """
     lengths = [len(ids) for ids in table["completion_ids"]]
     found = table["ratios"].to_pylist()
@@ -256,10 +253,10 @@ def write(table: pa.Table, path: Path) -> int:
         table (`pa.Table`):
             From [`tabulate`].
         path (`Path`):
-            Where to.
+            The file.
 
     Returns:
-        `int`: bytes of the file.
+        `int`: its size in bytes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as part:
@@ -270,21 +267,30 @@ def write(table: pa.Table, path: Path) -> int:
 # Reading
 
 
-def find_files(folder: Path) -> list[Path]:
-    """Files of a rollout log in a folder, in order of rollout batches and processes; there may be none."""
+def find_files(folder: Path, process: int | None = None) -> list[Path]:
+    """
+    Return the files of a rollout log in a folder, in order of rollout batches and processes; there may be none.
+
+    Args:
+        folder (`Path`):
+            The folder.
+        process (`int`, *optional*):
+            Whose files; by default those of all processes.
+    """
     placed = [(place_in_log(path), path) for path in folder.glob("*.parquet")]
-    return [path for _, path in sorted((place, path) for place, path in placed if place is not None)]
+    found = sorted((place, path) for place, path in placed if place is not None)
+    return [path for place, path in found if process in (None, place[2])]
 
 
 def place_in_log(path: Path) -> tuple[int, int, int] | None:
-    """Step, rollout batch of that step, and process in the name of a file; `None` if it is no name of a log."""
+    """Return the step, rollout batch of that step, and process in a file's name; `None` if it is no file of a log."""
     match = _NAME.fullmatch(path.name)
     return None if match is None else (int(match["step"]), int(match["nth"] or 0), int(match["process"]))
 
 
 def log_files(folder: str | Path) -> list[Path]:
     """
-    Files of a rollout log, in order of rollout batches and processes.
+    Return the files of a rollout log, in order of rollout batches and processes.
 
     Args:
         folder (`str` or `Path`):
@@ -300,45 +306,40 @@ def log_files(folder: str | Path) -> list[Path]:
     if not found:
         reason = "it has no file <step>-<process>.parquet" if folder.is_dir() else "it is no folder"
         raise RolloutLogError(
-            f"There is no rollout log in {folder}: {reason}. Pass the `output_dir` of a run that was made with "
-            f"`rollout_log_limit` above 0."
+            f"There is no rollout log in {folder}: {reason}.",
+            remedy="Pass the `output_dir` of a run that was made with `rollout_log_limit` above 0.",
         )
     return found
 
 
 def step_of(path: Path) -> int:
-    """The step in the name of a file of a log."""
+    """Return the step in the name of a file of a log."""
     return int(re.match(r"\d+", path.name)[0])  # type: ignore[index]
 
 
-def batch_files(files: Iterable[Path], process: int) -> dict[int, Path]:
+def batch_files(folder: Path, process: int) -> dict[int, Path]:
     """
-    The files of one process by the number of their rollout batch. What has no such number, or cannot be read, is left
-    out.
+    Return the files of one process by the number of their rollout batch. Files without such a number, or that cannot
+    be read, are left out.
 
     Args:
-        files (`Iterable[Path]`):
-            From [`log_files`].
+        folder (`Path`):
+            Folder of the log.
         process (`int`):
-            Whose files.
+            Index of the process.
     """
     found = {}
-    for path in files:
-        place = place_in_log(path)
-        if place is None or place[2] != process:
-            continue
-        try:
+    for path in find_files(folder, process):
+        with suppress(OSError, pa.ArrowException, KeyError):
             numbers = pq.read_table(path, columns=["batch"])["batch"]
-        except (OSError, pa.ArrowException, KeyError):
-            continue
-        if len(numbers) and numbers[0].is_valid:
-            found[numbers[0].as_py()] = path
+            if len(numbers) and numbers[0].is_valid:
+                found[numbers[0].as_py()] = path
     return found
 
 
 def read_table(path: str | Path) -> pa.Table:
     """
-    One file, checked.
+    Read one file and check it.
 
     Args:
         path (`str` or `Path`):
@@ -353,14 +354,16 @@ def read_table(path: str | Path) -> pa.Table:
         raise RolloutLogError(f"There is no {path}.") from error
     except (OSError, pa.ArrowException) as error:
         raise RolloutLogError(
-            f"{path} cannot be read, it is torn or no parquet file: {error}. The other files of the log stand for "
-            f"themselves; delete this one, or copy it again from where it was written."
+            f"{path} cannot be read, it is torn or no parquet file: {error}. The other files of the log do not depend "
+            f"on it.",
+            remedy="Delete this one, or copy it again from where it was written.",
         ) from error
     metadata = details(table, path)
     if metadata["version"] > VERSION:
         raise RolloutLogError(
             f"{path} has version {metadata['version']} of the rollout log, this package reads version {VERSION} and "
-            f"older. Install a newer trl_toolgrpo."
+            f"older.",
+            remedy="Install a newer trl_toolgrpo.",
         )
     if "batch" not in table.column_names:
         table = table.append_column(SCHEMA.field("batch"), pa.nulls(table.num_rows, pa.int64()))
@@ -374,9 +377,9 @@ def read_table(path: str | Path) -> pa.Table:
     return table
 
 
-def details(table: pa.Table, path: str | Path = "The table") -> dict[str, Any]:
+def details(table: pa.Table, path: str | Path = "The table") -> JSONObject:
     """
-    What a file says of itself: version, processes, micro-batches, tensors, metrics and random number generators.
+    Return the metadata of a file: version, processes, micro-batches, tensors, metrics and random number generators.
 
     Args:
         table (`pa.Table`):
@@ -387,27 +390,25 @@ def details(table: pa.Table, path: str | Path = "The table") -> dict[str, Any]:
     Raises:
         RolloutLogError: if it is no rollout log.
     """
-    try:
+    with suppress(KeyError, ValueError, TypeError):
         found = json.loads((table.schema.metadata or {})[KEY])
         if isinstance(found["version"], int):
             return found
-    except (KeyError, ValueError, TypeError):
-        pass
     raise RolloutLogError(
         f"{path} is a parquet file of something else: it has no metadata `{KEY.decode()}` with a version."
     )
 
 
-def read_rollouts(folder: str | Path, strict: bool = True) -> Iterator[dict[str, Any]]:
+def read_rollouts(folder: str | Path, strict: bool = True) -> Iterator[JSONObject]:
     """
-    Rollouts of a run, in order, each as a dict of the columns of the log with JSON decoded.
+    Read the rollouts of a run, in order, each as a dict of the columns of the log with JSON decoded.
 
     Args:
         folder (`str` or `Path`):
             Output folder of the run, or the folder `rollouts` in it.
         strict (`bool`, *optional*, defaults to `True`):
-            As `strict_trajectories` of [`ToolGRPOConfig`]: `False` logs which rollouts break their contract, and gives
-            them with the tokens they have, of which none counts as the policy's.
+            As `strict_trajectories` of [`ToolGRPOConfig`]: `False` logs which rollouts break their contract, and
+            yields them with the tokens they have, none of which counts as the policy's.
 
     Raises:
         RolloutLogError: if there is no log, or one of its files cannot be read.
@@ -430,8 +431,8 @@ def check_rollouts(table: pa.Table, path: str | Path, strict: bool) -> tuple[pa.
             Raise for a rollout that breaks its contract, or mask it out.
 
     Returns:
-        `tuple[pa.Table, list[bool]]`: the table, in which the rollouts that were masked out keep the contract, and
-        which these are.
+        `tuple[pa.Table, list[bool]]`: the table, in which rollouts that were masked out keep the contract, and
+        whether each rollout was masked out.
 
     Raises:
         TrajectoryError: for a rollout with a missing, short or non-finite field, if `strict`.
@@ -447,25 +448,24 @@ def check_rollouts(table: pa.Table, path: str | Path, strict: bool) -> tuple[pa.
             if strict:
                 raise
             logger.warning("Masked out: %s", error)
-            ids = {column: record[column] for column in ("prompt_ids", "completion_ids")}
-            reason = record["stop_reason"]
-            masked[row] = Trajectory(**ids, logprobs=[], tool_mask=[], forced_mask=[], turns=[], stop_reason=reason)
+            ids = record["prompt_ids"], record["completion_ids"]
+            masked[row] = Trajectory(*ids, [], [], [], [], stop_reason=record["stop_reason"])
             masked[row].mask_out()
+    has_values = any(values is not None for values in columns["values"])
+    for row, trajectory in masked.items():
+        zeros = [0.0] * len(trajectory.completion_ids)
+        fields = {**vars(trajectory), "turns": "[]", "advantages": zeros, "values": zeros if has_values else None}
+        for column in columns:
+            columns[column][row] = fields.get(column, columns[column][row])
     if masked:
-        has_values = any(values is not None for values in columns["values"])
-        for row, trajectory in masked.items():
-            zeros = [0.0] * len(trajectory.completion_ids)
-            fields = {**vars(trajectory), "turns": "[]", "advantages": zeros, "values": zeros if has_values else None}
-            for column in (*_TRAJECTORY, "advantages"):
-                columns[column][row] = fields[column]
         for column in (*_TRAJECTORY, "advantages"):
             place, kind = table.column_names.index(column), SCHEMA.field(column)
             table = table.set_column(place, kind, pa.array(columns[column], type=kind.type))
     return table, [row in masked for row in range(table.num_rows)]
 
 
-def _check_logged(record: dict[str, Any], advantages: list[float] | None, name: str) -> None:
-    """Raise where a row of a log, with its turns as JSON, is no rollout that its contract allows."""
+def _check_logged(record: JSONObject, advantages: list[float] | None, name: str) -> None:
+    """Raise where a row of a log, with its turns as JSON, breaks the contract of a rollout."""
     try:
         turns = json.loads(record["turns"])
     except (TypeError, ValueError) as error:
@@ -479,15 +479,15 @@ def _check_logged(record: dict[str, Any], advantages: list[float] | None, name: 
         )
 
 
-def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """Rows of a file, without what only training again needs, and with JSON decoded."""
+def rows_of(table: pa.Table) -> Iterator[JSONObject]:
+    """Yield the rows of a file with JSON decoded, without the columns that only training again needs."""
     for row in table.drop_columns(["place", "tensors"]).to_pylist():
         yield {name: json.loads(value) if name in _JSON else value for name, value in row.items()}
 
 
 def tensors_of(table: pa.Table, path: str | Path = "The table") -> dict[str, Tensor]:
     """
-    The tensors of a rollout batch, in order of the rollouts.
+    Return the tensors of a rollout batch, in order of the rollouts.
 
     Args:
         table (`pa.Table`):

@@ -1,18 +1,15 @@
-"""The tensors of a rollout batch in its log: each to the bit, and none twice.
-
-Owns how a tensor is put into the rows of a table, or found again in a column that holds its values. Fed by
-`rollout_log.py`.
-"""
+"""The tensors of a rollout batch in its log: each to the bit, and none twice."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .types import JSONObject
 
-# Tensors of a batch that a column holds already, and the side they are padded on
+
+# Tensors of a batch whose values a column may hold already, and the side they are padded on
 _IN_COLUMNS = {
     "prompt_ids": ("prompt_ids", "left"),
     "completion_ids": ("completion_ids", "right"),
@@ -23,7 +20,7 @@ _IN_COLUMNS = {
 }
 
 
-def keep(name: str, tensor: Tensor, columns: Mapping[str, Any], rows: list[list[dict[str, Any]]]) -> dict[str, Any]:
+def keep(name: str, tensor: Tensor, columns: Mapping[str, list], rows: list[list[JSONObject]]) -> JSONObject:
     """
     Put a tensor into the rows, unless a column holds it to the bit.
 
@@ -32,15 +29,15 @@ def keep(name: str, tensor: Tensor, columns: Mapping[str, Any], rows: list[list[
             Its name.
         tensor (`Tensor`):
             A scalar, or of any shape (N, ...), on the CPU.
-        columns (`Mapping[str, Any]`):
+        columns (`Mapping[str, list]`):
             Columns of the log, each a list of N values.
         rows (`list[list[dict]]`):
-            For each of the N rows what is kept of tensors; it is added to.
+            For each of the N rows what is kept of tensors; the tensor is added.
 
     Returns:
-        `dict[str, Any]`: how [`restore`] finds the tensor again.
+        `dict`: how [`restore`] finds the tensor again.
     """
-    record: dict[str, Any] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+    record: JSONObject = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
     if tensor.ndim == 0:
         return {**record, "data": _bytes(tensor).hex()}
     column, side = _IN_COLUMNS.get(name, (None, ""))
@@ -55,19 +52,19 @@ def keep(name: str, tensor: Tensor, columns: Mapping[str, Any], rows: list[list[
 
 
 def restore(
-    records: Mapping[str, dict[str, Any]], columns: Mapping[str, Sequence[Any]], rows: Sequence[Sequence[dict]]
+    records: Mapping[str, JSONObject], columns: Mapping[str, Sequence], rows: Sequence[Sequence[JSONObject]]
 ) -> dict[str, Tensor]:
     """
-    The tensors that [`keep`] has put away.
+    Return the tensors that [`keep`] has put away.
 
     Args:
         records (`Mapping[str, dict]`):
             What it returned, by name.
         columns, rows:
-            As it was given.
+            As it was given and left them.
 
     Returns:
-        `dict[str, Tensor]`: each as it was.
+        `dict[str, Tensor]`: each as it was, to the bit.
 
     Raises:
         ValueError: if columns or rows are not those of the records.
@@ -90,16 +87,16 @@ def restore(
     return found
 
 
-def _fill(tensor: Tensor, lists: list[Any], side: str) -> Any:
-    """What the tensor is padded with; 0 if it is not."""
+def _fill(tensor: Tensor, lists: list, side: str) -> float:
+    """Return what the tensor is padded with; 0 if it is not."""
     for row, values in zip(tensor, lists, strict=True):
         if values is not None and len(values) < len(row):
             return row[0 if side == "left" else -1].item()
     return 0
 
 
-def _padded(lists: Sequence[Any], record: dict[str, Any], fill: Any, side: str) -> Tensor | None:
-    """Lists as a tensor, padded; `None` where that is no tensor of the shape."""
+def _padded(lists: Sequence, record: JSONObject, fill: float, side: str) -> Tensor | None:
+    """Return lists as a padded tensor; `None` where they do not fit the shape."""
     rows, width = record["shape"]
     if any(values is None or len(values) > width for values in lists) or len(lists) != rows:
         return None

@@ -1,6 +1,5 @@
-"""The plain files of a run in its output folder: what it was started with, and lines that are added while it goes on.
-
-Owns `run.json`, and the JSON lines of `metrics.jsonl` and `health.jsonl`. Fed by `run_log.py` and `health_watch.py`.
+"""The plain files of a run in its output folder: what it was started with (`run.json`), and the JSON lines of
+`metrics.jsonl` and `health.jsonl`, which are added while it goes on.
 """
 
 import json
@@ -13,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import accelerate
 import datasets
@@ -22,16 +20,13 @@ import torch
 import transformers
 import trl
 from huggingface_hub import get_token
+from trl import GRPOConfig
 
 from .config import changed_fields
-from .redaction import (
-    Redactor,
-    argument_secrets,
-    config_secrets,
-    masked_arguments,
-    secret_variables,
-)
+from .redaction import Redactor, argument_secrets, config_secrets, masked_arguments, secret_variables
+from .tools.mcp_config import MCPServer
 from .tools.results import encodable
+from .types import JSONObject
 from .version import __version__
 
 
@@ -47,7 +42,7 @@ _IS_CARD = re.compile(r"\s*---\n(.*\n)*?(library_name|base_model):")
 """What a model card begins with, and no other page."""
 
 
-def add_line(path: Path, record: dict[str, Any]) -> None:
+def add_line(path: Path, record: JSONObject) -> None:
     """
     Add a line of JSON to a file. Numbers that are not finite become null, which any reader of JSON takes.
 
@@ -57,19 +52,21 @@ def add_line(path: Path, record: dict[str, Any]) -> None:
         record (`dict`):
             What to add.
     """
-    line = json.dumps({name: _finite(value) for name, value in record.items()}, default=str, ensure_ascii=False)
-    line = encodable(line)
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in record.items()
+    }
     with path.open("a", encoding="utf-8") as file:
-        file.write(f"{line}\n")
+        file.write(_line(finite))
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _line(record: JSONObject) -> str:
+    return encodable(json.dumps(record, default=str, ensure_ascii=False)) + "\n"
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[JSONObject]:
     """
-    The lines of a file; none if there is no such file. A line that a kill has cut short is left out.
+    Return the lines of a file; none if there is no such file. A line that a kill has cut short is left out.
 
     Args:
         path (`Path`):
@@ -78,18 +75,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     found = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                found.append(record)
-    return found
+            with suppress(ValueError):
+                found.append(json.loads(line))
+    return [record for record in found if isinstance(record, dict)]
 
 
 def cut_back(path: Path, step: int) -> None:
     """
-    Drop the lines behind a step.
+    Drop the lines after a step.
 
     Args:
         path (`Path`):
@@ -97,10 +90,9 @@ def cut_back(path: Path, step: int) -> None:
         step (`int`):
             The last step whose lines stay.
     """
-    if not path.is_file():
-        return
-    kept = [record for record in read_lines(path) if record.get("step", 0) <= step]
-    replace_text(path, "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in kept))
+    if path.is_file():
+        kept = [record for record in read_lines(path) if record.get("step", 0) <= step]
+        replace_text(path, "".join(map(_line, kept)))
 
 
 def holds_other_page(folder: Path) -> bool:
@@ -121,7 +113,7 @@ def holds_other_page(folder: Path) -> bool:
 @contextmanager
 def other_page_aside(folder: Path) -> Iterator[None]:
     """
-    While open, a `README.md` that is no model card is called `.README.md.kept`.
+    Rename a `README.md` that is no model card to `.README.md.kept` while open.
 
     Args:
         folder (`Path`):
@@ -139,10 +131,10 @@ def other_page_aside(folder: Path) -> Iterator[None]:
             os.replace(kept, file)
 
 
-def run_redactor(args: Any, servers: Iterable[Any] = ()) -> Redactor:
+def run_redactor(args: GRPOConfig, servers: Iterable[MCPServer] = ()) -> Redactor:
     """
-    Knows the secrets of a run: those of its configuration, command line, environment and MCP servers, and the token
-    that is stored for the Hub.
+    Return what knows the secrets of a run: those of its configuration, command line, environment and MCP servers, and
+    the token that is stored for the Hub.
 
     Args:
         args ([`ToolGRPOConfig`]):
@@ -151,10 +143,8 @@ def run_redactor(args: Any, servers: Iterable[Any] = ()) -> Redactor:
             The run's servers.
     """
     configured = {field.name: getattr(args, field.name) for field in fields(args)}
-    secrets = config_secrets(configured) + process_secrets()
-    for server in servers:
-        secrets += server.secrets
-    return Redactor(secrets)
+    served = [secret for server in servers for secret in server.secrets]
+    return Redactor(config_secrets(configured) + process_secrets() + served)
 
 
 def process_secrets() -> list[str]:
@@ -164,15 +154,15 @@ def process_secrets() -> list[str]:
 
 
 def describe_start(
-    args: Any, model: str, reward_funcs: Sequence[str], tools: Sequence[str], redactor: Redactor
-) -> dict[str, Any]:
+    args: GRPOConfig, model: str | None, reward_funcs: Sequence[str], tools: Sequence[str], redactor: Redactor
+) -> JSONObject:
     """
-    What a run was started with, as `run.json` holds it.
+    Return what a run was started with, as `run.json` holds it.
 
     Args:
         args ([`ToolGRPOConfig`]):
             Configuration; the fields that were set are kept.
-        model (`str`):
+        model (`str`, *optional*):
             Name of the model.
         reward_funcs, tools (`Sequence[str]`):
             Names of the reward functions and the tools.
@@ -194,7 +184,7 @@ def describe_start(
     )
 
 
-def write_json(path: Path, record: dict[str, Any]) -> None:
+def write_json(path: Path, record: JSONObject) -> None:
     """
     Write a file of JSON, so that it is whole or not there.
 
@@ -224,7 +214,7 @@ def replace_text(path: Path, text: str) -> None:
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """
-    Give a path to write to that takes the place of a file in the end; a disk that refuses keeps no part of it.
+    Yield a path to write to, which replaces a file in the end; where the disk refuses, no part of it is left.
 
     Args:
         path (`Path`):

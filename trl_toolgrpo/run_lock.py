@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from .errors import OutputFolderInUseError
 
@@ -20,7 +19,7 @@ LOCK = ".run-lock"
 """File in the output folder while a run is under way."""
 
 _held: "weakref.WeakSet[RunLock]" = weakref.WeakSet()
-_said: set[Path] = set()  # folders that could not be locked
+_unlocked: set[Path] = set()  # folders that could not be locked, which was logged
 
 
 class RunLock:
@@ -33,14 +32,14 @@ class RunLock:
     def __enter__(self) -> "RunLock":
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
     def release(self) -> None:
-        """Give the folder free."""
+        """Free the folder."""
         if self._descriptor >= 0:
             with suppress(OSError):
-                self._path.unlink()  # while it is held: who has opened this file meanwhile sees that it is gone
+                self._path.unlink()  # while it is held: a process that has this file open sees that it is gone
             self.forget()
 
     def forget(self) -> None:
@@ -63,23 +62,23 @@ def take_lock(folder: Path) -> RunLock | None:
     """
     Lock an output folder for a run. The main process of a run does so for all.
 
-    The lock is one of the file system (`flock`): it is gone with its process, however that ends. NFS has such locks
-    since version 4, or with its lock daemon. Where there are none, a warning says so once, and the run goes on
-    without.
+    The lock is one of the file system (`flock`), which ends with its process, however that ends. NFS has such locks
+    since version 4, or with its lock daemon. Where there are none, a warning is logged once, and the run goes on
+    without a lock.
 
     Args:
         folder (`Path`):
             The output folder, made if it is not there.
 
     Returns:
-        `RunLock` or `None`: the lock; `None` if the folder cannot be locked, or if the launcher's id of the job says
-        that the lock is of this job, begun before on another machine.
+        `RunLock` or `None`: the lock; `None` if the folder cannot be locked, or if the launcher's job id says that
+        the lock is held by this very job on another machine.
 
     Raises:
-        OutputFolderInUseError: if another run holds it; says which.
+        OutputFolderInUseError: if another run holds it, which the message names.
     """
     try:
-        descriptor = _locked(folder)
+        descriptor = _locked_file(folder)
     except BlockingIOError:
         holder = _holder(folder / LOCK)
         job = job_id(os.environ)
@@ -88,30 +87,28 @@ def take_lock(folder: Path) -> RunLock | None:
         by = f"process {holder['pid']} on {holder['host']}, since {holder['since']}" if holder else "another process"
         raise OutputFolderInUseError(
             f"You passed `output_dir` ({folder}), which a run that is under way writes to: {by}. A second one would "
-            f"move its checkpoints and write into its logs. Wait for it to end, or end it, or pass another "
-            f"`output_dir`."
+            f"move its checkpoints and write into its logs.",
+            remedy="Wait for it to end, or end it, or pass another `output_dir`.",
         ) from None
     except (OSError, ImportError) as error:
-        if folder.absolute() not in _said:
-            _said.add(folder.absolute())
+        if folder.absolute() not in _unlocked:
+            _unlocked.add(folder.absolute())
+            problem = f"{type(error).__name__}: {error}"
             logger.warning(
-                "`output_dir` (%s) cannot be locked: %s: %s. Make sure that no other run writes to it.",
-                folder,
-                type(error).__name__,
-                error,
+                "`output_dir` (%s) cannot be locked: %s. Make sure that no other run writes to it.", folder, problem
             )
         return None
     since = datetime.now().astimezone().isoformat(" ", "seconds")
-    holder = {"pid": str(os.getpid()), "host": socket.gethostname(), "since": since}
-    with suppress(OSError):  # a full disk: the lock holds all the same
+    holder = {"pid": str(os.getpid()), "host": socket.gethostname(), "since": since, "job": job_id(os.environ)}
+    with suppress(OSError):  # on a full disk the lock still holds
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, json.dumps({**holder, "job": job_id(os.environ)}).encode())
+        os.write(descriptor, json.dumps(holder).encode())
     return RunLock(folder / LOCK, descriptor)
 
 
 def job_id(variables: Mapping[str, str]) -> str | None:
     """
-    What the launcher calls the job that this process is of, the same on all machines; `None` if it does not say.
+    Return the launcher's id of the job that this process belongs to, the same on all machines; `None` if it has none.
 
     Args:
         variables (`Mapping[str, str]`):
@@ -127,8 +124,8 @@ def job_id(variables: Mapping[str, str]) -> str | None:
     return None if alone or port is None else f"{address}:{port}"
 
 
-def _locked(folder: Path) -> int:
-    """Open the lock's file and lock it."""
+def _locked_file(folder: Path) -> int:
+    """Open the lock file, lock it, and return its descriptor."""
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +143,7 @@ def _locked(folder: Path) -> int:
 
 
 def _holder(path: Path) -> dict[str, str]:
-    """Who holds a lock; empty if it has not said so."""
+    """Return who holds a lock; nothing if the file does not tell."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {name: str(found[name]) for name in ("pid", "host", "since", "job")}

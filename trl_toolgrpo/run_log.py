@@ -1,15 +1,14 @@
-"""What a run leaves in its output folder while it goes on: its start, its metrics and its rollouts.
+"""What a run writes to its output folder while it goes on: its start, its metrics and its rollouts.
 
-A mixin of the trainer: what is taken down of a rollout batch and when it is written: once its last update is
-over, on a thread of its own, so that training waits for no disk. The formats are those of `rollout_log.py` and
-`run_files.py`.
+A rollout batch is written once its last update is over, on a thread of its own, so that training does not wait for
+the disk.
 """
 
 import logging
 import os
 import time
 import traceback
-from collections.abc import Iterable
+from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -20,32 +19,24 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .batch_position import batch_in_use, batch_number
 from .checkpoint import same_error
-from .completions_table import aligned, storable_logs
+from .completions_table import align_columns, storable_logs
 from .config import ToolGRPOConfig
 from .errors import OutputFolderInUseError
 from .log_failures import LogFailures
 from .redaction import SECRET, Redactor, loggers_of, redact_logs, secret_variables
 from .rollout.engine import RolloutBatch, RolloutEngine
 from .rollout_log import FOLDER, LoggedBatch, file_name, find_files, read_table, step_of, tabulate, with_ratios, write
-from .run_files import (
-    HEALTH,
-    METRICS,
-    RUN,
-    add_line,
-    cut_back,
-    describe_start,
-    run_redactor,
-    write_json,
-)
+from .run_files import HEALTH, METRICS, RUN, add_line, cut_back, describe_start, run_redactor, write_json
 from .run_lock import take_lock
 from .tools.mcp import MCPTools
-from .tools.mcp_config import MCPServer
 from .tools.toolset import ToolSet
+from .types import Batch, JSONObject, Message, Row
 
 
 logger = logging.getLogger(__name__)
@@ -61,27 +52,25 @@ class RolloutWriter:
         folder (`Path`):
             Folder of the log.
         process (`int`):
-            Whose batches these are.
+            Index of the process.
         limit (`float`):
             Most bytes that the files of this process may take.
         redactor ([`Redactor`]):
             Keeps secrets out of the texts.
         failures ([`LogFailures`]):
-            Says what could not be written.
+            Logs what could not be written.
     """
 
     def __init__(self, folder: Path, process: int, limit: float, redactor: Redactor, failures: LogFailures) -> None:
-        self._failures = failures
-        self._folder, self._process, self._limit, self._redactor = folder, process, limit, redactor
+        self._folder, self._limit, self._redactor, self._failures = folder, limit, redactor, failures
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout-log")
         self._writing: Future | None = None
         self._failed = False
-        own = [path for path in find_files(folder) if path.name.endswith(f"-{process:03d}.parquet")]
-        self._sizes = {path: path.stat().st_size for path in own}
+        self._sizes = {path: path.stat().st_size for path in find_files(folder, process)}
 
     def put(self, name: str, batch: LoggedBatch | pa.Table, ratios: Ratios) -> None:
         """
-        Write a batch, when the one before is written.
+        Write a batch in the background, after the one before.
 
         Args:
             name (`str`):
@@ -96,19 +85,19 @@ class RolloutWriter:
             self._writing = self._thread.submit(self._write, name, batch, ratios)
 
     def table(self, batch: LoggedBatch | pa.Table, ratios: Ratios) -> pa.Table:
-        """A batch as it is written."""
+        """Return a batch as it is written."""
         table = batch if isinstance(batch, pa.Table) else tabulate(batch, self._redactor)
         return with_ratios(table, ratios)
 
     def wait(self) -> None:
-        """Wait for what is being written. What goes wrong there ends the log, not the run."""
+        """Wait for what is being written. A failure there does not end the run; one of the disk ends the log."""
         writing, self._writing = self._writing, None
         error = None if writing is None else writing.exception()
         if isinstance(error, OSError):
             self._failed = True
             logger.warning("No rollouts are logged any more: %s could not be written to: %s.", self._folder, error)
         elif isinstance(error, Exception):
-            self._failures.say("A rollout batch could not be logged", error)
+            self._failures.warn("A rollout batch could not be logged", error)
 
     def close(self) -> None:
         """Wait, and end the thread."""
@@ -137,32 +126,32 @@ class RunLog(GRPOTrainer):
     _rewards: Tensor
     _toolset: ToolSet
     _mcp: MCPTools | None
-    _run_folder: Path | None = None  # where the log of this run is, once it has begun
-    _run_file: os.stat_result | None = None  # the `run.json` it has begun with
-    _full: set[str]  # files of it that could not be written to
+    _run_folder: Path | None = None  # where this run is logged, once it has begun
+    _run_file: os.stat_result | None = None  # the `run.json` it began with
+    _full: set[str]  # files there that could not be written to
     _redactor = Redactor()
     _log_failures: LogFailures
-    _logs: Any  # TRL's, of `log_completions`
-    _pending_extra_logs: Any
+    _logs: JSONObject  # TRL's, of `log_completions`
+    _pending_extra_logs: defaultdict[str, list[object]]
     _writer: RolloutWriter | None = None
     _started = 0.0  # by the monotonic clock
     _logged: LoggedBatch | pa.Table | None = None  # the batch in use
     _logged_name = ""  # of its file
-    _begun: tuple[int, int] = (-1, 0)  # an optimizer step, and the rollout batches that have begun in it
+    _begun: tuple[int, int] = (-1, 0)  # an optimizer step, and the number of rollout batches that have begun in it
     _logged_ratios: dict[int, tuple[Tensor, Tensor]]  # by micro-batch
-    _asked: tuple[list, list] = ([], [])  # prompts and completions
+    _texts: tuple[list[str | list[Message]], list[str | list[Message]]] = ([], [])  # prompts and completions
     _scores: Tensor | None = None
 
     def _prepare_run_log(self) -> None:
         self._logged_ratios, self._full, self._log_failures = {}, set(), LogFailures()
-        self._keep_secrets()
+        self._update_redactor()
         for callback in self.callback_handler.callbacks:
             self._log_failures.guard(callback)
         self.add_callback(_RunLogCallback(self))
 
-    def add_callback(self, callback: Any) -> None:
+    def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
         """
-        TRL's. A tracker that fails later does not end the run; the callbacks of users do.
+        Add a callback as TRL does. A tracker that fails later does not end the run; a callback of a user does.
 
         Args:
             callback (`type` or `TrainerCallback`):
@@ -172,14 +161,20 @@ class RunLog(GRPOTrainer):
         if "_log_failures" in vars(self):
             self._log_failures.guard(self.callback_handler.callbacks[-1])
 
-    def _keep_secrets(self) -> Redactor:
-        """Return what knows the secrets of the run as they are now; lines that this package logs are without them."""
-        self._redactor = run_redactor(self.args, self._servers())
+    def _current_redactor(self) -> Redactor:
+        return run_redactor(self.args, self._mcp.servers.values() if self._mcp is not None else ())
+
+    def _update_redactor(self) -> None:
+        """Find the secrets of the run as they are now, and keep them out of the lines that this package logs."""
+        self._redactor = self._current_redactor()
         redact_logs(loggers_of(__package__), self._redactor)
-        return self._redactor
+
+    def _redacted(self, text: str) -> str:
+        """Return a text without the secrets of the run as they are now."""
+        return self._current_redactor().text(text)
 
     def _owns_folder(self) -> bool:
-        """Whether no other run has begun in the output folder since this one did, as far as `run.json` tells."""
+        """Return whether no other run has begun in the output folder since this one did, judging by `run.json`."""
         if self._run_folder is None or self._run_file is None:
             return True
         try:
@@ -187,18 +182,15 @@ class RunLog(GRPOTrainer):
         except OSError:
             return True
 
-    def _servers(self) -> Iterable[MCPServer]:
-        return self._mcp.servers.values() if self._mcp is not None else ()
-
     @property
     def _logs_rollouts(self) -> bool:
         return self._recording and self.args.rollout_log_limit > 0
 
-    # A run from its begin to its end
+    # A run from start to end
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """
-        TRL's training; what was logged of it is on disk when it ends, however it does.
+        Train as TRL does; when training ends, in whatever way, what was logged is on disk.
 
         Raises:
             OutputFolderInUseError: if another run writes to `output_dir`.
@@ -209,9 +201,8 @@ class RunLog(GRPOTrainer):
         except OutputFolderInUseError as error:
             problem = error
         same_error(problem, OutputFolderInUseError)
-        self._logged, self._run_folder, self._full, self._begun = None, None, set(), (-1, 0)
-        self._run_file = None
-        self._started = time.monotonic()
+        self._logged = self._run_folder = self._run_file = None
+        self._full, self._begun, self._started = set(), (-1, 0), time.monotonic()
         with lock or nullcontext():
             try:
                 with self._log_failures.of_profiling():
@@ -222,16 +213,16 @@ class RunLog(GRPOTrainer):
                     self._writer.close()
                     self._writer = None
 
-    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
-        """TRL's; how long it took is known by a clock that nobody sets."""
+    def _finalize_training(self, trial: object, num_train_samples: object, start_time: float) -> TrainOutput:
+        """Give TRL the start by the monotonic clock, which nobody sets."""
         return super()._finalize_training(trial, num_train_samples, time.time() - (time.monotonic() - self._started))
 
     def _begin_run_log(self) -> None:
-        """Start the log, or cut it back to where a resumed run goes on."""
+        """Start the log, or cut it back to where the run is resumed."""
         folder, step = Path(str(self.args.output_dir)), self.state.global_step
-        redactor = self._keep_secrets()
+        self._update_redactor()
         if self._recording:
-            self._engine.redactor = redactor
+            self._engine.redactor = self._redactor
         try:
             if self.accelerator.is_main_process:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -239,23 +230,26 @@ class RunLog(GRPOTrainer):
                     _cut_run_files(folder, step)
                 name = get_config_model_id(self.accelerator.unwrap_model(self.model).config)
                 tools = [tool.name for tool in self._toolset.known]
-                write_json(folder / RUN, describe_start(self.args, name, self.reward_func_names, tools, redactor))
-                _tell_of_secrets()
+                start = describe_start(self.args, name, self.reward_func_names, tools, self._redactor)
+                write_json(folder / RUN, start)
+                if hidden := ", ".join(secret_variables(os.environ)):
+                    logger.warning(
+                        "The values of these environment variables are replaced by %s in logs: %s.", SECRET, hidden
+                    )
                 self._run_file = os.stat(folder / RUN)
             self._run_folder = folder
         except OSError as error:
             logger.warning("Nothing is logged in `output_dir` (%s): %s.", folder, error)
         self.accelerator.wait_for_everyone()
         if self._logs_rollouts and self._run_folder is not None:
-            limit = self.args.rollout_log_limit * 2**20 / self.accelerator.num_processes
-            self._writer = RolloutWriter(
-                folder / FOLDER, self.accelerator.process_index, limit, redactor, self._log_failures
-            )
+            process, limit = self.accelerator.process_index, self.args.rollout_log_limit * 2**20
+            limit /= self.accelerator.num_processes
+            self._writer = RolloutWriter(folder / FOLDER, process, limit, self._redactor, self._log_failures)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """
-        TRL's log, whose table of completions holds what can be stored and no secret. If it cannot be printed, stored
-        or sent all the same, the run goes on.
+        Log as TRL does; its table of completions holds only what can be stored, and no secret. If the table still
+        cannot be printed, stored or sent, the run goes on.
 
         Args:
             logs, start_time:
@@ -271,7 +265,7 @@ class RunLog(GRPOTrainer):
             inside = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
             if len(self.state.log_history) == entries or Trainer.log.__code__ in inside:  # of figures or a callback
                 raise
-            self._log_failures.say("The completions of a step could not be shown or stored", error)
+            self._log_failures.warn("The completions of a step could not be shown or stored", error)
             if isinstance(error, OSError):
                 table = f"completions_{self.state.global_step:05d}.parquet"
                 _remove_torn(Path(str(self.args.output_dir)) / "completions" / table)
@@ -281,8 +275,8 @@ class RunLog(GRPOTrainer):
             entry = self.state.log_history[-1]
             self._add_line(METRICS, {"step": entry["step"], "time": time.time(), **entry})
 
-    def _add_line(self, name: str, record: dict[str, Any]) -> None:
-        """Add to a file of the run. A disk that does not take it ends the file, not the run."""
+    def _add_line(self, name: str, record: JSONObject) -> None:
+        """Add a line to a file of the run. Where the disk refuses, the file ends there and the run goes on."""
         if self._run_folder is None or name in self._full or not self._owns_folder():
             return
         try:
@@ -291,37 +285,38 @@ class RunLog(GRPOTrainer):
             self._full.add(name)
             logger.warning("Nothing is added to %s any more, which could not be written to: %s.", name, error)
         except Exception as error:
-            self._log_failures.say(f"A line could not be added to {name}", error)
+            self._log_failures.warn(f"A line could not be added to {name}", error)
 
     # Rollouts
 
-    def _generate(self, prompts: list) -> Any:
+    def _generate(self, prompts: list[str | list[Message]]) -> tuple:
         output = super()._generate(prompts)
-        self._asked = prompts, output[3]
+        self._texts = prompts, output[3]
         return output
 
-    def _calculate_rewards(self, inputs: list, *args: Any) -> Tensor:
+    def _calculate_rewards(self, inputs: list[Row], *args: list) -> Tensor:
         self._scores = super()._calculate_rewards(inputs, *args)
-        aligned(self._pending_extra_logs, self._logs["extra"], len(inputs), self._log_failures.say_once)
+        align_columns(self._pending_extra_logs, self._logs["extra"], len(inputs), self._log_failures.warn_once)
         return self._scores
 
-    def _prepare_inputs(self, generation_batch: Any) -> Any:
+    def _prepare_inputs(self, generation_batch: Batch) -> Batch:
         before = self._buffered_inputs
         counts = {name: len(values) for name, values in self._metrics["train"].items()}
         inputs = super()._prepare_inputs(generation_batch)
         if self._writer is not None and self.model.training and self._buffered_inputs is not before:
-            with self._log_failures.tolerated("A rollout batch could not be taken down for the log"):
-                self._take_down(counts)
+            with self._log_failures.tolerated("A rollout batch could not be kept for the log"):
+                self._keep_batch(counts)
         return inputs
 
-    def _take_down(self, counts: dict[str, int]) -> None:
-        """Keep what is logged of the rollout batch that was just made."""
+    def _keep_batch(self, counts: dict[str, int]) -> None:
+        """Keep what is logged of the rollout batch that was just made; `counts` metrics were there before it."""
         batches: Any = self._buffered_inputs
         name = self._name_of_batch()
         if self._batch is None or self._scores is None or "rollout" not in batches[0]:
             return
         trajectories = self._batch.trajectories
-        own = slice(first := self.accelerator.process_index * len(trajectories), first + len(trajectories))
+        first = self.accelerator.process_index * len(trajectories)
+        own = slice(first, first + len(trajectories))
         metrics = {
             name: values if name == "num_tokens" else values[counts.get(name, 0) :]
             for name, values in self._metrics["train"].items()
@@ -332,11 +327,13 @@ class RunLog(GRPOTrainer):
             process=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
             num_generations=self.num_generations,
-            prompts=self._asked[0],
-            completions=self._asked[1],
+            prompts=self._texts[0],
+            completions=self._texts[1],
             trajectories=trajectories,
-            rewards=[dict(zip(self.reward_func_names, row, strict=True)) for row in _numbers(self._scores[own])],
-            totals=_numbers(self._rewards[own]),
+            rewards=[
+                dict(zip(self.reward_func_names, _numbers(row), strict=True)) for row in self._scores[own].tolist()
+            ],
+            totals=_numbers(self._rewards[own].tolist()),
             batches=list(batches),
             metrics={name: list(values) for name, values in metrics.items() if values},
             random=random_states(self.accelerator.device),
@@ -344,19 +341,20 @@ class RunLog(GRPOTrainer):
         )
 
     def _name_of_batch(self) -> str:
-        """Name of the file of the rollout batch that has just begun; to be asked for once for each of them."""
+        """Return the name of the file of the rollout batch that has just begun. Call this once for each of them."""
         step, (last, count) = self.state.global_step, self._begun
         nth = count if step == last else 0
         self._begun = step, nth + 1
         return file_name(step, self.accelerator.process_index, nth)
 
-    def _note_ratios(self, inputs: dict[str, Any], logps: Tensor, mask: Tensor) -> None:
+    def _note_ratios(self, inputs: Batch, logps: Tensor, mask: Tensor) -> None:
         """Keep the ratios of a micro-batch, shape (B, T): 1 at tokens that do not train."""
         if self._logged is not None and "rollout" in inputs:
             ratios = (logps - inputs["old_per_token_logps"]).masked_fill(mask == 0, 0.0).exp()
             self._logged_ratios[self._step % (self.args.steps_per_generation or 1)] = inputs["rollout"], ratios
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Take a step as TRL does, and log the rollout batch after its last update."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not batch_in_use(self):
             self._put_logged()
@@ -370,7 +368,7 @@ class RunLog(GRPOTrainer):
 
     # Checkpoints
 
-    def _write_checkpoint(self, model: Any, trial: Any, staged: Path, target: Path) -> None:
+    def _write_checkpoint(self, model: nn.Module, trial: object, staged: Path, target: Path) -> None:
         super()._write_checkpoint(model, trial, staged, target)  # type: ignore[misc]
         if self._logged is not None and self._writer is not None:
             with self._log_failures.tolerated("The rollout batch in use could not be kept in a checkpoint"):
@@ -381,24 +379,22 @@ class RunLog(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self._buffered_inputs is None or not self._logs_rollouts:
             return
-        own = f"-{self.accelerator.process_index:03d}.parquet"
-        for path in find_files(Path(checkpoint) / FOLDER):
-            if path.name.endswith(own):
-                self._logged, self._logged_name, self._logged_ratios = read_table(path), path.name, {}
+        for path in find_files(Path(checkpoint) / FOLDER, self.accelerator.process_index):
+            self._logged, self._logged_name, self._logged_ratios = read_table(path), path.name, {}
 
 
 class _RunLogCallback(TrainerCallback):
-    """Starts the log when it is known where the run goes on."""
+    """Starts the log once the step to resume from is known."""
 
     def __init__(self, trainer: RunLog) -> None:
         self._trainer = trainer
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
         self._trainer._begin_run_log()
 
 
 def _remove_torn(table: Path) -> None:
-    """Remove a table for which there was no room, so that those beside it can be read as one data set."""
+    """Remove a table for which there was no room, so that the others can be read as one data set."""
     try:
         pq.read_schema(table)
     except (OSError, pa.ArrowException):
@@ -415,15 +411,9 @@ def _cut_run_files(folder: Path, step: int) -> None:
         cut_back(folder / name, step)
 
 
-def _tell_of_secrets() -> None:
-    names = ", ".join(secret_variables(os.environ))
-    if names:
-        logger.warning("The values of these environment variables are replaced by %s in logs: %s.", SECRET, names)
-
-
 def random_states(device: torch.device) -> dict[str, str]:
     """
-    State of the random number generators that an update draws from, by device, in hexadecimal.
+    Return the state of the random number generators that an update draws from, by device, in hexadecimal.
 
     Args:
         device (`torch.device`):
@@ -435,8 +425,6 @@ def random_states(device: torch.device) -> dict[str, str]:
     return {name: bytes(state.cpu().numpy()).hex() for name, state in found.items()}
 
 
-def _numbers(values: Tensor) -> list[Any]:
-    """Nested lists with None for NaN."""
-    if values.ndim == 1:
-        return [None if value != value else value for value in values.tolist()]
-    return [_numbers(row) for row in values]
+def _numbers(values: list[float]) -> list[float | None]:
+    """Return numbers with None for NaN."""
+    return [None if value != value else value for value in values]

@@ -71,7 +71,7 @@ def main() -> None:
     training.eval_on_start = False
 
     meter = Meter()
-    for name in ("_take_down", "_put_logged", "_note_ratios"):
+    for name in ("_keep_batch", "_put_logged", "_note_ratios"):
         meter.watch(trainer, name, "rollout log", "all")
     meter.watch(run_log.RolloutWriter, "_write", "rollout log", "all")
     for name in ("_check_health", "_log_rollouts"):

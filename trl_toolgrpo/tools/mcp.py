@@ -1,7 +1,6 @@
 """The MCP servers of a run, and their tools as `Tool`s.
 
-Owns the event loop all connections live on, the names their tools go by, and which server a rollout's calls reach; fed
-by the trainer's `mcp_servers`. The loop is not the executor's: a tool that blocks that one cannot hurt a connection.
+The servers have an event loop of their own, not the executor's: a tool that blocks that one cannot hurt a connection.
 """
 
 import asyncio
@@ -10,18 +9,18 @@ import importlib.util
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import ToolNameError, ToolRuntimeError, ToolSchemaError
 from ..redaction import redact_logs
+from ..types import JSONObject
 from .arguments import check_schema
 from .loops import LoopThread
 from .mcp_config import MCPServer
-from .mcp_connection import SDK_LOGGERS, Connection
 from .mcp_names import ToolOrigin, choose_tools, name_tools, tools_left_out
 from .mcp_pool import Pool
 from .mcp_session import MCPSession
@@ -29,6 +28,14 @@ from .owners import wait
 from .results import refused
 from .types import Tool, ToolResult
 
+
+if TYPE_CHECKING:
+    import mcp_types
+
+    from .mcp_connection import Connection
+
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -58,36 +65,39 @@ class MCPTools:
                 "You passed `mcp_servers`, which need the package mcp (2.0 or later), and it is not installed. Run "
                 "`pip install 'trl_toolgrpo[mcp]'`."
             )
+        from .mcp_connection import SDK_LOGGERS
+
         self.servers = {server.name: server for server in servers}
         self._loop = LoopThread()
         self._folder = tempfile.TemporaryDirectory(prefix="trl_toolgrpo_mcp_")
         self._shared: dict[str, Connection] = {}
         self._pools: dict[str, Pool] = {}
+        self._restarts: Counter[str] = Counter()
         self._counted: Counter[str] = Counter()
         self._warned: set[str] = set()
         self._closed = False
         self._origins: dict[str, ToolOrigin] = {}
-        self._for_rewards: dict[str, ToolOrigin] = {}  # tools the policy does not get
         for server in servers:
             redact_logs(SDK_LOGGERS, server.redactor)
         try:
             listed = self.wait(self._start())
-            chosen = {server.name: choose_tools(server, listed[server.name]) for server in servers}
+            chosen = {name: choose_tools(self.servers[name], tools) for name, tools in listed.items()}
             self._origins = name_tools(chosen, taken)
             others = {name: set(tools) - {self.servers[name].reset_tool} for name, tools in listed.items()}
-            self._for_rewards = tools_left_out(others, chosen, self._origins)
+            # What a reward function may call, which includes tools that the policy does not get
+            self._callable = {**tools_left_out(others, chosen, self._origins), **self._origins}
             self.tools = [self._tool(name, chosen[of.server][of.tool]) for name, of in self._origins.items()]
         except BaseException:
             self.close()
             raise
 
     def session(self) -> MCPSession:
-        """The servers as one rollout has them."""
+        """Return the servers as one rollout has them."""
         return MCPSession(self.call)
 
     def of_rollout(self, tools: dict[str, Tool], session: MCPSession) -> tuple[dict[str, Tool], frozenset[str]]:
         """
-        The tools of a rollout, those of servers with `per_rollout` bound to servers of its own.
+        Return the tools of a rollout, those of servers with `per_rollout` bound to servers of its own.
 
         Args:
             tools (`dict[str, Tool]`):
@@ -102,9 +112,9 @@ class MCPTools:
         bound = {name: replace(tools[name], function=self._function(name, session)) for name in own}
         return {name: bound.get(name, tool) for name, tool in tools.items()}, frozenset(own)
 
-    def call(self, name: str, arguments: dict[str, Any], session: MCPSession) -> ToolResult:
+    def call(self, name: str, arguments: JSONObject, session: MCPSession) -> ToolResult:
         """
-        Calls a tool from a reward function, and waits for it.
+        Call a tool from a reward function, and wait for it.
 
         Args:
             name (`str`):
@@ -117,10 +127,10 @@ class MCPTools:
         Raises:
             ToolNameError: if no server has the tool.
         """
-        known = {**self._for_rewards, **self._origins}
-        if name not in known:
-            raise ToolNameError(f"No MCP server has a tool {name!r}. The tools are: {', '.join(known)}.")
-        limit = self.servers[known[name].server].timeout or _REWARD_TIMEOUT
+        if name not in self._callable:
+            tools = ", ".join(self._callable)
+            raise ToolNameError(f"No MCP server has a tool {name!r}. The tools are: {tools}.")
+        limit = self.servers[self._callable[name].server].timeout or _REWARD_TIMEOUT
         try:
             return self.wait(asyncio.wait_for(self.answer(name, arguments, session), limit))
         except TimeoutError:
@@ -128,7 +138,7 @@ class MCPTools:
 
     def take_back(self, sessions: Sequence[MCPSession]) -> None:
         """
-        Ends rollouts: their own servers are made ready for others, while the run goes on.
+        End rollouts: make their own servers ready for others, while the run goes on.
 
         Args:
             sessions (`Sequence[MCPSession]`):
@@ -139,25 +149,24 @@ class MCPTools:
 
     def prepare(self, rollouts: int) -> None:
         """
-        Begins to start servers for rollouts that are about to begin.
+        Begin to start servers for rollouts that are about to begin.
 
         Args:
             rollouts (`int`):
-                How many there are.
+                How many rollouts there are.
         """
         for pool in self._pools.values():
             self._loop.get().call_soon_threadsafe(pool.prepare, rollouts)
 
     def restarts(self) -> dict[str, int]:
-        """How often each server has been started again since this was last asked."""
-        found = Counter({name: shared.restarts for name, shared in self._shared.items()})
-        found.update({name: pool.restarts for name, pool in self._pools.items()})
-        since = {name: found[name] - self._counted[name] for name in self.servers}
-        self._counted = found
+        """Return how often each server has been started again since the last time this was called."""
+        total = Counter(self._restarts)
+        since = {name: total[name] - self._counted[name] for name in self.servers}
+        self._counted = total
         return since
 
     def close(self) -> None:
-        """Ends every connection, and every server that was started; waits for them, but not for ever."""
+        """End every connection, and every server that was started; wait for them, but not for ever."""
         if self._closed:
             return
         self._closed = True
@@ -170,9 +179,9 @@ class MCPTools:
                 done.result(_CLOSING)
         self._folder.cleanup()
 
-    def wait(self, work: Coroutine[Any, Any, Any]) -> Any:
+    def wait(self, work: Coroutine[object, object, T]) -> T:
         """
-        Runs a coroutine on the servers' loop and waits for it.
+        Run a coroutine on the servers' loop and wait for it.
 
         Args:
             work (`Coroutine`):
@@ -188,9 +197,9 @@ class MCPTools:
             future.cancel()
             raise
 
-    async def answer(self, name: str, arguments: dict[str, Any], session: MCPSession | None = None) -> ToolResult:
+    async def answer(self, name: str, arguments: JSONObject, session: MCPSession | None = None) -> ToolResult:
         """
-        Calls a tool; on the servers' loop.
+        Call a tool; on the servers' loop.
 
         Args:
             name (`str`):
@@ -200,7 +209,7 @@ class MCPTools:
             session ([`MCPSession`], *optional*):
                 The rollout that calls it.
         """
-        origin = self._origins.get(name) or self._for_rewards[name]
+        origin = self._callable[name]
         shared = self._shared.get(origin.server)
         if shared is not None:
             return await shared.call(origin.tool, arguments)
@@ -211,33 +220,34 @@ class MCPTools:
             )
         return await session.call_own(self._pools[origin.server], origin.tool, arguments)
 
-    def _function(self, name: str, session: MCPSession | None = None) -> Callable[..., Any]:
-        """What a tool calls: awaited on any loop, while the work is done on the servers'."""
+    def _function(self, name: str, session: MCPSession | None = None) -> Callable[..., Awaitable[ToolResult]]:
+        """Return what a tool calls: awaited on any loop, while the work is done on the servers'."""
 
-        async def call(**arguments: Any) -> ToolResult:
+        async def call(**arguments: object) -> ToolResult:
             return await asyncio.wrap_future(self._submit(self.answer(name, arguments, session)))
 
         return call
 
-    def _submit(self, work: Coroutine[Any, Any, Any]) -> "Future[Any]":
+    def _submit(self, work: Coroutine[object, object, T]) -> Future[T]:
         if self._closed:
             work.close()
             raise ToolRuntimeError("You called an MCP server after the run had ended its servers.")
         return asyncio.run_coroutine_threadsafe(work, self._loop.get())
 
-    async def _start(self) -> dict[str, dict[str, Any]]:
-        """Starts the servers side by side; the tools of each by their names."""
+    async def _start(self) -> "dict[str, dict[str, mcp_types.Tool]]":
+        """Start the servers side by side; return the tools of each by their names."""
+        from .mcp_connection import Connection
 
-        async def start(server: MCPServer) -> dict[str, Any]:
-            on_tools = partial(self._notice, server)
+        async def start(server: MCPServer) -> "dict[str, mcp_types.Tool]":
+            connect = partial(Connection, server, self._notice, self._restarts)
             if server.per_rollout:
-                pool = self._pools[server.name] = Pool(server, self._folder.name, on_tools)
-                connection = await pool.first()
-            else:
-                connection = self._shared[server.name] = Connection(server, None, on_tools)
-                await connection.start()
-            return {tool.name: tool for tool in connection.tools}
+                pool = self._pools[server.name] = Pool(server, self._folder.name, connect)
+                return (await pool.first()).tools
+            connection = self._shared[server.name] = connect()
+            await connection.start()
+            return connection.tools
 
+        # All are waited for, so that none goes on starting while the others are closed
         outcomes = await asyncio.gather(*map(start, self.servers.values()), return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
@@ -248,9 +258,9 @@ class MCPTools:
         connections = [connection.close() for connection in self._shared.values()]
         await asyncio.gather(*connections, *(pool.close() for pool in self._pools.values()), return_exceptions=True)
 
-    def _notice(self, server: MCPServer, names: set[str]) -> None:
-        """Warns, once for each server, that tools the policy is shown are gone."""
-        gone = {origin.tool for origin in self._origins.values() if origin.server == server.name} - names
+    def _notice(self, server: MCPServer, names: Collection[str]) -> None:
+        """Warn, once for each server, that tools the policy is shown are gone."""
+        gone = {origin.tool for origin in self._origins.values() if origin.server == server.name}.difference(names)
         if gone and server.name not in self._warned:
             self._warned.add(server.name)
             logger.warning(
@@ -260,7 +270,7 @@ class MCPTools:
                 ", ".join(sorted(gone)),
             )
 
-    def _tool(self, name: str, listed: Any) -> Tool:
+    def _tool(self, name: str, listed: "mcp_types.Tool") -> Tool:
         server = self.servers[self._origins[name].server]
         description, parameters = server.redactor.data([listed.description or "", listed.input_schema])
         try:

@@ -184,3 +184,24 @@ def test_a_run_that_ended_before_the_command_started():
     command = guarded(python("import time; time.sleep(60)"))
     command[3] = str(2**22 + 1)  # no process has this id
     assert subprocess.run(command, timeout=20).returncode == 1
+
+
+@on_linux
+def test_a_run_whose_thread_has_ended_still_takes_its_command_along(tmp_path):
+    code = """
+        import subprocess, sys, threading, time
+        sys.path.insert(0, sys.argv[1])
+        from guard import guarded
+        sleep = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"]
+        thread = threading.Thread(target=lambda: subprocess.Popen(guarded(sleep)))
+        thread.start()
+        thread.join()
+        time.sleep(60)
+    """
+    folder = Path(sys.modules[guarded.__module__].__file__).parent
+    with subprocess.Popen(python(code, folder), stdout=subprocess.PIPE) as run:
+        process = int(run.stdout.readline())
+        time.sleep(0.3)
+        assert alive(process)
+        run.kill()
+        wait_until(lambda: not alive(process))

@@ -1,7 +1,8 @@
 """A launcher: what it starts ends with the run, with all its descendants, even if the run is killed by SIGKILL.
 
 This file is also the script that the guarded command runs under, so it imports nothing outside the standard library.
-No library does this: `PR_SET_PDEATHSIG` fires when the *thread* that started the process ends, and is not inherited.
+No library does this, nor does `PR_SET_PDEATHSIG` alone, which also fires when only the *thread* that started the process
+ends, and is not inherited.
 
 Two small processes stand between the run and the command. The stub is what the run has started: it passes signals on,
 returns the command's exit code, and ends when the run does. The keeper starts the command in a session of its own, and
@@ -13,16 +14,16 @@ that has left it survives.
 import contextlib
 import ctypes
 import os
-import select
 import signal
 import sys
 import time
 from collections.abc import Callable
 
 
-_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if os.name == "posix" else ()
-_IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ) if os.name == "posix" else ()  # and by what it starts
-_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of <linux/prctl.h>
+_PASSED_ON = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP} if os.name == "posix" else set()
+_AWAITED = {signal.SIGCHLD, signal.SIGALRM, *_PASSED_ON} if os.name == "posix" else set()
+_IGNORED_BY_PYTHON = {signal.SIGPIPE, signal.SIGXFSZ} if os.name == "posix" else set()  # and by what it starts
+_PARENT_DEATH_SIGNAL, _SUBREAPER = 1, 36  # PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of <linux/prctl.h>
 _POLL = 0.2
 _GIVE_UP = 5.0  # seconds after which a process that cannot be killed is left alone
 
@@ -72,20 +73,25 @@ def _supervise(parent: int, start: Callable[[], None], kills_group: bool = False
 
     Returns the child's status, or `None` when the parent has ended first.
     """
-    _become_subreaper()
-    wake = _wake_on_signals()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
+    for number in _AWAITED:
+        signal.signal(number, lambda *_: None)  # one that is ignored would not be delivered
+    if sys.platform == "linux":
+        # Orphans below become children of this process, which is told when a thread of its parent ends. Processes that
+        # it forks inherit neither.
+        ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGCHLD, 0, 0, 0)
+    else:
+        signal.setitimer(signal.ITIMER_REAL, _POLL, _POLL)
     child = os.fork()
     if child == 0:
         start()
-    _close_streams(set(wake))
-    watched = [wake[0]]
-    with contextlib.suppress(AttributeError, OSError):  # only Linux has them
-        watched.append(os.pidfd_open(parent))
+    _close_streams()
     status = None
-    # The parent is compared after its pidfd is open, which could otherwise be that of a later process with the same id.
     while status is None and os.getppid() == parent:
-        select.select(watched, [], [], None if len(watched) > 1 else _POLL)
-        _pass_on(wake[0], child)
+        number = signal.sigwait(_AWAITED)
+        if number in _PASSED_ON:
+            os.kill(child, number)
         status = _reap(child)
     if kills_group:
         with contextlib.suppress(OSError):
@@ -97,9 +103,9 @@ def _supervise(parent: int, start: Callable[[], None], kills_group: bool = False
 def _become(command: list[str]) -> None:
     """Turn this process into the command, in a session of its own, with the signal handlers a program expects."""
     os.setsid()
-    signal.set_wakeup_fd(-1)
-    for number in (*_PASSED_ON, signal.SIGCHLD, *_IGNORED_BY_PYTHON):
+    for number in _AWAITED | _IGNORED_BY_PYTHON:
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _AWAITED)
     try:
         os.execvp(command[0], command)
     except (OSError, ValueError) as error:
@@ -107,40 +113,15 @@ def _become(command: list[str]) -> None:
         os._exit(127)
 
 
-def _become_subreaper() -> None:
-    """Adopt the orphans below this process. Processes that it forks do not inherit this."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
-
-
-def _wake_on_signals() -> tuple[int, int]:
-    """Return the two ends of a pipe that receives the number of each signal that matters."""
-    ends = os.pipe()
-    for end in ends:
-        os.set_blocking(end, False)
-    signal.set_wakeup_fd(ends[1], warn_on_full_buffer=False)
-    for number in (*_PASSED_ON, signal.SIGCHLD):
-        signal.signal(number, lambda *_: None)
-    return ends
-
-
-def _pass_on(wake: int, process: int) -> None:
-    """Send the signals that have arrived to a process that has not been reaped yet."""
-    with contextlib.suppress(BlockingIOError):
-        for number in os.read(wake, 4096):
-            if number in _PASSED_ON:
-                os.kill(process, number)
-
-
-def _close_streams(kept: set[int]) -> None:
+def _close_streams() -> None:
     """Close the command's streams in this process, so that the run sees when the command closes them."""
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)
-    for name in os.listdir("/dev/fd"):
-        if int(name) > 2 and int(name) not in kept:
+    for descriptor in map(int, os.listdir("/dev/fd")):
+        if descriptor > 2:
             with contextlib.suppress(OSError):
-                os.close(int(name))
+                os.close(descriptor)
 
 
 def _reap(process: int) -> int | None:
@@ -194,6 +175,7 @@ def _end_as(status: int | None) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # one core dump is enough
         if number != signal.SIGKILL:
             signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
         os.kill(os.getpid(), number)
     os._exit(os.waitstatus_to_exitcode(status))
 

@@ -247,12 +247,7 @@ class MCPTools:
             await connection.start()
             return connection.tools
 
-        # All are waited for, so that none goes on starting while the others are closed
-        outcomes = await asyncio.gather(*map(start, self.servers.values()), return_exceptions=True)
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise outcome
-        return dict(zip(self.servers, outcomes, strict=True))  # type: ignore[arg-type]
+        return dict(zip(self.servers, await asyncio.gather(*map(start, self.servers.values())), strict=True))
 
     async def _close(self) -> None:
         connections = [connection.close() for connection in self._shared.values()]

@@ -200,7 +200,7 @@ class Connection:
         try:
             with anyio.move_on_after(server.start_timeout) as scope:
                 async with Client(
-                    process.messages() if process is not None else _http_messages(server),
+                    process.transport() if process is not None else _http_transport(server),
                     client_info=Implementation(name="trl_toolgrpo", version=__version__),
                     message_handler=self._notice,
                     cache=None,
@@ -268,7 +268,7 @@ class Connection:
 
 
 @contextlib.asynccontextmanager
-async def _http_messages(server: MCPServer) -> AsyncIterator[TransportStreams]:
+async def _http_transport(server: MCPServer) -> AsyncIterator[TransportStreams]:
     # Calls have time limits of their own; a stream for notifications is silent most of the time.
     timeout, hooks = httpx2.Timeout(server.start_timeout, read=None), {"response": [_bound]}
     async with (

@@ -57,7 +57,7 @@ class Pool:
         while len(self._ready) < count:
             self._begin(self._start())
         while len(self._ready) > count:
-            self._end_later(self._end_when_up(self._ready.pop()))
+            self._end_later(self._ready.pop())
 
     async def first(self) -> "Connection":
         """
@@ -69,46 +69,38 @@ class Pool:
         self.prepare(1)
         return await asyncio.shield(self._ready[0])
 
-    async def acquire(self) -> "Connection":
-        """
-        Lend an instance that nobody has used since it was started or reset.
-
-        Raises:
-            MCPServerError: if it does not start.
-        """
+    def acquire(self) -> "asyncio.Task[Connection]":
+        """Lend an instance that nobody has used since it was started or reset, or is about to be; it may fail to be."""
         if not self._ready:
             self._begin(self._start())
-        # The first that is up, or else the first that will be
         task = next((task for task in self._ready if task.done()), self._ready[0])
         self._ready.remove(task)
-        return await task
+        return task
 
-    def release(self, instance: "Connection", usable: bool = True) -> None:
+    def release(self, task: "asyncio.Task[Connection]", usable: bool) -> None:
         """
         Take an instance back and make it, or another one, ready for the next rollout, unless there are enough; do not
         wait for that.
 
         Args:
-            instance ([`Connection`]):
-                The instance.
-            usable (`bool`, *optional*, defaults to `True`):
+            task (`asyncio.Task`):
+                What `acquire` returned.
+            usable (`bool`):
                 Whether all its calls came to an end.
         """
         wanted = len(self._ready) < self._wanted
         reset = wanted and usable and self.server.reset_tool is not None
         if not reset:
-            self._end_later(self._end(instance))
+            self._end_later(task)
         if wanted:
-            self._begin(self._reset(instance) if reset else self._start())
+            self._begin(self._reset(task) if reset else self._start())
 
     async def close(self) -> None:
         """End every instance."""
-        tasks = [*self._ready, *self._ending]
-        for task in list(self._ready):
+        for task in self._ready:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
-        await asyncio.gather(*(self._end(instance) for instance in list(self._instances)))
+        await asyncio.gather(*self._ready, *self._ending, return_exceptions=True)
+        await asyncio.gather(*map(self._end, list(self._instances)))
 
     def _begin(self, work: Coroutine[object, object, "Connection"]) -> None:
         task = asyncio.create_task(work)
@@ -120,10 +112,14 @@ class Pool:
         if (task.cancelled() or task.exception() is not None) and task in self._ready:
             self._ready.remove(task)
 
-    def _end_later(self, work: Coroutine[object, object, None]) -> None:
-        task = asyncio.create_task(work)
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
+    def _end_later(self, task: "asyncio.Task[Connection]") -> None:
+        async def end() -> None:
+            with contextlib.suppress(Exception):  # one that did not start has ended
+                await self._end(await task)
+
+        ending = asyncio.create_task(end())
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
 
     async def _start(self) -> "Connection":
         folder = None if self.server.cwd is not None else tempfile.mkdtemp(prefix="server-", dir=self._root)
@@ -139,7 +135,8 @@ class Pool:
             raise
         return instance
 
-    async def _reset(self, instance: "Connection") -> "Connection":
+    async def _reset(self, task: "asyncio.Task[Connection]") -> "Connection":
+        instance = await task
         reset = instance.call(str(self.server.reset_tool), {})
         try:
             result = await asyncio.wait_for(reset, self.server.timeout or _RESET_TIMEOUT)
@@ -156,10 +153,6 @@ class Pool:
         )
         await self._end(instance)
         return await self._start()
-
-    async def _end_when_up(self, task: "asyncio.Task[Connection]") -> None:
-        with contextlib.suppress(Exception):  # one that did not start has ended
-            await self._end(await task)
 
     async def _end(self, instance: "Connection") -> None:
         if instance in self._instances:

@@ -1,8 +1,4 @@
-"""What MCP servers answer, as the records of this package.
-
-Owns how the content of a result becomes what the policy reads; fed by `mcp_connection.py`. Pure functions, which read
-the SDK's objects and import nothing of it.
-"""
+"""What MCP servers answer, as `ToolResult`s."""
 
 import json
 from typing import Any
@@ -13,7 +9,7 @@ from .types import ToolResult
 
 def tool_result(result: Any, redactor: Redactor) -> ToolResult:
     """
-    The result of a call.
+    Return the result of a call.
 
     The text is what the policy reads. Structured content takes its place where there is none, or where it is the same
     as JSON; images, audio and resources are named in brackets.
@@ -36,7 +32,7 @@ def tool_result(result: Any, redactor: Redactor) -> ToolResult:
 
 def failed(message: str, redactor: Redactor) -> ToolResult:
     """
-    A call that got no result.
+    Return the result of a call that the server did not answer.
 
     Args:
         message (`str`):
@@ -49,7 +45,7 @@ def failed(message: str, redactor: Redactor) -> ToolResult:
 
 def innermost(error: BaseException) -> BaseException:
     """
-    The first exception in a group of exceptions, and in a group in that.
+    Return the first exception in a group of exceptions, however deeply the groups are nested.
 
     Args:
         error (`BaseException`):
@@ -84,7 +80,7 @@ def _decoded_length(data: str) -> int:
 
 
 def _size(count: int) -> str:
-    """A number of bytes in the unit people would use."""
+    """Return a number of bytes in the unit people would use."""
     if count < 1000:
         return f"{count} bytes"
     return f"{round(count / 1000)} kB" if count < 1_000_000 else f"{round(count / 1_000_000)} MB"

@@ -2,11 +2,9 @@
 
 import asyncio
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import MCPServerError
 from ..types import JSONObject
 from .mcp_pool import Pool
 from .mcp_results import failed
@@ -64,7 +62,7 @@ class MCPSession:
             `Path` or `None`: the folder; `None` if the rollout has not called the server.
         """
         task = self._own.get(server)
-        if task is None or not _has_started(task):
+        if task is None or not task.done() or task.cancelled() or task.exception() is not None:
             return None
         folder = task.result().folder or task.result().server.cwd
         return None if folder is None else Path(folder)
@@ -84,12 +82,11 @@ class MCPSession:
         server = pool.server
         if self._over:
             return failed("The rollout is over, and its server is no longer its own.", server.redactor)
-        task = self._own.get(server.name)
-        if task is None:
-            task = self._own[server.name] = asyncio.create_task(pool.acquire())
+        if server.name not in self._own:
+            self._own[server.name] = pool.acquire()
         try:
-            connection = await asyncio.shield(task)
-        except MCPServerError as error:
+            connection = await asyncio.shield(self._own[server.name])
+        except Exception as error:
             self._own.pop(server.name, None)  # the next call tries again
             return failed(f"The tool is not available at the moment: {error}", server.redactor)
         try:
@@ -108,15 +105,4 @@ class MCPSession:
         """
         self._over = True
         for name, task in self._own.items():
-            if task.done():  # at once, before others are started in its place
-                self._return(pools[name], task)
-            else:
-                task.add_done_callback(partial(self._return, pools[name]))
-
-    def _return(self, pool: Pool, task: "asyncio.Task[Connection]") -> None:
-        if _has_started(task):
-            pool.release(task.result(), pool.server.name not in self._unusable)
-
-
-def _has_started(task: "asyncio.Task[Connection]") -> bool:
-    return task.done() and not task.cancelled() and task.exception() is None
+            pools[name].release(task, name not in self._unusable)

@@ -12,14 +12,12 @@ import os
 import shutil
 import signal
 import sys
-from asyncio import StreamReader
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Callable
-from functools import partial
 from typing import Any
 
 import anyio
-from mcp.client._transport import TransportStreams
+from anyio.abc import ObjectReceiveStream, ObjectSendStream
 from mcp.client.stdio import get_default_environment
 from mcp.shared.message import SessionMessage
 from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCError, JSONRPCMessage, jsonrpc_message_adapter
@@ -42,9 +40,9 @@ _GRACE = 2.0
 _TERMINATION = 1.0
 
 
-class ServerProcess:
+class ServerProcess(ObjectReceiveStream[SessionMessage], ObjectSendStream[SessionMessage]):
     """
-    A server's process, from its start to its end.
+    A server's process, from its start to its end, as a stream of messages from it and to it.
 
     Args:
         server ([`MCPServer`]):
@@ -52,7 +50,7 @@ class ServerProcess:
         folder (`str`, *optional*):
             Working directory, instead of the server's `cwd`.
         on_end (`Callable`):
-            Called when the server has ended by itself, or neither takes nor gives messages any more.
+            Called when the server gives no more messages.
     """
 
     def __init__(self, server: MCPServer, folder: str | None, on_end: Callable[[], object]) -> None:
@@ -60,7 +58,9 @@ class ServerProcess:
         self.folder = folder
         self.returncode: int | None = None  # of a server that has ended by itself
         self._on_end = on_end
+        self._process: Any = None  # `Process` leaves open whether it has streams
         self._output_ended = False
+        self._warned = False
         self._stderr = b""
 
     @property
@@ -70,15 +70,15 @@ class ServerProcess:
         return text if len(text) <= _STDERR_SHOWN else f"...{text[-_STDERR_SHOWN:]}"
 
     @contextlib.asynccontextmanager
-    async def messages(self) -> AsyncIterator[TransportStreams]:
+    async def transport(self) -> AsyncIterator[tuple["ServerProcess", "ServerProcess"]]:
         """
-        Start the server and open the streams of messages that the SDK's client takes.
+        Start the server, and end it at the end; a transport for the SDK's client.
 
         Raises:
             MCPServerError: if its command is not found.
             OSError, ValueError: if it cannot be started.
         """
-        process: Any = await asyncio.create_subprocess_exec(  # `Process` leaves open whether it has streams
+        self._process = await asyncio.create_subprocess_exec(
             *guarded([_program(self.server), *self.server.args]),
             stdin=PIPE,
             stdout=PIPE,
@@ -88,63 +88,65 @@ class ServerProcess:
             start_new_session=True,
             limit=LONGEST_MESSAGE,
         )
-        incoming, received = anyio.create_memory_object_stream[SessionMessage | Exception](0)
-        sent, outgoing = anyio.create_memory_object_stream[SessionMessage](0)
+        keeping = asyncio.create_task(self._keep_stderr())
+        try:
+            yield self, self
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._stop()
+                await asyncio.wait([keeping], timeout=0.5)
+            self._process._transport.close()  # or its pipes stay open until it is collected
+            keeping.cancel()
 
-        async def read() -> None:
-            with contextlib.suppress(anyio.BrokenResourceError, anyio.ClosedResourceError, ValueError, ConnectionError):
-                async for message in self._messages_of(process.stdout):
-                    await incoming.send(SessionMessage(message))
-                self._output_ended = True
-            end()
+    async def receive(self) -> SessionMessage:
+        """
+        Return the next message; pass over lines that are none, such as a stray `print`.
 
-        async def write() -> None:
-            with contextlib.suppress(OSError, anyio.ClosedResourceError):
-                async for message in outgoing:
-                    line = message.message.model_dump_json(by_alias=True, exclude_unset=True)
-                    process.stdin.write(f"{line}\n".encode())
-                    await process.stdin.drain()
-            end()
+        Raises:
+            EndOfStream: if there is none, or the next line is too long.
+        """
+        with contextlib.suppress(ValueError, ConnectionError):
+            while line := await self._process.stdout.readline():
+                message = _parsed(line)
+                if message is not None:
+                    return SessionMessage(message)
+                if line.strip() and not self._warned:
+                    self._warned = True
+                    text = self.server.redactor.text(line.decode(errors="replace")).strip()
+                    logger.warning(
+                        "The MCP server %r writes lines to its standard output that are no messages, the first: %r. "
+                        "They are passed over.",
+                        self.server.name,
+                        text[:200],
+                    )
+            self._output_ended = True
+        self._on_end()
+        raise anyio.EndOfStream
 
-        def end() -> None:
-            incoming.close()  # fails the calls that wait for an answer
-            self._on_end()
+    async def send(self, item: SessionMessage) -> None:
+        """
+        Send a message.
 
-        async with anyio.create_task_group() as tasks:
-            for work in (read, write, partial(self._keep_stderr, process.stderr)):
-                tasks.start_soon(work)
-            try:
-                with incoming, received, sent, outgoing:
-                    yield received, sent
-            finally:
-                with anyio.CancelScope(shield=True):
-                    await self._stop(process)
-                tasks.cancel_scope.cancel()
+        Raises:
+            BrokenResourceError: if it cannot be written.
+        """
+        try:
+            line = item.message.model_dump_json(by_alias=True, exclude_unset=True)
+            self._process.stdin.write(f"{line}\n".encode())
+            await self._process.stdin.drain()
+        except Exception as error:
+            raise anyio.BrokenResourceError from error
 
-    async def _messages_of(self, output: StreamReader) -> AsyncIterator[JSONRPCMessage]:
-        """Yield the server's messages and pass over lines that are none, such as a stray `print`."""
-        warned = False
-        while line := await output.readline():  # raises a ValueError where a line is too long
-            message = _parsed(line)
-            if message is not None:
-                yield message
-            elif line.strip() and not warned:
-                warned = True
-                shown = self.server.redactor.text(line.decode(errors="replace")).strip()[:200]
-                logger.warning(
-                    "The MCP server %r writes lines to its standard output that are no messages, the first: %r. They "
-                    "are passed over.",
-                    self.server.name,
-                    shown,
-                )
+    async def aclose(self) -> None:
+        """Do nothing: the process ends with the transport."""
 
-    async def _keep_stderr(self, errors: StreamReader) -> None:
-        while chunk := await errors.read(_STDERR_KEPT):
+    async def _keep_stderr(self) -> None:
+        while chunk := await self._process.stderr.read(_STDERR_KEPT):
             self._stderr = (self._stderr + chunk)[-_STDERR_KEPT:]
 
-    async def _stop(self, process: Any) -> None:
+    async def _stop(self) -> None:
         """Close the server's input, then ask it to end, then end it."""
-        ended_by_itself = self._output_ended
+        process, ended_by_itself = self._process, self._output_ended
         process.stdin.close()
         for seconds, number in ((_GRACE, signal.SIGTERM), (_TERMINATION, signal.SIGKILL), (_TERMINATION, 0)):
             with anyio.move_on_after(seconds):
@@ -155,10 +157,6 @@ class ServerProcess:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, number)  # `terminate` polls first, and takes the return code from asyncio's watcher
         self.returncode = process.returncode if ended_by_itself else None
-        with anyio.move_on_after(0.5):
-            while not process.stderr.at_eof():
-                await anyio.sleep(0.005)
-        process._transport.close()  # or its pipes stay open until it is collected
 
 
 def _program(server: MCPServer) -> str:

@@ -1,7 +1,7 @@
-"""The tools of a run and of each rollout: those passed, those of environments, those of MCP servers.
+"""The tools of a run and of each rollout: those passed, those of environments, and those of MCP servers.
 
-Owns, as a mixin of the trainer, how MCP servers join the tools of a run, are lent to rollouts and are shown to reward
-functions, and how environments are read; the servers themselves are in `tools/mcp.py`.
+A mixin of the trainer: how MCP servers join the tools of a run, are lent to rollouts and are shown to reward functions,
+and how environments are read. The servers themselves are in `tools/mcp.py`.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import json
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -77,7 +78,7 @@ class RolloutTools(GRPOTrainer):
     _lost: Tensor | None = None  # rollouts of all processes whose environment failed or hangs, bool, shape (N,)
 
     def _start_servers(self, mcp_servers: Any, tools: Any, environment_factory: Any) -> Any:
-        """Start the MCP servers; the run's tools, theirs included."""
+        """Start the MCP servers; return the run's tools, including theirs."""
         servers = read_servers(mcp_servers)
         if not servers:
             return tools
@@ -92,9 +93,9 @@ class RolloutTools(GRPOTrainer):
             if server.per_rollout and not self._recording:
                 raise ConfigError(
                     f"You passed the MCP server {server.name!r} with `per_rollout=True` and rollouts of TRL's own "
-                    f"(`rollout_func`, `record_sample_logprobs=False` or a multimodal model), whose tools do "
-                    f"not know the rollout they are called by. Share the server, or leave the rollouts to this "
-                    f"trainer."
+                    f"(`rollout_func`, `record_sample_logprobs=False` or a multimodal model), whose tools do not know "
+                    f"the rollout they are called by.",
+                    remedy="Share the server, or leave the rollouts to this trainer.",
                 )
 
     def _check_prompts(self, train_dataset: Any, eval_dataset: Any) -> None:
@@ -133,18 +134,12 @@ class RolloutTools(GRPOTrainer):
             parameters = found[key].parameters
             return tool if parameters == tool.parameters else replace(tool, parameters=parameters)
 
-        pairs = [(tool, shown(tool)) for tool in self._toolset.known]
-        rewritten = {tool.name: plain for tool, plain in pairs if plain != tool}
         self._toolset.shown = shown
-        if not rewritten:
-            return
-
-        def prompt_tools(tools: list[Any]) -> list[Any]:
-            return [PromptTool(rewritten[t.__name__]) if t.__name__ in rewritten else t for t in tools]
-
-        self.tools = prompt_tools(self.tools)
+        rewritten = {tool.name: PromptTool(plain) for tool in self._toolset.known if (plain := shown(tool)) != tool}
+        self.tools = [rewritten.get(tool.__name__, tool) for tool in self.tools]
         if self.environment_factories is not None:
-            self._env_tools = {name: prompt_tools(tools) for name, tools in self._env_tools.items()}
+            for name, tools in self._env_tools.items():
+                self._env_tools[name] = [rewritten.get(tool.__name__, tool) for tool in tools]
 
     def _check_dataset_prompts(self, name: str, rows: Sequence[dict[str, Any]], renderer: PromptRenderer) -> None:
         tools = {tool.name: tool for tool in self._toolset.known}
@@ -155,10 +150,7 @@ class RolloutTools(GRPOTrainer):
         if positions is not None and args.use_vllm and args.vllm_max_model_length is not None:
             positions = min(positions, args.vllm_max_model_length)
         if positions is not None and not renderer.is_processor:  # images take positions, too
-
-            def rewritten(prompt: Any) -> Any:
-                return self._messages.rewritten(prompt, tools)
-
+            rewritten = partial(self._messages.rewritten, tools=tools)
             check_prompt_lengths(name, prompts, renderer, positions, args.max_completion_length or 1, rewritten)
 
     def _tokenize_prompts(self, prompts: list) -> Any:
@@ -167,7 +159,7 @@ class RolloutTools(GRPOTrainer):
         environment says becomes no control token, and what `reset` says repeats no secret.
         """
         known = {tool.name: tool for tool in self._toolset.known}
-        rewritten, shown = [], []
+        rewritten, inert = [], []
         for row, prompt in enumerate(prompts):
             if self.environments:
                 prompt = with_observation(self._given(row), prompt, self._redactor.text)
@@ -175,12 +167,8 @@ class RolloutTools(GRPOTrainer):
             if self.environments and self._toolset.decided_at_reset and _calls_tools(prompt):
                 tools = self._tools_of(self.environments[row], self._toolset.of_rollout)[0]
             rewritten.append(self._messages.rewritten(prompt, tools))
-            shown.append((tools, prompt))
-        found = super()._tokenize_prompts(rewritten)
-        if self._inert is None:
-            return found
-        prompt_ids, *rest = found
-        inert = [self._inert_prompt(row, *asked) for row, asked in enumerate(shown)]
+            inert.append(self._inert_prompt(row, tools, prompt))
+        prompt_ids, *rest = super()._tokenize_prompts(rewritten)
         return [ids if own is None else own for own, ids in zip(inert, prompt_ids, strict=True)], *rest
 
     def _inert_prompt(self, row: int, tools: dict[str, Tool], prompt: Any) -> list[int] | None:
@@ -208,8 +196,9 @@ class RolloutTools(GRPOTrainer):
             if found:
                 raise ToolSchemaError(
                     f"An MCP server describes its tool {tool.name!r} with control tokens of the model "
-                    f"({', '.join(sorted(found))}), which would forge every prompt that shows it. Leave the tool out "
-                    f"(`tools: [...]` of the server names those you want), or do not use the server."
+                    f"({', '.join(sorted(found))}), which would forge every prompt that shows it.",
+                    remedy="Leave the tool out (`tools: [...]` of the server names those you want), or do not use the "
+                    "server.",
                 )
         return chat
 

@@ -89,9 +89,9 @@ def _supervise(parent: int, start: Callable[[], None], kills_group: bool = False
     _close_streams()
     status = None
     while status is None and os.getppid() == parent:
-        number = signal.sigwait(_AWAITED)
-        if number in _PASSED_ON:
-            os.kill(child, number)
+        arrived = signal.sigwait(_AWAITED)
+        if arrived in _PASSED_ON:
+            os.kill(child, arrived)
         status = _reap(child)
     if kills_group:
         with contextlib.suppress(OSError):

@@ -80,7 +80,7 @@ class MCPTools:
         for server in servers:
             redact_logs(SDK_LOGGERS, server.redactor)
         try:
-            listed = self.wait(self._start())
+            listed = wait(self._submit(self._start()))
             chosen = {name: choose_tools(self.servers[name], tools) for name, tools in listed.items()}
             self._origins = name_tools(chosen, taken)
             others = {name: set(tools) - {self.servers[name].reset_tool} for name, tools in listed.items()}
@@ -132,7 +132,7 @@ class MCPTools:
             raise ToolNameError(f"No MCP server has a tool {name!r}. The tools are: {tools}.")
         limit = self.servers[self._callable[name].server].timeout or _REWARD_TIMEOUT
         try:
-            return self.wait(asyncio.wait_for(self.answer(name, arguments, session), limit))
+            return wait(self._submit(asyncio.wait_for(self.answer(name, arguments, session), limit)))
         except TimeoutError:
             return refused("timeout", f"Tool `{name}` did not return within {limit:g} seconds.")
 
@@ -178,24 +178,6 @@ class MCPTools:
             with contextlib.suppress(Exception):
                 done.result(_CLOSING)
         self._folder.cleanup()
-
-    def wait(self, work: Coroutine[object, object, T]) -> T:
-        """
-        Run a coroutine on the servers' loop and wait for it.
-
-        Args:
-            work (`Coroutine`):
-                What to run.
-
-        Raises:
-            ToolRuntimeError: if the servers have been ended.
-        """
-        future = self._submit(work)
-        try:
-            return wait(future)
-        except BaseException:
-            future.cancel()
-            raise
 
     async def answer(self, name: str, arguments: JSONObject, session: MCPSession | None = None) -> ToolResult:
         """
@@ -272,5 +254,6 @@ class MCPTools:
             tool = Tool(name, description, parameters, self._function(name), timeout=server.timeout)
             check_schema(tool)
         except ToolSchemaError as error:
-            raise ToolSchemaError(f"A tool of the MCP server {server.name!r} cannot be used: {error}") from None
+            message = f"A tool of the MCP server {server.name!r} cannot be used: {error.message}"
+            raise ToolSchemaError(message, remedy=error.remedy) from None
         return tool

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError
 from ..redaction import Redactor, argument_secrets, masked_url, secret_values
@@ -159,7 +160,7 @@ class MCPServer:
         return self.redactor.text(f"MCPServer({', '.join(f'{name}={value!r}' for name, value in shown.items())})")
 
 
-def read_servers(given: object) -> list[MCPServer]:
+def read_servers(given: Any) -> list[MCPServer]:
     """
     Return the servers that a user has written down.
 

@@ -122,34 +122,29 @@ class Connection:
         if self._probing is not None:
             await asyncio.wait([self._probing])
         await self._settled.wait()
-        client = self._client
+        client, redactor = self._client, self.server.redactor
         if client is None:
-            return failed(f"The tool is not available at the moment: {self._failure}", self.server.redactor)
+            return failed(f"The tool is not available at the moment: {self._failure}", redactor)
         if tool not in self.tools:
-            return failed(f"The server no longer has the tool `{tool}`.", self.server.redactor)
+            return failed(f"The server no longer has the tool `{tool}`.", redactor)
         try:
             result = await client.call_tool(tool, encodable(arguments))
+            self._served = True
+            return tool_result(result, redactor)
         except asyncio.CancelledError:
             if self._probing is None or self._probing.done():
                 self._probing = asyncio.create_task(self._probe(client))
             raise
-        except Exception as error:
-            return self._failed_call(error, client)
-        self._served = True
-        return tool_result(result, self.server.redactor)
-
-    def _failed_call(self, error: Exception, client: Client) -> ToolResult:
-        if isinstance(error, MCPError):
-            lost = error.code == CONNECTION_CLOSED or error.message == _SESSION_LOST or client is not self._client
-            if not lost:
+        except MCPError as error:
+            if error.code != CONNECTION_CLOSED and error.message != _SESSION_LOST and client is self._client:
                 self._served = True
-                return failed(error.message, self.server.redactor)
-        elif isinstance(error, (RuntimeError, ValueError)):  # it breaks the protocol or the tool's own schema
-            text = str(error)
-            shortened = text if len(text) <= 300 else f"{text[:300]} ..."
-            return failed(f"The server's answer is not valid: {shortened}", self.server.redactor)
+                return failed(error.message, redactor)
+        except (RuntimeError, ValueError) as error:  # it breaks the protocol or the tool's own schema
+            return failed(f"The server's answer is not valid: {str(error):.300}", redactor)
+        except Exception as error:
+            logger.debug("A call of the MCP server %r failed: %s", self.server.name, redactor.text(str(error)))
         self._lose(client)
-        return failed("The server ended before it answered. It may have run the call or not.", self.server.redactor)
+        return failed("The server ended before it answered. It may have run the call or not.", redactor)
 
     async def _probe(self, client: Client) -> None:
         """Ask a server that let a call run out of time for anything; start it again if it does not answer."""

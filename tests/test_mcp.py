@@ -1,4 +1,4 @@
-"""MCP servers that run: what their tools answer, and what becomes of a run when they crash, hang, lie and change."""
+"""Running MCP servers: what their tools answer, and how a run copes when they crash, hang, lie and change."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ def plain(*args, **options):
 
 
 class Run:
-    """MCP servers behind an executor, as a run has them."""
+    """MCP servers whose tools an executor calls, as in a run."""
 
     def __init__(self, *servers, timeout=10.0, taken=()):
         self.mcp = MCPTools(servers, taken)
@@ -52,7 +52,7 @@ class Run:
         return self.submit(name, **arguments).result(timeout=20)
 
     def rollout(self):
-        """A rollout: something that calls its tools in order, and its session."""
+        """Begin a rollout; return a function that calls its tools in order, and its session."""
         session = self.mcp.session()
         tools, own = self.mcp.of_rollout(self.tools, session)
 
@@ -91,7 +91,7 @@ def sdk():
 def wait_until(condition, seconds=10.0):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.01)
 
 
@@ -111,7 +111,7 @@ def belongings():
 
 
 def nothing_new(before):
-    """Whether there is no more of anything than before; there may be less, of what earlier tests have left."""
+    """Return whether there is no more of anything than before; there may be less, where earlier tests left something."""
     threads, children, descriptors = belongings()
     return len(threads) <= len(before[0]) and children <= before[1] and descriptors <= before[2]
 
@@ -129,7 +129,7 @@ def nothing_new(before):
         ("pages", {}, "Page one.\n[resource: two, memo://two, text/plain]\nThe end."),
     ],
 )
-def test_results_are_what_the_policy_reads(sdk, name, arguments, content):
+def test_results_as_the_policy_reads_them(sdk, name, arguments, content):
     result = sdk.call(name, **arguments)
     assert (result.content, result.is_error, result.error_type) == (content, False, None)
 
@@ -160,7 +160,7 @@ def test_a_shared_server_is_called_concurrently(sdk):
     assert time.perf_counter() - started < 4.0  # 8 s one after the other
 
 
-def test_a_tool_that_blocks_the_loop_of_the_others_hurts_no_connection(sdk):
+def test_a_tool_that_blocks_the_executors_loop_leaves_connections_intact(sdk):
     async def block():
         time.sleep(1.5)
 
@@ -180,12 +180,12 @@ def test_a_shared_tool_can_be_awaited_on_any_loop(sdk):
 # Secrets
 
 
-def test_a_server_that_tells_its_secrets_is_not_repeated(sdk):
+def test_secrets_in_results_are_masked(sdk):
     assert sdk.call("environment", name="API_KEY").content == "API_KEY is [secret]"
     assert KEY not in repr(sdk.mcp.servers)
 
 
-def test_secrets_are_in_no_error_and_no_log(run, caplog):
+def test_errors_and_logs_hold_no_secrets(run, caplog):
     code = "import os, sys; print('no', os.environ['API_KEY'], file=sys.stderr); print(os.environ['API_KEY']); {}"
     caplog.set_level(logging.DEBUG)
     with pytest.raises(MCPServerError) as caught:
@@ -214,7 +214,7 @@ def test_secrets_are_in_no_error_and_no_log(run, caplog):
     ],
     ids=["missing", "missing path", "missing folder", "relative path", "mute", "signal", "no one there"],
 )
-def test_a_server_that_does_not_start_is_an_error_in_its_own_words(server, words):
+def test_a_server_that_does_not_start_is_an_error_with_its_error_output(server, words):
     before = belongings()
     with pytest.raises(MCPServerError, match=words):
         MCPTools([server])
@@ -296,7 +296,7 @@ def test_a_server_that_hangs_is_started_again(run, monkeypatch):
 
 
 @pytest.mark.parametrize("per_rollout", [False, True])
-def test_rewards_ask_for_tools_the_policy_does_not_get(run, per_rollout):
+def test_reward_functions_call_tools_the_policy_does_not_get(run, per_rollout):
     run = run(plain(tools=["note"], per_rollout=per_rollout, reset_tool="reset" if per_rollout else None))
     call, session = run.rollout()
     assert set(run.tools) == {"note"} and call("note", text="x").content == "done"
@@ -309,7 +309,7 @@ def test_rewards_ask_for_tools_the_policy_does_not_get(run, per_rollout):
 
 
 def test_a_server_is_ended_without_being_polled(run, monkeypatch, caplog):
-    """Which `Popen` does before it signals: it takes the return code that the watcher of asyncio waits for."""
+    """`Popen` polls before it signals, and takes the return code that asyncio's watcher waits for."""
     monkeypatch.setattr(mcp_connection, "_PROBE_TIMEOUT", 0.3)
     monkeypatch.setattr(mcp_stdio, "_GRACE", 0.1)
     polled, poll = [], subprocess.Popen.poll
@@ -338,7 +338,7 @@ def test_half_an_emoji_is_replaced_in_both_directions(run, caplog):
     assert run.mcp.restarts() == {"plain": 0} and "no messages" not in caplog.text
 
 
-def test_a_message_that_cannot_be_written_ends_the_connection_and_not_the_calls(run, monkeypatch):
+def test_a_message_that_cannot_be_written_fails_its_call_and_the_server_is_started_again(run, monkeypatch):
     from mcp_types import JSONRPCRequest
 
     run = run(plain())
@@ -365,7 +365,7 @@ def test_a_tool_that_vanishes_is_an_error_of_its_calls(run, caplog):
     assert caplog.text.count("has changed its tools") == 1
 
 
-def test_a_server_of_the_newest_protocol_tells_of_vanished_tools_too(caplog):
+def test_a_server_of_the_newest_protocol_reports_vanished_tools_too(caplog):
     run = Run(MCPServer(sys.executable, [SDK], name="sdk"))
     try:
         assert run.mcp._shared["sdk"]._client.protocol_version >= "2026"
@@ -427,7 +427,7 @@ def test_a_server_whose_reset_fails_is_replaced(run, caplog):
     assert "was not reset by its tool `crash` (" in caplog.text
 
 
-def test_a_crash_of_a_rollouts_server_is_its_own_affair(run):
+def test_a_crash_of_a_rollouts_server_does_not_affect_other_rollouts(run):
     run = run(plain(per_rollout=True))
     (one, _), (two, _) = run.rollout(), run.rollout()
     two("note", text="b")
@@ -436,7 +436,7 @@ def test_a_crash_of_a_rollouts_server_is_its_own_affair(run):
     assert run.mcp.restarts() == {"plain": 1}
 
 
-def test_a_rollout_whose_server_does_not_start_is_told_and_tries_again(run, tmp_path):
+def test_a_rollout_whose_server_does_not_start_gets_an_error_and_tries_again(run, tmp_path):
     script = tmp_path / "server.py"
     script.write_text(Path(PLAIN).read_text())
     run = run(MCPServer(sys.executable, [str(script)], name="plain", per_rollout=True))

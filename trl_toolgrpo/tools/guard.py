@@ -1,8 +1,8 @@
 """A launcher: what it starts ends with the run, with all its descendants, even if the run is killed by SIGKILL.
 
 This file is also the script that the guarded command runs under, so it imports nothing outside the standard library.
-No library does this, nor does `PR_SET_PDEATHSIG` alone, which also fires when only the *thread* that started the process
-ends, and is not inherited.
+No library does this, and `PR_SET_PDEATHSIG` alone does not: it also fires when only the *thread* that started the
+process ends, and is not inherited.
 
 Two small processes stand between the run and the command. The stub is what the run has started: it passes signals on,
 returns the command's exit code, and ends when the run does. The keeper starts the command in a session of its own, and

@@ -45,7 +45,7 @@ _REWARD_TIMEOUT = 60.0
 
 class MCPTools:
     """
-    The servers of a run, started and kept up until `close`.
+    The servers of a run, started at once and kept running until `close`.
 
     Args:
         servers (`Sequence[MCPServer]`):
@@ -56,7 +56,7 @@ class MCPTools:
     Raises:
         ImportError: if the `mcp` package is not installed.
         MCPServerError: if a server does not start.
-        ToolSchemaError, ToolNameError: for a tool that cannot be described or told from another.
+        ToolSchemaError, ToolNameError: for a tool without a usable schema, or with another's name.
     """
 
     def __init__(self, servers: Sequence[MCPServer], taken: Collection[str] = ()) -> None:
@@ -166,7 +166,7 @@ class MCPTools:
         return since
 
     def close(self) -> None:
-        """End every connection, and every server that was started; wait for them, but not for ever."""
+        """End every connection, and every server that was started; wait for them, within limits."""
         if self._closed:
             return
         self._closed = True
@@ -221,7 +221,7 @@ class MCPTools:
         from .mcp_connection import Connection
 
         async def start(server: MCPServer) -> "dict[str, mcp_types.Tool]":
-            connect = partial(Connection, server, self._notice, self._restarts)
+            connect = partial(Connection, server, self._warn_of_lost_tools, self._restarts)
             if server.per_rollout:
                 pool = self._pools[server.name] = Pool(server, self._folder.name, connect)
                 return (await pool.first()).tools
@@ -235,7 +235,7 @@ class MCPTools:
         connections = [connection.close() for connection in self._shared.values()]
         await asyncio.gather(*connections, *(pool.close() for pool in self._pools.values()), return_exceptions=True)
 
-    def _notice(self, server: MCPServer, names: Collection[str]) -> None:
+    def _warn_of_lost_tools(self, server: MCPServer, names: Collection[str]) -> None:
         """Warn, once for each server, that tools the policy is shown are gone."""
         gone = {origin.tool for origin in self._origins.values() if origin.server == server.name}.difference(names)
         if gone and server.name not in self._warned:

@@ -1,5 +1,6 @@
 """What an MCP server is and how it is reached, as users write it. Nothing is started here."""
 
+import itertools
 import re
 import urllib.parse
 from collections import Counter
@@ -39,7 +40,7 @@ class MCPServer:
         args (`list[str]`, *optional*):
             Its arguments.
         env (`dict[str, str]`, *optional*):
-            Its environment variables, in addition to a few such as `PATH` and `HOME`; it inherits no others of the run.
+            Its environment variables, in addition to a few such as `PATH` and `HOME`. It inherits no others.
         cwd (`str`, *optional*):
             Its working directory.
         url (`str`, *optional*):
@@ -90,24 +91,27 @@ class MCPServer:
         for option in _TEXTS:
             if isinstance(getattr(self, option), Path):
                 setattr(self, option, str(getattr(self, option)))
-        for given, reason, remedy in self._problems():
+        checks = (self._type_problems, self._transport_problems, self._option_problems)
+        for given, reason, remedy in itertools.chain.from_iterable(check() for check in checks):
             who = f"the MCP server {self.name!r}" if self.name else "an MCP server"
             raise ConfigError(f"You passed {who} with {given}. {reason}", remedy=remedy)
         self.transport = "stdio" if self.command is not None else "streamable_http"
         self.name = self.name or _default_name(self)
 
-    def _problems(self) -> Iterator[tuple[str, str, str]]:
+    def _type_problems(self) -> Iterator[tuple[str, str, str]]:
         """Yield what cannot work: what was given, why it cannot work, and the remedy. Each relies on those before."""
         for option, kind in (("args", list), ("tools", list), ("env", dict), ("headers", dict)):
             value = getattr(self, option)
             entries = [*value, *value.values()] if isinstance(value, dict) else value
-            if value is not None and not (isinstance(value, kind) and all(isinstance(entry, str) for entry in entries)):
-                # The value itself may be a secret.
+            fits = isinstance(value, kind) and all(isinstance(entry, str) for entry in entries)
+            if value is not None and not fits:
                 reason = f"It has to be a {kind.__name__} of strings; quote numbers."
-                yield f"`{option}` of type {type(value).__name__}", reason, ""
+                yield f"`{option}` of type {type(value).__name__}", reason, ""  # the value itself may be a secret
         for option in _TEXTS:
             if not isinstance(getattr(self, option), str | None):
                 yield f"`{option}={getattr(self, option)!r}`", "It has to be a string.", ""
+
+    def _transport_problems(self) -> Iterator[tuple[str, str, str]]:
         needed, other, transport = "command", "url", "stdio"
         if self.command is None:
             needed, other, transport = "url", "command", "streamable_http"
@@ -129,6 +133,8 @@ class MCPServer:
             yield "`per_rollout` and `url`", reason, "Give a `command`, or share the server."
         if self.url is not None and urllib.parse.urlsplit(self.url).scheme not in ("http", "https"):
             yield f"`url={masked_url(self.url)!r}`", "It has to begin with http:// or https://.", ""
+
+    def _option_problems(self) -> Iterator[tuple[str, str, str]]:
         for option in ("files", "reset_tool"):
             if getattr(self, option) is not None and not self.per_rollout:
                 reason = "A server that all rollouts share is not reset between them."
@@ -160,7 +166,7 @@ class MCPServer:
         return self.redactor.text(f"MCPServer({', '.join(f'{name}={value!r}' for name, value in shown.items())})")
 
 
-def read_servers(given: Any) -> list[MCPServer]:
+def read_servers(given: Mapping[str, Any] | Iterable[object] | None) -> list[MCPServer]:
     """
     Return the servers that a user has written down.
 
@@ -178,9 +184,9 @@ def read_servers(given: Any) -> list[MCPServer]:
     if given is None:
         return []
     if isinstance(given, Mapping):
-        for key in ("mcpServers", "mcp_servers", "servers"):
-            if set(given) == {key}:
-                given = given[key]
+        key = next(iter(given), None)
+        if len(given) == 1 and key in ("mcpServers", "mcp_servers", "servers"):
+            given = given[key]
         if not isinstance(given, Mapping) or not all(isinstance(entry, Mapping) for entry in given.values()):
             raise ConfigError(
                 "You passed `mcp_servers` as a dict that does not hold a dict for each server.",
@@ -196,7 +202,8 @@ def read_servers(given: Any) -> list[MCPServer]:
         )
     for name, count in Counter(server.name for server in servers).items():
         if count > 1:
-            raise ConfigError(f"You passed {count} MCP servers named {name!r}.", remedy="Give each a `name` of its own.")
+            remedy = "Give each a `name` of its own."
+            raise ConfigError(f"You passed {count} MCP servers named {name!r}.", remedy=remedy)
     return servers
 
 

@@ -9,7 +9,6 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection
-from typing import Any
 
 import anyio
 import httpx2
@@ -41,12 +40,12 @@ _FIRST_DELAY = 0.25
 _LONGEST_DELAY = 30.0
 _MOST_PAGES = 100
 _PROBE_TIMEOUT = 5.0
-_SESSION_LOST = "Session terminated"  # what the SDK says when an HTTP server does not know the session any more
+_SESSION_LOST = "Session terminated"  # the SDK's message where an HTTP server has forgotten the session
 
 
 class Connection:
     """
-    A server, as long as it is wanted.
+    A server, from its first start until it is closed.
 
     Args:
         server ([`MCPServer`]):
@@ -74,8 +73,8 @@ class Connection:
         self._client: Client | None = None  # of the current connection, once it is up
         self._failure: MCPServerError | None = None  # why there is none at the moment
         self._settled = asyncio.Event()  # there is a client, or a failure to answer calls with
-        self._lost = asyncio.Event()  # the current connection is of no more use
-        self._changed = asyncio.Event()  # the server says that its tools have
+        self._lost = asyncio.Event()  # the current connection can no longer be used
+        self._changed = asyncio.Event()  # the tools may have changed
         self._was_up = False
         self._served = False  # it has answered a call since it was last started
         self._scope = anyio.CancelScope()
@@ -140,14 +139,14 @@ class Connection:
                 self._served = True
                 return failed(error.message, redactor)
         except (RuntimeError, ValueError) as error:  # it breaks the protocol or the tool's own schema
-            return failed(f"The server's answer is not valid: {str(error):.300}", redactor)
+            return failed(f"The server's answer is not valid: {error!s:.300}", redactor)
         except Exception as error:
             logger.debug("A call of the MCP server %r failed: %s", self.server.name, redactor.text(str(error)))
         self._lose(client)
         return failed("The server ended before it answered. It may have run the call or not.", redactor)
 
     async def _probe(self, client: Client) -> None:
-        """Ask a server that let a call run out of time for anything; start it again if it does not answer."""
+        """Ask a server that let a call run out of time for its tools; start it again if it does not answer."""
         try:
             await asyncio.wait_for(client.list_tools(), _PROBE_TIMEOUT)
         except Exception as error:
@@ -156,14 +155,14 @@ class Connection:
             self._lose(client)
 
     def _lose(self, client: Client | None = None) -> None:
-        """Give up the connection, if it is still that of a given client: calls wait for the next one."""
+        """Give up the connection, if it is still that of the given client; calls then wait for the next one."""
         if client is None or client is self._client:
             self._client = None
             self._settled.clear()
             self._lost.set()
 
     async def _keep_up(self) -> None:
-        futile = 0  # lives in a row that answered nothing
+        futile = 0  # connections in a row on which no call was answered
         try:
             with self._scope:
                 while True:
@@ -197,7 +196,7 @@ class Connection:
                 async with Client(
                     process.transport() if process is not None else _http_transport(server),
                     client_info=Implementation(name="trl_toolgrpo", version=__version__),
-                    message_handler=self._notice,
+                    message_handler=self._on_message,
                     cache=None,
                 ) as client:
                     await self._list(client)
@@ -250,7 +249,7 @@ class Connection:
             with contextlib.suppress(Exception):  # a connection that is lost is noticed elsewhere
                 await self._list(client)
 
-    async def _notice(self, message: object) -> None:
+    async def _on_message(self, message: object) -> None:
         if getattr(message, "method", None) == "notifications/tools/list_changed":
             self._changed.set()
 
@@ -265,7 +264,7 @@ class Connection:
 @contextlib.asynccontextmanager
 async def _http_transport(server: MCPServer) -> AsyncIterator[TransportStreams]:
     # Calls have time limits of their own; a stream for notifications is silent most of the time.
-    timeout, hooks = httpx2.Timeout(server.start_timeout, read=None), {"response": [_bound]}
+    timeout, hooks = httpx2.Timeout(server.start_timeout, read=None), {"response": [_limit_body]}
     async with (
         httpx2.AsyncClient(headers=server.headers, timeout=timeout, event_hooks=hooks) as client,
         streamable_http_client(str(server.url), http_client=client, max_sse_event_size=LONGEST_MESSAGE) as streams,
@@ -273,11 +272,12 @@ async def _http_transport(server: MCPServer) -> AsyncIterator[TransportStreams]:
         yield streams
 
 
-async def _bound(response: Any) -> None:
+async def _limit_body(response: httpx2.Response) -> None:
     """Refuse a body that is too long. The SDK bounds the events of a stream, and nothing else."""
-    if response.headers.get("Content-Type", "").startswith("text/event-stream"):
-        return
     body, stream = bytearray(), response.stream
+    of_events = response.headers.get("Content-Type", "").startswith("text/event-stream")
+    if of_events or not isinstance(stream, httpx2.AsyncByteStream):
+        return
     async for chunk in stream:
         body += chunk
         if len(body) > LONGEST_MESSAGE:

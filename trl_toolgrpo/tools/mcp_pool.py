@@ -70,7 +70,7 @@ class Pool:
         return await asyncio.shield(self._ready[0])
 
     def acquire(self) -> "asyncio.Task[Connection]":
-        """Lend an instance that nobody has used since it was started or reset, or is about to be; it may fail to be."""
+        """Lend an instance that nobody has used since its start or reset, which may still go on, and may fail."""
         if not self._ready:
             self._begin(self._start())
         task = next((task for task in self._ready if task.done()), self._ready[0])

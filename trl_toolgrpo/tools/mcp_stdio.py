@@ -1,7 +1,8 @@
 """A server process that ends with the run, and the messages over its standard streams.
 
-The SDK's own `stdio_client` takes a message of any length, in time that grows with its square; logs each line that is
-not a message with all that it holds, secrets included; and tells neither the exit code nor the error output.
+The SDK's own `stdio_client` is not used, since it does not withstand a hostile server: it reads a message of any
+length, in time that grows with the square of the length; it logs every line that is not a message, secrets included;
+and a call whose answer is not valid waits for its time limit. It gives neither the exit code nor the error output.
 """
 
 import asyncio
@@ -154,8 +155,9 @@ class ServerProcess(ObjectReceiveStream[SessionMessage], ObjectSendStream[Sessio
                 while process.returncode is None:
                     await anyio.sleep(0.005)
                 break
+            # Not `process.terminate()`, which polls first and takes the return code from asyncio's watcher.
             with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, number)  # `terminate` polls first, and takes the return code from asyncio's watcher
+                os.kill(process.pid, number)
         self.returncode = process.returncode if ended_by_itself else None
 
 
@@ -177,8 +179,8 @@ def _program(server: MCPServer) -> str:
 
 def _parsed(line: bytes) -> JSONRPCMessage | None:
     """
-    Return the message in a line, or `None`. Half an emoji in it, which the SDK's parser refuses, is replaced; an answer
-    that is not valid becomes the failure of its request, which would otherwise wait in vain.
+    Return the message in a line, or `None` where there is none. Half an emoji, which the SDK's parser refuses, is
+    replaced. An answer that is not valid becomes the failure of its request, which would otherwise wait in vain.
     """
     found = None
     try:

@@ -111,7 +111,7 @@ def belongings():
 
 
 def nothing_new(before):
-    """Return whether there is no more of anything than before; there may be less, where earlier tests left something."""
+    """Return whether there is no more of anything than before. There may be less, of what earlier tests left."""
     threads, children, descriptors = belongings()
     return len(threads) <= len(before[0]) and children <= before[1] and descriptors <= before[2]
 

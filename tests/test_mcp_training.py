@@ -29,7 +29,7 @@ def call(name, **arguments):
 
 
 def make_trainer(path, monkeypatch, script, reward=None, *, mcp_servers=None, tools=None, **changes):
-    """Return a trainer of a two-layer model that writes `script`, and the list of what its reward function has seen."""
+    """Return a trainer of a tiny model that writes `script`, and the list of what its reward function has seen."""
     tokenizer = chat_tokenizer()
     seen = []
 

@@ -17,7 +17,7 @@ from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import anyio
+import anyio.lowlevel
 from anyio.abc import ObjectReceiveStream, ObjectSendStream
 from mcp.client.stdio import get_default_environment
 from mcp.shared.message import SessionMessage
@@ -108,6 +108,7 @@ class ServerProcess(ObjectReceiveStream[SessionMessage], ObjectSendStream[Sessio
         """
         with contextlib.suppress(ValueError, ConnectionError):
             while line := await self._process.stdout.readline():
+                await anyio.lowlevel.checkpoint()  # a server that floods its output must not block the loop
                 message = _parsed(line)
                 if message is not None:
                     return SessionMessage(message)

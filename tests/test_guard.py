@@ -58,7 +58,7 @@ def alive(process):
 
 
 def family(path, count=3):
-    """Ids of the processes of `FAMILY`, once all have written theirs."""
+    """Return the ids of the processes of `FAMILY`, once all have written theirs."""
     wait_until(lambda: path.exists() and len(path.read_text().split()) == count)
     return [int(line) for line in path.read_text().split()]
 
@@ -66,7 +66,7 @@ def family(path, count=3):
 def wait_until(condition, seconds=20.0):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.01)
 
 
@@ -121,7 +121,7 @@ def test_signals_are_passed_on(number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSEGV])
-def test_a_command_that_a_signal_ended_is_seen_as_such(number):
+def test_a_command_ended_by_a_signal_has_that_exit_status(number):
     code = "import os, sys; os.kill(os.getpid(), int(sys.argv[1]))"
     assert subprocess.run(guarded(python(code, int(number)))).returncode == -number
 
@@ -167,7 +167,7 @@ def test_what_a_command_leaves_behind_ends_with_it(tmp_path):
     assert not any(map(alive, members))
 
 
-def test_a_thread_that_ends_does_not_take_its_command_along():
+def test_a_command_survives_the_thread_that_started_it():
     started = []
     command = guarded(python("import sys; print(sys.stdin.read())"))
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -179,8 +179,29 @@ def test_a_thread_that_ends_does_not_take_its_command_along():
 
 
 @on_linux
-def test_a_run_that_ended_before_the_command_started():
-    """The launcher of a run that is not its parent any more starts nothing that stays."""
+def test_nothing_starts_for_a_run_that_has_ended():
+    """A launcher whose parent is no longer the run starts nothing that stays."""
     command = guarded(python("import time; time.sleep(60)"))
     command[3] = str(2**22 + 1)  # no process has this id
     assert subprocess.run(command, timeout=20).returncode == 1
+
+
+@on_linux
+def test_a_command_ends_with_the_run_after_the_thread_that_started_it(tmp_path):
+    code = """
+        import subprocess, sys, threading, time
+        sys.path.insert(0, sys.argv[1])
+        from guard import guarded
+        sleep = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"]
+        thread = threading.Thread(target=lambda: subprocess.Popen(guarded(sleep)))
+        thread.start()
+        thread.join()
+        time.sleep(60)
+    """
+    folder = Path(sys.modules[guarded.__module__].__file__).parent
+    with subprocess.Popen(python(code, folder), stdout=subprocess.PIPE) as run:
+        process = int(run.stdout.readline())
+        time.sleep(0.3)
+        assert alive(process)
+        run.kill()
+        wait_until(lambda: not alive(process))

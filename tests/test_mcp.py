@@ -1,4 +1,4 @@
-"""MCP servers that run: what their tools answer, and what becomes of a run when they crash, hang, lie and change."""
+"""Running MCP servers: what their tools answer, and how a run copes when they crash, hang, lie and change."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ def plain(*args, **options):
 
 
 class Run:
-    """MCP servers behind an executor, as a run has them."""
+    """MCP servers whose tools an executor calls, as in a run."""
 
     def __init__(self, *servers, timeout=10.0, taken=()):
         self.mcp = MCPTools(servers, taken)
@@ -52,7 +52,7 @@ class Run:
         return self.submit(name, **arguments).result(timeout=20)
 
     def rollout(self):
-        """A rollout: something that calls its tools in order, and its session."""
+        """Begin a rollout; return a function that calls its tools in order, and its session."""
         session = self.mcp.session()
         tools, own = self.mcp.of_rollout(self.tools, session)
 
@@ -91,7 +91,7 @@ def sdk():
 def wait_until(condition, seconds=10.0):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.01)
 
 
@@ -111,7 +111,7 @@ def belongings():
 
 
 def nothing_new(before):
-    """Whether there is no more of anything than before; there may be less, of what earlier tests have left."""
+    """Return whether there is no more of anything than before. There may be less, of what earlier tests left."""
     threads, children, descriptors = belongings()
     return len(threads) <= len(before[0]) and children <= before[1] and descriptors <= before[2]
 
@@ -129,7 +129,7 @@ def nothing_new(before):
         ("pages", {}, "Page one.\n[resource: two, memo://two, text/plain]\nThe end."),
     ],
 )
-def test_results_are_what_the_policy_reads(sdk, name, arguments, content):
+def test_results_as_the_policy_reads_them(sdk, name, arguments, content):
     result = sdk.call(name, **arguments)
     assert (result.content, result.is_error, result.error_type) == (content, False, None)
 
@@ -160,7 +160,7 @@ def test_a_shared_server_is_called_concurrently(sdk):
     assert time.perf_counter() - started < 4.0  # 8 s one after the other
 
 
-def test_a_tool_that_blocks_the_loop_of_the_others_hurts_no_connection(sdk):
+def test_a_tool_that_blocks_the_executors_loop_leaves_connections_intact(sdk):
     async def block():
         time.sleep(1.5)
 
@@ -180,12 +180,12 @@ def test_a_shared_tool_can_be_awaited_on_any_loop(sdk):
 # Secrets
 
 
-def test_a_server_that_tells_its_secrets_is_not_repeated(sdk):
+def test_secrets_in_results_are_masked(sdk):
     assert sdk.call("environment", name="API_KEY").content == "API_KEY is [secret]"
     assert KEY not in repr(sdk.mcp.servers)
 
 
-def test_secrets_are_in_no_error_and_no_log(run, caplog):
+def test_errors_and_logs_hold_no_secrets(run, caplog):
     code = "import os, sys; print('no', os.environ['API_KEY'], file=sys.stderr); print(os.environ['API_KEY']); {}"
     caplog.set_level(logging.DEBUG)
     with pytest.raises(MCPServerError) as caught:
@@ -204,9 +204,9 @@ def test_secrets_are_in_no_error_and_no_log(run, caplog):
 @pytest.mark.parametrize(
     "server, words",
     [
-        (MCPServer("no-such-program"), "its command 'no-such-program' is neither in `PATH` nor beside"),
+        (MCPServer("no-such-program"), "its command 'no-such-program' is neither in `PATH` nor next to"),
         (MCPServer("/no/such/program"), "ended with exit code 127.*\n'/no/such/program' cannot be started"),
-        (MCPServer(sys.executable, cwd="/no/such/folder"), "cannot be started: .*No such file"),
+        (MCPServer(sys.executable, cwd="/no/such/folder"), "did not start: .*No such file"),
         (MCPServer(sys.executable, ["x.py"], per_rollout=True), "(?s)Relative paths are.*can't open file"),
         (MCPServer("sleep", ["60"], start_timeout=0.3), "did not answer within 0.3 seconds"),
         (MCPServer("sh", ["-c", "kill -11 $$"]), "ended with exit code -11"),
@@ -214,7 +214,7 @@ def test_secrets_are_in_no_error_and_no_log(run, caplog):
     ],
     ids=["missing", "missing path", "missing folder", "relative path", "mute", "signal", "no one there"],
 )
-def test_a_server_that_does_not_start_is_an_error_in_its_own_words(server, words):
+def test_a_server_that_does_not_start_is_an_error_with_its_error_output(server, words):
     before = belongings()
     with pytest.raises(MCPServerError, match=words):
         MCPTools([server])
@@ -242,7 +242,9 @@ def test_without_the_sdk_the_extra_is_named(monkeypatch):
 
 
 def test_the_package_needs_the_sdk_for_nothing_else():
-    source = "\n".join(path.read_text() for path in (PACKAGE / "tools").glob("*.py"))
+    needs_it = {"mcp_connection.py", "mcp_stdio.py"}  # imported once a server is configured
+    paths = [path for path in (PACKAGE / "tools").glob("*.py") if path.name not in needs_it]
+    source = "\n".join(path.read_text() for path in paths)
     imports = [line for line in source.splitlines() if re.match(r"(from|import) (mcp|mcp_types|anyio|httpx2)\b", line)]
     assert not imports, "imported where used, not with the package"
 
@@ -258,7 +260,7 @@ def test_a_crash_fails_the_calls_in_flight_and_the_next_ones_wait_for_the_restar
     second = run.call("pid")
     assert not second.is_error and second.content != first
     os.kill(int(second.content), signal.SIGKILL)
-    wait_until(lambda: run.mcp._shared["plain"].restarts == 2)
+    wait_until(lambda: run.mcp._restarts["plain"] == 2)
     third = run.call("pid")
     assert not third.is_error and third.content not in (first, second.content)
     assert run.mcp.restarts() == {"plain": 2} and run.mcp.restarts() == {"plain": 0}
@@ -287,14 +289,14 @@ def test_a_server_that_hangs_is_started_again(run, monkeypatch):
     run = run(plain(), timeout=0.5)
     first = run.call("pid").content
     assert run.call("hang").error_type == "timeout"
-    wait_until(lambda: run.mcp._shared["plain"].restarts == 1)
+    wait_until(lambda: run.mcp._restarts["plain"] == 1)
     run.executor.timeout = 10.0
     assert run.call("pid").content != first
     assert not alive(int(first))
 
 
 @pytest.mark.parametrize("per_rollout", [False, True])
-def test_rewards_ask_for_tools_the_policy_does_not_get(run, per_rollout):
+def test_reward_functions_call_tools_the_policy_does_not_get(run, per_rollout):
     run = run(plain(tools=["note"], per_rollout=per_rollout, reset_tool="reset" if per_rollout else None))
     call, session = run.rollout()
     assert set(run.tools) == {"note"} and call("note", text="x").content == "done"
@@ -307,7 +309,7 @@ def test_rewards_ask_for_tools_the_policy_does_not_get(run, per_rollout):
 
 
 def test_a_server_is_ended_without_being_polled(run, monkeypatch, caplog):
-    """Which `Popen` does before it signals: it takes the return code that the watcher of asyncio waits for."""
+    """`Popen` polls before it signals, and takes the return code that asyncio's watcher waits for."""
     monkeypatch.setattr(mcp_connection, "_PROBE_TIMEOUT", 0.3)
     monkeypatch.setattr(mcp_stdio, "_GRACE", 0.1)
     polled, poll = [], subprocess.Popen.poll
@@ -315,7 +317,7 @@ def test_a_server_is_ended_without_being_polled(run, monkeypatch, caplog):
     run = run(plain(), timeout=0.5)
     pid = int(run.call("pid").content)
     assert run.call("hang").error_type == "timeout"
-    wait_until(lambda: run.mcp._shared["plain"].restarts == 1)
+    wait_until(lambda: run.mcp._restarts["plain"] == 1)
     assert not alive(pid) and not polled
     assert "Unknown child process" not in caplog.text
 
@@ -336,19 +338,20 @@ def test_half_an_emoji_is_replaced_in_both_directions(run, caplog):
     assert run.mcp.restarts() == {"plain": 0} and "no messages" not in caplog.text
 
 
-def test_a_message_that_cannot_be_written_ends_the_connection_and_not_the_calls(run, monkeypatch, caplog):
-    run = run(plain())
-    line_of = mcp_stdio._line_of
+def test_a_message_that_cannot_be_written_fails_its_call_and_the_server_is_started_again(run, monkeypatch):
+    from mcp_types import JSONRPCRequest
 
-    def refuse(message):
+    run = run(plain())
+    dump = JSONRPCRequest.model_dump_json
+
+    def refuse(message, **options):
         if "refuse me" in str(message):
             raise RuntimeError("no such line")
-        return line_of(message)
+        return dump(message, **options)
 
-    monkeypatch.setattr(mcp_stdio, "_line_of", refuse)
+    monkeypatch.setattr(JSONRPCRequest, "model_dump_json", refuse)
     assert "ended before it answered" in run.call("note", text="refuse me").content["error"]
     assert run.call("notes").content == "none" and run.mcp.restarts() == {"plain": 1}
-    assert "could not be written: no such line" in caplog.text
 
 
 def test_a_tool_that_vanishes_is_an_error_of_its_calls(run, caplog):
@@ -362,10 +365,10 @@ def test_a_tool_that_vanishes_is_an_error_of_its_calls(run, caplog):
     assert caplog.text.count("has changed its tools") == 1
 
 
-def test_a_server_of_the_newest_protocol_tells_of_vanished_tools_too(caplog):
+def test_a_server_of_the_newest_protocol_reports_vanished_tools_too(caplog):
     run = Run(MCPServer(sys.executable, [SDK], name="sdk"))
     try:
-        assert run.mcp._shared["sdk"]._client.result().protocol_version >= "2026"
+        assert run.mcp._shared["sdk"]._client.protocol_version >= "2026"
         run.call("forget")
         wait_until(lambda: run.call("add", a=1, b=1).is_error)
     finally:
@@ -411,7 +414,7 @@ def test_a_server_with_a_reset_tool_is_kept(run, caplog):
     run.executor.timeout = 10.0
     run.mcp.take_back([session])
     pool = run.mcp._pools["plain"]
-    wait_until(lambda: pool._lent == 1 and len(pool._instances) == 2)
+    wait_until(lambda: len(pool._instances) == 2 and len(pool._ready) == 1)
 
 
 def test_a_server_whose_reset_fails_is_replaced(run, caplog):
@@ -424,7 +427,7 @@ def test_a_server_whose_reset_fails_is_replaced(run, caplog):
     assert "was not reset by its tool `crash` (" in caplog.text
 
 
-def test_a_crash_of_a_rollouts_server_is_its_own_affair(run):
+def test_a_crash_of_a_rollouts_server_does_not_affect_other_rollouts(run):
     run = run(plain(per_rollout=True))
     (one, _), (two, _) = run.rollout(), run.rollout()
     two("note", text="b")
@@ -433,7 +436,7 @@ def test_a_crash_of_a_rollouts_server_is_its_own_affair(run):
     assert run.mcp.restarts() == {"plain": 1}
 
 
-def test_a_rollout_whose_server_does_not_start_is_told_and_tries_again(run, tmp_path):
+def test_a_rollout_whose_server_does_not_start_gets_an_error_and_tries_again(run, tmp_path):
     script = tmp_path / "server.py"
     script.write_text(Path(PLAIN).read_text())
     run = run(MCPServer(sys.executable, [str(script)], name="plain", per_rollout=True))
@@ -452,8 +455,8 @@ def test_a_rollout_whose_server_does_not_start_is_told_and_tries_again(run, tmp_
 
 def test_servers_of_rollouts_are_made_ready_side_by_side_and_reused(run, monkeypatch):
     started = []
-    start = mcp_pool.Connection.start
-    monkeypatch.setattr(mcp_pool.Connection, "start", lambda self: started.append(self) or start(self))
+    start = mcp_connection.Connection.start
+    monkeypatch.setattr(mcp_connection.Connection, "start", lambda self: started.append(self) or start(self))
     run = run(plain(per_rollout=True, reset_tool="reset"))
     for _ in range(3):
         run.mcp.prepare(4)
@@ -473,14 +476,13 @@ def test_servers_beyond_those_prepared_for_end_when_they_are_given_back(run, opt
         pids = {call("pid").content for call, _ in rollouts}
         assert len(pids) == count
         run.mcp.take_back([session for _, session in rollouts])
-        wait_until(lambda: pool._lent == 0 and len(pool._instances) == len(pool._ready) == count)  # noqa: B023
+        wait_until(lambda: len(pool._instances) == len(pool._ready) == count)  # noqa: B023
         wait_until(lambda: all(task.done() for task in pool._ready))
 
 
-def test_a_server_that_cannot_even_be_tried_is_not_counted_as_lent(run, monkeypatch):
+def test_a_server_whose_folder_cannot_be_made_fails_its_calls(run, monkeypatch):
     run = run(plain(per_rollout=True))
-    pool = run.mcp._pools["plain"]
-    (call, session), (other, late) = run.rollout(), run.rollout()
+    (call, _), (other, _) = run.rollout(), run.rollout()
     assert call("pid").content.isdigit()
 
     def full(*args, **kwargs):
@@ -488,9 +490,9 @@ def test_a_server_that_cannot_even_be_tried_is_not_counted_as_lent(run, monkeypa
 
     monkeypatch.setattr(mcp_pool.tempfile, "mkdtemp", full)
     assert "No space left" in other("pid").content["error"]
-    assert pool._lent == 1
-    run.mcp.take_back([session, late])
-    wait_until(lambda: pool._lent == 0)
+    monkeypatch.undo()
+    run.mcp.prepare(1)
+    assert run.rollout()[0]("pid").content.isdigit()
 
 
 def test_a_tool_of_a_rollouts_server_needs_a_rollout(run):

@@ -21,7 +21,7 @@ USUAL = """
 """
 
 
-def test_the_usual_shape_is_read():
+def test_the_configuration_of_mcp_clients_is_read():
     sqlite, remote = read_servers(json.loads(USUAL))
     assert (sqlite.name, sqlite.command, sqlite.args) == ("sqlite", "mcp-server-sqlite", ["--db-path", "x.db"])
     assert sqlite.env == {"A": "b"} and sqlite.transport == "stdio" and not sqlite.per_rollout
@@ -70,7 +70,7 @@ def test_the_transport_goes_by_several_names(transport):
         ("mcp-server-time", "as str. Pass an `MCPServer` or a dict"),
     ],
 )
-def test_what_cannot_work_is_refused_in_words(given, words):
+def test_arguments_that_cannot_work_are_refused(given, words):
     with pytest.raises(ConfigError, match=words):
         read_servers([given])
 
@@ -81,7 +81,7 @@ def test_other_shapes_are_refused(given):
         read_servers(given)
 
 
-def test_the_name_of_the_server_is_in_the_words():
+def test_the_name_of_the_server_is_in_the_message():
     with pytest.raises(ConfigError, match="the MCP server 'files' with"):
         read_servers({"files": {}})
     with pytest.raises(ConfigError, match="2 MCP servers named 'x'"):
@@ -139,7 +139,7 @@ def test_names_that_are_no_identifiers_are_mapped():
     assert identifiers(["a-b", "a_b"]) == {"a-b": "a_b_2", "a_b": "a_b"}
 
 
-def test_names_are_spaced_only_where_they_collide(caplog):
+def test_names_have_the_servers_name_before_them_only_where_they_collide(caplog):
     listed = {"one": ["search", "read"], "my server": ["search", "list-all"]}
     with caplog.at_level(logging.WARNING):
         found = name_tools(listed, ["read"])
@@ -157,12 +157,12 @@ def test_names_are_spaced_only_where_they_collide(caplog):
     assert not caplog.records
 
 
-def test_a_name_that_is_taken_all_the_same_is_refused():
+def test_a_name_that_still_collides_is_refused():
     with pytest.raises(ToolNameError, match="'search' of the MCP server 'one' would be named 'one_search'"):
         name_tools({"one": ["search"]}, ["search", "one_search"])
 
 
-def test_the_policy_gets_the_tools_that_are_named():
+def test_the_policy_gets_the_chosen_tools():
     tools = {"read": 1, "write": 2, "reset": 3}
     assert choose_tools(MCPServer("x"), tools) == tools
     assert choose_tools(MCPServer("x", tools=["write", "read"]), tools) == {"write": 2, "read": 1}

@@ -1,4 +1,4 @@
-"""MCP servers that break the protocol, over stdio and HTTP: calls fail as data, and the next ones are answered."""
+"""MCP servers that break the protocol, over stdio and HTTP: calls fail as data, and later ones are answered."""
 
 import http.server
 import json
@@ -34,7 +34,7 @@ def impatient(monkeypatch):
 
 
 def answers_again(call, seconds=10.0):
-    """Whether a server, or the one that takes its place, answers soon."""
+    """Return whether a server, or the one that takes its place, answers within the limit."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         result = call("pid")
@@ -89,7 +89,7 @@ def test_a_server_that_breaks_the_protocol_from_the_start_is_an_error_of_constru
 
 @pytest.mark.parametrize("per_rollout", [False, True])
 @pytest.mark.parametrize("start", ["garbage", "list_garbage", "list_endless", "list_twice", "list_many"])
-def test_a_server_that_can_be_understood_is_used(start, per_rollout):
+def test_a_server_that_starts_despite_its_faults_is_used(start, per_rollout):
     run = Run(server("--start", start, per_rollout=per_rollout, start_timeout=20.0))
     try:
         assert not (run.rollout()[0] if per_rollout else run.call)("pid").is_error
@@ -99,7 +99,7 @@ def test_a_server_that_can_be_understood_is_used(start, per_rollout):
 
 
 @pytest.mark.parametrize("per_rollout", [False, True])
-def test_training_and_evaluation_go_on(tmp_path, monkeypatch, per_rollout):
+def test_training_and_evaluation_continue(tmp_path, monkeypatch, per_rollout):
     def call(name):
         return tool_call(name) + "<|im_end|>"
 
@@ -125,7 +125,7 @@ def test_training_and_evaluation_go_on(tmp_path, monkeypatch, per_rollout):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """A server that is what it should be until a tool is called, whose name says what it does then."""
+    """A correct server until a tool is called; the tool's name says how it then breaks the protocol."""
 
     protocol_version = "HTTP/1.1"
 

@@ -1,4 +1,4 @@
-"""MCP servers in a running training: what trajectories and counts become of faults, and what is left afterwards."""
+"""MCP servers in training: how faults show in trajectories and metrics, and what is left afterwards."""
 
 import gc
 import logging
@@ -29,7 +29,7 @@ def call(name, **arguments):
 
 
 def make_trainer(path, monkeypatch, script, reward=None, *, mcp_servers=None, tools=None, **changes):
-    """A trainer of a two-layer model that writes `script`, and the list of what its reward function has seen."""
+    """Return a trainer of a tiny model that writes `script`, and the list of what its reward function has seen."""
     tokenizer = chat_tokenizer()
     seen = []
 
@@ -124,7 +124,7 @@ def test_a_server_that_hangs_lies_and_changes_its_tools(tmp_path, monkeypatch, c
     assert trainer._toolset.known == started and caplog.text.count("has changed its tools") == 1
 
 
-def test_no_secret_reaches_trajectories_logs_and_checkpoints(tmp_path, monkeypatch, caplog):
+def test_trajectories_logs_and_checkpoints_hold_no_secrets(tmp_path, monkeypatch, caplog):
     code = (
         "import json, os, sys\n"
         "for line in sys.stdin:\n"
@@ -194,7 +194,7 @@ def _with_servers(servers):
     return WithServers
 
 
-def test_trls_own_path_takes_shared_servers_and_no_others(tmp_path, monkeypatch):
+def test_rollouts_of_trl_take_only_shared_servers(tmp_path, monkeypatch):
     options = {"record_sample_logprobs": False, "reward": lambda completions, **kwargs: [0.0] * len(completions)}
     trainer, _ = make_trainer(tmp_path, monkeypatch, [], **options)
     found = {tool.__name__: tool for tool in trainer.tools}
@@ -203,7 +203,7 @@ def test_trls_own_path_takes_shared_servers_and_no_others(tmp_path, monkeypatch)
         make_trainer(tmp_path, monkeypatch, [], mcp_servers=server(per_rollout=True), **options)
 
 
-def test_what_fails_later_at_construction_leaves_no_server(tmp_path, monkeypatch):
+def test_a_later_error_of_construction_ends_the_servers(tmp_path, monkeypatch):
     before = belongings()
     with pytest.raises(ToolNameError, match="lists the tool `plain_nots`"):
         ToolGRPOTrainer(

@@ -1,7 +1,7 @@
-"""The tools of a run and of each rollout: those passed, those of environments, those of MCP servers.
+"""The tools of a run and of each rollout: those passed, those of environments, and those of MCP servers.
 
-Owns, as a mixin of the trainer, how MCP servers join the tools of a run, are lent to rollouts and are shown to reward
-functions, and how environments are read; the servers themselves are in `tools/mcp.py`.
+A mixin of the trainer: how MCP servers join the tools of a run, are lent to rollouts and shown to reward functions,
+and how environments are read. The servers themselves are in `tools/mcp.py`.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import json
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -49,11 +50,12 @@ from .tools.mcp_session import MCPSession
 from .tools.prompt import PromptTool
 from .tools.toolset import ToolSet
 from .tools.types import Tool
+from .types import Batch, JSONSchema, Message, Row
 
 
 T = TypeVar("T")
 
-_NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}}
+_NO_ARGUMENTS: JSONSchema = {"type": "object", "properties": {}}
 _TOOL_OF_RESET = Tool("tool", "Known once the environment is reset.", _NO_ARGUMENTS, lambda: None)
 
 
@@ -73,11 +75,13 @@ class RolloutTools(GRPOTrainer):
     _sessions: Sequence[MCPSession] = ()
     _redactor: Redactor
     _inert: InertPrompts | None = None
-    _rows: Sequence[dict[str, Any]] = ()  # of the data set, whose rollouts are made
+    _rows: Sequence[Row] = ()  # of the data set, whose rollouts are made
     _lost: Tensor | None = None  # rollouts of all processes whose environment failed or hangs, bool, shape (N,)
 
-    def _start_servers(self, mcp_servers: Any, tools: Any, environment_factory: Any) -> Any:
-        """Start the MCP servers; the run's tools, theirs included."""
+    def _start_servers(
+        self, mcp_servers: Iterable[object] | None, tools: list[Callable | Tool] | None, environment_factory: object
+    ) -> list[Callable | Tool] | None:
+        """Start the MCP servers; return the run's tools, including theirs."""
         servers = read_servers(mcp_servers)
         if not servers:
             return tools
@@ -92,12 +96,12 @@ class RolloutTools(GRPOTrainer):
             if server.per_rollout and not self._recording:
                 raise ConfigError(
                     f"You passed the MCP server {server.name!r} with `per_rollout=True` and rollouts of TRL's own "
-                    f"(`rollout_func`, `record_sample_logprobs=False` or a multimodal model), whose tools do "
-                    f"not know the rollout they are called by. Share the server, or leave the rollouts to this "
-                    f"trainer."
+                    f"(`rollout_func`, `record_sample_logprobs=False` or a multimodal model), whose tools do not know "
+                    f"the rollout they are called by.",
+                    remedy="Share the server, or leave the rollouts to this trainer.",
                 )
 
-    def _check_prompts(self, train_dataset: Any, eval_dataset: Any) -> None:
+    def _check_prompts(self, train_dataset: object, eval_dataset: object) -> None:
         """Check that prompts show the tools and their own messages, name only tools that exist, and fit the model."""
         self._refuse_own_servers(self._mcp.servers.values() if self._mcp is not None else ())
         kwargs: Any = self.chat_template_kwargs
@@ -122,8 +126,8 @@ class RolloutTools(GRPOTrainer):
         if self.accelerator.is_main_process:
             warn_of_mentions(suspicious)
 
-    def _show_tools(self, template: str | None, kwargs: Any) -> None:
-        """Check that the template shows each tool, in other words where it does not know those of the schema."""
+    def _show_tools(self, template: str | None, kwargs: dict | None) -> None:
+        """Check that the template shows each tool, and reword a schema that it cannot show as it is."""
         found: dict[str, Tool] = {}
 
         def shown(tool: Tool) -> Tool:
@@ -133,41 +137,32 @@ class RolloutTools(GRPOTrainer):
             parameters = found[key].parameters
             return tool if parameters == tool.parameters else replace(tool, parameters=parameters)
 
-        pairs = [(tool, shown(tool)) for tool in self._toolset.known]
-        rewritten = {tool.name: plain for tool, plain in pairs if plain != tool}
         self._toolset.shown = shown
-        if not rewritten:
-            return
-
-        def prompt_tools(tools: list[Any]) -> list[Any]:
-            return [PromptTool(rewritten[t.__name__]) if t.__name__ in rewritten else t for t in tools]
-
-        self.tools = prompt_tools(self.tools)
+        rewritten = {tool.name: PromptTool(plain) for tool in self._toolset.known if (plain := shown(tool)) != tool}
+        self.tools = [rewritten.get(tool.__name__, tool) for tool in self.tools]
         if self.environment_factories is not None:
-            self._env_tools = {name: prompt_tools(tools) for name, tools in self._env_tools.items()}
+            for name, tools in self._env_tools.items():
+                self._env_tools[name] = [rewritten.get(tool.__name__, tool) for tool in tools]
 
-    def _check_dataset_prompts(self, name: str, rows: Sequence[dict[str, Any]], renderer: PromptRenderer) -> None:
+    def _check_dataset_prompts(self, name: str, rows: Sequence[Row], renderer: PromptRenderer) -> None:
         tools = {tool.name: tool for tool in self._toolset.known}
         prompts = [(number, row["prompt"]) for number, row in enumerate(rows) if "prompt" in row]
         check_prompts(name, prompts, self._messages, renderer, tools)
-        args: Any = self.args
+        args = self.args
         positions = context_length(self.model.config)
         if positions is not None and args.use_vllm and args.vllm_max_model_length is not None:
             positions = min(positions, args.vllm_max_model_length)
         if positions is not None and not renderer.is_processor:  # images take positions, too
-
-            def rewritten(prompt: Any) -> Any:
-                return self._messages.rewritten(prompt, tools)
-
+            rewritten = partial(self._messages.rewritten, tools=tools)
             check_prompt_lengths(name, prompts, renderer, positions, args.max_completion_length or 1, rewritten)
 
-    def _tokenize_prompts(self, prompts: list) -> Any:
+    def _tokenize_prompts(self, prompts: list) -> tuple:
         """
-        TRL's rendering of prompts, of messages that the chat template can read. What a tool or the `reset` of an
-        environment says becomes no control token, and what `reset` says repeats no secret.
+        Tokenize prompts as TRL does, from messages that the chat template can read. What a tool or the `reset` of an
+        environment says does not become a control token, and what `reset` says does not repeat a secret.
         """
         known = {tool.name: tool for tool in self._toolset.known}
-        rewritten, shown = [], []
+        rewritten, inert = [], []
         for row, prompt in enumerate(prompts):
             if self.environments:
                 prompt = with_observation(self._given(row), prompt, self._redactor.text)
@@ -175,30 +170,28 @@ class RolloutTools(GRPOTrainer):
             if self.environments and self._toolset.decided_at_reset and _calls_tools(prompt):
                 tools = self._tools_of(self.environments[row], self._toolset.of_rollout)[0]
             rewritten.append(self._messages.rewritten(prompt, tools))
-            shown.append((tools, prompt))
-        found = super()._tokenize_prompts(rewritten)
-        if self._inert is None:
-            return found
-        prompt_ids, *rest = found
-        inert = [self._inert_prompt(row, *asked) for row, asked in enumerate(shown)]
+            inert.append(self._inert_prompt(row, tools, prompt))
+        prompt_ids, *rest = super()._tokenize_prompts(rewritten)
         return [ids if own is None else own for own, ids in zip(inert, prompt_ids, strict=True)], *rest
 
-    def _inert_prompt(self, row: int, tools: dict[str, Tool], prompt: Any) -> list[int] | None:
-        """Tokens of a prompt where tools or its environment's `reset` say what TRL would take for control tokens."""
+    def _inert_prompt(self, row: int, tools: dict[str, Tool], prompt: str | list[Message]) -> list[int] | None:
+        """Return a prompt's tokens if tools or its `reset` say what TRL would take for control tokens, else `None`."""
         if self._inert is None or not isinstance(prompt, list):
             return None
-        schemas = self.tools if self.environment_factories is None else self._env_tools[self._batch_environments[row]]
+        schemas: Any = self.tools
+        if self.environment_factories is not None:
+            schemas = self._env_tools[self._batch_environments[row]]
         marked = with_observation(self._given(row), prompt, self._inert.mark) if self.environments else prompt
         return self._inert.encode(self._messages.rewritten(marked, tools), self._inert.schemas(schemas or ()))
 
-    def _given(self, row: int) -> Any:
-        """The prompt of a row of the data set, before its environment was reset."""
+    def _given(self, row: int) -> str | list[Message] | None:
+        """Return the prompt of a row of the data set, before its environment was reset."""
         return self._rows[row].get("prompt") if row < len(self._rows) else None
 
     def _make_chat(self) -> ToolChat:
         """
-        The conversation's tokens. Prompts are no tool output: what a server says of its tools is rendered as it is, so
-        it must be harmless.
+        Make what turns a conversation into tokens. A prompt is not tool output: what a server says of its tools is
+        rendered as it is, so it must be harmless.
         """
         kwargs: Any = self.chat_template_kwargs
         chat = ToolChat(self._tokenizer, self.eos_token_ids, self.chat_template, kwargs)
@@ -208,13 +201,14 @@ class RolloutTools(GRPOTrainer):
             if found:
                 raise ToolSchemaError(
                     f"An MCP server describes its tool {tool.name!r} with control tokens of the model "
-                    f"({', '.join(sorted(found))}), which would forge every prompt that shows it. Leave the tool out "
-                    f"(`tools: [...]` of the server names those you want), or do not use the server."
+                    f"({', '.join(sorted(found))}), which would forge every prompt that shows it.",
+                    remedy="Leave the tool out (`tools: [...]` of the server names those you want), or do not use the "
+                    "server.",
                 )
         return chat
 
     def _lend_servers(self, requests: list[RolloutRequest]) -> list[RolloutRequest]:
-        """Rollouts with the MCP servers that are their own."""
+        """Return the rollouts with MCP servers of their own."""
         if self._mcp is None:
             return requests
         self._mcp.prepare(len(requests))
@@ -222,13 +216,13 @@ class RolloutTools(GRPOTrainer):
         lent = []
         for request, session in zip(requests, self._sessions, strict=True):
             tools, own = self._mcp.of_rollout(request.tools, session)
-            if own:  # with an environment, the calls of both are in one order
+            if own:  # the calls of these servers and of the environment keep one order
                 owner = session if request.environment is None else request.environment
                 request = replace(request, tools=tools, environment=owner, owned=request.owned | own)
             lent.append(request)
         return lent
 
-    def _generate(self, prompts: list) -> Any:
+    def _generate(self, prompts: list) -> tuple:
         output = super()._generate(prompts)
         if self._mcp is None:
             return output
@@ -241,18 +235,16 @@ class RolloutTools(GRPOTrainer):
         *rest, extra_fields, images, tool_images = output
         return (*rest, {**extra_fields, "mcp_sessions": list(self._sessions)}, images, tool_images)
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    def _generate_and_score_completions(self, inputs: list[Row]) -> Batch:
         self._rows = inputs
         try:
             return super()._generate_and_score_completions(inputs)
         finally:
             self._rows = ()
             self._drop_lost_environments()
-            if self._mcp is not None:  # made ready for the next rollouts during the update
+            if self._mcp is not None:  # servers are made ready for the next rollouts during the update
                 self._mcp.take_back(self._sessions)
                 self._sessions = ()
-
-    # Environments
 
     def _score_without_failed(self) -> None:
         """Let reward functions score only rollouts whose environment has not failed."""
@@ -263,8 +255,8 @@ class RolloutTools(GRPOTrainer):
                 for f in self.reward_funcs
             ]
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        """TRL's rewards; a rollout whose environment failed has none, whatever a model would give its text."""
+    def _calculate_rewards(self, *args: object, **kwargs: object) -> Tensor:
+        """Return TRL's rewards, with none for a rollout whose environment failed, even if a model scores its text."""
         rewards = super()._calculate_rewards(*args, **kwargs)
         if not self.environments:
             return rewards
@@ -275,18 +267,18 @@ class RolloutTools(GRPOTrainer):
         metrics["environments/failures"].append(float(failed.sum()))
         return rewards.masked_fill(failed[:, None], torch.nan)
 
-    def _tools_of(self, environment: Any, read: Callable[..., T]) -> T:
-        """What is read of the tools of a rollout; of one whose environment failed, only those the trainer got."""
+    def _tools_of(self, environment: object, read: Callable[..., T]) -> T:
+        """Read the tools of a rollout; where its environment failed, only those passed to the trainer."""
         if environment is not None and not self._environment_failures.includes(environment):
             with contextlib.suppress(EnvironmentTimeoutError):
                 return read(environment)
         return read()
 
     def _read_environments(self) -> None:
-        """Hold the methods of environments as schemas too, and prepare for tools that only a reset one knows."""
+        """Add the methods of environments to the tools, and prepare for tools that are known only after a reset."""
         had_tools = bool(self.tools)
         self._env_tools = self._toolset.add_environments({n: pool[0] for n, pool in self._environment_pool.items()})
-        self.tools: list[Any] = [PromptTool(tool) for tool in self._toolset.known]
+        self.tools = [PromptTool(tool) for tool in self._toolset.known]
         if had_tools or not self._toolset.decided_at_reset:
             return
         self.tools = [PromptTool(_TOOL_OF_RESET)]
@@ -297,7 +289,7 @@ class RolloutTools(GRPOTrainer):
                 self.chat_template = get_training_chat_template(self.processing_class)
 
     def _drop_lost_environments(self) -> None:
-        """Environments that failed, or whose thread hangs, are not handed out again, and nothing is kept of them."""
+        """Drop environments that failed or whose thread hangs, so that they are not handed out again."""
         if self.environments:
             for name, pool in self._environment_pool.items():
                 lost = [environment for environment in pool if self._is_lost(environment)]
@@ -306,17 +298,17 @@ class RolloutTools(GRPOTrainer):
                     self._executor.release(environment)
             self._environment_failures.of_batch.clear()
 
-    def _is_lost(self, environment: Any) -> bool:
+    def _is_lost(self, environment: object) -> bool:
         hangs = self._executor is not None and self._executor.is_abandoned(environment)
         return hangs or self._environment_failures.includes(environment)
 
 
-def _calls_tools(prompt: Any) -> bool:
+def _calls_tools(prompt: str | list[Message]) -> bool:
     return isinstance(prompt, list) and any(message.get("tool_calls") for message in prompt)
 
 
-def _method_names(environment_factory: Any) -> set[str]:
-    """Names that the tools of environments will have, as far as their classes tell."""
+def _method_names(environment_factory: object) -> set[str]:
+    """Return the names that the tools of environments will have, as far as their classes tell."""
     factories = environment_factory.values() if isinstance(environment_factory, dict) else [environment_factory]
     classes = [factory for factory in factories if inspect.isclass(factory)]
     return {name for kind in classes for name, _ in inspect.getmembers(kind, inspect.isfunction) if name[0] != "_"}

@@ -1,37 +1,38 @@
 """A launcher: what it starts ends with the run, with all its descendants, even if the run is killed by SIGKILL.
 
-Owns `guarded`, and is itself the script that the guarded command runs under; imports nothing of the package. Fed by
-whatever starts processes for a run.
+This file is also the script that the guarded command runs under, so it imports nothing outside the standard library.
+No library does this, and `PR_SET_PDEATHSIG` alone does not: it also fires when only the *thread* that started the
+process ends, and is not inherited.
 
-Two small processes stand between the run and the command. The stub is what the run has started: it passes signals on
-and returns the command's exit code, and it ends when the run does. The keeper starts the command in a session of its
-own, and when the stub ends, however it ends, it kills everything below. (`PR_SET_PDEATHSIG` alone would not do: it
-fires when the *thread* that started the process ends, and is not inherited.) On Linux both are subreapers, so that a
-daemon that has left its parent, its session and its process group is still found. Elsewhere the process group is
-killed, and a process that has left it survives.
+Two small processes stand between the run and the command. The stub is what the run has started: it passes signals on,
+returns the command's exit code, and ends when the run does. The keeper starts the command in a session of its own, and
+when the stub ends, however it ends, it kills everything below. On Linux both are subreapers, so that a daemon that has
+left its parent, its session and its process group is still found. Elsewhere the process group is killed, and a process
+that has left it survives.
 """
 
 import contextlib
 import ctypes
 import os
-import select
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 
-_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if os.name == "posix" else ()
-_IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ) if os.name == "posix" else ()  # and by what it starts
-_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of <linux/prctl.h>
+_PASSED_ON = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP} if os.name == "posix" else set()
+_AWAITED = {signal.SIGCHLD, signal.SIGALRM, *_PASSED_ON} if os.name == "posix" else set()
+_IGNORED_BY_PYTHON = {signal.SIGPIPE, signal.SIGXFSZ} if os.name == "posix" else set()  # and by what it starts
+_PARENT_DEATH_SIGNAL, _SUBREAPER = 1, 36  # PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of <linux/prctl.h>
 _POLL = 0.2
 _GIVE_UP = 5.0  # seconds after which a process that cannot be killed is left alone
 
 
 def guarded(command: list[str]) -> list[str]:
     """
-    Makes a command end with this process.
+    Return a command that ends with this process.
 
-    The process that calls this has to be the one that starts the command, from any of its threads. Standard streams,
+    The process that calls this must be the one that starts the command, from any of its threads. Standard streams,
     other inherited file descriptors, environment and working directory pass straight through; SIGTERM, SIGINT and
     SIGHUP are passed on; the exit code is the command's. What the command leaves behind ends with it.
 
@@ -40,7 +41,7 @@ def guarded(command: list[str]) -> list[str]:
             The program and its arguments.
 
     Returns:
-        `list[str]`: What to start instead; on a system without `fork`, the command as it is.
+        `list[str]`: what to start instead; on a system without `fork`, the command unchanged.
     """
     if os.name != "posix":
         return list(command)
@@ -49,7 +50,7 @@ def guarded(command: list[str]) -> list[str]:
 
 def main(run: int, command: list[str]) -> None:
     """
-    Runs a command until it ends or the run does; does not return.
+    Run a command until it ends or the run does; does not return.
 
     Args:
         run (`int`):
@@ -57,60 +58,54 @@ def main(run: int, command: list[str]) -> None:
         command (`list[str]`):
             The program and its arguments.
     """
-    _become_subreaper()
-    wake = _wake_on_signals()
-    keeper_sees, stub_holds = os.pipe()
-    keeper = os.fork()
-    if keeper == 0:
-        os.close(stub_holds)
-        _end_as(_keep(command, keeper_sees))
-    _let_go({*wake, stub_holds})
-    _end_as(_stand_in(run, keeper, wake[0]))
+    stub = os.getpid()
+
+    def keep() -> None:
+        os.setsid()
+        _end_as(_supervise(stub, lambda: _become(command), kills_group=True))
+
+    _end_as(_supervise(run, keep))
 
 
-def _stand_in(run: int, keeper: int, wake: int) -> int | None:
-    """The stub: the keeper's status, or `None` when the run has ended."""
-    watched = [wake]
-    with contextlib.suppress(AttributeError, OSError):  # Linux alone has them
-        watched.append(os.pidfd_open(run))
-    status = None
-    # Asked after the pidfd is open, so that it cannot be that of a later process with the same id.
-    while status is None and os.getppid() == run:
-        select.select(watched, [], [], None if len(watched) > 1 else _POLL)
-        _pass_on(wake, keeper)
-        status = _reap(keeper)
-    _kill_descendants()  # at the end of the run, and those of a keeper that was killed
-    return status
+def _supervise(parent: int, start: Callable[[], None], kills_group: bool = False) -> int | None:
+    """
+    Fork a child that calls `start` and wait until it or the parent has ended, then kill everything below.
 
-
-def _keep(command: list[str], stub: int) -> int | None:
-    """The keeper: starts the command, and kills everything below once the command or the stub has ended."""
-    os.setsid()
-    _become_subreaper()
-    wake = _wake_on_signals()
+    Returns the child's status, or `None` when the parent has ended first.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
+    for number in _AWAITED:
+        signal.signal(number, lambda *_: None)  # one that is ignored would not be delivered
+    if sys.platform == "linux":
+        # Orphans below become children of this process, which is told when a thread of its parent ends. Processes that
+        # it forks inherit neither.
+        ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGCHLD, 0, 0, 0)
+    else:
+        signal.setitimer(signal.ITIMER_REAL, _POLL, _POLL)
     child = os.fork()
     if child == 0:
-        _become(command)
-    _let_go({*wake, stub})
+        start()
+    _close_streams()
     status = None
-    while status is None:
-        readable, _, _ = select.select([wake[0], stub], [], [])
-        if stub in readable:
-            break
-        _pass_on(wake[0], child)
+    while status is None and os.getppid() == parent:
+        arrived = signal.sigwait(_AWAITED)
+        if arrived in _PASSED_ON:
+            os.kill(child, arrived)
         status = _reap(child)
-    with contextlib.suppress(OSError):
-        os.killpg(child, signal.SIGKILL)
-    _kill_descendants()
+    if kills_group:
+        with contextlib.suppress(OSError):
+            os.killpg(child, signal.SIGKILL)
+    _kill_descendants()  # also those of a keeper that was killed
     return status
 
 
 def _become(command: list[str]) -> None:
-    """The command itself, in a session of its own and with signals as a program expects to find them."""
+    """Turn this process into the command, in a session of its own, with the signal handlers a program expects."""
     os.setsid()
-    signal.set_wakeup_fd(-1)
-    for number in (*_PASSED_ON, signal.SIGCHLD, *_IGNORED_BY_PYTHON):
+    for number in _AWAITED | _IGNORED_BY_PYTHON:
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _AWAITED)
     try:
         os.execvp(command[0], command)
     except (OSError, ValueError) as error:
@@ -118,44 +113,19 @@ def _become(command: list[str]) -> None:
         os._exit(127)
 
 
-def _become_subreaper() -> None:
-    """Orphans below this process become its children. Processes that it forks do not inherit this."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
-
-
-def _wake_on_signals() -> tuple[int, int]:
-    """A pipe that gets the number of each signal that matters, in its two ends."""
-    ends = os.pipe()
-    for end in ends:
-        os.set_blocking(end, False)
-    signal.set_wakeup_fd(ends[1], warn_on_full_buffer=False)
-    for number in (*_PASSED_ON, signal.SIGCHLD):
-        signal.signal(number, lambda *_: None)
-    return ends
-
-
-def _pass_on(wake: int, process: int) -> None:
-    """Sends the signals that have come to a process that has not been reaped yet."""
-    with contextlib.suppress(BlockingIOError):
-        for number in os.read(wake, 4096):
-            if number in _PASSED_ON:
-                os.kill(process, number)
-
-
-def _let_go(kept: set[int]) -> None:
-    """Closes the command's streams in this process, so that the run sees when the command has closed them."""
+def _close_streams() -> None:
+    """Close the command's streams in this process, so that the run sees when the command closes them."""
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)
-    for name in os.listdir("/dev/fd"):
-        if int(name) > 2 and int(name) not in kept:
+    for descriptor in map(int, os.listdir("/dev/fd")):
+        if descriptor > 2:
             with contextlib.suppress(OSError):
-                os.close(int(name))
+                os.close(descriptor)
 
 
 def _reap(process: int) -> int | None:
-    """Takes in children that have ended, adopted ones too; the status of one of them, if it is among them."""
+    """Reap all children that have ended, adopted ones too; return the status of `process` if it is among them."""
     status = None
     with contextlib.suppress(ChildProcessError):
         while (found := os.waitpid(-1, os.WNOHANG))[0] != 0:
@@ -165,7 +135,7 @@ def _reap(process: int) -> int | None:
 
 
 def _kill_descendants() -> None:
-    """On Linux, kills whatever is below this process until nothing is."""
+    """Kill whatever is below this process until nothing is left; on Linux only."""
     deadline = time.monotonic() + _GIVE_UP
     while sys.platform == "linux" and time.monotonic() < deadline:
         for process in _descendants():
@@ -180,7 +150,7 @@ def _kill_descendants() -> None:
 
 
 def _descendants() -> list[int]:
-    """Processes below this one, parents first."""
+    """Return the processes below this one, parents first."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -195,7 +165,7 @@ def _descendants() -> list[int]:
 
 
 def _end_as(status: int | None) -> None:
-    """Ends this process as another has ended: with its exit code, or by the same signal."""
+    """End this process as another has ended: with its exit code, or by the same signal."""
     if status is None:
         os._exit(1)
     if os.WIFSIGNALED(status):
@@ -205,6 +175,7 @@ def _end_as(status: int | None) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # one core dump is enough
         if number != signal.SIGKILL:
             signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
         os.kill(os.getpid(), number)
     os._exit(os.waitstatus_to_exitcode(status))
 

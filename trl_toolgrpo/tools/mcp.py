@@ -1,7 +1,6 @@
 """The MCP servers of a run, and their tools as `Tool`s.
 
-Owns the event loop all connections live on, the names their tools go by, and which server a rollout's calls reach; fed
-by the trainer's `mcp_servers`. The loop is not the executor's: a tool that blocks that one cannot hurt a connection.
+The servers have an event loop of their own, not the executor's: a tool that blocks that one cannot hurt a connection.
 """
 
 import asyncio
@@ -10,18 +9,18 @@ import importlib.util
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import ToolNameError, ToolRuntimeError, ToolSchemaError
 from ..redaction import redact_logs
+from ..types import JSONObject
 from .arguments import check_schema
 from .loops import LoopThread
 from .mcp_config import MCPServer
-from .mcp_connection import SDK_LOGGERS, Connection
 from .mcp_names import ToolOrigin, choose_tools, name_tools, tools_left_out
 from .mcp_pool import Pool
 from .mcp_session import MCPSession
@@ -29,6 +28,14 @@ from .owners import wait
 from .results import refused
 from .types import Tool, ToolResult
 
+
+if TYPE_CHECKING:
+    import mcp_types
+
+    from .mcp_connection import Connection
+
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +45,7 @@ _REWARD_TIMEOUT = 60.0
 
 class MCPTools:
     """
-    The servers of a run, started and kept up until `close`.
+    The servers of a run, started at once and kept running until `close`.
 
     Args:
         servers (`Sequence[MCPServer]`):
@@ -49,7 +56,7 @@ class MCPTools:
     Raises:
         ImportError: if the `mcp` package is not installed.
         MCPServerError: if a server does not start.
-        ToolSchemaError, ToolNameError: for a tool that cannot be described or told from another.
+        ToolSchemaError, ToolNameError: for a tool without a usable schema, or with another's name.
     """
 
     def __init__(self, servers: Sequence[MCPServer], taken: Collection[str] = ()) -> None:
@@ -58,36 +65,39 @@ class MCPTools:
                 "You passed `mcp_servers`, which need the package mcp (2.0 or later), and it is not installed. Run "
                 "`pip install 'trl_toolgrpo[mcp]'`."
             )
+        from .mcp_connection import SDK_LOGGERS
+
         self.servers = {server.name: server for server in servers}
         self._loop = LoopThread()
         self._folder = tempfile.TemporaryDirectory(prefix="trl_toolgrpo_mcp_")
         self._shared: dict[str, Connection] = {}
         self._pools: dict[str, Pool] = {}
+        self._restarts: Counter[str] = Counter()
         self._counted: Counter[str] = Counter()
         self._warned: set[str] = set()
         self._closed = False
         self._origins: dict[str, ToolOrigin] = {}
-        self._for_rewards: dict[str, ToolOrigin] = {}  # tools the policy does not get
         for server in servers:
             redact_logs(SDK_LOGGERS, server.redactor)
         try:
-            listed = self.wait(self._start())
-            chosen = {server.name: choose_tools(server, listed[server.name]) for server in servers}
+            listed = wait(self._submit(self._start()))
+            chosen = {name: choose_tools(self.servers[name], tools) for name, tools in listed.items()}
             self._origins = name_tools(chosen, taken)
             others = {name: set(tools) - {self.servers[name].reset_tool} for name, tools in listed.items()}
-            self._for_rewards = tools_left_out(others, chosen, self._origins)
+            # What a reward function may call, which includes tools that the policy does not get
+            self._callable = {**tools_left_out(others, chosen, self._origins), **self._origins}
             self.tools = [self._tool(name, chosen[of.server][of.tool]) for name, of in self._origins.items()]
         except BaseException:
             self.close()
             raise
 
     def session(self) -> MCPSession:
-        """The servers as one rollout has them."""
+        """Return the servers as one rollout has them."""
         return MCPSession(self.call)
 
     def of_rollout(self, tools: dict[str, Tool], session: MCPSession) -> tuple[dict[str, Tool], frozenset[str]]:
         """
-        The tools of a rollout, those of servers with `per_rollout` bound to servers of its own.
+        Return the tools of a rollout, those of servers with `per_rollout` bound to servers of its own.
 
         Args:
             tools (`dict[str, Tool]`):
@@ -102,9 +112,9 @@ class MCPTools:
         bound = {name: replace(tools[name], function=self._function(name, session)) for name in own}
         return {name: bound.get(name, tool) for name, tool in tools.items()}, frozenset(own)
 
-    def call(self, name: str, arguments: dict[str, Any], session: MCPSession) -> ToolResult:
+    def call(self, name: str, arguments: JSONObject, session: MCPSession) -> ToolResult:
         """
-        Calls a tool from a reward function, and waits for it.
+        Call a tool from a reward function, and wait for it.
 
         Args:
             name (`str`):
@@ -117,18 +127,18 @@ class MCPTools:
         Raises:
             ToolNameError: if no server has the tool.
         """
-        known = {**self._for_rewards, **self._origins}
-        if name not in known:
-            raise ToolNameError(f"No MCP server has a tool {name!r}. The tools are: {', '.join(known)}.")
-        limit = self.servers[known[name].server].timeout or _REWARD_TIMEOUT
+        if name not in self._callable:
+            tools = ", ".join(self._callable)
+            raise ToolNameError(f"No MCP server has a tool {name!r}. The tools are: {tools}.")
+        limit = self.servers[self._callable[name].server].timeout or _REWARD_TIMEOUT
         try:
-            return self.wait(asyncio.wait_for(self.answer(name, arguments, session), limit))
+            return wait(self._submit(asyncio.wait_for(self.answer(name, arguments, session), limit)))
         except TimeoutError:
             return refused("timeout", f"Tool `{name}` did not return within {limit:g} seconds.")
 
     def take_back(self, sessions: Sequence[MCPSession]) -> None:
         """
-        Ends rollouts: their own servers are made ready for others, while the run goes on.
+        End rollouts: make their own servers ready for others, while the run goes on.
 
         Args:
             sessions (`Sequence[MCPSession]`):
@@ -139,25 +149,24 @@ class MCPTools:
 
     def prepare(self, rollouts: int) -> None:
         """
-        Begins to start servers for rollouts that are about to begin.
+        Begin to start servers for rollouts that are about to begin.
 
         Args:
             rollouts (`int`):
-                How many there are.
+                How many rollouts there are.
         """
         for pool in self._pools.values():
             self._loop.get().call_soon_threadsafe(pool.prepare, rollouts)
 
     def restarts(self) -> dict[str, int]:
-        """How often each server has been started again since this was last asked."""
-        found = Counter({name: shared.restarts for name, shared in self._shared.items()})
-        found.update({name: pool.restarts for name, pool in self._pools.items()})
-        since = {name: found[name] - self._counted[name] for name in self.servers}
-        self._counted = found
+        """Return how often each server has been started again since the last time this was called."""
+        total = Counter(self._restarts)
+        since = {name: total[name] - self._counted[name] for name in self.servers}
+        self._counted = total
         return since
 
     def close(self) -> None:
-        """Ends every connection, and every server that was started; waits for them, but not for ever."""
+        """End every connection, and every server that was started; wait for them, within limits."""
         if self._closed:
             return
         self._closed = True
@@ -170,27 +179,9 @@ class MCPTools:
                 done.result(_CLOSING)
         self._folder.cleanup()
 
-    def wait(self, work: Coroutine[Any, Any, Any]) -> Any:
+    async def answer(self, name: str, arguments: JSONObject, session: MCPSession | None = None) -> ToolResult:
         """
-        Runs a coroutine on the servers' loop and waits for it.
-
-        Args:
-            work (`Coroutine`):
-                What to run.
-
-        Raises:
-            ToolRuntimeError: if the servers have been ended.
-        """
-        future = self._submit(work)
-        try:
-            return wait(future)
-        except BaseException:
-            future.cancel()
-            raise
-
-    async def answer(self, name: str, arguments: dict[str, Any], session: MCPSession | None = None) -> ToolResult:
-        """
-        Calls a tool; on the servers' loop.
+        Call a tool; on the servers' loop.
 
         Args:
             name (`str`):
@@ -200,7 +191,7 @@ class MCPTools:
             session ([`MCPSession`], *optional*):
                 The rollout that calls it.
         """
-        origin = self._origins.get(name) or self._for_rewards[name]
+        origin = self._callable[name]
         shared = self._shared.get(origin.server)
         if shared is not None:
             return await shared.call(origin.tool, arguments)
@@ -211,46 +202,42 @@ class MCPTools:
             )
         return await session.call_own(self._pools[origin.server], origin.tool, arguments)
 
-    def _function(self, name: str, session: MCPSession | None = None) -> Callable[..., Any]:
-        """What a tool calls: awaited on any loop, while the work is done on the servers'."""
+    def _function(self, name: str, session: MCPSession | None = None) -> Callable[..., Awaitable[ToolResult]]:
+        """Return what a tool calls: awaited on any loop, while the work is done on the servers'."""
 
-        async def call(**arguments: Any) -> ToolResult:
+        async def call(**arguments: object) -> ToolResult:
             return await asyncio.wrap_future(self._submit(self.answer(name, arguments, session)))
 
         return call
 
-    def _submit(self, work: Coroutine[Any, Any, Any]) -> "Future[Any]":
+    def _submit(self, work: Coroutine[object, object, T]) -> Future[T]:
         if self._closed:
             work.close()
             raise ToolRuntimeError("You called an MCP server after the run had ended its servers.")
         return asyncio.run_coroutine_threadsafe(work, self._loop.get())
 
-    async def _start(self) -> dict[str, dict[str, Any]]:
-        """Starts the servers side by side; the tools of each by their names."""
+    async def _start(self) -> "dict[str, dict[str, mcp_types.Tool]]":
+        """Start the servers side by side; return the tools of each by their names."""
+        from .mcp_connection import Connection
 
-        async def start(server: MCPServer) -> dict[str, Any]:
-            on_tools = partial(self._notice, server)
+        async def start(server: MCPServer) -> "dict[str, mcp_types.Tool]":
+            connect = partial(Connection, server, self._warn_of_lost_tools, self._restarts)
             if server.per_rollout:
-                pool = self._pools[server.name] = Pool(server, self._folder.name, on_tools)
-                connection = await pool.first()
-            else:
-                connection = self._shared[server.name] = Connection(server, None, on_tools)
-                await connection.start()
-            return {tool.name: tool for tool in connection.tools}
+                pool = self._pools[server.name] = Pool(server, self._folder.name, connect)
+                return (await pool.first()).tools
+            connection = self._shared[server.name] = connect()
+            await connection.start()
+            return connection.tools
 
-        outcomes = await asyncio.gather(*map(start, self.servers.values()), return_exceptions=True)
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise outcome
-        return dict(zip(self.servers, outcomes, strict=True))  # type: ignore[arg-type]
+        return dict(zip(self.servers, await asyncio.gather(*map(start, self.servers.values())), strict=True))
 
     async def _close(self) -> None:
         connections = [connection.close() for connection in self._shared.values()]
         await asyncio.gather(*connections, *(pool.close() for pool in self._pools.values()), return_exceptions=True)
 
-    def _notice(self, server: MCPServer, names: set[str]) -> None:
-        """Warns, once for each server, that tools the policy is shown are gone."""
-        gone = {origin.tool for origin in self._origins.values() if origin.server == server.name} - names
+    def _warn_of_lost_tools(self, server: MCPServer, names: Collection[str]) -> None:
+        """Warn, once for each server, that tools the policy is shown are gone."""
+        gone = {origin.tool for origin in self._origins.values() if origin.server == server.name}.difference(names)
         if gone and server.name not in self._warned:
             self._warned.add(server.name)
             logger.warning(
@@ -260,12 +247,13 @@ class MCPTools:
                 ", ".join(sorted(gone)),
             )
 
-    def _tool(self, name: str, listed: Any) -> Tool:
+    def _tool(self, name: str, listed: "mcp_types.Tool") -> Tool:
         server = self.servers[self._origins[name].server]
         description, parameters = server.redactor.data([listed.description or "", listed.input_schema])
         try:
             tool = Tool(name, description, parameters, self._function(name), timeout=server.timeout)
             check_schema(tool)
         except ToolSchemaError as error:
-            raise ToolSchemaError(f"A tool of the MCP server {server.name!r} cannot be used: {error}") from None
+            message = f"A tool of the MCP server {server.name!r} cannot be used: {error.message}"
+            raise ToolSchemaError(message, remedy=error.remedy) from None
         return tool

@@ -1,22 +1,30 @@
 """One MCP server that is kept running: connected to, called, and started again when it ends.
 
-Owns the life of a connection; fed by `mcp_pool.py` and `mcp.py`. Everything here runs on the event loop of the MCP
-servers, where one task holds each connection from its beginning to its end.
+Everything here runs on the event loop of the MCP servers, where one task holds each connection from its beginning to
+its end. The module needs the extra `mcp` and is imported once a server is configured.
 """
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
-from functools import partial
-from typing import Any
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection
+
+import anyio
+import httpx2
+from mcp import Client, MCPError
+from mcp.client._transport import TransportStreams
+from mcp.client.streamable_http import streamable_http_client
+from mcp_types import CONNECTION_CLOSED, Implementation, Tool
 
 from ..errors import MCPServerError
 from ..redaction import masked_url
+from ..types import JSONObject
 from ..version import __version__
 from .mcp_config import MCPServer
 from .mcp_results import failed, innermost, tool_result
 from .mcp_stdio import LONGEST_MESSAGE, ServerProcess
+from .results import encodable
 from .types import ToolResult
 
 
@@ -32,68 +40,74 @@ _FIRST_DELAY = 0.25
 _LONGEST_DELAY = 30.0
 _MOST_PAGES = 100
 _PROBE_TIMEOUT = 5.0
-_SESSION_LOST = "Session terminated"  # what the SDK says when an HTTP server does not know the session any more
+_SESSION_LOST = "Session terminated"  # the SDK's message where an HTTP server has forgotten the session
 
 
 class Connection:
     """
-    A server, as long as it is wanted.
+    A server, from its first start until it is closed.
 
     Args:
         server ([`MCPServer`]):
             The server.
+        on_tools (`Callable`):
+            Called with the server and the names of its tools each time they may have changed.
+        restarts (`Counter[str]`):
+            Counts, by the server's name, how often it is started again.
         folder (`str`, *optional*):
-            Working directory, where it is not to be the run's or the server's `cwd`.
-        on_tools (`Callable`, *optional*):
-            Called with the names of its tools each time they may have changed.
+            Working directory, instead of the run's or the server's `cwd`.
     """
 
     def __init__(
-        self, server: MCPServer, folder: str | None = None, on_tools: Callable[[set[str]], object] | None = None
+        self,
+        server: MCPServer,
+        on_tools: Callable[[MCPServer, Collection[str]], object],
+        restarts: Counter[str],
+        folder: str | None = None,
     ) -> None:
         self.server = server
         self.folder = folder
-        self.redactor = server.redactor
-        self.restarts = 0
-        self.tools: list[Any] = []
+        self.tools: dict[str, Tool] = {}
         self._on_tools = on_tools
-        self._names: set[str] = set()
-        self._client: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._lost = asyncio.Event()  # the connection of now is of no more use
+        self._restarts = restarts
+        self._client: Client | None = None  # of the current connection, once it is up
+        self._failure: MCPServerError | None = None  # why there is none at the moment
+        self._settled = asyncio.Event()  # there is a client, or a failure to answer calls with
+        self._lost = asyncio.Event()  # the current connection can no longer be used
+        self._changed = asyncio.Event()  # the tools may have changed
         self._was_up = False
-        self._served = False  # whether it has answered a call since it was started
+        self._served = False  # it has answered a call since it was last started
+        self._scope = anyio.CancelScope()
         self._task: asyncio.Task[None] | None = None
         self._probing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """
-        Connects, and keeps the connection up from then on.
+        Connect, and keep the connection up from then on.
 
         Raises:
-            MCPServerError: if the server does not start or answer, with its last words.
+            MCPServerError: if the server does not start or answer, with the end of its error output.
         """
         self._task = asyncio.create_task(self._keep_up())
         try:
-            await asyncio.shield(self._client)
+            await self._settled.wait()
+            if self._failure is not None and not self._was_up:
+                raise self._failure
         except BaseException:
             await self.close()
             raise
 
     async def close(self) -> None:
-        """Ends the connection, and the server if it is a process of ours."""
-        tasks = [task for task in (self._task, self._probing) if task is not None]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
-        if not self._client.done():
-            self._client.cancel()
-        elif not self._client.cancelled():
-            self._client.exception()  # seen
+        """End the connection, and the server if we have started it."""
+        self._scope.cancel()
+        if self._probing is not None:
+            self._probing.cancel()
+        if self._task is not None:
+            await asyncio.wait([self._task])
 
-    async def call(self, tool: str, arguments: dict[str, Any]) -> ToolResult:
+    async def call(self, tool: str, arguments: JSONObject) -> ToolResult:
         """
-        Calls a tool; while the server is started again, after that.
+        Call a tool; where the server is being started again, after that.
 
         Args:
             tool (`str`):
@@ -102,105 +116,97 @@ class Connection:
                 Its arguments.
 
         Returns:
-            [`ToolResult`]: What the server answered, or why it did not. A cancelled call cancels the request.
+            [`ToolResult`]: what the server answered, or why it did not. A cancelled call cancels the request.
         """
         if self._probing is not None:
             await asyncio.wait([self._probing])
+        await self._settled.wait()
+        client, redactor = self._client, self.server.redactor
+        if client is None:
+            return failed(f"The tool is not available at the moment: {self._failure}", redactor)
+        if tool not in self.tools:
+            return failed(f"The server no longer has the tool `{tool}`.", redactor)
         try:
-            client = await asyncio.shield(self._client)
-        except MCPServerError as error:
-            return failed(f"The tool is not available at the moment: {error}", self.redactor)
-        if tool not in self._names:
-            return failed(f"The server no longer has the tool `{tool}`.", self.redactor)
-        life = self._lost
-        try:
-            result = await client.call_tool(tool, arguments)
+            result = await client.call_tool(tool, encodable(arguments))
+            self._served = True
+            return tool_result(result, redactor)
         except asyncio.CancelledError:
             if self._probing is None or self._probing.done():
-                self._probing = asyncio.create_task(self._probe(client, life))
+                self._probing = asyncio.create_task(self._probe(client))
             raise
-        except Exception as error:
-            return self._unanswered(error, life)
-        self._served = True
-        return tool_result(result, self.redactor)
-
-    def _unanswered(self, error: Exception, life: asyncio.Event) -> ToolResult:
-        from mcp import MCPError
-        from mcp_types import CONNECTION_CLOSED
-
-        if isinstance(error, MCPError):
-            if error.code != CONNECTION_CLOSED and error.message != _SESSION_LOST and not life.is_set():
+        except MCPError as error:
+            if error.code != CONNECTION_CLOSED and error.message != _SESSION_LOST and client is self._client:
                 self._served = True
-                return failed(error.message, self.redactor)
-        elif isinstance(error, (RuntimeError, ValueError)):  # it breaks the protocol or the tool's own schema
-            return failed(f"The server's answer is not valid: {_shortened(str(error))}", self.redactor)
-        self._lose(life)
-        return failed("The server ended before it answered. It may have run the call or not.", self.redactor)
+                return failed(error.message, redactor)
+        except (RuntimeError, ValueError) as error:  # it breaks the protocol or the tool's own schema
+            return failed(f"The server's answer is not valid: {error!s:.300}", redactor)
+        except Exception as error:
+            logger.debug("A call of the MCP server %r failed: %s", self.server.name, redactor.text(str(error)))
+        self._lose(client)
+        return failed("The server ended before it answered. It may have run the call or not.", redactor)
 
-    async def _keep_up(self) -> None:
-        futile = 0  # lives in a row that answered nothing
-        while True:
-            failure = await self._live()
-            self._lose()
-            if not self._was_up:
-                self._client.set_exception(failure)
-                return
-            self.restarts += 1
-            futile = 0 if self._served else futile + 1
-            self._served = False
-            delay = min(_FIRST_DELAY * 2 ** (futile - 2), _LONGEST_DELAY) if futile > 1 else 0.0
-            logger.warning("%s It is started again%s.", failure, f" in {delay:g} seconds" if delay else "")
-            if delay:
-                self._client.set_exception(failure)
-                await asyncio.sleep(delay)
-                self._renew()
-
-    def _lose(self, life: asyncio.Event | None = None) -> None:
-        """The connection, if it is still that of a given life, is of no more use: calls wait for the next one."""
-        if life in (None, self._lost):
-            self._lost.set()
-            if self._client.done():
-                self._renew()
-
-    async def _probe(self, client: Any, life: asyncio.Event) -> None:
-        """Whether a server that let a call run out of time answers anything; if not, it is started again."""
+    async def _probe(self, client: Client) -> None:
+        """Ask a server that let a call run out of time for its tools; start it again if it does not answer."""
         try:
             await asyncio.wait_for(client.list_tools(), _PROBE_TIMEOUT)
-        except TimeoutError:
-            logger.warning("The MCP server %r does not answer any more.", self.server.name)
-            self._lose(life)
-        except Exception:
-            self._lose(life)
+        except Exception as error:
+            if isinstance(error, TimeoutError):
+                logger.warning("The MCP server %r does not answer any more.", self.server.name)
+            self._lose(client)
 
-    def _renew(self) -> None:
-        if not self._client.cancelled():
-            self._client.exception()  # nobody need have seen it
-        self._client = asyncio.get_running_loop().create_future()
+    def _lose(self, client: Client | None = None) -> None:
+        """Give up the connection, if it is still that of the given client; calls then wait for the next one."""
+        if client is None or client is self._client:
+            self._client = None
+            self._settled.clear()
+            self._lost.set()
+
+    async def _keep_up(self) -> None:
+        futile = 0  # connections in a row on which no call was answered
+        try:
+            with self._scope:
+                while True:
+                    self._failure = await self._live()
+                    self._lose()
+                    if not self._was_up:
+                        break
+                    self._restarts[self.server.name] += 1
+                    futile = 0 if self._served else futile + 1
+                    self._served = False
+                    delay = min(_FIRST_DELAY * 2 ** (futile - 2), _LONGEST_DELAY) if futile > 1 else 0.0
+                    shown = f" in {delay:g} seconds" if delay else ""
+                    logger.warning("%s It is started again%s.", self._failure, shown)
+                    if delay:
+                        self._settled.set()
+                        await anyio.sleep(delay)
+                        self._settled.clear()
+        finally:
+            self._client = None
+            self._failure = self._failure or MCPServerError(f"The MCP server {self.server.name!r} was ended.")
+            self._settled.set()
 
     async def _live(self) -> MCPServerError:
-        """One life of the connection, until it is lost; why it was."""
-        import anyio
-        from mcp import Client
-        from mcp_types import Implementation
-
-        server, self._lost, changed = self.server, asyncio.Event(), asyncio.Event()
-        process = ServerProcess(server, self.folder, self.redactor, self._lose) if server.command else None
-        reason, up = "was lost", False
+        """Hold one connection until it is lost; return why it was."""
+        server = self.server
+        self._lost.clear()
+        process = ServerProcess(server, self.folder, self._lose) if server.command else None
+        reason = "did not start"
         try:
-            with anyio.CancelScope(deadline=anyio.current_time() + server.start_timeout) as scope:
+            with anyio.move_on_after(server.start_timeout) as scope:
                 async with Client(
-                    process.messages() if process is not None else _http_messages(server),
+                    process.transport() if process is not None else _http_transport(server),
                     client_info=Implementation(name="trl_toolgrpo", version=__version__),
-                    message_handler=partial(_notice, changed),
+                    message_handler=self._on_message,
                     cache=None,
                 ) as client:
                     await self._list(client)
                     scope.deadline = float("inf")
-                    self._was_up = up = True
-                    self._client.set_result(client)
+                    reason = "was lost"
+                    self._was_up, self._client, self._failure = True, client, None
+                    self._settled.set()
                     async with anyio.create_task_group() as tasks:
-                        tasks.start_soon(self._follow, client, changed)
-                        tasks.start_soon(_listen, client, changed)
+                        tasks.start_soon(self._follow, client)
+                        tasks.start_soon(self._listen, client)
                         await self._lost.wait()
                         tasks.cancel_scope.cancel()
             if scope.cancelled_caught:
@@ -208,23 +214,23 @@ class Connection:
         except MCPServerError as error:
             return error
         except Exception as error:
-            reason = f"{'was lost' if up else 'did not start'}: {_words(error)}"
-        return self._failure(reason, process)
+            cause = innermost(error)
+            reason += f": {str(cause) or type(cause).__name__}"
+        return MCPServerError(self.server.redactor.text(self._failure_text(reason, process)))
 
-    def _failure(self, reason: str, process: ServerProcess | None) -> MCPServerError:
-        name = self.server.name
+    def _failure_text(self, reason: str, process: ServerProcess | None) -> str:
+        name = f"The MCP server {self.server.name!r}"
         if process is None:
-            url = masked_url(str(self.server.url))
-            return MCPServerError(self.redactor.text(f"The MCP server {name!r} at {url} {reason}."))
-        if process.returncode is not None and process.ended_by_itself:
+            return f"{name} at {masked_url(str(self.server.url))} {reason}."
+        if process.returncode is not None:
             reason = f"ended with exit code {process.returncode}"
-        words = f" Its error output ends with:\n{process.last_words}\n" if process.last_words else ""
+        output = f" Its error output ends with:\n{process.error_output}\n" if process.error_output else ""
         command = " ".join([str(self.server.command), *self.server.args])
         hint = self.folder is not None and not self._was_up
         where = " Relative paths are looked up in the folder that is made for it." if hint else ""
-        return MCPServerError(self.redactor.text(f"The MCP server {name!r} ({command}) {reason}.{where}{words}"))
+        return f"{name} ({command}) {reason}.{where}{output}"
 
-    async def _list(self, client: Any) -> None:
+    async def _list(self, client: Client) -> None:
         tools, cursor = [], None
         for _ in range(_MOST_PAGES):
             page = await client.list_tools(cursor=cursor)
@@ -232,73 +238,49 @@ class Connection:
             cursor = page.next_cursor
             if cursor is None:
                 break
-        self.tools, self._names = tools, {tool.name for tool in tools}
-        if self._on_tools is not None:
-            self._on_tools(self._names)
+        self.tools = {tool.name: tool for tool in tools}
+        self._on_tools(self.server, self.tools)
 
-    async def _follow(self, client: Any, changed: asyncio.Event) -> None:
+    async def _follow(self, client: Client) -> None:
+        """Read the tools again whenever they may have changed."""
         while True:
-            await changed.wait()
-            changed.clear()
+            await self._changed.wait()
+            self._changed.clear()
             with contextlib.suppress(Exception):  # a connection that is lost is noticed elsewhere
                 await self._list(client)
 
+    async def _on_message(self, message: object) -> None:
+        if getattr(message, "method", None) == "notifications/tools/list_changed":
+            self._changed.set()
 
-async def _notice(changed: asyncio.Event, message: Any) -> None:
-    if getattr(message, "method", None) == "notifications/tools/list_changed":
-        changed.set()
-
-
-async def _listen(client: Any, changed: asyncio.Event) -> None:
-    """Asks servers of the newest protocol for news of their tools; older ones send it unasked."""
-    with contextlib.suppress(Exception):
-        async with client.listen(tools_list_changed=True) as events:
-            async for _ in events:
-                changed.set()
+    async def _listen(self, client: Client) -> None:
+        """Ask a server of the newest protocol for news of its tools; older ones send it unasked."""
+        with contextlib.suppress(Exception):
+            async with client.listen(tools_list_changed=True) as events:
+                async for _ in events:
+                    self._changed.set()
 
 
 @contextlib.asynccontextmanager
-async def _http_messages(server: MCPServer) -> AsyncIterator[Any]:
-    import httpx2
-    from mcp.client.streamable_http import streamable_http_client
-
+async def _http_transport(server: MCPServer) -> AsyncIterator[TransportStreams]:
     # Calls have time limits of their own; a stream for notifications is silent most of the time.
-    timeout = httpx2.Timeout(server.start_timeout, read=None)
-
-    async def bound(response: Any) -> None:
-        response.stream = _bounded_stream(response.stream)
-
+    timeout, hooks = httpx2.Timeout(server.start_timeout, read=None), {"response": [_limit_body]}
     async with (
-        httpx2.AsyncClient(headers=server.headers, timeout=timeout, event_hooks={"response": [bound]}) as client,
-        streamable_http_client(str(server.url), http_client=client) as streams,
+        httpx2.AsyncClient(headers=server.headers, timeout=timeout, event_hooks=hooks) as client,
+        streamable_http_client(str(server.url), http_client=client, max_sse_event_size=LONGEST_MESSAGE) as streams,
     ):
         yield streams
 
 
-def _bounded_stream(stream: Any) -> Any:
-    """The body of a response, which ends with an error where one message of it is longer than any may be."""
-    import httpx2
-
-    class Bounded(httpx2.AsyncByteStream):
-        async def __aiter__(self) -> AsyncIterator[bytes]:
-            since = 0  # bytes since the last empty line, which ends an event of a stream
-            async for chunk in stream:
-                end = max(chunk.rfind(b"\n\n"), chunk.rfind(b"\r\n\r\n"))
-                since = since + len(chunk) if end < 0 else len(chunk) - end
-                if since > LONGEST_MESSAGE:
-                    raise httpx2.ReadError(f"A message of more than {LONGEST_MESSAGE} bytes")
-                yield chunk
-
-        async def aclose(self) -> None:
-            await stream.aclose()
-
-    return Bounded()
-
-
-def _shortened(text: str, most: int = 300) -> str:
-    return text if len(text) <= most else f"{text[:most]} ..."
-
-
-def _words(error: BaseException) -> str:
-    error = innermost(error)
-    return str(error) or type(error).__name__
+async def _limit_body(response: httpx2.Response) -> None:
+    """Refuse a body that is too long. The SDK bounds the events of a stream, and nothing else."""
+    body, stream = bytearray(), response.stream
+    of_events = response.headers.get("Content-Type", "").startswith("text/event-stream")
+    if of_events or not isinstance(stream, httpx2.AsyncByteStream):
+        return
+    async for chunk in stream:
+        body += chunk
+        if len(body) > LONGEST_MESSAGE:
+            raise httpx2.ReadError(f"A message of more than {LONGEST_MESSAGE} bytes")
+    await stream.aclose()
+    response.stream = httpx2.ByteStream(bytes(body))

@@ -1,25 +1,23 @@
-"""Which tools of MCP servers the policy gets, and the names they go by.
+"""Which tools of MCP servers the policy gets, and the names they go by. Pure functions."""
 
-Owns the way from a server's names to the run's and back; fed by `mcp.py`. Pure functions.
-"""
-
+import itertools
 import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import NamedTuple, TypeVar
 
 from ..errors import ConfigError, ToolNameError
 from .mcp_config import MCPServer
 
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ToolOrigin:
+class ToolOrigin(NamedTuple):
     """
     Where a tool comes from.
 
@@ -34,38 +32,38 @@ class ToolOrigin:
     tool: str
 
 
-def choose_tools(server: MCPServer, tools: dict[str, Any]) -> dict[str, Any]:
+def choose_tools(server: MCPServer, tools: dict[str, T]) -> dict[str, T]:
     """
-    The tools of a server that the policy gets.
+    Return the tools of a server that the policy gets.
 
     Args:
         server ([`MCPServer`]):
             The server.
-        tools (`dict[str, Any]`):
+        tools (`dict[str, T]`):
             All its tools, by name.
 
     Returns:
-        `dict[str, Any]`: those it names in `tools`, or all, without the one that resets it.
+        `dict[str, T]`: those it names in `tools`, or all, without the one that resets it.
 
     Raises:
         ConfigError: if it names a tool that does not exist.
     """
     wanted = tools if server.tools is None else server.tools
-    for name in [*wanted, *([server.reset_tool] if server.reset_tool else ())]:
+    for name in [*wanted, *filter(None, [server.reset_tool])]:
         if name not in tools:
             close = get_close_matches(name, tools, n=1)
             hint = f"Did you mean {close[0]!r}? " if close else ""
             raise ConfigError(
-                f"You named the tool {name!r} of the MCP server {server.name!r}, which does not have it. {hint}"
-                f"It has: {', '.join(tools) or 'none'}."
+                f"You named the tool {name!r} of the MCP server {server.name!r}, which does not have it.",
+                remedy=f"{hint}It has: {', '.join(tools) or 'none'}.",
             )
     return {name: tools[name] for name in wanted if name != server.reset_tool}
 
 
 def name_tools(listed: Mapping[str, Collection[str]], taken: Collection[str]) -> dict[str, ToolOrigin]:
     """
-    The name that each tool of each server goes by in a run, with the server's name before it where names collide.
-    Names that differ from the server's own are logged.
+    Name each tool of each server in a run, with the server's name before it where names collide. Names that differ
+    from the server's own are logged.
 
     Args:
         listed (`Mapping[str, Collection[str]]`):
@@ -77,24 +75,22 @@ def name_tools(listed: Mapping[str, Collection[str]], taken: Collection[str]) ->
         `dict[str, ToolOrigin]`: what each name stands for.
 
     Raises:
-        ToolNameError: if a name is still another tool's.
+        ToolNameError: if a name collides all the same.
     """
-    own = {server: identifiers(names) for server, names in listed.items()}
-    used = Counter([*taken, *(identifier for names in own.values() for identifier in names.values())])
+    own = {ToolOrigin(server, tool): name for server in listed for tool, name in identifiers(listed[server]).items()}
+    used = Counter([*taken, *own.values()])
     prefixes = identifiers(listed)
     found: dict[str, ToolOrigin] = {}
-    renamed = []
-    for server, names in own.items():
-        for tool, identifier in names.items():
-            name = identifier if used[identifier] == 1 else f"{prefixes[server]}_{identifier}"
-            if name in found or name in taken:
-                raise ToolNameError(
-                    f"The tool {tool!r} of the MCP server {server!r} would be named {name!r}, which another tool is "
-                    f"named already. Give the server another `name`, or choose among its tools with `tools`."
-                )
-            found[name] = ToolOrigin(server, tool)
-            if name != tool:
-                renamed.append(f"`{name}` is {tool!r} of {server!r}")
+    for origin, identifier in own.items():
+        name = identifier if used[identifier] == 1 else f"{prefixes[origin.server]}_{identifier}"
+        if name in found or name in taken:
+            raise ToolNameError(
+                f"The tool {origin.tool!r} of the MCP server {origin.server!r} would be named {name!r}, which another "
+                f"tool is named already.",
+                remedy="Give the server another `name`, or choose among its tools with `tools`.",
+            )
+        found[name] = origin
+    renamed = [f"`{name}` is {of.tool!r} of {of.server!r}" for name, of in found.items() if name != of.tool]
     if renamed:
         logger.warning(
             "Tools of MCP servers whose name is no identifier, or is another tool's too, go by another one: %s.",
@@ -107,7 +103,7 @@ def tools_left_out(
     listed: Mapping[str, Collection[str]], chosen: Mapping[str, Collection[str]], named: Collection[str]
 ) -> dict[str, ToolOrigin]:
     """
-    The tools that the policy does not get, which a reward function may still ask for by their own names.
+    Return the tools that the policy does not get, which a reward function may still ask for by their own names.
 
     Args:
         listed, chosen (`Mapping[str, Collection[str]]`):
@@ -123,30 +119,22 @@ def tools_left_out(
     return {tool: ToolOrigin(server, tool) for tool, server in left if count[tool] == 1 and tool not in named}
 
 
-def identifiers(names: Iterable[str], taken: Collection[str] = ()) -> dict[str, str]:
+def identifiers(names: Iterable[str]) -> dict[str, str]:
     """
-    An identifier for each name.
+    Return an identifier for each name.
 
     Args:
         names (`Iterable[str]`):
             Names as servers give them.
-        taken (`Collection[str]`, *optional*, defaults to `()`):
-            Identifiers that are in use.
 
     Returns:
-        `dict[str, str]`: identifier of each name: the name itself if it is one, or else with "_" for what cannot be in
-        one, and with a number where that is in use.
+        `dict[str, str]`: the identifier of each name: the name itself if it is one, otherwise with "_" for what cannot
+        be in one, and with a number where that is in use.
     """
-    names = list(dict.fromkeys(names))
-    found = {name: name for name in names if name.isascii() and name.isidentifier()}
-    used = {*taken, *found.values()}
-    for name in names:
-        if name not in found:
-            base = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_") or "tool"
-            base = f"_{base}" if base[0].isdigit() else base
-            number = 1
-            while (identifier := base if number == 1 else f"{base}_{number}") in used:
-                number += 1
-            found[name] = identifier
-            used.add(identifier)
-    return {name: found[name] for name in names}
+    found = {name: name if name.isascii() and name.isidentifier() else "" for name in names}
+    for name in [name for name, identifier in found.items() if not identifier]:
+        base = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_") or "tool"
+        base = f"_{base}" if base[0].isdigit() else base
+        numbered = (f"{base}_{number}" for number in itertools.count(2))
+        found[name] = next(new for new in itertools.chain([base], numbered) if new not in found.values())
+    return found

@@ -1,32 +1,33 @@
-"""What MCP servers answer, as the records of this package.
-
-Owns how the content of a result becomes what the policy reads; fed by `mcp_connection.py`. Pure functions, which read
-the SDK's objects and import nothing of it.
-"""
+"""What MCP servers answer, as `ToolResult`s."""
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..redaction import Redactor
+from ..types import JSONObject, JSONValue
 from .types import ToolResult
 
 
-def tool_result(result: Any, redactor: Redactor) -> ToolResult:
+if TYPE_CHECKING:
+    from mcp_types import CallToolResult, ContentBlock
+
+
+def tool_result(result: "CallToolResult", redactor: Redactor) -> ToolResult:
     """
-    The result of a call.
+    Return the result of a call.
 
     The text is what the policy reads. Structured content takes its place where there is none, or where it is the same
     as JSON; images, audio and resources are named in brackets.
 
     Args:
-        result (`mcp.types.CallToolResult`):
+        result (`mcp_types.CallToolResult`):
             What the server sent.
         redactor ([`Redactor`]):
             Knows the server's secrets.
     """
     text = "\n".join(_block_text(block) for block in result.content)
     structured = result.structured_content
-    content: Any = text
+    content: JSONValue = text
     if structured is not None and not result.is_error and (not result.content or _is_json_of(text, structured)):
         content = structured
     return ToolResult(
@@ -36,7 +37,7 @@ def tool_result(result: Any, redactor: Redactor) -> ToolResult:
 
 def failed(message: str, redactor: Redactor) -> ToolResult:
     """
-    A call that got no result.
+    Return the result of a call that the server did not answer.
 
     Args:
         message (`str`):
@@ -49,48 +50,44 @@ def failed(message: str, redactor: Redactor) -> ToolResult:
 
 def innermost(error: BaseException) -> BaseException:
     """
-    The first exception in a group of exceptions, and in a group in that.
+    Return the first exception in a group of exceptions, however deeply the groups are nested.
 
     Args:
         error (`BaseException`):
-            Any exception.
+            An exception, or a group of them.
     """
     while getattr(error, "exceptions", None):
         error = error.exceptions[0]  # type: ignore[attr-defined]
     return error
 
 
-def _block_text(block: Any) -> str:
+def _block_text(block: "ContentBlock") -> str:
     if block.type == "text":
         return block.text
-    if block.type in ("image", "audio"):
-        return f"[{block.type}: {block.mime_type}, {_size(_decoded_length(block.data))}]"
+    if block.type == "image" or block.type == "audio":
+        return f"[{block.type}: {block.mime_type}, {_size(block.data)}]"
     if block.type == "resource_link":
         return f"[resource: {_joined(block.title or block.name, str(block.uri), block.mime_type)}]"
     resource = block.resource
-    text = getattr(resource, "text", None)
-    if text is not None:
-        return text
-    size = _size(_decoded_length(resource.blob))
-    return f"[resource: {_joined(str(resource.uri), resource.mime_type, size)}]"
+    blob = getattr(resource, "blob", None)
+    if blob is None:
+        return getattr(resource, "text", "")
+    return f"[resource: {_joined(str(resource.uri), resource.mime_type, _size(blob))}]"
 
 
 def _joined(*parts: str | None) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _decoded_length(data: str) -> int:
-    return len(data) * 3 // 4 - data[-2:].count("=")
-
-
-def _size(count: int) -> str:
-    """A number of bytes in the unit people would use."""
+def _size(base64: str) -> str:
+    """Return the size of encoded bytes in the unit people would use."""
+    count = len(base64) * 3 // 4 - base64[-2:].count("=")
     if count < 1000:
         return f"{count} bytes"
     return f"{round(count / 1000)} kB" if count < 1_000_000 else f"{round(count / 1_000_000)} MB"
 
 
-def _is_json_of(text: str, structured: Any) -> bool:
+def _is_json_of(text: str, structured: JSONObject) -> bool:
     try:
         return json.loads(text) == structured
     except (ValueError, RecursionError):

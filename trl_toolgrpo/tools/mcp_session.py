@@ -1,40 +1,39 @@
-"""The MCP servers of one rollout.
-
-Owns `MCPSession`: which servers a rollout has been lent, until it is over; fed by `mcp.py`.
-"""
+"""The MCP servers that one rollout has been lent, until it is over."""
 
 import asyncio
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ..errors import MCPServerError
-from .mcp_connection import Connection
+from ..types import JSONObject
 from .mcp_pool import Pool
 from .mcp_results import failed
 from .types import ToolResult
 
 
+if TYPE_CHECKING:  # it needs the extra `mcp`
+    from .mcp_connection import Connection
+
+
 class MCPSession:
     """
-    The MCP servers of one rollout, as reward functions get them: those of its own in the state the rollout has left
-    them in, until the next rollouts begin, and the shared ones.
+    The MCP servers of one rollout, as reward functions get them: its own servers, in the state in which the rollout
+    has left them and until the next rollouts begin, and the shared ones.
 
     Args:
         call (`Callable`):
             `call(name, arguments, session)` calls a tool of the run and waits.
     """
 
-    def __init__(self, call: Callable[[str, dict[str, Any], "MCPSession"], ToolResult]) -> None:
+    def __init__(self, call: Callable[[str, JSONObject, "MCPSession"], ToolResult]) -> None:
         self._call = call
         self._own: dict[str, asyncio.Task[Connection]] = {}
         self._unusable: set[str] = set()
         self._over = False
 
-    def call(self, tool: str, /, **arguments: Any) -> ToolResult:
+    def call(self, tool: str, /, **arguments: object) -> ToolResult:
         """
-        Calls a tool, for example to read the state that a rewarded rollout has brought about.
+        Call a tool, for example to read the state that a rewarded rollout has brought about.
 
         Args:
             tool (`str`):
@@ -44,7 +43,7 @@ class MCPSession:
                 Its arguments.
 
         Returns:
-            [`ToolResult`]: What the server answered; an error is a result too.
+            [`ToolResult`]: what the server answered; an error is a result too.
 
         Raises:
             ToolNameError: if no server has the tool.
@@ -53,7 +52,7 @@ class MCPSession:
 
     def folder(self, server: str) -> Path | None:
         """
-        The working directory of one of the rollout's own servers.
+        Return the working directory of one of the rollout's own servers.
 
         Args:
             server (`str`):
@@ -68,9 +67,9 @@ class MCPSession:
         folder = task.result().folder or task.result().server.cwd
         return None if folder is None else Path(folder)
 
-    async def call_own(self, pool: Pool, tool: str, arguments: dict[str, Any]) -> ToolResult:
+    async def call_own(self, pool: Pool, tool: str, arguments: JSONObject) -> ToolResult:
         """
-        Calls a tool of a server of the rollout's own; on the servers' loop.
+        Call a tool of one of the rollout's own servers; on the servers' loop.
 
         Args:
             pool ([`Pool`]):
@@ -83,12 +82,11 @@ class MCPSession:
         server = pool.server
         if self._over:
             return failed("The rollout is over, and its server is no longer its own.", server.redactor)
-        task = self._own.get(server.name)
-        if task is None:
-            task = self._own[server.name] = asyncio.create_task(pool.acquire())
+        if server.name not in self._own:
+            self._own[server.name] = pool.acquire()
         try:
-            connection = await asyncio.shield(task)
-        except MCPServerError as error:
+            connection = await asyncio.shield(self._own[server.name])
+        except Exception as error:
             self._own.pop(server.name, None)  # the next call tries again
             return failed(f"The tool is not available at the moment: {error}", server.redactor)
         try:
@@ -99,7 +97,7 @@ class MCPSession:
 
     def give_back(self, pools: Mapping[str, Pool]) -> None:
         """
-        Ends the rollout's hold on its servers; on the servers' loop.
+        Give the rollout's own servers back; on the servers' loop.
 
         Args:
             pools (`Mapping[str, Pool]`):
@@ -107,8 +105,4 @@ class MCPSession:
         """
         self._over = True
         for name, task in self._own.items():
-            task.add_done_callback(partial(self._return, pools[name]))
-
-    def _return(self, pool: Pool, task: "asyncio.Task[Connection]") -> None:
-        if not task.cancelled() and task.exception() is None:
-            pool.release(task.result(), pool.server.name not in self._unusable)
+            pools[name].release(task, name not in self._unusable)

@@ -1,24 +1,19 @@
-"""Tools as TRL wants to hold them: something it renders as a schema, names and could call.
-
-Owns `PromptTool`. TRL keeps its tools in lists it passes to `apply_chat_template` and asks for `__name__`; a `Tool` of
-any origin takes part in that as a schema that can be called. Fed by the trainer.
-"""
+"""Tools as TRL holds them: in lists that it passes to `apply_chat_template` and whose entries have a `__name__`."""
 
 import asyncio
-from typing import Any
 
 from .types import Tool
 
 
 class PromptTool(dict):
-    """The schema of a tool, with the name and the call of the function it describes."""
+    """The schema of a tool, with the name of the function it describes, which it calls when it is called."""
 
-    def __init__(self, tool: Tool):
+    def __init__(self, tool: Tool) -> None:
         super().__init__(tool.schema)
         self.tool = tool
         self.__name__ = tool.name
 
-    def __call__(self, **arguments: Any) -> Any:
+    def __call__(self, **arguments: object) -> object:
         if self.tool.is_async:
             return asyncio.run(self.tool.function(**arguments))
         return self.tool.function(**arguments)

@@ -1,12 +1,11 @@
 """The tools of a run and of each of its rollouts, under one set of names.
 
-Owns which tools a rollout has: those passed to the trainer, the methods of its environment, and those its environment
-brings along. Fed by the trainer; the same records make the prompt, are called, and are checked against prompts.
+A rollout has the tools passed to the trainer, the methods of its environment, and the tools that the environment
+brings along. The same `Tool`s are shown in prompts, called, and compared with what prompts mention.
 """
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
 
 from ..errors import ToolSchemaError
 from .arguments import check_schema
@@ -20,25 +19,24 @@ logger = logging.getLogger(__name__)
 
 class ToolSet:
     """
-    Tools of a run.
+    The tools of a run.
 
     Args:
         tools (`list[Callable | Tool]`, *optional*):
-            Tools every rollout has.
+            Tools that every rollout has.
 
     Raises:
         ToolNameError, ToolSchemaError: for duplicate names and tools without a usable schema.
     """
 
-    def __init__(self, tools: list[Callable | Tool] | None):
+    def __init__(self, tools: list[Callable | Tool] | None) -> None:
         if tools is not None and not isinstance(tools, (list, tuple)):
-            raise ToolSchemaError(
-                f"You passed `tools={tools!r}`, which is no list. Pass a list, `tools=[...]`, even for a single tool."
-            )
+            remedy = "Pass a list, `tools=[...]`, even for a single tool."
+            raise ToolSchemaError(f"You passed `tools={tools!r}`, which is not a list.", remedy=remedy)
         self.own = list(index_tools(tools or []).values())
         self.of_environments: list[Tool] = []
         self.decided_at_reset = False
-        # Gives a tool as the chat template can show it, once that is known
+        # Returns a tool as the chat template can show it, once that is known
         self.shown: Callable[[Tool], Tool] = lambda tool: tool
         for tool in self.own:
             check_schema(tool)
@@ -49,27 +47,27 @@ class ToolSet:
         return [*self.own, *self.of_environments]
 
     def prompt_tools(self, environment: object | None = None) -> list[PromptTool]:
-        """What the prompt of a rollout is rendered with."""
+        """Return what the prompt of a rollout is rendered with."""
         brought = [] if environment is None else environment_tools(environment)
         return [PromptTool(self.shown(tool)) for tool in (*self.own, *brought)]
 
     def of_rollout(self, environment: object | None = None) -> tuple[dict[str, Tool], frozenset[str]]:
-        """Tools of a rollout by name, and the names of those that belong to its environment."""
+        """Return the tools of a rollout by name, and the names of those that belong to its environment."""
         if environment is None:
             return index_tools(self.own), frozenset()
         owned = environment_tools(environment)
         return index_tools([*self.own, *owned]), frozenset(tool.name for tool in owned)
 
-    def add_environments(self, probes: Mapping[Any, object]) -> dict[Any, list[PromptTool]]:
+    def add_environments(self, probes: Mapping[Hashable, object]) -> dict[Hashable, list[PromptTool]]:
         """
         Take in one instance of each environment.
 
         Args:
-            probes (`Mapping[Any, object]`):
+            probes (`Mapping[Hashable, object]`):
                 An instance by the name of its environment.
 
         Returns:
-            `dict[Any, list[PromptTool]]`: what prompts of each environment are rendered with before it is reset.
+            `dict[Hashable, list[PromptTool]]`: what prompts of each environment are rendered with before it is reset.
         """
         rendered = {}
         for name, environment in probes.items():

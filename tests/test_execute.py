@@ -69,6 +69,10 @@ def run(executor, function, owner=None, **arguments):
     return executor.submit(call(**arguments), tool_of(function), owner).result(timeout=5)
 
 
+def on_owner(executor, owner, function, /, *args, **kwargs):
+    return executor.start_on_owner(owner, functools.partial(function, *args, **kwargs)).result()
+
+
 class Environment:
     """Records what happens to it, and where."""
 
@@ -200,41 +204,41 @@ def test_order_and_thread_of_an_owner(executor):
     assert results == list(range(6)) * 4
     assert elapsed < 0.8, "one after the other is 1.4 s"
     for environment in environments:
-        assert executor.run_on_owner(environment, environment.read) == [0, 2, 3, 5]
+        assert on_owner(executor, environment, environment.read) == [0, 2, 3, 5]
         assert len(environment.threads) == 1
     assert len(set.union(*(environment.threads for environment in environments))) == 4
 
 
-def test_run_on_owner_waits_its_turn_raises_and_nests(executor):
+def test_work_on_an_owner_waits_its_turn_raises_and_nests(executor):
     environment = executor.construct_on_own_thread(Environment)
     tools = index_tools(environment_tools(environment))
     executor.submit(call(n=1, seconds=0.05), tools["write"], environment)
-    executor.run_on_owner(environment, environment.reset, row=1)
-    assert executor.run_on_owner(environment, environment.read) == []
+    on_owner(executor, environment, environment.reset, row=1)
+    assert on_owner(executor, environment, environment.read) == []
 
     def nested():
-        return executor.run_on_owner(environment, environment.read), threading.get_ident()
+        return on_owner(executor, environment, environment.read), threading.get_ident()
 
-    assert executor.run_on_owner(environment, nested) == ([], next(iter(environment.threads)))
-    assert executor.run_on_owner(environment, environment.write_later, 3) == 3
+    assert on_owner(executor, environment, nested) == ([], next(iter(environment.threads)))
+    assert on_owner(executor, environment, environment.write_later, 3) == 3
     with pytest.raises(sqlite3.ProgrammingError):
         environment.read()  # this thread does not own the connection
     with pytest.raises(ZeroDivisionError):
-        executor.run_on_owner(environment, lambda: 1 / 0)
+        on_owner(executor, environment, lambda: 1 / 0)
     with pytest.raises(TimeoutError, match="mine"):
-        executor.run_on_owner(environment, lambda: (_ for _ in ()).throw(TimeoutError("mine")))
+        on_owner(executor, environment, lambda: (_ for _ in ()).throw(TimeoutError("mine")))
 
 
-def test_run_on_owner_does_not_overtake_waiting_calls(make):
+def test_work_on_an_owner_does_not_overtake_waiting_calls(make):
     executor = make(max_concurrent=1, timeout=5.0)
     environment = executor.construct_on_own_thread(Environment)
     gate = threading.Event()
     executor.submit(call(), tool_of(gate.wait))  # takes the only slot
     executor.submit(call(n=7), index_tools(environment_tools(environment))["write"], environment)
     other = executor.construct_on_own_thread(Environment)
-    assert executor.run_on_owner(other, other.read) == []  # needs no slot
+    assert on_owner(executor, other, other.read) == []  # needs no slot
     threading.Timer(0.05, gate.set).start()
-    assert executor.run_on_owner(environment, environment.read) == [7]
+    assert on_owner(executor, environment, environment.read) == [7]
 
 
 def test_failing_constructor_raises_in_the_caller(executor):
@@ -254,10 +258,10 @@ def test_owners_are_forgotten_with_their_threads(executor):
     while threading.active_count() >= thread_count and time.monotonic() < deadline:
         time.sleep(0.005)
     assert gone() is None
-    assert threading.active_count() <= before + 1  # the watchdog stays
+    assert threading.active_count() <= before + 1  # the dispatcher stays
 
     plain = executor.construct_on_own_thread(list)  # cannot be referred to weakly
-    assert executor.run_on_owner(plain, len, plain) == 0
+    assert on_owner(executor, plain, len, plain) == 0
     executor.release(plain)
     assert not executor.is_abandoned(plain)
 
@@ -330,7 +334,7 @@ def test_owner_whose_call_timed_out_is_abandoned(make, kind):
         assert future.result(timeout=1).error_type == "abandoned"
         assert "still busy with an earlier call" in future.result().content["error"]
     with pytest.raises(ToolTimeoutError):
-        executor.run_on_owner(environment, environment.reset)
+        on_owner(executor, environment, environment.reset)
     assert executor.submit(call(), tool_of(lambda: 1), object()).result(timeout=1).content == 1
     gate.set()
 
@@ -361,7 +365,7 @@ def test_coroutine_that_is_cancelled_before_it_begins_is_closed(make, recwarn):
     assert [future.result(timeout=5).error_type for future in waiting] == ["timeout", "timeout"]
     gate.set()
     deadline = time.monotonic() + 3
-    while executor._admission.running + executor.stuck and time.monotonic() < deadline:
+    while executor._jobs and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.1)
     gc.collect()
@@ -639,7 +643,7 @@ def test_ctrl_c_reaches_a_caller_that_waits_for_an_owner(executor, ctrl_c):
     threading.Timer(2.0, gate.set).start()
     start = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
-        executor.run_on_owner(environment, gate.wait)
+        on_owner(executor, environment, gate.wait)
     assert time.perf_counter() - start < 1.4
     gate.set()
 

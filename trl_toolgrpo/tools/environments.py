@@ -20,7 +20,6 @@ from typing import Any
 
 from ..errors import ConfigError, EnvironmentTimeoutError, ToolRuntimeError, TransientToolError
 from .execute import ToolExecutor
-from .owners import wait
 from .types import is_async_callable
 
 
@@ -279,7 +278,7 @@ class _Access:
 
     def run(self, owner: Any, name: str, work: "functools.partial[Any]") -> Any:
         """Run something on the environment's thread and wait."""
-        return self._noting(owner, name, lambda: wait(self._start(owner, name, work)))
+        return self._noting(owner, name, lambda: self._start(owner, name, work).result())
 
     def _start(self, owner: Any, name: str, work: "functools.partial[Any]", limited: bool = True) -> Any:
         limit = self.executor.environment_timeout if limited else None
@@ -325,7 +324,7 @@ class _Access:
             if self.executor.is_within_call(owner):
                 return value(*args, **kwargs)
             with self._failing(owner, name):
-                return self.stand_in(wait(start(*args, **kwargs)), owner, name)
+                return self.stand_in(start(*args, **kwargs).result(), owner, name)
 
         return functools.wraps(value)(method)
 
@@ -353,7 +352,7 @@ class _Access:
     def _reset(self, owner: Any, reset: Callable[..., Any], /, *args: Any, **row: Any) -> Any:
         """Reset an environment; one that fails has nothing to say, and its rollout is not run."""
         try:
-            observation = wait(self._start(owner, "reset", functools.partial(reset, *args, **row)))
+            observation = self._start(owner, "reset", functools.partial(reset, *args, **row)).result()
         except EnvironmentTimeoutError as error:
             self.failures.add(owner, "reset", error)
             return None

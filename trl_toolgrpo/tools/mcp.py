@@ -25,7 +25,6 @@ from .mcp_connection import SDK_LOGGERS, Connection
 from .mcp_names import ToolOrigin, choose_tools, name_tools, tools_left_out
 from .mcp_pool import Pool
 from .mcp_session import MCPSession
-from .owners import wait
 from .results import refused
 from .types import Tool, ToolResult
 
@@ -183,7 +182,7 @@ class MCPTools:
         """
         future = self._submit(work)
         try:
-            return wait(future)
+            return future.result()
         except BaseException:
             future.cancel()
             raise

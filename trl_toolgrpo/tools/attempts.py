@@ -2,15 +2,15 @@
 
 import inspect
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from ..errors import EnvironmentTimeoutError
-from .loops import LoopRun, Outcome
+from .loops import LoopRun, Outcome, outcome_of, outcome_of_awaitable
 from .owners import Lane, Worker
 from .processes import ProcessCall
-from .results import plain_content, plain_reward, raised, refused
+from .results import as_result, raised, refused
 from .types import Tool, ToolResult
 
 
@@ -73,7 +73,7 @@ class Job:
             self.started = time.monotonic()
             self.ready.set_result((None, None))
 
-    def run_on_thread(self, retries: int, resolve: Callable[[Awaitable[object]], object]) -> ToolResult:
+    def run_on_thread(self, retries: int, resolve: Callable[[object], object]) -> ToolResult:
         """
         Call the tool on this thread, again while its failure is transient.
 
@@ -81,29 +81,27 @@ class Job:
             retries (`int`):
                 How often a transient failure is tried again.
             resolve (`Callable`):
-                Waits for an awaitable that the tool returned.
+                Waits for the awaitable that a tool may have returned; other values it returns as they are.
         """
         while True:
-            try:
-                value = self.function()
-                result = _as_result(resolve(value) if inspect.isawaitable(value) else value)
-            except BaseException as error:
-                result = raised(error)
-            if not (result.transient and result.is_error) or retries == 0 or self.expired:
+            result = _result_of(outcome_of(lambda: resolve(self.function())))
+            if self._is_final(result, retries):
                 return result
             retries -= 1
 
     async def run_on_loop(self, retries: int) -> ToolResult:
         """Await the tool, again while its failure is transient; a `CancelledError` it raised is a failure too."""
         while True:
-            try:
-                value = self.function()
-                result = _as_result(await value if inspect.isawaitable(value) else value)
-            except BaseException as error:
-                result = raised(error)
-            if not (result.transient and result.is_error) or retries == 0 or self.expired:
+            outcome = outcome_of(self.function)
+            if inspect.isawaitable(outcome[0]):
+                outcome = await outcome_of_awaitable(outcome[0])
+            result = _result_of(outcome)
+            if self._is_final(result, retries):
                 return result
             retries -= 1
+
+    def _is_final(self, result: ToolResult, retries: int) -> bool:
+        return not (result.is_error and result.transient) or retries == 0 or self.expired
 
     def answer(self, outcome: Outcome) -> None:
         """Resolve the future with what the job returned or raised within its limit."""
@@ -138,10 +136,9 @@ class Job:
             self.future.set_result(refused("abandoned", message))
 
 
-def _as_result(value: object) -> ToolResult:
-    if not isinstance(value, ToolResult):
-        return ToolResult(plain_content(value))
-    failed = bool(value.is_error)
-    kind = (value.error_type or "error") if failed else None
-    reward = plain_reward(value.reward, "The tool")
-    return replace(value, content=plain_content(value.content), is_error=failed, error_type=kind, reward=reward)
+def _result_of(outcome: Outcome) -> ToolResult:
+    value, error = outcome
+    try:
+        return as_result(value) if error is None else raised(error)
+    except BaseException as invalid:  # of what the tool's own objects do when they are read
+        return raised(invalid)

@@ -11,7 +11,7 @@ import inspect
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, wait
 from functools import partial
 from typing import TypeVar, cast
@@ -145,7 +145,13 @@ class ToolExecutor:
         return cast("Future[ToolResult]", job.future)
 
     def start_on_owner(
-        self, owner: object, work: Callable[[], object], name: str = "", limit: float | None = None
+        self,
+        owner: object,
+        work: Callable[[], object],
+        name: str = "",
+        limit: float | None = None,
+        *,
+        beside: bool = False,
     ) -> "Future[object]":
         """
         Start something on an owner's thread, or queue it after the calls submitted on it before.
@@ -159,6 +165,8 @@ class ToolExecutor:
                 What it is, for messages.
             limit (`float`, *optional*):
                 Seconds it has once it runs; an owner that takes longer is abandoned. `None` for no limit.
+            beside (`bool`, *optional*, defaults to `False`):
+                Whether to run it at once on another thread, since the owner's own hangs.
 
         Returns:
             `Future`: Has what it returns or raises, an [`EnvironmentTimeoutError`] at the limit.
@@ -168,25 +176,8 @@ class ToolExecutor:
         if lane is not None and lane.worker is not None and lane.worker.is_current:
             job.answer(outcome_of(partial(self._run, job)))
         else:
-            self._enqueue(job, owner)
+            self._enqueue(job, None if beside else owner)
         return job.future
-
-    def run_beside_owner(self, owner: object, name: str) -> object:
-        """
-        Read an attribute of an owner whose own thread hangs, on another thread and within the limit.
-
-        Args:
-            owner (`object`):
-                The environment instance.
-            name (`str`):
-                The attribute.
-
-        Raises:
-            EnvironmentTimeoutError: if that does not return either.
-        """
-        job = Job(partial(getattr, owner, name), None, owner, name, self.environment_timeout)
-        self._enqueue(job, None)
-        return job.future.result()
 
     def construct_on_own_thread(self, factory: Callable[[], T]) -> T:
         """
@@ -365,13 +356,10 @@ class ToolExecutor:
         return asyncio.wrap_future(ended)
 
     def _run(self, job: Job) -> object:
-        def resolve(awaitable: Awaitable[object]) -> object:
-            return self._loop.run(awaitable, job.begin)
+        def resolve(value: object) -> object:
+            return self._loop.run(value, job.begin) if inspect.isawaitable(value) else value
 
-        if job.tool is not None:
-            return job.run_on_thread(self.retries, resolve)
-        value = job.function()
-        return resolve(value) if inspect.isawaitable(value) else value
+        return resolve(job.function()) if job.tool is None else job.run_on_thread(self.retries, resolve)
 
     def _expire(self, job: Job) -> None:
         job.expired = True

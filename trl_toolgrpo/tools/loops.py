@@ -25,6 +25,14 @@ def outcome_of(work: Callable[[], object]) -> Outcome:
         return None, error
 
 
+async def outcome_of_awaitable(awaitable: Awaitable[object]) -> Outcome:
+    """Await something and return its outcome, whatever it raises."""
+    try:
+        return await awaitable, None
+    except BaseException as error:
+        return None, error
+
+
 def value_of(outcome: Outcome) -> object:
     """Return what a piece of work returned, or raise what it raised."""
     value, error = outcome
@@ -130,7 +138,7 @@ class LoopRun:
         self.loop.call_soon_threadsafe(self._cancel)
 
     def _start(self) -> None:
-        self._task = self.loop.create_task(_outcome(self._awaitable))
+        self._task = self.loop.create_task(outcome_of_awaitable(self._awaitable))
         self._task.add_done_callback(self._finish)
 
     def _cancel(self) -> None:
@@ -161,13 +169,6 @@ async def _end(loop: asyncio.AbstractEventLoop, cancel: bool) -> None:
     if others:
         await asyncio.wait(others, timeout=1.0 if cancel else None)
     loop.stop()
-
-
-async def _outcome(awaitable: Awaitable[object]) -> Outcome:
-    try:
-        return await awaitable, None
-    except BaseException as error:
-        return None, error
 
 
 def _close(awaitable: Awaitable[object]) -> None:

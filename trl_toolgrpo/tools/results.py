@@ -72,6 +72,30 @@ def without_secrets(result: ToolResult, redactor: Redactor) -> ToolResult:
     return result if content == result.content else dataclasses.replace(result, content=content)
 
 
+def as_result(value: object) -> ToolResult:
+    """
+    Return what a tool returned as a result of plain data.
+
+    Args:
+        value (`object`):
+            A [`ToolResult`], or the content of one.
+
+    Raises:
+        TypeError: if the content has no text (see [`plain_content`]).
+        ValueError: if the reward is no finite number.
+    """
+    given = value if isinstance(value, ToolResult) else ToolResult(value)
+    failed = bool(given.is_error)
+    return ToolResult(
+        plain_content(given.content),
+        failed,
+        str(given.error_type or "error") if failed else None,
+        plain_reward(given.reward, "The tool"),
+        bool(given.transient),
+        bool(given.truncated),
+    )
+
+
 def refused(error_type: str, message: str) -> ToolResult:
     """
     A call that was not run.

@@ -82,27 +82,18 @@ def _send(connection: "Connection", reply: "JSONObject") -> None:
 
 
 def _call(function: "Callable[..., object]", arguments: "JSONObject", limit: int) -> "JSONObject":
-    from trl_toolgrpo.tools.results import plain_content, plain_reward, raised
-    from trl_toolgrpo.tools.types import ToolResult
+    from trl_toolgrpo.tools.results import as_result, raised
 
     reusable = True
     try:
         value = function(**arguments)
-        value = asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value
-        result = value if isinstance(value, ToolResult) else ToolResult(value)
-        content, reward = _bounded(plain_content(result.content), limit), plain_reward(result.reward, "The tool")
+        result = as_result(asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value)
+        content = _bounded(result.content, limit)
     except BaseException as error:
         result = raised(error)
-        content, reward = _bounded(result.content, limit), None
+        content = _bounded(result.content, limit)
         reusable = isinstance(error, Exception) and not isinstance(error, MemoryError)
-    return {
-        "content": content,
-        "is_error": bool(result.is_error),
-        "error_type": None if result.error_type is None else str(result.error_type),
-        "reward": reward,
-        "transient": bool(result.transient),
-        "reusable": reusable,
-    }
+    return {**vars(result), "content": content, "reusable": reusable}
 
 
 async def _awaited(value: "Awaitable[object]") -> object:

@@ -1,13 +1,12 @@
 """One call on its way through the runtime: its attempts, where whatever a tool raises becomes data, and its answer."""
 
-import inspect
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from ..errors import EnvironmentTimeoutError
-from .loops import LoopRun, Outcome, outcome_of, outcome_of_awaitable
+from .loops import LoopRun, Outcome, Work
 from .owners import Lane, Worker
 from .processes import ProcessCall
 from .results import as_result, raised, refused
@@ -32,7 +31,7 @@ class Job:
             Seconds the job has once it runs; `None` for no limit.
     """
 
-    function: Callable[[], object]
+    function: Work
     tool: Tool | None = None
     environment: object = None
     name: str = ""
@@ -42,7 +41,7 @@ class Job:
     exclusive: Lane | None = None  # of a tool that is not thread-safe
     waits: bool = True
     ready: "Future[Outcome]" = field(default_factory=Future)  # done once there is a process, if it runs in one
-    started: float = 0.0
+    started: float | None = None
     expired: bool = False
     cancellable: LoopRun | ProcessCall | None = None
     worker: Worker | None = None  # one that belongs to no environment
@@ -73,7 +72,7 @@ class Job:
             self.started = time.monotonic()
             self.ready.set_result((None, None))
 
-    def run_on_thread(self, retries: int, resolve: Callable[[object], object]) -> ToolResult:
+    def run(self, retries: int, resolve: Callable[[object], object]) -> ToolResult:
         """
         Call the tool on this thread, again while its failure is transient.
 
@@ -84,31 +83,21 @@ class Job:
                 Waits for the awaitable that a tool may have returned; other values it returns as they are.
         """
         while True:
-            result = _result_of(outcome_of(lambda: resolve(self.function())))
-            if self._is_final(result, retries):
+            try:
+                result = as_result(resolve(self.function()))
+            except BaseException as error:
+                result = raised(error)
+            if not (result.is_error and result.transient) or retries == 0 or self.expired:
                 return result
             retries -= 1
-
-    async def run_on_loop(self, retries: int) -> ToolResult:
-        """Await the tool, again while its failure is transient; a `CancelledError` it raised is a failure too."""
-        while True:
-            outcome = outcome_of(self.function)
-            if inspect.isawaitable(outcome[0]):
-                outcome = await outcome_of_awaitable(outcome[0])
-            result = _result_of(outcome)
-            if self._is_final(result, retries):
-                return result
-            retries -= 1
-
-    def _is_final(self, result: ToolResult, retries: int) -> bool:
-        return not (result.is_error and result.transient) or retries == 0 or self.expired
 
     def answer(self, outcome: Outcome) -> None:
-        """Resolve the future with what the job returned or raised within its limit."""
+        """Resolve the future with what the job returned or raised."""
         value, error = outcome
         if self.tool is not None:
             result = value if isinstance(value, ToolResult) else raised(error or TypeError(type(value).__name__))
-            self.future.set_result(replace(result, seconds=time.monotonic() - self.started))
+            seconds = 0.0 if self.started is None else time.monotonic() - self.started
+            self.future.set_result(replace(result, seconds=seconds))
         elif error is not None:  # raised again in the caller
             self.future.set_exception(error)
         else:
@@ -118,27 +107,21 @@ class Job:
         """Resolve the future of a job that did not return within its limit."""
         limit = f"{self.limit:g} seconds"
         if self.tool is not None:
-            result = refused("timeout", f"Tool `{self.tool.name}` did not return within {limit}.")
-            self.answer((result, None))
+            self._answer_failure("timeout", f"Tool `{self.tool.name}` did not return within {limit}.")
+        elif self.environment is None:  # a constructor
+            self._answer_failure("timeout", f"It did not return within {limit}.")
         else:
             asked = f"`{self.name}` of the environment {type(self.environment).__name__}"
-            message = f"{asked} did not return within {limit} (`environment_timeout`)."
-            self.future.set_exception(EnvironmentTimeoutError(message, self.environment))
+            self._answer_failure("timeout", f"{asked} did not return within {limit} (`environment_timeout`).")
 
     def answer_unrun(self, reason: str | None = None) -> None:
         """Resolve the future of a job that will not run, by default because what it waits for is lost."""
-        busy = "environment" if self.owner is not None and self.owner.abandoned else "tool"
-        message = reason or f"The {busy} is still busy with an earlier call."
         self.waits = False
+        busy = "environment" if self.owner is not None and self.owner.abandoned else "tool"
+        self._answer_failure("abandoned", reason or f"The {busy} is still busy with an earlier call.")
+
+    def _answer_failure(self, kind: str, message: str) -> None:
         if self.tool is None:
-            self.future.set_exception(EnvironmentTimeoutError(message, self.environment))
+            self.answer((None, EnvironmentTimeoutError(message, self.environment)))
         else:
-            self.future.set_result(refused("abandoned", message))
-
-
-def _result_of(outcome: Outcome) -> ToolResult:
-    value, error = outcome
-    try:
-        return as_result(value) if error is None else raised(error)
-    except BaseException as invalid:  # of what the tool's own objects do when they are read
-        return raised(invalid)
+            self.answer((refused(kind, message), None))

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 
 from ..errors import ConfigError, EnvironmentTimeoutError, ToolRuntimeError, TransientToolError
 from .execute import ToolExecutor
+from .loops import Work
 from .types import is_async_callable
 
 
@@ -246,7 +247,7 @@ class _Access:
             return value
         return self.stand_in(value, owner, name)
 
-    def run(self, owner: object, name: str, work: Factory, beside: bool = False) -> object:
+    def run(self, owner: object, name: str, work: Work, beside: bool = False) -> object:
         """Run something on the environment's thread, or beside it on another, and wait."""
         with self._counting_failures(owner, name):
             limit = self.executor.environment_timeout
@@ -367,11 +368,10 @@ def _factory(factory: Factory, access: _Access) -> Factory:
     return functools.update_wrapper(make, factory) if inspect.isroutine(factory) else make
 
 
-def _threaded_class(kind: type, access: _Access) -> type:
+def _threaded_class(kind: Any, access: _Access) -> type:
     """Return a subclass whose attributes are read on the thread of each instance."""
     _refuse_generators(kind)
-    plain: Any = kind
-    read, missing, shown = plain.__getattribute__, getattr(plain, "__getattr__", None), plain.__repr__
+    read, missing, shown = kind.__getattribute__, getattr(kind, "__getattr__", None), kind.__repr__
 
     def look_up(self: object, name: str) -> object:
         return access.read(self, name) if access.is_outside and not name.startswith("__") else read(self, name)

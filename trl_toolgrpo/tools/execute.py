@@ -11,16 +11,16 @@ import inspect
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import Future, wait
+from collections.abc import Awaitable, Callable, Collection, Iterable
+from concurrent.futures import Future
 from functools import partial
 from typing import TypeVar, cast
 
-from ..errors import ConfigError, EnvironmentTimeoutError, ToolRuntimeError
+from ..errors import ConfigError, ToolRuntimeError
 from ..types import JSONObject
 from .arguments import refusal as refusal_of
 from .attempts import Job
-from .loops import LoopRun, LoopThread, Outcome, outcome_of, value_of
+from .loops import LoopRun, LoopThread, Outcome, Work, outcome_of
 from .owners import Lane, Owners, Worker
 from .processes import ProcessPool
 from .results import result_text as result_text
@@ -39,8 +39,8 @@ class ToolExecutor:
     Runs tool calls concurrently and resolves each to a [`ToolResult`].
 
     A call waits until the environment or the tool that takes one call at a time is free, then for a slot, and runs on
-    the environment's thread, another thread, the event loop of tools or in a process. All of that is decided on one
-    event loop on which no tool runs, so it needs no locks: see `_serve`.
+    the environment's thread or another one, which waits for what runs on the event loop of tools or in a process. All
+    of that is decided on one event loop on which no tool runs, so it needs no locks: see `_serve`.
 
     Args:
         max_concurrent (`int`, *optional*, defaults to `64`):
@@ -139,19 +139,14 @@ class ToolExecutor:
             answered.set_result(refusal or unknown_tool(call, available))
             return answered
         job = Job(partial(_call_with_copy, tool, call.arguments), tool, owner, limit=tool.timeout or self.timeout)
+        job.owner = None if owner is None else self._owners.lane(owner)
         if tool.isolation == "process":
             job.function = partial(self._processes.run, tool, call.arguments, job.begin_in_process)
-        self._enqueue(job, owner)
+        self._enqueue(job)
         return cast("Future[ToolResult]", job.future)
 
     def start_on_owner(
-        self,
-        owner: object,
-        work: Callable[[], object],
-        name: str = "",
-        limit: float | None = None,
-        *,
-        beside: bool = False,
+        self, owner: object, work: Work, name: str = "", limit: float | None = None, *, beside: bool = False
     ) -> "Future[object]":
         """
         Start something on an owner's thread, or queue it after the calls submitted on it before.
@@ -171,12 +166,11 @@ class ToolExecutor:
         Returns:
             `Future`: Has what it returns or raises, an [`EnvironmentTimeoutError`] at the limit.
         """
-        job = Job(work, None, owner, name, limit)
-        lane = self._owners.find(owner)
-        if lane is not None and lane.worker is not None and lane.worker.is_current:
+        job = Job(work, None, owner, name, limit, owner=None if beside else self._owners.lane(owner))
+        if job.owner is not None and job.owner.is_current:
             job.answer(outcome_of(partial(self._run, job)))
         else:
-            self._enqueue(job, None if beside else owner)
+            self._enqueue(job)
         return job.future
 
     def construct_on_own_thread(self, factory: Callable[[], T]) -> T:
@@ -194,27 +188,22 @@ class ToolExecutor:
         Raises:
             EnvironmentTimeoutError: if it takes longer than `environment_timeout`.
         """
-        worker = Worker("tool-owner")
-        begun: list[LoopRun] = []
 
         def make() -> object:
             made: object = factory()
-            return self._loop.run(made, begun.append) if inspect.iscoroutine(made) else made
+            return _boxed(made) if inspect.iscoroutine(made) else [made]
 
-        outcome = worker.run(make)
+        lane = Lane(Worker("tool-owner"))
+        job = Job(make, limit=self.environment_timeout, owner=lane)
         try:
-            if not wait([outcome], self.environment_timeout).done:
-                for run in begun:
-                    run.cancel()
-                raise EnvironmentTimeoutError(f"It did not return within {self.environment_timeout:g} seconds.")
-            owner = value_of(outcome.result())
+            self._enqueue(job)
+            [owner] = cast("list[T]", job.future.result())
         except BaseException:
-            worker.stop()
+            lane.stop()
             raise
-        if self._owners.lane(owner, worker).worker is not worker:
-            # The factory gave out an instance that has a thread already.
-            worker.stop()
-        return cast(T, owner)
+        if self._owners.lane(owner, lane) is not lane:
+            lane.stop()  # the factory gave out an instance that has a thread already
+        return owner
 
     def is_abandoned(self, owner: object) -> bool:
         """
@@ -239,7 +228,7 @@ class ToolExecutor:
                 The environment instance.
         """
         lane = self._owners.find(owner)
-        return lane is not None and lane.worker is not None and lane.worker.is_working
+        return lane is not None and lane.is_working
 
     def give_up(self, owner: object) -> None:
         """
@@ -272,8 +261,6 @@ class ToolExecutor:
             self._closed = True
         self._after_submitted(self._wind_down)
         self._dispatcher.stop(cancel=False)
-        self._owners.clear()
-        self._loop.stop()
         self._processes.close()
 
     def _check_stuck(self) -> None:
@@ -286,11 +273,10 @@ class ToolExecutor:
                 "them where they can be killed: Tool(isolation='process').",
             )
 
-    def _enqueue(self, job: Job, owner: object | None) -> None:
+    def _enqueue(self, job: Job) -> None:
         with self._lock:
             if self._closed:
                 raise ToolRuntimeError("You used a `ToolExecutor` after its `shutdown`.", remedy="Make a new one.")
-            job.owner = None if owner is None else self._owners.lane(owner)
             self._dispatcher.get().call_soon_threadsafe(self._accept, job)
 
     def _after_submitted(self, function: Callable[..., object], *args: object) -> None:
@@ -340,18 +326,13 @@ class ToolExecutor:
     def _start(self, job: Job) -> "asyncio.Future[Outcome]":
         job.waits = False
         job.started = time.monotonic()
-        tool, ended = job.tool, Future[Outcome]()
         try:
-            if job.owner is None and tool is not None and tool.is_async and tool.isolation == "thread":
-                run = LoopRun(self._loop.get(), job.run_on_loop(self.retries))
-                job.begin(run)
-                ended = run.outcome
-            else:
-                worker = job.owner.worker if job.owner is not None else None
-                if worker is None:
-                    worker = job.worker = self._idle.pop() if self._idle else Worker("tool-worker")
-                ended = worker.run(partial(self._run, job))
+            worker = job.owner.worker if job.owner is not None else None
+            if worker is None:
+                worker = job.worker = self._idle.pop() if self._idle else Worker("tool-worker")
+            ended = worker.run(partial(self._run, job))
         except RuntimeError as error:  # the system has no more threads
+            ended = Future()
             ended.set_result((None, ToolRuntimeError(str(error))))
         return asyncio.wrap_future(ended)
 
@@ -359,27 +340,28 @@ class ToolExecutor:
         def resolve(value: object) -> object:
             return self._loop.run(value, job.begin) if inspect.isawaitable(value) else value
 
-        return resolve(job.function()) if job.tool is None else job.run_on_thread(self.retries, resolve)
+        return resolve(job.function()) if job.tool is None else job.run(self.retries, resolve)
 
     def _expire(self, job: Job) -> None:
         job.expired = True
         if job.owner is not None:
             job.owner.abandoned = True
-        if job.cancellable is None:
+        is_coroutine = job.tool is not None and job.tool.is_async  # which is cancelled as soon as it begins
+        if job.cancellable is None and not is_coroutine:
             self._count_stuck(job)
         job.answer_late()
         self._drop_lost()
 
     async def _end_expired(self, job: Job, ended: "asyncio.Future[Outcome]") -> None:
-        part = job.cancellable
-        if part is not None and job not in self._stuck:
-            part.cancel()
+        if job not in self._stuck:
+            if job.cancellable is not None:
+                job.cancellable.cancel()
             await asyncio.wait([ended], timeout=_GRACE)
             if not ended.done():
                 self._count_stuck(job)
                 self._drop_lost()
-                if isinstance(part, LoopRun) and not part.responded:
-                    self._loop.replace(part.loop)
+                if isinstance(job.cancellable, LoopRun) and not job.cancellable.responded:
+                    self._loop.replace(job.cancellable.loop)
         await ended
         self._stuck.discard(job)
         if job.exclusive is not None:
@@ -403,14 +385,20 @@ class ToolExecutor:
 
     def _end_lane(self, lane: Lane) -> None:
         self._drop(lambda job: job.owner is lane, "The environment was released before the call ran.")
-        if lane.worker is not None:
-            lane.worker.stop()
+        lane.stop()
 
     def _wind_down(self) -> None:
         self._drop(lambda job: True, "The tool runtime was shut down before the call ran.")
         for worker in self._idle:
             worker.stop()
         self._idle.clear()
+        self._owners.clear()
+        self._loop.stop()
+
+
+async def _boxed(awaitable: Awaitable[object]) -> list[object]:
+    """Return what an awaitable makes in a list, so that it is not awaited in turn if it can be."""
+    return [await awaitable]
 
 
 def _call_with_copy(tool: Tool, arguments: JSONObject) -> object:

@@ -13,32 +13,18 @@ from concurrent.futures import Future
 from typing import TypeAlias
 
 
+Work: TypeAlias = Callable[[], object]
+
 Outcome: TypeAlias = tuple[object, BaseException | None]
 """What a piece of work returned, and what it raised instead, as a value: `SystemExit` must reach no loop or thread."""
 
 
-def outcome_of(work: Callable[[], object]) -> Outcome:
+def outcome_of(work: Work) -> Outcome:
     """Call something and return its outcome, whatever it raises."""
     try:
         return work(), None
     except BaseException as error:
         return None, error
-
-
-async def outcome_of_awaitable(awaitable: Awaitable[object]) -> Outcome:
-    """Await something and return its outcome, whatever it raises."""
-    try:
-        return await awaitable, None
-    except BaseException as error:
-        return None, error
-
-
-def value_of(outcome: Outcome) -> object:
-    """Return what a piece of work returned, or raise what it raised."""
-    value, error = outcome
-    if error is not None:
-        raise error
-    return value
 
 
 class LoopThread:
@@ -78,7 +64,10 @@ class LoopThread:
         """
         run = LoopRun(self.get(), awaitable)
         started(run)
-        return value_of(run.outcome.result())
+        value, error = run.outcome.result()
+        if error is not None:
+            raise error
+        return value
 
     def replace(self, blocked: asyncio.AbstractEventLoop) -> None:
         """
@@ -138,7 +127,7 @@ class LoopRun:
         self.loop.call_soon_threadsafe(self._cancel)
 
     def _start(self) -> None:
-        self._task = self.loop.create_task(outcome_of_awaitable(self._awaitable))
+        self._task = self.loop.create_task(_outcome(self._awaitable))
         self._task.add_done_callback(self._finish)
 
     def _cancel(self) -> None:
@@ -169,6 +158,13 @@ async def _end(loop: asyncio.AbstractEventLoop, cancel: bool) -> None:
     if others:
         await asyncio.wait(others, timeout=1.0 if cancel else None)
     loop.stop()
+
+
+async def _outcome(awaitable: Awaitable[object]) -> Outcome:
+    try:
+        return await awaitable, None
+    except BaseException as error:
+        return None, error
 
 
 def _close(awaitable: Awaitable[object]) -> None:

@@ -8,12 +8,14 @@ import asyncio
 import queue
 import threading
 import weakref
-from collections.abc import Callable
 from concurrent.futures import Future
 from contextvars import ContextVar
+from typing import TypeAlias
 
-from .loops import Outcome, outcome_of
+from .loops import Outcome, Work, outcome_of
 
+
+_Queue: TypeAlias = "queue.SimpleQueue[tuple[Work, Future[Outcome]] | None]"
 
 _WORKING: ContextVar[object] = ContextVar("working", default=None)  # the queue of the worker whose work runs
 
@@ -29,32 +31,22 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         # SimpleQueue.put may be called from a weakref callback in the middle of anything.
-        self._queue: queue.SimpleQueue[tuple[Callable[[], object], Future[Outcome]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=_work, args=(self._queue,), name=name, daemon=True)
-        self._thread.start()
+        self.queue: _Queue = queue.SimpleQueue()
+        self.thread = threading.Thread(target=_work, args=(self.queue,), name=name, daemon=True)
+        self.thread.start()
 
-    @property
-    def is_current(self) -> bool:
-        """Whether the caller is on this thread."""
-        return threading.get_ident() == self._thread.ident
-
-    @property
-    def is_working(self) -> bool:
-        """Whether the caller belongs to work of this thread: runs on it, or in a coroutine that it has started."""
-        return _WORKING.get() is self._queue
-
-    def run(self, work: Callable[[], object]) -> "Future[Outcome]":
+    def run(self, work: Work) -> "Future[Outcome]":
         """Queue work and return a future of its outcome; the future never raises."""
         future: Future[Outcome] = Future()
-        self._queue.put((work, future))
+        self.queue.put((work, future))
         return future
 
     def stop(self) -> None:
         """End the thread after the work that is queued; never wait."""
-        self._queue.put(None)
+        self.queue.put(None)
 
 
-def _work(works: "queue.SimpleQueue[tuple[Callable[[], object], Future[Outcome]] | None]") -> None:
+def _work(works: "_Queue") -> None:
     _WORKING.set(works)
     while (given := works.get()) is not None:
         work, future = given
@@ -78,6 +70,21 @@ class Lane:
         self.abandoned = False  # whether a call is past its time limit and still holds it
         self.kept: object = None  # an environment that cannot be referred to weakly
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller is on the thread of the environment."""
+        return self.worker is not None and threading.get_ident() == self.worker.thread.ident
+
+    @property
+    def is_working(self) -> bool:
+        """Whether the caller belongs to work of that thread: runs on it, or in a coroutine that it has started."""
+        return self.worker is not None and _WORKING.get() is self.worker.queue
+
+    def stop(self) -> None:
+        """End the thread of the environment after the work that is queued; never wait."""
+        if self.worker is not None:
+            self.worker.stop()
+
 
 class Owners:
     """The lanes of environments. An environment is known by identity, and is not kept alive where that can be."""
@@ -86,26 +93,26 @@ class Owners:
         self._lock = threading.Lock()
         self._lanes: dict[int, Lane] = {}
 
-    def lane(self, owner: object, worker: Worker | None = None) -> Lane:
+    def lane(self, owner: object, lane: Lane | None = None) -> Lane:
         """
         Return the lane of an environment, made at first sight.
 
         Args:
             owner (`object`):
                 The environment.
-            worker ([`Worker`], *optional*):
-                Thread it was constructed on; by default a new one is started.
+            lane ([`Lane`], *optional*):
+                The one it was constructed on; by default a new thread is started.
         """
         with self._lock:
-            lane = self._lanes.get(id(owner))
-            if lane is None:
-                lane = self._lanes[id(owner)] = Lane(worker or Worker("tool-owner"))
+            found = self._lanes.get(id(owner))
+            if found is None:
+                found = self._lanes[id(owner)] = lane or Lane(Worker("tool-owner"))
                 try:
                     # Called in the middle of anything, on any thread, so it takes no lock.
                     weakref.finalize(owner, self._forget, id(owner)).atexit = False
                 except TypeError:
-                    lane.kept = owner
-            return lane
+                    found.kept = owner
+            return found
 
     def find(self, owner: object) -> Lane | None:
         """Return the lane of an environment, if it has one."""
@@ -122,5 +129,5 @@ class Owners:
 
     def _forget(self, key: int) -> None:
         lane = self._lanes.pop(key, None)
-        if lane is not None and lane.worker is not None:
-            lane.worker.stop()
+        if lane is not None:
+            lane.stop()

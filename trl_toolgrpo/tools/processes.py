@@ -243,25 +243,19 @@ class ProcessPool:
             self._retire(process)
 
     def _take(self, tool: Tool) -> ToolProcess:
-        while (idle := self._idle_process(tool)) is not None:
-            if idle.alive:
-                return idle
-            self._retire(idle)
+        with self._lock:
+            if self._closed:
+                raise ToolRuntimeError("The tool runtime was shut down before the call ran.")
+            fitting = [p for p in self._idle if p.tool.function is tool.function and p.alive]
+            if fitting:
+                self._idle.remove(fitting[-1])
+                return fitting[-1]
         process = ToolProcess(tool)
         with self._lock:
             self._all.add(process)
             if self._closed:  # in the meantime
                 process.kill()
         return process
-
-    def _idle_process(self, tool: Tool) -> ToolProcess | None:
-        with self._lock:
-            if self._closed:
-                raise ToolRuntimeError("The tool runtime was shut down before the call ran.")
-            process = next((p for p in reversed(self._idle) if p.tool.function is tool.function), None)
-            if process is not None:
-                self._idle.remove(process)
-            return process
 
     def _give_back(self, process: ToolProcess) -> None:
         with self._lock:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pathlib
+import random
 import signal
 import sqlite3
 import subprocess
@@ -580,6 +581,55 @@ def test_shutdown_answers_what_waits_and_refuses_more(make):
     assert running.result(timeout=1).content is True
     with pytest.raises(ToolRuntimeError):
         executor.submit(call(), tool_of(gate.wait))
+
+
+async def _hang():
+    await asyncio.sleep(9)
+
+
+async def _block():
+    time.sleep(0.1)
+
+
+def _use_at_random(executor, owners, futures, rng):
+    acts = [lambda: 1, lambda: time.sleep(0.01), lambda: time.sleep(0.1), raiser(SystemExit(1)),
+            raiser(TransientToolError("busy")), async_raiser(ValueError("bad")), _hang, _block]  # fmt: skip
+    try:
+        for _ in range(40):
+            index, owner, what = rng.randrange(len(acts)), rng.choice(owners), rng.random()
+            if what < 0.1:
+                (executor.release if what < 0.05 else executor.give_up)(owner)
+            elif what < 0.2:
+                futures.append(executor.start_on_owner(owner, lambda: 1, "one", 0.05))
+            else:
+                tool = tool_of(acts[index], f"tool_{index}_{what < 0.4}", thread_safe=what < 0.4)
+                futures.append(executor.submit(call(tool.name), tool, rng.choice([owner, None])))
+    except ToolRuntimeError:
+        assert executor._closed
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_shutdown_at_any_time_answers_every_call_and_leaves_no_thread(make, monkeypatch, seed):
+    monkeypatch.setattr("trl_toolgrpo.tools.execute._GRACE", 0.05)
+    rng, before, futures = random.Random(seed), set(threading.enumerate()), []
+    executor = make(max_concurrent=rng.choice([1, 4, 64]), timeout=0.05, retries=rng.choice([0, 2]), max_abandoned=999)
+    owners = [executor.construct_on_own_thread(Environment) for _ in range(3)]
+    randoms = [random.Random(10 * seed + index) for index in range(4)]
+    users = [threading.Thread(target=_use_at_random, args=(executor, owners, futures, rng)) for rng in randoms]
+    for user in users:
+        user.start()
+    time.sleep(0.1 * rng.random())
+    executor.shutdown()
+    for user in users:
+        user.join()
+    for future in futures:
+        assert isinstance(future.exception(timeout=10), (ToolTimeoutError, type(None)))
+    del owners, users, user, futures, future  # an environment keeps its thread as long as it lives
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not left
 
 
 @pytest.mark.parametrize("wrong", [{"max_concurrent": 0}, {"timeout": 0}, {"retries": -1}, {"max_abandoned": -1}])

@@ -242,16 +242,16 @@ class _Access:
             return _nothing_async if is_async else _nothing
         if failed:
             raise EnvironmentTimeoutError(f"The environment {type(owner).__name__} has failed before.", owner)
-        value = self.run(owner, name, functools.partial(getattr, owner, name), beside=abandoned)
+        value = self.run(owner, name, functools.partial(getattr, owner, name), on_other_thread=abandoned)
         if abandoned and not isinstance(value, _THREAD_BOUND):
             return value
         return self.stand_in(value, owner, name)
 
-    def run(self, owner: object, name: str, work: Work, beside: bool = False) -> object:
-        """Run something on the environment's thread, or beside it on another, and wait."""
+    def run(self, owner: object, name: str, work: Work, on_other_thread: bool = False) -> object:
+        """Run something on the environment's thread, or on another while that hangs, and wait."""
         with self._counting_failures(owner, name):
             limit = self.executor.environment_timeout
-            value = self.executor.start_on_owner(owner, work, name, limit, beside=beside).result()
+            value = self.executor.start_on_owner(owner, work, name, limit, on_other_thread=on_other_thread).result()
         if not callable(value):  # a method has not yet done anything
             self.failures.succeeded(name)
         return value

@@ -146,7 +146,7 @@ class ToolExecutor:
         return cast("Future[ToolResult]", job.future)
 
     def start_on_owner(
-        self, owner: object, work: Work, name: str = "", limit: float | None = None, *, beside: bool = False
+        self, owner: object, work: Work, name: str = "", limit: float | None = None, *, on_other_thread: bool = False
     ) -> "Future[object]":
         """
         Start something on an owner's thread, or queue it after the calls submitted on it before.
@@ -160,13 +160,13 @@ class ToolExecutor:
                 What it is, for messages.
             limit (`float`, *optional*):
                 Seconds it has once it runs; an owner that takes longer is abandoned. `None` for no limit.
-            beside (`bool`, *optional*, defaults to `False`):
+            on_other_thread (`bool`, *optional*, defaults to `False`):
                 Whether to run it at once on another thread, since the owner's own hangs.
 
         Returns:
             `Future`: Has what it returns or raises, an [`EnvironmentTimeoutError`] at the limit.
         """
-        job = Job(work, None, owner, name, limit, owner=None if beside else self._owners.lane(owner))
+        job = Job(work, None, owner, name, limit, owner=None if on_other_thread else self._owners.lane(owner))
         if job.owner is not None and job.owner.is_current:
             job.answer(outcome_of(partial(self._run, job)))
         else:
@@ -258,8 +258,8 @@ class ToolExecutor:
         with self._lock:
             if self._closed:
                 return
+            self._after_submitted(self._wind_down)
             self._closed = True
-        self._after_submitted(self._wind_down)
         self._dispatcher.stop(cancel=False)
         self._processes.close()
 
@@ -281,9 +281,10 @@ class ToolExecutor:
 
     def _after_submitted(self, function: Callable[..., object], *args: object) -> None:
         """Call something on the dispatcher's thread when the jobs submitted before have started, if they can."""
-        loop = self._dispatcher.get()
-        # The task of a job takes its first step one turn of the loop after it is made.
-        loop.call_soon_threadsafe(loop.call_soon, function, *args)
+        if not self._closed:
+            loop = self._dispatcher.get()
+            # The task of a job takes its first step one turn of the loop after it is made.
+            loop.call_soon_threadsafe(loop.call_soon, function, *args)
 
     # What follows runs on the dispatcher's thread, except for `_run`.
 
@@ -385,6 +386,7 @@ class ToolExecutor:
 
     def _end_lane(self, lane: Lane) -> None:
         self._drop(lambda job: job.owner is lane, "The environment was released before the call ran.")
+        lane.abandoned = True  # for calls that another thread submits at the same time
         lane.stop()
 
     def _wind_down(self) -> None:

@@ -38,15 +38,16 @@ class LoopThread:
 
     def __init__(self, name: str = "tool-loop") -> None:
         self._name = name
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def get(self) -> asyncio.AbstractEventLoop:
         """Return the loop to run on."""
         with self._lock:
             if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(target=_run, args=(self._loop,), name=self._name, daemon=True).start()
+                loop = asyncio.new_event_loop()
+                threading.Thread(target=_run, args=(loop,), name=self._name, daemon=True).start()
+                self._loop = loop
             return self._loop
 
     def run(self, awaitable: Awaitable[object], started: Callable[["LoopRun"], object]) -> object:
@@ -62,7 +63,8 @@ class LoopThread:
         Returns:
             Its result; whatever it raised is raised here.
         """
-        run = LoopRun(self.get(), awaitable)
+        with self._lock:  # so that the loop is not ended before it has begun
+            run = LoopRun(self.get(), awaitable)
         started(run)
         value, error = run.outcome.result()
         if error is not None:
@@ -103,9 +105,6 @@ class LoopRun:
             The loop.
         awaitable (`Awaitable`):
             What to run.
-
-    Raises:
-        RuntimeError: if the loop is closed.
     """
 
     # Not `asyncio.run_coroutine_threadsafe`: its future reads as cancelled while the coroutine still runs.
@@ -116,15 +115,12 @@ class LoopRun:
         self.responded = False
         self._awaitable = awaitable
         self._task: asyncio.Task[Outcome] | None = None
-        try:
-            loop.call_soon_threadsafe(self._start)
-        except RuntimeError:
-            _close(awaitable)
-            raise
+        loop.call_soon_threadsafe(self._start)
 
     def cancel(self) -> None:
         """Ask the awaitable to end. `responded` becomes true when the loop takes notice."""
-        self.loop.call_soon_threadsafe(self._cancel)
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and has cancelled what ran on it
+            self.loop.call_soon_threadsafe(self._cancel)
 
     def _start(self) -> None:
         self._task = self.loop.create_task(_outcome(self._awaitable))
@@ -136,7 +132,8 @@ class LoopRun:
             self._task.cancel()
 
     def _finish(self, task: "asyncio.Task[Outcome]") -> None:
-        _close(self._awaitable)  # which has not begun if the task was cancelled before that
+        if inspect.iscoroutine(self._awaitable):
+            self._awaitable.close()  # it has not begun if the task was cancelled before that
         self.outcome.set_result((None, asyncio.CancelledError()) if task.cancelled() else task.result())
 
 
@@ -157,6 +154,7 @@ async def _end(loop: asyncio.AbstractEventLoop, cancel: bool) -> None:
         task.cancel()
     if others:
         await asyncio.wait(others, timeout=1.0 if cancel else None)
+    await asyncio.sleep(0)  # callbacks of tasks that have just ended come first
     loop.stop()
 
 
@@ -165,8 +163,3 @@ async def _outcome(awaitable: Awaitable[object]) -> Outcome:
         return await awaitable, None
     except BaseException as error:
         return None, error
-
-
-def _close(awaitable: Awaitable[object]) -> None:
-    if inspect.iscoroutine(awaitable):
-        awaitable.close()

@@ -86,7 +86,7 @@ class ToolProcess:
                 Arguments by name.
 
         Returns:
-            `tuple[ToolResult, bool]`: The result, an error if the process has come to an end; whether the process can
+            `tuple[ToolResult, bool]`: The result, an error if the process has ended; whether the process can
             take another call.
         """
         self._send(arguments)
@@ -112,7 +112,7 @@ class ToolProcess:
             self._connection.send(message)
 
     def _receive(self) -> JSONObject | None:
-        """Return a reply, or `None` if the process has ended or speaks nonsense."""
+        """Return a reply, or `None` if the process has ended or does not keep to the protocol."""
         try:
             reply = json.loads(self._connection.recv_bytes(_REPLY_LIMIT))
         except (OSError, EOFError, ValueError):

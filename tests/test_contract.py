@@ -403,9 +403,9 @@ READ_IN = {
     "if args.sync_ref_model:": ("__init__", "sync.synced_by_us keeps TRL from it"),
     "def get_reward(environments, _env_type=env_type, **kwargs)": (
         "__init__",
-        "environments.scoring_plain_instances knows it by its default, and passes another class",
+        "environments.scoring_without_failed knows it by its default, and passes another class",
     ),
-    "type(e) is _env_type": ("__init__", "environments.scoring_plain_instances passes another class"),
+    "type(e) is _env_type": ("__init__", "environments.scoring_without_failed passes another class"),
     "self._step += 1": ("training_step", "sync._batch_in_use counts the steps of a rollout batch"),
     "if self._step % generate_every == 0": ("_prepare_inputs", "sync._batch_in_use knows when a batch is used up"),
     "self._get_per_token_logps_and_entropies(": (

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pathlib
+import random
 import signal
 import sqlite3
 import subprocess
@@ -67,6 +68,10 @@ def call(name="t", **arguments):
 
 def run(executor, function, owner=None, **arguments):
     return executor.submit(call(**arguments), tool_of(function), owner).result(timeout=5)
+
+
+def on_owner(executor, owner, function, /, *args, **kwargs):
+    return executor.start_on_owner(owner, functools.partial(function, *args, **kwargs)).result()
 
 
 class Environment:
@@ -200,41 +205,41 @@ def test_order_and_thread_of_an_owner(executor):
     assert results == list(range(6)) * 4
     assert elapsed < 0.8, "one after the other is 1.4 s"
     for environment in environments:
-        assert executor.run_on_owner(environment, environment.read) == [0, 2, 3, 5]
+        assert on_owner(executor, environment, environment.read) == [0, 2, 3, 5]
         assert len(environment.threads) == 1
     assert len(set.union(*(environment.threads for environment in environments))) == 4
 
 
-def test_run_on_owner_waits_its_turn_raises_and_nests(executor):
+def test_work_on_an_owner_waits_its_turn_raises_and_nests(executor):
     environment = executor.construct_on_own_thread(Environment)
     tools = index_tools(environment_tools(environment))
     executor.submit(call(n=1, seconds=0.05), tools["write"], environment)
-    executor.run_on_owner(environment, environment.reset, row=1)
-    assert executor.run_on_owner(environment, environment.read) == []
+    on_owner(executor, environment, environment.reset, row=1)
+    assert on_owner(executor, environment, environment.read) == []
 
     def nested():
-        return executor.run_on_owner(environment, environment.read), threading.get_ident()
+        return on_owner(executor, environment, environment.read), threading.get_ident()
 
-    assert executor.run_on_owner(environment, nested) == ([], next(iter(environment.threads)))
-    assert executor.run_on_owner(environment, environment.write_later, 3) == 3
+    assert on_owner(executor, environment, nested) == ([], next(iter(environment.threads)))
+    assert on_owner(executor, environment, environment.write_later, 3) == 3
     with pytest.raises(sqlite3.ProgrammingError):
         environment.read()  # this thread does not own the connection
     with pytest.raises(ZeroDivisionError):
-        executor.run_on_owner(environment, lambda: 1 / 0)
+        on_owner(executor, environment, lambda: 1 / 0)
     with pytest.raises(TimeoutError, match="mine"):
-        executor.run_on_owner(environment, lambda: (_ for _ in ()).throw(TimeoutError("mine")))
+        on_owner(executor, environment, lambda: (_ for _ in ()).throw(TimeoutError("mine")))
 
 
-def test_run_on_owner_does_not_overtake_waiting_calls(make):
+def test_work_on_an_owner_does_not_overtake_waiting_calls(make):
     executor = make(max_concurrent=1, timeout=5.0)
     environment = executor.construct_on_own_thread(Environment)
     gate = threading.Event()
     executor.submit(call(), tool_of(gate.wait))  # takes the only slot
     executor.submit(call(n=7), index_tools(environment_tools(environment))["write"], environment)
     other = executor.construct_on_own_thread(Environment)
-    assert executor.run_on_owner(other, other.read) == []  # needs no slot
+    assert on_owner(executor, other, other.read) == []  # needs no slot
     threading.Timer(0.05, gate.set).start()
-    assert executor.run_on_owner(environment, environment.read) == [7]
+    assert on_owner(executor, environment, environment.read) == [7]
 
 
 def test_failing_constructor_raises_in_the_caller(executor):
@@ -254,10 +259,10 @@ def test_owners_are_forgotten_with_their_threads(executor):
     while threading.active_count() >= thread_count and time.monotonic() < deadline:
         time.sleep(0.005)
     assert gone() is None
-    assert threading.active_count() <= before + 1  # the watchdog stays
+    assert threading.active_count() <= before + 1  # the dispatcher stays
 
     plain = executor.construct_on_own_thread(list)  # cannot be referred to weakly
-    assert executor.run_on_owner(plain, len, plain) == 0
+    assert on_owner(executor, plain, len, plain) == 0
     executor.release(plain)
     assert not executor.is_abandoned(plain)
 
@@ -330,7 +335,7 @@ def test_owner_whose_call_timed_out_is_abandoned(make, kind):
         assert future.result(timeout=1).error_type == "abandoned"
         assert "still busy with an earlier call" in future.result().content["error"]
     with pytest.raises(ToolTimeoutError):
-        executor.run_on_owner(environment, environment.reset)
+        on_owner(executor, environment, environment.reset)
     assert executor.submit(call(), tool_of(lambda: 1), object()).result(timeout=1).content == 1
     gate.set()
 
@@ -361,7 +366,7 @@ def test_coroutine_that_is_cancelled_before_it_begins_is_closed(make, recwarn):
     assert [future.result(timeout=5).error_type for future in waiting] == ["timeout", "timeout"]
     gate.set()
     deadline = time.monotonic() + 3
-    while executor._admission.running + executor.stuck and time.monotonic() < deadline:
+    while executor._jobs and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.1)
     gc.collect()
@@ -578,6 +583,55 @@ def test_shutdown_answers_what_waits_and_refuses_more(make):
         executor.submit(call(), tool_of(gate.wait))
 
 
+async def _hang():
+    await asyncio.sleep(9)
+
+
+async def _block():
+    time.sleep(0.1)
+
+
+def _use_at_random(executor, owners, futures, rng):
+    acts = [lambda: 1, lambda: time.sleep(0.01), lambda: time.sleep(0.1), raiser(SystemExit(1)),
+            raiser(TransientToolError("busy")), async_raiser(ValueError("bad")), _hang, _block]  # fmt: skip
+    try:
+        for _ in range(40):
+            index, owner, what = rng.randrange(len(acts)), rng.choice(owners), rng.random()
+            if what < 0.1:
+                (executor.release if what < 0.05 else executor.give_up)(owner)
+            elif what < 0.2:
+                futures.append(executor.start_on_owner(owner, lambda: 1, "one", 0.05))
+            else:
+                tool = tool_of(acts[index], f"tool_{index}_{what < 0.4}", thread_safe=what < 0.4)
+                futures.append(executor.submit(call(tool.name), tool, rng.choice([owner, None])))
+    except ToolRuntimeError:
+        assert executor._closed
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_shutdown_at_any_time_answers_every_call_and_leaves_no_thread(make, monkeypatch, seed):
+    monkeypatch.setattr("trl_toolgrpo.tools.execute._GRACE", 0.05)
+    rng, before, futures = random.Random(seed), set(threading.enumerate()), []
+    executor = make(max_concurrent=rng.choice([1, 4, 64]), timeout=0.05, retries=rng.choice([0, 2]), max_abandoned=999)
+    owners = [executor.construct_on_own_thread(Environment) for _ in range(3)]
+    randoms = [random.Random(10 * seed + index) for index in range(4)]
+    users = [threading.Thread(target=_use_at_random, args=(executor, owners, futures, rng)) for rng in randoms]
+    for user in users:
+        user.start()
+    time.sleep(0.1 * rng.random())
+    executor.shutdown()
+    for user in users:
+        user.join()
+    for future in futures:
+        assert isinstance(future.exception(timeout=10), (ToolTimeoutError, type(None)))
+    del owners, users, user, futures, future  # an environment keeps its thread as long as it lives
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not left
+
+
 @pytest.mark.parametrize("wrong", [{"max_concurrent": 0}, {"timeout": 0}, {"retries": -1}, {"max_abandoned": -1}])
 def test_limits_out_of_range_are_refused(wrong):
     with pytest.raises(ConfigError):
@@ -639,7 +693,7 @@ def test_ctrl_c_reaches_a_caller_that_waits_for_an_owner(executor, ctrl_c):
     threading.Timer(2.0, gate.set).start()
     start = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
-        executor.run_on_owner(environment, gate.wait)
+        on_owner(executor, environment, gate.wait)
     assert time.perf_counter() - start < 1.4
     gate.set()
 

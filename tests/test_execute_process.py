@@ -326,7 +326,7 @@ def test_no_thread_is_left_behind(executor):
     before = threading.active_count()
     call(executor, process_tools.fail, how="segfault")
     call(executor, process_tools.where)
-    assert threading.active_count() <= before + 2  # a worker and the watchdog
+    assert threading.active_count() <= before + 2  # a worker and the dispatcher
 
 
 def many(count):

@@ -42,7 +42,7 @@ from .rollout.control_tokens import ControlTokens
 from .rollout.loop import RolloutRequest
 from .rollout.prompt_messages import PromptMessages
 from .rollout.response_templates import without_comments
-from .tools.environments import EnvironmentFailures, scoring_plain_instances, scoring_without_failed
+from .tools.environments import EnvironmentFailures, scoring_without_failed
 from .tools.execute import ToolExecutor
 from .tools.mcp import MCPTools
 from .tools.mcp_config import MCPServer, read_servers
@@ -251,7 +251,7 @@ class RolloutTools(GRPOTrainer):
         if self.environment_factories is not None:
             failures = self._environment_failures
             self.reward_funcs = [
-                f if isinstance(f, nn.Module) else scoring_without_failed(scoring_plain_instances(f), failures)
+                f if isinstance(f, nn.Module) else scoring_without_failed(f, failures)
                 for f in self.reward_funcs
             ]
 

@@ -1,117 +1,127 @@
-"""One call of a tool, tried again while its failure is transient.
+"""One call on its way through the runtime: its attempts, where whatever a tool raises becomes data, and its answer."""
 
-Owns the boundary where whatever a tool raises becomes data; fed by `execute.py` with the job to run.
-"""
-
-import copy
-import inspect
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import replace
-from typing import Any
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 
 from ..errors import EnvironmentTimeoutError
-from .lanes import Job
-from .results import plain_content, plain_reward, raised, refused
-from .types import ToolResult
+from .loops import LoopRun, Outcome, Work
+from .owners import Lane, Worker
+from .processes import ProcessCall
+from .results import as_result, raised, refused
+from .types import Tool, ToolResult
 
 
-_OWNER_BUSY = "The environment is still busy with an earlier call."
-_TOOL_BUSY = "The tool is still busy with an earlier call."
-
-
-def call_with_copy(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+@dataclass(eq=False)
+class Job:
     """
-    Calls a tool with arguments of its own, so that it can change neither the record of the call nor the next attempt.
+    One call of a tool, or with `tool=None` something else that is asked of an environment.
 
     Args:
         function (`Callable`):
-            The tool's function.
-        arguments (`dict`):
-            Arguments by name.
-
-    Returns:
-        What the function returns; for a coroutine function, the coroutine.
+            The call, with its arguments.
+        tool (`Tool`, *optional*):
+            The tool that is called.
+        environment (`object`, *optional*):
+            The environment it is asked of, kept alive as long as the job is.
+        name (`str`, *optional*, defaults to `""`):
+            What is asked of the environment, for messages.
+        limit (`float`, *optional*):
+            Seconds the job has once it runs; `None` for no limit.
     """
-    return function(**copy.deepcopy(arguments))
 
+    function: Work
+    tool: Tool | None = None
+    environment: object = None
+    name: str = ""
+    limit: float | None = None
+    future: "Future[object]" = field(default_factory=Future)
+    owner: Lane | None = None
+    exclusive: Lane | None = None  # of a tool that is not thread-safe
+    waits: bool = True
+    ready: "Future[Outcome]" = field(default_factory=Future)  # done once there is a process, if it runs in one
+    started: float | None = None
+    expired: bool = False
+    cancellable: LoopRun | ProcessCall | None = None
+    worker: Worker | None = None  # one that belongs to no environment
 
-def run_on_thread(job: Job, retries: int, resolve: Callable[[Awaitable[Any]], Any]) -> ToolResult:
-    """
-    Runs a call on the current thread.
+    def __post_init__(self) -> None:
+        self.future.set_running_or_notify_cancel()  # callers cannot cancel it
 
-    Args:
-        job ([`Job`]):
-            The call.
-        retries (`int`):
-            How often a transient failure is tried again.
-        resolve (`Callable`):
-            Waits for an awaitable that the tool returned.
+    @property
+    def lanes(self) -> list[Lane]:
+        """What the job holds while it runs."""
+        return [lane for lane in (self.owner, self.exclusive) if lane is not None]
 
-    Returns:
-        [`ToolResult`]: What the tool returned, or its failure.
-    """
-    while True:
-        try:
-            value = job.function()
-            result = _as_result(resolve(value) if inspect.isawaitable(value) else value)
-        except BaseException as error:
-            result = raised(error)
-        retries -= 1
-        if _is_final(result, retries, job):
-            return result
+    @property
+    def is_lost(self) -> bool:
+        """Whether what the job needs is held by a call that ignored its limit."""
+        return any(lane.abandoned for lane in self.lanes)
 
+    def begin(self, part: LoopRun | ProcessCall) -> None:
+        """Note what can be cancelled at the limit, and cancel it if that has passed."""
+        self.cancellable = part
+        if self.expired:
+            part.cancel()
 
-async def run_on_loop(job: Job, retries: int) -> ToolResult:
-    """
-    Runs a call as a coroutine.
+    def begin_in_process(self, call: ProcessCall) -> None:
+        """Note that the process is ready, from which on the time counts, also that of later attempts."""
+        self.begin(call)
+        if not self.ready.done():
+            self.started = time.monotonic()
+            self.ready.set_result((None, None))
 
-    Args:
-        job ([`Job`]):
-            The call.
-        retries (`int`):
-            How often a transient failure is tried again.
+    def run(self, retries: int, resolve: Callable[[object], object]) -> ToolResult:
+        """
+        Call the tool on this thread, again while its failure is transient.
 
-    Returns:
-        [`ToolResult`]: What the tool returned, or its failure; a `CancelledError` it raised is a failure too.
-    """
-    while True:
-        try:
-            value = job.function()
-            result = _as_result(await value if inspect.isawaitable(value) else value)
-        except BaseException as error:
-            # SystemExit must not reach the task, which would end the event loop's thread.
-            result = raised(error)
-        retries -= 1
-        if _is_final(result, retries, job):
-            return result
+        Args:
+            retries (`int`):
+                How often a transient failure is tried again.
+            resolve (`Callable`):
+                Waits for the awaitable that a tool may have returned; other values it returns as they are.
+        """
+        while True:
+            try:
+                result = as_result(resolve(self.function()))
+            except BaseException as error:
+                result = raised(error)
+            if not (result.is_error and result.transient) or retries == 0 or self.expired:
+                return result
+            retries -= 1
 
-
-def answer_unrun(jobs: Iterable[Job], reason: str | None = None) -> None:
-    """
-    Resolves jobs that will not run.
-
-    Args:
-        jobs (`Iterable[Job]`):
-            The jobs.
-        reason (`str`, *optional*):
-            Why; by default what they wait for is lost to an earlier call.
-    """
-    for job in jobs:
-        busy = _OWNER_BUSY if job.owner is not None and job.owner.abandoned else _TOOL_BUSY
-        if job.tool is None:
-            job.future.set_exception(EnvironmentTimeoutError(reason or busy, job.keep))
+    def answer(self, outcome: Outcome) -> None:
+        """Resolve the future with what the job returned or raised."""
+        value, error = outcome
+        if self.tool is not None:
+            result = value if isinstance(value, ToolResult) else raised(error or TypeError(type(value).__name__))
+            seconds = 0.0 if self.started is None else time.monotonic() - self.started
+            self.future.set_result(replace(result, seconds=seconds))
+        elif error is not None:  # raised again in the caller
+            self.future.set_exception(error)
         else:
-            job.future.set_result(refused("abandoned", reason or busy))
+            self.future.set_result(value)
 
+    def answer_late(self) -> None:
+        """Resolve the future of a job that did not return within its limit."""
+        limit = f"{self.limit:g} seconds"
+        if self.tool is not None:
+            self._answer_failure("timeout", f"Tool `{self.tool.name}` did not return within {limit}.")
+        elif self.environment is None:  # a constructor
+            self._answer_failure("timeout", f"It did not return within {limit}.")
+        else:
+            asked = f"`{self.name}` of the environment {type(self.environment).__name__}"
+            self._answer_failure("timeout", f"{asked} did not return within {limit} (`environment_timeout`).")
 
-def _as_result(value: Any) -> ToolResult:
-    if not isinstance(value, ToolResult):
-        return ToolResult(plain_content(value))
-    failed = bool(value.is_error)
-    kind = (value.error_type or "error") if failed else None
-    reward = plain_reward(value.reward, "The tool")
-    return replace(value, content=plain_content(value.content), is_error=failed, error_type=kind, reward=reward)
+    def answer_unrun(self, reason: str | None = None) -> None:
+        """Resolve the future of a job that will not run, by default because what it waits for is lost."""
+        self.waits = False
+        busy = "environment" if self.owner is not None and self.owner.abandoned else "tool"
+        self._answer_failure("abandoned", reason or f"The {busy} is still busy with an earlier call.")
 
-
-def _is_final(result: ToolResult, retries_left: int, job: Job) -> bool:
-    return not (result.is_error and result.transient) or retries_left < 0 or job.settled
+    def _answer_failure(self, kind: str, message: str) -> None:
+        if self.tool is None:
+            self.answer((None, EnvironmentTimeoutError(message, self.environment)))
+        else:
+            self.answer((refused(kind, message), None))

@@ -15,26 +15,30 @@ import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..errors import ConfigError, EnvironmentTimeoutError, ToolRuntimeError, TransientToolError
 from .execute import ToolExecutor
-from .owners import wait
+from .loops import Work
 from .types import is_async_callable
 
 
 logger = logging.getLogger(__name__)
 
+Factory: TypeAlias = Callable[[], object]
+
 _THREAD_BOUND = (sqlite3.Connection, sqlite3.Cursor)
 _FAILURES = (TimeoutError, TransientToolError)  # of an environment that fails as data; other errors end the run
+_FORGIVEN = ("reset", "get_reward")  # methods whose failure costs the rollout, and is not raised
 _SCORING: ContextVar[bool] = ContextVar("scoring", default=False)  # whether a reward function runs, on any thread
 
 
 class FailedEnvironment:
     """What a rollout has in place of an environment whose constructor did not return."""
 
-    def reset(self, **row: Any) -> None:
+    def reset(self, **row: object) -> None:
         """Do nothing."""
 
 
@@ -49,11 +53,11 @@ class EnvironmentFailures:
 
     def __init__(self, most_in_row: int = 8) -> None:
         self.most_in_row = most_in_row
-        self.of_batch: list[Any] = []
+        self.of_batch: list[object] = []
         self._in_row: Counter[str] = Counter()
 
     def includes(self, environment: object) -> bool:
-        """Whether an environment has failed."""
+        """Return whether an environment has failed."""
         return any(environment is failed for failed in self.of_batch)
 
     def add(self, environment: object, name: str, error: BaseException) -> None:
@@ -75,13 +79,13 @@ class EnvironmentFailures:
             self.of_batch.append(environment)
         self._in_row[name] += 1
         count = self._in_row[name]
-        said = f"{str(error) or type(error).__name__}"
+        reason = str(error) or type(error).__name__
         if count >= self.most_in_row:
             raise ToolRuntimeError(
-                f"{count} environments in a row failed, the last of them: {said} Mend the environment's `{name}`, or "
-                f"allow more time (`environment_timeout`)."
+                f"{count} environments in a row failed, the last of them: {reason}",
+                remedy=f"Mend the environment's `{name}`, or allow more time (`environment_timeout`).",
             ) from error
-        logger.warning("An environment failed: %s Its rollout is not scored, and it is not used again.", said)
+        logger.warning("An environment failed: %s Its rollout is not scored, and it is not used again.", reason)
 
     def succeeded(self, name: str) -> None:
         """Note that an environment did what was asked, which ends a row of failures."""
@@ -89,8 +93,11 @@ class EnvironmentFailures:
 
 
 def on_own_thread(
-    factory: Any, executor: ToolExecutor, failures: EnvironmentFailures | None = None, limits_tools: bool = True
-) -> Any:
+    factory: Factory | dict[str, Factory] | None,
+    executor: ToolExecutor,
+    failures: EnvironmentFailures | None = None,
+    limits_tools: bool = True,
+) -> Factory | dict[str, Factory] | None:
     """
     Wrap an environment factory, or a dict of them, so that each instance belongs to a thread of its own.
 
@@ -113,58 +120,24 @@ def on_own_thread(
     Raises:
         ConfigError: if a factory cannot be called.
     """
-    if factory is None:
-        return None
     access = _Access(executor, failures or EnvironmentFailures(), limits_tools)
-    for make in factory.values() if isinstance(factory, dict) else [factory]:
-        if not callable(make):
-            raise ConfigError(f"You passed the environment factory {make!r}, which cannot be called. Pass a class.")
     if isinstance(factory, dict):
         return {name: _factory(make, access) for name, make in factory.items()}
-    return _factory(factory, access)
+    return None if factory is None else _factory(factory, access)
 
 
-def scoring_plain_instances(reward_func: Any) -> Any:
+def scoring_without_failed(reward_func: Any, failures: EnvironmentFailures) -> Callable[..., Any]:
     """
-    TRL's reward of an environment's class, extended to instances that live on no thread of their own.
-
-    TRL compares types, and scripts may call this reward with an environment they made themselves. Any other reward
-    function is given back as it is.
-
-    Args:
-        reward_func (`Callable`):
-            One of the trainer's.
-    """
-    kind = (getattr(reward_func, "__defaults__", None) or (None,))[0]
-    plain: Any = getattr(kind, "_plain_class", None)
-    if plain is None:
-        return reward_func
-
-    def class_of(environments: list[Any]) -> Any:
-        return plain if any(type(environment) is plain for environment in environments) else kind
-
-    if inspect.iscoroutinefunction(reward_func):
-
-        async def get_reward_async(environments: list[Any], **kwargs: Any) -> Any:
-            return await reward_func(environments, class_of(environments), **kwargs)
-
-        return functools.wraps(reward_func)(get_reward_async)
-
-    def get_reward(environments: list[Any], **kwargs: Any) -> Any:
-        return reward_func(environments, class_of(environments), **kwargs)
-
-    return functools.wraps(reward_func)(get_reward)
-
-
-def scoring_without_failed(reward_func: Any, failures: EnvironmentFailures) -> Any:
-    """
-    A reward function that is not asked about rollouts whose environment has failed: they get 0.0.
+    Wrap a reward function so that it is not asked about rollouts whose environment has failed: they get 0.0.
 
     The trainer replaces that by no reward. TRL would take a `None` for a fault of the reward functions, and say so.
 
-    What it reads of the other environments is read on their own threads, also by a coroutine function. If one of them
-    does not answer, its rollout has failed too, and the function is called again without it; what it logged before
-    that is dropped.
+    What the function reads of the other environments is read on their own threads, also by a coroutine function. If
+    one of them does not answer, its rollout has failed too, and the function is called again without it; what it
+    logged before that is dropped.
+
+    TRL's reward of an environment's class also scores instances that scripts have made themselves and that live on no
+    thread of their own.
 
     Args:
         reward_func (`Callable`):
@@ -172,54 +145,53 @@ def scoring_without_failed(reward_func: Any, failures: EnvironmentFailures) -> A
         failures ([`EnvironmentFailures`]):
             The environments that failed.
     """
-    if is_async_callable(reward_func):
+    scored_class = (getattr(reward_func, "__defaults__", None) or (None,))[0]
+    plain_class = getattr(scored_class, "_plain_class", None)
 
-        async def scored_async(*args: Any, **kwargs: Any) -> Any:
-            while True:
-                call = _ScoringCall(kwargs, failures)
-                if not call.kept:
-                    return call.result([])
-                with call.attempt():
-                    return call.result(await reward_func(*args, **call.arguments))
-
-        return functools.wraps(reward_func)(scored_async)
-
-    def scored(*args: Any, **kwargs: Any) -> Any:
+    async def scored_async(*args: object, **kwargs: Any) -> object:
         while True:
-            call = _ScoringCall(kwargs, failures)
-            if not call.kept:
-                return call.result([])
+            call = _ScoringCall(kwargs, failures, plain_class)
             with call.attempt():
-                return call.result(reward_func(*args, **call.arguments))
+                return call.result(await reward_func(*args, **call.arguments) if call.kept else [])
 
-    return functools.wraps(reward_func)(scored)
+    def scored(*args: object, **kwargs: Any) -> object:
+        while True:
+            call = _ScoringCall(kwargs, failures, plain_class)
+            with call.attempt():
+                return call.result(reward_func(*args, **call.arguments) if call.kept else [])
+
+    return functools.wraps(reward_func)(scored_async if is_async_callable(reward_func) else scored)
 
 
 class _ScoringCall:
     """A call of a reward function on the rollouts whose environment has not failed."""
 
-    def __init__(self, arguments: dict[str, Any], failures: EnvironmentFailures) -> None:
-        environments = arguments.get("environments") or [None]
+    def __init__(self, arguments: dict[str, Any], failures: EnvironmentFailures, plain_class: type | None) -> None:
+        self._environments = arguments.get("environments") or [None]
         self._failures = failures
-        self._environments = environments
-        self._count = len(environments)
-        self._logged: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
-        self.kept = [row for row, environment in enumerate(environments) if not failures.includes(environment)]
+        self._logged: list[Callable[[], object]] = []
+        self.kept = [row for row, found in enumerate(self._environments) if not failures.includes(found)]
         self.arguments = {name: self._argument(name, value) for name, value in arguments.items()}
+        if plain_class is not None and any(type(environment) is plain_class for environment in self._environments):
+            self.arguments["_env_type"] = plain_class  # which TRL compares with the type of each environment
 
-    def _argument(self, name: str, value: Any) -> Any:
+    def _argument(self, name: str, value: Any) -> object:
         if name == "log_metric":
-            return lambda *args: self._logged.append((value, args))
+            return lambda *args: self._logged.append(functools.partial(value, *args))
         if name == "log_extra":
-            return lambda column, values: self._logged.append((value, (column, self._in_all_rows(values))))
-        whole = len(self.kept) == self._count or not isinstance(value, list) or len(value) != self._count
+            return lambda column, values: self._logged.append(
+                functools.partial(value, column, self._in_all_rows(values))
+            )
+        count = len(self._environments)
+        whole = len(self.kept) == count or not isinstance(value, list) or len(value) != count
         return value if whole else [value[row] for row in self.kept]
 
     def _in_all_rows(self, values: Any) -> Any:
-        if len(self.kept) == self._count or not hasattr(values, "__len__") or len(values) != len(self.kept):
+        count = len(self._environments)
+        if len(self.kept) == count or not hasattr(values, "__len__") or len(values) != len(self.kept):
             return values
         found = dict(zip(self.kept, values, strict=True))
-        return [found.get(row) for row in range(self._count)]
+        return [found.get(row) for row in range(count)]
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
@@ -235,12 +207,12 @@ class _ScoringCall:
         finally:
             _SCORING.reset(token)
 
-    def result(self, rewards: Any) -> Any:
-        """The rewards of all rollouts, once the call has succeeded; 0.0 for those whose environment has failed."""
-        for log, args in self._logged:
-            log(*args)
+    def result(self, rewards: object) -> object:
+        """Return the rewards of all rollouts after a call that succeeded; 0.0 where the environment has failed."""
+        for log in self._logged:
+            log()
         found = self._in_all_rows(rewards)
-        if not self._failures.of_batch or not hasattr(found, "__len__") or len(found) != self._count:
+        if not self._failures.of_batch or not hasattr(found, "__len__") or len(found) != len(self._environments):
             return found
         pairs = zip(self._environments, found, strict=True)
         return [0.0 if self._failures.includes(environment) else reward for environment, reward in pairs]
@@ -261,127 +233,116 @@ class _Access:
         """Whether the caller is the trainer or a reward function, and not the environment itself."""
         return threading.get_ident() == self._home or _SCORING.get()
 
-    def read(self, owner: Any, name: str) -> Any:
-        """An attribute of an environment, as its caller outside gets to see it."""
-        lost = self.failures.includes(owner)
-        if lost or self.executor.is_abandoned(owner):  # its thread hangs or is not to be trusted
-            if name in ("reset", "get_reward"):
-                asked = name == "get_reward" and is_async_callable(getattr(type(owner), name, None))
-                return _nothing_async if asked else _nothing
-            if lost:
-                raise EnvironmentTimeoutError(f"The environment {type(owner).__name__} has failed before.", owner)
-            value = self._noting(owner, name, functools.partial(self.executor.run_beside_owner, owner, name))
-            return _ThreadBound(value, owner, self) if isinstance(value, _THREAD_BOUND) else value
-        value = self.run(owner, name, functools.partial(getattr, owner, name))
-        if name == "reset" and callable(value):
-            return functools.partial(self._reset, owner, value)
+    def read(self, owner: object, name: str) -> object:
+        """Return an attribute of an environment as its caller outside gets to see it."""
+        failed = self.failures.includes(owner)
+        abandoned = failed or self.executor.is_abandoned(owner)  # its thread hangs or is not to be trusted
+        if abandoned and name in _FORGIVEN:
+            is_async = name == "get_reward" and is_async_callable(getattr(type(owner), name, None))
+            return _nothing_async if is_async else _nothing
+        if failed:
+            raise EnvironmentTimeoutError(f"The environment {type(owner).__name__} has failed before.", owner)
+        value = self.run(owner, name, functools.partial(getattr, owner, name), on_other_thread=abandoned)
+        if abandoned and not isinstance(value, _THREAD_BOUND):
+            return value
         return self.stand_in(value, owner, name)
 
-    def run(self, owner: Any, name: str, work: "functools.partial[Any]") -> Any:
-        """Run something on the environment's thread and wait."""
-        return self._noting(owner, name, lambda: wait(self._start(owner, name, work)))
-
-    def _start(self, owner: Any, name: str, work: "functools.partial[Any]", limited: bool = True) -> Any:
-        limit = self.executor.environment_timeout if limited else None
-        return self.executor.start_on_owner(owner, work, name, limit)
-
-    def _noting(self, owner: Any, name: str, work: Callable[[], Any]) -> Any:
-        try:
-            value = work()
-        except EnvironmentTimeoutError as error:
-            self.failures.add(owner, name, error)
-            raise
+    def run(self, owner: object, name: str, work: Work, on_other_thread: bool = False) -> object:
+        """Run something on the environment's thread, or on another while that hangs, and wait."""
+        with self._counting_failures(owner, name):
+            limit = self.executor.environment_timeout
+            value = self.executor.start_on_owner(owner, work, name, limit, on_other_thread=on_other_thread).result()
         if not callable(value):  # a method has not yet done anything
             self.failures.succeeded(name)
         return value
 
-    def stand_in(self, value: Any, owner: Any, name: str) -> Any:
-        """What the caller outside gets to see of something that lives on the environment's thread."""
+    def stand_in(self, value: object, owner: object, name: str) -> object:
+        """Return what the caller outside gets to see of something that lives on the environment's thread."""
         if isinstance(value, _THREAD_BOUND):
             return _ThreadBound(value, owner, self)
         if isinstance(value, functools.partial):
-            found = functools.partial(self.stand_in(value.func, owner, name), *value.args, **value.keywords)
+            function: Any = self.stand_in(value.func, owner, name)
+            found = functools.partial(function, *value.args, **value.keywords)
             vars(found).update({"__name__": name, **vars(value)})  # TRL asks tools for their names
             return found
         is_own = inspect.ismethod(value) and value.__self__ is owner
-        if not is_own and not (name == "get_reward" and callable(value)):
-            return value
+        if callable(value) and (is_own or name in _FORGIVEN):
+            return self._method(value, owner, name)
+        return value
 
-        def start(*args: Any, **kwargs: Any) -> Any:
-            limited = self.limits_tools or _SCORING.get() or name == "get_reward"
-            return self._start(owner, name, functools.partial(value, *args, **kwargs), limited)
+    def _method(self, plain: Callable[..., Any], owner: object, name: str) -> Callable[..., object]:
+        """Return a method that runs on the environment's thread."""
 
-        if inspect.iscoroutinefunction(value):
+        def start(*args: object, **kwargs: object) -> "Future[object]":
+            limited = self.limits_tools or _SCORING.get() or name in _FORGIVEN
+            limit = self.executor.environment_timeout if limited else None
+            return self.executor.start_on_owner(owner, functools.partial(plain, *args, **kwargs), name, limit)
 
-            async def method_async(*args: Any, **kwargs: Any) -> Any:
-                if self.executor.is_within_call(owner):  # as a tool, whose call has the thread
-                    return await value(*args, **kwargs)
-                with self._failing(owner, name):
-                    return self.stand_in(await asyncio.wrap_future(start(*args, **kwargs)), owner, name)
+        async def method_async(*args: object, **kwargs: object) -> object:
+            if self.executor.is_within_call(owner):  # as a tool, whose call has the thread
+                return await plain(*args, **kwargs)
+            value = None
+            with self._counting_failures(owner, name, forgiven=name in _FORGIVEN):
+                value = await asyncio.wrap_future(start(*args, **kwargs))
+                self.failures.succeeded(name)
+            return self.stand_in(value, owner, name)
 
-            return functools.wraps(value)(method_async)
-
-        def method(*args: Any, **kwargs: Any) -> Any:
+        def method(*args: object, **kwargs: object) -> object:
             if self.executor.is_within_call(owner):
-                return value(*args, **kwargs)
-            with self._failing(owner, name):
-                return self.stand_in(wait(start(*args, **kwargs)), owner, name)
+                return plain(*args, **kwargs)
+            value = None
+            with self._counting_failures(owner, name, forgiven=name in _FORGIVEN):
+                value = start(*args, **kwargs).result()
+                self.failures.succeeded(name)
+            if name == "reset":
+                _check_observation(value, owner)
+            return self.stand_in(value, owner, name)
 
-        return functools.wraps(value)(method)
+        is_async = inspect.iscoroutinefunction(plain) and name != "reset"
+        return functools.wraps(plain)(method_async if is_async else method)
 
     @contextlib.contextmanager
-    def _failing(self, owner: Any, name: str) -> Iterator[None]:
-        """Count failures; those of `get_reward` leave the rollout without a reward, and others are raised."""
+    def _counting_failures(self, owner: object, name: str, forgiven: bool = False) -> Iterator[None]:
+        """Count failures, and raise those that are not forgiven; a forgiven one may be of the environment's making."""
         try:
             yield
-            self.failures.succeeded(name)
         except EnvironmentTimeoutError as error:
             self.failures.add(owner, name, error)
-            if name != "get_reward":
+            if not forgiven:
                 raise
         except _FAILURES as error:
-            if name != "get_reward":
+            if not forgiven:
                 raise
-            self._give_up(owner, name, error)
-
-    def _give_up(self, owner: Any, name: str, error: BaseException) -> None:
-        """Count a failure that the environment has raised by itself."""
-        self.executor.give_up(owner)
-        of = f"`{name}` of the environment {type(owner).__name__} raised {type(error).__name__}"
-        self.failures.add(owner, name, EnvironmentTimeoutError(f"{of}: {error}", owner))
-
-    def _reset(self, owner: Any, reset: Callable[..., Any], /, *args: Any, **row: Any) -> Any:
-        """Reset an environment; one that fails has nothing to say, and its rollout is not run."""
-        try:
-            observation = wait(self._start(owner, "reset", functools.partial(reset, *args, **row)))
-        except EnvironmentTimeoutError as error:
-            self.failures.add(owner, "reset", error)
-            return None
-        except _FAILURES as error:
-            self._give_up(owner, "reset", error)
-            return None
-        self.failures.succeeded("reset")
-        if observation is not None and not isinstance(observation, (str, list)):
-            raise ToolRuntimeError(
-                f"`reset` of the environment {type(owner).__name__} returned {observation!r:.200}, of type "
-                f"{type(observation).__name__}. Return what is added to the prompt, as text or as a list of content "
-                f"blocks, or None."
-            )
-        return observation
+            self.executor.give_up(owner)
+            raised = f"`{name}` of the environment {type(owner).__name__} raised {type(error).__name__}"
+            self.failures.add(owner, name, EnvironmentTimeoutError(f"{raised}: {error}", owner))
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
+def _check_observation(observation: object, owner: object) -> None:
+    if observation is not None and not isinstance(observation, (str, list)):
+        raise ToolRuntimeError(
+            f"`reset` of the environment {type(owner).__name__} returned {observation!r:.200}, of type "
+            f"{type(observation).__name__}.",
+            remedy="Return what is added to the prompt, as text or as a list of content blocks, or None.",
+        )
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
     return None
 
 
-async def _nothing_async(*args: Any, **kwargs: Any) -> None:
+async def _nothing_async(*args: object, **kwargs: object) -> None:
     return None
 
 
-def _factory(factory: Callable[[], Any], access: _Access) -> Callable[[], Any]:
+def _factory(factory: Factory, access: _Access) -> Factory:
+    if not callable(factory):
+        raise ConfigError(
+            f"You passed the environment factory {factory!r}, which cannot be called.", remedy="Pass a class."
+        )
     made_before = False
 
-    def make() -> Any:
+    def make() -> object:
         nonlocal made_before
         try:
             environment = access.executor.construct_on_own_thread(factory)
@@ -399,7 +360,7 @@ def _factory(factory: Callable[[], Any], access: _Access) -> Callable[[], Any]:
         if kind in access.classes.values():  # a factory that hands out the same instance again
             return environment
         if kind not in access.classes:
-            access.classes[kind] = _threaded(kind, access)
+            access.classes[kind] = _threaded_class(kind, access)
         # A class may have a `__setattr__` of its own
         object.__setattr__(environment, "__class__", access.classes[kind])
         return environment
@@ -407,55 +368,50 @@ def _factory(factory: Callable[[], Any], access: _Access) -> Callable[[], Any]:
     return functools.update_wrapper(make, factory) if inspect.isroutine(factory) else make
 
 
-def _threaded(kind: type, access: _Access) -> type:
+def _threaded_class(kind: Any, access: _Access) -> type:
+    """Return a subclass whose attributes are read on the thread of each instance."""
     _refuse_generators(kind)
-    plain: Any = kind.__getattribute__
+    read, missing, shown = kind.__getattribute__, getattr(kind, "__getattr__", None), kind.__repr__
 
-    def look_up(self: Any, name: str) -> Any:
-        if name.startswith("__") or not access.is_outside:
-            return plain(self, name)
-        return access.read(self, name)
+    def look_up(self: object, name: str) -> object:
+        return access.read(self, name) if access.is_outside and not name.startswith("__") else read(self, name)
 
-    shown: Any = kind.__repr__
+    def look_up_missing(self: object, name: str) -> object:
+        # Python asks for it, on the caller's thread, what `look_up` has not found
+        if missing is not None and (name.startswith("__") or not access.is_outside):
+            return missing(self, name)
+        raise AttributeError(f"{kind.__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
-    def described(self: Any) -> Any:
+    def described(self: object) -> str:
         try:
             return shown(self)
         except EnvironmentTimeoutError:  # which the attributes of one that failed raise; logs show it all the same
             return object.__repr__(self)
 
-    body = {"__getattribute__": look_up, "__repr__": described, "__slots__": ()}
-    body |= {"__doc__": kind.__doc__, "__module__": kind.__module__}
-    body["_plain_class"] = kind
-    missing: Any = getattr(kind, "__getattr__", None)
-    if missing is not None:  # Python asks it, on the caller's thread, where `look_up` has found nothing
-
-        def look_up_missing(self: Any, name: str) -> Any:
-            if name.startswith("__") or not access.is_outside:
-                return missing(self, name)
-            raise AttributeError(f"{kind.__name__!r} object has no attribute {name!r}", name=name, obj=self)
-
-        body["__getattr__"] = look_up_missing
-    return type(kind.__name__, (kind,), body)
+    members = {"__getattribute__": look_up, "__repr__": described, "__slots__": (), "_plain_class": kind}
+    if missing is not None:
+        members["__getattr__"] = look_up_missing
+    return type(kind.__name__, (kind,), {**members, "__doc__": kind.__doc__, "__module__": kind.__module__})
 
 
 def _refuse_generators(kind: type) -> None:
-    for name in ("reset", "get_reward"):
+    for name in _FORGIVEN:
         function = inspect.unwrap(getattr(kind, name, None) or _nothing)
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise ConfigError(
                 f"`{name}` of the environment {kind.__name__} is a generator function (it has a `yield`): a call "
-                f"gives a generator, and nothing of its body runs. Return what it yields."
+                f"gives a generator, and nothing of its body runs.",
+                remedy="Return what it yields.",
             )
 
 
 class _ThreadBound:
     """A `sqlite3` object whose methods run on the thread that opened it."""
 
-    def __init__(self, target: Any, owner: Any, access: _Access):
+    def __init__(self, target: object, owner: object, access: _Access) -> None:
         self._target, self._owner, self._access = target, owner, access
 
-    def _run(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, function: Callable[..., object], /, *args: object, **kwargs: object) -> Any:
         name = type(self._target).__name__
         if self._access.executor.is_abandoned(self._owner):
             raise EnvironmentTimeoutError(
@@ -471,18 +427,17 @@ class _ThreadBound:
         if not callable(value):
             return value
 
-        def method(*args: Any, **kwargs: Any) -> Any:
+        def method(*args: object, **kwargs: object) -> object:
             result = self._run(value, *args, **kwargs)
             return self if result is self._target else self._access.stand_in(result, self._owner, name)
 
         return method
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[object]:
         return iter(self._run(list, self._target))
 
-    def __enter__(self) -> "_ThreadBound":
-        self._run(self._target.__enter__)
-        return self
+    def __enter__(self) -> object:
+        return self.__getattr__("__enter__")()
 
-    def __exit__(self, *error: Any) -> Any:
-        return self._run(self._target.__exit__, *error)
+    def __exit__(self, *error: object) -> object:
+        return self.__getattr__("__exit__")(*error)

@@ -1,41 +1,46 @@
 """Calls of tools, run off the decode path: many at a time, each within its time limit.
 
-Owns the order, the limits and the failures of calls; fed by the rollout loop. What a tool raises is that tool's
-failure, and comes back as data. All threads are daemons: a hung tool delays neither the run nor its exit.
+What a tool raises is that tool's failure, and comes back as data. All threads are daemons: a hung tool delays neither
+the run nor its exit.
 """
 
 import asyncio
+import contextlib
+import copy
 import inspect
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from concurrent.futures import Future
-from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
-from ..errors import ConfigError, EnvironmentTimeoutError, ToolRuntimeError
+from ..errors import ConfigError, ToolRuntimeError
+from ..types import JSONObject
 from .arguments import refusal as refusal_of
-from .attempts import answer_unrun, call_with_copy, run_on_loop, run_on_thread
-from .lanes import Admission, Job, Lane
-from .loops import LoopRun, LoopThread
-from .owners import Owners, construct, wait
-from .processes import ProcessCall, ProcessPool
-from .results import raised, refused, unknown_tool
+from .attempts import Job
+from .loops import LoopRun, LoopThread, Outcome, Work, outcome_of
+from .owners import Lane, Owners, Worker
+from .processes import ProcessPool
 from .results import result_text as result_text
-from .threads import Watchdog, Worker
+from .results import unknown_tool
 from .types import Tool, ToolCall, ToolResult
 
 
 T = TypeVar("T")
 
-# How long a cancelled coroutine may take to end before it counts as stuck.
+# How long a cancelled call may take to end before it counts as stuck.
 _GRACE = 1.0
 
 
 class ToolExecutor:
     """
     Runs tool calls concurrently and resolves each to a [`ToolResult`].
+
+    A call waits until the environment or the tool that takes one call at a time is free, then for a slot, and runs on
+    the environment's thread or another one, which waits for what runs on the event loop of tools or in a process. All
+    of that is decided on one event loop on which no tool runs, so it needs no locks: see `_serve`.
 
     Args:
         max_concurrent (`int`, *optional*, defaults to `64`):
@@ -69,24 +74,28 @@ class ToolExecutor:
         if max_concurrent < 1 or retries < 0 or max_abandoned < 0 or (timeout is not None and timeout <= 0):
             raise ConfigError(
                 f"You passed max_concurrent={max_concurrent}, timeout={timeout}, retries={retries}, "
-                f"max_abandoned={max_abandoned}. Calls need at least one slot and a positive time limit (or None), "
-                f"and the counts cannot be negative."
+                f"max_abandoned={max_abandoned}.",
+                remedy="Calls need at least one slot and a positive time limit (or None), and the counts cannot be "
+                "negative.",
             )
         self.timeout = timeout
         self.environment_timeout = environment_timeout
         self.retries = retries
         self.max_abandoned = max_abandoned
-        self._lock = threading.Lock()
-        self._admission = Admission(max_concurrent)
-        self._idle: list[Worker] = []
         self._owners = Owners()
-        self._exclusive: dict[str, Lane] = {}
+        self._processes = ProcessPool(warm, max_concurrent)
+        self._loop = LoopThread()
+        self._dispatcher = LoopThread("tool-dispatch")
+        self._dispatcher.get()  # a thread cannot be started when the interpreter exits, and a loop is ended there
+        self._lock = threading.Lock()
+        self._closed = False
+        # What follows is changed on the dispatcher's thread alone.
+        self._slots = asyncio.Semaphore(max_concurrent)
+        self._jobs: dict[asyncio.Task[None], Job] = {}
+        self._idle: list[Worker] = []
+        self._exclusive: defaultdict[str, Lane] = defaultdict(Lane)
         self._stuck: set[Job] = set()
         self._abandoned = 0
-        self._closed = False
-        self._watchdog = Watchdog()
-        self._loop = LoopThread()
-        self._processes = ProcessPool(warm, max_concurrent)
 
     @property
     def abandoned(self) -> int:
@@ -96,13 +105,13 @@ class ToolExecutor:
     @property
     def stuck(self) -> int:
         """How many of the tool calls that were given up still run."""
-        return sum(job.tool is not None for job in self._stuck)
+        return len(self._stuck)
 
     def submit(
         self, call: ToolCall, tool: Tool | None, owner: object | None = None, *, available: Collection[str] = ()
-    ) -> Future[ToolResult]:
+    ) -> "Future[ToolResult]":
         """
-        Starts a call, or queues it.
+        Start a call, or queue it.
 
         Args:
             call ([`ToolCall`]):
@@ -124,90 +133,49 @@ class ToolExecutor:
             ToolSchemaError: if the tool's schema is not valid.
         """
         self._check_stuck()
-        future: Future[ToolResult] = Future()
-        future.set_running_or_notify_cancel()
         refusal = refusal_of(call, tool, available)
         if tool is None or refusal is not None:
-            future.set_result(refusal or unknown_tool(call, available))
-        else:
-            job = Job(future, partial(call_with_copy, tool.function, call.arguments), tool, keep=owner)
-            if tool.isolation == "process":
-                job.function = partial(self._processes.run, tool, call.arguments, partial(self._begin_in_process, job))
-            self._enqueue(job, owner)
-        return future
-
-    def run_on_owner(self, owner: object, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """
-        Runs something on an owner's thread, after the calls submitted on it before, and waits.
-
-        Args:
-            owner (`object`):
-                The environment instance.
-            function (`Callable`):
-                What to run, such as its `reset`; a coroutine is awaited on the event loop.
-            args, kwargs:
-                Its arguments.
-
-        Returns:
-            What the function returns.
-
-        Raises:
-            EnvironmentTimeoutError: if it, or an earlier call on the owner, ignored its time limit.
-        """
-        name = str(args[1] if function is getattr and len(args) > 1 else getattr(function, "__name__", function))
-        return wait(self.start_on_owner(owner, partial(function, *args, **kwargs), name, self.environment_timeout))
+            answered: Future[ToolResult] = Future()
+            answered.set_result(refusal or unknown_tool(call, available))
+            return answered
+        job = Job(partial(_call_with_copy, tool, call.arguments), tool, owner, limit=tool.timeout or self.timeout)
+        job.owner = None if owner is None else self._owners.lane(owner)
+        if tool.isolation == "process":
+            job.function = partial(self._processes.run, tool, call.arguments, job.begin_in_process)
+        self._enqueue(job)
+        return cast("Future[ToolResult]", job.future)
 
     def start_on_owner(
-        self, owner: object, work: "partial[Any]", name: str = "", limit: float | None = None
-    ) -> "Future[Any]":
+        self, owner: object, work: Work, name: str = "", limit: float | None = None, *, on_other_thread: bool = False
+    ) -> "Future[object]":
         """
-        Starts something on an owner's thread, or queues it after the calls submitted on it before.
+        Start something on an owner's thread, or queue it after the calls submitted on it before.
 
         Args:
             owner (`object`):
                 The environment instance.
-            work (`partial`):
+            work (`Callable`):
                 What to run, such as its `reset`; a coroutine is awaited on the event loop.
             name (`str`, *optional*, defaults to `""`):
                 What it is, for messages.
             limit (`float`, *optional*):
                 Seconds it has once it runs; an owner that takes longer is abandoned. `None` for no limit.
+            on_other_thread (`bool`, *optional*, defaults to `False`):
+                Whether to run it at once on another thread, since the owner's own hangs.
 
         Returns:
             `Future`: Has what it returns or raises, an [`EnvironmentTimeoutError`] at the limit.
         """
-        future: Future[Any] = Future()
-        future.set_running_or_notify_cancel()
-        lane = self._owners.find(owner)
-        if lane is not None and lane.worker is not None and lane.worker.is_current:
-            try:
-                future.set_result(self._resolved(work()))
-            except BaseException as error:
-                future.set_exception(error)
+        job = Job(work, None, owner, name, limit, owner=None if on_other_thread else self._owners.lane(owner))
+        if job.owner is not None and job.owner.is_current:
+            job.answer(outcome_of(partial(self._run, job)))
         else:
-            self._enqueue(Job(future, work, keep=owner, name=name, limit=limit), owner)
-        return future
-
-    def run_beside_owner(self, owner: object, name: str) -> Any:
-        """
-        Reads an attribute of an owner whose own thread hangs, on another thread and within the limit.
-
-        Args:
-            owner (`object`):
-                The environment instance.
-            name (`str`):
-                The attribute.
-
-        Raises:
-            EnvironmentTimeoutError: if that does not return either.
-        """
-        job = Job(Future(), partial(getattr, owner, name), keep=owner, name=name, limit=self.environment_timeout)
-        self._enqueue(job, None)
-        return wait(job.future)
+            self._enqueue(job)
+        return job.future
 
     def construct_on_own_thread(self, factory: Callable[[], T]) -> T:
         """
-        Constructs an environment on the thread that will own it, as `sqlite3` connections and browsers need. What a
+        Construct an environment on the thread that will own it, as `sqlite3` connections and browsers need. What a
         coroutine function makes is awaited.
 
         Args:
@@ -220,27 +188,26 @@ class ToolExecutor:
         Raises:
             EnvironmentTimeoutError: if it takes longer than `environment_timeout`.
         """
-        worker = Worker("tool-owner")
-        begun: list[LoopRun] = []
 
-        def make() -> Any:
-            made: Any = factory()
-            return self._loop.wait_for(made, begun.append) if inspect.iscoroutine(made) else made
+        def make() -> object:
+            made: object = factory()
+            return _boxed(made) if inspect.iscoroutine(made) else [made]
 
+        lane = Lane(Worker("tool-owner"))
+        job = Job(make, limit=self.environment_timeout, owner=lane)
         try:
-            owner: T = construct(make, worker, self.environment_timeout)
-        except EnvironmentTimeoutError:
-            for run in begun:
-                run.cancel()
+            self._enqueue(job)
+            [owner] = cast("list[T]", job.future.result())
+        except BaseException:
+            lane.stop()
             raise
-        if self._owners.lane(owner, worker).worker is not worker:
-            # The factory gave out an instance that has a thread already.
-            worker.stop()
+        if self._owners.lane(owner, lane) is not lane:
+            lane.stop()  # the factory gave out an instance that has a thread already
         return owner
 
     def is_abandoned(self, owner: object) -> bool:
         """
-        Whether an owner is lost, because a call on it did not keep its time limit.
+        Return whether an owner is lost, because a call on it did not keep its time limit.
 
         Args:
             owner (`object`):
@@ -254,231 +221,188 @@ class ToolExecutor:
 
     def is_within_call(self, owner: object) -> bool:
         """
-        Whether the caller belongs to what runs on an owner's thread, coroutines that it waits for included.
+        Return whether the caller belongs to what runs on an owner's thread, coroutines that it waits for included.
 
         Args:
             owner (`object`):
                 The environment instance.
         """
         lane = self._owners.find(owner)
-        return lane is not None and lane.worker is not None and lane.worker.is_working
+        return lane is not None and lane.is_working
 
     def give_up(self, owner: object) -> None:
         """
-        Abandons an owner that has failed: calls on it are answered as those after a time limit that was not kept.
+        Abandon an owner that has failed: calls on it are answered as those after a time limit that was not kept.
 
         Args:
             owner (`object`):
                 The environment instance.
         """
-        lane = self._owners.lane(owner)
-        with self._lock:
-            lane.busy = lane.abandoned = True
-            dropped = self._drop_lost()
-        answer_unrun(dropped)
+        self._owners.lane(owner).abandoned = True
+        self._after_submitted(self._drop_lost)
 
     def release(self, owner: object) -> None:
         """
-        Forgets an owner and ends its thread after the call that runs; calls that wait are answered as abandoned.
+        Forget an owner and end its thread after the call that runs; calls that wait are answered as abandoned.
 
         Args:
             owner (`object`):
                 The environment instance.
         """
         lane = self._owners.remove(owner)
-        with self._lock:
-            dropped = self._admission.drop(lambda job: lane is not None and job.owner is lane)
-        answer_unrun(dropped, "The environment was released before the call ran.")
+        if lane is not None:
+            self._after_submitted(self._end_lane, lane)
 
     def shutdown(self) -> None:
-        """Ends idle threads and the event loop, and answers calls that wait as abandoned; waits for nothing."""
+        """End idle threads and the event loops, and answer calls that wait as abandoned; wait for nothing."""
         with self._lock:
+            if self._closed:
+                return
+            self._after_submitted(self._wind_down)
             self._closed = True
-            dropped = self._admission.drop(lambda job: True)
-            workers, self._idle = self._idle, []
-        for worker in workers:
-            worker.stop()
-        answer_unrun(dropped, "The tool runtime was shut down before the call ran.")
-        self._owners.clear()
-        self._loop.stop()
+        self._dispatcher.stop(cancel=False)
         self._processes.close()
-        self._watchdog.stop()
 
     def _check_stuck(self) -> None:
-        with self._lock:
-            names = sorted({job.tool.name for job in self._stuck if job.tool is not None})
-            count = self.stuck
-        if count > self.max_abandoned:
+        names = [job.tool.name for job in list(self._stuck) if job.tool is not None]
+        if len(names) > self.max_abandoned:
             raise ToolRuntimeError(
-                f"{count} tool calls are stuck past their time limit, more than max_abandoned={self.max_abandoned}. "
-                f"The tools that hang: {', '.join(names)}. Make them give up by themselves, allow more time "
-                f"(`tool_timeout`, `Tool.timeout`), or run them where they can be killed: Tool(isolation='process')."
+                f"{len(names)} tool calls are stuck past their time limit, more than "
+                f"max_abandoned={self.max_abandoned}. The tools that hang: {', '.join(sorted(set(names)))}.",
+                remedy="Make them give up by themselves, allow more time (`tool_timeout`, `Tool.timeout`), or run "
+                "them where they can be killed: Tool(isolation='process').",
             )
 
-    def _enqueue(self, job: Job, owner: object | None) -> None:
-        if self._closed:
-            raise ToolRuntimeError("You used a `ToolExecutor` after its `shutdown`. Make a new one.")
-        job.owner = None if owner is None else self._owners.lane(owner)
+    def _enqueue(self, job: Job) -> None:
         with self._lock:
-            if job.tool is not None and not job.tool.thread_safe:
-                job.exclusive = self._exclusive.setdefault(job.tool.name, Lane())
-            lost = any(lane.abandoned for lane in job.lanes)
-            if not lost:
-                self._admission.add(job)
-        if lost:
-            answer_unrun([job])
-        else:
-            self._dispatch()
+            if self._closed:
+                raise ToolRuntimeError("You used a `ToolExecutor` after its `shutdown`.", remedy="Make a new one.")
+            self._dispatcher.get().call_soon_threadsafe(self._accept, job)
 
-    def _dispatch(self) -> None:
-        with self._lock:
-            jobs = self._admission.start()
-        for job in jobs:
-            self._start(job)
+    def _after_submitted(self, function: Callable[..., object], *args: object) -> None:
+        """Call something on the dispatcher's thread when the jobs submitted before have started, if they can."""
+        if not self._closed:
+            loop = self._dispatcher.get()
+            # The task of a job takes its first step one turn of the loop after it is made.
+            loop.call_soon_threadsafe(loop.call_soon, function, *args)
 
-    def _start(self, job: Job) -> None:
-        job.started = time.monotonic()
-        try:
-            if job.owner is not None and job.owner.worker is not None:
-                job.owner.worker.run(partial(self._run, job))
-            elif job.tool is not None and job.tool.is_async and job.tool.isolation == "thread":
-                coroutine = run_on_loop(job, self.retries)
-                job.cancellable = LoopRun(self._loop.get(), coroutine, partial(self._finish_task, job))
-            else:
-                with self._lock:
-                    job.worker = self._idle.pop() if self._idle else None
-                job.worker = job.worker or Worker("tool-worker")
-                job.worker.run(partial(self._run, job))
-        except RuntimeError as error:
-            # The system has no more threads, or a shared event loop is closed.
-            self._finish(job, raised(error))
+    # What follows runs on the dispatcher's thread, except for `_run`.
+
+    def _accept(self, job: Job) -> None:
+        if job.tool is not None and not job.tool.thread_safe:
+            job.exclusive = self._exclusive[job.tool.name]
+        if job.is_lost:
+            job.answer_unrun()
             return
-        if job.tool is None:
-            self._set_alarm(job, job.limit)
-        elif job.tool.isolation == "thread":
-            self._set_alarm(job, job.tool.timeout or self.timeout)
+        task = asyncio.get_running_loop().create_task(self._serve(job))
+        self._jobs[task] = job
+        task.add_done_callback(self._jobs.pop)
 
-    def _set_alarm(self, job: Job, limit: float | None) -> None:
-        if limit is not None:
-            alarm = job.alarm = self._watchdog.schedule(limit, partial(self._expire, job, limit))
-            if job.settled:
-                alarm.cancel()
-
-    def _begin_in_process(self, job: Job, call: ProcessCall) -> None:
-        """The limit starts when there is a process: it may have to be started, and to import the tool's module."""
-        job.cancellable = call
-        if job.expired:  # while the process of another attempt started
-            call.cancel()
-        if job.alarm is None and job.tool is not None:
-            job.started = time.monotonic()
-            self._set_alarm(job, job.tool.timeout or self.timeout)
-
-    def _run(self, job: Job) -> None:
-        if job.tool is not None:
-            self._finish(job, run_on_thread(job, self.retries, partial(self._resolved, job=job)))
-            return
-        value, failure = None, None
-        try:
-            value = self._resolved(job.function(), job)
-        except BaseException as error:
-            failure = error  # not a tool's: it is raised again in the caller of `run_on_owner`
-        if self._settle(job):
-            if failure is None:
-                job.future.set_result(value)
-            else:
-                job.future.set_exception(failure)
-        self._release(job)
-
-    def _resolved(self, value: Any, job: Job | None = None) -> Any:
-        """Waits on this thread for a coroutine that runs on the event loop; other values are passed through."""
-        if not inspect.isawaitable(value):
-            return value
-
-        def started(run: LoopRun) -> None:
-            if job is not None:
-                job.cancellable = run
-                if job.expired:
-                    run.cancel()
-
-        return self._loop.wait_for(value, started)
-
-    def _finish_task(self, job: Job, task: "asyncio.Task[ToolResult]") -> None:
-        self._finish(job, raised(asyncio.CancelledError()) if task.cancelled() else task.result())
-
-    def _finish(self, job: Job, result: ToolResult) -> None:
-        if job.tool is None:  # it could not be started
-            if self._settle(job):
-                job.future.set_exception(ToolRuntimeError(result_text(result)))
-        elif self._settle(job):
-            job.future.set_result(replace(result, seconds=time.monotonic() - job.started))
-        self._release(job)
-
-    def _settle(self, job: Job) -> bool:
-        """Whether a job has come to its end before its limit; its caller is then to be answered."""
-        with self._lock:
-            late, job.settled = job.settled, True
-        if not late and job.alarm is not None:
-            job.alarm.cancel()
-        return not late
-
-    def _release(self, job: Job) -> None:
-        with self._lock:
-            job.finished = True
-            job.cancellable = None
+    async def _serve(self, job: Job) -> None:
+        """Take a job from its turn to its answer, and hold what it holds until it has really ended."""
+        async with contextlib.AsyncExitStack() as held:
+            # Its turn. Lanes are first come, first served, so the calls on an environment keep their order.
+            for lane in job.lanes:
+                await held.enter_async_context(lane.turn)
+            async with self._slots if job.tool is not None else contextlib.nullcontext():
+                # Its run. The limit starts when there is a process, which may have to import the tool's module.
+                ended = self._start(job)
+                if job.tool is not None and job.tool.isolation == "process":
+                    ready = asyncio.wrap_future(job.ready)
+                    await asyncio.wait([ended, ready], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait([ended], timeout=job.limit)
+                if ended.done():
+                    job.answer(ended.result())
+                else:
+                    self._expire(job)
+            # Its end: what ignored the limit is cancelled if it can be, and holds its lanes as long as it runs.
             if job.expired:
-                self._stuck.discard(job)
-            else:
-                self._admission.free_slot(job)
-            if job.owner is not None:
-                job.owner.busy = job.owner.abandoned
-            if job.exclusive is not None:
-                job.exclusive.busy = job.exclusive.abandoned = False
+                await self._end_expired(job, ended)
             if job.worker is not None:
-                # A worker that was given up has been replaced.
                 if job.expired or self._closed:
                     job.worker.stop()
                 else:
                     self._idle.append(job.worker)
-        self._dispatch()
 
-    def _expire(self, job: Job, limit: float) -> None:
-        with self._lock:
-            if job.settled:
-                return
-            job.settled = job.expired = True
-            self._admission.free_slot(job)
-            if job.owner is not None:
-                job.owner.abandoned = True
-            run = job.cancellable
-            dropped = self._give_up(job) if run is None else self._drop_lost()
-        if job.tool is None:
-            asked = f"`{job.name}` of the environment {type(job.keep).__name__}"
-            message = f"{asked} did not return within {limit:g} seconds (`environment_timeout`)."
-            job.future.set_exception(EnvironmentTimeoutError(message, job.keep))
-        else:
-            result = refused("timeout", f"Tool `{job.tool.name}` did not return within {limit:g} seconds.")
-            job.future.set_result(replace(result, seconds=time.monotonic() - job.started))
-        answer_unrun(dropped)
-        if run is not None:
-            run.cancel()
-            self._watchdog.schedule(_GRACE, partial(self._check_cancelled, job, run))
-        self._dispatch()
+    def _start(self, job: Job) -> "asyncio.Future[Outcome]":
+        job.waits = False
+        job.started = time.monotonic()
+        try:
+            worker = job.owner.worker if job.owner is not None else None
+            if worker is None:
+                worker = job.worker = self._idle.pop() if self._idle else Worker("tool-worker")
+            ended = worker.run(partial(self._run, job))
+        except RuntimeError as error:  # the system has no more threads
+            ended = Future()
+            ended.set_result((None, ToolRuntimeError(str(error))))
+        return asyncio.wrap_future(ended)
 
-    def _check_cancelled(self, job: Job, run: LoopRun | ProcessCall) -> None:
-        with self._lock:
-            if job.finished:
-                return
-            dropped = self._give_up(job)
-        answer_unrun(dropped)
-        if isinstance(run, LoopRun) and not run.responded:
-            self._loop.replace(run.loop)
+    def _run(self, job: Job) -> object:
+        def resolve(value: object) -> object:
+            return self._loop.run(value, job.begin) if inspect.isawaitable(value) else value
 
-    def _give_up(self, job: Job) -> list[Job]:
-        self._stuck.add(job)
-        self._abandoned += job.tool is not None
+        return resolve(job.function()) if job.tool is None else job.run(self.retries, resolve)
+
+    def _expire(self, job: Job) -> None:
+        job.expired = True
+        if job.owner is not None:
+            job.owner.abandoned = True
+        is_coroutine = job.tool is not None and job.tool.is_async  # which is cancelled as soon as it begins
+        if job.cancellable is None and not is_coroutine:
+            self._count_stuck(job)
+        job.answer_late()
+        self._drop_lost()
+
+    async def _end_expired(self, job: Job, ended: "asyncio.Future[Outcome]") -> None:
+        if job not in self._stuck:
+            if job.cancellable is not None:
+                job.cancellable.cancel()
+            await asyncio.wait([ended], timeout=_GRACE)
+            if not ended.done():
+                self._count_stuck(job)
+                self._drop_lost()
+                if isinstance(job.cancellable, LoopRun) and not job.cancellable.responded:
+                    self._loop.replace(job.cancellable.loop)
+        await ended
+        self._stuck.discard(job)
+        if job.exclusive is not None:
+            job.exclusive.abandoned = False
+
+    def _count_stuck(self, job: Job) -> None:
+        if job.tool is not None:
+            self._stuck.add(job)
+            self._abandoned += 1
         if job.exclusive is not None:
             job.exclusive.abandoned = True
-        return self._drop_lost()
 
-    def _drop_lost(self) -> list[Job]:
-        return self._admission.drop(lambda job: any(lane.abandoned for lane in job.lanes))
+    def _drop_lost(self) -> None:
+        self._drop(lambda job: job.is_lost)
+
+    def _drop(self, affected: Callable[[Job], bool], reason: str | None = None) -> None:
+        for task, job in list(self._jobs.items()):
+            if job.waits and affected(job):
+                job.answer_unrun(reason)
+                task.cancel()
+
+    def _end_lane(self, lane: Lane) -> None:
+        self._drop(lambda job: job.owner is lane, "The environment was released before the call ran.")
+        lane.abandoned = True  # for calls that another thread submits at the same time
+        lane.stop()
+
+    def _wind_down(self) -> None:
+        self._drop(lambda job: True, "The tool runtime was shut down before the call ran.")
+        for worker in self._idle:
+            worker.stop()
+        self._idle.clear()
+        self._owners.clear()
+        self._loop.stop()
+
+
+async def _boxed(awaitable: Awaitable[object]) -> list[object]:
+    """Return what an awaitable makes in a list, so that it is not awaited in turn if it can be."""
+    return [await awaitable]
+
+
+def _call_with_copy(tool: Tool, arguments: JSONObject) -> object:
+    """Call a tool with arguments of its own: it can change neither the record of the call nor the next attempt."""
+    return tool.function(**copy.deepcopy(arguments))

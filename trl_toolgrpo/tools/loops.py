@@ -1,141 +1,151 @@
-"""Event loops for tools that are coroutines.
+"""Event loops on daemon threads, for tools that are coroutines and for the bookkeeping of calls.
 
-Owns `LoopThread` (a loop that survives its tools) and `LoopRun` (one coroutine on it); fed by `execute.py`.
+`anyio.from_thread.start_blocking_portal` would do, but for two things that tools do: a `SystemExit` in a task that a
+tool has spawned ends its loop, and a coroutine that blocks holds it for good.
 """
 
 import asyncio
 import contextlib
 import inspect
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import TypeAlias
+
+
+Work: TypeAlias = Callable[[], object]
+
+Outcome: TypeAlias = tuple[object, BaseException | None]
+"""What a piece of work returned, and what it raised instead, as a value: `SystemExit` must reach no loop or thread."""
+
+
+def outcome_of(work: Work) -> Outcome:
+    """Call something and return its outcome, whatever it raises."""
+    try:
+        return work(), None
+    except BaseException as error:
+        return None, error
 
 
 class LoopThread:
     """
-    An event loop for coroutines that are handed over from other threads.
+    An event loop on a daemon thread, started when first needed, that survives what runs on it.
 
-    It runs on a daemon thread, started when first needed, which a tool's `SystemExit` does not end, also one in a task
-    that a tool has spawned, and which is replaced when a coroutine blocks it.
+    Args:
+        name (`str`, *optional*, defaults to `"tool-loop"`):
+            Name of the thread, for debuggers.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._own: asyncio.AbstractEventLoop | None = None
+    def __init__(self, name: str = "tool-loop") -> None:
+        self._name = name
+        self._lock = threading.RLock()
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def get(self) -> asyncio.AbstractEventLoop:
-        """The loop to run on."""
+        """Return the loop to run on."""
         with self._lock:
-            if self._own is None:
-                self._own = asyncio.new_event_loop()
-                threading.Thread(target=self._run, args=(self._own,), name="tool-loop", daemon=True).start()
-            return self._own
+            if self._loop is None:
+                loop = asyncio.new_event_loop()
+                threading.Thread(target=_run, args=(loop,), name=self._name, daemon=True).start()
+                self._loop = loop
+            return self._loop
 
-    def replace(self, blocked: asyncio.AbstractEventLoop) -> None:
+    def run(self, awaitable: Awaitable[object], started: Callable[["LoopRun"], object]) -> object:
         """
-        Gives up a loop of its own that no longer runs callbacks; later coroutines get a fresh one.
-
-        Args:
-            blocked (`asyncio.AbstractEventLoop`):
-                The loop that is blocked.
-        """
-        with self._lock:
-            if self._own is not blocked:
-                return
-            self._own = None
-        # Whatever else runs on it may still finish, if the loop ever comes back.
-        blocked.call_soon_threadsafe(lambda: blocked.create_task(_end(blocked, cancel=False)))
-
-    def wait_for(self, awaitable: Awaitable[Any], started: Callable[["LoopRun"], object]) -> Any:
-        """
-        Runs an awaitable on the loop and waits on this thread until it ends, cancelled or not.
+        Run an awaitable on the loop and wait on this thread until it ends, cancelled or not.
 
         Args:
             awaitable (`Awaitable`):
                 What to run.
             started (`Callable`):
-                Called at once with the run, which can be cancelled from other threads.
+                Called at once with the [`LoopRun`], which can be cancelled from other threads.
 
         Returns:
             Its result; whatever it raised is raised here.
         """
-        waiter: Future[tuple[Any, BaseException | None]] = Future()
-
-        def hand_over(task: "asyncio.Task[Any]") -> None:
-            if inspect.iscoroutine(awaitable):
-                awaitable.close()  # it has not begun if the task was cancelled before that
-            waiter.set_result((None, asyncio.CancelledError()) if task.cancelled() else task.result())
-
-        started(LoopRun(self.get(), _outcome(awaitable), hand_over))
-        result, error = waiter.result()
+        with self._lock:  # so that the loop is not ended before it has begun
+            run = LoopRun(self.get(), awaitable)
+        started(run)
+        value, error = run.outcome.result()
         if error is not None:
             raise error
-        return result
+        return value
 
-    def stop(self) -> None:
-        """Cancels what runs on a loop of its own and ends its thread; never waits."""
+    def replace(self, blocked: asyncio.AbstractEventLoop) -> None:
+        """
+        Give up a loop that a coroutine blocks; later coroutines get a fresh one.
+
+        Args:
+            blocked (`asyncio.AbstractEventLoop`):
+                The loop. What else runs on it may still finish, if it ever comes back.
+        """
+        if self._loop is blocked:
+            self.stop(cancel=False)
+
+    def stop(self, cancel: bool = True) -> None:
+        """
+        End the loop and its thread; never wait.
+
+        Args:
+            cancel (`bool`, *optional*, defaults to `True`):
+                Whether to cancel what still runs. Otherwise the loop ends after it.
+        """
         with self._lock:
-            own, self._own = self._own, None
-        if own is not None:
-            own.call_soon_threadsafe(lambda: own.create_task(_end(own, cancel=True)))
-
-    @staticmethod
-    def _run(loop: asyncio.AbstractEventLoop) -> None:
-        asyncio.set_event_loop(loop)
-        stopped = False
-        while not stopped:
-            # The only exceptions asyncio lets out of a task; a tool's inner task may raise them.
-            with contextlib.suppress(SystemExit, KeyboardInterrupt):
-                loop.run_forever()
-                stopped = True
-        loop.close()
+            loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.call_soon_threadsafe(lambda: loop.create_task(_end(loop, cancel)))
 
 
 class LoopRun:
     """
-    One coroutine on an event loop.
+    An awaitable that runs on an event loop, seen from other threads.
 
     Args:
         loop (`asyncio.AbstractEventLoop`):
             The loop.
-        coroutine (`Coroutine`):
+        awaitable (`Awaitable`):
             What to run.
-        done (`Callable`):
-            Called on the loop with the finished task, cancelled or not.
-
-    Raises:
-        RuntimeError: if the loop is closed.
     """
 
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        coroutine: Coroutine[Any, Any, Any],
-        done: Callable[["asyncio.Task[Any]"], object],
-    ) -> None:
+    # Not `asyncio.run_coroutine_threadsafe`: its future reads as cancelled while the coroutine still runs.
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, awaitable: Awaitable[object]) -> None:
         self.loop = loop
+        self.outcome: Future[Outcome] = Future()
         self.responded = False
-        self._task: asyncio.Task[Any] | None = None
-        try:
-            loop.call_soon_threadsafe(self._start, coroutine, done)
-        except RuntimeError:
-            coroutine.close()
-            raise
+        self._awaitable = awaitable
+        self._task: asyncio.Task[Outcome] | None = None
+        loop.call_soon_threadsafe(self._start)
 
     def cancel(self) -> None:
-        """Asks the coroutine to end. `responded` becomes true when the loop takes notice."""
-        self.loop.call_soon_threadsafe(self._cancel)
+        """Ask the awaitable to end. `responded` becomes true when the loop takes notice."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and has cancelled what ran on it
+            self.loop.call_soon_threadsafe(self._cancel)
 
-    def _start(self, coroutine: Coroutine[Any, Any, Any], done: Callable[["asyncio.Task[Any]"], object]) -> None:
-        # Not run_coroutine_threadsafe: its future reads as cancelled while the coroutine still runs.
-        self._task = self.loop.create_task(coroutine)
-        self._task.add_done_callback(done)
+    def _start(self) -> None:
+        self._task = self.loop.create_task(_outcome(self._awaitable))
+        self._task.add_done_callback(self._finish)
 
     def _cancel(self) -> None:
         self.responded = True
         if self._task is not None:
             self._task.cancel()
+
+    def _finish(self, task: "asyncio.Task[Outcome]") -> None:
+        if inspect.iscoroutine(self._awaitable):
+            self._awaitable.close()  # it has not begun if the task was cancelled before that
+        self.outcome.set_result((None, asyncio.CancelledError()) if task.cancelled() else task.result())
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    stopped = False
+    while not stopped:
+        # The only exceptions that asyncio lets out of a task; one that a tool has spawned may raise them.
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):
+            loop.run_forever()
+            stopped = True
+    loop.close()
 
 
 async def _end(loop: asyncio.AbstractEventLoop, cancel: bool) -> None:
@@ -144,11 +154,11 @@ async def _end(loop: asyncio.AbstractEventLoop, cancel: bool) -> None:
         task.cancel()
     if others:
         await asyncio.wait(others, timeout=1.0 if cancel else None)
+    await asyncio.sleep(0)  # callbacks of tasks that have just ended come first
     loop.stop()
 
 
-async def _outcome(awaitable: Awaitable[Any]) -> tuple[Any, BaseException | None]:
-    # SystemExit must not reach the task, which would end the loop's thread.
+async def _outcome(awaitable: Awaitable[object]) -> Outcome:
     try:
         return await awaitable, None
     except BaseException as error:

@@ -24,7 +24,6 @@ from .mcp_config import MCPServer
 from .mcp_names import ToolOrigin, choose_tools, name_tools, tools_left_out
 from .mcp_pool import Pool
 from .mcp_session import MCPSession
-from .owners import wait
 from .results import refused
 from .types import Tool, ToolResult
 
@@ -80,7 +79,7 @@ class MCPTools:
         for server in servers:
             redact_logs(SDK_LOGGERS, server.redactor)
         try:
-            listed = wait(self._submit(self._start()))
+            listed = self._submit(self._start()).result()
             chosen = {name: choose_tools(self.servers[name], tools) for name, tools in listed.items()}
             self._origins = name_tools(chosen, taken)
             others = {name: set(tools) - {self.servers[name].reset_tool} for name, tools in listed.items()}
@@ -132,7 +131,7 @@ class MCPTools:
             raise ToolNameError(f"No MCP server has a tool {name!r}. The tools are: {tools}.")
         limit = self.servers[self._callable[name].server].timeout or _REWARD_TIMEOUT
         try:
-            return wait(self._submit(asyncio.wait_for(self.answer(name, arguments, session), limit)))
+            return self._submit(asyncio.wait_for(self.answer(name, arguments, session), limit)).result()
         except TimeoutError:
             return refused("timeout", f"Tool `{name}` did not return within {limit:g} seconds.")
 

@@ -1,163 +1,133 @@
-"""Environments and the thread each of them lives on.
+"""The threads of the tool runtime, and which of them belongs to which environment.
 
-Owns which lane and thread an instance has; fed by `execute.py`. An instance is known by identity and is not kept
-alive.
+All threads are daemons, so that a hung tool never delays the interpreter's exit; the interpreter joins those of a
+`ThreadPoolExecutor` there, and `anyio.to_thread` keeps no environment on one thread.
 """
 
-import concurrent.futures
-import math
+import asyncio
+import queue
 import threading
-import time
 import weakref
-from collections.abc import Callable
-from typing import Any, TypeVar
+from concurrent.futures import Future
+from contextvars import ContextVar
+from typing import TypeAlias
 
-from ..errors import EnvironmentTimeoutError
-from .lanes import Lane
-from .threads import Worker
+from .loops import Outcome, Work, outcome_of
 
 
-T = TypeVar("T")
+_Queue: TypeAlias = "queue.SimpleQueue[tuple[Work, Future[Outcome]] | None]"
+
+_WORKING: ContextVar[object] = ContextVar("working", default=None)  # the queue of the worker whose work runs
+
+
+class Worker:
+    """
+    A daemon thread that runs work in the order in which it is given.
+
+    Args:
+        name (`str`):
+            Name of the thread, for debuggers.
+    """
+
+    def __init__(self, name: str) -> None:
+        # SimpleQueue.put may be called from a weakref callback in the middle of anything.
+        self.queue: _Queue = queue.SimpleQueue()
+        self.thread = threading.Thread(target=_work, args=(self.queue,), name=name, daemon=True)
+        self.thread.start()
+
+    def run(self, work: Work) -> "Future[Outcome]":
+        """Queue work and return a future of its outcome; the future never raises."""
+        future: Future[Outcome] = Future()
+        self.queue.put((work, future))
+        return future
+
+    def stop(self) -> None:
+        """End the thread after the work that is queued; never wait."""
+        self.queue.put(None)
+
+
+def _work(works: "_Queue") -> None:
+    _WORKING.set(works)
+    while (given := works.get()) is not None:
+        work, future = given
+        future.set_result(outcome_of(work))
+        # An idle thread must not keep an environment alive.
+        del given, work, future
+
+
+class Lane:
+    """
+    Something that takes one call at a time: an environment, or a tool that is not thread-safe.
+
+    Args:
+        worker ([`Worker`], *optional*):
+            The thread that owns an environment; `None` for a tool.
+    """
+
+    def __init__(self, worker: Worker | None = None) -> None:
+        self.worker = worker
+        self.turn = asyncio.Lock()
+        self.abandoned = False  # whether a call is past its time limit and still holds it
+        self.kept: object = None  # an environment that cannot be referred to weakly
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller is on the thread of the environment."""
+        return self.worker is not None and threading.get_ident() == self.worker.thread.ident
+
+    @property
+    def is_working(self) -> bool:
+        """Whether the caller belongs to work of that thread: runs on it, or in a coroutine that it has started."""
+        return self.worker is not None and _WORKING.get() is self.worker.queue
+
+    def stop(self) -> None:
+        """End the thread of the environment after the work that is queued; never wait."""
+        if self.worker is not None:
+            self.worker.stop()
 
 
 class Owners:
-    """The environment instances that have a thread of their own."""
+    """The lanes of environments. An environment is known by identity, and is not kept alive where that can be."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._entries: dict[int, tuple[Lane, Any]] = {}
+        self._lanes: dict[int, Lane] = {}
 
-    def lane(self, owner: object, worker: Worker | None = None) -> Lane:
+    def lane(self, owner: object, lane: Lane | None = None) -> Lane:
         """
-        The lane of an instance, made at first sight.
+        Return the lane of an environment, made at first sight.
 
         Args:
             owner (`object`):
-                The instance.
-            worker (`Worker`, *optional*):
-                Thread it was constructed on; by default a new one is started.
-
-        Returns:
-            [`Lane`]: Its lane.
+                The environment.
+            lane ([`Lane`], *optional*):
+                The one it was constructed on; by default a new thread is started.
         """
         with self._lock:
-            entry = self._entries.get(id(owner))
-            if entry is None:
-                lane = Lane(worker or Worker("tool-owner"))
-                entry = self._entries[id(owner)] = lane, self._reference(owner, lane)
-            return entry[0]
+            found = self._lanes.get(id(owner))
+            if found is None:
+                found = self._lanes[id(owner)] = lane or Lane(Worker("tool-owner"))
+                try:
+                    # Called in the middle of anything, on any thread, so it takes no lock.
+                    weakref.finalize(owner, self._forget, id(owner)).atexit = False
+                except TypeError:
+                    found.kept = owner
+            return found
 
     def find(self, owner: object) -> Lane | None:
-        """
-        The lane of an instance, if it has one.
-
-        Args:
-            owner (`object`):
-                The instance.
-
-        Returns:
-            [`Lane`] or `None`: Its lane.
-        """
-        entry = self._entries.get(id(owner))
-        return None if entry is None else entry[0]
+        """Return the lane of an environment, if it has one."""
+        return self._lanes.get(id(owner))
 
     def remove(self, owner: object) -> Lane | None:
-        """
-        Forgets an instance and ends its thread after the job that runs.
-
-        Args:
-            owner (`object`):
-                The instance.
-
-        Returns:
-            [`Lane`] or `None`: The lane it had.
-        """
-        entry = self._entries.pop(id(owner), None)
-        if entry is None:
-            return None
-        _stop(entry[0])
-        return entry[0]
+        """Forget an environment and return the lane it had; its thread runs on."""
+        return self._lanes.pop(id(owner), None)
 
     def clear(self) -> None:
-        """Forgets every instance and ends their threads."""
-        with self._lock:
-            entries, self._entries = self._entries, {}
-        for lane, _ in list(entries.values()):
-            _stop(lane)
+        """Forget every environment, and end their threads."""
+        for key in list(self._lanes):
+            self._forget(key)
 
-    def _reference(self, owner: object, lane: Lane) -> Any:
-        entries, key = self._entries, id(owner)
-
-        def forget(_: object) -> None:
-            # May run in the middle of anything, on any thread, so it takes no lock.
-            entries.pop(key, None)
-            _stop(lane)
-
-        try:
-            return weakref.ref(owner, forget)
-        except TypeError:
-            return owner
-
-
-def construct(factory: Callable[[], T], worker: Worker, limit: float | None = None) -> T:
-    """
-    Calls a factory on a thread and waits for what it makes.
-
-    Args:
-        factory (`Callable`):
-            Makes the instance.
-        worker (`Worker`):
-            The thread, which is ended if the factory raises.
-        limit (`float`, *optional*):
-            Most seconds to wait; what the factory makes later is dropped.
-
-    Returns:
-        `object`: The instance.
-
-    Raises:
-        EnvironmentTimeoutError: if the factory has made nothing within the limit.
-    """
-    future: concurrent.futures.Future[T] = concurrent.futures.Future()
-
-    def job() -> None:
-        try:
-            future.set_result(factory())
-        except BaseException as error:
-            future.set_exception(error)
-
-    worker.run(job)
-    try:
-        return wait(future, limit)
-    except BaseException:
-        worker.stop()
-        raise
-
-
-def wait(future: "concurrent.futures.Future[T]", limit: float | None = None) -> T:
-    """
-    Waits for a future so that Ctrl-C gets through on every platform.
-
-    Args:
-        future (`Future`):
-            The future.
-        limit (`float`, *optional*):
-            Most seconds to wait.
-
-    Returns:
-        Its result; its exception is raised.
-
-    Raises:
-        EnvironmentTimeoutError: if there is none within the limit.
-    """
-    end = time.monotonic() + (math.inf if limit is None else limit)
-    while not future.done():
-        left = end - time.monotonic()
-        if left <= 0:
-            raise EnvironmentTimeoutError(f"It did not return within {limit:g} seconds.")
-        concurrent.futures.wait([future], timeout=min(0.2, left))
-    return future.result()
-
-
-def _stop(lane: Lane) -> None:
-    if lane.worker is not None:
-        lane.worker.stop()
+    def _forget(self, key: int) -> None:
+        lane = self._lanes.pop(key, None)
+        if lane is not None:
+            lane.stop()

@@ -1,27 +1,27 @@
 """Processes for the tools that run in one of their own: started when needed, used again, killed at a time limit.
 
-Owns `ProcessPool`, `ProcessCall` and the check that a function can be sent to a process; fed by `execute.py`. What
-runs in the process is `worker.py`.
+A pool such as `pebble.ProcessPool` or `anyio.to_process` does less than is needed here: its workers import the main
+script, and so torch; a worker that it kills leaves its children behind, and a run that is killed leaves its workers
+behind; and it unpickles in the run whatever a tool's process sends. What runs in the process is `worker.py`.
 """
 
-import contextlib
 import functools
 import json
+import multiprocessing
 import os
 import pickle
-import select
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from ..errors import ToolRuntimeError, ToolSchemaError
+from ..types import JSONObject
 from .guard import guarded
 from .types import Tool, ToolResult
-from .worker import write_frame
 
 
 # How long the module of a tool may take to be imported.
@@ -29,7 +29,7 @@ _START_SECONDS = 60.0
 _MOST_WARM = 8  # processes that are started before a run; each holds all that a tool's module imports
 # Characters of one result; no chat shows as many, and a tool cannot fill the memory of the run.
 _RESULT_LIMIT = 4 * 2**20
-_FRAME_LIMIT = 12 * _RESULT_LIMIT + 2**16  # JSON writes a character in up to twelve bytes
+_REPLY_LIMIT = 12 * _RESULT_LIMIT + 2**16  # JSON writes a character in up to twelve bytes
 
 
 class ToolProcess:
@@ -47,16 +47,11 @@ class ToolProcess:
 
     def __init__(self, tool: Tool) -> None:
         self.tool = tool
-        there, mine = os.pipe(), os.pipe()
-        script = str(Path(__file__).with_name("worker.py"))
-        command = guarded([sys.executable, "-I", script, str(there[0]), str(mine[1])])
-        try:
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(there[0], mine[1]))
-        finally:
-            os.close(there[0])
-            os.close(mine[1])
-        self._requests: BinaryIO = open(there[1], "wb")  # noqa: SIM115
-        self._replies: BinaryIO = open(mine[0], "rb", buffering=0)  # noqa: SIM115
+        self._connection, theirs = multiprocessing.Pipe()
+        with theirs:
+            script = str(Path(__file__).with_name("worker.py"))
+            command = guarded([sys.executable, "-I", script, str(theirs.fileno())])
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
         try:
             self._load()
         except BaseException:
@@ -65,16 +60,16 @@ class ToolProcess:
 
     def _load(self) -> None:
         path = [entry or os.getcwd() for entry in sys.path]
-        setup = {"path": path, "function": pickle.dumps(self.tool.function), "limit": _RESULT_LIMIT}
-        self._send(pickle.dumps(setup))
-        in_time = select.select([self._replies], [], [], _START_SECONDS)[0]
+        self._send({"path": path, "function": pickle.dumps(self.tool.function), "limit": _RESULT_LIMIT})
+        in_time = self._connection.poll(_START_SECONDS)
         reply = self._receive() if in_time else {"failed": f"it took more than {_START_SECONDS:g} s"}
         if reply is None:
-            raise ToolRuntimeError(f"The process of tool `{self.tool.name}` {self._end_in_words()} as it started.")
+            raise ToolRuntimeError(f"The process of tool `{self.tool.name}` {self._end_description()} as it started.")
         if "failed" in reply:
             raise ToolSchemaError(
                 f"The function of tool {self.tool.name!r} (isolation='process') cannot be loaded in a process of its "
-                f"own: {reply['failed']}. It has to be in a module that can be imported there, with all it needs."
+                f"own: {reply['failed']}.",
+                remedy="It has to be in a module that can be imported there, with all it needs.",
             )
 
     @property
@@ -82,65 +77,50 @@ class ToolProcess:
         """Whether the process can take a call."""
         return self._process.poll() is None
 
-    def call(self, arguments: dict[str, Any]) -> tuple[ToolResult, bool]:
+    def call(self, arguments: JSONObject) -> tuple[ToolResult, bool]:
         """
-        Calls the function and waits.
+        Call the function and wait.
 
         Args:
             arguments (`dict`):
                 Arguments by name.
 
         Returns:
-            `tuple[ToolResult, bool]`: The result, an error if the process has come to an end; whether the process can
+            `tuple[ToolResult, bool]`: The result, an error if the process has ended; whether the process can
             take another call.
         """
-        self._send(pickle.dumps(arguments))
+        self._send(arguments)
         reply = self._receive()
         if reply is None:
-            message = f"The process of tool `{self.tool.name}` {self._end_in_words()}."
+            message = f"The process of tool `{self.tool.name}` {self._end_description()}."
             return ToolResult({"error": message}, is_error=True, error_type="error"), False
         reusable = reply.pop("reusable")
         return ToolResult(**reply), reusable
 
     def kill(self) -> None:
-        """Ends the process and all it has started, at once; waits for nothing."""
+        """End the process and all it has started, at once; wait for nothing."""
         self._process.kill()
 
     def end(self) -> None:
-        """Ends the process and takes leave of it."""
+        """End the process and wait until it has ended."""
         self.kill()
-        for stream in (self._requests, self._replies):
-            with contextlib.suppress(OSError):
-                stream.close()
+        self._connection.close()
         self._process.wait()
 
-    def _send(self, message: bytes) -> None:
-        with contextlib.suppress(BrokenPipeError):  # what has become of the process is seen when its answer is read
-            write_frame(self._requests, message)
+    def _send(self, message: JSONObject) -> None:
+        with suppress(OSError):  # what has become of the process is seen when its answer is read
+            self._connection.send(message)
 
-    def _receive(self) -> dict[str, Any] | None:
-        """A reply, or `None` if the process has ended or speaks nonsense."""
-        head = self._read(8)
-        if head is None or int.from_bytes(head, "big") > _FRAME_LIMIT:
-            return None
-        body = self._read(int.from_bytes(head, "big"))
+    def _receive(self) -> JSONObject | None:
+        """Return a reply, or `None` if the process has ended or does not keep to the protocol."""
         try:
-            reply = None if body is None else json.loads(body)
-        except ValueError:
+            reply = json.loads(self._connection.recv_bytes(_REPLY_LIMIT))
+        except (OSError, EOFError, ValueError):
             return None
         return reply if isinstance(reply, dict) else None
 
-    def _read(self, count: int) -> bytes | None:
-        parts = bytearray()
-        while len(parts) < count:
-            part = self._replies.read(min(count - len(parts), 2**20))
-            if not part:
-                return None
-            parts += part
-        return bytes(parts)
-
-    def _end_in_words(self) -> str:
-        self._requests.close()
+    def _end_description(self) -> str:
+        self._connection.close()
         try:
             code = self._process.wait(timeout=2.0)
         except subprocess.TimeoutExpired:
@@ -181,18 +161,15 @@ class ProcessCall:
         self._over = False
 
     def cancel(self) -> None:
-        """Kills the process, unless the call is over and the process may serve another."""
+        """Kill the process, unless the call is over and the process may serve another."""
         with self._lock:
             if not self._over:
                 self._process.kill()
 
-    def run(self, arguments: dict[str, Any]) -> tuple[ToolResult, bool]:
-        """Makes the call; see [`ToolProcess.call`]."""
-        try:
-            return self._process.call(arguments)
-        finally:
-            with self._lock:
-                self._over = True
+    def finish(self) -> None:
+        """Note that the call is over."""
+        with self._lock:
+            self._over = True
 
 
 class ProcessPool:
@@ -201,8 +178,8 @@ class ProcessPool:
 
     Args:
         warm (`Iterable[Tool]`, *optional*, defaults to `()`):
-            Tools that get a process at once, if they run in one. Of many, the first alone; that the others can be
-            loaded is found out in one process.
+            Tools that get a process at once, if they run in one. Of many, only the first; whether the others can be
+            loaded is checked in one process.
         most_idle (`int`, *optional*, defaults to `64`):
             Most processes that are kept for later calls; beyond that, the one that waits longest is ended.
 
@@ -219,15 +196,15 @@ class ProcessPool:
         try:
             isolated = [tool for tool in warm if tool.isolation == "process"]
             for tool in isolated[:_MOST_WARM]:
-                self._give_back(self._take(tool), True)
+                self._give_back(self._take(tool))
             _check_loading(isolated[_MOST_WARM:])
         except BaseException:
             self.close()
             raise
 
-    def run(self, tool: Tool, arguments: dict[str, Any], begins: Callable[[ProcessCall], object]) -> ToolResult:
+    def run(self, tool: Tool, arguments: JSONObject, begins: Callable[[ProcessCall], object]) -> ToolResult:
         """
-        Runs a call on the current thread, in a process that is idle or in a new one.
+        Run a call on the current thread, in a process that is idle or in a new one.
 
         Args:
             tool ([`Tool`]):
@@ -245,55 +222,45 @@ class ProcessPool:
             ToolRuntimeError: if the process does not start, or the pool is closed.
         """
         process = self._take(tool)
-        reusable = False
+        call, reusable = ProcessCall(process), False
         try:
-            call = ProcessCall(process)
             begins(call)
-            result, reusable = call.run(arguments)
+            result, reusable = process.call(arguments)
         finally:
-            self._give_back(process, reusable)
+            call.finish()
+            self._give_back(process) if reusable else self._retire(process)
         return result
 
     def close(self) -> None:
-        """Kills every process, busy or not."""
+        """Kill every process, busy or not."""
         with self._lock:
             self._closed = True
-            idle = list(self._idle)
+            idle, self._idle = self._idle, []
             busy = self._all.difference(idle)
-            self._idle.clear()
         for process in busy:
-            process.kill()  # whoever waits for its answer takes leave of it
+            process.kill()  # whoever waits for its answer retires it
         for process in idle:
             self._retire(process)
 
     def _take(self, tool: Tool) -> ToolProcess:
-        while True:
-            with self._lock:
-                if self._closed:
-                    raise ToolRuntimeError("The tool runtime was shut down before the call ran.")
-                fitting = [process for process in self._idle if process.tool.function is tool.function]
-                process = fitting[-1] if fitting else None
-                if process is not None:
-                    self._idle.remove(process)
-            if process is None:
-                break
-            if process.alive:
-                return process
-            self._retire(process)
+        with self._lock:
+            if self._closed:
+                raise ToolRuntimeError("The tool runtime was shut down before the call ran.")
+            fitting = [p for p in self._idle if p.tool.function is tool.function and p.alive]
+            if fitting:
+                self._idle.remove(fitting[-1])
+                return fitting[-1]
         process = ToolProcess(tool)
         with self._lock:
             self._all.add(process)
-            closed = self._closed
-        if closed:  # in the meantime
-            process.kill()
+            if self._closed:  # in the meantime
+                process.kill()
         return process
 
-    def _give_back(self, process: ToolProcess, reusable: bool) -> None:
+    def _give_back(self, process: ToolProcess) -> None:
         with self._lock:
-            retired = None if reusable and not self._closed else process
-            if retired is None:
-                self._idle.append(process)
-                retired = self._idle.pop(0) if len(self._idle) > self._most_idle else None
+            self._idle.append(process)
+            retired = self._idle.pop(0) if self._closed or len(self._idle) > self._most_idle else None
         if retired is not None:
             self._retire(retired)
 

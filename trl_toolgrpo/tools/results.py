@@ -1,9 +1,11 @@
-"""Results in the words the policy reads.
+"""Results of tools: as plain data, and as the text that the policy reads.
 
-Owns the text of a result and of every failure of the runtime; fed by what tools return and raise.
+`json` writes little of what tools return: it knows neither arrays nor dataclasses nor keys that are no strings, and a
+result has to be read again from logs, by templates and in other processes.
 """
 
 import ast
+import contextlib
 import dataclasses
 import enum
 import functools
@@ -11,23 +13,12 @@ import inspect
 import json
 import math
 import re
-from collections import deque
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Collection,
-    ItemsView,
-    Iterator,
-    KeysView,
-    Mapping,
-    Sequence,
-    Set,
-    ValuesView,
-)
+from collections.abc import AsyncIterator, Awaitable, Collection, Iterator, Mapping, Sequence, Set, ValuesView
 from typing import Any
 
 from ..errors import TransientToolError
 from ..redaction import Redactor
+from ..types import JSONValue
 from .types import ToolCall, ToolResult
 
 
@@ -37,7 +28,7 @@ _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+")
 
 def result_text(result: ToolResult) -> str:
     """
-    The text of a tool message.
+    Return the text of a tool message.
 
     Strings stay as they are, dicts and lists become JSON, a list of text blocks the blocks' lines, and an error a JSON
     object `{"error": ...}`. Whatever a tool returned has a text that can be encoded as UTF-8; nothing is raised.
@@ -57,7 +48,7 @@ def result_text(result: ToolResult) -> str:
 
 def without_secrets(result: ToolResult, redactor: Redactor) -> ToolResult:
     """
-    A result that repeats no secret: what the policy reads, and so every token and text of it that is logged.
+    Return a result that repeats no secret, since what the policy reads is logged as tokens and text.
 
     Args:
         result ([`ToolResult`]):
@@ -72,32 +63,45 @@ def without_secrets(result: ToolResult, redactor: Redactor) -> ToolResult:
     return result if content == result.content else dataclasses.replace(result, content=content)
 
 
+def as_result(value: object) -> ToolResult:
+    """
+    Return what a tool returned as a result of plain data.
+
+    Args:
+        value (`object`):
+            A [`ToolResult`], or the content of one.
+
+    Raises:
+        TypeError: if the content has no text (see [`plain_content`]).
+        ValueError: if the reward is no finite number.
+    """
+    given = value if isinstance(value, ToolResult) else ToolResult(value)
+    failed = bool(given.is_error)
+    kind = str(given.error_type or "error") if failed else None
+    content, reward = plain_content(given.content), plain_reward(given.reward, "The tool")
+    return ToolResult(content, failed, kind, reward, bool(given.transient), bool(given.truncated))
+
+
 def refused(error_type: str, message: str) -> ToolResult:
     """
-    A call that was not run.
+    Return the result of a call that was not run, or not to its end.
 
     Args:
         error_type (`str`):
             One of the types of [`ToolResult`].
         message (`str`):
             Why, and what to do.
-
-    Returns:
-        [`ToolResult`]: The result.
     """
     return ToolResult({"error": message}, is_error=True, error_type=error_type)
 
 
 def raised(error: BaseException) -> ToolResult:
     """
-    A call whose tool raised.
+    Return the result of a call whose tool raised; it is transient for [`TransientToolError`].
 
     Args:
         error (`BaseException`):
             What it raised.
-
-    Returns:
-        [`ToolResult`]: The result; transient for [`TransientToolError`].
     """
     message = _error_text(error)
     transient = isinstance(error, TransientToolError)
@@ -105,7 +109,7 @@ def raised(error: BaseException) -> ToolResult:
 
 
 def _error_text(error: BaseException) -> str:
-    """What an exception says, with its type where that is a mere value: a KeyError's key, an exit code."""
+    """Return what an exception says, with its type where that is a mere value: a KeyError's key, an exit code."""
     kind, text = type(error).__name__, _safe_str(error)
     if isinstance(error, BaseExceptionGroup):  # a task group of a tool: its own text only counts them
         return "; ".join([f"{kind}: {text}", *map(_error_text, error.exceptions)])
@@ -116,7 +120,7 @@ def _error_text(error: BaseException) -> str:
 
 
 def _is_literal(text: str) -> bool:
-    """Whether a text is a number, a quoted text or another plain value of Python."""
+    """Return whether a text is a number, a quoted text or another plain value of Python."""
     try:
         ast.literal_eval(text if len(text) <= 1000 else "")
     except Exception:
@@ -126,16 +130,13 @@ def _is_literal(text: str) -> bool:
 
 def unknown_tool(call: ToolCall, available: Collection[str]) -> ToolResult:
     """
-    A call of a tool that does not exist.
+    Return the result of a call of a tool that does not exist.
 
     Args:
         call ([`ToolCall`]):
             The call.
         available (`Collection[str]`):
             Names of the tools the rollout has.
-
-    Returns:
-        [`ToolResult`]: The result.
     """
     names = ", ".join(f"`{name}`" for name in available)
     ending = f" Available tools: {names}." if names else ""
@@ -144,14 +145,11 @@ def unknown_tool(call: ToolCall, available: Collection[str]) -> ToolResult:
 
 def malformed(call: ToolCall) -> ToolResult:
     """
-    A call that could not be read.
+    Return the result of a call that could not be read.
 
     Args:
         call ([`ToolCall`]):
             The call, with its `error`.
-
-    Returns:
-        [`ToolResult`]: The result.
     """
     reason = (call.error or "").strip().rstrip(".")
     return refused(
@@ -161,14 +159,14 @@ def malformed(call: ToolCall) -> ToolResult:
     )
 
 
-def encodable(value: Any) -> Any:
+def encodable(value: JSONValue) -> JSONValue:
     """
-    JSON data whose texts can be encoded as UTF-8, keys included: a lone surrogate, as `json.loads` makes of an emoji
-    that was cut in two, becomes U+FFFD.
+    Return JSON data whose texts can be encoded as UTF-8, keys included: a lone surrogate, as `json.loads` makes of an
+    emoji that was cut in two, becomes U+FFFD.
 
     Args:
         value (`Any`):
-            Strings, dicts and lists are gone through; anything else is returned as it is.
+            JSON data; anything but strings, dicts and lists is returned as it is.
 
     Raises:
         RecursionError: if it is nested too deep.
@@ -189,7 +187,7 @@ def encodable(value: Any) -> Any:
 
 def plain_reward(reward: Any, giver: str) -> float | None:
     """
-    A reward as a number.
+    Return a reward as a number.
 
     Args:
         reward (`Any`):
@@ -208,28 +206,28 @@ def plain_reward(reward: Any, giver: str) -> float | None:
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(
-            f"{giver} gave the reward {_safe_str(reward)[:200]!r}, which is no finite number. Give a float, or None "
-            f"for no reward."
+            f"{giver} gave the reward {_safe_str(reward)[:200]!r}, which is not a finite number. Give a float, or "
+            f"None for no reward."
         )
     return number
 
 
-def plain_content(content: Any) -> Any:
+def plain_content(content: object) -> JSONValue:
     """
-    What a tool returned as plain data of its own: later changes to the tool's objects do not reach it.
+    Return what a tool returned as plain data of its own: later changes to the tool's objects do not reach it.
 
     Args:
-        content (`Any`):
+        content (`object`):
             Whatever a tool returned.
 
     Returns:
-        `Any`: JSON scalars as they are. Mappings become dicts; their keys that are no strings become the JSON text of
-        the key (a tuple `(1, 2)` the key `"[1, 2]"`). Lists, tuples, sets (in the order of their JSON text), ranges,
+        `Any`: JSON scalars as they are. Mappings become dicts; keys that are not strings become the JSON text of the
+        key (a tuple `(1, 2)` the key `"[1, 2]"`). Lists, tuples, sets (in the order of their JSON text), ranges,
         and arrays of numpy and torch become lists; dataclasses and pydantic models become dicts; members of an `Enum`
         become their values, and bytes their UTF-8 text. Anything else becomes its text, as `str` gives it.
 
     Raises:
-        TypeError: for an iterator, a function or an object whose text is its place in memory: none of them says
+        TypeError: for an iterator, a function or an object whose text is its address in memory: none of them says
             anything, and the address would differ from run to run.
     """
     try:
@@ -238,7 +236,7 @@ def plain_content(content: Any) -> Any:
         return _safe_str(content)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any) -> JSONValue:
     if isinstance(value, enum.Enum):
         return _plain(value.value)
     if value is None or isinstance(value, (str, bool, int, float)):
@@ -251,7 +249,7 @@ def _plain(value: Any) -> Any:
         return _plain_array(value)
     if isinstance(value, Set):
         return sorted(map(_plain, value), key=_json_text)
-    if isinstance(value, (Sequence, KeysView, ValuesView, ItemsView, deque)):
+    if isinstance(value, (Sequence, ValuesView)):
         return [_plain(inner) for inner in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
@@ -260,60 +258,56 @@ def _plain(value: Any) -> Any:
     return _plain_object(value)
 
 
-def _plain_dict(value: Mapping[Any, Any]) -> Any:
+def _plain_dict(value: Mapping[object, object]) -> JSONValue:
     pairs = [(_key_text(key), _plain(inner)) for key, inner in value.items()]
     plain = dict(pairs)
     return plain if len(plain) == len(pairs) else [list(pair) for pair in pairs]  # as 1 and "1" have one text
 
 
-def _key_text(key: Any) -> str:
+def _key_text(key: object) -> str:
     plain = _plain(key)
     return plain if isinstance(plain, str) else _json_text(plain)
 
 
-def _json_text(value: Any) -> str:
+def _json_text(value: JSONValue) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _plain_array(value: Any) -> Any:
+def _plain_array(value: Any) -> JSONValue:
     plain = value.tolist()
     return _safe_str(value) if type(plain) is type(value) else _plain(plain)  # numpy's wide floats stay what they are
 
 
-def _plain_object(value: Any) -> str:
+def _plain_object(value: object) -> str:
     text = _safe_str(value)
     iterates = isinstance(value, (Iterator, AsyncIterator, Awaitable))
     if iterates or inspect.isroutine(value) or isinstance(value, functools.partial) or _ADDRESS.search(text):
         kind = type(value).__name__
         advice = "a list of what it gives" if iterates else "text, or data that JSON can hold"
-        raise TypeError(f"The tool returned an object of type {kind}, which has no text. It should return {advice}")
+        raise TypeError(f"The tool returned an object of type {kind}, which has no text. It should return {advice}.")
     return text
 
 
-def _plain_text(content: Any) -> str:
+def _plain_text(content: JSONValue) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list) and content and all(_is_text_block(block) for block in content):
         return "\n".join(block["text"] for block in content)
     if isinstance(content, (dict, list, tuple)):
-        try:
+        # Cyclic, too deep, exotic keys: content that no tool of a run has given
+        with contextlib.suppress(BaseException):
             return json.dumps(content, ensure_ascii=False, default=_safe_str)
-        except BaseException:
-            # Cyclic, too deep, exotic keys: content that no tool of a run has given
-            return _safe_str(content)
     return _safe_str(content)
 
 
-def _is_text_block(block: Any) -> bool:
-    return (
-        isinstance(block, dict)
-        and block.keys() == {"type", "text"}
-        and block["type"] == "text"
-        and isinstance(block["text"], str)
-    )
+def _is_text_block(block: object) -> bool:
+    match block:
+        case {"type": "text", "text": str(), **rest}:
+            return not rest
+    return False
 
 
-def _safe_str(value: Any) -> str:
+def _safe_str(value: object) -> str:
     try:
         return str(value)
     except BaseException:  # this runs at the tool's boundary

@@ -1,18 +1,21 @@
 """Other ways to write a JSON schema that mean the same, for chat templates that read only some of them."""
 
-import json
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
+
+from ..types import JSONObject, JSONSchema, JSONValue
 
 
 # Where JSON Schema 2020-12 (and the older `definitions`) keeps schemas; anything else in a schema is data.
-HOLDS_ONE = (
-    *("items", "contains", "unevaluatedItems"),
-    *("additionalProperties", "unevaluatedProperties", "propertyNames"),
-    *("not", "if", "then", "else", "contentSchema"),
+_HOLDS_ONE = frozenset(
+    "items contains unevaluatedItems additionalProperties unevaluatedProperties propertyNames not if then else "
+    "contentSchema".split()
 )
-HOLDS_LIST = ("anyOf", "oneOf", "allOf", "prefixItems")
-HOLDS_NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+_HOLDS_LIST = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
+_HOLDS_NAMED = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})
 
 _DEFINITIONS = ("$defs", "definitions")
 _NOTES = frozenset({"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"})
@@ -22,28 +25,28 @@ _MOST_SCHEMAS = 2000
 
 def places(schema: dict[str, Any]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
     """
-    The schemas directly inside a schema, each with the path to it.
+    Yield the schemas directly inside a schema, each with the path to it.
 
     Args:
         schema (`dict`):
             JSON schema.
     """
     for keyword, value in schema.items():
-        if keyword in HOLDS_ONE:
+        if keyword in _HOLDS_ONE:
             yield (keyword,), value
-        elif keyword in HOLDS_LIST and isinstance(value, list):
+        elif keyword in _HOLDS_LIST and isinstance(value, list):
             yield from (((keyword, index), inner) for index, inner in enumerate(value))
-        elif keyword in HOLDS_NAMED and isinstance(value, dict):
+        elif keyword in _HOLDS_NAMED and isinstance(value, dict):
             yield from (((keyword, name), inner) for name, inner in value.items())
 
 
-def replaced(schema: Any, path: tuple[str | int, ...], value: Any) -> Any:
+def replaced(schema: JSONValue, path: tuple[str | int, ...], value: JSONValue) -> JSONValue:
     """
-    A copy of nested dicts and lists with another value at a path; what is not on the path is shared.
+    Return a copy of nested dicts and lists with another value at a path; what is not on the path is shared.
 
     Args:
-        schema (`Any`):
-            Dict or list.
+        schema (`dict` or `list`):
+            What is copied.
         path (`tuple[str | int, ...]`):
             Keys and indices.
         value (`Any`):
@@ -54,6 +57,22 @@ def replaced(schema: Any, path: tuple[str | int, ...], value: Any) -> Any:
     copied = schema.copy()
     copied[path[0]] = replaced(schema[path[0]], path[1:], value)
     return copied
+
+
+def mapped(schema: JSONSchema, change: Callable[[JSONSchema], JSONSchema]) -> JSONSchema:
+    """
+    Return a copy of a schema in which each schema directly inside is changed.
+
+    Args:
+        schema (`dict`):
+            JSON schema.
+        change (`Callable`):
+            Gets a schema, and returns the one for its place. Those that are `true` or `false` are left as they are.
+    """
+    for path, inner in places(schema):
+        if isinstance(inner, dict):
+            schema = replaced(schema, path, change(inner))
+    return dict(schema)
 
 
 def inline_references(schema: dict[str, Any]) -> dict[str, Any]:
@@ -90,21 +109,16 @@ def plain_form(schema: dict[str, Any]) -> dict[str, Any]:
         schema (`dict`):
             JSON schema, without references.
     """
-    plain = dict(schema)
-    for path, inner in places(schema):
-        if isinstance(inner, dict):
-            plain = replaced(plain, path, plain_form(inner))
+    plain = mapped(schema, plain_form)
     for keyword in ("anyOf", "oneOf"):
         plain = _without_union(plain, keyword)
     parts = plain.get("allOf")
     if isinstance(parts, list) and all(isinstance(part, dict) for part in parts):
-        merged: dict[str, Any] | None = {key: value for key, value in plain.items() if key != "allOf"}
-        for part in parts:
-            merged = None if merged is None else _merged(merged, part)
+        merged = _merged({key: value for key, value in plain.items() if key != "allOf"}, *parts)
         plain = plain if merged is None else merged
     if "const" in plain and "enum" not in plain:
         plain["enum"] = [plain.pop("const")]
-    types = {json_type(value) for value in plain.get("enum") or ()}
+    types = {_json_type(value) for value in plain.get("enum") or ()}
     if "type" not in plain and len(types) == 1:
         plain["type"] = types.pop()
     if isinstance(plain.get("type"), list):
@@ -197,28 +211,25 @@ def _inlined(schema: Any, root: dict[str, Any], seen: tuple[str, ...], left: lis
     return copied
 
 
-def _target(root: dict[str, Any], reference: str) -> Any:
-    """What a JSON pointer leads to; `None` for the root itself, other documents and anchors."""
+def _target(root: JSONSchema, reference: str) -> JSONValue:
+    """Return what a JSON pointer leads to; `None` for the root itself, other documents and anchors."""
     if not reference.startswith("#/"):
         return None
-    found: Any = root
-    for step in reference[2:].split("/"):
-        step = step.replace("~1", "/").replace("~0", "~")
-        if isinstance(found, dict) and step in found:
-            found = found[step]
-        elif isinstance(found, list) and step.isdecimal() and int(step) < len(found):
-            found = found[int(step)]
-        else:
-            return None
-    return found
-
-
-def _merged(first: dict[str, Any], second: dict[str, Any], notes_of_second: bool = False) -> dict[str, Any] | None:
-    """Both schemas in one; `None` where they say different things under one keyword."""
-    clash = [key for key in first.keys() & second.keys() if first[key] != second[key]]
-    if any(key not in _NOTES for key in clash):
+    resource = DRAFT202012.create_resource(root)
+    try:
+        return resource.pointer(reference[1:], Registry().resolver_with_root(resource)).contents
+    except (Unresolvable, ValueError, TypeError):
         return None
-    return {**first, **second} if notes_of_second else {**second, **first}
+
+
+def _merged(first: JSONSchema, *others: JSONSchema) -> JSONSchema | None:
+    """Return all schemas in one; `None` where they say different things under one keyword. First notes are kept."""
+    merged = dict(first)
+    for other in others:
+        if any(merged[key] != other[key] and key not in _NOTES for key in merged.keys() & other.keys()):
+            return None
+        merged = {**other, **merged}
+    return merged
 
 
 def _without_union(schema: dict[str, Any], keyword: str) -> dict[str, Any]:

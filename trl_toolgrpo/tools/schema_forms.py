@@ -6,13 +6,14 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
-from ..types import JSONObject, JSONSchema, JSONValue
+from ..types import JSONSchema, JSONValue
 
 
 # Where JSON Schema 2020-12 (and the older `definitions`) keeps schemas; anything else in a schema is data.
-_HOLDS_ONE = frozenset(
-    "items contains unevaluatedItems additionalProperties unevaluatedProperties propertyNames not if then else "
-    "contentSchema".split()
+_HOLDS_ONE = (
+    *("items", "contains", "unevaluatedItems"),
+    *("additionalProperties", "unevaluatedProperties", "propertyNames"),
+    *("not", "if", "then", "else", "contentSchema"),
 )
 _HOLDS_LIST = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
 _HOLDS_NAMED = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})
@@ -23,7 +24,7 @@ _MOST_SCHEMAS = 2000
 """Schemas that references may grow into; those of a schema that would be larger stay as they are."""
 
 
-def places(schema: dict[str, Any]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+def places(schema: JSONSchema) -> Iterator[tuple[tuple[str | int, ...], JSONValue]]:
     """
     Yield the schemas directly inside a schema, each with the path to it.
 
@@ -75,7 +76,7 @@ def mapped(schema: JSONSchema, change: Callable[[JSONSchema], JSONSchema]) -> JS
     return dict(schema)
 
 
-def inline_references(schema: dict[str, Any]) -> dict[str, Any]:
+def inline_references(schema: JSONSchema) -> JSONSchema:
     """
     Return a schema with what its local references (`"#/$defs/..."`) point to in their place.
 
@@ -93,13 +94,13 @@ def inline_references(schema: dict[str, Any]) -> dict[str, Any]:
         return schema
     try:
         inlined = _inlined(schema, schema, (), [_MOST_SCHEMAS])
-    except _TooLarge:
+    except OverflowError:
         return schema
     body = {keyword: value for keyword, value in inlined.items() if keyword not in _DEFINITIONS}
     return inlined if any("$ref" in inner for inner in _walk(body)) else body
 
 
-def plain_form(schema: dict[str, Any]) -> dict[str, Any]:
+def plain_form(schema: JSONSchema) -> JSONSchema:
     """
     Return a schema with one `type` for each property where it can be written so: a union with null as `nullable`, as
     `transformers` writes `X | None`; a union or intersection of one schema as that schema; a union of bare types as a
@@ -129,7 +130,7 @@ def plain_form(schema: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def alternatives(schema: Any, root: dict[str, Any], seen: frozenset[str] = frozenset()) -> Iterator[dict[str, Any]]:
+def alternatives(schema: JSONValue, root: JSONSchema, seen: frozenset[str] = frozenset()) -> Iterator[JSONSchema]:
     """
     Yield a schema, what it refers to, and the parts of its unions and intersections, each with theirs.
 
@@ -152,12 +153,12 @@ def alternatives(schema: Any, root: dict[str, Any], seen: frozenset[str] = froze
         yield from alternatives(_target(root, reference), root, seen | {reference})
 
 
-def constants(schema: dict[str, Any]) -> list[Any]:
+def constants(schema: JSONSchema) -> list[JSONValue]:
     """Return the values that a schema names, by `enum` or `const`."""
     return [*(schema.get("enum") or ()), *([schema["const"]] if "const" in schema else ())]
 
 
-def type_names(schema: Any, root: dict[str, Any]) -> list[str]:
+def type_names(schema: JSONValue, root: JSONSchema) -> list[str]:
     """
     Return the names of the types a schema allows, in its order; those of its constants where it declares none.
 
@@ -169,40 +170,34 @@ def type_names(schema: Any, root: dict[str, Any]) -> list[str]:
     for part in alternatives(schema, root):
         declared = part.get("type")
         if declared is None:
-            names += map(json_type, constants(part))
+            names += map(_json_type, constants(part))
         else:
             names += declared if isinstance(declared, list) else [declared]
         names += ["null"] if part.get("nullable") else []  # as transformers' get_json_schema marks what may be None
     return [name for name in dict.fromkeys(names) if isinstance(name, str)]
 
 
-class _TooLarge(Exception):
-    pass
-
-
-def _walk(schema: Any) -> Iterator[dict[str, Any]]:
+def _walk(schema: JSONValue) -> Iterator[JSONSchema]:
     if isinstance(schema, dict):
         yield schema
         for _, inner in places(schema):
             yield from _walk(inner)
 
 
-def _inlined(schema: Any, root: dict[str, Any], seen: tuple[str, ...], left: list[int]) -> Any:
+def _inlined(schema: JSONValue, root: JSONSchema, seen: tuple[str, ...], left: list[int]) -> JSONValue:
     if not isinstance(schema, dict):
         return schema
     left[0] -= 1
     if left[0] < 0:
-        raise _TooLarge
+        raise OverflowError
     reference = schema.get("$ref")
     if isinstance(reference, str):
         target = _target(root, reference)
         if not isinstance(target, dict) or reference in seen:
             return schema
         inlined = _inlined(target, root, (*seen, reference), left)
-        beside = {key: value for key, value in schema.items() if key != "$ref"}
-        if not beside:
-            return inlined
-        merged = _merged(inlined, _inlined(beside, root, seen, left), notes_of_second=True)
+        others = {key: value for key, value in schema.items() if key != "$ref"}
+        merged = _merged(_inlined(others, root, seen, left), inlined) if others else inlined
         return schema if merged is None else merged
     copied = schema
     for path, inner in places(schema):
@@ -223,7 +218,7 @@ def _target(root: JSONSchema, reference: str) -> JSONValue:
 
 
 def _merged(first: JSONSchema, *others: JSONSchema) -> JSONSchema | None:
-    """Return all schemas in one; `None` where they say different things under one keyword. First notes are kept."""
+    """Return schemas in one, with the notes of the first; `None` where they say different things under a keyword."""
     merged = dict(first)
     for other in others:
         if any(merged[key] != other[key] and key not in _NOTES for key in merged.keys() & other.keys()):
@@ -232,7 +227,7 @@ def _merged(first: JSONSchema, *others: JSONSchema) -> JSONSchema | None:
     return merged
 
 
-def _without_union(schema: dict[str, Any], keyword: str) -> dict[str, Any]:
+def _without_union(schema: JSONSchema, keyword: str) -> JSONSchema:
     variants = schema.get(keyword)
     if not isinstance(variants, list) or not all(isinstance(variant, dict) for variant in variants):
         return schema
@@ -247,12 +242,12 @@ def _without_union(schema: dict[str, Any], keyword: str) -> dict[str, Any]:
     return schema
 
 
-def _is_null(schema: dict[str, Any]) -> bool:
+def _is_null(schema: JSONSchema) -> bool:
     bare = {key: value for key, value in schema.items() if key not in _NOTES}
-    return json.dumps(bare) in ('{"type": "null"}', '{"const": null}', '{"enum": [null]}')
+    return bare in ({"type": "null"}, {"const": None}, {"enum": [None]})
 
 
-def json_type(value: Any) -> str:
+def _json_type(value: JSONValue) -> str:
     """Return the name of the JSON type of a value."""
     kinds: dict[type, str] = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
     return kinds.get(type(value), "array" if isinstance(value, list) else "object")

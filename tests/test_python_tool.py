@@ -37,17 +37,18 @@ def why_not(mode):
             try:
                 find_sandbox(mode, LIMITS)
             except ConfigError as error:
-                reason = str(error)
+                reason = error.message
             else:
                 return None, interpreter
     return reason, None
 
 
 MISSING = {mode: why_not(mode) for mode in MODES}
-EVERY = [pytest.param(m, marks=pytest.mark.skipif(MISSING[m][0] is not None, reason=str(MISSING[m]))) for m in MODES]
-WORKING = next((mode for mode in MODES if MISSING[mode] == (None, None)), None)
+HERE = {mode: pytest.mark.skipif(reason is not None, reason=str(reason)) for mode, (reason, _) in MISSING.items()}
+EVERY = [pytest.param(mode, marks=HERE[mode]) for mode in MODES]
+bubblewrap = HERE["bubblewrap"]
+WORKING = next((mode for mode in MODES if MISSING[mode][0] is None), None)
 works = pytest.mark.skipif(WORKING is None, reason=str(MISSING))
-bubblewrap = pytest.mark.skipif(MISSING["bubblewrap"][0] is not None, reason=str(MISSING["bubblewrap"][0]))
 
 # One of each kind; tests/benchmarks/hostile_python.py has all of them
 CHOSEN = [
@@ -63,7 +64,8 @@ CHOSEN = [
 def interpreter(request, monkeypatch):
     """The system's Python for a sandbox that cannot be had with this one."""
     callspec = getattr(request.node, "callspec", None)
-    if callspec is not None and MISSING.get(callspec.params.get("mode"), (None, None))[1]:
+    mode = callspec.params.get("mode", WORKING) if callspec is not None else WORKING
+    if MISSING.get(mode, (None, None))[1]:
         monkeypatch.setattr(sandbox_module, "_interpreter", lambda: SYSTEM)
 
 
@@ -305,8 +307,8 @@ def test_a_script_that_fails_is_no_sandbox():
 # The tool
 
 
-@pytest.fixture(scope="module")
-def tool():
+@pytest.fixture
+def tool(interpreter):
     if WORKING is None:
         pytest.skip(str(MISSING))
     return python_tool(sandbox=WORKING, seconds=0.3, memory_mb=256, output_bytes=2000, processes=16)
@@ -512,7 +514,7 @@ def test_a_run_that_finds_no_memory_says_so_and_may_be_tried_again(monkeypatch):
     shared = sandbox_module.SharedMemory()
     monkeypatch.setattr(sandbox_module, "_shared", shared)
     monkeypatch.setattr(sandbox_module, "PATIENCE", 0.1)
-    tool = python_tool(sandbox=WORKING, together_mb=600)
+    tool = python_tool(sandbox=WORKING, together_mb=512)
     with shared.share(1, 2**40, 0.0) as free:
         result = tool.function("1 + 1")
     assert free and result.is_error and result.transient and result.content.startswith("[not run: ")

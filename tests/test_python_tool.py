@@ -28,8 +28,8 @@ LIMITS = Limits(seconds=0.3, memory=256 * 2**20, disk=16 * 2**20, processes=16, 
 SYSTEM = "/usr/bin/python3"
 
 
-def why_not(mode):
-    """Why a sandbox cannot be had here, and whether it can with the system's Python."""
+def failure_here(mode):
+    """Return why a sandbox does not work here, and the Python it needs if only the system's will do."""
     with pytest.MonkeyPatch.context() as patch:
         for interpreter in (None, SYSTEM if mode == "limits" else None):
             if interpreter is not None:
@@ -43,7 +43,7 @@ def why_not(mode):
     return reason, None
 
 
-MISSING = {mode: why_not(mode) for mode in MODES}
+MISSING = {mode: failure_here(mode) for mode in MODES}
 HERE = {mode: pytest.mark.skipif(reason is not None, reason=str(reason)) for mode, (reason, _) in MISSING.items()}
 EVERY = [pytest.param(mode, marks=HERE[mode]) for mode in MODES]
 bubblewrap = HERE["bubblewrap"]
@@ -99,7 +99,7 @@ def test_there_are_two_hundred_snippets_of_forty_ideas():
         ("flood-0", "characters of output"),
     ],
 )
-def test_the_check_sees_what_is_not_contained(name, fault):
+def test_the_check_finds_attacks_that_succeed(name, fault):
     """The same code without a sandbox."""
 
     class Open(Sandbox):
@@ -139,7 +139,7 @@ def test_the_check_sees_what_is_not_contained(name, fault):
             "ended", 1, 'beforeTraceback (most recent call last):\n  File "<code>", line 1, in <module>\n')),
     ],
 )  # fmt: skip
-def test_code_gets_its_report(mode, code, report):
+def test_the_report_of_honest_code(mode, code, report):
     found = Sandbox(mode, LIMITS).run(code)
     shown = found.output
     if report.code == 1:
@@ -201,7 +201,7 @@ def test_the_code_is_nobody_and_sees_no_environment(mode, monkeypatch):
         ({"output": 20_000}, "print('x' * 15_000)", "x" * 15_000 + "\n"),
     ],
 )
-def test_each_limit_counts(changed, code, status):
+def test_each_limit_acts(changed, code, status):
     given = {**vars(LIMITS), "seconds": 0.3 if "seconds" in changed else 5.0}
     strict, loose = Sandbox(WORKING, Limits(**given)), Sandbox(WORKING, Limits(**{**given, **changed}))
     assert loose.run(code).output == status
@@ -244,7 +244,7 @@ def test_code_ends_with_the_run_also_after_sigkill(mode, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [{"seconds": 0}, {"memory_mb": -1}, {"processes": 0}])
-def test_what_cannot_be_is_refused(wrong):
+def test_limits_that_are_not_positive_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong)).removesuffix("_mb")):
         python_tool(**wrong)
 
@@ -296,7 +296,7 @@ def test_what_the_sandbox_does_not_stop_is_logged(mode, caplog):
     assert f"Code of the tool 'calc' runs in the sandbox '{mode}', which does not stop: {what}" in caplog.text
 
 
-def test_a_script_that_fails_is_no_sandbox():
+def test_a_first_process_that_fails_is_reported_as_lost():
     sandbox = Sandbox("limits", LIMITS)
     sandbox._script = "raise OSError('unshare: Operation not permitted')"
     report = sandbox.run("1")
@@ -334,7 +334,7 @@ def tool(interpreter):
         ),
     ],
 )
-def test_what_the_policy_reads(tool, code, error, text):
+def test_the_text_that_the_policy_reads(tool, code, error, text):
     assert read(tool, code) == (error is not None, error, text)
 
 
@@ -471,7 +471,7 @@ AS_NOBODY = """
     if sys.argv[1] == "without rules":
         sandbox._seccomp_rules = lambda: b""
     box = sandbox.Sandbox("bubblewrap", sandbox.Limits(disk=8 * 2**20, memory=100 * 2**20))
-    print(json.dumps([sandbox._why_not(box), *(vars(box.run(code)) for code in sys.argv[2:])]))
+    print(json.dumps([sandbox._trial_failure(box), *(vars(box.run(code)) for code in sys.argv[2:])]))
 """
 
 
@@ -485,9 +485,9 @@ def test_a_run_that_does_not_belong_to_root_is_bounded_too(way):
     command = [SYSTEM, "-B", "-c", textwrap.dedent(AS_NOBODY), way, namespaces, files, blind]
     nobody = {"user": 65534, "group": 65534, "extra_groups": []}
     found = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, **nobody)
-    why_not, userns, bounded, blinded = json.loads(found.stdout)
-    if why_not is not None:
-        pytest.skip(why_not)
+    failure, userns, bounded, blinded = json.loads(found.stdout)
+    if failure is not None:
+        pytest.skip(failure)
     assert userns["output"] == "{-1} b'x\\n'\n"
     assert bounded["status"] == "memory"
     assert blinded["status"] == "lost", "a watch that sees nothing ends the run"
@@ -524,7 +524,7 @@ def test_a_run_that_finds_no_memory_says_so_and_may_be_tried_again(monkeypatch):
 @works
 @pytest.mark.parametrize("text", ["é" * 20, "x" + "é" * 20, "é" * 20 + "x", "x" + "é" * 20 + "x"])
 @pytest.mark.parametrize("most", [8, 9, 10, 11])
-def test_half_a_character_is_not_left_of_an_output(text, most):
+def test_a_long_output_is_cut_between_characters(text, most):
     report = Sandbox(WORKING, Limits(output=most)).run(f"import sys; sys.stdout.write({text!r})\nNone")
     assert "\N{REPLACEMENT CHARACTER}" not in report.output + report.tail and report.dropped > 0
     assert text.startswith(report.output) and text.endswith(report.tail) and len(report.output + report.tail) >= 3
@@ -532,6 +532,6 @@ def test_half_a_character_is_not_left_of_an_output(text, most):
 
 @works
 @pytest.mark.parametrize("wrong", [0, -5])
-def test_memory_together_is_positive(wrong):
+def test_memory_together_that_is_not_positive_is_refused(wrong):
     with pytest.raises(ConfigError, match="together"):
         python_tool(sandbox=WORKING, together_mb=wrong)

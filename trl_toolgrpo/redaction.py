@@ -105,7 +105,7 @@ class Redactor:
         Return JSON data without the secrets, keys included.
 
         Args:
-            value (`Any`):
+            value (`object`):
                 Strings, dicts, lists and tuples (which become lists) are searched; anything else stays as it is.
         """
         if self._pattern is None:
@@ -145,7 +145,7 @@ def config_secrets(value: JSONValue) -> list[str]:
     Return what of a configuration is secret: see [`masked`].
 
     Args:
-        value (`Any`):
+        value (`object`):
             Dicts, lists and strings, nested.
     """
     found: list[str] = []
@@ -204,7 +204,7 @@ def masked(value: JSONValue, name: str = "", found: list[str] | None = None) -> 
     `name=value` and of a header too, and the logins and queries of URLs.
 
     Args:
-        value (`Any`):
+        value (`object`):
             Dicts, lists, tuples and strings, nested; anything else is no secret if its name says nothing.
         name (`str`, *optional*, defaults to `""`):
             What the value is set as.
@@ -212,7 +212,7 @@ def masked(value: JSONValue, name: str = "", found: list[str] | None = None) -> 
             Gets the secrets, short ones included.
 
     Returns:
-        `Any`: a copy of the same form; a secret is `"[secret]"` there, and a URL is as in [`masked_url`].
+        `object`: a copy of the same form; a secret is `"[secret]"` there, and a URL is as in [`masked_url`].
     """
     found = [] if found is None else found
     filled = isinstance(value, (str, int, float, dict, list, tuple)) and value and value is not True
@@ -361,13 +361,13 @@ def _masked_login(url: str, found: list[str]) -> str:
     except ValueError:  # such as an IPv6 address without its end
         return url if "@" not in url else SECRET
     login = parts.netloc.rpartition("@")[0]
-    told = [value for name, value in urllib.parse.parse_qsl(parts.fragment) if is_secret_name(name)]
-    if not login and not parts.query and not told:
+    in_fragment = [value for name, value in urllib.parse.parse_qsl(parts.fragment) if is_secret_name(name)]
+    if not login and not parts.query and not in_fragment:
         return url
     # A user alone is a token only where the web has none: `postgres://postgres@host` names no secret
     secret = parts.password or (parts.username if parts.scheme in ("http", "https") else None)
     found += [login, secret, urllib.parse.unquote(secret)] if secret else []
-    found += [value for name, value in urllib.parse.parse_qsl(parts.query) if is_secret_name(name)] + told
+    found += [value for name, value in urllib.parse.parse_qsl(parts.query) if is_secret_name(name)] + in_fragment
     return masked_url(url)
 
 

@@ -51,7 +51,7 @@ def validate_arguments(tool: Tool, arguments: JSONValue) -> str | None:
     Args:
         tool ([`Tool`]):
             The tool that is called.
-        arguments (`Any`):
+        arguments (`dict`):
             The arguments as parsed from JSON. A whole float such as `3.0` is a valid integer, and is passed on as is.
 
     Returns:
@@ -61,7 +61,7 @@ def validate_arguments(tool: Tool, arguments: JSONValue) -> str | None:
         ToolSchemaError: if the schema of the tool is not valid.
     """
     if not isinstance(arguments, dict):
-        return f"the arguments must be a JSON object, not {_shown(arguments)}"
+        return f"the arguments must be a JSON object, not {_short_json(arguments)}"
     validator = _validator(tool)
     try:
         errors = sorted(validator.iter_errors(arguments), key=lambda error: list(map(str, error.absolute_path)))
@@ -180,16 +180,17 @@ def _sentence(error: ValidationError) -> str:
         return f"`{path}.{missing}` is a required property" if path else f"`{missing}` is a required property"
     if error.validator == "type":
         types = error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
-        return f"{where}{_shown(error.instance)} is not of type {' or '.join(types)}"
+        return f"{where}{_short_json(error.instance)} is not of type {' or '.join(types)}"
     if error.validator == "enum":
-        return f"{where}{_shown(error.instance)} is not one of {_shown(error.validator_value, 4 * _SHOWN_CHARS)}"
-    return where + _cut(error.message, 4 * _SHOWN_CHARS)
+        allowed = _short_json(error.validator_value, 4 * _SHOWN_CHARS)
+        return f"{where}{_short_json(error.instance)} is not one of {allowed}"
+    return where + _shortened(error.message, 4 * _SHOWN_CHARS)
 
 
-def _shown(value: JSONValue, limit: int = _SHOWN_CHARS) -> str:
+def _short_json(value: JSONValue, limit: int = _SHOWN_CHARS) -> str:
     """Return the value as the policy wrote it, in JSON, and not so long that it fills the context."""
-    return _cut(json.dumps(value, ensure_ascii=False, default=str), limit)
+    return _shortened(json.dumps(value, ensure_ascii=False, default=str), limit)
 
 
-def _cut(text: str, limit: int) -> str:
+def _shortened(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."

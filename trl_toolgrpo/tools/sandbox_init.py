@@ -53,9 +53,7 @@ def main(mode: str) -> None:
         _give_up_privileges(given, writable)
         _run(given.code, given.last_expression)
         return
-    report = _watch(child, readable, mode, given)
-    sys.stdout.buffer.write(json.dumps(report).encode())
-    sys.stdout.buffer.flush()
+    print(json.dumps(_watch(child, readable, mode, given)), flush=True)
     os._exit(0)
 
 

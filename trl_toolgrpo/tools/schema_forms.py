@@ -1,4 +1,8 @@
-"""Other ways to write a JSON schema that mean the same, for chat templates that read only some of them."""
+"""Other ways to write a JSON schema that mean the same, for chat templates that read only some of them.
+
+`referencing` follows references. No library puts what they lead to in their place where a schema refers to itself, or
+writes unions in the form that templates read.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -50,7 +54,7 @@ def replaced(schema: JSONValue, path: tuple[str | int, ...], value: JSONValue) -
             What is copied.
         path (`tuple[str | int, ...]`):
             Keys and indices.
-        value (`Any`):
+        value (`object`):
             The new value.
     """
     if not path:

@@ -46,7 +46,7 @@ class Tool:
             Where a call runs: on a `"thread"` of the run, or in a `"process"` that ends with all it has started when
             the call exceeds its time limit or crashes. A process has to be able to import the function; it is used
             again for later calls of the tool, after calls that returned or raised an exception and left no thread
-            behind. TRL's own rollouts run the function on their thread.
+            running. TRL's own rollouts run the function on their thread.
 
     Raises:
         ToolSchemaError: if the name is empty or not an identifier, the parameters are no object schema, the
@@ -193,7 +193,7 @@ class ToolResult:
     What came back from a call. A tool may return one itself, to set a reward or to mark an error as data.
 
     Args:
-        content (`Any`):
+        content (`object`):
             Text, or anything JSON can hold; dicts and lists reach the policy as JSON.
         is_error (`bool`, *optional*, defaults to `False`):
             Whether the call failed.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from trl_toolgrpo.tools.sandbox import _USERS, Report, Sandbox
+from trl_toolgrpo.tools.sandbox import _USERS, Sandbox, SandboxReport
 
 
 SECRET = "open-sesame-71"
@@ -73,7 +73,7 @@ class Machine:
                 server.accept()[0].close()
                 self.visits += 1
 
-    def attack(self, sandbox: Sandbox, code: str) -> tuple[Report, float]:
+    def attack(self, sandbox: Sandbox, code: str) -> tuple[SandboxReport, float]:
         """Runs a snippet; returns what came of it and how long it took."""
         here = {
             "port": self.server.getsockname()[1],
@@ -90,7 +90,7 @@ class Machine:
         report = sandbox.run(code)
         return report, time.monotonic() - started
 
-    def damage(self, sandbox: Sandbox, report: Report, seconds: float) -> list[str]:
+    def damage(self, sandbox: Sandbox, report: SandboxReport, seconds: float) -> list[str]:
         """What a snippet did that it must not do."""
         limits = sandbox.limits
         facts = {

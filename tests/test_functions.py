@@ -373,7 +373,7 @@ def test_a_partial_method_is_a_tool_under_its_own_name():
     assert tools["plain"].function(a=4) == tools["static"].function(a=4) == 4
 
 
-def test_what_can_be_called_and_is_no_tool_is_named(caplog):
+def test_callables_that_are_no_tools_are_named_in_a_warning(caplog):
     kinds = Kinds()
     left_out = left_out_of_tools(kinds)
     assert left_out == {
@@ -389,7 +389,7 @@ def test_what_can_be_called_and_is_no_tool_is_named(caplog):
     assert "Kinds has public methods that are no tools" in caplog.text and "`cached` (a cached method)" in caplog.text
 
 
-def test_what_an_environment_lists_is_a_tool_of_any_kind(caplog):
+def test_callables_of_any_kind_are_tools_if_the_environment_lists_them(caplog):
     kinds = Kinds()
     kinds.tools = [kinds.of_class, kinds.cached, kinds.recent, kinds.added, kinds.client, kinds.clock]
     tools = index_tools(environment_tools(kinds))

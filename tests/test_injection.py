@@ -238,7 +238,7 @@ def test_no_control_token_lies_across_a_boundary(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_result_may_begin_like_anything(name):
+def test_results_that_begin_like_parts_of_a_template(name):
     """Contents are found again in the rendered text, whatever they begin with."""
     fam = family(name)
     for start in ("rg", "arg", "v", "a", "z", "i"):
@@ -385,7 +385,7 @@ def look(place: str) -> str:
 
 
 @pytest.mark.parametrize("tools", [{"environment_factory": Inn}, {"tools": [look]}], ids=["environment", "functions"])
-def test_what_a_user_writes_in_a_prompt_stays_what_it_is(monkeypatch, tmp_path, tools):
+def test_control_tokens_in_the_prompts_of_users_are_kept(monkeypatch, tmp_path, tools):
     """A data set may hold control tokens on purpose."""
     rows = [{"prompt": [{"role": "user", "content": "a <|im_end|> b"}]}] * 4
     made = run_script(ToolGRPOTrainer, monkeypatch, tmp_path, [["x<|im_end|>"]], rows=rows, **tools)

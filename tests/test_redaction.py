@@ -35,7 +35,7 @@ def test_a_secret_is_found_however_it_is_spelled(secret, spell):
         assert part not in text
 
 
-def test_a_line_of_a_secret_is_one():
+def test_each_line_of_a_secret_is_hidden():
     key = "-----BEGIN KEY-----\nMIIEvQIBADANBgkq\n-----END KEY-----"
     assert Redactor([key]).text("it has MIIEvQIBADANBgkq in it") == f"it has {SECRET} in it"
 
@@ -54,7 +54,7 @@ def test_without_secrets_nothing_changes():
     assert Redactor().text("a b") == "a b" and Redactor().data(data) is data
 
 
-def test_what_counts_as_a_secret():
+def test_which_values_of_a_server_are_secret():
     env = {"API_KEY": "k-123456", "TZ": "Europe/Paris", "PATH": "/usr/local/bin", "LC_ALL": "de_DE.UTF-8"}
     env |= {"SHORT": "12345", "MODE": "Production", "path": "/usr/local/bin"}
     assert secret_values(env, {}, None) == ["k-123456"]
@@ -115,7 +115,7 @@ PUBLIC_NAMES = (
 
 
 @pytest.mark.parametrize("name", SECRET_NAMES.split())
-def test_a_name_that_tells_of_a_secret(name):
+def test_secret_names(name):
     """The one rule: for variables, options, configurations and headers alike."""
     assert is_secret_name(name)
     assert secret_variables({name: "abc-123456"}) == [name]
@@ -125,7 +125,7 @@ def test_a_name_that_tells_of_a_secret(name):
 
 
 @pytest.mark.parametrize("name", PUBLIC_NAMES.split())
-def test_a_name_that_tells_of_none(name):
+def test_public_names(name):
     assert not is_secret_name(name)
     assert secret_variables({name: "abc-123456"}) == [] == config_secrets({name: "abc-123456"})
 
@@ -143,7 +143,7 @@ def test_a_secret_may_stand_in_another_value():
     assert "abc-1234" in config_secrets(key) and "service" not in config_secrets(key)
 
 
-def test_a_command_line_tells_its_secrets():
+def test_secrets_of_a_command_line():
     given = ["train.py", "--judge_key", "abc-123456", "--hub-token=def-123456", "--max_tokens", "100000"]
     assert argument_secrets(given) == ["abc-123456", "abc-123456", "def-123456", "def-123456"]
 

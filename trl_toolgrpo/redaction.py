@@ -1,9 +1,11 @@
-"""What of a run is a secret, by its name or by where it was given, and texts without it.
+"""What of a run is a secret, by its name or by where it was given, and how texts are kept free of it.
 
-The one rule for every file and text that a run leaves: its logs, its model card, what its tools answer and what its
-MCP servers say.
+This is the one rule for every file and text that a run leaves: its logs, its model card, what its tools answer and
+what its MCP servers say. Scanners of source code look for the formats of known keys; here a secret is whatever the run
+was given as one.
 """
 
+import collections
 import json
 import logging
 import re
@@ -11,58 +13,46 @@ import shlex
 import urllib.parse
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+
+from .types import JSONValue
 
 
 SECRET = "[secret]"
 
 _SHORTEST = 6
-# Values that are words of configuration, and variables that hold paths, languages and switches, not secrets.
-_TRIVIAL = frozenset(
-    {
-        *("always", "bearer", "default", "development", "disabled", "enabled", "localhost", "production", "staging"),
-        *("testing", "verbose", "warning", "application/json", "text/event-stream"),
-        *("changeme", "example", "not-needed", "password", "passwd", "postgres", "secret", "unused"),
-    }
+# Values that are words of configuration, and variables that hold paths, languages and switches, not secrets
+_TRIVIAL = re.compile(
+    "always|bearer|changeme|default|development|disabled|enabled|example|localhost|not-needed|passwd|password|postgres|"
+    "production|secret|staging|testing|unused|verbose|warning|application/json|text/event-stream",
+    re.IGNORECASE,
 )
-_PUBLIC = frozenset(
-    {
-        *("COLORTERM", "DEBUG", "DISPLAY", "EDITOR", "FORCE_COLOR", "HOME", "HOSTNAME", "LANG", "LANGUAGE"),
-        *("LOGLEVEL", "LOGNAME", "LOG_LEVEL", "NODE_ENV", "NO_COLOR", "OLDPWD", "PATH", "PWD", "PYTHONHASHSEED"),
-        *("PYTHONIOENCODING", "PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONUTF8", "SHELL", "TEMP", "TERM", "TMP"),
-        *("TMPDIR", "TZ", "USER", "USERNAME", "VIRTUAL_ENV"),
-    }
+_PUBLIC = re.compile(
+    "COLORTERM|DEBUG|DISPLAY|EDITOR|FORCE_COLOR|HOME|HOSTNAME|LANG|LANGUAGE|LOGLEVEL|LOGNAME|LOG_LEVEL|NODE_ENV|NO_COLOR|"
+    "OLDPWD|PATH|PWD|PYTHONHASHSEED|PYTHONIOENCODING|PYTHONPATH|PYTHONUNBUFFERED|PYTHONUTF8|SHELL|TEMP|TERM|TMP|TMPDIR|"
+    "TZ|USER|USERNAME|VIRTUAL_ENV"
 )
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')  # of JSON
 _SCHEMES = re.compile(r"(?:basic|bearer|token)\s+", re.IGNORECASE)
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of a name: API_KEY_2, apiKey, X-Api-Key
-_PASSWORD = re.compile(
-    r"secret(?!ar)|passw|passphrase|passcode|credential|creds$|^cred$|pwd$|^pw$|^pass$|(?:db|my|sql|smtp|ssh|user)pass$"
+# The rest reads those words, in lower case with a space between them. What a name ends with that only tells of a
+# secret: where it lies, what it is called, how long it is
+_ABOUT = re.compile(
+    r"\b(?:at|budget|columns?|count|dir|directory|expiration|expires|expiry|field|file|folder|format|heads|ids|index|"
+    r"length|level|limit|mask|name|parallelism|path|prefix|rate|ratio|size|suffix|timeout|ttl|types?)$"
 )
-_KEY = re.compile(r"token$|^key$|(?:access|account|api|auth|encryption|master|private|secret|signing|ssh)keys?$")
-_LAST = frozenset({"auth", "authorization", "bearer", "cookie", "cookies", "jwt", "pat", "signature", "webhook"})
-_PLURAL = frozenset({"access", "api", "auth", "bearer", "hf", "hub", "private", "refresh"})  # API_KEYS, not max_tokens
-_PAIRS = frozenset({("connection", "string"), ("webhook", "url")})
-# What a vocabulary or a table names so
-_OF_VOCABULARY = frozenset(
-    {
-        *("bos", "eos", "eot", "pad", "unk", "sep", "cls", "mask", "start", "stop", "image", "video", "audio"),
-        *("special", "per", "num", "max", "min"),
-    }
+_SECRET_WORDS = re.compile(
+    r"secret(?!ar)|passw|passphrase|passcode|credential|creds\b|\bcred\b|pwd\b|\bpw\b|\bpass\b|"
+    r"(?:db|my|sql|smtp|ssh|user)pass\b|\b(?:auth|authorization|bearer|cookies?|jwt|pat|signature|webhook)$|"
+    r"\bconnection string\b|\bwebhook url\b|\b(?:access|api|auth|bearer|hf|hub|private|refresh) (?:keys|tokens)\b"
 )
-_OF_TABLE = frozenset(
-    {
-        *("cache", "column", "data", "dataset", "dict", "feature", "field", "foreign", "group", "image", "index"),
-        *("json", "label", "metric", "partition", "primary", "prompt", "public", "row", "sort", "text"),
-    }
-)
-# Of a secret, what is none: where it lies, what it is called, how long it is
-_ABOUT = frozenset(
-    {
-        *("at", "budget", "column", "columns", "count", "dir", "directory", "expiration", "expires", "expiry"),
-        *("field", "file", "folder", "format", "heads", "ids", "index", "length", "level", "limit", "mask", "name"),
-        *("parallelism", "path", "prefix", "rate", "ratio", "size", "suffix", "timeout", "ttl", "type", "types"),
-    }
+_KEY = r"token\b|(?:access|account|api|auth|encryption|master|private|secret|signing|ssh)keys?\b"
+_SECRET_KEY = re.compile(rf"{_KEY}|\bkey\b")
+# What a vocabulary or a table calls a token or a key
+_OTHER_KEY = re.compile(
+    r"\btoken id\b|"
+    rf"\b(?:bos|eos|eot|pad|unk|sep|cls|mask|start|stop|image|video|audio|special|per|num|max|min) [a-z]*(?:{_KEY})|"
+    r"\b(?:cache|column|data|dataset|dict|feature|field|foreign|group|image|index|json|label|metric|partition|primary|"
+    r"prompt|public|row|sort|text) key\b"
 )
 _URL_OR_ASSIGNED = re.compile(
     r"""(?P<url>[a-z][a-z0-9+.-]{0,30}://[^\s"'<>`]+?(?=,[a-z][a-z0-9+.-]*://|[\s"'<>`]|$))"""
@@ -75,7 +65,7 @@ _SEVERAL = re.compile(r"(?:key|token|secret|password|credential)s$", re.IGNORECA
 
 class Redactor:
     """
-    Replaces secrets.
+    What replaces the secrets in texts and data.
 
     Args:
         secrets (`Iterable[str]`, *optional*):
@@ -90,7 +80,7 @@ class Redactor:
 
     def text(self, text: str) -> str:
         """
-        A text without the secrets.
+        Return a text without the secrets.
 
         Args:
             text (`str`):
@@ -100,7 +90,7 @@ class Redactor:
 
     def json(self, text: str) -> str:
         """
-        JSON without the secrets: they are looked for in its strings, keys included, so that it stays JSON.
+        Return JSON without the secrets: they are looked for in its strings, keys included, so that it stays JSON.
 
         Args:
             text (`str`):
@@ -110,12 +100,12 @@ class Redactor:
             return text
         return _STRING.sub(lambda found: _encoded(self.text(json.loads(found.group()))), text)
 
-    def data(self, value: Any) -> Any:
+    def data(self, value: JSONValue) -> JSONValue:
         """
-        JSON data without the secrets, keys included.
+        Return JSON data without the secrets, keys included.
 
         Args:
-            value (`Any`):
+            value (`object`):
                 Strings, dicts, lists and tuples (which become lists) are searched; anything else stays as it is.
         """
         if self._pattern is None:
@@ -131,7 +121,7 @@ class Redactor:
 
 def secret_values(env: Mapping[str, str], headers: Mapping[str, str], url: str | None) -> list[str]:
     """
-    What of a server's configuration is secret.
+    Return what of a server's configuration is secret.
 
     Args:
         env (`Mapping[str, str]`):
@@ -141,7 +131,7 @@ def secret_values(env: Mapping[str, str], headers: Mapping[str, str], url: str |
         url (`str`, *optional*):
             Its user, password and query values are secret.
     """
-    given = [value for name, value in env.items() if name.upper() not in _PUBLIC and not name.startswith("LC_")]
+    given = [value for name, value in env.items() if not (_PUBLIC.fullmatch(name.upper()) or name.startswith("LC_"))]
     found = [part for value in (*given, *headers.values()) for part in dict.fromkeys(_leaves(value))]
     if url is not None:
         parts = urllib.parse.urlsplit(url)
@@ -150,12 +140,12 @@ def secret_values(env: Mapping[str, str], headers: Mapping[str, str], url: str |
     return _worth_hiding(found)
 
 
-def config_secrets(value: Any) -> list[str]:
+def config_secrets(value: JSONValue) -> list[str]:
     """
-    What of a configuration is secret: see [`masked`].
+    Return what of a configuration is secret: see [`masked`].
 
     Args:
-        value (`Any`):
+        value (`object`):
             Dicts, lists and strings, nested.
     """
     found: list[str] = []
@@ -165,7 +155,7 @@ def config_secrets(value: Any) -> list[str]:
 
 def argument_secrets(arguments: Sequence[str]) -> list[str]:
     """
-    What of a command line is secret: see [`masked_arguments`].
+    Return what of a command line is secret: see [`masked_arguments`].
 
     Args:
         arguments (`Sequence[str]`):
@@ -178,7 +168,7 @@ def argument_secrets(arguments: Sequence[str]) -> list[str]:
 
 def is_secret_name(name: str) -> bool:
     """
-    Whether a variable, option, header or field is named for a secret.
+    Return whether a variable, option, header or field is named for a secret.
 
     A word of the name says so, wherever it stands and whatever number or owner follows: `PGPASSWORD`, `DB_PASSWD`,
     `SMTP_PASS`, `OPENAI_API_KEY_2`, `HF_TOKEN_WRITE`, `apiKey`, `X-Api-Key`, `Authorization`. Tokens of a vocabulary
@@ -189,38 +179,32 @@ def is_secret_name(name: str) -> bool:
         name (`str`):
             The name.
     """
-    words = [word.lower() for word in _WORDS.findall(name)]
-    if not words or words[-1] in _ABOUT or name.upper() in _PUBLIC:
+    words = " ".join(_WORDS.findall(name)).lower()
+    if _PUBLIC.fullmatch(name.upper()) or _ABOUT.search(words):
         return False
-    if words[-1] in _LAST or any(_PASSWORD.search(word) for word in words):
-        return True
-    for before, word, after in zip(["", *words], words, [*words[1:], ""], strict=False):
-        of_table = before in (_OF_TABLE if word == "key" else _OF_VOCABULARY) or (word, after) == ("token", "id")
-        if (before, word) in _PAIRS or (before in _PLURAL and word in ("keys", "tokens")):
-            return True
-        if _KEY.search(word) and not of_table:
-            return True
-    return False
+    return bool(_SECRET_WORDS.search(words) or _SECRET_KEY.search(_OTHER_KEY.sub("", words)))
 
 
 def secret_variables(variables: Mapping[str, str]) -> list[str]:
     """
-    Names of the environment variables that hold a secret: by their name, or the login of a URL within.
+    Return the names of the environment variables that hold a secret: by their name, or the login of a URL within.
 
     Args:
         variables (`Mapping[str, str]`):
             Such as `os.environ`.
     """
-    return sorted(name for name, value in variables.items() if name not in _PUBLIC and config_secrets({name: value}))
+    return sorted(
+        name for name, value in variables.items() if not _PUBLIC.fullmatch(name) and config_secrets({name: value})
+    )
 
 
-def masked(value: Any, name: str = "", found: list[str] | None = None) -> Any:
+def masked(value: JSONValue, name: str = "", found: list[str] | None = None) -> JSONValue:
     """
-    A configuration without its secrets: what is named for one, at any depth, in strings of JSON, of `name=value` and
-    of a header too, and the logins and queries of URLs.
+    Return a configuration without its secrets: what is named for one, at any depth, in strings of JSON, of
+    `name=value` and of a header too, and the logins and queries of URLs.
 
     Args:
-        value (`Any`):
+        value (`object`):
             Dicts, lists, tuples and strings, nested; anything else is no secret if its name says nothing.
         name (`str`, *optional*, defaults to `""`):
             What the value is set as.
@@ -228,11 +212,11 @@ def masked(value: Any, name: str = "", found: list[str] | None = None) -> Any:
             Gets the secrets, short ones included.
 
     Returns:
-        `Any`: a copy of the same form; a secret is `"[secret]"` there, and a URL is as in [`masked_url`].
+        `object`: a copy of the same form; a secret is `"[secret]"` there, and a URL is as in [`masked_url`].
     """
     found = [] if found is None else found
-    plain = isinstance(value, (str, int, float, dict, list, tuple)) and value and value is not True
-    if plain and is_secret_name(name):
+    filled = isinstance(value, (str, int, float, dict, list, tuple)) and value and value is not True
+    if filled and is_secret_name(name):
         found += _leaves(value)
         if isinstance(value, str):  # a file of credentials as JSON, or a URL
             _masked_text(value, found)
@@ -247,7 +231,7 @@ def masked(value: Any, name: str = "", found: list[str] | None = None) -> Any:
 
 def masked_arguments(arguments: Sequence[str], found: list[str] | None = None) -> list[str]:
     """
-    A command line without its secrets: the values of options that are named for one, and what [`masked`] finds.
+    Return a command line without its secrets: the values of options that are named for one, and what [`masked`] finds.
 
     Args:
         arguments (`Sequence[str]`):
@@ -275,7 +259,7 @@ def masked_arguments(arguments: Sequence[str], found: list[str] | None = None) -
 
 def masked_url(url: str) -> str:
     """
-    A URL without what in it may be secret.
+    Return a URL without what in it may be secret.
 
     Args:
         url (`str`):
@@ -290,7 +274,7 @@ def masked_url(url: str) -> str:
 
 def redact_logs(loggers: Iterable[str], redactor: Redactor) -> None:
     """
-    Keeps secrets out of what a library logs, as long as the redactor lives.
+    Keep secrets out of what a library logs, as long as the redactor lives.
 
     Args:
         loggers (`Iterable[str]`):
@@ -299,12 +283,8 @@ def redact_logs(loggers: Iterable[str], redactor: Redactor) -> None:
             Knows the secrets.
     """
     for name in loggers:
-        logger = logging.getLogger(name)
-        found = [known for known in logger.filters if isinstance(known, _RecordFilter)]
-        if not found:
-            found = [_RecordFilter()]
-            logger.addFilter(found[0])
-        found[0].redactors.add(redactor)
+        _filters[name].redactors.add(redactor)
+        logging.getLogger(name).addFilter(_filters[name])  # does nothing where it has been added
 
 
 def loggers_of(package: str) -> list[str]:
@@ -313,6 +293,8 @@ def loggers_of(package: str) -> list[str]:
 
 
 class _RecordFilter(logging.Filter):
+    """Takes the secrets out of the messages and tracebacks of one logger."""
+
     def __init__(self) -> None:
         super().__init__()
         self.redactors: weakref.WeakSet[Redactor] = weakref.WeakSet()
@@ -331,12 +313,15 @@ class _RecordFilter(logging.Filter):
         return True
 
 
+_filters: collections.defaultdict[str, _RecordFilter] = collections.defaultdict(_RecordFilter)
+
+
 def _worth_hiding(values: Iterable[str]) -> list[str]:
-    return [value for value in values if len(value) >= _SHORTEST and value.lower() not in _TRIVIAL]
+    return [value for value in values if len(value) >= _SHORTEST and not _TRIVIAL.fullmatch(value)]
 
 
-def _leaves(value: Any) -> Iterable[str]:
-    """The values of something that is secret as a whole; of "Bearer xyz", "xyz" too."""
+def _leaves(value: JSONValue) -> Iterable[str]:
+    """Return the values of something that is secret as a whole; of "Bearer xyz", "xyz" too."""
     if isinstance(value, (dict, list, tuple)):
         inner = value.values() if isinstance(value, dict) else value
         return [leaf for part in inner for leaf in _leaves(part)]
@@ -358,7 +343,7 @@ def _masked_text(text: str, found: list[str]) -> str:
 
 
 def _masked_part(part: re.Match[str], found: list[str]) -> str:
-    """A URL, `name=value` or `name: value` in a text."""
+    """Return a URL, `name=value` or `name: value` of a text without its secrets."""
     groups = part.groupdict()
     if groups.get("url"):
         return _masked_login(groups["url"], found)
@@ -370,34 +355,28 @@ def _masked_part(part: re.Match[str], found: list[str]) -> str:
 
 
 def _masked_login(url: str, found: list[str]) -> str:
-    """A URL without its login and query, if it has any. The user is secret if there is no password."""
+    """Return a URL without its login and query, if it has any. The user is secret if there is no password."""
     try:
         parts = urllib.parse.urlsplit(url)
     except ValueError:  # such as an IPv6 address without its end
         return url if "@" not in url else SECRET
     login = parts.netloc.rpartition("@")[0]
-    told = [value for name, value in urllib.parse.parse_qsl(parts.fragment) if is_secret_name(name)]
-    if not login and not parts.query and not told:
+    in_fragment = [value for name, value in urllib.parse.parse_qsl(parts.fragment) if is_secret_name(name)]
+    if not login and not parts.query and not in_fragment:
         return url
     # A user alone is a token only where the web has none: `postgres://postgres@host` names no secret
     secret = parts.password or (parts.username if parts.scheme in ("http", "https") else None)
     found += [login, secret, urllib.parse.unquote(secret)] if secret else []
-    found += [value for name, value in urllib.parse.parse_qsl(parts.query) if is_secret_name(name)] + told
+    found += [value for name, value in urllib.parse.parse_qsl(parts.query) if is_secret_name(name)] + in_fragment
     return masked_url(url)
 
 
-def _encoded(data: Any) -> str:
+def _encoded(data: JSONValue) -> str:
     return json.dumps(data, ensure_ascii=False)
 
 
 def _spellings(secret: str) -> Iterable[str]:
-    """A secret as it stands, in JSON, in Python's `repr` and in a URL; and the lines of one that has several."""
+    """Yield a secret as it stands, in JSON, in Python's `repr` and in a URL; and the lines of one that has several."""
     for text in (secret, *(line for line in secret.splitlines() if len(line) >= _SHORTEST)):
-        yield text
-        yield json.dumps(text)[1:-1]
-        yield _encoded(text)[1:-1]
-        yield repr(text)[1:-1]
-        yield urllib.parse.quote(text)
-        yield urllib.parse.quote(text, safe="")
-        yield urllib.parse.quote_plus(text)
-        yield shlex.quote(text)
+        yield from (text, repr(text)[1:-1], json.dumps(text)[1:-1], _encoded(text)[1:-1], shlex.quote(text))
+        yield from (urllib.parse.quote(text), urllib.parse.quote(text, safe=""), urllib.parse.quote_plus(text))

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 import trl_toolgrpo
-from trl_toolgrpo import serve
+from trl_toolgrpo import ConfigError, serve
 from trl_toolgrpo.doctor import __main__ as doctor
 from trl_toolgrpo.memory import memory_table
 from trl_toolgrpo.recipes import qwen3_tools
@@ -242,12 +242,13 @@ def test_the_trial_of_hostile_code_runs(monkeypatch, capsys):
     found, few = hostile_python.snippets(), ["environment-0", "home-0", "flood-0"]
     monkeypatch.setattr(hostile_python, "snippets", lambda: {name: found[name] for name in few})
     monkeypatch.setattr(sys, "argv", ["hostile_python.py"])
-    with pytest.raises(SystemExit) as ended:
+    try:
         hostile_python.main()
-    said = capsys.readouterr().out
-    if "contained" not in said:
-        pytest.skip(f"no sandbox can be had here: {said}")
-    assert ended.value.code == 0 and "3 of 3 contained" in said
+    except ConfigError as error:
+        pytest.skip(str(error))
+    except SystemExit as ended:
+        assert ended.code == 0
+    assert "3 of 3 contained" in capsys.readouterr().out
     monkeypatch.setattr(hostile_python.Machine, "damage", lambda *args: ["it came out"])
     with pytest.raises(SystemExit) as ended:
         hostile_python.main()

@@ -1,12 +1,9 @@
-"""Arguments of a call against the tool's JSON schema.
-
-Owns the compiled validators and the words of a refusal; fed by `Tool.parameters` and by what the policy wrote.
-"""
+"""The arguments that the policy wrote, checked against the tool's JSON schema."""
 
 import json
 from collections.abc import Collection
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError, ValidationError, best_match
@@ -15,13 +12,18 @@ from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
 from ..errors import ToolSchemaError
+from ..types import JSONSchema, JSONValue
 from .results import malformed, refused, unknown_tool
-from .schema_forms import HOLDS_LIST, HOLDS_NAMED, HOLDS_ONE, places
+from .schema_forms import mapped, places
 from .types import Tool, ToolCall, ToolResult
 
 
+if TYPE_CHECKING:
+    from referencing._core import Resolver
+
+
 # With one of these, adding "null" to `type` would not let null through.
-_BLOCKS_NULL = frozenset({*HOLDS_LIST[:3], "const", "not", "if", "$ref", "$dynamicRef"})
+_BLOCKS_NULL = frozenset({"anyOf", "oneOf", "allOf", "const", "not", "if", "$ref", "$dynamicRef"})
 
 _SHOWN_ERRORS = 3
 _SHOWN_CHARS = 80
@@ -29,7 +31,7 @@ _SHOWN_CHARS = 80
 
 def check_schema(tool: Tool) -> None:
     """
-    Compiles the schema of a tool, so that a broken one is found at construction and not in the middle of a run.
+    Compile the schema of a tool, so that a broken one is found at construction and not in the middle of a run.
 
     Args:
         tool ([`Tool`]):
@@ -42,14 +44,14 @@ def check_schema(tool: Tool) -> None:
     _validator(tool)
 
 
-def validate_arguments(tool: Tool, arguments: Any) -> str | None:
+def validate_arguments(tool: Tool, arguments: JSONValue) -> str | None:
     """
-    Checks what the policy wrote.
+    Check what the policy wrote.
 
     Args:
         tool ([`Tool`]):
             The tool that is called.
-        arguments (`Any`):
+        arguments (`dict`):
             The arguments as parsed from JSON. A whole float such as `3.0` is a valid integer, and is passed on as is.
 
     Returns:
@@ -59,7 +61,7 @@ def validate_arguments(tool: Tool, arguments: Any) -> str | None:
         ToolSchemaError: if the schema of the tool is not valid.
     """
     if not isinstance(arguments, dict):
-        return f"the arguments must be a JSON object, not {_shown(arguments)}"
+        return f"the arguments must be a JSON object, not {_short_json(arguments)}"
     validator = _validator(tool)
     try:
         errors = sorted(validator.iter_errors(arguments), key=lambda error: list(map(str, error.absolute_path)))
@@ -71,9 +73,9 @@ def validate_arguments(tool: Tool, arguments: Any) -> str | None:
     return "; ".join(sentences[:_SHOWN_ERRORS])
 
 
-def allows_null(schema: Any, tool: Tool) -> bool:
+def allows_null(schema: JSONValue, tool: Tool) -> bool:
     """
-    Whether a part of a tool's schema allows null.
+    Return whether a part of a tool's schema allows null.
 
     Args:
         schema (`dict` or `bool`):
@@ -90,7 +92,7 @@ def allows_null(schema: Any, tool: Tool) -> bool:
 
 def refusal(call: ToolCall, tool: Tool | None, available: Collection[str]) -> ToolResult | None:
     """
-    Why a call cannot run, if it cannot.
+    Return why a call cannot run, if it cannot.
 
     Args:
         call ([`ToolCall`]):
@@ -123,8 +125,8 @@ def _validator(tool: Tool) -> Draft202012Validator:
     except (TypeError, ValueError, RecursionError) as error:
         reason = str(error)
     raise ToolSchemaError(
-        f"The parameters of tool {tool.name!r} are not a valid JSON schema (draft 2020-12): {reason}. "
-        f"Correct the schema."
+        f"The parameters of tool {tool.name!r} are not a valid JSON schema (draft 2020-12): {reason}.",
+        remedy="Correct the schema.",
     )
 
 
@@ -136,12 +138,12 @@ def _compiled(text: str) -> Draft202012Validator:
     schema.pop("$schema", None)
     schema.pop("nullable", None)
     Draft202012Validator.check_schema(schema)
-    registry: Registry[Any] = Registry()
+    registry: Registry[JSONSchema] = Registry()
     _resolve_references(schema, registry.resolver_with_root(DRAFT202012.create_resource(schema)))
     return Draft202012Validator(_without_nullable(schema), registry=registry)
 
 
-def _resolve_references(schema: Any, resolver: Any) -> None:
+def _resolve_references(schema: JSONValue, resolver: "Resolver[JSONSchema]") -> None:
     if not isinstance(schema, dict):
         return
     resolver = resolver.in_subresource(DRAFT202012.create_resource(schema))
@@ -152,22 +154,13 @@ def _resolve_references(schema: Any, resolver: Any) -> None:
         _resolve_references(inner, resolver)
 
 
-def _without_nullable(schema: Any) -> Any:
-    """OpenAPI's `nullable`, which `transformers` writes for `X | None`, as a union with null."""
-    if not isinstance(schema, dict):
-        return schema
-    result = dict(schema)
-    for keyword, value in schema.items():
-        if keyword in HOLDS_ONE:
-            result[keyword] = _without_nullable(value)
-        elif keyword in HOLDS_LIST:
-            result[keyword] = [_without_nullable(inner) for inner in value]
-        elif keyword in HOLDS_NAMED:
-            result[keyword] = {name: _without_nullable(inner) for name, inner in value.items()}
-    return _or_null(result) if result.pop("nullable", False) is True else result
+def _without_nullable(schema: JSONSchema) -> JSONSchema:
+    """Return a schema with OpenAPI's `nullable`, which `transformers` writes for `X | None`, as a union with null."""
+    schema = mapped(schema, _without_nullable)
+    return _or_null(schema) if schema.pop("nullable", False) is True else schema
 
 
-def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+def _or_null(schema: JSONSchema) -> JSONSchema:
     if _BLOCKS_NULL.intersection(schema):
         return {"anyOf": [schema, {"type": "null"}]}
     if "type" in schema:
@@ -187,16 +180,17 @@ def _sentence(error: ValidationError) -> str:
         return f"`{path}.{missing}` is a required property" if path else f"`{missing}` is a required property"
     if error.validator == "type":
         types = error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
-        return f"{where}{_shown(error.instance)} is not of type {' or '.join(types)}"
+        return f"{where}{_short_json(error.instance)} is not of type {' or '.join(types)}"
     if error.validator == "enum":
-        return f"{where}{_shown(error.instance)} is not one of {_shown(error.validator_value, 4 * _SHOWN_CHARS)}"
-    return where + _cut(error.message, 4 * _SHOWN_CHARS)
+        allowed = _short_json(error.validator_value, 4 * _SHOWN_CHARS)
+        return f"{where}{_short_json(error.instance)} is not one of {allowed}"
+    return where + _shortened(error.message, 4 * _SHOWN_CHARS)
 
 
-def _shown(value: Any, limit: int = _SHOWN_CHARS) -> str:
-    """The value as the policy wrote it, in JSON, and not so long that it fills the context."""
-    return _cut(json.dumps(value, ensure_ascii=False, default=str), limit)
+def _short_json(value: JSONValue, limit: int = _SHOWN_CHARS) -> str:
+    """Return the value as the policy wrote it, in JSON, and not so long that it fills the context."""
+    return _shortened(json.dumps(value, ensure_ascii=False, default=str), limit)
 
 
-def _cut(text: str, limit: int) -> str:
+def _shortened(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."

@@ -1,14 +1,14 @@
-"""Python callables and environment methods as `Tool`s.
+"""Python callables and methods of environments as `Tool`s.
 
-Owns how a callable becomes a schema; fed by the trainer's `tools` and by environment instances. Plain functions and
-methods go through `transformers.utils.get_json_schema` untouched, so a prompt has the very tokens TRL renders.
+Plain functions and methods go through `transformers.utils.get_json_schema` untouched, so that a prompt has the very
+tokens that TRL renders.
 """
 
 import functools
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 from transformers.utils import get_json_schema
 
@@ -16,12 +16,13 @@ from ..errors import ToolNameError, ToolSchemaError
 from .types import Tool, refuse_generator
 
 
+_NO_TOOLS = {classmethod: "a class method", functools.cached_property: "a cached property"}
 _SECTIONS = ("Args:", "Returns:", "Raises:")
 
 
-def as_tool(function_or_tool: Callable[..., Any] | Tool) -> Tool:
+def as_tool(function_or_tool: Callable[..., object] | Tool) -> Tool:
     """
-    Describes a callable to the policy. A `Tool` is passed through.
+    Describe a callable to the policy. A `Tool` is passed through.
 
     Args:
         function_or_tool (`Callable` or [`Tool`]):
@@ -39,30 +40,38 @@ def as_tool(function_or_tool: Callable[..., Any] | Tool) -> Tool:
         return function_or_tool
     if not callable(function_or_tool):
         raise ToolSchemaError(
-            f"You passed {function_or_tool!r} as a tool, which cannot be called. Pass a function, a method, a "
-            f"callable object or a `Tool`."
+            f"You passed {function_or_tool!r} as a tool, which cannot be called.",
+            remedy="Pass a function, a method, a callable object or a `Tool`.",
         )
     name = _name(function_or_tool)
     refuse_generator(name, function_or_tool)
     try:
-        function = _plain(function_or_tool)
-        _refuse_what_has_no_name(name, inspect.signature(function))
-        described = get_json_schema(function)["function"]
+        readable = _readable(function_or_tool)
+        _refuse_what_has_no_name(name, inspect.signature(readable))
+        described = get_json_schema(readable)["function"]
     except ToolSchemaError:
         raise
     except Exception as error:
         raise ToolSchemaError(
-            f"The tool {name!r} cannot be described to the policy: {error} Add type hints and a Google-style "
-            f"docstring with an `Args:` section that names every argument, or pass "
-            f"Tool(name=..., description=..., parameters=..., function=...)."
+            f"The tool {name!r} cannot be described to the policy: {error}",
+            remedy=(
+                "Add type hints and a Google-style docstring with an `Args:` section that names every argument, or "
+                "pass Tool(name=..., description=..., parameters=..., function=...)."
+            ),
         ) from error
-    return Tool(
-        name=described["name"],
-        description=described["description"],
-        parameters=described["parameters"],
-        function=function,
-        returns=described.get("return"),
-    )
+    function = function_or_tool
+    if isinstance(function, functools.partial):
+        function = _Partial(function.func, *function.args, **function.keywords)
+    return Tool(function=function, returns=described.pop("return", None), **described)
+
+
+class _Partial(functools.partial):
+    """A partial whose keywords a call cannot override."""
+
+    def __call__(self, /, *args: object, **arguments: object) -> object:
+        for name in self.keywords.keys() & arguments:
+            raise TypeError(f"{_name(self)}() got an unexpected keyword argument {name!r}")
+        return super().__call__(*args, **arguments)
 
 
 def _refuse_what_has_no_name(name: str, signature: inspect.Signature) -> None:
@@ -71,19 +80,23 @@ def _refuse_what_has_no_name(name: str, signature: inspect.Signature) -> None:
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             raise ToolSchemaError(
                 f"The tool {name!r} takes any keyword (`**{parameter.name}`), which its schema would show as one "
-                f"argument of that name. Name its arguments, give it one argument of type dict, or pass "
-                f"Tool(name=..., description=..., parameters={{..., 'additionalProperties': ...}}, function=...)."
+                f"argument of that name.",
+                remedy=(
+                    "Name its arguments, give it one argument of type dict, or pass Tool(name=..., description=..., "
+                    "parameters={..., 'additionalProperties': ...}, function=...)."
+                ),
             )
         if parameter.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL):
             raise ToolSchemaError(
                 f"The argument {parameter.name!r} of tool {name!r} can only be given by position, and tools are "
-                f"called by keyword. Make it a plain argument."
+                f"called by keyword.",
+                remedy="Make it a plain argument.",
             )
 
 
 def environment_tools(environment: object) -> list[Tool]:
     """
-    Tools of one environment instance: the public methods of its class, as TRL chooses them, then those of its own.
+    Return the tools of one environment: the public methods of its class, as TRL chooses them, then those of its own.
 
     An environment whose attribute or property `tools` is a list of callables or [`Tool`]s gives each rollout its own
     tools, decided at `reset`. A `tools` that holds nothing callable is the environment's own business.
@@ -103,8 +116,9 @@ def environment_tools(environment: object) -> list[Tool]:
     for name, _ in inspect.getmembers(type(environment), predicate=inspect.isfunction):
         if _may_be_tool(name):
             tool = as_tool(getattr(environment, name))
-            # `functools.partialmethod` gives a partial that has the name of another method
-            tools.append(replace(tool, name=name) if _is_partial(environment, name) else tool)
+            member = inspect.getattr_static(type(environment), name)
+            # Its partial has the name of another method
+            tools.append(replace(tool, name=name) if isinstance(member, functools.partialmethod) else tool)
     own = getattr(environment, "tools", None)
     if isinstance(own, list) and any(callable(entry) or isinstance(entry, Tool) for entry in own):
         # One method of the instance may come wrapped here and bare there.
@@ -114,15 +128,15 @@ def environment_tools(environment: object) -> list[Tool]:
         if tool.isolation == "process":
             raise ToolSchemaError(
                 f"The environment {type(environment).__name__} has the tool {tool.name!r} with isolation='process', "
-                f"but tools of an environment run on the environment's own thread. Use isolation='thread', or pass "
-                f"the tool to the trainer (`tools=[...]`)."
+                f"but tools of an environment run on the environment's own thread.",
+                remedy="Use isolation='thread', or pass the tool to the trainer (`tools=[...]`).",
             )
     return tools
 
 
 def left_out_of_tools(environment: object) -> dict[str, str]:
     """
-    What an environment has that can be called and is none of its tools, each with what it is.
+    Return what an environment has that can be called and is none of its tools, each with what it is.
 
     TRL takes plain methods and static methods alone. Whoever wrote a documented method of another kind may think that
     the policy can call it.
@@ -133,18 +147,14 @@ def left_out_of_tools(environment: object) -> dict[str, str]:
     """
     found = {}
     tools = {tool.name for tool in environment_tools(environment)}
-    kind = type(environment)
-    for name in dir(kind):
-        member = inspect.getattr_static(kind, name, None)
+    for name in dir(type(environment)):
+        member = inspect.getattr_static(type(environment), name, None)
         if not _may_be_tool(name) or name in tools or inspect.isfunction(member):
             continue
-        if isinstance(member, classmethod):
-            found[name] = "a class method"
-        elif isinstance(member, functools.cached_property):
-            found[name] = "a cached property"
-        elif hasattr(member, "cache_info"):
-            found[name] = "a cached method"
-        elif _described_name(getattr(kind, name)) not in {None, *tools}:
+        known = [what for kind, what in _NO_TOOLS.items() if isinstance(member, kind)]
+        if known or hasattr(member, "cache_info"):
+            found[name] = known[0] if known else "a cached method"
+        elif _described_name(getattr(type(environment), name)) not in {None, *tools}:
             found[name] = f"a {type(member).__name__}"
     for name, value in vars(environment).items() if hasattr(environment, "__dict__") else ():
         if _may_be_tool(name) and name not in tools and _described_name(value) not in {None, *tools}:
@@ -156,12 +166,8 @@ def _may_be_tool(name: str) -> bool:
     return not name.startswith("_") and name not in ("reset", "get_reward")
 
 
-def _is_partial(environment: object, name: str) -> bool:
-    return isinstance(inspect.getattr_static(type(environment), name, None), functools.partialmethod)
-
-
-def _described_name(value: Any) -> str | None:
-    """The name of a callable that has all a tool needs, as only what is meant for a tool does."""
+def _described_name(value: object) -> str | None:
+    """Return the name of a callable that has all a tool needs, as only what is meant for a tool does."""
     if not callable(value) or inspect.isclass(value):
         return None
     try:
@@ -170,9 +176,9 @@ def _described_name(value: Any) -> str | None:
         return None
 
 
-def index_tools(tools: Iterable[Callable[..., Any] | Tool]) -> dict[str, Tool]:
+def index_tools(tools: Iterable[Callable[..., object] | Tool]) -> dict[str, Tool]:
     """
-    Tools by name.
+    Return tools by name.
 
     Args:
         tools (`Iterable[Callable or Tool]`):
@@ -190,68 +196,43 @@ def index_tools(tools: Iterable[Callable[..., Any] | Tool]) -> dict[str, Tool]:
         if tool.name in index:
             raise ToolNameError(
                 f"Two tools are named {tool.name!r}: {_origin(index[tool.name])} and {_origin(tool)}. The policy "
-                f"cannot tell them apart. Rename or remove one."
+                f"cannot tell them apart.",
+                remedy="Rename or remove one.",
             )
         index[tool.name] = tool
     return index
 
 
-def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Something `get_json_schema` can read: the callable itself, or an adapter for partials and callable objects."""
+def _readable(function: Callable[..., object]) -> Callable[..., object]:
+    """Return what `get_json_schema` can read: the callable, or a function that looks like a partial or an object."""
     if isinstance(function, functools.partial):
-        inner = _plain(function.func)
-        bound = inspect.signature(functools.partial(inner, *function.args, **function.keywords))
-        signature = bound.replace(parameters=[p for n, p in bound.parameters.items() if n not in function.keywords])
-        doc = vars(function).get("__doc__") or inspect.getdoc(inner)
-        return _adapter(function, inner, _name(function), doc, signature, frozenset(function.keywords))
-    if inspect.isroutine(function) or inspect.isclass(function) or hasattr(function, "__wrapped__"):
+        like = _readable(function.func)
+        signature = inspect.signature(functools.partial(like, *function.args, **function.keywords))
+        left = [parameter for name, parameter in signature.parameters.items() if name not in function.keywords]
+        signature = signature.replace(parameters=left)
+        doc = vars(function).get("__doc__") or inspect.getdoc(like)
+    elif inspect.isroutine(function) or inspect.isclass(function) or hasattr(function, "__wrapped__"):
         return function
-    call = type(function).__call__.__get__(function)
-    return _adapter(function, call, _name(function), _object_doc(function, call), inspect.signature(call), frozenset())
+    else:
+        like = type(function).__call__.__get__(function)
+        signature, doc = inspect.signature(like), _object_doc(function, like)
 
+    def looks_alike() -> None: ...
 
-def _adapter(
-    function: Callable[..., Any],
-    like: Callable[..., Any],
-    name: str,
-    doc: str | None,
-    signature: inspect.Signature,
-    hidden: frozenset[str],
-) -> Callable[..., Any]:
-    """A real function that calls `function`, with the hints of `like` for the arguments that `signature` has left."""
-
-    def refuse_hidden(arguments: dict[str, Any]) -> None:
-        # A keyword would silently override what the partial binds.
-        for argument in hidden.intersection(arguments):
-            raise TypeError(f"{name}() got an unexpected keyword argument {argument!r}")
-
-    def adapted(**arguments: Any) -> Any:
-        refuse_hidden(arguments)
-        return function(**arguments)
-
-    async def adapted_async(**arguments: Any) -> Any:
-        refuse_hidden(arguments)
-        return await function(**arguments)
-
-    adapter: Any = adapted_async if inspect.iscoroutinefunction(like) else adapted
     hints = get_type_hints(like)
-    adapter.__name__ = name
-    adapter.__qualname__ = getattr(like, "__qualname__", name)
-    adapter.__module__ = getattr(like, "__module__", None)
-    adapter.__doc__ = doc
-    adapter.__signature__ = signature
-    adapter.__annotations__ = {key: hints[key] for key in hints if key in signature.parameters or key == "return"}
-    result: Callable[..., Any] = adapter
-    return result
+    looks_alike.__name__, looks_alike.__doc__ = _name(function), doc
+    looks_alike.__annotations__ = {name: hints[name] for name in hints if name in {*signature.parameters, "return"}}
+    vars(looks_alike)["__signature__"] = signature
+    return looks_alike
 
 
-def _name(function: Any) -> str:
+def _name(function: object) -> str:
     if isinstance(function, functools.partial):
         return vars(function).get("__name__") or _name(function.func)
     return getattr(function, "__name__", None) or type(function).__name__
 
 
-def _object_doc(function: Any, call: Callable[..., Any]) -> str | None:
+def _object_doc(function: object, call: Callable[..., object]) -> str | None:
     of_class = inspect.getdoc(type(function))
     of_call = inspect.getdoc(call)
     if of_call and of_class and of_call.lstrip().startswith(_SECTIONS):
@@ -260,5 +241,5 @@ def _object_doc(function: Any, call: Callable[..., Any]) -> str | None:
 
 
 def _origin(tool: Tool) -> str:
-    function = tool.function
+    function = getattr(tool.function, "func", tool.function)  # of a partial
     return f"{getattr(function, '__module__', None)}.{getattr(function, '__qualname__', _name(function))}"

@@ -1,13 +1,9 @@
-"""A tool that runs the policy's Python code, contained.
-
-Owns `python_tool` and what the policy reads of a run; fed by recipes and scripts. What contains the code is
-`sandbox.py`.
-"""
+"""A tool that runs the policy's Python code, contained by `sandbox.py`, and what the policy reads of a run."""
 
 import logging
 import signal
 
-from .sandbox import PATIENCE, Limits, Report, find_sandbox
+from .sandbox import NOT_STOPPED, PATIENCE, Limits, SandboxReport, find_sandbox
 from .types import Tool, ToolResult
 
 
@@ -19,13 +15,13 @@ _PARAMETERS = {
     "required": ["code"],
     "additionalProperties": False,
 }
-# The sandbox keeps its own time; this is for the case that it does not.
+# Seconds on top of the sandbox's own time limits, for the case that those fail
 _SLACK = 15.0
 
 
 def python_tool(
     name: str = "python",
-    sandbox: str = "auto",
+    sandbox: str = "bubblewrap",
     seconds: float = 5.0,
     memory_mb: float = 512,
     disk_mb: float = 64,
@@ -35,20 +31,22 @@ def python_tool(
     together_mb: float | None = None,
 ) -> Tool:
     """
-    A tool that runs Python code written by the policy, with Python's standard library, in a fresh process.
+    Return a tool that runs Python code written by the policy, with Python's standard library, in a fresh process.
 
-    The code has no network, no environment variable of the run, no file but the system's programs and libraries, and a
-    private folder that is gone afterwards. With `sandbox="auto"` it runs under bubblewrap where `bwrap` is installed,
-    else in Linux namespaces, else with resource limits alone; which of them it is, and what that does not stop, is
-    logged once, here, where each is tried. Neither of the first two stops a fault of the kernel. Limits alone do not
-    stop network connections, reading what any user may read, many small files, or System V shared memory, which stays;
-    and if the run does not belong to root, nor reading the user's own files and signals to the user's processes.
+    Under bubblewrap the code has no network, no environment variable of the run, no file but the system's programs and
+    libraries, and a private folder that is gone afterwards. Nothing of that stops a fault of the kernel.
+
+    With `sandbox="limits"` there are resource limits alone, which contain accidents and not attacks: they do not stop
+    network connections, reading what any user may read, many small files, or System V shared memory, which stays; and
+    if the run does not belong to root, nor reading the user's own files and signals to the user's processes.
+
+    The sandbox is tried here, and what it does not stop is logged once.
 
     Args:
         name (`str`, *optional*, defaults to `"python"`):
             Name of the tool.
-        sandbox (`str`, *optional*, defaults to `"auto"`):
-            `"bubblewrap"`, `"namespaces"`, `"limits"`, or `"auto"` for the first of these that works.
+        sandbox (`str`, *optional*, defaults to `"bubblewrap"`):
+            `"bubblewrap"`, which has to be installed, or `"limits"`.
         seconds (`float`, *optional*, defaults to `5.0`):
             Time limit of one run, and processor time of each of its processes.
         memory_mb (`float`, *optional*, defaults to `512`):
@@ -71,14 +69,14 @@ def python_tool(
         [`Tool`]: The tool, with one argument, `code`.
 
     Raises:
-        ConfigError: if a limit is not positive or leaves no room for Python itself, or if the sandbox is unknown or
-            cannot be had on this system.
+        ConfigError: if a limit is not positive or leaves no room for Python itself, or if the sandbox is unknown, not
+            installed or does not work on this system.
     """
     together = None if together_mb is None else int(together_mb * 2**20)
     limits = Limits(seconds, int(memory_mb * 2**20), int(disk_mb * 2**20), processes, output_bytes, together)
     box = find_sandbox(sandbox, limits, last_expression)
     logger.warning(
-        "Code of the tool %r runs in the sandbox %r, which does not stop: %s.", name, box.mode, box.not_stopped
+        "Code of the tool %r runs in the sandbox %r, which does not stop: %s.", name, sandbox, NOT_STOPPED[sandbox]
     )
 
     def run(code: str) -> ToolResult:
@@ -92,8 +90,8 @@ def python_tool(
     return Tool(name, description, _PARAMETERS, run, timeout=PATIENCE + seconds + _SLACK)
 
 
-def _result(report: Report, limits: Limits) -> ToolResult:
-    """What the policy reads: the output, with a mark where the middle of it was dropped, then why it is no success."""
+def _result(report: SandboxReport, limits: Limits) -> ToolResult:
+    """Return what the policy reads: the output, a mark where its middle was dropped, and why the run is no success."""
     kind, reason = _failure(report, limits)
     dropped = f"[... {report.dropped} bytes of output were dropped ...]" if report.dropped else ""
     parts = (report.output.rstrip("\n"), dropped, report.tail.rstrip("\n"), reason)
@@ -101,7 +99,7 @@ def _result(report: Report, limits: Limits) -> ToolResult:
     return ToolResult(text, is_error=kind is not None, error_type=kind, transient=report.status == "busy")
 
 
-def _failure(report: Report, limits: Limits) -> tuple[str | None, str]:
+def _failure(report: SandboxReport, limits: Limits) -> tuple[str | None, str]:
     if report.status == "timeout" or (report.status == "ended" and report.code == -signal.SIGXCPU):
         return "timeout", f"[stopped after {limits.seconds:g} seconds]"
     if report.status == "memory":
@@ -111,10 +109,6 @@ def _failure(report: Report, limits: Limits) -> tuple[str | None, str]:
     if report.status == "lost":
         return "error", "[the sandbox ended before the code did]"
     if report.code < 0:
-        return "error", f"[ended by {_signal_name(-report.code)}]"
+        known = -report.code in set(signal.Signals)  # real-time signals have numbers alone
+        return "error", f"[ended by {signal.Signals(-report.code).name if known else f'signal {-report.code}'}]"
     return (None, "") if report.code == 0 else ("error", f"[exit code {report.code}]")
-
-
-def _signal_name(number: int) -> str:
-    """Real-time signals have numbers alone."""
-    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"

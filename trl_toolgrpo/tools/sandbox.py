@@ -1,38 +1,37 @@
-"""Processes that run untrusted Python code: what contains them, and how that is found out.
+"""Processes that run untrusted Python code, and what contains them.
 
-Owns `Limits`, `Sandbox` and `find_sandbox`; fed by `python.py`. What goes on inside is `sandbox_init.py`. Bubblewrap
-and namespaces give the code a file system, a network and a process list of its own; limits alone do not, and say so.
+Bubblewrap gives the code a file system, a network and a process list of its own; resource limits alone do not.
+bubblewrap can neither bound the memory and the time of all processes together nor keep the ends of a long output:
+`sandbox_init.py`, the first process in the sandbox, does that.
 """
 
 import contextlib
 import errno
-import functools
 import itertools
 import json
 import os
 import platform
 import shutil
-import signal
 import struct
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import ConfigError
 from .guard import guarded
 
 
-MODES = ("bubblewrap", "namespaces", "limits")
+MODES = ("bubblewrap", "limits")
 
 NOT_STOPPED = {
-    "bubblewrap": "faults of the kernel, and processor time up to its limit",
-    "namespaces": "faults of the kernel, and processor time up to its limit",
+    "bubblewrap": (
+        "faults of the kernel, processor time up to its limit, and, if the run belongs to root and the processor is "
+        "neither x86-64 nor aarch64, user namespaces"
+    ),
     "limits": (
         "network connections, reading whatever any user may read, filling the disk with many small files, System V "
         "shared memory, which stays, and, unless the run belongs to root, reading the user's own files and signals to "
@@ -40,14 +39,28 @@ NOT_STOPPED = {
     ),
 }
 
-# What starts and ends beside the code's own time: interpreter, namespaces, the last look at the output.
+_LIMITS_ALONE = "Or pass `sandbox='limits'` for resource limits alone, which contain accidents and not attacks."
+_REMEDIES = {
+    "bubblewrap": (
+        "It needs bubblewrap 0.8 or newer and user namespaces: set `user.max_user_namespaces` above 0 with `sysctl`, "
+        "on Debian `kernel.unprivileged_userns_clone=1`, on Ubuntu `kernel.apparmor_restrict_unprivileged_userns=0`; "
+        f"start a container with the right to make them, such as `docker run --privileged`. {_LIMITS_ALONE}"
+    ),
+    "limits": "Install Python where any user may read it.",
+}
+
+# What starts and ends in addition to the code's own time: interpreter, namespaces, the last look at the output
 _OVERHEAD = 10.0
 _STACK = 8 * 2**20  # address space of a thread; what is used of it is watched
 _USERS = (0x70000000, 1 << 24)  # user ids that nobody has, for a run that belongs to root
-_MERGED = ("/bin", "/sbin", "/lib", "/lib32", "/lib64")
-_SYSTEM = ("/usr", *_MERGED, "/etc/ld.so.cache")
+_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache")
 _FOLDER = "/tmp"
+_ENVIRONMENT = {
+    **{"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+    "MALLOC_ARENA_MAX": "1",  # else each thread reserves 64 MiB of address space
+}
 _DEVICES = ("null", "zero", "full", "random", "urandom")
+_RIGHTS_OF_ROOT = ("SETUID", "SETGID", "KILL", "SYS_PTRACE", "DAC_READ_SEARCH")  # of the first process, not the code
 _SYSTEM_CALLS = {"x86_64": (0xC000003E, 56, 272), "aarch64": (0xC00000B7, 220, 97)}  # architecture, clone, unshare
 _counter = itertools.count()
 
@@ -98,18 +111,20 @@ class Limits:
         wrong = {name: value for name, value in vars(self).items() if value is not None and not value > 0}
         if wrong:
             listed = ", ".join(f"{name}={value}" for name, value in wrong.items())
-            raise ConfigError(f"You passed {listed} as a limit for Python code. Limits are positive numbers.")
+            raise ConfigError(
+                f"You passed {listed} as a limit for Python code, and limits are positive.", remedy="Pass more than 0."
+            )
 
 
 @dataclass(frozen=True)
-class Report:
+class SandboxReport:
     """
     What came of a run of code.
 
     Args:
         status (`str`):
             `"ended"`, `"timeout"`, `"memory"`, `"busy"` if other runs left no memory for it, or `"lost"` if the
-            sandbox itself came to an end.
+            sandbox itself ended.
         code (`int`):
             Exit code, negative for the signal that ended it.
         output (`str`):
@@ -170,7 +185,7 @@ class Sandbox:
 
     Args:
         mode (`str`):
-            `"bubblewrap"`, `"namespaces"` or `"limits"`.
+            `"bubblewrap"` or `"limits"`.
         limits ([`Limits`]):
             What one run may use.
         last_expression (`bool`, *optional*, defaults to `True`):
@@ -183,133 +198,101 @@ class Sandbox:
         self.last_expression = last_expression
         self._script = Path(__file__).with_name("sandbox_init.py").read_text(encoding="utf-8")
 
-    def run(self, code: str) -> Report:
+    def run(self, code: str) -> SandboxReport:
         """
-        Runs code in a process of its own, and waits for its end on this thread.
+        Run code in a process of its own, and wait for its end on this thread.
 
         Args:
             code (`str`):
                 Python code.
 
         Returns:
-            [`Report`]: What came of it; no limit of it is an exception.
+            [`SandboxReport`]: What came of it; exceeding a limit is no exception.
         """
         folders = 2 * self.limits.disk if self.mode == "bubblewrap" else 0
         total = self.limits.together or _half_of_memory()
-        with _shared.share(self.limits.memory + folders, total, PATIENCE) as free:
-            return self._run(code) if free else Report("busy")
-
-    @property
-    def not_stopped(self) -> str:
-        """What the code can still do, in words."""
-        opens = self.mode == "bubblewrap" and not _can_disable_userns() and _without_userns() is None
-        return NOT_STOPPED[self.mode] + (", user namespaces" if opens else "")
-
-    def _run(self, code: str) -> Report:
-        folder = tempfile.mkdtemp(prefix="sandbox-") if self.mode == "limits" else None
-        user = _spare_user() if os.getuid() == 0 else None
-        try:
-            if folder is not None and user is not None:
+        with _shared.share(self.limits.memory + folders, total, PATIENCE) as free, contextlib.ExitStack() as ends:
+            if not free:
+                return SandboxReport("busy")
+            user = _spare_user() if os.getuid() == 0 else None
+            if self.mode == "bubblewrap":
+                folder, rules = _FOLDER, ends.enter_context(tempfile.TemporaryFile())
+                rules.write(_seccomp_rules())
+                rules.seek(0)
+                return self._start(self._bubblewrap(rules.fileno()), code, user, folder, (rules.fileno(),))
+            folder = tempfile.mkdtemp(prefix="sandbox-")
+            ends.callback(shutil.rmtree, folder, ignore_errors=True)
+            if user is not None:
                 os.chown(folder, user, user)
-            return self._start(json.dumps(self._request(code, user, folder or _FOLDER)).encode())
-        finally:
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+            return self._start(guarded(self._python()), code, user, folder)
 
-    def _start(self, request: bytes) -> Report:
-        rules = _seccomp_file() if self.mode == "bubblewrap" else None
-        try:
-            process = subprocess.Popen(
-                self._command(rules),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                cwd="/",
-                env={},
-                start_new_session=True,
-                pass_fds=() if rules is None else (rules,),
-            )
-        finally:
-            if rules is not None:
-                os.close(rules)
-        try:
-            written, complaint = process.communicate(request, timeout=self.limits.seconds + _OVERHEAD)
-            return Report(**json.loads(written))
-        except subprocess.TimeoutExpired:
-            return Report("timeout")
-        except ValueError:
-            return Report("lost", process.returncode, complaint[-2000:].decode(errors="replace").strip())
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
-
-    def _request(self, code: str, user: int | None, folder: str) -> dict[str, Any]:
+    def _start(
+        self, command: list[str], code: str, user: int | None, folder: str, files: tuple[int, ...] = ()
+    ) -> SandboxReport:
         limits = self.limits
-        shared = self.mode == "limits" and user is None  # without a namespace, all that the user runs counts
-        return {
-            "code": code,
-            "last_expression": self.last_expression,
-            "user": user,
-            "folder": folder,
-            "seconds": limits.seconds,
-            "memory": limits.memory,
-            "disk": limits.disk,
-            "files": max(1024, limits.disk // 1024),
-            "output": limits.output,
-            "paths": _paths(),
-            "links": _links(),
-            "environment": {
-                "HOME": folder,
-                "PATH": "/usr/bin:/bin",
-                "LANG": "C.UTF-8",
-                "OMP_NUM_THREADS": "1",
-                "OPENBLAS_NUM_THREADS": "1",
-            },
-            "limits": {
-                "RLIMIT_AS": limits.memory + limits.processes * _STACK,
-                "RLIMIT_CPU": int(limits.seconds) + 1,
-                "RLIMIT_FSIZE": limits.disk,
-                "RLIMIT_NPROC": limits.processes + (_processes_of_user() if shared else 0),
-                "RLIMIT_NOFILE": 64,
-                "RLIMIT_CORE": 0,
-                "RLIMIT_MEMLOCK": 0,
-                "RLIMIT_MSGQUEUE": 0,
-            },
+        others = _threads_of_user() if self.mode == "limits" and user is None else 0  # all that the user runs counts
+        rlimits = {
+            "RLIMIT_AS": limits.memory + limits.processes * _STACK,
+            "RLIMIT_CPU": int(limits.seconds) + 1,
+            "RLIMIT_FSIZE": limits.disk,
+            "RLIMIT_NPROC": limits.processes + others,
+            "RLIMIT_NOFILE": 64,
+            **dict.fromkeys(("RLIMIT_CORE", "RLIMIT_MEMLOCK", "RLIMIT_MSGQUEUE"), 0),
         }
+        given = {"code": code, "last_expression": self.last_expression, "user": user, "rlimits": rlimits}
+        try:
+            # At the time limit the first process is killed, and what is below it ends with it
+            done = subprocess.run(
+                command,
+                input=json.dumps({**given, **vars(limits)}).encode(),
+                capture_output=True,
+                cwd=folder,
+                env={"HOME": folder, **_ENVIRONMENT},
+                start_new_session=True,
+                pass_fds=files,
+                timeout=limits.seconds + _OVERHEAD,
+            )
+            return SandboxReport(**json.loads(done.stdout))
+        except subprocess.TimeoutExpired:
+            return SandboxReport("timeout")
+        except ValueError:
+            return SandboxReport("lost", done.returncode, done.stderr[-2000:].decode(errors="replace").strip())
 
-    def _command(self, rules: int | None = None) -> list[str]:
-        python = [os.path.realpath(_interpreter()), "-I", "-S", "-B", "-c", self._script, self.mode]
-        if self.mode == "limits":
-            return guarded(python)
-        if self.mode == "namespaces":
-            return python
-        size = str(self.limits.disk)
-        command = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
-        command += _rights(rules)
-        for path in _paths():
-            for parent in reversed(Path(path).parents[:-1]):
-                command += ["--perms", "0755", "--dir", str(parent)]
-            command += ["--ro-bind", path, path]
-        for link, target in _links().items():
-            command += ["--symlink", target, link]
-        # Not `--dev`, whose terminals need a second user namespace, in which the first process could mount nothing
+    def _python(self) -> list[str]:
+        return [os.path.realpath(_interpreter()), "-I", "-S", "-B", "-c", self._script, self.mode]
+
+    def _bubblewrap(self, rules: int) -> list[str]:
+        command = [shutil.which("bwrap") or "bwrap", "--die-with-parent", "--new-session", "--as-pid-1"]
+        command += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
+        if os.getuid() == 0:  # without a user namespace, in which the code could not have a user of its own
+            command += ["--cap-drop", "ALL"]
+            for name in _RIGHTS_OF_ROOT:
+                command += ["--cap-add", f"CAP_{name}"]
+        else:
+            command += ["--unshare-user", "--disable-userns"]
+        if _seccomp_rules():
+            command += ["--seccomp", str(rules)]
+        base = Path(sys.base_prefix).resolve()
+        for folder in (*reversed(base.parents), base):  # else bubblewrap makes them for root alone
+            command += ["--dir", str(folder)]
+        for path in (*_SYSTEM, *(f"{base}/{name}" for name in ("bin", "lib", "lib64"))):
+            command += ["--ro-bind-try", path, path]
+        # Not `--dev`: it brings terminals, whose buffers count nowhere
         command += ["--proc", "/proc", "--perms", "0755", "--tmpfs", "/dev", "--symlink", "/proc/self/fd", "/dev/fd"]
         for name in _DEVICES:
             command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
-        for folder in ("/dev/shm", _FOLDER):
-            command += ["--perms", "1777", "--size", size, "--tmpfs", folder]
-        ends = ["--remount-ro", "/dev", "--remount-ro", "/", "--die-with-parent", "--new-session", "--as-pid-1"]
-        return [shutil.which(command[0]) or command[0], *command[1:], *ends, "--chdir", "/", "--", *python]
+        for path in ("/dev/shm", _FOLDER):
+            command += ["--perms", "1777", "--size", str(self.limits.disk), "--tmpfs", path]
+        return [*command, "--remount-ro", "/dev", "--remount-ro", "/", "--", *self._python()]
 
 
 def find_sandbox(mode: str, limits: Limits, last_expression: bool = True) -> Sandbox:
     """
-    The strongest sandbox that works here, found out by running code in it.
+    Return the sandbox, after running code in it to find out that it works here.
 
     Args:
         mode (`str`):
-            `"auto"`, or the one to use.
+            `"bubblewrap"` or `"limits"`.
         limits ([`Limits`]):
             What one run may use.
         last_expression (`bool`, *optional*, defaults to `True`):
@@ -319,104 +302,63 @@ def find_sandbox(mode: str, limits: Limits, last_expression: bool = True) -> San
         [`Sandbox`]: The sandbox.
 
     Raises:
-        ConfigError: if the mode is unknown or cannot be had on this system, or the limits leave no room for Python.
+        ConfigError: if the mode is unknown or does not work on this system, or the limits leave no room for Python.
     """
-    if mode != "auto" and mode not in MODES:
+    if mode not in MODES:
         raise ConfigError(
-            f"You passed `sandbox={mode!r}`. Pass 'auto' for the strongest that works, or one of {', '.join(MODES)}."
+            f"You passed `sandbox={mode!r}`, and there is no such sandbox.",
+            remedy=f"Pass 'bubblewrap', which runs the code in namespaces of its own. {_LIMITS_ALONE}",
         )
     if sys.platform != "linux":
-        raise ConfigError(f"You asked for a sandbox for Python code on {sys.platform}. It needs Linux.")
-    reasons = {}
-    for candidate in MODES if mode == "auto" else (mode,):
-        reason = _why_not(Sandbox(candidate, Limits()))
-        if reason is None:
-            return _checked(Sandbox(candidate, limits, last_expression))
-        reasons[candidate] = reason
-    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise ConfigError(
-        f"You asked for a sandbox for Python code (`sandbox={mode!r}`), and none works here ({listed}). Install "
-        f"bubblewrap (`apt-get install bubblewrap`), allow this container user namespaces, or install Python where "
-        f"any user may read it."
-    )
-
-
-def _checked(sandbox: Sandbox) -> Sandbox:
-    """The sandbox, if its limits leave room for Python itself."""
+        raise ConfigError(f"You asked for a sandbox for Python code on {sys.platform}, and sandboxes need Linux.")
+    if mode == "bubblewrap" and shutil.which("bwrap") is None:
+        raise ConfigError(
+            "Python code is to run under bubblewrap (`sandbox='bubblewrap'`), and `bwrap` is not installed.",
+            remedy=f"Run `apt-get install bubblewrap`, `dnf install bubblewrap` or the like. {_LIMITS_ALONE}",
+        )
+    reason = _trial_failure(Sandbox(mode, Limits()))
+    if reason is not None:
+        raise ConfigError(f"`sandbox={mode!r}` does not work here ({reason}).", remedy=_REMEDIES[mode])
+    sandbox = Sandbox(mode, limits, last_expression)
     report = sandbox.run("")
     if report.status in ("memory", "lost") or report.code != 0:
         raise ConfigError(
-            f"You passed limits for Python code under which Python itself does not start: {sandbox.limits}. It ended "
-            f"with {report.status!r}, exit code {report.code}: {report.output.strip()[-300:]!r}. Allow more."
+            f"You passed limits for Python code under which Python itself does not start: {limits}. It ended with "
+            f"{report.status!r}, exit code {report.code}: {report.output.strip()[-300:]!r}.",
+            remedy="Allow more.",
         )
     return sandbox
 
 
-def _why_not(sandbox: Sandbox) -> str | None:
-    if sandbox.mode == "bubblewrap" and shutil.which("bwrap") is None:
-        return "`bwrap` is not installed"
-    started = time.monotonic()
+def _trial_failure(sandbox: Sandbox) -> str | None:
     report = sandbox.run(_PROBE)
     if report.status == "ended" and report.code == 0:
         return None
-    lines = report.output.splitlines() or [f"nothing came back within {time.monotonic() - started:.0f} s"]
-    return lines[-1]
+    return (report.output.splitlines() or [f"a trial of it ended with {report.status!r}"])[-1]
 
 
-def _rights(rules: int | None) -> list[str]:
-    """What bubblewrap leaves the first process, which gives up the rest of it, and the code."""
-    if os.getuid() == 0:
-        kept = ("SETUID", "SETGID", "KILL", "SYS_PTRACE", "DAC_READ_SEARCH", "SYS_ADMIN")
-        rights = ["--cap-drop", "ALL", *(part for name in kept for part in ("--cap-add", f"CAP_{name}"))]
-    elif rules is None and _can_disable_userns():  # then the first process cannot mount anything
-        rights = ["--unshare-user", "--disable-userns"]
-    else:
-        rights = ["--unshare-user", "--cap-add", "CAP_SYS_ADMIN"]
-    return rights if rules is None else [*rights, "--seccomp", str(rules)]
-
-
-@functools.cache
-def _can_disable_userns() -> bool:
-    """Whether bubblewrap itself forbids user namespaces in the sandbox, which it does for a user namespace alone."""
-    bwrap = shutil.which("bwrap")
-    if os.getuid() == 0 or bwrap is None:
-        return False
-    return b"--disable-userns" in subprocess.run([bwrap, "--help"], capture_output=True).stdout
-
-
-def _seccomp_file() -> int | None:
-    """A file descriptor with the rules of [`_without_userns`], for bubblewrap to read."""
-    rules = _without_userns()
-    if rules is None:
-        return None
-    readable, writable = os.pipe()
-    os.write(writable, rules)
-    os.close(writable)
-    return readable
-
-
-@functools.cache
-def _without_userns() -> bytes | None:
+def _seccomp_rules() -> bytes:
     """
-    Seccomp rules under which no user namespace can be made, as a program of <linux/filter.h>; `None` where system
+    Return seccomp rules under which no user namespace can be made, as a program of <linux/filter.h>; none where system
     calls have other numbers. `clone3` is not there, so that libraries use `clone`, whose flags can be read.
+
+    `bwrap --disable-userns` forbids them too, but not where it runs as root without a user namespace.
     """
     if platform.machine() not in _SYSTEM_CALLS or sys.byteorder != "little":
-        return None
+        return b""
     architecture, clone, unshare = _SYSTEM_CALLS[platform.machine()]
     load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
-    allow, refuse, not_there = 0x7FFF0000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
+    allow, not_there = 0x7FFF0000, 0x50000 | errno.ENOSYS
     program = [
         (load, 0, 0, 4),  # the architecture of the call
-        (equal, 0, 8, architecture),
+        (equal, 0, 7, architecture),
         (load, 0, 0, 0),  # its number
-        (at_least, 6, 0, 0x40000000),  # the same calls under other numbers (x32)
-        (equal, 5, 0, 435),  # clone3
+        (at_least, 5, 0, 0x40000000),  # the same calls under other numbers (x32)
+        (equal, 4, 0, 435),  # clone3
         (equal, 1, 0, clone),
-        (equal, 0, 4, unshare),
+        (equal, 0, 3, unshare),
         (load, 0, 0, 16),  # its first argument
-        (any_bit, 0, 2, 0x10000000),  # CLONE_NEWUSER
-        (give, 0, 0, refuse),
+        (any_bit, 0, 1, 0x10000000),  # CLONE_NEWUSER
         (give, 0, 0, not_there),
         (give, 0, 0, allow),
     ]
@@ -424,7 +366,7 @@ def _without_userns() -> bytes | None:
 
 
 def _half_of_memory() -> int:
-    """Half of the memory of the machine or the container, divided by the processes of the run on it, in bytes."""
+    """Return half of the bytes that the machine or the container has, divided by the processes of the run on it."""
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for limit in ("memory.max", "memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):
@@ -433,37 +375,20 @@ def _half_of_memory() -> int:
 
 
 def _interpreter() -> str:
-    """Python outside of virtual environments."""
+    """Return the Python outside of virtual environments."""
     return getattr(sys, "_base_executable", None) or sys.executable
 
 
-def _paths() -> list[str]:
-    """What the code gets to see of the file system: the system's programs and libraries, and Python's own."""
-    base = os.path.realpath(sys.base_prefix)
-    own = [os.path.join(base, name) for name in ("bin", "lib", "lib64")]
-    outside = [path for path in own if not base.startswith("/usr")]
-    return [path for path in (*_SYSTEM, *outside) if os.path.exists(path) and not os.path.islink(path)]
-
-
-def _links() -> dict[str, str]:
-    """Names in the root that are links into `/usr` on a merged system."""
-    return {path: os.readlink(path) for path in _MERGED if os.path.islink(path)}
-
-
 def _spare_user() -> int:
-    """A user id of its own for a run of code, so that limits for each user are limits for each run."""
+    """Return a user id for one run of code, so that limits for each user are limits for each run."""
     first, count = _USERS
     return first + (os.getpid() * 4096 + next(_counter) % 4096) % count
 
 
-def _processes_of_user() -> int:
-    """Processes and threads the current user has."""
-    user, count = os.getuid(), 0
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                if os.stat(f"/proc/{name}").st_uid == user:
-                    count += len(os.listdir(f"/proc/{name}/task"))
-            except OSError:
-                continue
+def _threads_of_user() -> int:
+    """Return how many processes and threads the current user has."""
+    count = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            count += len(os.listdir(process / "task")) if process.stat().st_uid == os.getuid() else 0
     return count

@@ -1,18 +1,26 @@
-"""Other ways to write a JSON schema that mean the same, for chat templates that read only some of them."""
+"""Other ways to write a JSON schema that mean the same, for chat templates that read only some of them.
 
-import json
-from collections.abc import Iterator
-from typing import Any
+`referencing` follows references. No library puts what they lead to in their place where a schema refers to itself, or
+writes unions in the form that templates read.
+"""
+
+from collections.abc import Callable, Iterator
+
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
+
+from ..types import JSONSchema, JSONValue
 
 
 # Where JSON Schema 2020-12 (and the older `definitions`) keeps schemas; anything else in a schema is data.
-HOLDS_ONE = (
+_HOLDS_ONE = (
     *("items", "contains", "unevaluatedItems"),
     *("additionalProperties", "unevaluatedProperties", "propertyNames"),
     *("not", "if", "then", "else", "contentSchema"),
 )
-HOLDS_LIST = ("anyOf", "oneOf", "allOf", "prefixItems")
-HOLDS_NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+_HOLDS_LIST = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
+_HOLDS_NAMED = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})
 
 _DEFINITIONS = ("$defs", "definitions")
 _NOTES = frozenset({"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"})
@@ -20,33 +28,33 @@ _MOST_SCHEMAS = 2000
 """Schemas that references may grow into; those of a schema that would be larger stay as they are."""
 
 
-def places(schema: dict[str, Any]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+def places(schema: JSONSchema) -> Iterator[tuple[tuple[str | int, ...], JSONValue]]:
     """
-    The schemas directly inside a schema, each with the path to it.
+    Yield the schemas directly inside a schema, each with the path to it.
 
     Args:
         schema (`dict`):
             JSON schema.
     """
     for keyword, value in schema.items():
-        if keyword in HOLDS_ONE:
+        if keyword in _HOLDS_ONE:
             yield (keyword,), value
-        elif keyword in HOLDS_LIST and isinstance(value, list):
+        elif keyword in _HOLDS_LIST and isinstance(value, list):
             yield from (((keyword, index), inner) for index, inner in enumerate(value))
-        elif keyword in HOLDS_NAMED and isinstance(value, dict):
+        elif keyword in _HOLDS_NAMED and isinstance(value, dict):
             yield from (((keyword, name), inner) for name, inner in value.items())
 
 
-def replaced(schema: Any, path: tuple[str | int, ...], value: Any) -> Any:
+def replaced(schema: JSONValue, path: tuple[str | int, ...], value: JSONValue) -> JSONValue:
     """
-    A copy of nested dicts and lists with another value at a path; what is not on the path is shared.
+    Return a copy of nested dicts and lists with another value at a path; what is not on the path is shared.
 
     Args:
-        schema (`Any`):
-            Dict or list.
+        schema (`dict` or `list`):
+            What is copied.
         path (`tuple[str | int, ...]`):
             Keys and indices.
-        value (`Any`):
+        value (`object`):
             The new value.
     """
     if not path:
@@ -56,7 +64,23 @@ def replaced(schema: Any, path: tuple[str | int, ...], value: Any) -> Any:
     return copied
 
 
-def inline_references(schema: dict[str, Any]) -> dict[str, Any]:
+def mapped(schema: JSONSchema, change: Callable[[JSONSchema], JSONSchema]) -> JSONSchema:
+    """
+    Return a copy of a schema in which each schema directly inside is changed.
+
+    Args:
+        schema (`dict`):
+            JSON schema.
+        change (`Callable`):
+            Gets a schema, and returns the one for its place. Those that are `true` or `false` are left as they are.
+    """
+    for path, inner in places(schema):
+        if isinstance(inner, dict):
+            schema = replaced(schema, path, change(inner))
+    return dict(schema)
+
+
+def inline_references(schema: JSONSchema) -> JSONSchema:
     """
     Return a schema with what its local references (`"#/$defs/..."`) point to in their place.
 
@@ -74,13 +98,13 @@ def inline_references(schema: dict[str, Any]) -> dict[str, Any]:
         return schema
     try:
         inlined = _inlined(schema, schema, (), [_MOST_SCHEMAS])
-    except _TooLarge:
+    except OverflowError:
         return schema
     body = {keyword: value for keyword, value in inlined.items() if keyword not in _DEFINITIONS}
     return inlined if any("$ref" in inner for inner in _walk(body)) else body
 
 
-def plain_form(schema: dict[str, Any]) -> dict[str, Any]:
+def plain_form(schema: JSONSchema) -> JSONSchema:
     """
     Return a schema with one `type` for each property where it can be written so: a union with null as `nullable`, as
     `transformers` writes `X | None`; a union or intersection of one schema as that schema; a union of bare types as a
@@ -90,21 +114,16 @@ def plain_form(schema: dict[str, Any]) -> dict[str, Any]:
         schema (`dict`):
             JSON schema, without references.
     """
-    plain = dict(schema)
-    for path, inner in places(schema):
-        if isinstance(inner, dict):
-            plain = replaced(plain, path, plain_form(inner))
+    plain = mapped(schema, plain_form)
     for keyword in ("anyOf", "oneOf"):
         plain = _without_union(plain, keyword)
     parts = plain.get("allOf")
     if isinstance(parts, list) and all(isinstance(part, dict) for part in parts):
-        merged: dict[str, Any] | None = {key: value for key, value in plain.items() if key != "allOf"}
-        for part in parts:
-            merged = None if merged is None else _merged(merged, part)
+        merged = _merged({key: value for key, value in plain.items() if key != "allOf"}, *parts)
         plain = plain if merged is None else merged
     if "const" in plain and "enum" not in plain:
         plain["enum"] = [plain.pop("const")]
-    types = {json_type(value) for value in plain.get("enum") or ()}
+    types = {_json_type(value) for value in plain.get("enum") or ()}
     if "type" not in plain and len(types) == 1:
         plain["type"] = types.pop()
     if isinstance(plain.get("type"), list):
@@ -115,7 +134,7 @@ def plain_form(schema: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def alternatives(schema: Any, root: dict[str, Any], seen: frozenset[str] = frozenset()) -> Iterator[dict[str, Any]]:
+def alternatives(schema: JSONValue, root: JSONSchema, seen: frozenset[str] = frozenset()) -> Iterator[JSONSchema]:
     """
     Yield a schema, what it refers to, and the parts of its unions and intersections, each with theirs.
 
@@ -138,12 +157,12 @@ def alternatives(schema: Any, root: dict[str, Any], seen: frozenset[str] = froze
         yield from alternatives(_target(root, reference), root, seen | {reference})
 
 
-def constants(schema: dict[str, Any]) -> list[Any]:
+def constants(schema: JSONSchema) -> list[JSONValue]:
     """Return the values that a schema names, by `enum` or `const`."""
     return [*(schema.get("enum") or ()), *([schema["const"]] if "const" in schema else ())]
 
 
-def type_names(schema: Any, root: dict[str, Any]) -> list[str]:
+def type_names(schema: JSONValue, root: JSONSchema) -> list[str]:
     """
     Return the names of the types a schema allows, in its order; those of its constants where it declares none.
 
@@ -155,40 +174,34 @@ def type_names(schema: Any, root: dict[str, Any]) -> list[str]:
     for part in alternatives(schema, root):
         declared = part.get("type")
         if declared is None:
-            names += map(json_type, constants(part))
+            names += map(_json_type, constants(part))
         else:
             names += declared if isinstance(declared, list) else [declared]
         names += ["null"] if part.get("nullable") else []  # as transformers' get_json_schema marks what may be None
     return [name for name in dict.fromkeys(names) if isinstance(name, str)]
 
 
-class _TooLarge(Exception):
-    pass
-
-
-def _walk(schema: Any) -> Iterator[dict[str, Any]]:
+def _walk(schema: JSONValue) -> Iterator[JSONSchema]:
     if isinstance(schema, dict):
         yield schema
         for _, inner in places(schema):
             yield from _walk(inner)
 
 
-def _inlined(schema: Any, root: dict[str, Any], seen: tuple[str, ...], left: list[int]) -> Any:
+def _inlined(schema: JSONValue, root: JSONSchema, seen: tuple[str, ...], left: list[int]) -> JSONValue:
     if not isinstance(schema, dict):
         return schema
     left[0] -= 1
     if left[0] < 0:
-        raise _TooLarge
+        raise OverflowError
     reference = schema.get("$ref")
     if isinstance(reference, str):
         target = _target(root, reference)
         if not isinstance(target, dict) or reference in seen:
             return schema
         inlined = _inlined(target, root, (*seen, reference), left)
-        beside = {key: value for key, value in schema.items() if key != "$ref"}
-        if not beside:
-            return inlined
-        merged = _merged(inlined, _inlined(beside, root, seen, left), notes_of_second=True)
+        others = {key: value for key, value in schema.items() if key != "$ref"}
+        merged = _merged(_inlined(others, root, seen, left), inlined) if others else inlined
         return schema if merged is None else merged
     copied = schema
     for path, inner in places(schema):
@@ -197,31 +210,28 @@ def _inlined(schema: Any, root: dict[str, Any], seen: tuple[str, ...], left: lis
     return copied
 
 
-def _target(root: dict[str, Any], reference: str) -> Any:
-    """What a JSON pointer leads to; `None` for the root itself, other documents and anchors."""
+def _target(root: JSONSchema, reference: str) -> JSONValue:
+    """Return what a JSON pointer leads to; `None` for the root itself, other documents and anchors."""
     if not reference.startswith("#/"):
         return None
-    found: Any = root
-    for step in reference[2:].split("/"):
-        step = step.replace("~1", "/").replace("~0", "~")
-        if isinstance(found, dict) and step in found:
-            found = found[step]
-        elif isinstance(found, list) and step.isdecimal() and int(step) < len(found):
-            found = found[int(step)]
-        else:
-            return None
-    return found
-
-
-def _merged(first: dict[str, Any], second: dict[str, Any], notes_of_second: bool = False) -> dict[str, Any] | None:
-    """Both schemas in one; `None` where they say different things under one keyword."""
-    clash = [key for key in first.keys() & second.keys() if first[key] != second[key]]
-    if any(key not in _NOTES for key in clash):
+    resource = DRAFT202012.create_resource(root)
+    try:
+        return resource.pointer(reference[1:], Registry().resolver_with_root(resource)).contents
+    except (Unresolvable, ValueError, TypeError):
         return None
-    return {**first, **second} if notes_of_second else {**second, **first}
 
 
-def _without_union(schema: dict[str, Any], keyword: str) -> dict[str, Any]:
+def _merged(first: JSONSchema, *others: JSONSchema) -> JSONSchema | None:
+    """Return schemas in one, with the notes of the first; `None` where they say different things under a keyword."""
+    merged = dict(first)
+    for other in others:
+        if any(merged[key] != other[key] and key not in _NOTES for key in merged.keys() & other.keys()):
+            return None
+        merged = {**other, **merged}
+    return merged
+
+
+def _without_union(schema: JSONSchema, keyword: str) -> JSONSchema:
     variants = schema.get(keyword)
     if not isinstance(variants, list) or not all(isinstance(variant, dict) for variant in variants):
         return schema
@@ -236,12 +246,12 @@ def _without_union(schema: dict[str, Any], keyword: str) -> dict[str, Any]:
     return schema
 
 
-def _is_null(schema: dict[str, Any]) -> bool:
+def _is_null(schema: JSONSchema) -> bool:
     bare = {key: value for key, value in schema.items() if key not in _NOTES}
-    return json.dumps(bare) in ('{"type": "null"}', '{"const": null}', '{"enum": [null]}')
+    return bare in ({"type": "null"}, {"const": None}, {"enum": [None]})
 
 
-def json_type(value: Any) -> str:
+def _json_type(value: JSONValue) -> str:
     """Return the name of the JSON type of a value."""
     kinds: dict[type, str] = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
     return kinds.get(type(value), "array" if isinstance(value, list) else "object")

@@ -1,7 +1,4 @@
-"""The records of a tool call: what can be called, what was called, what came back.
-
-Owns `Tool`, `ToolCall` and `ToolResult`; fed by `functions.py` and `mcp.py`, read by the rollout loop.
-"""
+"""The records of a tool call: what can be called, what was called, what came back."""
 
 import inspect
 import os
@@ -12,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ToolSchemaError
+from ..types import JSONObject, JSONSchema
 from .schema_forms import inline_references
 
 
@@ -43,12 +41,12 @@ class Tool:
         ends_rollout (`bool`, *optional*, defaults to `False`):
             `True` for a tool such as `submit_answer`: a call of it that succeeds ends the rollout with stop reason
             `"stop"`, and its result is on record in the trajectory but not in the conversation. A call that fails is
-            answered as any other. TRL's own rollouts (`record_sample_logprobs=False`) do not know of it.
+            answered like any other. TRL's own rollouts (`record_sample_logprobs=False`) do not know of it.
         isolation (`str`, *optional*, defaults to `"thread"`):
             Where a call runs: on a `"thread"` of the run, or in a `"process"` that ends with all it has started when
             the call exceeds its time limit or crashes. A process has to be able to import the function; it is used
             again for later calls of the tool, after calls that returned or raised an exception and left no thread
-            behind. TRL's own rollouts run the function on their thread.
+            running. TRL's own rollouts run the function on their thread.
 
     Raises:
         ToolSchemaError: if the name is empty or not an identifier, the parameters are no object schema, the
@@ -58,11 +56,11 @@ class Tool:
 
     name: str
     description: str
-    parameters: dict[str, Any]
+    parameters: JSONSchema
     function: Callable[..., Any]
     thread_safe: bool = True
     timeout: float | None = None
-    returns: dict[str, Any] | None = None
+    returns: JSONSchema | None = None
     ends_rollout: bool = False
     isolation: str = "thread"
 
@@ -70,24 +68,27 @@ class Tool:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise ToolSchemaError(
                 f"You passed a tool named {self.name!r}. A tool name starts with a letter or underscore and holds "
-                f"only letters, digits, '_', '-' and '.'. Rename the tool."
+                f"only letters, digits, '_', '-' and '.'.",
+                remedy="Rename the tool.",
             )
         if not isinstance(self.parameters, dict) or self.parameters.get("type", "object") != "object":
             raise ToolSchemaError(
                 f"The parameters of tool {self.name!r} are {self.parameters!r}, which is not a JSON schema of type "
-                f"'object'. Pass a schema such as {{'type': 'object', 'properties': {{...}}, 'required': [...]}}."
+                f"'object'.",
+                remedy="Pass a schema such as {'type': 'object', 'properties': {...}, 'required': [...]}.",
             )
         if not callable(self.function):
             raise ToolSchemaError(f"The function of tool {self.name!r} is {self.function!r}, which cannot be called.")
         refuse_generator(self.name, self.function)
         if self.timeout is not None and not self.timeout > 0:
             raise ToolSchemaError(
-                f"You passed `timeout={self.timeout}` for the tool {self.name!r}; it must be a positive number of "
-                f"seconds, or None for the limit of the configuration."
+                f"You passed `timeout={self.timeout}` for the tool {self.name!r}, and a time limit is positive.",
+                remedy="Pass a number of seconds, or None for the limit of the configuration.",
             )
         if self.isolation not in ISOLATIONS:
             raise ToolSchemaError(
-                f"You passed `isolation={self.isolation!r}` for the tool {self.name!r}. Pass 'thread' or 'process'."
+                f"You passed `isolation={self.isolation!r}` for the tool {self.name!r}.",
+                remedy="Pass 'thread' or 'process'.",
             )
         if self.isolation == "process":
             self._check_sendable()
@@ -101,9 +102,11 @@ class Tool:
             reason = f"processes of tools need a POSIX system, not {os.name}"
         if reason is not None:
             raise ToolSchemaError(
-                f"The function of tool {self.name!r} cannot run with isolation='process': {reason}. Define it at the "
-                f"top level of a module that can be imported (no lambda, no inner function, not the script that is "
-                f"run), or use isolation='thread'."
+                f"The function of tool {self.name!r} cannot run with isolation='process': {reason}.",
+                remedy=(
+                    "Define it at the top level of a module that can be imported (no lambda, no inner function, not "
+                    "the script that is run), or use isolation='thread'."
+                ),
             )
 
     @property
@@ -112,19 +115,19 @@ class Tool:
         return is_async_callable(self.function)
 
     @property
-    def schema(self) -> dict[str, Any]:
+    def schema(self) -> JSONSchema:
         """
         The tool as chat templates expect it, `{"type": "function", "function": {...}}`; references within the
         parameters are replaced by what they refer to, as most templates show none.
         """
         parameters = inline_references(self.parameters)
-        function: dict[str, Any] = {"name": self.name, "description": self.description, "parameters": parameters}
+        function: JSONSchema = {"name": self.name, "description": self.description, "parameters": parameters}
         if self.returns is not None:
             function["return"] = self.returns
         return {"type": "function", "function": function}
 
 
-def is_async_callable(function: Any) -> bool:
+def is_async_callable(function: object) -> bool:
     """
     Return whether calling something gives a coroutine.
 
@@ -135,7 +138,7 @@ def is_async_callable(function: Any) -> bool:
     return _is_or_calls(function, inspect.iscoroutinefunction)
 
 
-def refuse_generator(name: str, function: Callable[..., Any]) -> None:
+def refuse_generator(name: str, function: object) -> None:
     """
     Refuse a function whose calls give a generator, asynchronous or not.
 
@@ -151,11 +154,12 @@ def refuse_generator(name: str, function: Callable[..., Any]) -> None:
     if _is_or_calls(function, inspect.isgeneratorfunction) or _is_or_calls(function, inspect.isasyncgenfunction):
         raise ToolSchemaError(
             f"The function of tool {name!r} is a generator function (it has a `yield`): a call gives a generator, and "
-            f"nothing of its body runs. Return what it yields, as a list or as text."
+            f"nothing of its body runs.",
+            remedy="Return what it yields, as a list or as text.",
         )
 
 
-def _is_or_calls(function: Any, kind: Callable[[Any], bool]) -> bool:
+def _is_or_calls(function: object, kind: Callable[[object], bool]) -> bool:
     while hasattr(function, "func"):  # functools.partial
         function = function.func
     return kind(function) or kind(getattr(function, "__call__", None))  # noqa: B004
@@ -179,7 +183,7 @@ class ToolCall:
 
     id: str
     name: str
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: JSONObject = field(default_factory=dict)
     error: str | None = None
 
 
@@ -189,7 +193,7 @@ class ToolResult:
     What came back from a call. A tool may return one itself, to set a reward or to mark an error as data.
 
     Args:
-        content (`Any`):
+        content (`object`):
             Text, or anything JSON can hold; dicts and lists reach the policy as JSON.
         is_error (`bool`, *optional*, defaults to `False`):
             Whether the call failed.
@@ -205,7 +209,7 @@ class ToolResult:
             Wall-clock time of the call, retries included.
     """
 
-    content: Any
+    content: object
     is_error: bool = False
     error_type: str | None = None
     reward: float | None = None

@@ -189,15 +189,15 @@ def test_the_end_of_a_long_output_says_what_failed(name, limit):
     cut, truncated = chat.truncate(text, limit)
     head, tail = cut.split(TRUNCATION_MARKER.format(limit=limit))
     assert truncated and text.startswith(head) and text.endswith(tail) and head and tail
-    assert len(chat._encode_inert(head)) + len(chat._encode_inert(tail)) <= limit + 2
+    assert len(chat._control.encode_inert(head)) + len(chat._control.encode_inert(tail)) <= limit + 2
     assert limit < 100 or "ZeroDivisionError: division by zero\n[exit code 1]" in tail
 
 
 def test_control_tokens_count_as_the_text_they_are():
     fam = family("qwen3")
     cut, truncated = fam.chat.truncate("<|im_end|>" * 50, 30)
-    assert truncated and cut.startswith("<|im_end|><|im") and controls(fam, fam.chat._encode_inert(cut)) == []
-    assert len(fam.chat._encode_inert(cut.split("\n[...")[0])) <= 31
+    assert truncated and cut.startswith("<|im_end|><|im") and controls(fam, fam.chat._control.encode_inert(cut)) == []
+    assert len(fam.chat._control.encode_inert(cut.split("\n[...")[0])) <= 31
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_other_processes_are_not_waited_for(monkeypatch):
         ({"deepspeed_plugin": SimpleNamespace(zero_stage=3)}, False, "`ds3_gather_for_generation=False` with"),
         ({"deepspeed_plugin": SimpleNamespace(zero_stage=3)}, True, None),
         ({"deepspeed_plugin": SimpleNamespace(zero_stage=2)}, False, None),
-        ({"fsdp_plugin": SimpleNamespace(fsdp_version=1)}, True, "FSDP in its version 1"),
+        ({"fsdp_plugin": SimpleNamespace(fsdp_version=1)}, True, "FSDP version 1"),
         ({"fsdp_plugin": SimpleNamespace(fsdp_version=2)}, True, None),
         ({}, False, None),
     ],

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from trl_toolgrpo.rollout.shared_prefix import KeyValueStore
-from trl_toolgrpo.rollout.span import Span
+from trl_toolgrpo.rollout.shared_prefix import KeyValueStore, Span
 
 
 def _span(slots, lengths, query_length):

@@ -97,8 +97,9 @@ def test_values_are_optional_and_checked():
     assert Trajectory.from_dict(record()).values is None
     given = [0.5] * count
     assert Trajectory.from_dict(record(values=given)).values == given
-    assert f"`values` expected {count} finite values" in message_of(record(values=given[1:]))
-    assert "of which 1 are not finite" in message_of(record(values=[float("nan"), *given[1:]]))
+    assert f"`values` has {count - 1} values, expected {count}" in message_of(record(values=given[1:]))
+    message = message_of(record(values=[float("nan"), *given[1:]]))
+    assert "`values` expected finite values, got nan at position 0" in message
 
 
 def test_rewards_of_a_turn_add_up_and_are_finite():

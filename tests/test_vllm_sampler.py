@@ -430,7 +430,7 @@ def test_an_engine_that_ended_is_told_from_a_turn_that_failed(stand_in, tmp_path
         raise ValueError("too long")
         yield
 
-    said = "vLLM's engine ended: ValueError: too long" if ended else "failed on a turn behind 2 tokens: ValueError"
+    said = "vLLM's engine ended: ValueError: too long" if ended else "failed on a turn after 2 tokens: ValueError"
     with pytest.raises(SamplerError, match=said) as caught:
         asyncio.run(run())
     assert isinstance(caught.value, EngineLostError) == ended

@@ -24,14 +24,14 @@ def parts(path, limit, lengths, own=15, **options):
     return parts_that_fit(args, tiny_model(chat_tokenizer()), rows, **options)
 
 
-def test_what_a_token_costs(tmp_path):
+def test_bytes_per_token(tmp_path):
     model = tiny_model(chat_tokenizer())
     assert bytes_per_token(config(tmp_path), model) == TOKEN
     assert bytes_per_token(config(tmp_path, bf16=True), model) == TOKEN // 2  # stored as autocast makes them
     assert bytes_per_token(config(tmp_path), model.bfloat16()) == TOKEN // 2
 
 
-def test_a_batch_is_divided_as_far_as_it_must_be(tmp_path):
+def test_a_batch_is_divided_no_more_than_needed(tmp_path):
     assert parts(tmp_path, None, [10, 10]) == [(0, 8)]
     assert parts(tmp_path, 2 * 10 + 8 * 16, [10, 10]) == [(0, 8)]
     assert parts(tmp_path, 2 * 10 + 8 * 16 - 1, [10, 10]) == [(0, 4), (4, 8)]  # not seven and one

@@ -9,7 +9,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence, Sized
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import TypeGuard
 
 from .errors import TrajectoryError
@@ -79,7 +79,7 @@ class Turn:
     @classmethod
     def from_dict(cls, record: JSONObject, rollout: object = None) -> "Turn":
         """Read a turn strictly; a missing or unknown field raises [`TrajectoryError`]."""
-        _check_keys(record, cls, {"start", "end"}, rollout, "turns[]")
+        _check_keys(record, cls, rollout, "turns[]")
         values = dict(record)
         for name, kind in (("tool_calls", ToolCall), ("tool_results", ToolResult)):
             items = values.get(name, [])
@@ -87,8 +87,7 @@ class Turn:
                 continue  # for `Trajectory.validate` to report
             for item in items:
                 if isinstance(item, dict):
-                    required = {"id", "name"} if kind is ToolCall else {"content"}
-                    _check_keys(item, kind, required, rollout, f"turns[].{name}[]")
+                    _check_keys(item, kind, rollout, f"turns[].{name}[]")
             values[name] = [kind(**item) if isinstance(item, dict) else item for item in items]
         return cls(**values)
 
@@ -205,7 +204,7 @@ class Trajectory:
     def _read(cls, record: JSONObject, rollout: object) -> "Trajectory":
         if not isinstance(record, dict):
             raise TrajectoryError(f"{_where(rollout)}: expected a dict of fields, got {type(record).__name__}.")
-        _check_keys(record, cls, {f.name for f in fields(cls)} - {"values"}, rollout)
+        _check_keys(record, cls, rollout)
         values = dict(record)
         _raise_first(list_faults("`turns`", values["turns"]), rollout)
         values["turns"] = [Turn.from_dict(t, rollout) if isinstance(t, dict) else t for t in values["turns"]]
@@ -349,17 +348,17 @@ def _where(rollout: object) -> str:
     return "Trajectory" if rollout is None else f"Rollout {rollout}"
 
 
-def _check_keys(record: JSONObject, kind: type, required: set[str], rollout: object, path: str = "") -> None:
-    """Raise [`TrajectoryError`] for a key that `kind` does not have, or a required one that is missing."""
-    known = [f.name for f in fields(kind)]
+def _check_keys(record: JSONObject, kind: type, rollout: object, path: str = "") -> None:
+    """Raise [`TrajectoryError`] for a key that `kind` does not have, or a missing one that has no default."""
+    known = {f.name: f.default is f.default_factory is MISSING for f in fields(kind)}
     prefix = f"{path}." if path else ""
     for name in record:
         if name not in known:
-            close = field_meant_by(name, known)
+            close = field_meant_by(name, list(known))
             raise TrajectoryError(
                 f"{_where(rollout)}: unknown field `{prefix}{name}`, expected {', '.join(known)}.",
                 remedy=f"Did you mean `{close}`?" if close else "",
             )
-    for name in known:
-        if name in required and name not in record:
+    for name, required in known.items():
+        if required and name not in record:
             raise TrajectoryError(f"{_where(rollout)}: field `{prefix}{name}` is missing; got {', '.join(record)}.")

@@ -8,8 +8,8 @@ import os
 import shutil
 import uuid
 import weakref
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +27,15 @@ from .diagnostics import compute_dtype
 from .errors import ConfigError
 from .rollout.engine import RolloutEngine
 from .rollout.policy_file import PolicyFile, adapter_problem, claim_folder, policy_folder, write_policy
+from .rollout.sampler import replaced
 from .rollout.vllm_client import ServedEngine, model_shape
 from .rollout.vllm_engine import VLLMEngine, check_installed, engine_options
 from .rollout.vllm_sampler import TokenEngine, VLLMSampler
 
 
-@contextmanager
-def without_trls_vllm(args: ToolGRPOConfig, recording: bool) -> Iterator[None]:
+def without_trls_vllm(args: ToolGRPOConfig, recording: bool) -> AbstractContextManager[None]:
     """Keep TRL's constructor from making its own vLLM engine, as `use_vllm` has it do, for rollouts that are ours."""
-    asked = args.use_vllm
-    args.use_vllm = asked and not recording
-    try:
-        yield
-    finally:
-        args.use_vllm = asked
+    return replaced(args, "use_vllm", args.use_vllm and not recording)
 
 
 def refuse_multimodal(args: ToolGRPOConfig) -> None:

@@ -3,8 +3,8 @@ forward pass.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,7 @@ from ..model_settings import model_setting
 from ..rounding import Accepted, Exact, Rounding, measure_rounding, widest
 from .generate_sampler import GenerateSampler, without_generation_settings
 from .model_sampler import ModelSampler
-from .sampler import Autocast, at_least_float32, base_model, scoring_mode
+from .sampler import Autocast, at_least_float32, base_model, replaced, scoring_mode
 
 
 logger = logging.getLogger(__name__)
@@ -67,17 +67,10 @@ def _is_exact(model: nn.Module) -> bool:
     return all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point())
 
 
-@contextmanager
-def _without_autocast(model: nn.Module) -> Iterator[None]:
+def _without_autocast(model: nn.Module) -> AbstractContextManager[None]:
     """Restore the forward pass from before accelerate put autocast around it, so that float32 is tried exactly."""
-    wrapped, bare = model.forward, model.__dict__.get("_original_forward")
-    if bare is not None:
-        model.forward = bare
-    try:
-        yield
-    finally:
-        if bare is not None:
-            model.forward = wrapped
+    bare = model.__dict__.get("_original_forward")
+    return nullcontext() if bare is None else replaced(model, "forward", bare)
 
 
 def layers_beside_attention(model: PreTrainedModel) -> list[str]:
@@ -169,8 +162,8 @@ def _trial(
                         session.extend(row, tokens[: 2 + row], 2)
         plain = [_plain_logprobs(model, history, autocast) for history in histories]
         gaps = torch.cat([
-            (torch.tensor([value for _, value in told]) - scores[[place - 1 for place, _ in told]]).abs()
-            for told, scores in zip(recorded, plain, strict=True)
+            (torch.tensor([value for _, value in pairs]) - scores[[place - 1 for place, _ in pairs]]).abs()
+            for pairs, scores in zip(recorded, plain, strict=True)
         ])  # fmt: skip
         accepted: Accepted = Exact() if exact else _rounding(model, histories, autocast)
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError) as error:

@@ -39,7 +39,7 @@ def check_cache(args: ToolGRPOConfig, model: PreTrainedModel) -> None:
     """
     limit, needed = stored_tokens(args, model), (args.max_completion_length or 1) + 2
     if limit is not None and needed > limit:
-        raise _too_small(args, model, limit, needed, "a prompt of one token")
+        raise _size_error(args, model, limit, needed, "a prompt of one token")
 
 
 def parts_that_fit(
@@ -69,7 +69,7 @@ def parts_that_fit(
         return [(0, len(prompts))]
     longest = max(map(len, prompts))
     if longest + own > limit:
-        raise _too_small(args, model, limit, longest + own, f"its prompt of {longest} tokens")
+        raise _size_error(args, model, limit, longest + own, f"its prompt of {longest} tokens")
     parts, start = [], 0
     for row in range(1, len(prompts)):
         if _cost(prompts[start : row + 1], own, shares) > limit:
@@ -87,7 +87,7 @@ def _cost(prompts: Sequence[Sequence[int]], own: int, shares: bool) -> int:
     return stored * max(map(len, prompts)) + len(prompts) * own
 
 
-def _too_small(args: ToolGRPOConfig, model: PreTrainedModel, limit: int, needed: int, prompt: str) -> ConfigError:
+def _size_error(args: ToolGRPOConfig, model: PreTrainedModel, limit: int, needed: int, prompt: str) -> ConfigError:
     least = needed * bytes_per_token(args, model) / 2**30
     return ConfigError(
         f"You passed `rollout_cache_gib={args.rollout_cache_gib}`, which holds the keys and values of {limit} tokens "

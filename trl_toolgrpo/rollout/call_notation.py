@@ -174,9 +174,9 @@ def typed(arguments: JSONObject, parameters: JSONSchema) -> JSONObject:
     Return arguments that were written as text with the types of the tool's schema.
 
     Args:
-        arguments (`dict[str, Any]`):
+        arguments (`dict`):
             Arguments by name.
-        parameters (`dict[str, Any]`):
+        parameters (`dict`):
             JSON schema of the tool's arguments.
     """
     properties = parameters.get("properties")

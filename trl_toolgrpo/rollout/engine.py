@@ -189,6 +189,7 @@ def _padded(rows: Sequence[Sequence[float]], width: int) -> Tensor:
     return padded
 
 
+@dataclass(eq=False)
 class RolloutEngine:
     """
     Produces rollout batches.
@@ -208,20 +209,15 @@ class RolloutEngine:
             Names the tool of a forced call; uniform by default.
     """
 
-    def __init__(
-        self,
-        args: ToolGRPOConfig,
-        stop_ids: Sequence[int],
-        pad_id: int,
-        chat: ToolChat | None = None,
-        executor: ToolExecutor | None = None,
-        force_policy: ForcePolicy | None = None,
-    ):
-        self.args = args
-        self.stop_ids = list(stop_ids)
-        self.pad_id = pad_id
-        self.chat = chat
-        self.executor = executor
+    args: ToolGRPOConfig
+    stop_ids: Sequence[int]
+    pad_id: int
+    chat: ToolChat | None = None
+    executor: ToolExecutor | None = None
+    force_policy: ForcePolicy | None = None
+
+    def __post_init__(self) -> None:
+        args = self.args
         self.redactor = Redactor()  # replaced by that of the run in the trainer
         iterations = args.max_tool_calling_iterations
         self.limits = RolloutLimits(
@@ -235,8 +231,7 @@ class RolloutEngine:
         self._pads = True
         self._warned_of_border = False
         self._abandoned = 0
-        self._force_policy = force_policy
-        forced = chat if args.force_rate > 0 else None
+        forced = self.chat if args.force_rate > 0 else None
         self._prefixes = CallPrefixes(forced) if forced is not None else None
         constrains = args.force_level == "schema"
         self._constraints = CallConstraints(forced) if forced is not None and constrains else None
@@ -271,7 +266,7 @@ class RolloutEngine:
         if self.vllm is not None:
             self.limits.max_sequence_length = min(self.limits.max_sequence_length, self.vllm.max_length)
         batch = RolloutBatch([], RolloutStats())
-        prompts = self._read_prompts(requests)
+        prompts = self._sampler_prompts(requests)
         without_room = [not self.limits.has_room(request.prompt_ids) for request in requests]
         if any(without_room):
             logger.warning(
@@ -284,7 +279,7 @@ class RolloutEngine:
         if self.vllm is None:
             parts = parts_that_fit(self.args, policy, prompts, shares=self._is_supported(policy, autocast))
         longest = self.limits.max_sequence_length
-        for start, stop, limit in self._same_frequencies(policy, prompts, parts):
+        for start, stop, limit in self._parts_by_frequency(policy, prompts, parts):
             self.limits.max_sequence_length = min(longest, limit)
             drawn = None if noise is None else noise.after(start)
             part = self._run_part(policy, requests[start:stop], autocast, force, drawn)
@@ -325,25 +320,17 @@ class RolloutEngine:
             noise=noise,
         )
         forcing = self._forcing(noise) if force else None
-        with sampler.open(self._read_prompts(requests), self.limits.max_completion_length) as session:
-            loop = RolloutLoop(
-                session,
-                requests,
-                self.limits,
-                self.chat,
-                self.executor,
-                forcing,
-                in_order=noise is not None,
-                redactor=self.redactor,
-            )
+        with sampler.open(self._sampler_prompts(requests), self.limits.max_completion_length) as session:
+            needed = (session, requests, self.limits, self.chat, self.executor, forcing)
+            loop = RolloutLoop(*needed, in_order=noise is not None, redactor=self.redactor)
             return RolloutBatch(loop.run(), loop.stats)
 
-    def _read_prompts(self, requests: Sequence[RolloutRequest]) -> list[list[int]]:
+    def _sampler_prompts(self, requests: Sequence[RolloutRequest]) -> list[list[int]]:
         """Return prompts as a sampler reads them: one unused token for a rollout that does not begin."""
         begins = [self.limits.has_room(request.prompt_ids) and not request.failed for request in requests]
         return [r.prompt_ids if begun else r.prompt_ids[-1:] for r, begun in zip(requests, begins, strict=True)]
 
-    def _same_frequencies(
+    def _parts_by_frequency(
         self, policy: PreTrainedModel, prompts: Sequence[Sequence[int]], parts: Sequence[tuple[int, int]]
     ) -> Iterator[tuple[int, int, float]]:
         """Divide parts further, into rollouts that keep the same rotary frequencies; each with the number of tokens,
@@ -375,7 +362,7 @@ class RolloutEngine:
             return None
         seed = int(torch.randint(2**31, ()).item()) if noise is None else 0
         level, rate = self.args.force_level, self.args.force_rate
-        return Forcing(self._prefixes, rate, level, seed, self._force_policy, self._constraints, noise)
+        return Forcing(self._prefixes, rate, level, seed, self.force_policy, self._constraints, noise)
 
     def _is_supported(self, policy: PreTrainedModel, autocast: Autocast = nullcontext) -> bool:
         """Return whether the default sampler can handle the policy; the answer is found once."""

@@ -94,7 +94,7 @@ class ForcedStart:
     constraint: TokenConstraint | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Forcing:
     """
     Decides turn by turn what is forced.

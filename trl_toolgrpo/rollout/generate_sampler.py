@@ -6,7 +6,7 @@ model beyond `generate`, and records the same log-probs.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -26,27 +26,30 @@ from ..errors import SamplerError
 from ..lm_head import held_head
 from .model_sampler import sample_tokens
 from .rotary import RowFrequencies
-from .sampler import Autocast, RowNoise, SampledTokens, TokenConstraint, base_model, constrain, scoring_mode
+from .sampler import (
+    PolicySampler,
+    RowNoise,
+    SampledTokens,
+    TokenConstraint,
+    base_model,
+    constrain,
+    replaced,
+    scoring_mode,
+)
 
 
+@dataclass
 class _Temperature(LogitsProcessor):
     """
     Divides by the temperature, applies constraints and keeps the log-softmax the next token is drawn from. Given
     `noise`, it draws the token itself, and leaves only that one to draw.
     """
 
-    def __init__(
-        self,
-        temperature: float,
-        constraints: Sequence[TokenConstraint | None],
-        rows: Sequence[int],
-        noise: RowNoise | None,
-    ):
-        self.temperature = temperature
-        self.constraints = list(constraints)
-        self.noise = noise
-        self.drawing = dict(enumerate(rows))  # row at each place of the batch that has not ended
-        self.log_softmax: Tensor | None = None
+    temperature: float
+    constraints: list[TokenConstraint | None]
+    drawing: dict[int, int]  # row at each place of the batch that has not ended
+    noise: RowNoise | None
+    log_softmax: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scaled = constrain(scores.float() / self.temperature, self.constraints)
@@ -81,49 +84,25 @@ class _Recorder(StoppingCriteria):
         return ended
 
 
-@contextmanager
-def without_generation_settings(model: PreTrainedModel) -> Iterator[None]:
+def without_generation_settings(model: PreTrainedModel) -> AbstractContextManager[None]:
     """
     Take away a model's own generation settings while this is open. `generate` falls back on them, and many chat models
     have a repetition penalty, which would reshape the distribution the trainer scores.
     """
-    base = base_model(model)
-    settings, base.generation_config = base.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        base.generation_config = settings
+    return replaced(base_model(model), "generation_config", GenerationConfig())
 
 
-@dataclass
-class GenerateSampler:
+@dataclass(eq=False)
+class GenerateSampler(PolicySampler):
     """
     Samples with `model.generate`.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            The policy, unwrapped.
-        stop_ids (`Sequence[int]`):
-            Tokens that end a turn.
-        pad_id (`int`):
-            Padding token id.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature of sampling and of the recorded log-probs.
-        autocast (`Callable`, *optional*):
-            Makes the autocast context that the trainer scores under.
-        noise (`Callable`, *optional*):
-            As in [`ModelSampler`]; by default `generate` draws.
         pads (`bool`, *optional*, defaults to `True`):
             Whether histories are padded on the left and sampled together, or one after the other, for a model whose
             `generate` treats rows of a padded batch differently from each of them alone.
     """
 
-    model: PreTrainedModel
-    stop_ids: Sequence[int]
-    pad_id: int
-    temperature: float = 1.0
-    autocast: Autocast = nullcontext
-    noise: RowNoise | None = None
     pads: bool = True
 
     @contextmanager
@@ -175,7 +154,8 @@ class GenerateSession:
         padding = [width - len(self.histories[row]) for row in rows]
         ids = [[sampler.pad_id] * p + self.histories[r] for p, r in zip(padding, rows, strict=True)]
         mask = [[0] * p + [1] * (width - p) for p in padding]
-        source = _Temperature(sampler.temperature, [self.constraints[row] for row in rows], rows, sampler.noise)
+        constraints = [self.constraints[row] for row in rows]
+        source = _Temperature(sampler.temperature, constraints, dict(enumerate(rows)), sampler.noise)
         recorder = _Recorder(source, width, torch.tensor(limits, device=device), sampler.stop_ids)
         settings = GenerationConfig(
             max_new_tokens=max(limits),

@@ -141,6 +141,7 @@ class _State:
             self.messages = [{"role": "assistant", "content": ""}]
 
 
+@dataclass(eq=False)
 class RolloutLoop:
     """
     Drives a batch of rollouts to their end.
@@ -165,30 +166,22 @@ class RolloutLoop:
             Knows the secrets that no tool result may repeat.
     """
 
-    def __init__(
-        self,
-        session: SamplerSession,
-        requests: Sequence[RolloutRequest],
-        limits: RolloutLimits,
-        chat: ToolChat | None = None,
-        executor: ToolExecutor | None = None,
-        forcing: Forcing | None = None,
-        in_order: bool = False,
-        redactor: Redactor | None = None,
-    ):
-        self.redactor = redactor or Redactor()
-        self.in_order = in_order
+    session: SamplerSession
+    requests: Sequence[RolloutRequest]
+    limits: RolloutLimits
+    chat: ToolChat | None = None
+    executor: ToolExecutor | None = None
+    forcing: Forcing | None = None
+    in_order: bool = False
+    redactor: Redactor = field(default_factory=Redactor)
+
+    def __post_init__(self) -> None:
         self.steps = 0
-        self.asked: set[int] = set()  # rows that the sampler has yet to return
-        self.session = session
-        self.limits = limits
-        self.chat = chat
-        self.executor = executor
-        self.forcing = forcing
+        self.awaited: set[int] = set()  # rows that the sampler has yet to return
         self.stats = RolloutStats()
         decoded: dict[tuple[int, ...], str] = {}
         # Not through `self`: a cycle would keep the session, and with it the keys and values, into the backward pass
-        self.states = [_State(request, partial(_decoded, chat, request.prompt_ids, decoded)) for request in requests]
+        self.states = [_State(r, partial(_decoded, self.chat, r.prompt_ids, decoded)) for r in self.requests]
 
     def run(self) -> list[Rollout]:
         """Sample and call tools until every rollout has ended; return rollouts in the order of the requests."""
@@ -245,12 +238,12 @@ class RolloutLoop:
     def _is_sound(self, sampled: SampledTokens) -> bool:
         """Return whether a turn can be recorded; if not, its rollout is given up without it."""
         row = getattr(sampled, "row", None)
-        if row not in self.asked:
+        if row not in self.awaited:
             raise TrajectoryError(
                 f"A sampler returned a turn of row {row!r}, expected one of the rows it was asked to extend and has "
-                f"not returned yet: {', '.join(map(str, sorted(self.asked))) or 'none'}."
+                f"not returned yet: {', '.join(map(str, sorted(self.awaited))) or 'none'}."
             )
-        self.asked.remove(row)
+        self.awaited.remove(row)
         state = self.states[row]
         state.fault = turn_fault(sampled, state.start.constraint is not None)
         if state.fault is not None:
@@ -323,12 +316,12 @@ class RolloutLoop:
             turn.reward = _take_turn_reward(state.request.environment)
         except EnvironmentTimeoutError:
             return self._finish(row, "environment")
-        done = zip(turn.tool_calls, turn.tool_results, strict=True)
+        done = list(zip(turn.tool_calls, turn.tool_results, strict=True))
         if any(not result.is_error and state.request.tools[call.name].ends_rollout for call, result in done):
             return self._finish(row, "stop")
         chat = self._chat()
         messages = []
-        for call, result in zip(turn.tool_calls, turn.tool_results, strict=True):
+        for call, result in done:
             text, result.truncated = chat.truncate(result_text(result), self.limits.max_tool_output_tokens)
             messages.append(tool_message(call, text))
         suffix, opening = chat.tool_suffix(trajectory.completion_ids[-1], messages)
@@ -356,7 +349,7 @@ class RolloutLoop:
             start = self.forcing.begin_turn(state.trajectory, state.request.tools, row)
             state.start = start if len(start.token_ids) < room else ForcedStart([])
         given = state.start.token_ids
-        self.asked.add(row)
+        self.awaited.add(row)
         self.session.extend(row, [*known, *given], room - len(given), state.start.constraint)
 
     def _finish(self, row: int, reason: str) -> None:

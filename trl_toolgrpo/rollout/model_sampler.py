@@ -8,13 +8,13 @@ the whole history at every turn.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import InitVar, dataclass, field
-from typing import Any, TypedDict
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from ..errors import SamplerError
 from ..lm_head import held_head
@@ -22,8 +22,7 @@ from .noise import race
 from .packed_linear import packed_linears
 from .rotary import RowFrequencies
 from .sampler import (
-    Autocast,
-    RowNoise,
+    PolicySampler,
     SampledTokens,
     TokenConstraint,
     at_least_float32,
@@ -31,7 +30,7 @@ from .sampler import (
     constrain,
     scoring_mode,
 )
-from .shared_prefix import KeyValueStore, PromptCache, RowCache, Span, shared_prefix_attention
+from .shared_prefix import KeyValueStore, Layout, PromptCache, RowCache, Span, shared_prefix_attention
 
 
 PREFILL_TOKENS = 8192
@@ -86,38 +85,14 @@ def _sample_rows(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Ten
     return tokens[:, 0], logprobs[:, 0], entropies
 
 
-@dataclass
-class ModelSampler:
-    """
-    Samples from a causal language model whose attention goes through transformers' attention interface.
+class ModelSampler(PolicySampler):
+    """Samples from a causal language model whose attention goes through transformers' attention interface."""
 
-    Args:
-        policy (`PreTrainedModel` or `PeftModel`):
-            The policy, unwrapped.
-        stop_ids (`Sequence[int]`):
-            Tokens that end a turn.
-        pad_id (`int`):
-            Any valid token id, used where nothing is read.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature of sampling and of the recorded log-probs.
-        autocast (`Callable`, *optional*):
-            Makes the autocast context that the trainer scores under.
-        noise (`Callable[[list[int]], Tensor]`, *optional*):
-            Gives one uniform number, or one key, for each of the given rows; defaults to torch's global generator.
-    """
-
-    policy: InitVar[PreTrainedModel]
-    stop_ids: Sequence[int]
-    pad_id: int
-    temperature: float = 1.0
-    autocast: Autocast = nullcontext
-    noise: RowNoise | None = None
-
-    def __post_init__(self, policy: PreTrainedModel) -> None:
-        self.model = base_model(policy)
+    def __post_init__(self) -> None:
+        self.model = base_model(self.model)
         self.with_values = getattr(self.model, "value_head", None) is not None
         self.frequencies = RowFrequencies(self.model)
-        self.draw: RowNoise = self.noise or (lambda rows: torch.rand(len(rows)))
+        self.draw = self.noise or (lambda rows: torch.rand(len(rows)))
 
     @contextmanager
     def open(self, prompts: Sequence[Sequence[int]], max_length: int) -> Iterator["ModelSession"]:
@@ -127,18 +102,6 @@ class ModelSampler:
             with shared_prefix_attention(self.model, session.store), packed_linears(self.model):
                 session.prefill_prompts()
                 yield session
-
-
-class _Groups(TypedDict):
-    """The arguments of [`Span`] that stay the same for as long as the same rows run."""
-
-    groups: Tensor
-    ranks: Tensor
-    width: int
-    order: Tensor
-    places: Tensor | None
-    members: list[tuple[int, int, int, int]]
-    batched: bool
 
 
 @dataclass
@@ -179,8 +142,7 @@ class ModelSession:
         self.running = 0  # slots [0, running) are being decoded
         self.queued: list[int] = []
         self.cache = RowCache(self.store)
-        self._layout: tuple[int, ...] = ()
-        self._groups: _Groups
+        self._layouts: dict[tuple[int, ...], Layout] = {}  # the latest, by the prompts of its rows
 
     @property
     def busy(self) -> bool:
@@ -254,7 +216,7 @@ class ModelSession:
         states = [self.rows[row] for row in rows]
         tokens = self._padded([state.pending[:-1] for state in states])
         span = self._span(states, first, tokens.shape[1])
-        prompt_lengths = self.store.prompt_lengths[span.groups]
+        prompt_lengths = self.store.prompt_lengths[span.layout.groups]
         offset = torch.arange(tokens.shape[1], device=self.device)
         self.store.begin(span)
         start = prompt_lengths + span.lengths
@@ -273,7 +235,7 @@ class ModelSession:
         span = self._span(states, 0, 1)
         tokens = torch.tensor([[state.pending[0]] for state in states], device=self.device)
         self.store.begin(span)
-        start = self.store.prompt_lengths[span.groups] + span.lengths
+        start = self.store.prompt_lengths[span.layout.groups] + span.lengths
         output = self._forward(tokens, start[:, None], self.cache, start + 1)
         logits = constrain(output.logits[:, -1], [state.constraint for state in states])
         sampled, logprobs, entropies = sample_tokens(logits, self.sampler.temperature, self.sampler.draw(rows))
@@ -293,9 +255,9 @@ class ModelSession:
                 state.values.append(values[place])
             stopped = token in self.sampler.stop_ids
             if stopped or len(state.tokens) == state.budget:
-                recorded = state.values if values is not None else None
-                told = (state.tokens, state.logprobs, stopped, recorded, state.entropies)
-                finished.append(SampledTokens(row, *told))
+                turn = SampledTokens(row, state.tokens, state.logprobs, stopped, entropies=state.entropies)
+                turn.values = state.values if values is not None else None
+                finished.append(turn)
         for result in finished:
             self.running -= 1
             self._swap(self.rows[result.row].slot, self.running)
@@ -330,18 +292,14 @@ class ModelSession:
     def _span(self, states: list[_Row], first: int, query_length: int) -> Span:
         """Return the span of a pass over rows that sit in slots `first, first + 1, ...`."""
         prompts = tuple(state.prompt for state in states)
-        if self._layout != prompts:
-            self._layout, self._groups = prompts, self._group(prompts)
+        if prompts not in self._layouts:
+            self._layouts = {prompts: self._layout(prompts)}
         lengths = [state.length for state in states]
         return Span(
-            slots=first,
-            lengths=torch.tensor(lengths, device=self.device),
-            query_length=query_length,
-            longest=max(lengths),
-            **self._groups,
+            self._layouts[prompts], first, torch.tensor(lengths, device=self.device), query_length, max(lengths)
         )
 
-    def _group(self, prompts: tuple[int, ...]) -> _Groups:
+    def _layout(self, prompts: tuple[int, ...]) -> Layout:
         """Return how rows share prompts."""
         rows_of: list[list[int]] = [[] for _ in self.prompts]
         ranks = []
@@ -354,7 +312,7 @@ class ModelSession:
         starts = [0, *itertools.accumulate(map(len, padded))]
         order = [row for rows in padded for row in rows]
         places = [starts[prompt] + rank for prompt, rank in zip(prompts, ranks, strict=True)]
-        return _Groups(
+        return Layout(
             groups=torch.tensor(prompts, device=self.device),
             ranks=torch.tensor(ranks, device=self.device),
             width=width,

@@ -131,24 +131,24 @@ class PromptMessages:
         return self._object(arguments, plain_form(tool.schema["function"]["parameters"]), tool, tool.name)
 
     def _object(self, value: JSONObject, schema: JSONSchema, tool: Tool, place: str) -> JSONObject:
-        """Return an object within arguments, see [`PromptMessages._as_in_the_row`]."""
+        """Return an object within arguments, see [`PromptMessages._fitting_value`]."""
         return {
-            key: self._as_in_the_row(inner, expected, tool, f"{place}.{key}")
+            key: self._fitting_value(inner, expected, tool, f"{place}.{key}")
             for key, inner, expected in _expected(value, schema)
             if inner is not None or allows_null(expected, tool)
         }
 
-    def _as_in_the_row(self, value: JSONValue, schema: JSONValue, tool: Tool, place: str) -> JSONValue:
+    def _fitting_value(self, value: JSONValue, schema: JSONValue, tool: Tool, place: str) -> JSONValue:
         """Return a value within arguments without the nulls that its schema does not allow, and with integers where it
         takes no other numbers."""
         if isinstance(value, list):
             items = schema.get("items") if isinstance(schema, dict) else None
-            return [self._as_in_the_row(inner, items, tool, place) for inner in value]
-        if isinstance(value, float) and value.is_integer() and _takes_integers_alone(schema):
+            return [self._fitting_value(inner, items, tool, place) for inner in value]
+        if isinstance(value, float) and value.is_integer() and _takes_only_integers(schema):
             return int(value)
         if not isinstance(value, dict):
             return value
-        if not _says_its_keys(schema):
+        if not _describes_keys(schema):
             if _holds(value, type(None)):
                 self.doubtful.add(place)
             return value
@@ -169,13 +169,13 @@ def _holds(value: JSONValue, kind: type) -> bool:
     return isinstance(value, kind)
 
 
-def _takes_integers_alone(schema: JSONValue) -> bool:
+def _takes_only_integers(schema: JSONValue) -> bool:
     """Return whether the only numbers that a schema takes are integers."""
     kinds = type_names(schema, {})
     return "integer" in kinds and "number" not in kinds
 
 
-def _says_its_keys(schema: JSONValue) -> bool:
+def _describes_keys(schema: JSONValue) -> bool:
     """Return whether a schema says which keys an object has, or of which type their values are."""
     if not isinstance(schema, dict):
         return False

@@ -79,14 +79,14 @@ class RowFrequencies:
             # transformers goes by the largest position: add a row's last one, and keep padding from exceeding it
             last = sizes[:, None] - 1
             places = torch.cat([torch.minimum(places, last), last], dim=1)
-            groups = self._alike(sizes)
+            groups = self._rows_by_frequency(sizes)
             found = [forward(x, places[rows], *args, **kwargs) for rows in groups]
             order = torch.cat(groups).argsort()
             return tuple(torch.cat(parts)[order][:, :-1] for parts in zip(*found, strict=True))
 
         return run
 
-    def _alike(self, sizes: Tensor) -> list[Tensor]:
+    def _rows_by_frequency(self, sizes: Tensor) -> list[Tensor]:
         """Return the indices of rows, grouped by their frequencies."""
         kind = torch.where(sizes > (self.border or 0), 1 if self.settle else sizes, 0)
         return [(kind == value).nonzero()[:, 0] for value in kind.unique().tolist()]

@@ -4,7 +4,7 @@ A sampler knows tokens only: no chat, no tools.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, cast
 
@@ -25,6 +25,46 @@ RowNoise: TypeAlias = Callable[[list[int]], Tensor]
 def base_model(model: PreTrainedModel) -> PreTrainedModel:
     """Return the model under an adapter; the model itself without one."""
     return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+@dataclass(eq=False)
+class PolicySampler:
+    """
+    What a sampler needs that samples with the training model itself.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The policy, unwrapped.
+        stop_ids (`Sequence[int]`):
+            Tokens that end a turn.
+        pad_id (`int`):
+            Padding token id; any valid token id will do for [`ModelSampler`].
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of sampling and of the recorded log-probs.
+        autocast (`Callable`, *optional*):
+            Makes the autocast context that the trainer scores under.
+        noise (`Callable[[list[int]], Tensor]`, *optional*):
+            Gives one uniform number, or one key, for each of the given rows; by default torch's global generator
+            draws.
+    """
+
+    model: PreTrainedModel
+    stop_ids: Sequence[int]
+    pad_id: int
+    temperature: float = 1.0
+    autocast: Autocast = nullcontext
+    noise: RowNoise | None = None
+
+
+@contextmanager
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """Give an attribute another value while this is open."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 @contextmanager

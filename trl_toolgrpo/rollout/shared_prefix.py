@@ -6,7 +6,7 @@ row's own tokens are attended to separately; the two parts are merged by their l
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -27,19 +27,11 @@ _CURRENT: ContextVar["KeyValueStore"] = ContextVar("toolgrpo_key_value_store")
 
 
 @dataclass
-class Span:
+class Layout:
     """
-    The rows that a forward pass extends, where they are, and how they share prompts.
+    How rows share prompts, for as long as the same rows run.
 
     Args:
-        slots (`int`):
-            First slot of the rows in the store; the rows are `slots, slots + 1, ...`.
-        lengths (`Tensor`):
-            Own tokens of each row before this pass, int64, shape (B,).
-        query_length (`int`):
-            New tokens of each row, padding included.
-        longest (`int`):
-            Largest of `lengths`.
         groups (`Tensor`):
             Prompt of each row, int64, shape (B,).
         ranks (`Tensor`):
@@ -57,10 +49,6 @@ class Span:
             Whether all prompts are attended to in one product (padded to the longest) or one after the other.
     """
 
-    slots: int
-    lengths: Tensor
-    query_length: int
-    longest: int
     groups: Tensor
     ranks: Tensor
     width: int
@@ -69,18 +57,43 @@ class Span:
     members: list[tuple[int, int, int, int]]
     batched: bool
 
-    @functools.cached_property
-    def positions(self) -> Tensor:
-        """Place of each new token among its row's own tokens, int64, shape (B, T)."""
-        return self.lengths[:, None] + torch.arange(self.query_length, device=self.lengths.device)
-
     def by_prompt(self, rows: Tensor) -> Tensor:
         """Return rows (B, ...) in `order`."""
         return rows if self.places is None else rows.index_select(0, self.order)
 
     def by_row(self, ordered: Tensor) -> Tensor:
-        """Undo [`Span.by_prompt`]."""
+        """Undo [`Layout.by_prompt`]."""
         return ordered if self.places is None else ordered.index_select(0, self.places)
+
+
+@dataclass
+class Span:
+    """
+    The rows that a forward pass extends, and where they are.
+
+    Args:
+        layout ([`Layout`]):
+            How the rows share prompts.
+        slots (`int`):
+            First slot of the rows in the store; the rows are `slots, slots + 1, ...`.
+        lengths (`Tensor`):
+            Own tokens of each row before this pass, int64, shape (B,).
+        query_length (`int`):
+            New tokens of each row, padding included.
+        longest (`int`):
+            Largest of `lengths`.
+    """
+
+    layout: Layout
+    slots: int
+    lengths: Tensor
+    query_length: int
+    longest: int
+
+    @functools.cached_property
+    def positions(self) -> Tensor:
+        """Place of each new token among its row's own tokens, int64, shape (B, T)."""
+        return self.lengths[:, None] + torch.arange(self.query_length, device=self.lengths.device)
 
 
 class KeyValueStore:
@@ -202,9 +215,10 @@ class KeyValueStore:
         visible = key < self.prompt_lengths[:, None, None, None]
         if window is None:
             return visible
-        distance = self.prompt_lengths[span.groups][:, None] + span.positions  # (B, T) absolute query positions
-        near = span.lengths.new_zeros(len(self.prompt_lengths), span.width, span.query_length)
-        near[span.groups, span.ranks] = distance
+        layout = span.layout
+        distance = self.prompt_lengths[layout.groups][:, None] + span.positions  # (B, T) absolute query positions
+        near = span.lengths.new_zeros(len(self.prompt_lengths), layout.width, span.query_length)
+        near[layout.groups, layout.ranks] = distance
         return visible & (key > near[..., None] - window)
 
     def prompt_bias(
@@ -297,16 +311,13 @@ def shared_prefix_attention(model: PreTrainedModel, store: KeyValueStore) -> Abs
 
 
 # torch's own attention kernel for CPUs returns the log-sum-exp too, in float32 and without materializing the scores
-_CPU_KERNEL: Callable[..., tuple[Tensor, Tensor]] | None = getattr(
-    torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None
-)
+_CPU_KERNEL: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a mask to add to scores, in `dtype`: 0 where `visible` (bool, any shape), the least number elsewhere."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
-        ~visible, torch.finfo(dtype).min
-    )
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 @dataclass(frozen=True)
@@ -372,7 +383,7 @@ class _Attention:
     ) -> tuple[Tensor, Tensor]:
         """Return attention of rows (B, H_kv, G, T, D) to their prompts and their own tokens, merged by log-sum-exp,
         and that log-sum-exp where `with_lse`."""
-        span = store.running
+        layout = store.running.layout
         batch, heads, groups, length, dim = query.shape
         wide = score_dtype(query)
         own_bias = store.bias("own", self.window, wide)
@@ -381,13 +392,13 @@ class _Attention:
         flat = query.reshape(batch, heads, groups * length, dim)
         own, own_lse = self.attend(flat, own_key, own_value, own_bias)
 
-        ordered = span.by_prompt(flat)
-        if span.batched:
+        ordered = layout.by_prompt(flat)
+        if layout.batched:
             shared, shared_lse = self._all_prompts(store, layer, ordered, groups)
         else:
-            parts = [self._one_prompt(store, layer, ordered, groups, *member) for member in span.members]
+            parts = [self._one_prompt(store, layer, ordered, groups, *member) for member in layout.members]
             shared, shared_lse = (torch.cat(part) for part in zip(*parts, strict=True))
-        shared, shared_lse = span.by_row(shared), span.by_row(shared_lse)
+        shared, shared_lse = layout.by_row(shared), layout.by_row(shared_lse)
         out = torch.lerp(own.to(wide), shared.to(wide), torch.sigmoid(shared_lse - own_lse))
         lse = torch.logaddexp(own_lse, shared_lse) if self.with_lse else own_lse
         shape = (batch, heads, groups, length, -1)
@@ -402,7 +413,8 @@ class _Attention:
         value = store.prompt_values[layer][prompt : prompt + 1, :, : max(1, size)]
         mine = ordered[slice(*ends)].transpose(0, 1)  # (H_kv, n, G * T, D)
         heads, count, queries, dim = mine.shape
-        bias = store.prompt_bias(prompt, size, store.running.order[slice(*ends)], self.window, score_dtype(mine))
+        rows = store.running.layout.order[slice(*ends)]
+        bias = store.prompt_bias(prompt, size, rows, self.window, score_dtype(mine))
         if bias is not None:  # (n, T, P) -> (1, 1, n * G * T, P)
             bias = bias[:, None].expand(-1, groups, -1, -1).reshape(1, 1, count * queries, -1)
         out, lse = self.attend(mine.reshape(1, heads, count * queries, dim), key, value, bias)
@@ -414,7 +426,7 @@ class _Attention:
     ) -> tuple[Tensor, Tensor]:
         """Return attention of all rows to their prompts and its log-sum-exp, in one product that is padded to the
         longest prompt and the fullest group."""
-        prompts, width = len(store.prompt_lengths), store.running.width
+        prompts, width = len(store.prompt_lengths), store.running.layout.width
         _, heads, queries, dim = ordered.shape
         packed = ordered.view(prompts, width, heads, queries, dim).transpose(1, 2)
         packed = packed.reshape(prompts, heads, width * queries, dim)

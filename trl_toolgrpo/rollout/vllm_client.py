@@ -122,7 +122,7 @@ class ServedEngine:
         """
         engine = cls(url, timeout, model, shape, token)
         try:
-            await engine._reach()
+            await engine._connect()
         except BaseException:
             await engine.close()
             raise
@@ -131,11 +131,11 @@ class ServedEngine:
     async def load(self, policy: PolicyFile) -> None:
         """Send a policy, see [`TokenEngine.load`]."""
         self._policy, self._boot, self._lost_policies = policy, "", 0
-        await self._recovering(self._send)
+        await self._with_recovery(self._send)
 
     async def generate(self, request: TokenRequest) -> TokenReply:
         """Sample a turn, see [`TokenEngine.generate`]; try again when the server is lost and comes back in time."""
-        return await self._recovering(lambda: self._ask(request))
+        return await self._with_recovery(lambda: self._sampled_turn(request))
 
     async def wake(self) -> None:
         """Do nothing: a server is always awake."""
@@ -149,7 +149,7 @@ class ServedEngine:
 
     # One turn
 
-    async def _recovering(self, work: Callable[[], Awaitable[Result]]) -> Result:
+    async def _with_recovery(self, work: Callable[[], Awaitable[Result]]) -> Result:
         """Do work, again when the server was lost over it and has come back."""
         for _ in range(TRIES):
             try:
@@ -157,13 +157,13 @@ class ServedEngine:
             except _LOST as error:
                 self.retried += 1
                 logger.warning("The rollout server at %s was lost (%s); trying again.", self.url, error_text(error))
-                await self._reach()
+                await self._connect()
         raise RolloutServerError(
             f"The rollout server at {self.url} was lost {TRIES} times over the same request.",
             remedy="Look at its log for what ends it, most often too little memory.",
         )
 
-    async def _ask(self, request: TokenRequest) -> TokenReply:
+    async def _sampled_turn(self, request: TokenRequest) -> TokenReply:
         while True:
             if self._policy is None:
                 raise SamplerError("A rollout server was asked to sample before it was sent a policy.")
@@ -227,7 +227,7 @@ class ServedEngine:
                 raise _StatusError(response.status)
             return await _content(response)
 
-    async def _reach(self) -> None:
+    async def _connect(self) -> None:
         """Wait until the server answers, and check that it is one for this run."""
         deadline = time.monotonic() + self.timeout
         while True:

@@ -97,8 +97,8 @@ def test_parts_give_the_same_rollouts_within_the_bound(tmp_path, monkeypatch):
     limit = 3 * 17 + 2 * size
     trainer.args.rollout_cache_gib = gib(limit)
     assert torch.equal(rollouts(trainer), whole)
-    stores = [store for store in stores if store.rows > 1 and store.max_length == 17 and store.keys]
+    stores = [store for store in stores if store.rows > 1 and store.max_length == 17 and store.own]
     assert len(stores) >= 3
     for store in stores:
-        held = [*store.prompt_keys, *store.prompt_values, *store.keys, *store.values]
+        held = [tensor for pair in (*store.prompts, *store.own) for tensor in pair]
         assert sum(tensor.numel() * tensor.element_size() for tensor in held) <= limit * TOKEN

@@ -318,7 +318,7 @@ def test_training_flags_gradients_and_attention_are_restored(fail):
             assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
             session.extend(0, [], 2)
             session.step()
-            assert all(not key.requires_grad for key in (*session.store.keys, *session.store.prompt_keys))
+            assert all(not key.requires_grad for key, _ in (*session.store.own, *session.store.prompts))
             if fail:
                 raise KeyError("stop")
         assert fail is None

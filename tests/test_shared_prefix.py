@@ -50,7 +50,8 @@ def test_store_keeps_its_contents_through_growth_and_swaps():
         capacities.append(store.capacity)
     assert len(set(capacities)) >= 3 and capacities == sorted(capacities) and capacities[-1] <= 500
     for row in range(3):
-        assert torch.equal(store.keys[1][row][:, : len(expected[row])], torch.stack([k for k, _ in expected[row]], 1))
+        keys = torch.stack([k for k, _ in expected[row]], 1)
+        assert torch.equal(store.own[1][0][row][:, : len(expected[row])], keys)
 
 
 def test_store_refuses_a_pass_before_begin():

@@ -85,6 +85,7 @@ def _sample_rows(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Ten
     return tokens[:, 0], logprobs[:, 0], entropies
 
 
+@dataclass(eq=False)
 class ModelSampler(PolicySampler):
     """Samples from a causal language model whose attention goes through transformers' attention interface."""
 

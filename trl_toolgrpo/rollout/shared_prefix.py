@@ -6,6 +6,7 @@ row's own tokens are attended to separately; the two parts are merged by their l
 """
 
 import functools
+import itertools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -114,10 +115,9 @@ class KeyValueStore:
         self.rows = rows
         self.max_length = max_length
         self.capacity = self._width = 0
-        self.prompt_keys: list[Tensor] = []
-        self.prompt_values: list[Tensor] = []
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        # Keys and values of each layer
+        self.prompts: list[tuple[Tensor, Tensor]] = []
+        self.own: list[tuple[Tensor, Tensor]] = []
         self.span: Span | None = None  # of the pass that runs; `None` while prompts are read
         self._places: dict[int, Tensor] = {}
         self._biases: dict[tuple[str, int | None], Tensor | None] = {}
@@ -133,11 +133,10 @@ class KeyValueStore:
 
     def store_prompts(self, layer: int, first: int, key: Tensor, value: Tensor) -> None:
         """Store keys and values of prompts `first, first + 1, ...`; `key` and `value` have shape (B, H_kv, T, D)."""
-        if layer == len(self.prompt_keys):
+        if layer == len(self.prompts):
             shape = (len(self.prompt_lengths), key.shape[1], max(1, int(self.prompt_lengths.max())))
-            self.prompt_keys.append(key.new_zeros(*shape, key.shape[3]))
-            self.prompt_values.append(value.new_zeros(*shape, value.shape[3]))
-        for kept, new in ((self.prompt_keys[layer], key), (self.prompt_values[layer], value)):
+            self.prompts.append((key.new_zeros(*shape, key.shape[3]), value.new_zeros(*shape, value.shape[3])))
+        for kept, new in zip(self.prompts[layer], (key, value), strict=True):
             kept[first : first + new.shape[0], :, : new.shape[2]] = new
 
     # Own tokens
@@ -151,9 +150,8 @@ class KeyValueStore:
         if needed > self.capacity:
             # Grown by half at a time, so that the copies add up to a few times the final size at most
             self.capacity = max(needed, min(int(self.capacity * 1.5) + 32, self.max_length))
-            for kept in (self.keys, self.values):
-                for layer, old in enumerate(kept):  # one layer at a time: no second copy of all of them
-                    kept[layer] = self._grown(old)
+            for layer, (keys, values) in enumerate(self.own):  # one layer at a time: no second copy of all of them
+                self.own[layer] = self._grown(keys), self._grown(values)
 
     def _grown(self, old: Tensor) -> Tensor:
         new = old.new_zeros(*old.shape[:2], self.capacity, old.shape[3])
@@ -163,22 +161,21 @@ class KeyValueStore:
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new keys and values of the current span; return views of its rows, (B, H_kv, L, D) each."""
         span = self.running
-        if layer == len(self.keys):
-            self.keys.append(key.new_zeros(self.rows, key.shape[1], self.capacity, key.shape[3]))
-            self.values.append(value.new_zeros(self.rows, value.shape[1], self.capacity, value.shape[3]))
+        if layer == len(self.own):
+            shape = (self.rows, key.shape[1], self.capacity)
+            self.own.append((key.new_zeros(*shape, key.shape[3]), value.new_zeros(*shape, value.shape[3])))
         rows, places = slice(span.slots, span.slots + key.shape[0]), self._place(key.shape[1])
-        for own, new in ((self.keys[layer], key), (self.values[layer], value)):
+        for own, new in zip(self.own[layer], (key, value), strict=True):
             own.view(-1, own.shape[3]).index_copy_(0, places, new.reshape(-1, new.shape[3]))
-        return self.keys[layer][rows, :, : self._width], self.values[layer][rows, :, : self._width]
+        keys, values = self.own[layer]
+        return keys[rows, :, : self._width], values[rows, :, : self._width]
 
     def layer_of(self, key: Tensor, layer: int) -> int:
         """Return the layer that `key`, a view returned by [`KeyValueStore.append`], belongs to: `layer`, or an earlier
         one whose keys and values it uses instead of its own."""
-        own = layer < len(self.keys) and self.keys[layer].untyped_storage().data_ptr()
         storage = key.untyped_storage().data_ptr()
-        if own == storage:
-            return layer
-        return next((at for at, kept in enumerate(self.keys) if kept.untyped_storage().data_ptr() == storage), layer)
+        candidates = itertools.chain([layer] if layer < len(self.own) else [], range(len(self.own)))
+        return next((at for at in candidates if self.own[at][0].untyped_storage().data_ptr() == storage), layer)
 
     def _place(self, heads: int) -> Tensor:
         """Return the index of each new key, in the order (B, H_kv, T), in the store flattened but for its last
@@ -194,7 +191,7 @@ class KeyValueStore:
     def swap(self, one: int, other: int, length: int) -> None:
         """Exchange the first `length` own tokens of two slots."""
         pair, swapped = [one, other], [other, one]
-        for store in (*self.keys, *self.values):
+        for store in itertools.chain.from_iterable(self.own):
             store[pair, :, :length] = store[swapped, :, :length]
 
     # Masks
@@ -409,8 +406,7 @@ class _Attention:
     ) -> tuple[Tensor, Tensor]:
         """Return attention of the rows of one prompt to it, in one product, and its log-sum-exp; `ends` are where the
         rows begin and end in `ordered`."""
-        key = store.prompt_keys[layer][prompt : prompt + 1, :, : max(1, size)]
-        value = store.prompt_values[layer][prompt : prompt + 1, :, : max(1, size)]
+        key, value = (kept[prompt : prompt + 1, :, : max(1, size)] for kept in store.prompts[layer])
         mine = ordered[slice(*ends)].transpose(0, 1)  # (H_kv, n, G * T, D)
         heads, count, queries, dim = mine.shape
         rows = store.running.layout.order[slice(*ends)]
@@ -433,7 +429,7 @@ class _Attention:
         bias = store.bias("prompt", self.window, score_dtype(ordered))
         if bias is not None and self.window is not None:  # (G, width, T, P) -> (G, 1, width * groups * T, P)
             bias = bias[:, :, None].expand(-1, -1, groups, -1, -1).reshape(prompts, 1, width * queries, -1)
-        out, lse = self.attend(packed, store.prompt_keys[layer], store.prompt_values[layer], bias)
+        out, lse = self.attend(packed, *store.prompts[layer], bias)
         shape = (prompts, heads, width, queries, -1)
         out, lse = (x.view(*shape).transpose(1, 2).reshape(prompts * width, heads, queries, -1) for x in (out, lse))
         return out, lse

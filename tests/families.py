@@ -126,7 +126,7 @@ class Family:
         }
 
     def written(self, calls, content=""):
-        """Text of the assistant's message from its header on, up to the template's own end of turn and past it."""
+        """Return the text of the assistant message from its header through the end of the turn, and past it."""
         before = self.render([USER])
         after = self.render([USER, self.assistant(calls, content)])
         assert after.startswith(before)
@@ -138,7 +138,7 @@ class Family:
 
     def turn_of(self, *parts):
         """
-        Tokens of a turn with texts around calls, and the prompt before it.
+        Return the tokens of a turn with texts around calls, and the prompt before it.
 
         A part is a text or a call (name, arguments) in the template's own words. Harmony and Muse Glimmer write texts
         as messages of their own, the others as they are.
@@ -161,7 +161,7 @@ class Family:
         return self.encode(written + self.end_of_turn), prompt
 
     def turn(self, calls, content=""):
-        """The tokens of a turn as the policy writes them, and the prompt before it."""
+        """Return the tokens of a turn as the policy writes them, and the prompt before it."""
         prompt = self.render([USER], generation_prompt=True)
         header = prompt[len(self.render([USER])) :]
         text = self.written(calls, content)
@@ -187,7 +187,7 @@ def tool_messages(calls, contents):
 
 
 def calls_of(name, count):
-    """Calls a template can render in one turn, with as many results."""
+    """Return calls that a template can render in one turn, with as many results."""
     if name in ONE_CALL + FIRST_CALL:
         return CALLS[:1], [CALLS[0]] * count
     return CALLS[:count], CALLS[:count]
@@ -202,6 +202,6 @@ def benign(fam, count=1):
 
 
 def shown(fam, content):
-    """The text of a content as the template writes it."""
+    """Return the text of a content as the template writes it."""
     content = content.strip() if fam.chat._trims else content
     return json.dumps(content, ensure_ascii=False) if fam.name in JSON_CONTENT else content

@@ -14,7 +14,7 @@ from trl_toolgrpo.rollout.model_sampler import ModelSampler
 
 
 def sample(model, tokens):
-    """Log-probs of a batch whose length differs between processes."""
+    """Return log-probs of a batch whose length differs between processes."""
     with gathered_parameters(model), ModelSampler(model, stop_ids=(), pad_id=0).open([[1, 2, 3]] * 2, 64) as session:
         for row in range(2):
             session.extend(row, [], tokens)

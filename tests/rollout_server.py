@@ -122,7 +122,7 @@ class ServerProcess:
         self.process.join()
 
     def about(self, wait=120.0):
-        """What the server says about itself, once it answers."""
+        """Return what the server says about itself, once it answers."""
         deadline = time.monotonic() + wait
         while True:
             shown = {"Authorization": f"Bearer {self.token}"} if self.token else {}

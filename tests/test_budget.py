@@ -24,14 +24,14 @@ def parts(path, limit, lengths, own=15, **options):
     return parts_that_fit(args, tiny_model(chat_tokenizer()), rows, **options)
 
 
-def test_what_a_token_costs(tmp_path):
+def test_bytes_per_token(tmp_path):
     model = tiny_model(chat_tokenizer())
     assert bytes_per_token(config(tmp_path), model) == TOKEN
     assert bytes_per_token(config(tmp_path, bf16=True), model) == TOKEN // 2  # stored as autocast makes them
     assert bytes_per_token(config(tmp_path), model.bfloat16()) == TOKEN // 2
 
 
-def test_a_batch_is_divided_as_far_as_it_must_be(tmp_path):
+def test_a_batch_is_divided_no_more_than_needed(tmp_path):
     assert parts(tmp_path, None, [10, 10]) == [(0, 8)]
     assert parts(tmp_path, 2 * 10 + 8 * 16, [10, 10]) == [(0, 8)]
     assert parts(tmp_path, 2 * 10 + 8 * 16 - 1, [10, 10]) == [(0, 4), (4, 8)]  # not seven and one
@@ -97,8 +97,8 @@ def test_parts_give_the_same_rollouts_within_the_bound(tmp_path, monkeypatch):
     limit = 3 * 17 + 2 * size
     trainer.args.rollout_cache_gib = gib(limit)
     assert torch.equal(rollouts(trainer), whole)
-    stores = [store for store in stores if store.rows > 1 and store.max_length == 17 and store.keys]
+    stores = [store for store in stores if store.rows > 1 and store.max_length == 17 and store.own]
     assert len(stores) >= 3
     for store in stores:
-        held = [*store.prompt_keys, *store.prompt_values, *store.keys, *store.values]
+        held = [tensor for pair in (*store.prompts, *store.own) for tensor in pair]
         assert sum(tensor.numel() * tensor.element_size() for tensor in held) <= limit * TOKEN

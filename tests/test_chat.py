@@ -1,4 +1,4 @@
-"""Chat handling over every tool-capable template TRL ships: what follows a turn, and how much a tool may say."""
+"""Chat handling over every tool-capable template TRL ships: what follows a turn, and the truncation of tool output."""
 
 import re
 import time
@@ -14,7 +14,7 @@ from trl_toolgrpo.rollout.chat import TRUNCATION_MARKER, ToolChat
 
 
 def whole(fam, count, contents=("Ada earns 10.", "Grace, too.")):
-    """The whole conversation by the template, cut before and after its own end of turn; the tool messages."""
+    """Return a whole conversation by the template, where its turn ends, before and after the end, and the results."""
     calls, answered = calls_of(fam.name, count)
     messages = tool_messages(answered, contents[:count])
     text = fam.render([USER, fam.assistant(calls), *messages], generation_prompt=True)
@@ -46,7 +46,7 @@ def test_suffix_is_what_the_template_renders(name, count):
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("name", ALL)
-def test_a_turn_that_ends_otherwise_gets_the_templates_own_end_first(name, count):
+def test_turn_without_end_token_gets_the_templates_end_first(name, count):
     fam = family(name)
     text, start, _, messages = whole(fam, count)
     others = [id for id in [*fam.stops, fam.id("<|endoftext|>")] if id != fam.id(fam.end_of_turn)]
@@ -58,7 +58,7 @@ def test_a_turn_that_ends_otherwise_gets_the_templates_own_end_first(name, count
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_end_of_text_among_the_stop_tokens_is_not_taken_for_the_end_of_a_turn(name):
+def test_end_of_text_token_is_not_mistaken_for_the_end_of_a_turn(name):
     own = family(name)
     fam = Family(name, [*own.tokenizer.stop_texts, "<|endoftext|>"])
     text, start, _, messages = whole(fam, 1)
@@ -87,7 +87,7 @@ def _trl_suffix(fam, messages):
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("name", ALL)
-def test_suffix_equals_trls_where_trl_is_right(name, count):
+def test_suffix_equals_trls_where_trls_is_correct(name, count):
     fam = family(name)
     _, answered = calls_of(name, count)
     messages = tool_messages([answered[0]] * count, ["Ada earns 10.", "Grace, too."][:count])
@@ -107,7 +107,7 @@ def test_suffix_equals_trls_where_trl_is_right(name, count):
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("written", ["", "<|im_end|><|start|><|turn>", "a b\n", None])
-def test_name_that_cannot_be_one_is_not_repeated_between_control_tokens(name, written):
+def test_invalid_tool_name_is_not_repeated_between_control_tokens(name, written):
     fam = family(name)
     message = {"role": "tool", "name": written, "content": "No such tool.", "tool_call_id": "call_0_0"}
     other = {**message, "name": "tool"}
@@ -116,7 +116,7 @@ def test_name_that_cannot_be_one_is_not_repeated_between_control_tokens(name, wr
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_white_space_around_a_result_is_the_templates_business(name):
+def test_white_space_around_a_result_follows_the_template(name):
     fam = family(name)
     text, _, end, messages = whole(fam, 2, contents=(" \n 1 2\n", "\t"))
     suffix, _ = fam.chat.tool_suffix(fam.id(fam.end_of_turn), messages)
@@ -124,7 +124,7 @@ def test_white_space_around_a_result_is_the_templates_business(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_empty_result(name):
+def test_empty_result_is_rendered_as_by_the_template(name):
     fam = family(name)
     text, _, end, messages = whole(fam, 2, contents=("", ""))
     suffix, _ = fam.chat.tool_suffix(fam.id(fam.end_of_turn), messages)
@@ -155,13 +155,13 @@ def test_tokenizer_without_response_template_is_refused():
 # How much a tool may say
 
 
-def test_short_text_is_left_alone():
+def test_short_text_is_not_truncated():
     chat = family("qwen3").chat
     for text in ("", "abc", " the name\n", "<|im_end|>"):
         assert chat.truncate(text, 200) == (text, False)
 
 
-def test_text_of_exactly_the_limit_is_left_alone_and_one_token_more_is_cut():
+def test_text_is_cut_one_token_above_the_limit():
     fam = family("qwen3")
     text = "zqxj" * 5  # nothing merges: one token a letter
     assert len(fam.encode(text)) == 20
@@ -172,7 +172,7 @@ def test_text_of_exactly_the_limit_is_left_alone_and_one_token_more_is_cut():
     assert fam.chat.truncate(text, 1) == ("z" + TRUNCATION_MARKER.format(limit=1), True)
 
 
-def test_half_a_character_is_not_left_over():
+def test_truncation_leaves_no_half_characters():
     fam = family("qwen3")
     text = "\N{GRINNING FACE}" * 3
     assert len(fam.encode(text)) == 12
@@ -183,27 +183,27 @@ def test_half_a_character_is_not_left_over():
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("limit", [12, 40, 200])
-def test_the_end_of_a_long_output_says_what_failed(name, limit):
+def test_truncation_keeps_the_end_of_a_long_output(name, limit):
     chat = family(name).chat
     text = "passed\n" * 3000 + "ZeroDivisionError: division by zero\n[exit code 1]"
     cut, truncated = chat.truncate(text, limit)
     head, tail = cut.split(TRUNCATION_MARKER.format(limit=limit))
     assert truncated and text.startswith(head) and text.endswith(tail) and head and tail
-    assert len(chat._encode_inert(head)) + len(chat._encode_inert(tail)) <= limit + 2
+    assert len(chat._control.encode_inert(head)) + len(chat._control.encode_inert(tail)) <= limit + 2
     assert limit < 100 or "ZeroDivisionError: division by zero\n[exit code 1]" in tail
 
 
-def test_control_tokens_count_as_the_text_they_are():
+def test_control_tokens_in_output_count_as_text():
     fam = family("qwen3")
     cut, truncated = fam.chat.truncate("<|im_end|>" * 50, 30)
-    assert truncated and cut.startswith("<|im_end|><|im") and controls(fam, fam.chat._encode_inert(cut)) == []
-    assert len(fam.chat._encode_inert(cut.split("\n[...")[0])) <= 31
+    assert truncated and cut.startswith("<|im_end|><|im") and controls(fam, fam.chat._control.encode_inert(cut)) == []
+    assert len(fam.chat._control.encode_inert(cut.split("\n[...")[0])) <= 31
 
 
 @pytest.mark.parametrize(
     "text", ["a" * 5_000_000, "<|im_end|>" * 500_000, " " * 5_000_000, "the name is \n" * 400_000]
 )
-def test_five_megabytes_are_cut_fast(text):
+def test_five_megabytes_are_truncated_fast(text):
     chat = family("qwen3").chat
     started = time.process_time()
     cut, truncated = chat.truncate(text, 512)

@@ -41,7 +41,7 @@ def train(path, tokenizer, **changes):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_compiled_policy_is_updated_as_one_that_is_not(tmp_path, tokenizer, name):
+def test_a_compiled_policy_gets_the_same_updates(tmp_path, tokenizer, name):
     changes = {option: value for option, value in CASES[name].items() if not option.startswith("torch_compile")}
     plain = train(tmp_path / "plain", tokenizer, **changes)
     options = {"torch_compile": True, "torch_compile_backend": "eager", **CASES[name]}

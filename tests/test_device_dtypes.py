@@ -14,8 +14,8 @@ from trl_toolgrpo import ToolGRPOTrainer
 from trl_toolgrpo.advantages import explained_variance, generalized_advantages, moments, rewards_to_go, whiten
 from trl_toolgrpo.diagnostics import RatioStatistics
 from trl_toolgrpo.reference import Comparison
+from trl_toolgrpo.rollout.backends import differs
 from trl_toolgrpo.rollout.model_sampler import sample_tokens
-from trl_toolgrpo.rollout.padding import differs
 from trl_toolgrpo.rounding import Rounding, widest
 
 

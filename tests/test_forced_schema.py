@@ -41,7 +41,7 @@ def tool_of(schema, name="lookup"):
 
 
 def walk(chat, constraint, seed, most=600):
-    """Tokens drawn uniformly from those allowed, to the end of the turn."""
+    """Return tokens drawn uniformly from the allowed ones, to the end of the turn."""
     draw, ids = random.Random(seed), []
     while not ids or ids[-1] not in chat.stop_ids:
         assert len(ids) < most
@@ -56,7 +56,7 @@ def parsed(chat, tool, ids):
 
 
 def accepts(chat, tool, text):
-    """Whether the grammar of the body takes the tokens of a text, all of them."""
+    """Return whether the grammar of the body accepts all tokens of a text."""
     constraint = CallConstraints(chat).begin(tool)
     for token in chat.encode(text):
         if not constraint.allowed(len(chat.tokenizer))[token]:
@@ -149,7 +149,7 @@ JSON_KINDS = st.recursive(
     st.integers(0, 2**20),
     st.sampled_from(["qwen3", "qwen3_5_nothink", "glm4moe"]),
 )
-def test_any_schema_is_kept(properties, seed, template):
+def test_constrained_bodies_match_any_schema(properties, seed, template):
     chat = chat_of(template)
     if template != "qwen3":
         properties = {name.replace(" ", "_"): value for name, value in properties.items()}
@@ -173,7 +173,7 @@ def test_any_schema_is_kept(properties, seed, template):
         ("gemma4", {"type": "array", "items": {"type": "string"}}),
     ],
 )
-def test_a_schema_that_cannot_be_kept_leaves_the_body_free_and_is_counted(template, schema, caplog):
+def test_unsupported_schema_leaves_the_body_free_and_is_counted(template, schema, caplog):
     constraints = CallConstraints(chat_of(template))
     tool = tool_of({"type": "object", "properties": {"x": schema}, "required": ["x"]})
     assert constraints.begin(tool) is None and constraints.begin(tool) is None
@@ -219,7 +219,7 @@ def test_a_grammar_that_allows_nothing_is_an_error():
         GrammarConstraint(Stuck()).allowed(5)
 
 
-def test_a_walk_off_the_grammar_is_an_error():
+def test_a_token_outside_the_grammar_is_an_error():
     chat = chat_of("qwen3")
     constraint = CallConstraints(chat).begin(tool_of(SCHEMA))
     with pytest.raises(SamplerError, match="constrained turn"):
@@ -253,7 +253,7 @@ def test_constrained_logits_by_hand():
 
 
 @pytest.mark.parametrize("make", [ModelSampler, GenerateSampler])
-def test_a_constraint_binds_its_row_and_no_other(make, tokenizer):
+def test_a_constraint_applies_to_its_row_only(make, tokenizer):
     model = tiny_model(tokenizer)
     stop = tokenizer.eos_token_id
     text = [7, 9, 11, 13, stop]

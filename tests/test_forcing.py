@@ -68,8 +68,8 @@ def tool_templates():
 
 
 @pytest.mark.parametrize("template", list(tool_templates()))
-def test_a_call_that_goes_on_from_a_forced_name_is_parsed(template):
-    """What the template writes after the name, behind the forced tokens, is the call the template means."""
+def test_a_call_with_a_forced_name_is_parsed(template):
+    """The forced tokens with the template's text after the name are the call that the template renders."""
     chat = chat_of(template)
     messages = [{"role": "user", "content": "dummy"}]
     call = {"type": "function", "function": {"name": "lookup", "arguments": {"name": "ada"}}}
@@ -159,7 +159,7 @@ GOES_ON = '\n{"name": "lookup", "arguments": {"name": "ada"}}\n</tool_call><|im_
 
 
 class GoesOn(ScriptedSampler):
-    """Goes on from a forced marker with a call, and answers in words where nothing is forced."""
+    """Completes a forced marker to a call, and answers with text if nothing is forced."""
 
     def extend(self, row, token_ids, max_new_tokens, constraint=None):
         marker = self.tokenizer.convert_tokens_to_ids("<tool_call>")
@@ -202,7 +202,7 @@ def logs_of(trainer):
     return [log for log in trainer.state.log_history if "loss" in log]
 
 
-def test_every_token_keeps_its_provenance(tmp_path, monkeypatch):
+def test_every_token_records_its_provenance(tmp_path, monkeypatch):
     trainer, kept = make(tmp_path, monkeypatch, force_rate=1.0, disable_forcing_in_updates=False, max_steps=1)
     trainer.train()
     output, trajectories = kept[0]
@@ -241,7 +241,7 @@ def test_no_forced_token_reaches_an_update_whatever_the_rate(tmp_path, monkeypat
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"])
 def test_forced_tokens_weigh_nothing_in_the_policy_loss(tmp_path, monkeypatch, loss_type):
-    """The log-probs of forced tokens, old and new, change neither the loss nor its gradient by anything."""
+    """The log-probs of forced tokens, old and new, change neither the loss nor its gradient."""
     trainer, kept = make(
         tmp_path, monkeypatch, reward=lambda completions, **kwargs: [1.0, 0.0, 0.5, 0.0], force_rate=1.0,
         disable_forcing_in_updates=False, max_steps=1, loss_type=loss_type,
@@ -287,7 +287,7 @@ def test_with_every_token_forced_the_policy_gradient_is_zero(tmp_path, monkeypat
     assert loss == 0 and all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
 
 
-def test_assisted_steps_learn_the_calls_and_then_leave(tmp_path, monkeypatch):
+def test_assistance_teaches_calls_and_then_ends(tmp_path, monkeypatch):
     trainer, kept = make(
         tmp_path, monkeypatch, force_rate=0.5, assist_warmup_steps=2, learning_rate=1e-2, beta=0.0, max_steps=4
     )
@@ -401,8 +401,8 @@ def test_a_force_policy_chooses_the_tool(tmp_path, monkeypatch):
     assert text.startswith('<tool_call>\n{"name": "other')
 
 
-def test_the_share_of_forced_tokens_is_that_of_the_micro_batches_used(tmp_path, monkeypatch):
-    """Of three logged steps two take a forced rollout batch, and one takes the next, which is not forced."""
+def test_forced_fraction_covers_the_micro_batches_used(tmp_path, monkeypatch):
+    """Two of three logged steps use a forced rollout batch, and one uses the next, which is not forced."""
     options = {"force_rate": 1.0, "assist_warmup_steps": 2, "steps_per_generation": 2, "max_steps": 6}
     each, _ = make(tmp_path / "each", monkeypatch, **options)
     each.train()

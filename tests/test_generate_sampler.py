@@ -1,4 +1,4 @@
-"""The plain sampler records what the default one does, and models the default one cannot handle are told apart."""
+"""The plain sampler records what the default one does; which models the default one cannot handle."""
 
 import logging
 import math
@@ -76,7 +76,7 @@ def build(name, seed=0, **changes):
 
 @torch.no_grad()
 def recompute(model, history, temperature):
-    """Log-probs of every token by one full forward pass for each, softmax in float64."""
+    """Return log-probs of every token by one full forward pass for each, softmax in float64."""
     values = [math.nan]
     for stop in range(1, len(history)):
         logits = model(input_ids=torch.tensor([history[:stop]]), use_cache=False).logits[0, -1]
@@ -115,7 +115,7 @@ def test_recorded_logprobs_are_those_of_plain_forward_passes(name):
 
 
 def test_other_processes_are_not_waited_for(monkeypatch):
-    """Not even where transformers takes parameters for sharded, which are gathered by then."""
+    """Not even if transformers believes that parameters are sharded, which are gathered by then."""
     monkeypatch.setattr(transformers.generation.utils, "is_deepspeed_zero3_enabled", lambda: True)
     monkeypatch.setattr(transformers.generation.utils, "_get_torch_distributed_world_size", lambda: 2)
     with GenerateSampler(build("Qwen3"), [1, 2], 0).open([[5, 6]], 8) as session:
@@ -129,7 +129,7 @@ def test_other_processes_are_not_waited_for(monkeypatch):
         ({"deepspeed_plugin": SimpleNamespace(zero_stage=3)}, False, "`ds3_gather_for_generation=False` with"),
         ({"deepspeed_plugin": SimpleNamespace(zero_stage=3)}, True, None),
         ({"deepspeed_plugin": SimpleNamespace(zero_stage=2)}, False, None),
-        ({"fsdp_plugin": SimpleNamespace(fsdp_version=1)}, True, "FSDP in its version 1"),
+        ({"fsdp_plugin": SimpleNamespace(fsdp_version=1)}, True, "FSDP version 1"),
         ({"fsdp_plugin": SimpleNamespace(fsdp_version=2)}, True, None),
         ({}, False, None),
     ],
@@ -227,7 +227,7 @@ def test_row_that_is_queued_cannot_be_extended():
 
 
 @pytest.mark.parametrize("fail", [False, True])
-def test_training_flags_and_gradients_are_put_back(fail):
+def test_training_flags_and_gradients_are_restored(fail):
     model = build("Qwen3")
     model.train()
     model.model.layers[0].eval()
@@ -267,23 +267,23 @@ def test_ordinary_models_get_the_default_sampler(name):
         ("FalconH1", ""),
     ],
 )
-def test_models_the_default_sampler_cannot_handle_say_why(name, reason):
+def test_reason_why_the_default_sampler_cannot_handle_a_model(name, reason):
     found = unsupported_reason(build(name), TOKENS)
     assert found and reason in found
 
 
-def test_encoder_decoder_is_told_apart():
+def test_encoder_decoder_is_unsupported():
     made = transformers.T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     assert unsupported_reason(transformers.T5ForConditionalGeneration(made), TOKENS) == "it is an encoder-decoder"
 
 
-def test_learned_prompt_is_told_apart():
+def test_learned_prompt_is_unsupported():
     model = get_peft_model(build("Qwen3"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     assert unsupported_reason(model, TOKENS) == "PROMPT_TUNING puts learned tokens before the prompt"
 
 
-def test_model_whose_logprobs_differ_in_the_trial_is_told_apart():
-    """A model that declares all that is asked for, and computes something else when it reads from a cache."""
+def test_model_with_other_logprobs_in_the_trial_is_unsupported():
+    """The model declares everything needed, and computes something else when it reads from a cache."""
     model = build("Qwen3")
     forward = model.forward
 
@@ -297,7 +297,7 @@ def test_model_whose_logprobs_differ_in_the_trial_is_told_apart():
     assert "its log-probs in the trial are not those of a plain pass" in unsupported_reason(model, TOKENS)
 
 
-def test_trial_leaves_no_trace():
+def test_trial_leaves_random_state_and_model_unchanged():
     model = build("Qwen3")
     model.train()
     torch.manual_seed(5)
@@ -312,7 +312,7 @@ def test_trial_leaves_no_trace():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_trial_reads_a_model_in_half_precision():
+def test_trial_accepts_a_model_in_half_precision():
     assert unsupported_reason(build("Qwen3").bfloat16(), TOKENS) is None
 
 
@@ -327,7 +327,7 @@ def get_salary(person: str) -> int:
 
 
 @pytest.mark.parametrize("with_tools", [False, True])
-def test_training_goes_on_with_the_plain_sampler(tmp_path, caplog, with_tools):
+def test_training_works_with_the_plain_sampler(tmp_path, caplog, with_tools):
     tokenizer = chat_tokenizer()
     made = transformers.BloomConfig(**{**BLOOM, "vocab_size": len(tokenizer)})
     model = transformers.BloomForCausalLM(made)
@@ -352,7 +352,7 @@ def test_training_goes_on_with_the_plain_sampler(tmp_path, caplog, with_tools):
 
 
 def test_both_samplers_draw_from_one_distribution():
-    """Over many rows the share of each first token is that of the softmax, whichever sampler drew it."""
+    """Over many rows, the share of each first token is that of the softmax with either sampler."""
     tokenizer = chat_tokenizer()
     model = tiny_model(tokenizer)
     with torch.no_grad():

@@ -79,7 +79,7 @@ def one(executor, turns, tools=(add,), **limits):
 
 
 def check(rollout, row, limit):
-    """What holds for every rollout."""
+    """Check what holds for every rollout."""
     trajectory = rollout.trajectory
     trajectory.validate(row)
     assert len(trajectory.completion_ids) <= limit
@@ -147,7 +147,7 @@ def test_a_tool_may_end_the_rollout_when_it_succeeds(executor):
     assert roles(both) == ["assistant"] and len(both.trajectory.turns[0].tool_results) == 2
 
 
-def test_what_tools_leave_in_turn_reward_is_the_reward_of_the_turn(executor):
+def test_turn_reward_of_an_environment_is_the_reward_of_the_turn(executor):
     class Counter:
         turn_reward = None
 
@@ -169,13 +169,13 @@ def test_what_tools_leave_in_turn_reward_is_the_reward_of_the_turn(executor):
 
 
 @pytest.mark.parametrize("given", [0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5, dtype=torch.bfloat16)])
-def test_numbers_of_other_libraries_are_rewards(executor, given):
+def test_numbers_of_other_libraries_are_valid_turn_rewards(executor, given):
     (reward,) = reward_left(executor, given)
     assert reward == 0.5 and type(reward) is float
 
 
 @pytest.mark.parametrize("given", ["0.5", math.nan, -math.inf, [1.0, 2.0], object()])
-def test_a_turn_reward_that_is_no_number_is_named(executor, given):
+def test_a_turn_reward_that_is_no_number_is_an_error(executor, given):
     with pytest.raises(ToolRuntimeError, match=r"`turn_reward` of the environment Giver gave the reward .*finite"):
         reward_left(executor, given)
 
@@ -195,12 +195,12 @@ def reward_left(executor, given):
     return [turn.reward for turn in rollout.trajectory.turns[:1]]
 
 
-def test_nothing_but_a_stop_token_is_an_empty_answer(executor):
+def test_a_lone_stop_token_is_an_empty_answer(executor):
     rollout = one(executor, [END])
     assert rollout.trajectory.stop_reason == "stop" and rollout.messages == [{"role": "assistant", "content": ""}]
 
 
-def test_text_without_a_stop_token_ends_on_the_length(executor):
+def test_text_without_a_stop_token_ends_by_length(executor):
     rollout = one(executor, ["on and on " * 20], max_completion_length=30)
     assert rollout.trajectory.stop_reason == "length" and len(rollout.trajectory.completion_ids) == 30
     assert rollout.trajectory.turns[0].stop_reason == "length"
@@ -235,7 +235,7 @@ def test_results_that_do_not_fit_end_the_rollout_without_them(executor):
     assert rollout.trajectory.turns[0].tool_results[0].content == "x" * 500
 
 
-def test_answer_gets_every_token_the_results_leave(executor):
+def test_answer_may_use_every_remaining_token(executor):
     first = encode(call("add", a=1, b=2) + END)
     whole = one(executor, [call("add", a=1, b=2) + END, "x" * 50], max_completion_length=300)
     room = 300 - sum(not mine for mine in whole.trajectory.tool_mask) - len(first)
@@ -272,14 +272,14 @@ def test_malformed_calls_of_one_turn_count_each(executor):
     assert rollout.trajectory.stop_reason == "stop" and len(results(rollout)) == 2
 
 
-def test_call_that_is_written_again_after_the_correction_runs(executor):
+def test_a_corrected_call_runs(executor):
     rollout = one(executor, [BAD + END, call("add", a=1, b=2) + END, f"3{END}"])
     assert rollout.trajectory.stop_reason == "stop" and results(rollout)[1] == "3"
     ids = [message["tool_call_id"] for message in rollout.messages if message["role"] == "tool"]
     assert ids == ["call_0_0", "call_1_0"]
 
 
-def test_valid_calls_beside_a_malformed_one_run(executor):
+def test_valid_calls_run_despite_a_malformed_one(executor):
     rollout = one(executor, [call("add", a=1, b=2) + BAD + call("add", a=3, b=4) + END, END])
     assert results(rollout)[::2] == ["3", "7"] and "could not be read" in results(rollout)[1]
     assert [message.get("tool_call_id") for message in rollout.messages[1:4]] == ["call_0_0", "call_0_1", "call_0_2"]
@@ -300,7 +300,7 @@ def test_unknown_tool_and_wrong_arguments_are_answered_and_cost_no_budget(execut
 # Results
 
 
-def test_tool_that_raises_is_an_answer(executor):
+def test_exception_of_a_tool_is_an_answer(executor):
     def fail():
         raise SystemExit("enough")
 
@@ -405,7 +405,7 @@ def test_calls_on_an_environment_run_on_its_thread_in_order(executor):
 
 
 class SteppingSampler(ScriptedSampler):
-    """Writes one token of every running row at a step, and tells how many steps were done."""
+    """Writes one token of every running row per step, and counts the steps."""
 
     @contextmanager
     def open(self, prompts, max_length):
@@ -440,7 +440,7 @@ class SteppingSampler(ScriptedSampler):
 
 
 def test_decoding_goes_on_while_a_tool_runs(executor):
-    """The tool only returns once another row has been decoded to its end."""
+    """The tool returns only after another row has been decoded to its end."""
     others_done = threading.Event()
 
     def patient():

@@ -55,7 +55,7 @@ PROMPTS = (
 
 
 def build(name, seed=0):
-    """A tiny model with weights large enough for peaked distributions and attention that matters."""
+    """Return a tiny model with weights large enough for peaked distributions and attention that matters."""
     torch.manual_seed(seed)
     base = "Qwen3" if name == "LoRA" else name
     # Built by name, so that an architecture costs its import only where it is tested
@@ -75,7 +75,7 @@ def build(name, seed=0):
 
 
 def roll(sampler, prompts=PROMPTS, turns=4):
-    """Ragged rollouts of several turns; returns histories and (position, log-prob) of every sampled token."""
+    """Sample ragged rollouts of several turns; return histories and (position, log-prob) of every sampled token."""
     histories = [list(prompt) for prompt in prompts]
     recorded = [[] for _ in prompts]
     done = [0] * len(prompts)
@@ -101,7 +101,7 @@ def roll(sampler, prompts=PROMPTS, turns=4):
 
 @torch.no_grad()
 def recompute(model, history, temperature, by_token=False):
-    """Log-probs of every token of a history: plain forward passes without a cache, softmax in float64."""
+    """Return log-probs of every token of a history, by plain forward passes without a cache, softmax in float64."""
     ids = torch.tensor([history])
     if by_token:
         logits = torch.stack(
@@ -126,16 +126,16 @@ def worst_gap(model, histories, recorded, temperature=1.0, by_token=False):
 @contextmanager
 def batched(monkeypatch, value):
     """Attend to all prompts in one padded product, or to one after the other, wherever both are possible."""
-    original = ModelSession._group
+    original = ModelSession._layout
 
-    def group(self, prompts):
+    def layout(self, prompts):
         found = original(self, prompts)
-        used.append(found["batched"])
+        used.append(found.batched)
         return found
 
     used = []
     monkeypatch.setattr(ModelSession, "_pads", lambda self, sizes: value)
-    monkeypatch.setattr(ModelSession, "_group", group)
+    monkeypatch.setattr(ModelSession, "_layout", layout)
     yield
     assert value in used
 
@@ -217,8 +217,8 @@ def test_many_distinct_prompts_are_prefilled_in_several_passes(monkeypatch):
     assert worst_gap(model, histories, recorded) < 2e-5
 
 
-def test_rows_that_wait_long_join_the_decoding_ones():
-    """A row with a tool result to read is not held up for ever by rows that go on and on."""
+def test_waiting_rows_join_the_decoding_ones_in_time():
+    """A row with a tool result to read is not held up forever by rows that keep decoding."""
     model = build("Qwen3")
     with ModelSampler(model, [], 0).open([[5, 6]] * 12, 100) as session:
         for row in range(12):
@@ -271,13 +271,13 @@ def test_bfloat16_autocast_stays_close_to_the_trainers_scoring(tmp_path, lora):
 
 
 def unwrapped(model):
-    """The model without the autocast accelerate puts around `forward`."""
+    """Return the model without the autocast that accelerate puts around `forward`."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return lambda **inputs: type(base).forward(base, **inputs)
 
 
 def test_long_tool_results_are_read_in_passes_of_bounded_size():
-    """A row that reads much does not widen the pass of all others, and what is sampled stays the same."""
+    """A row with a long result does not widen the pass of all others, and the sampled tokens stay the same."""
 
     def sample(bound):
         widths, read = [], ModelSession._read
@@ -301,11 +301,11 @@ def test_long_tool_results_are_read_in_passes_of_bounded_size():
         assert [v for _, v in one] == pytest.approx([v for _, v in other], abs=1e-5)
 
 
-# What is put back
+# What is restored
 
 
 @pytest.mark.parametrize("fail", [None, "body", "prompt"])
-def test_training_flags_gradients_and_attention_are_put_back(fail):
+def test_training_flags_gradients_and_attention_are_restored(fail):
     model = build("Qwen3")
     model.train()
     model.model.layers[1].eval()  # a frozen part stays in evaluation mode
@@ -318,7 +318,7 @@ def test_training_flags_gradients_and_attention_are_put_back(fail):
             assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
             session.extend(0, [], 2)
             session.step()
-            assert all(not key.requires_grad for key in (*session.store.keys, *session.store.prompt_keys))
+            assert all(not key.requires_grad for key, _ in (*session.store.own, *session.store.prompts))
             if fail:
                 raise KeyError("stop")
         assert fail is None

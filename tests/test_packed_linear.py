@@ -1,4 +1,4 @@
-"""Packed linear layers: the same product, for as long as they are open, and only where it is one."""
+"""Packed linear layers: the same product, restored at the end, and only for plain layers."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from trl_toolgrpo.rollout.packed_linear import can_pack, packed_linears
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_product_is_the_same_and_the_layer_its_own_again(bias):
+def test_packed_product_is_equal_and_the_layer_is_restored(bias):
     model = nn.Sequential(nn.Linear(256, 320, bias=bias), nn.SiLU(), nn.Linear(320, 256, bias=bias))
     for shape in ((1, 256), (5, 1, 256), (2, 70, 256)):
         inputs = torch.randn(*shape)
@@ -24,7 +24,7 @@ def test_the_product_is_the_same_and_the_layer_its_own_again(bias):
         assert not any("forward" in layer.__dict__ for layer in model)
 
 
-def test_layers_that_are_not_plain_stay_as_they_are():
+def test_other_layers_are_not_packed():
     class Scaled(nn.Linear):
         def forward(self, input):
             return 2 * super().forward(input)
@@ -44,7 +44,7 @@ def test_layers_that_are_not_plain_stay_as_they_are():
             assert "forward" not in model[2].__dict__
 
 
-def test_layers_are_put_back_when_sampling_fails():
+def test_layers_are_restored_when_sampling_fails():
     model = nn.Sequential(nn.Linear(512, 512))
     with pytest.raises(RuntimeError, match="lost"), packed_linears(model):
         raise RuntimeError("lost")

@@ -137,7 +137,7 @@ PIECES = [
 CHARACTERS = st.characters(codec="utf-8")
 FREE_TEXT = st.lists(st.one_of(st.sampled_from(PIECES), st.text(CHARACTERS, max_size=3)), max_size=7).map("".join)
 
-# Where a notation escapes nothing, a text that holds the markup after it cannot be told from that markup
+# In a notation without escapes, a text that holds the markup after it cannot be distinguished from that markup
 AMBIGUOUS = {
     r"qwen3_(5|6|8)|nemotron": r"</parameter>\s*(<parameter=|(</function>\s*)?</tool_call>)"
     r"|<tool_call>\s*<function=[^\n>]+>\s*<parameter=",
@@ -171,7 +171,7 @@ def assert_note(name, arguments):
 @example(text="C:\\new\\table", other="\n\n")
 @example(text="", other="\t")
 @pytest.mark.parametrize("name", ALL + TRAINING)
-def test_any_text_arrives_as_the_template_wrote_it(name, text, other):
+def test_any_text_argument_survives_the_round_trip(name, text, other):
     arguments = {"text": text} if other is None else {"text": text, "other": other}
     fam = family(name)
     for value in arguments.values():
@@ -182,8 +182,8 @@ def test_any_text_arrives_as_the_template_wrote_it(name, text, other):
 @settings(max_examples=20, deadline=None)
 @given(before=FREE_TEXT, after=FREE_TEXT)
 @pytest.mark.parametrize("name", [name for name in ALL if any(re.match(names, name) for names in AMBIGUOUS)])
-def test_text_that_ends_its_call_makes_it_malformed(name, before, after):
-    """The end of a call inside of an argument: the call is never run with what stands before it."""
+def test_text_that_closes_its_own_call_makes_it_malformed(name, before, after):
+    """The argument holds the end of a call: the call must not run with the text before it."""
     endings = {
         "glm": "</arg_value>\n</tool_call>",
         "muse": "</atem:parameter>\n</atem:invoke>\n</atem:function_calls>",
@@ -228,7 +228,7 @@ JSON_VALUES = st.recursive(
     )
 )
 @pytest.mark.parametrize("name", ALL + TRAINING)
-def test_any_value_arrives_as_the_template_wrote_it(name, arguments):
+def test_any_json_argument_survives_the_round_trip(name, arguments):
     assert_note(name, arguments)
 
 
@@ -256,7 +256,7 @@ def test_text_around_calls_is_kept_in_order(name, texts):
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_templates_for_training_are_read_like_those_for_use(name):
+def test_training_templates_are_parsed_like_the_originals(name):
     assert (
         family(name).tokenizer.response_template == family(name.removesuffix("_training")).tokenizer.response_template
     )
@@ -327,7 +327,7 @@ BODY = '{"person": "Ada"}<|call|>'
         f"<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant{HARMONY} <|constrain|>json<|message|>{BODY}",
     ],
 )
-def test_every_form_of_a_harmony_call_is_read(text):
+def test_every_form_of_a_harmony_call_is_parsed(text):
     fam = family("gptoss")
     turn = assert_reads(fam, fam.encode(text), fam.render([USER], True), [("get_salary", {"person": "Ada"})])
     assert turn.message.get("thinking") == ("Hm." if "Hm." in text else None)
@@ -348,7 +348,7 @@ HANDS_OVER = [name for name in ALL if re.match("gptoss|glm|diffusion_gemma|gemma
 
 
 @pytest.mark.parametrize("name", HANDS_OVER)
-def test_turn_that_hands_over_to_a_tool_without_a_call_is_malformed(name):
+def test_call_stop_token_without_a_call_is_malformed(name):
     """A stop token that the template writes after calls alone, such as `<|call|>`."""
     fam = family(name)
     prompt = fam.render([USER], True)
@@ -413,8 +413,8 @@ MISWRITTEN = [
 
 @pytest.mark.parametrize("followed", [False, True])
 @pytest.mark.parametrize(("name", "text", "called"), MISWRITTEN)
-def test_call_in_another_form_than_the_templates_is_malformed(name, text, called, followed):
-    """It is not run with the tool's defaults, not taken for text, and the call after it is read."""
+def test_call_in_another_form_is_malformed(name, text, called, followed):
+    """It is neither run with the tool's defaults nor taken for text, and the call after it is parsed."""
     fam = family(name)
     good, prompt = fam.turn([("note", {"text": "good"})])
     start = re.match(r"\s*(<think>)?\s*(</think>)?\s*", fam.decode(good)).group()
@@ -427,7 +427,7 @@ def test_call_in_another_form_than_the_templates_is_malformed(name, text, called
         assert (turn.calls[1].arguments, turn.calls[1].error) == ({"text": "good"}, None)
 
 
-def test_another_key_is_named():
+def test_error_names_a_key_other_than_arguments():
     fam = family("qwen3")
     text = QWEN % '"parameters": {"text": "x"}'
     (call,) = fam.chat.parse(fam.encode(text + "<|im_end|>"), fam.render([USER], True), [NOTE], 0).calls
@@ -454,7 +454,7 @@ STRINGS = [
 
 @pytest.mark.parametrize(("schema", "value"), STRINGS)
 @pytest.mark.parametrize("name", ALL)
-def test_text_that_the_schema_takes_stays_text(name, schema, value):
+def test_text_stays_text_if_the_schema_allows_text(name, schema, value):
     fam = family(name)
     ids, prompt = fam.turn([("note", {"value": value})])
     (call,) = fam.chat.parse(ids, prompt, [typing_tool(schema)], 0).calls
@@ -464,7 +464,7 @@ def test_text_that_the_schema_takes_stays_text(name, schema, value):
 @pytest.mark.parametrize("schema", [{"type": ["integer", "null", "boolean"]}, {"type": "string", "nullable": True}])
 @pytest.mark.parametrize("value", ["7", "null", "None", "true", "[1]"])
 @pytest.mark.parametrize("name", [name for name in ALL if not any(re.match(xml, name) for xml in [*AMBIGUOUS][:3])])
-def test_text_stays_text_where_the_notation_says_that_it_is_one(name, value, schema):
+def test_text_stays_text_in_typed_notations(name, value, schema):
     fam = family(name)
     ids, prompt = fam.turn([("note", {"value": value})])
     assert fam.chat.parse(ids, prompt, [typing_tool(schema)], 0).calls[0].arguments == {"value": value}
@@ -489,7 +489,7 @@ def test_text_stays_text_where_the_notation_says_that_it_is_one(name, value, sch
     ],
 )
 @pytest.mark.parametrize("name", ALL)
-def test_values_written_as_text_get_the_type_of_the_schema(name, schema, value):
+def test_untyped_values_get_the_type_of_the_schema(name, schema, value):
     fam = family(name)
     ids, prompt = fam.turn([("note", {"value": value})])
     (call,) = fam.chat.parse(ids, prompt, [typing_tool(schema)], 0).calls
@@ -506,12 +506,12 @@ def test_one_newline_at_each_end_of_an_xml_argument_is_markup(written):
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name.startswith("lfm")])
-def test_words_that_look_like_a_call_are_no_call_in_lfm2(name):
+def test_text_that_looks_like_a_call_is_no_call_in_lfm2(name):
     fam = family(name)
     assert_reads(fam, fam.encode("Well, f(x) is 3<|im_end|>"), fam.render([USER], True), [], "Well, f(x) is 3")
 
 
-def test_half_an_emoji_written_as_an_escape_is_replaced_wherever_it_stands():
+def test_escaped_lone_surrogate_is_replaced_everywhere():
     fam = family("qwen3")
     call = r'{"name": "a\ud800", "arguments": {"b\udc00": ["c\ud83d", {"d": "\ud83d\ude00\ud83d"}], "e": 1.5}}'
     ids = fam.encode(f"<tool_call>\n{call}\n</tool_call><|im_end|>")
@@ -548,8 +548,8 @@ def test_arguments_written_as_text_are_typed_by_the_schema_in_place():
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_thoughts_are_no_content(name):
-    """Where the response template has a field for thoughts, they come apart from content and calls."""
+def test_thoughts_are_not_content(name):
+    """If the response template has a field for thoughts, they are separated from content and calls."""
     fam = family(name)
     fields = fam.tokenizer.response_template["fields"]
     field = next((field for field in ("reasoning_content", "thinking") if field in fields), None)
@@ -576,7 +576,7 @@ def test_thoughts_are_no_content(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_long_turn_is_read_in_time(name):
+def test_long_turn_is_parsed_fast(name):
     fam = family(name)
     prompt = fam.render([USER], True)
     started = time.process_time()
@@ -585,7 +585,7 @@ def test_long_turn_is_read_in_time(name):
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name.startswith("nemotron")])
-def test_thought_that_the_prompt_closed_is_not_opened_again(name):
+def test_thought_closed_by_the_prompt_is_not_reopened(name):
     fam = family(name)
     prompt = fam.tokenizer.apply_chat_template(
         [USER], tokenize=False, add_generation_prompt=True, enable_thinking=False, chat_template=fam.template
@@ -598,7 +598,7 @@ def test_thought_that_the_prompt_closed_is_not_opened_again(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_call_that_is_opened_over_and_over_is_read_in_time(name):
+def test_repeatedly_opened_call_is_parsed_fast(name):
     """A policy that repeats itself to the end of its budget."""
     fam = family(name)
     ids, prompt = fam.turn([("note", {"text": "x"})])
@@ -614,7 +614,7 @@ def test_call_that_is_opened_over_and_over_is_read_in_time(name):
 # Through the trainer
 
 
-def test_turn_that_hands_over_without_a_call_is_answered_and_counted(monkeypatch, tmp_path):
+def test_call_stop_token_without_a_call_is_answered_and_counted(monkeypatch, tmp_path):
     def get_salary(person: str) -> str:
         """
         Looks up a salary.
@@ -650,7 +650,7 @@ def test_turn_that_hands_over_without_a_call_is_answered_and_counted(monkeypatch
 
 @pytest.mark.parametrize("name", ["qwen3_training", "glm4moe_training", "qwen3", "gptoss", "qwen3_5_think"])
 @pytest.mark.parametrize("comment", ["", "{# ours #}", "{#- ours -#}\n"])
-def test_trainer_knows_a_chat_template_by_what_it_renders(tmp_path, name, comment):
+def test_trainer_recognizes_a_chat_template_by_its_rendering(tmp_path, name, comment):
     tokenizer = chat_tokenizer(name)
     tokenizer.chat_template = own = tokenizer.chat_template + comment
     model = tiny_model(tokenizer)
@@ -667,7 +667,7 @@ def test_trainer_knows_a_chat_template_by_what_it_renders(tmp_path, name, commen
     assert trainer.chat_template == (None if name.endswith("_training") else known.template)
 
 
-def test_chat_template_that_renders_otherwise_is_not_taken_for_another():
+def test_chat_template_with_another_rendering_is_not_recognized():
     tokenizer = chat_tokenizer("qwen3")
     tokenizer.chat_template = tokenizer.chat_template.replace('"arguments": ', '"input": ')
     add_missing_response_template(tokenizer)
@@ -677,7 +677,7 @@ def test_chat_template_that_renders_otherwise_is_not_taken_for_another():
     assert tokenizer.response_template == family("qwen3").tokenizer.response_template
 
 
-def test_response_template_of_ones_own_is_left_alone():
+def test_given_response_template_is_kept():
     tokenizer = chat_tokenizer("gptoss")
     tokenizer.response_template = own = {"start_anchor": "x", "fields": {"content": {"close": "y", "content": "text"}}}
     add_missing_response_template(tokenizer)

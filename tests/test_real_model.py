@@ -144,12 +144,12 @@ def no_adapter(trainer, monkeypatch):
 def no_causal_mask(trainer, monkeypatch):
     """Prompts are read as if each of their tokens saw all of them."""
 
-    def attend(query, key, value, scale, *args, **kwargs):
+    def attend(self, query, key, value):
         flat = query.flatten(1, 2)
-        out = torch.nn.functional.scaled_dot_product_attention(flat, key, value, scale=scale, enable_gqa=True)
+        out = torch.nn.functional.scaled_dot_product_attention(flat, key, value, scale=self.scale, enable_gqa=True)
         return out.view(query.shape[:4] + value.shape[3:]), None
 
-    monkeypatch.setattr(shared_prefix, "_causal", attend)
+    monkeypatch.setattr(shared_prefix._Attention, "causal", attend)
 
 
 def every_third_off(trainer, monkeypatch):

@@ -31,7 +31,7 @@ def test_draws_follow_the_distribution():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_changes_no_figure_of_a_draw(dtype):
+def test_autocast_does_not_change_a_draw(dtype):
     """Also where a constraint leaves few tokens: the least float32 is no finite bfloat16."""
     logits = (4 * torch.randn(3, 300, generator=torch.Generator().manual_seed(2))).to(dtype)
     logits[1, 5:], logits[2, 1:] = -math.inf, -math.inf
@@ -64,7 +64,7 @@ def test_tokens_without_mass_are_never_drawn(noise):
         assert logits[tokens.item()] > -inf and math.isfinite(logprobs.item())
 
 
-def test_vocabulary_of_many_tokens_keeps_its_last_draw_in_range():
+def test_draws_from_a_large_vocabulary_stay_in_range():
     """Rounding of a long cumulative sum must not lead past the end, nor to a token without mass."""
     logits = torch.randn(4, 150_000, generator=torch.Generator().manual_seed(0)) * 4
     logits[:, -5:] = -math.inf
@@ -94,7 +94,7 @@ def test_low_precision_logits_are_scored_in_float32():
 
 
 class Table(nn.Module):
-    """Answers the session with a fixed next token after each token; counts what it reads."""
+    """A model with a fixed next token after each token, which records what it reads."""
 
     def __init__(self, following):
         super().__init__()
@@ -164,7 +164,7 @@ def test_rows_leave_and_join_and_positions_go_on():
     assert read.count((9, 0)) == 1
 
 
-def test_row_that_ran_before_can_be_extended_and_one_that_runs_cannot():
+def test_only_a_row_that_is_not_running_can_be_extended():
     with ModelSampler(Table(CYCLE), [], 0).open([[2], [3]], 20) as session:
         session.extend(0, [], 3)
         with pytest.raises(SamplerError, match="Row 0 was extended while"):
@@ -179,7 +179,7 @@ def test_row_that_ran_before_can_be_extended_and_one_that_runs_cannot():
             session.extend(1, [], 0)
 
 
-def test_nothing_to_do_is_no_work():
+def test_step_without_rows_runs_no_forward_pass():
     model = Table(CYCLE)
     with ModelSampler(model, [], 0).open([[2]], 5) as session:
         reads = len(model.read)

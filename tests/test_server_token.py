@@ -24,7 +24,7 @@ TOKEN = "a-token-that-nobody-guesses"
 
 
 def ask(url, method, path, header=None, body=None):
-    """Status of the answer to a request."""
+    """Return the status of the answer to a request."""
     headers = {} if header is None else {"Authorization": header}
     request = urllib.request.Request(f"{url}{path}", data=body, method=method, headers=headers)
     try:
@@ -57,7 +57,7 @@ def test_a_request_without_the_token_is_refused(guarded, header, method, path):
     assert ask(guarded.url, method, path, header, body) == 401
 
 
-def test_nothing_was_loaded_by_those_who_were_refused(guarded):
+def test_refused_requests_load_nothing(guarded):
     assert guarded.about()["policy"] is None
     assert ask(guarded.url, "GET", "/rollouts", f"Bearer {TOKEN}") == 200
     assert ask(guarded.url, "GET", "/elsewhere", f"Bearer {TOKEN}") == 404
@@ -132,7 +132,7 @@ def test_a_server_that_comes_back_with_another_token_is_not_waited_for(tmp_path,
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost", "::1", "[::1]"])
-def test_on_its_own_machine_a_server_may_do_without(host, monkeypatch, capsys):
+def test_a_local_server_needs_no_token(host, monkeypatch, capsys):
     monkeypatch.delenv(VARIABLE, raising=False)
     assert is_loopback(host)
     server.check_address(host, None)
@@ -142,7 +142,7 @@ def test_on_its_own_machine_a_server_may_do_without(host, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.1.2.3", "192.168.0.7", "my-host", "8.8.8.8", "fe80::1"])
-def test_where_other_machines_reach_it_a_server_needs_a_token(host, monkeypatch):
+def test_a_server_for_other_machines_needs_a_token(host, monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     began = []
 
@@ -166,14 +166,14 @@ def test_a_token_that_cannot_be_sent_is_refused(monkeypatch, value):
     assert value not in str(caught.value)
 
 
-def test_a_token_and_a_name_in_the_address_are_one_too_many():
-    with pytest.raises(ConfigError, match="can show one of them alone") as caught:
+def test_a_token_and_a_user_name_in_the_url_are_refused():
+    with pytest.raises(ConfigError, match="can show only one of them") as caught:
         connect("http://me:secret@127.0.0.1:9", TOKEN)
     assert "secret" not in str(caught.value) and TOKEN not in str(caught.value)
 
 
-def test_the_comparison_takes_as_long_whatever_is_wrong(monkeypatch):
-    """By the function of the standard library that is made for it."""
+def test_tokens_are_compared_in_constant_time(monkeypatch):
+    """With the function of the standard library for that."""
     compared = []
     real = server_token.hmac.compare_digest
     monkeypatch.setattr(server_token.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))

@@ -3,17 +3,12 @@
 import pytest
 import torch
 
-from trl_toolgrpo.rollout.shared_prefix import KeyValueStore
-from trl_toolgrpo.rollout.span import Span
+from trl_toolgrpo.rollout.shared_prefix import KeyValueStore, Layout, Span
 
 
 def _span(slots, lengths, query_length):
     count = len(lengths)
-    return Span(
-        slots=slots,
-        lengths=torch.tensor(lengths),
-        query_length=query_length,
-        longest=max(lengths),
+    layout = Layout(
         groups=torch.zeros(count, dtype=torch.long),
         ranks=torch.arange(count),
         width=count,
@@ -22,6 +17,7 @@ def _span(slots, lengths, query_length):
         members=[],
         batched=True,
     )
+    return Span(layout, slots, torch.tensor(lengths), query_length, longest=max(lengths))
 
 
 def test_store_keeps_its_contents_through_growth_and_swaps():
@@ -54,10 +50,11 @@ def test_store_keeps_its_contents_through_growth_and_swaps():
         capacities.append(store.capacity)
     assert len(set(capacities)) >= 3 and capacities == sorted(capacities) and capacities[-1] <= 500
     for row in range(3):
-        assert torch.equal(store.keys[1][row][:, : len(expected[row])], torch.stack([k for k, _ in expected[row]], 1))
+        keys = torch.stack([k for k, _ in expected[row]], 1)
+        assert torch.equal(store.own[1][0][row][:, : len(expected[row])], keys)
 
 
-def test_store_refuses_a_pass_that_was_not_announced():
+def test_store_refuses_a_pass_before_begin():
     store = KeyValueStore(torch.tensor([0]), rows=1, max_length=5)
     with pytest.raises(RuntimeError, match="begin"):
         store.append(0, torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))

@@ -119,13 +119,13 @@ def misnamed(sampled):
 
 
 FAULTS = {
-    short: r"field `logprobs` has \d+ values, expected \d+",
-    moved: r"field `logprobs` has \d+ values, expected \d+",
+    short: r"field `logprobs` of a turn has \d+ values, expected \d+",
+    moved: r"field `logprobs` of a turn has \d+ values, expected \d+",
     not_finite: "field `logprobs` of a turn expected finite values of at most 0, got nan at position 0",
     positive: "field `logprobs` of a turn expected finite values of at most 0, got 0.5 at position 0",
     a_tensor: "field `logprobs` of a turn expected a list, got Tensor",
     no_tokens: r"field `token_ids` of a turn expected token ids, got 1.5",
-    short_entropies: r"field `entropies` has 1 values, expected \d+",
+    short_entropies: r"field `entropies` of a turn has 1 values, expected \d+",
     endless_values: "field `values` of a turn expected finite values, got inf",
     misnamed: "field `logprobs` of a turn is missing.*`log_probs` is not read: name it `logprobs`",
 }

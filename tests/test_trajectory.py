@@ -12,7 +12,7 @@ from trl_toolgrpo.trajectory import STOP_REASONS, locate
 
 
 def record(**changes):
-    """Two turns with a tool result of two tokens between them."""
+    """Return a record of two turns with a tool result of two tokens between them."""
     base = {
         "prompt_ids": [1, 2, 3],
         "completion_ids": [4, 5, 6, 7, 8],
@@ -45,7 +45,7 @@ def message_of(broken, rollout=7):
     return str(caught.value)
 
 
-def test_record_is_read_as_it_stands():
+def test_record_is_read_unchanged():
     trajectory = Trajectory.from_dict(record())
     assert [getattr(trajectory, f.name) for f in fields(Trajectory)][:5] == list(record().values())[:5]
     call, result = ToolCall("call_0_0", "add", {"a": 1}), ToolResult("3")
@@ -54,7 +54,7 @@ def test_record_is_read_as_it_stands():
     assert trajectory.trainable_mask == [0, 1, 0, 0, 1]
 
 
-def test_reading_leaves_the_record_alone():
+def test_reading_does_not_modify_the_record():
     given_record = record()
     Trajectory.from_dict(given_record)
     assert given_record == record()
@@ -97,8 +97,9 @@ def test_values_are_optional_and_checked():
     assert Trajectory.from_dict(record()).values is None
     given = [0.5] * count
     assert Trajectory.from_dict(record(values=given)).values == given
-    assert f"`values` expected {count} finite values" in message_of(record(values=given[1:]))
-    assert "of which 1 are not finite" in message_of(record(values=[float("nan"), *given[1:]]))
+    assert f"`values` has {count - 1} values, expected {count}" in message_of(record(values=given[1:]))
+    message = message_of(record(values=[float("nan"), *given[1:]]))
+    assert "`values` expected finite values, got nan at position 0" in message
 
 
 def test_rewards_of_a_turn_add_up_and_are_finite():
@@ -170,7 +171,7 @@ def test_wrong_type_of_a_field_is_named(name, value):
 
 
 @pytest.mark.parametrize("value", ["eos", "", None, 0, ["stop"]])
-def test_stop_reason_is_one_of_five(value):
+def test_stop_reason_is_a_known_one(value):
     assert message_of(record(stop_reason=value)) == (
         f"Rollout 7: field `stop_reason` expected one of {STOP_REASONS}, got {value!r}."
     )
@@ -295,7 +296,7 @@ def trajectories(draw):
 
 @settings(max_examples=60, deadline=None)
 @given(trajectories())
-def test_every_trajectory_survives_its_record(trajectory):
+def test_every_trajectory_survives_the_round_trip(trajectory):
     written = trajectory.to_dict()
     assert Trajectory.from_dict(written, 0) == trajectory
     assert written["turns"] == trajectory.to_dict()["turns"] and all(isinstance(t, dict) for t in written["turns"])

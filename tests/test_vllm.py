@@ -62,7 +62,7 @@ def count_letters(text: str) -> int:
 
 
 def trained(path, model, figures, *, lora=True, **changes):
-    """A trainer that has trained SmolLM2 for a few steps, and the versions that wrote the turns of each batch."""
+    """Train SmolLM2 for a few steps; return the trainer and the versions that wrote the turns of each batch."""
     versions = []
 
     def reward(completions, trajectories, **kwargs):
@@ -155,7 +155,7 @@ def test_lora_served_by_a_server_that_is_killed(tmp_path, tiny, figures):
     try:
         options = {"vllm_mode": "server", "vllm_server_base_url": url, "vllm_server_timeout": 300.0}
         trainer = trained(tmp_path, tiny, figures, **options)
-        figures(f"turns asked for again behind the kill: {trainer._engine.vllm.engine.retried}")
+        figures(f"turns requested again after the kill: {trainer._engine.vllm.engine.retried}")
         assert len(processes) == 2 and trainer._engine.vllm.engine.retried > 0
     finally:
         for process in processes:

@@ -22,7 +22,7 @@ PRODUCTS = [1.3, 5.0, 0.3, 2.0]  # ratio of each rollout: only the second is abo
 
 
 def ratios():
-    """Ratio of the policy to the sampler for each token of each rollout, some far off."""
+    """Return the ratio of the policy to the sampler for each token of each rollout, some far from 1."""
     generator = torch.Generator().manual_seed(5)
     found = []
     for length, product in zip(LENGTHS, PRODUCTS, strict=True):
@@ -220,8 +220,8 @@ def test_the_loss_by_loops(monkeypatch, tmp_path, mode, moved):
     assert ("sampling/importance_sampling_ratio/mean" in trainer._metrics["train"]) is not moved
 
 
-def test_a_policy_that_has_moved_is_clipped(monkeypatch, tmp_path):
-    """TRL's `epsilon` clips what the policy has moved, not what the sampler is off by."""
+def test_a_changed_policy_is_clipped(monkeypatch, tmp_path):
+    """TRL's `epsilon` clips the change of the policy, not the error of the sampler."""
     trainer = vllm_trainer(monkeypatch, tmp_path, loss_type="bnpo", vllm_importance_sampling_mode="token_truncate")
     trainer.model.train()
     batch = trainer._generate_and_score_completions(ROW)
@@ -276,8 +276,8 @@ def test_without_vllm_the_default_is_no_correction(tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes", [{"vllm_importance_sampling_correction": False}, {"sampler_correction": "truncate"}]
 )
-def test_what_is_switched_off_or_replaced_does_nothing(monkeypatch, tmp_path, changes):
-    """TRL's mode and bounds do not matter any more."""
+def test_corrections_switched_off_or_replaced_do_nothing(monkeypatch, tmp_path, changes):
+    """TRL's mode and bounds no longer matter."""
     losses = []
     for more in ({}, {"vllm_importance_sampling_mode": "token_mask", "vllm_importance_sampling_clip_max": 1.1}):
         trainer = vllm_trainer(monkeypatch, tmp_path, epsilon_high=5.0, **changes, **more)

@@ -1,5 +1,5 @@
 """The vLLM backend without vLLM: the sampler over an engine of the test's own, the requests an engine gets, the
-server and its client over real HTTP with a tiny model behind it, and what is said when something is missing."""
+server and its client over real HTTP with a tiny model behind it, and the errors when something is missing."""
 
 import asyncio
 import json
@@ -74,7 +74,7 @@ def sampler_over(engine, stop_ids=(9,)):
 
 @pytest.fixture
 def over():
-    """Makes samplers, and closes them at the end."""
+    """Make samplers, and close them at the end."""
     made = []
 
     def make(engine, **options):
@@ -124,7 +124,7 @@ def test_no_row_waits_for_another(over):
         assert [sampled.row for sampled in drain(session)] == [0]
 
 
-def test_a_batch_that_is_left_is_cancelled_and_the_engine_rests(over):
+def test_leaving_a_batch_cancels_it_and_rests_the_engine(over):
     engine = Engine(lambda request: [5], delay=lambda request: 60.0)
     started = time.monotonic()
     with pytest.raises(KeyError), over(engine).open([[1], [2]], 50) as session:
@@ -136,7 +136,7 @@ def test_a_batch_that_is_left_is_cancelled_and_the_engine_rests(over):
     assert engine.log == ["wake", "rest"]
 
 
-def test_failures_of_the_engine_are_those_of_the_step(over):
+def test_failures_of_the_engine_are_raised_by_step(over):
     def fail(request):
         raise SamplerError("out of cache")
 
@@ -149,7 +149,7 @@ def test_failures_of_the_engine_are_those_of_the_step(over):
             drain(session)
 
 
-def test_what_cannot_be_sampled_is_refused(over):
+def test_requests_that_cannot_be_sampled_are_refused(over):
     engine = Engine(lambda request: [5])
     with over(engine).open([[1] * 2000, [1] * 1990], 50) as session:
         with pytest.raises(SamplerError, match=r"Rollout 0 has 2000 tokens .* takes 2000 .*vllm_max_model_length"):
@@ -224,12 +224,12 @@ def test_all_weights_are_written_without_the_value_head(tmp_path, tokenizer, tie
         ({"target_modules": ["q_proj", "lm_head"]}, "on the LM head"),
     ],
 )
-def test_adapters_vllm_would_get_wrong_are_named(changes, said):
+def test_reason_why_vllm_cannot_use_an_adapter(changes, said):
     problem = adapter_problem(LoraConfig(**changes))
     assert problem is None if said is None else said in problem
 
 
-# What vLLM is asked for
+# Requests to vLLM
 
 
 class Struct:
@@ -239,7 +239,7 @@ class Struct:
 
 
 class LLM:
-    """vLLM's engine, as far as it is asked here; keeps what it was asked."""
+    """The part of vLLM's engine that is used here; records its calls."""
 
     def __init__(self, fail=()):
         self.calls, self.fail, self.errored = [], fail, False
@@ -328,8 +328,8 @@ def test_all_weights_are_reloaded_and_the_cache_of_the_old_ones_dropped(stand_in
     assert [call[1] for call in llm.calls[2:]] == [("reseed",)]
 
 
-def test_an_engine_that_is_started_again_draws_with_other_noise(tmp_path):
-    """What it draws with depends on the process and the version of the policy alone."""
+def test_a_restarted_engine_draws_with_other_noise(tmp_path):
+    """Its noise depends only on the process and the version of the policy."""
 
     def seed(process, version):
         llm = LLM()
@@ -394,7 +394,7 @@ def test_a_worker_packs_again_what_vllm_has_packed_once():
 
 
 @pytest.mark.parametrize("sleeps", [False, True])
-def test_memory_is_given_back_between_batches_where_it_is_asked_for(sleeps):
+def test_sleep_mode_releases_memory_between_batches(sleeps):
     llm = LLM()
 
     async def run():
@@ -409,14 +409,14 @@ def test_memory_is_given_back_between_batches_where_it_is_asked_for(sleeps):
     assert llm.calls == [*(between if sleeps else []), ("shutdown", (), {})]
 
 
-def test_an_adapter_vllm_does_not_take_is_an_error_with_its_words(stand_in, tmp_path):
+def test_an_adapter_refused_by_vllm_is_an_error_with_its_message(stand_in, tmp_path):
     engine = VLLMEngine(LLM(fail={"add_lora"}))
     with pytest.raises(SamplerError, match=r"the adapter of version 4: ValueError: target module lm_head"):
         asyncio.run(engine.load(PolicyFile("k", 4, tmp_path, adapter=True)))
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_an_engine_that_ended_is_told_from_a_turn_that_failed(stand_in, tmp_path, ended):
+def test_a_lost_engine_is_distinguished_from_a_failed_turn(stand_in, tmp_path, ended):
     llm = LLM()
     llm.errored = ended
 
@@ -430,7 +430,7 @@ def test_an_engine_that_ended_is_told_from_a_turn_that_failed(stand_in, tmp_path
         raise ValueError("too long")
         yield
 
-    said = "vLLM's engine ended: ValueError: too long" if ended else "failed on a turn behind 2 tokens: ValueError"
+    said = "vLLM's engine ended: ValueError: too long" if ended else "failed on a turn after 2 tokens: ValueError"
     with pytest.raises(SamplerError, match=said) as caught:
         asyncio.run(run())
     assert isinstance(caught.value, EngineLostError) == ended
@@ -457,12 +457,12 @@ def test_options_of_the_engine():
 
 
 @pytest.mark.parametrize("version", ["0.22.0", "0.28.1", "0.31.0", "0.31.0+cpu"])
-def test_versions_trl_supports_will_do(version):
+def test_versions_supported_by_trl_are_accepted(version):
     check_version(version, "It")
 
 
 @pytest.mark.parametrize("version", ["0.21.9", "0.32.0", "1.0"])
-def test_other_versions_are_refused_with_those_that_will_do(version):
+def test_other_versions_are_refused_with_the_supported_ones(version):
     with pytest.raises(ConfigError) as caught:
         check_version(version, "This environment")
     assert str(caught.value).startswith(f"This environment has vLLM {version}, which TRL ")
@@ -529,7 +529,7 @@ def test_versions_are_part_of_a_turn():
 
 
 def train(path, tokenizer, *, lora=True, reward=None, tools=None, model=None, **changes):
-    """A trainer on vLLM; LoRA starts away from zero, so that rollouts without the adapter would be found out."""
+    """Return a trainer on vLLM; LoRA does not start at zero, so that rollouts without the adapter would be noticed."""
     options = {"max_steps": 3, "learning_rate": 0.05, "logprob_check": "always", "vllm_server_timeout": 30.0}
     adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if lora else None
     return ToolGRPOTrainer(
@@ -553,7 +553,7 @@ def watching(seen):
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Puts an engine of the test's own in the place of vLLM's; returns the options it was started with."""
+    """Replace vLLM's engine by one of the test's own; return the options it was started with."""
     started = {}
 
     def put(engine):
@@ -621,7 +621,7 @@ def test_trls_options_set_the_engine_up(tmp_path, tokenizer, in_process):
     trainer._engine.vllm.close()
 
 
-def test_models_and_layouts_vllm_cannot_be_given_are_refused(tmp_path, tokenizer, in_process):
+def test_unsupported_models_and_layouts_are_refused(tmp_path, tokenizer, in_process):
     in_process(Engine(lambda request: [1]))
     with pytest.raises(ConfigError, match=r"vllm_tensor_parallel_size=2.*trl_toolgrpo.serve --tensor-parallel-size 2"):
         train(tmp_path, tokenizer, use_vllm=True, vllm_tensor_parallel_size=2)
@@ -634,7 +634,7 @@ def test_models_and_layouts_vllm_cannot_be_given_are_refused(tmp_path, tokenizer
         train(tmp_path, tokenizer, use_vllm=True, lora=False, model=get_peft_model(tiny_model(tokenizer), dora))
 
 
-def test_trls_own_vllm_is_trls(tmp_path, tokenizer, monkeypatch):
+def test_trls_own_vllm_is_left_to_trl(tmp_path, tokenizer, monkeypatch):
     asked = []
     monkeypatch.setattr(trl_grpo, "VLLMGeneration", lambda **options: asked.append(options))
     trainer = train(tmp_path, tokenizer, use_vllm=True, record_sample_logprobs=False)
@@ -665,7 +665,7 @@ def test_a_served_run_samples_from_what_it_was_sent(tmp_path, tokenizer, lora, e
 
 
 @pytest.mark.parametrize("fate", ["hangs", "ends"])
-def test_a_server_that_is_lost_in_a_rollout_batch_loses_and_doubles_nothing(tmp_path, tokenizer, caplog, fate):
+def test_a_server_lost_during_a_rollout_batch_loses_and_repeats_nothing(tmp_path, tokenizer, caplog, fate):
     seen, killed = [], []
 
     def kill():
@@ -686,7 +686,7 @@ def test_a_server_that_is_lost_in_a_rollout_batch_loses_and_doubles_nothing(tmp_
         killer.join()
     assert killed == [-9 if fate == "hangs" else 1]
     retried = trainer._engine.vllm.engine.retried
-    assert retried == 4 if fate == "hangs" else retried >= 4, "every turn that was lost is asked for again"
+    assert retried == 4 if fate == "hangs" else retried >= 4, "every lost turn is requested again"
     assert seen == [[0] * 4, [1] * 4, [2] * 4]
     assert [row["ratio/mean"] for row in trainer.state.log_history[:3]] == pytest.approx([1.0] * 3, abs=1e-4)
     assert f"The rollout server at {server.url} was lost" in caplog.text
@@ -703,7 +703,7 @@ def connect(server_url, timeout=5.0, shape=None):
     return asyncio.run(run())
 
 
-def test_servers_that_will_not_do_are_named_with_the_remedy(monkeypatch):
+def test_unsuitable_servers_are_errors_with_a_remedy(monkeypatch):
     with pytest.raises(RolloutServerError) as caught:
         connect("http://127.0.0.1:9", timeout=0.1)
     said = str(caught.value)
@@ -722,7 +722,7 @@ def test_servers_that_will_not_do_are_named_with_the_remedy(monkeypatch):
             connect(server.url)
 
 
-def test_servers_of_another_kind_are_not_waited_for():
+def test_other_kinds_of_servers_are_refused_at_once():
     class NotFound(BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_error(404)
@@ -740,7 +740,7 @@ def test_servers_of_another_kind_are_not_waited_for():
         server.server_close()
 
 
-def test_two_runs_on_one_server_are_found_out(tmp_path):
+def test_two_runs_on_one_server_are_an_error(tmp_path):
     """The other run sends its weights whenever this one has sent its own."""
     folder = tmp_path / "weights"
     folder.mkdir()
@@ -765,8 +765,8 @@ def test_two_runs_on_one_server_are_found_out(tmp_path):
             asyncio.run(run(server.url))
 
 
-def test_a_server_that_answers_nothing_more_is_found_out(monkeypatch):
-    """A machine that is lost closes no connection: the turn is given up when the server answers nothing else."""
+def test_a_server_that_stops_answering_is_an_error(monkeypatch):
+    """A lost machine closes no connection: the turn is given up when the server answers no other request."""
     monkeypatch.setattr(vllm_client, "WATCH_SECONDS", 0.05)
 
     async def run():
@@ -782,7 +782,7 @@ def test_a_server_that_answers_nothing_more_is_found_out(monkeypatch):
         asyncio.run(asyncio.wait_for(run(), 20))
 
 
-def test_json_of_a_policy_says_what_it_is(tmp_path, tokenizer):
+def test_a_sent_policy_is_described_by_its_header(tmp_path, tokenizer):
     write_policy(get_peft_model(tiny_model(tokenizer), LoraConfig(r=4, target_modules=["q_proj"])), tmp_path)
 
     async def body():

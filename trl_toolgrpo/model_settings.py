@@ -1,6 +1,10 @@
 """Reading a model's configuration, whichever family it is of: settings that vary over layers, and what layers keep."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def model_setting(config: Any, name: str, default: Any = None) -> Any:
@@ -80,3 +84,25 @@ def _own_configs(config: Any) -> list[Any]:
 
 def _varies(layers: list[Any], name: str, value: Any) -> bool:
     return any(getattr(layer, name, value) != value for layer in layers)
+
+
+_CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
+
+
+def context_length(config: "PreTrainedConfig") -> int | None:
+    """
+    Return the number of positions a model has, prompt and completion together.
+
+    Args:
+        config (`PreTrainedConfig`):
+            Configuration of the model.
+
+    Returns:
+        `int` or `None`: `None` for a model without a limit, such as a state-space model.
+    """
+    text_config = config.get_text_config()
+    for name in _CONTEXT_LENGTHS:
+        value = model_setting(text_config, name)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None

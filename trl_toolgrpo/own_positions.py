@@ -17,7 +17,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from .config import ToolGRPOConfig
 from .diagnostics import compute_dtype
 from .model_settings import model_setting
-from .rollout.padding import reads_padding
+from .rollout.backends import reads_padding
 from .rollout.rotary import RowFrequencies
 from .rollout.sampler import scoring_mode
 

@@ -34,10 +34,10 @@ from .checks import (
 from .config import ToolGRPOConfig
 from .errors import ConfigError, EnvironmentTimeoutError, ToolSchemaError
 from .inert_prompts import InertPrompts, with_observation
+from .model_settings import context_length
 from .prompt_checks import PromptRenderer, check_prompt_lengths, check_prompts
 from .redaction import Redactor
 from .rollout.chat import ToolChat
-from .rollout.context_length import context_length
 from .rollout.control_tokens import ControlTokens
 from .rollout.loop import RolloutRequest
 from .rollout.prompt_messages import PromptMessages

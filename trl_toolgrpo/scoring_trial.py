@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from .diagnostics import compute_dtype
 from .errors import ConfigError
-from .rollout.padding import differs, trial_rows
+from .rollout.backends import differs, trial_rows
 from .rollout.sampler import scoring_mode
 
 

@@ -2,11 +2,12 @@
 
     python -m trl_toolgrpo.serve --model Qwen/Qwen3-0.6B --port 8000
 
-Token ids come in, token ids and log-probs go out; the run sends its weights, an adapter or all, and
-names in each request the ones it means, so that a server that was started again, or got those of another run, can
-never answer with the wrong ones. When its engine ends, the server ends. The client is `rollout/vllm_client.py`.
-Whoever reaches the port can send weights, so that a server which listens to other machines wants a token of its
-clients: see `rollout/server_token.py`. What is sent is not encrypted: keep it inside a network you trust.
+Token ids come in, token ids and log-probs go out. The run sends its weights, an adapter or all of them, and names in
+each request the ones it means, so that a server that was restarted, or got those of another run, can never answer
+with the wrong ones. When its engine ends, the server ends. The client is `rollout/vllm_client.py`.
+Whoever reaches the port can send weights, so a server that listens to other machines requires a token of its clients:
+see `rollout/server_token.py`. Nothing is encrypted: keep the traffic inside a network you trust. vLLM's own server
+cannot say which weights wrote a turn.
 """
 
 import argparse
@@ -18,8 +19,8 @@ import tempfile
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -30,6 +31,7 @@ from .rollout.server_token import HOW_TO_SET, is_loopback, is_shown, server_toke
 from .rollout.vllm_client import HEADER_BYTES, PROTOCOL, model_shape
 from .rollout.vllm_engine import VLLMEngine, check_installed, engine_options
 from .rollout.vllm_sampler import TokenEngine, TokenRequest
+from .types import JSONObject
 
 
 class RolloutServer:
@@ -38,14 +40,14 @@ class RolloutServer:
 
     Args:
         engine ([`TokenEngine`]):
-            What samples.
-        about (`dict[str, Any]`):
-            What a client gets to know: `model`, `shape` (see [`model_shape`]) and `vllm`, its version.
+            The engine that samples.
+        about (`dict`):
+            What clients are told: `model`, `shape` (see [`model_shape`]) and `vllm`, its version.
         token (`str`, *optional*):
-            What every request has to show; `None` to answer all.
+            The token that every request must show; `None` to answer all.
     """
 
-    def __init__(self, engine: TokenEngine, about: dict[str, Any], token: str | None = None):
+    def __init__(self, engine: TokenEngine, about: JSONObject, token: str | None = None):
         self.engine = engine
         self._token = token
         self.about = {**about, "protocol": PROTOCOL, "boot": uuid.uuid4().hex, "max_length": engine.max_length}
@@ -57,7 +59,7 @@ class RolloutServer:
         self._loading = asyncio.Lock()
 
     def application(self) -> web.Application:
-        """The server's routes."""
+        """Return the web application with the server's routes."""
         app = web.Application(client_max_size=2**40, middlewares=[self._admit])
         app.add_routes(
             [web.get("/rollouts", self._about), web.post("/rollouts", self._generate), web.put("/policy", self._load)]
@@ -67,17 +69,19 @@ class RolloutServer:
 
     @web.middleware
     async def _admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Refuse a request without the token, before anything of its body is read."""
+        """Refuse a request without the token before any of its body is read."""
         if self._token is None or is_shown(self._token, request.headers.get("Authorization")):
             return await handler(request)
-        said = {"error": "This rollout server answers requests with its token alone."}
-        return web.json_response(said, status=401, headers={"WWW-Authenticate": "Bearer"})
+        reply = {"error": "This rollout server only answers requests that show its token."}
+        return web.json_response(reply, status=401, headers={"WWW-Authenticate": "Bearer"})
 
     async def _about(self, request: web.Request) -> web.Response:
+        """Answer with what the server is and which policy it has."""
         key, version = (self.policy.key, self.policy.version) if self.policy is not None else (None, None)
         return web.json_response({**self.about, "policy": key, "version": version, "running": self._running})
 
     async def _generate(self, request: web.Request) -> web.Response:
+        """Answer with a turn, or with status 409 if the request means another policy."""
         wanted = await request.json()
         key = wanted.pop("policy")
         if self.policy is None or self.policy.key != key:
@@ -99,6 +103,7 @@ class RolloutServer:
         return web.json_response(asdict(reply))
 
     async def _load(self, request: web.Request) -> web.Response:
+        """Receive a policy and use it."""
         size = int.from_bytes(await request.content.readexactly(HEADER_BYTES), "little")
         sent = json.loads(await request.content.readexactly(size))
         folder = Path(tempfile.mkdtemp(dir=self._folder))
@@ -117,9 +122,10 @@ class RolloutServer:
                 shutil.rmtree(folder, ignore_errors=True)
 
     async def _use(self, policy: PolicyFile) -> web.Response:
+        """Give the engine a policy once no turn is running."""
         if self.policy is not None and self.policy.key == policy.key:
             return web.json_response({})  # another process of the run was faster
-        before, self.policy = self.policy, None  # no turn begins with the weights before
+        before, self.policy = self.policy, None  # no turn begins with the previous weights
         async with self._state:
             await self._state.wait_for(lambda: self._running == 0)
         try:
@@ -138,24 +144,24 @@ class RolloutServer:
 
 def serve(
     start: Callable[[], Awaitable[TokenEngine]],
-    about: dict[str, Any],
+    about: JSONObject,
     host: str,
     port: int,
     token: str | None = None,
 ) -> None:
     """
-    Serve until the process is told to end.
+    Serve until the process is told to stop.
 
     Args:
         start (`Callable`):
             Makes the engine, on the server's event loop.
-        about (`dict[str, Any]`):
+        about (`dict`):
             As for [`RolloutServer`].
         host (`str`), port (`int`):
             Where to listen.
         token (`str`, *optional*):
-            What every request has to show; by default that of the environment variable `TRL_TOOLGRPO_SERVER_TOKEN`.
-            An address that other machines reach needs one.
+            The token that every request must show; by default that of the environment variable
+            `TRL_TOOLGRPO_SERVER_TOKEN`. An address that other machines can reach needs one.
 
     Raises:
         ConfigError: without a token on such an address.
@@ -168,45 +174,43 @@ def serve(
         servers.append(RolloutServer(await start(), about, token))
         return servers[0].application()
 
-    web.run_app(application(), host=host, port=port, handler_cancellation=True, shutdown_timeout=1, print=_say)
+    say = partial(print, flush=True)
+    web.run_app(application(), host=host, port=port, handler_cancellation=True, shutdown_timeout=1, print=say)
     if any(server.lost for server in servers):
         raise SystemExit("The engine ended.")  # for whatever watches over the server to start it again
 
 
 def check_address(host: str, token: str | None) -> None:
     """
-    Check that a server answers nobody it does not know.
+    Check that a server does not answer strangers.
 
     Args:
         host (`str`):
             Where it listens.
         token (`str`, *optional*):
-            What its clients have to show.
+            The token that its clients must show.
 
     Raises:
-        ConfigError: if other machines reach it, and it has no token.
+        ConfigError: if other machines can reach it, and it has no token.
     """
     if token is not None:
         return
     if not is_loopback(host):
         raise ConfigError(
-            f"You passed `--host {host}`, which other machines reach, and no token: whoever reaches the port could "
-            f"load weights of their own. {HOW_TO_SET}, or listen on 127.0.0.1."
+            f"You passed `--host {host}`, which other machines can reach, and no token: whoever reaches the port "
+            f"could load weights of their own.",
+            remedy=f"{HOW_TO_SET}, or listen on 127.0.0.1.",
         )
-    _say(f"No token is asked for: every user of this machine can load weights. {HOW_TO_SET}.")
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
+    print(f"No token is required: every user of this machine can load weights. {HOW_TO_SET}.", flush=True)
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """
-    What the command line asks for.
+    Parse the command line.
 
     Args:
         words (`list[str]`, *optional*):
-            In place of the command line's.
+            Arguments; by default those of the process.
     """
     parser = argparse.ArgumentParser(
         prog="python -m trl_toolgrpo.serve", description="Serve rollouts with vLLM.", allow_abbrev=False

@@ -1,18 +1,20 @@
 """Rollout records: every token with its provenance and the log-prob recorded when it was sampled.
 
-Owns `Turn` and `Trajectory`, their strict readers and the table they become for TRL. Fed by the rollout loop; read by
-the trainer, reward functions and diagnostics.
+The rollout loop fills them in; the trainer, reward functions and diagnostics read them. What they hold is checked
+strictly: nothing is filled in, renamed or dropped.
 """
 
 import difflib
 import logging
+import math
 import sys
-from collections.abc import Sequence, Sized
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence, Sized
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import TypeGuard
 
 from .errors import TrajectoryError
 from .tools.types import ToolCall, ToolResult
+from .types import JSONObject
 
 
 logger = logging.getLogger(__name__)
@@ -71,13 +73,13 @@ class Turn:
 
     @property
     def total_reward(self) -> float:
-        """The turn's own reward and those of its results."""
+        """The reward of the turn plus those of its results."""
         return (self.reward or 0.0) + sum(result.reward or 0.0 for result in self.tool_results)
 
     @classmethod
-    def from_dict(cls, record: dict[str, Any], rollout: Any = None) -> "Turn":
-        """Read a turn strictly; raises [`TrajectoryError`] for a missing or unknown field."""
-        _check_keys(record, cls, {"start", "end"}, rollout, "turns[]")
+    def from_dict(cls, record: JSONObject, rollout: object = None) -> "Turn":
+        """Read a turn strictly; a missing or unknown field raises [`TrajectoryError`]."""
+        _check_keys(record, cls, rollout, "turns[]")
         values = dict(record)
         for name, kind in (("tool_calls", ToolCall), ("tool_results", ToolResult)):
             items = values.get(name, [])
@@ -85,8 +87,7 @@ class Turn:
                 continue  # for `Trajectory.validate` to report
             for item in items:
                 if isinstance(item, dict):
-                    required = {"id", "name"} if kind is ToolCall else {"content"}
-                    _check_keys(item, kind, required, rollout, f"turns[].{name}[]")
+                    _check_keys(item, kind, rollout, f"turns[].{name}[]")
             values[name] = [kind(**item) if isinstance(item, dict) else item for item in items]
         return cls(**values)
 
@@ -113,8 +114,8 @@ class Trajectory:
         stop_reason (`str`):
             One of `STOP_REASONS`.
         values (`list[float]`, *optional*):
-            Value before each completion token, as the value head estimated it when the token was sampled, shape (C,);
-            0.0 where the policy did not sample. `None` without a value head.
+            V(s_t) before each completion token, estimated by the value head when the token was sampled, shape (C,);
+            0.0 where the policy did not sample the token. `None` without a value head.
 
     Raises:
         TrajectoryError: from [`Trajectory.validate`] and [`Trajectory.from_dict`].
@@ -130,7 +131,7 @@ class Trajectory:
     values: list[float] | None = None
 
     def __repr__(self) -> str:
-        """In a line: TRL logs all that a reward function was given of a rollout that none of them scored."""
+        """Return one line, since TRL logs every argument of the reward functions for a rollout that none scored."""
         parts = self.prompt_ids, self.completion_ids, self.turns
         prompt, completion, turns = (len(part) if isinstance(part, Sized) else part for part in parts)
         return (
@@ -148,14 +149,14 @@ class Trajectory:
         """Whether the rollout ended for any reason but the policy's own stop."""
         return self.stop_reason != "stop"
 
-    def to_dict(self) -> dict[str, Any]:
-        """The record as plain Python values; [`Trajectory.from_dict`] reads it back."""
+    def to_dict(self) -> JSONObject:
+        """Return the record as plain Python values; [`Trajectory.from_dict`] reads it back."""
         return asdict(self)
 
     def mask_out(self) -> None:
         """
-        Leave nothing to train on: all tokens count as if somebody else had written them. Of a record that breaks its
-        contract, what remains of it keeps the contract.
+        Leave nothing to train on: mark all tokens as not written by the policy. What is left of a broken record is
+        valid.
         """
         for name in ("prompt_ids", "completion_ids"):
             ids = getattr(self, name)
@@ -170,18 +171,18 @@ class Trajectory:
             self.turns = []
 
     @classmethod
-    def from_dict(cls, record: dict[str, Any], rollout: Any = None, strict: bool = True) -> "Trajectory":
+    def from_dict(cls, record: JSONObject, rollout: object = None, strict: bool = True) -> "Trajectory":
         """
         Read a record: nothing is filled in, renamed or dropped.
 
         Args:
             record (`dict`):
                 Fields of the trajectory.
-            rollout (*optional*):
+            rollout (`object`, *optional*):
                 Name of the rollout for error messages.
             strict (`bool`, *optional*, defaults to `True`):
-                As `strict_trajectories` of [`ToolGRPOConfig`]: `False` logs what is wrong with a record, and gives a
-                trajectory with the tokens it has, if they can be read, of which none is trained on.
+                As `strict_trajectories` of [`ToolGRPOConfig`]: `False` logs what is wrong with a record and returns a
+                trajectory with its tokens, if they can be read, none of which is trained on.
 
         Raises:
             TrajectoryError: for an unknown, missing, short, non-finite or positive-log-prob field; the message names
@@ -193,167 +194,171 @@ class Trajectory:
             if strict:
                 raise
             logger.warning("Masked out: %s", error)
-        known: dict[str, Any] = {name: [] for name in ("prompt_ids", "completion_ids", "turns")}
-        if isinstance(record, dict):
-            known |= {name: record[name] for name in ("prompt_ids", "completion_ids") if name in record}
-        reason = record.get("stop_reason") if isinstance(record, dict) else None
-        trajectory = cls(**known, logprobs=[], tool_mask=[], forced_mask=[], stop_reason=reason or "length")
+        kept = record if isinstance(record, dict) else {}
+        prompt, completion = (kept.get(name, []) for name in ("prompt_ids", "completion_ids"))
+        trajectory = cls(prompt, completion, [], [], [], [], kept.get("stop_reason") or "length")
         trajectory.mask_out()
         return trajectory
 
     @classmethod
-    def _read(cls, record: dict[str, Any], rollout: Any) -> "Trajectory":
+    def _read(cls, record: JSONObject, rollout: object) -> "Trajectory":
         if not isinstance(record, dict):
             raise TrajectoryError(f"{_where(rollout)}: expected a dict of fields, got {type(record).__name__}.")
-        _check_keys(record, cls, {f.name for f in fields(cls)} - {"values"}, rollout)
+        _check_keys(record, cls, rollout)
         values = dict(record)
-        _check_list(values["turns"], "turns", _where(rollout))
+        _raise_first(list_faults("`turns`", values["turns"]), rollout)
         values["turns"] = [Turn.from_dict(t, rollout) if isinstance(t, dict) else t for t in values["turns"]]
         trajectory = cls(**values)
         trajectory.validate(rollout)
         return trajectory
 
-    def validate(self, rollout: Any = None) -> None:
-        """Check lengths, values and spans; raises [`TrajectoryError`] at the first fault."""
-        where = _where(rollout)
+    def validate(self, rollout: object = None) -> None:
+        """Check lengths, values and spans; the first fault raises [`TrajectoryError`]."""
+        _raise_first(self._faults(), rollout)
+
+    def _faults(self) -> Iterator[str]:
+        """Yield what is wrong with the record; later checks rely on the earlier ones having found nothing."""
         for name in ("prompt_ids", "completion_ids", "logprobs", "tool_mask", "forced_mask", "turns"):
-            _check_list(getattr(self, name), name, where)
-        expected = len(self.completion_ids)
-        for name in ("logprobs", "tool_mask", "forced_mask"):
-            got = len(getattr(self, name))
-            if got != expected:
-                raise TrajectoryError(
-                    f"{where}: field `{name}` has {got} values, expected {expected}, one per completion token."
-                )
+            yield from list_faults(f"`{name}`", getattr(self, name))
+        count, per = len(self.completion_ids), "completion token"
         for name in ("prompt_ids", "completion_ids"):
-            for position, token in enumerate(getattr(self, name)):
-                if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-                    raise TrajectoryError(
-                        f"{where}: field `{name}` expected token ids, got {token!r} at position {position}."
-                    )
+            yield from item_faults(f"`{name}`", getattr(self, name), "token ids", is_count)
+        for name in ("tool_mask", "forced_mask"):
+            yield from length_faults(f"`{name}`", getattr(self, name), count, per)
+            yield from item_faults(f"`{name}`", getattr(self, name), "0 or 1", _is_flag)
+        for position, (forced, assistant) in enumerate(zip(self.forced_mask, self.tool_mask, strict=True)):
+            if forced and not assistant:
+                yield f"field `forced_mask` marks token {position}, which `tool_mask` says no assistant wrote."
+        yield from figure_faults("`logprobs`", self.logprobs, count, per, most=0)
         if self.values is not None:
-            _check_list(self.values, "values", where)
-            unusable = sum(not is_finite_number(value) for value in self.values)
-            if len(self.values) != expected or unusable:
-                raise TrajectoryError(
-                    f"{where}: field `values` expected {expected} finite values, one per completion token, got "
-                    f"{len(self.values)}, of which {unusable} are not finite."
-                )
-        _check_mask(self.tool_mask, "tool_mask", where)
-        _check_mask(self.forced_mask, "forced_mask", where)
-        _check_values(self.forced_mask, self.tool_mask, self.logprobs, where)
+            yield from figure_faults("`values`", self.values, count, per)
         if self.stop_reason not in STOP_REASONS:
-            raise TrajectoryError(
-                f"{where}: field `stop_reason` expected one of {STOP_REASONS}, got {self.stop_reason!r}."
-            )
-        _check_turns(self.turns, expected, where)
+            yield f"field `stop_reason` expected one of {STOP_REASONS}, got {self.stop_reason!r}."
+        last = 0
+        for index, turn in enumerate(self.turns):
+            yield from _turn_faults(turn, f"turns[{index}]")
+            if not last <= turn.start <= turn.end <= count:
+                span = f"[{turn.start}, {turn.end})"
+                yield (
+                    f"field `turns` expected ordered spans within {count} completion tokens, got {span} for turn "
+                    f"{index}."
+                )
+            last = turn.end
 
 
-def field_meant_by(name: Any, known: Sequence[str]) -> str | None:
-    """The field that a misnamed one stands for, as far as that can be told; `None` if it cannot."""
-    close = _ALIASES.get(name) or next(iter(difflib.get_close_matches(str(name), known, n=1)), None)
+def field_meant_by(name: object, known: Sequence[str]) -> str | None:
+    """Return the field that a misnamed one probably stands for; `None` if none is close."""
+    close = _ALIASES.get(str(name)) or next(iter(difflib.get_close_matches(str(name), known, n=1)), None)
     return close if close in known else None
 
 
 def locate(trajectory: Trajectory, position: int) -> int:
-    """Index of the turn that holds completion token `position` (the last turn that starts at or before it)."""
+    """Return the index of the turn that holds completion token `position`: the last that starts at or before it."""
     turns = [index for index, turn in enumerate(trajectory.turns) if turn.start <= position]
     return turns[-1] if turns else 0
 
 
-def _where(rollout: Any) -> str:
-    return "Trajectory" if rollout is None else f"Rollout {rollout}"
-
-
-def _check_keys(record: dict, kind: type, required: set[str], rollout: Any, path: str = "") -> None:
-    known = [f.name for f in fields(kind)]
-    prefix = f"{path}." if path else ""
-    for name in record:
-        if name not in known:
-            close = field_meant_by(name, known)
-            hint = f" Did you mean `{close}`?" if close else ""
-            raise TrajectoryError(
-                f"{_where(rollout)}: unknown field `{prefix}{name}`, expected {', '.join(known)}.{hint}"
-            )
-    for name in known:
-        if name in required and name not in record:
-            raise TrajectoryError(f"{_where(rollout)}: field `{prefix}{name}` is missing; got {', '.join(record)}.")
-
-
-def _check_list(value: Any, name: str, where: str) -> None:
-    if not isinstance(value, (list, tuple)):
-        raise TrajectoryError(f"{where}: field `{name}` expected a list, got {type(value).__name__}.")
-
-
-def is_finite_number(value: Any) -> bool:
-    """Whether a value is a number, and neither NaN nor infinite."""
+def is_finite_number(value: object) -> TypeGuard[float]:
+    """Return whether a value is a number, and neither NaN nor infinite."""
     # By comparison: `math.isfinite` overflows for huge integers
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def _check_mask(mask: Sequence[int], name: str, where: str) -> None:
-    for position, value in enumerate(mask):
-        if type(value) is not int or value not in (0, 1):
-            raise TrajectoryError(f"{where}: field `{name}` expected 0 or 1, got {value!r} at position {position}.")
+def is_count(value: object) -> bool:
+    """Return whether a value is a non-negative `int`, and no `bool`: a token id, an index, a number of steps."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _check_values(forced_mask: Sequence[int], tool_mask: Sequence[int], logprobs: Sequence[float], where: str) -> None:
-    for position, (forced, assistant) in enumerate(zip(forced_mask, tool_mask, strict=True)):
-        if forced and not assistant:
-            raise TrajectoryError(
-                f"{where}: field `forced_mask` marks token {position}, which `tool_mask` says no assistant wrote."
-            )
-    for position, value in enumerate(logprobs):
-        if not is_finite_number(value) or value > 0:
-            raise TrajectoryError(
-                f"{where}: field `logprobs` expected finite values of at most 0, got {value!r} at position {position}."
-            )
+def list_faults(name: str, value: object) -> Iterator[str]:
+    """Yield a fault if a field is no list; `name` is the field as the message calls it."""
+    if not isinstance(value, (list, tuple)):
+        yield f"field {name} expected a list, got {type(value).__name__}."
 
 
-def _check_turns(turns: Sequence[Turn], length: int, where: str) -> None:
-    last = 0
-    for index, turn in enumerate(turns):
-        if not isinstance(turn, Turn):
-            raise TrajectoryError(f"{where}: field `turns` expected Turn records, got {type(turn).__name__}.")
-        _check_turn(turn, f"turns[{index}]", where)
-        if not last <= turn.start <= turn.end <= length:
-            raise TrajectoryError(
-                f"{where}: field `turns` expected ordered spans within {length} completion tokens, got "
-                f"[{turn.start}, {turn.end}) for turn {index}."
-            )
-        last = turn.end
+def length_faults(name: str, values: Sequence[object], count: int, per: str) -> Iterator[str]:
+    """Yield a fault if a list has not `count` values, one for each `per`."""
+    if len(values) != count:
+        yield f"field {name} has {len(values)} values, expected {count}, one per {per}."
 
 
-def _check_turn(turn: Turn, name: str, where: str) -> None:
-    """Check the type of every field of a turn."""
-    for field_name in ("start", "end"):
+def item_faults(
+    name: str, values: Sequence[object], expected: str, is_sound: Callable[[object], bool]
+) -> Iterator[str]:
+    """Yield a fault for each value that is not what was `expected`."""
+    for position, value in enumerate(values):
+        if not is_sound(value):
+            yield f"field {name} expected {expected}, got {value!r} at position {position}."
+
+
+def figure_faults(name: str, values: object, count: int, per: str, most: float = math.inf) -> Iterator[str]:
+    """Yield a fault unless `values` is a list of `count` finite numbers of at most `most`, one for each `per`."""
+    if not isinstance(values, (list, tuple)):
+        yield from list_faults(name, values)
+        return
+    expected = "finite values" if most == math.inf else f"finite values of at most {most}"
+    yield from length_faults(name, values, count, per)
+    yield from item_faults(name, values, expected, lambda value: is_finite_number(value) and value <= most)
+
+
+def _is_flag(value: object) -> bool:
+    return is_count(value) and value in (0, 1)
+
+
+def _is_duration(value: object) -> bool:
+    return is_finite_number(value) and value >= 0
+
+
+_TURN_FIELDS: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "start": ("an index", lambda value: type(value) is int),
+    "end": ("an index", lambda value: type(value) is int),
+    "stop_reason": (f"one of {TURN_STOP_REASONS}", TURN_STOP_REASONS.__contains__),
+    "sample_seconds": ("seconds", _is_duration),
+    "tool_seconds": ("seconds", _is_duration),
+    "policy_version": ("optimizer steps", lambda value: value is None or is_count(value)),
+}
+"""What each field of a turn must hold, and how that is checked."""
+
+
+def _turn_faults(turn: Turn, name: str) -> Iterator[str]:
+    """Yield what is wrong with the fields of a turn."""
+    if not isinstance(turn, Turn):
+        yield f"field `turns` expected Turn records, got {type(turn).__name__}."
+    for field_name, (expected, is_sound) in _TURN_FIELDS.items():
         value = getattr(turn, field_name)
-        if type(value) is not int:
-            raise TrajectoryError(f"{where}: field `{name}.{field_name}` expected an index, got {value!r}.")
-    if turn.stop_reason not in TURN_STOP_REASONS:
-        raise TrajectoryError(
-            f"{where}: field `{name}.stop_reason` expected one of {TURN_STOP_REASONS}, got {turn.stop_reason!r}."
-        )
+        if not is_sound(value):
+            yield f"field `{name}.{field_name}` expected {expected}, got {value!r}."
     for field_name, kind in (("tool_calls", ToolCall), ("tool_results", ToolResult)):
         items = getattr(turn, field_name)
-        _check_list(items, f"{name}.{field_name}", where)
-        for item in items:
-            if not isinstance(item, kind):
-                got = type(item).__name__
-                raise TrajectoryError(
-                    f"{where}: field `{name}.{field_name}` expected {kind.__name__} records, got {got}."
-                )
-    for field_name in ("sample_seconds", "tool_seconds"):
-        value = getattr(turn, field_name)
-        if not is_finite_number(value) or value < 0:
-            raise TrajectoryError(f"{where}: field `{name}.{field_name}` expected seconds, got {value!r}.")
-    version = turn.policy_version
-    if version is not None and (type(version) is not int or version < 0):
-        raise TrajectoryError(f"{where}: field `{name}.policy_version` expected optimizer steps, got {version!r}.")
-    _check_rewards(turn, name, where)
-
-
-def _check_rewards(turn: Turn, name: str, where: str) -> None:
+        yield from list_faults(f"`{name}.{field_name}`", items)
+        others = (type(item).__name__ for item in items if not isinstance(item, kind))
+        yield from (f"field `{name}.{field_name}` expected {kind.__name__} records, got {got}." for got in others)
     for reward in (turn.reward, *(result.reward for result in turn.tool_results)):
         if reward is not None and not is_finite_number(reward):
-            raise TrajectoryError(f"{where}: a reward of `{name}` expected a finite number, got {reward!r}.")
+            yield f"a reward of `{name}` expected a finite number, got {reward!r}."
+
+
+def _raise_first(faults: Iterator[str], rollout: object) -> None:
+    """Raise [`TrajectoryError`] for the first fault, if there is one."""
+    fault = next(faults, None)
+    if fault is not None:
+        raise TrajectoryError(f"{_where(rollout)}: {fault}")
+
+
+def _where(rollout: object) -> str:
+    return "Trajectory" if rollout is None else f"Rollout {rollout}"
+
+
+def _check_keys(record: JSONObject, kind: type, rollout: object, path: str = "") -> None:
+    """Raise [`TrajectoryError`] for a key that `kind` does not have, or a missing one that has no default."""
+    known = {f.name: f.default is f.default_factory is MISSING for f in fields(kind)}
+    prefix = f"{path}." if path else ""
+    for name in record:
+        if name not in known:
+            close = field_meant_by(name, list(known))
+            raise TrajectoryError(
+                f"{_where(rollout)}: unknown field `{prefix}{name}`, expected {', '.join(known)}.",
+                remedy=f"Did you mean `{close}`?" if close else "",
+            )
+    for name, required in known.items():
+        if required and name not in record:
+            raise TrajectoryError(f"{_where(rollout)}: field `{prefix}{name}` is missing; got {', '.join(record)}.")

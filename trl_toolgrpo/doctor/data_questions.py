@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..checks import named_datasets
-from ..rollout.context_length import context_length
+from ..model_settings import context_length
 from .findings import FAULT, NOTE, OK, CheckResult, ToolTrainer
 
 

@@ -1,20 +1,17 @@
-"""How many rollouts fit into a bound on memory.
-
-Owns what a stored token costs and the division of a rollout batch into parts that fit `rollout_cache_gib`. Fed by the
-engine with prompts, and by the checks at construction.
-"""
+"""How many rollouts fit into a bound on memory, and the division of a rollout batch into parts that do."""
 
 from collections.abc import Sequence
-from typing import Any
+
+from transformers import PreTrainedModel
 
 from ..config import ToolGRPOConfig
 from ..errors import ConfigError
 from ..model_settings import stored_values
 
 
-def bytes_per_token(args: ToolGRPOConfig, model: Any) -> int:
+def bytes_per_token(args: ToolGRPOConfig, model: PreTrainedModel) -> int:
     """
-    Memory of the keys and values of one token, over all layers, in bytes.
+    Return the memory of the keys and values of one token, over all layers, in bytes.
 
     Args:
         args ([`ToolGRPOConfig`]):
@@ -22,34 +19,34 @@ def bytes_per_token(args: ToolGRPOConfig, model: Any) -> int:
         model (`PreTrainedModel` or `PeftModel`):
             The policy.
     """
-    item = 2 if args.bf16 or args.fp16 else model.get_input_embeddings().weight.element_size()
+    item = 2 if args.bf16 or args.fp16 else model.get_input_embeddings().get_parameter("weight").element_size()
     return stored_values(model.config.get_text_config()) * item
 
 
-def stored_tokens(args: ToolGRPOConfig, model: Any) -> int | None:
-    """Tokens whose keys and values fit into `rollout_cache_gib`; `None` for no limit."""
+def stored_tokens(args: ToolGRPOConfig, model: PreTrainedModel) -> int | None:
+    """Return how many tokens' keys and values fit into `rollout_cache_gib`; `None` for no limit."""
     if args.rollout_cache_gib is None:
         return None
     return int(args.rollout_cache_gib * 2**30) // bytes_per_token(args, model)
 
 
-def check_cache(args: ToolGRPOConfig, model: Any) -> None:
+def check_cache(args: ToolGRPOConfig, model: PreTrainedModel) -> None:
     """
-    Check that one rollout fits, whatever is known of it before its prompt is.
+    Check that one rollout fits, as far as that is known without its prompt.
 
     Raises:
         ConfigError: if it does not.
     """
     limit, needed = stored_tokens(args, model), (args.max_completion_length or 1) + 2
     if limit is not None and needed > limit:
-        raise _too_small(args, model, limit, needed, "a prompt of one token")
+        raise _size_error(args, model, limit, needed, "a prompt of one token")
 
 
 def parts_that_fit(
-    args: ToolGRPOConfig, model: Any, prompts: Sequence[Sequence[int]], shares: bool = True
+    args: ToolGRPOConfig, model: PreTrainedModel, prompts: Sequence[Sequence[int]], shares: bool = True
 ) -> list[tuple[int, int]]:
     """
-    Divide rollouts into parts of which each fits into `rollout_cache_gib`, whatever their length will be.
+    Divide rollouts into parts that each fit into `rollout_cache_gib`, however long they become.
 
     Args:
         args ([`ToolGRPOConfig`]):
@@ -57,12 +54,12 @@ def parts_that_fit(
         model (`PreTrainedModel` or `PeftModel`):
             The policy.
         prompts (`Sequence[Sequence[int]]`):
-            Prompt of each rollout.
+            The prompt of each rollout.
         shares (`bool`, *optional*, defaults to `True`):
             Whether rollouts of a part with equal prompts share its keys and values, as with [`ModelSampler`].
 
     Returns:
-        `list[tuple[int, int]]`: where each part begins and ends, of like size where that fits.
+        `list[tuple[int, int]]`: where each part begins and ends; parts have the same size if that fits.
 
     Raises:
         ConfigError: if one rollout alone does not fit.
@@ -72,7 +69,7 @@ def parts_that_fit(
         return [(0, len(prompts))]
     longest = max(map(len, prompts))
     if longest + own > limit:
-        raise _too_small(args, model, limit, longest + own, f"its prompt of {longest} tokens")
+        raise _size_error(args, model, limit, longest + own, f"its prompt of {longest} tokens")
     parts, start = [], 0
     for row in range(1, len(prompts)):
         if _cost(prompts[start : row + 1], own, shares) > limit:
@@ -85,15 +82,16 @@ def parts_that_fit(
 
 
 def _cost(prompts: Sequence[Sequence[int]], own: int, shares: bool) -> int:
-    """Tokens that are stored at most: prompts, shared or not, padded to the longest, and each rollout's own."""
+    """Return the most tokens stored: prompts, shared or not, padded to the longest, and each rollout's own."""
     stored = len({tuple(prompt) for prompt in prompts}) if shares else len(prompts)
     return stored * max(map(len, prompts)) + len(prompts) * own
 
 
-def _too_small(args: ToolGRPOConfig, model: Any, limit: int, needed: int, prompt: str) -> ConfigError:
+def _size_error(args: ToolGRPOConfig, model: PreTrainedModel, limit: int, needed: int, prompt: str) -> ConfigError:
     least = needed * bytes_per_token(args, model) / 2**30
     return ConfigError(
         f"You passed `rollout_cache_gib={args.rollout_cache_gib}`, which holds the keys and values of {limit} tokens "
         f"of this model. One rollout with {prompt} and `max_completion_length={args.max_completion_length}` can need "
-        f"{needed}. Pass at least {least:.3g}, or lower `max_completion_length`."
+        f"{needed}.",
+        remedy=f"Pass at least {least:.3g}, or lower `max_completion_length`.",
     )

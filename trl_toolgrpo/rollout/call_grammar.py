@@ -1,18 +1,18 @@
-"""The grammar of a tool call's body: everything a template writes from behind the tool's name to the end of the turn.
+"""The grammar of a tool call's body: everything a template writes after the tool's name, to the end of the turn.
 
-Owns what can be read off a chat template about how it writes arguments: as one JSON object, or one by one with text
-between them. Gives Lark grammars as llguidance reads them; `constraint.py` compiles them. Fed by `forcing.py`.
+A chat template shows how it writes arguments: as one JSON object, or one by one with text between them. The grammars
+are Lark grammars as llguidance reads them; `constraint.py` compiles them.
 """
 
 import json
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import regex
 
 from ..errors import ChatTemplateError, ToolSchemaError
 from ..tools.types import Tool
+from ..types import JSONObject, JSONSchema, JSONValue
 from .chat import ToolChat
 
 
@@ -33,7 +33,7 @@ class CallGrammar:
             Chat handling of the tokenizer and template.
 
     Raises:
-        ChatTemplateError: if the way arguments are written cannot be read off the template.
+        ChatTemplateError: if it cannot be read off the template how arguments are written.
     """
 
     def __init__(self, chat: ToolChat):
@@ -46,17 +46,17 @@ class CallGrammar:
 
     def of(self, tool: Tool) -> str:
         """
-        Grammar of the body of a call of `tool`, from behind its name through the token that ends the turn.
+        Return the grammar of the body of a call of `tool`, from after its name through the token that ends the turn.
 
         Args:
             tool ([`Tool`]):
                 What is called.
 
         Returns:
-            `str`: a Lark grammar whose every text is a body with arguments that match the tool's schema.
+            `str`: a Lark grammar; every text it allows is a body with arguments that match the tool's schema.
 
         Raises:
-            ToolSchemaError: if the template has no way to write the arguments, or none that is known here.
+            ToolSchemaError: if the template has no known way to write the arguments.
         """
         if self._arguments is not None:
             start, rules = self._arguments.grammar(tool, self._literal)
@@ -66,8 +66,8 @@ class CallGrammar:
         parts = [self._literal(before), "arguments", self._literal(after)]
         return f"start: {' '.join(filter(None, parts))}\narguments: %json {json.dumps(body)}"
 
-    def _zone(self, arguments: dict[str, Any]) -> str:
-        """What the template writes behind the name, through the first token that ends a turn."""
+    def _zone(self, arguments: JSONObject) -> str:
+        """Return what the template writes after the name, through the first token that ends a turn."""
         rendered = self._chat.render_call(_NAME, arguments)
         zone = rendered[rendered.rindex(_NAME) + len(_NAME) :]
         end = self._first_stop(zone)
@@ -76,21 +76,23 @@ class CallGrammar:
         # The turn ends with what opens the result: GLM writes `<|observation|>` there, and `<|user|>` stops a turn too
         result = {"role": "tool", "name": "tool", "content": "x", "tool_call_id": "call_0_0"}
         answered = self._chat.render_call(_NAME, arguments, [result])
-        behind = answered[len(rendered) :]
-        end = self._first_stop(behind)
+        after = answered[len(rendered) :]
+        end = self._first_stop(after)
         if not answered.startswith(rendered) or end is None:
             raise ChatTemplateError(
                 "You passed `force_level='schema'`, but the chat template does not show which token ends a turn that "
-                "calls a tool. Use `force_level='name'`, or a chat template TRL ships."
+                "calls a tool.",
+                remedy="Use `force_level='name'`, or a chat template TRL ships.",
             )
-        return zone + behind[:end]
+        return zone + after[:end]
 
     def _first_stop(self, text: str) -> int | None:
-        """Where the first token that ends a turn is over; `None` if there is none."""
+        """Return the end of the first token that ends a turn; `None` if there is none."""
         return min((text.index(stop) + len(stop) for stop in self._chat.stop_texts if stop in text), default=None)
 
     def _literal(self, text: str) -> str:
-        """Fixed text: control tokens by their ids, since none may come of a text, and everything else as it is."""
+        """Return the expression of fixed text: control tokens by their ids, since no text may become one, and the rest
+        as strings."""
         return " ".join(
             f"<[{piece}]>" if isinstance(piece, int) else json.dumps(piece) for piece in self._chat.pieces(text)
         )
@@ -100,11 +102,11 @@ class _WrittenOneByOne:
     """
     Arguments with text around each, such as `<parameter=city>\nRome\n</parameter>`.
 
-    Everything is read off probes: the text before the first key, between a key and its value, between an argument and
-    the next one, behind the last one; what surrounds a string; how the template writes constants.
+    Everything is read off rendered examples: the text before the first key, between a key and its value, between an
+    argument and the next one, after the last one; what surrounds a string; how the template writes constants.
     """
 
-    def __init__(self, zone: Callable[[dict[str, Any]], str]):
+    def __init__(self, zone: Callable[[JSONObject], str]):
         self._zone = zone
         key, other = _KEYS
         self.nothing = zone({})
@@ -120,8 +122,9 @@ class _WrittenOneByOne:
                 raise ValueError("arguments are not written independently of each other")
         except ValueError as error:
             raise ChatTemplateError(
-                f"You passed `force_level='schema'`, but how arguments are written cannot be read off the chat "
-                f"template: {error}. Use `force_level='name'`, or a chat template TRL ships."
+                f"You passed `force_level='schema'`, but it cannot be read off the chat template how arguments are "
+                f"written: {error}.",
+                remedy="Use `force_level='name'`, or a chat template TRL ships.",
             ) from error
         reverse = zone({other: _NUMBER, key: _NUMBER})
         self.sorts = reverse.index(key) < reverse.index(other)
@@ -129,8 +132,8 @@ class _WrittenOneByOne:
         self.nested = nested == f"{self.before}{key}{self.middle}{json.dumps(_NESTED)}{self.after}"
 
     def grammar(self, tool: Tool, literal: Callable[[str], str]) -> tuple[str, list[str]]:
-        """The start expression and the rules of the arguments of `tool`."""
-        properties: dict[str, Any] = tool.parameters.get("properties") or {}
+        """Return the start expression and the rules of the arguments of `tool`."""
+        properties: JSONObject = tool.parameters.get("properties") or {}
         names = sorted(properties) if self.sorts else list(properties)
         required = [name in (tool.parameters.get("required") or ()) for name in names]
         rules = []
@@ -147,8 +150,8 @@ class _WrittenOneByOne:
             sequences.append(literal(self.nothing))
         return " | ".join(f"({sequence})" for sequence in sequences), rules
 
-    def _value(self, schema: Any, where: str, literal: Callable[[str], str]) -> str:
-        """Expression of the values a schema allows, as the template writes them."""
+    def _value(self, schema: JSONValue, where: str, literal: Callable[[str], str]) -> str:
+        """Return the expression of the values a schema allows, as the template writes them."""
         schema = schema if isinstance(schema, dict) else {}
         for key in ("enum", "const"):
             if key in schema:
@@ -163,7 +166,8 @@ class _WrittenOneByOne:
         kinds = kinds if isinstance(kinds, list) else [kinds]
         return _either(self._value_of(kind, schema, where, literal) for kind in kinds)
 
-    def _value_of(self, kind: str, schema: dict[str, Any], where: str, literal: Callable[[str], str]) -> str:
+    def _value_of(self, kind: str, schema: JSONSchema, where: str, literal: Callable[[str], str]) -> str:
+        """Return the expression of the values of one type."""
         if kind == "boolean":
             return _either(literal(self._constant(value, where)) for value in (True, False))
         if kind == "null":
@@ -179,7 +183,8 @@ class _WrittenOneByOne:
             return _PLAIN_NUMBER  # with exponents a value can pass the largest float, and be read as text
         return f"%json {json.dumps({**_closed(schema), 'type': kind, 'x-guidance': _SPACING})}"
 
-    def _constant(self, value: Any, where: str) -> str:
+    def _constant(self, value: JSONValue, where: str) -> str:
+        """Return a constant as the template writes it."""
         if isinstance(value, str):
             if not value or regex.search(self._forbidden(), value):
                 raise ToolSchemaError(f"{where} allows {value!r}, which this template cannot tell from its markup")
@@ -187,12 +192,12 @@ class _WrittenOneByOne:
         return _cut(self._zone({_KEYS[0]: value}), _KEYS[0] + self.middle, self.after, last=True)[1]
 
     def _forbidden(self) -> str:
-        """Class of the characters no text may hold: that which begins the text behind it, and an escape."""
+        """Return the class of the characters no text may hold: the first one of what follows it, and escapes."""
         end = (self.quotes[1] + self.after).lstrip()[:1]
         return f"[{regex.escape(end)}\\\\\\p{{Cc}}]"
 
-    def _text(self, schema: dict[str, Any]) -> str:
-        """Free text that neither ends early nor loses white space at its ends."""
+    def _text(self, schema: JSONSchema) -> str:
+        """Return the expression of free text that neither ends early nor loses white space at its ends."""
         least, most = schema.get("minLength", 0), schema.get("maxLength", math.inf)
         inner = "[^" + self._forbidden()[1:]
         edge = "[^ " + self._forbidden()[1:]
@@ -204,14 +209,14 @@ class _WrittenOneByOne:
 
 
 def _cut(text: str, first: str, second: str, last: bool = False) -> tuple[str, str, str]:
-    """The text before `first`, between it and `second`, and behind that."""
+    """Return the text before `first`, between it and `second`, and after that."""
     start = text.index(first) + len(first)
     stop = text.rindex(second) if last else text.index(second, start)
     return text[: start - len(first)], text[start:stop], text[stop + len(second) :]
 
 
-def _closed(schema: Any) -> Any:
-    """The schema with no properties beyond those it names, wherever it leaves that open."""
+def _closed(schema: JSONValue) -> JSONValue:
+    """Return the schema with no properties beyond those it names, wherever it leaves that open."""
     if not isinstance(schema, dict):
         return schema
     closed = dict(schema)

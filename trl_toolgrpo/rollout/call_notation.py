@@ -1,12 +1,13 @@
-"""How arguments are written in a call: where they end, what they say in JSON's terms, and of which types they are.
+"""How arguments are written in a call: where they end, what they are as JSON, and which types they have.
 
-A call ends where its arguments end and not at the first closing marker, which a text among them may hold.
+A call ends where its arguments end, not at the first closing marker, which a text among them may hold. transformers'
+parser ends it at that marker.
 """
 
 import ast
+import contextlib
 import json
 from collections.abc import Iterator
-from typing import Any
 
 import regex
 from transformers.utils.chat_parsing.content_parsers import parse_content
@@ -14,6 +15,7 @@ from transformers.utils.chat_parsing.response_parser import _coerce
 from transformers.utils.chat_parsing.response_templates import ResponseTemplateField
 
 from ..tools.schema_forms import alternatives, constants, type_names
+from ..types import JSONObject, JSONSchema, JSONValue
 
 
 _SPACE = regex.compile(r"\s*")
@@ -22,7 +24,7 @@ _JSON = json.JSONDecoder()
 _NAME = r"[\w.\-]+"
 _QUOTED = r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\""""
 _PYTHON_TEXT = regex.compile(_QUOTED, regex.DOTALL)
-# An argument whose text stands between single quotes as it is: it ends at the quote after which the list goes on
+# An argument whose text is not escaped between single quotes: it ends at the quote after which the list goes on
 _RAW_ARGUMENT = regex.compile(
     rf"""=\s*(?:'(?P<text>.*?)'(?=\s*(?:,\s*{_NAME}=|\)\s*(?:,\s*{_NAME}\(|\]\s*(?:<\|tool_call_end\|>|\Z))))"""
     rf"""|(?P<nested>(?P<inner>[\[{{](?:[^\[\]{{}}'"]|{_QUOTED}|(?&inner))*+[\]}}]))|"(?:[^"\\]|\\.)*+")""",
@@ -35,13 +37,13 @@ _PYTHON_NONE = regex.compile(r'"(?:\\.|[^"\\])*"|(?<=[:\[,])(\s*)None(?=\s*[,\]}
 
 
 def notation_types_values(field: ResponseTemplateField) -> bool:
-    """Whether a call's arguments are written so that a text cannot be taken for a number, as in JSON."""
+    """Return whether a call's arguments are written so that a text cannot be mistaken for a number, as in JSON."""
     if field.content != "xml-inline":
         return field.content in ("json", "python-call-list")
     return (field.content_args.get("value_parser") or {}).get("name", "text") == "json"
 
 
-def end_of_call(field: ResponseTemplateField, text: str, start: int, first: Any) -> Any:
+def end_of_call(field: ResponseTemplateField, text: str, start: int, first: regex.Match[str]) -> regex.Match[str]:
     """
     Return the closing marker of a call: the one after its arguments.
 
@@ -71,16 +73,16 @@ def end_of_call(field: ResponseTemplateField, text: str, start: int, first: Any)
 
 def as_plain_notation(field: ResponseTemplateField, body: str) -> str:
     """
-    Return the arguments of a call as transformers' parser for the field reads them without loss.
+    Return the arguments of a call in a form that transformers' parser for the field reads without loss.
 
     Args:
         field (`ResponseTemplateField`):
             The response template's field for calls.
         body (`str`):
-            What stands between the markers of the call.
+            The text between the markers of the call.
 
     Raises:
-        ValueError: if there is text between the arguments, one of them is written twice, or there is no call.
+        ValueError: if there is text between the arguments, an argument is written twice, or there is no call.
     """
     if field.content == "json" and field.content_args.get("string_delims"):
         return _as_json(body, field.content_args["string_delims"])
@@ -100,13 +102,13 @@ def as_plain_notation(field: ResponseTemplateField, body: str) -> str:
 
 
 def _writes_texts_raw(field: ResponseTemplateField) -> bool:
-    """Whether a text among the arguments may look like the markup after it, since nothing in it is escaped."""
+    """Return whether texts are not escaped, so that a text among the arguments may look like the markup after it."""
     args = field.content_args
     return field.content == "xml-inline" or bool(args.get("string_delims")) or args.get("strings") == "raw"
 
 
 def _end_of_arguments(field: ResponseTemplateField, text: str, start: int) -> int | None:
-    """Where the arguments of a call end; `None` if what stands there is not as the notation has it."""
+    """Return where the arguments of a call end; `None` if they are not written in the notation."""
     if field.content == "json" and not field.content_args.get("string_delims"):
         try:
             return _JSON.raw_decode(text, _after_space(text, start))[1]
@@ -124,15 +126,18 @@ def _end_of_arguments(field: ResponseTemplateField, text: str, start: int) -> in
     return None if raw_list and end and _opens_another(field, text, start, end, _LIST_START) else end
 
 
-def _arguments(tag: Any, text: str, start: int) -> Iterator[Any]:
+def _arguments(tag: regex.Pattern[str], text: str, start: int) -> Iterator[regex.Match[str]]:
     """Yield a match for each argument in the run of arguments that begins at `start`."""
     while (found := tag.match(text, _after_space(text, start))) and found.end() > start:
         yield found
         start = found.end()
 
 
-def _opens_another(field: ResponseTemplateField, text: str, start: int, end: int, beginning: Any) -> bool:
-    """Whether another call begins in a part of `text`: an argument that is never closed does not reach into it."""
+def _opens_another(
+    field: ResponseTemplateField, text: str, start: int, end: int, beginning: regex.Pattern[str]
+) -> bool:
+    """Return whether another call begins in a part of `text`: an argument that is never closed must not reach into
+    it."""
     for opening in field.open_re.finditer(text, start, end) if field.open_re is not None else ():
         named = "name" not in field.open_re.groupindex or bool(opening["name"])
         if named and beginning.match(text, _after_space(text, opening.end())):
@@ -141,7 +146,7 @@ def _opens_another(field: ResponseTemplateField, text: str, start: int, end: int
 
 
 def _is_readable(field: ResponseTemplateField, body: str) -> bool:
-    """Whether arguments can be read."""
+    """Return whether arguments can be read."""
     try:
         parse_content(as_plain_notation(field, body), field.content, field.content_args)
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -149,12 +154,12 @@ def _is_readable(field: ResponseTemplateField, body: str) -> bool:
     return True
 
 
-def _end_of_the_rest(field: ResponseTemplateField, text: str, close: Any) -> Any:
+def _end_of_the_rest(field: ResponseTemplateField, text: str, close: regex.Match[str]) -> regex.Match[str] | None:
     """
     Return the closing marker that ends what is left of a call after `close`, or `None` if nothing is left.
 
-    An argument written as it is may hold the markup of the end of a call. What follows in it has an end and no opening
-    then, which shows that the call was not read as it was meant.
+    An argument that is not escaped may hold the markup of the end of a call. The rest of the argument then has an end
+    without an opening, which shows that the call was misread.
     """
     marker = regex.search(r"<[^<>]+>", close.group())
     if marker is None or not _writes_texts_raw(field):
@@ -164,14 +169,14 @@ def _end_of_the_rest(field: ResponseTemplateField, text: str, close: Any) -> Any
     return None if last < 0 else field.close_re.search(text, last)
 
 
-def typed(arguments: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
+def typed(arguments: JSONObject, parameters: JSONSchema) -> JSONObject:
     """
     Return arguments that were written as text with the types of the tool's schema.
 
     Args:
-        arguments (`dict[str, Any]`):
+        arguments (`dict`):
             Arguments by name.
-        parameters (`dict[str, Any]`):
+        parameters (`dict`):
             JSON schema of the tool's arguments.
     """
     properties = parameters.get("properties")
@@ -185,12 +190,12 @@ def typed(arguments: dict[str, Any], parameters: dict[str, Any]) -> dict[str, An
     }
 
 
-def _typed_text(text: str, schema: Any, root: dict[str, Any]) -> Any:
+def _typed_text(text: str, schema: JSONSchema, root: JSONSchema) -> JSONValue:
     """
-    The value a text stands for.
+    Return the value a text stands for.
 
-    Where the schema takes a text too, the text is cast only if that value would be written in just this way: `00123`
-    and `1e3` stay texts then, `123` and `null` do not.
+    If the schema also takes a text, the text is cast only if the value would be written exactly like this: `00123` and
+    `1e3` then stay texts, `123` and `null` do not.
     """
     if any(text == constant for part in alternatives(schema, root) for constant in constants(part)):
         return text
@@ -204,16 +209,16 @@ def _typed_text(text: str, schema: Any, root: dict[str, Any]) -> Any:
     return values[0] if values else text
 
 
-def _cast(text: str, kind: str) -> Any:
-    """The value of one type that a text stands for; the text itself if it is none."""
+def _cast(text: str, kind: str) -> JSONValue:
+    """Return the value of one type that a text stands for; the text itself if there is none."""
     try:
         return _coerce(text, (kind,))
     except (RecursionError, OverflowError):
         return text
 
 
-def _quoted(field: ResponseTemplateField) -> Any:
-    """Pattern of the texts among which a closing marker does not count, for notations that are not JSON or XML."""
+def _quoted(field: ResponseTemplateField) -> regex.Pattern[str] | None:
+    """Return the pattern of texts in which a closing marker does not count, for notations other than JSON and XML."""
     if field.content == "json" and (delimiters := field.content_args.get("string_delims")):
         pairs = [rf"{regex.escape(opening)}.*?{regex.escape(closing)}" for opening, closing in delimiters]
         return regex.compile("|".join(pairs), regex.DOTALL)
@@ -222,8 +227,8 @@ def _quoted(field: ResponseTemplateField) -> Any:
     return None
 
 
-def _first_outside(quoted: Any, close: Any, text: str, start: int) -> int | None:
-    """Where `close` is first found outside of what `quoted` matches."""
+def _first_outside(quoted: regex.Pattern[str], close: regex.Pattern[str], text: str, start: int) -> int | None:
+    """Return where `close` is first found outside of what `quoted` matches."""
     marker = close.search(text, start)
     while marker is not None:
         inside = quoted.search(text, start)
@@ -240,7 +245,7 @@ def _after_space(text: str, place: int) -> int:
 
 
 def _as_json(body: str, delimiters: list[list[str]]) -> str:
-    """JSON of a notation with keys that may have no quotes, marked texts, and Python's `None`."""
+    """Return the JSON of a notation with keys that may have no quotes, marked texts, and Python's `None`."""
     marks = "|".join(rf"{regex.escape(opening)}(.*?){regex.escape(closing)}" for opening, closing in delimiters)
     pieces, place = [], 0
     for marked in regex.finditer(marks, body, regex.DOTALL):
@@ -256,8 +261,8 @@ def _as_json(body: str, delimiters: list[list[str]]) -> str:
     return written
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object, none of whose keys is written twice."""
+def _unique(pairs: list[tuple[str, JSONValue]]) -> JSONObject:
+    """Return an object, unless one of its keys is written twice."""
     keys = [key for key, _ in pairs]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
@@ -265,17 +270,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _as_call_list_value(argument: Any) -> str:
-    """An argument of a Python-style call with its text in JSON's quotes; lists and mappings as JSON."""
+def _as_call_list_value(argument: regex.Match[str]) -> str:
+    """Return an argument of a Python-style call with its text in JSON's quotes, and lists and mappings as JSON."""
     if argument["text"] is not None:
         return f"={json.dumps(argument['text'], ensure_ascii=False)}"
     if argument["nested"] is None:
         return argument[0]
-    try:
-        return f"={json.dumps(json.loads(argument['nested']), ensure_ascii=False)}"
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return f"={json.dumps(ast.literal_eval(argument['nested']), ensure_ascii=False)}"
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return argument[0]
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            return f"={json.dumps(read(argument['nested']), ensure_ascii=False)}"
+    return argument[0]

@@ -1,12 +1,12 @@
-"""Constrained turns: which tokens the grammar of a call's body allows next.
+"""Constrained turns: which tokens the grammar of a call's body allows next, by llguidance (extra `schema`).
 
-Owns the compiled grammars and their walk along a turn, with llguidance (extra `schema`). Every token sampled under a
-constraint counts as forced: it was not sampled from the distribution the trainer scores. Fed by `forcing.py`.
+Every token sampled under a constraint counts as forced: it was not sampled from the distribution the trainer scores.
 """
 
 import json
 import logging
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,23 +17,27 @@ from .call_grammar import CallGrammar
 from .chat import ToolChat
 
 
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+
 logger = logging.getLogger(__name__)
 
 
 class GrammarConstraint:
     """
-    A walk through a compiled grammar; see [`TokenConstraint`] for the protocol.
+    A position in a compiled grammar; see [`TokenConstraint`] for the protocol.
 
     Args:
         matcher (`llguidance.LLMatcher`):
             A matcher of its own, at the start of the grammar.
     """
 
-    def __init__(self, matcher: Any):
+    def __init__(self, matcher: "LLMatcher"):
         self._matcher = matcher
 
     def allowed(self, size: int) -> Tensor:
-        """See [`TokenConstraint.allowed`]."""
+        """Return a mask of the tokens that may come next, see [`TokenConstraint.allowed`]."""
         known = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8).bool()[:size]
         self._check()
         if not bool(known.any()):
@@ -41,7 +45,7 @@ class GrammarConstraint:
         return torch.nn.functional.pad(known, (0, size - len(known)))
 
     def accept(self, token_id: int) -> None:
-        """See [`TokenConstraint.accept`]."""
+        """Advance by one token, see [`TokenConstraint.accept`]."""
         self._matcher.consume_token(token_id)
         self._check()
 
@@ -60,31 +64,33 @@ class CallConstraints:
 
     Attributes:
         unsatisfiable (`int`):
-            Bodies that had to be left free since no grammar could be made of the tool's schema.
+            Number of bodies left free since no grammar could be made of the tool's schema.
 
     Raises:
         ImportError: if llguidance is not installed.
-        ChatTemplateError: if the template's way to write arguments cannot be read off it.
+        ChatTemplateError: if it cannot be read off the template how it writes arguments.
     """
 
     def __init__(self, chat: ToolChat):
         self._llguidance = import_llguidance()
         self._grammar = CallGrammar(chat)
         self._tokenizer = self._read_tokenizer(chat)
-        self._matchers: dict[str, Any] = {}
+        self._matchers: dict[str, LLMatcher | None] = {}
         self.unsatisfiable = 0
 
     def begin(self, tool: Tool) -> GrammarConstraint | None:
-        """A constraint for the body of a call of `tool`; `None`, counted, if its schema cannot be satisfied."""
+        """Return a constraint for the body of a call of `tool`; `None`, counted, if its schema cannot be satisfied."""
         key = json.dumps([tool.name, tool.parameters], default=str)
         if key not in self._matchers:
             self._matchers[key] = self._compile(tool)
-        if self._matchers[key] is None:
+        matcher = self._matchers[key]
+        if matcher is None:
             self.unsatisfiable += 1
             return None
-        return GrammarConstraint(self._matchers[key].deep_copy())
+        return GrammarConstraint(matcher.deep_copy())
 
-    def _compile(self, tool: Tool) -> Any:
+    def _compile(self, tool: Tool) -> "LLMatcher | None":
+        """Return a matcher at the start of the grammar of a call's body; `None`, with a warning, if there is none."""
         try:
             matcher = self._llguidance.LLMatcher(self._tokenizer, self._grammar.of(tool), log_level=0)
             reason = matcher.get_error()
@@ -99,8 +105,8 @@ class CallConstraints:
         )
         return None
 
-    def _read_tokenizer(self, chat: ToolChat) -> Any:
-        """The tokenizer as llguidance reads it, with every control token out of reach of free text."""
+    def _read_tokenizer(self, chat: ToolChat) -> "LLTokenizer":
+        """Return the tokenizer as llguidance reads it, with no control token reachable by free text."""
         description = json.loads(chat.tokenizer.backend_tokenizer.to_str())
         description.update(truncation=None, padding=None)
         for token in description["added_tokens"]:
@@ -109,9 +115,9 @@ class CallConstraints:
         return self._llguidance.LLTokenizer(json.dumps(description), eos_token=eos)
 
 
-def import_llguidance() -> Any:
+def import_llguidance() -> ModuleType:
     """
-    The package llguidance.
+    Import llguidance.
 
     Raises:
         ImportError: if it is not installed.

@@ -1,15 +1,15 @@
-"""The control tokens of a tokenizer, and texts of which none may come."""
+"""The control tokens of a tokenizer, and the encoding of texts that must not become one."""
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import regex
+from transformers import PreTrainedTokenizerBase
 
 
 class ControlTokens:
     """
-    The tokens of a vocabulary that control a conversation: special tokens, added tokens and those that end a turn.
+    The tokens that control a conversation: special tokens, added tokens and those that end a turn.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
@@ -22,49 +22,50 @@ class ControlTokens:
             Their ids.
     """
 
-    def __init__(self, tokenizer: Any, stop_ids: Iterable[int] = ()):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int] = ()):
         self._tokenizer = tokenizer
         special = {id for id in tokenizer.all_special_ids if id != tokenizer.unk_token_id}
         added = {**tokenizer.get_added_vocab(), **{tokenizer.convert_ids_to_tokens(id): id for id in special}}
         # Added tokens that are only whitespace (newline runs of Gemma) are text, not control
         self.ids = frozenset(id for text, id in added.items() if text.strip()) | frozenset(stop_ids)
-        names = sorted((text for text, id in added.items() if id in self.ids and text), key=len, reverse=True)
+        self._names = {text: id for text, id in added.items() if id in self.ids and text}
+        names = sorted(self._names, key=len, reverse=True)
         self._pattern = regex.compile("|".join(regex.escape(name) for name in names)) if names else None
-        # Words that were added to a vocabulary are not put together from two texts
+        # Words that were added to a vocabulary are not pieced together from two texts
         signs = [name for name in names if not (name[0].isalnum() or name[-1].isalnum())]
         self._begins = {name[:end] for name in signs for end in range(1, len(name))}
         self._ends = {name[start:] for name in signs for start in range(1, len(name))}
         self._longest = max(map(len, signs), default=0)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """Where the texts of control tokens are in a text, those that overlap included."""
+        """Return where control tokens are written in a text, overlapping ones included."""
         return [match.span() for match in self._pattern.finditer(text, overlapped=True)] if self._pattern else []
 
     def pieces(self, text: str) -> list[str | int]:
-        """A text in order: control tokens as their ids, the text between them as it is."""
+        """Return a text in order: control tokens as their ids, the text between them unchanged."""
         found: list[str | int] = []
         place = 0
         for match in self._pattern.finditer(text) if self._pattern else ():
-            found += [text[place : match.start()], self._tokenizer.convert_tokens_to_ids(match.group())]
+            found += [text[place : match.start()], self._names[match.group()]]
             place = match.end()
         return [piece for piece in (*found, text[place:]) if piece != ""]
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text, control tokens included."""
+        """Return the tokens of a text, control tokens included."""
         return self._tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def encode_inert(self, text: str) -> list[int]:
         """
-        Encode a text so that no control token comes of it.
+        Encode a text so that none of it becomes a control token.
 
         Returns:
-            `list[int]`: tokens that decode to the same text, but for characters that are control tokens by themselves,
-            which have no other spelling and are left out.
+            `list[int]`: tokens that decode to the same text, except for characters that are control tokens by
+            themselves, which have no other spelling and are left out.
         """
         return [id for _, ids in self._inert_parts(text) for id in ids]
 
     def _inert_parts(self, text: str) -> Iterator[tuple[str, list[int]]]:
-        """A text in parts, cut as rarely as possible, of which none becomes a control token, with their tokens."""
+        """Yield a text in parts, as few as possible, none of which becomes a control token, with their tokens."""
         todo = [text]
         while todo:
             part = todo.pop()
@@ -77,20 +78,20 @@ class ControlTokens:
             if len(cuts) > 2:  # a control token cut in two is no control token
                 todo += [part[start:stop] for start, stop in itertools.pairwise(cuts)][::-1]
                 continue
-            # What is left comes of normalization
+            # What is left is the result of normalization
             single = ((character, self.encode(character)) for character in part)
             yield from (found for found in single if self.ids.isdisjoint(found[1]))
 
     def marked(self, text: str, mark: str) -> str:
         """
-        A text with a mark wherever it has to be cut, also from what may stand before and after it, so that no control
-        token comes of it when it is encoded from mark to mark.
+        Return a text with a mark wherever it has to be cut, also from what may precede and follow it, so that none of
+        it becomes a control token when it is encoded from mark to mark.
 
         Args:
             text (`str`):
                 Any text.
             mark (`str`):
-                What no text holds.
+                A string that occurs in no text.
         """
         inert = mark.join(part for part, _ in self._inert_parts(text))
         reach = range(1, min(self._longest, len(text) + 1))

@@ -1,24 +1,22 @@
-"""A rollout batch from prompts to checked trajectories.
-
-Owns `RolloutEngine`, which puts sampler, chat, tool runtime and loop together, and `RolloutBatch`, what comes out of
-it. Fed by the trainer, which owns the policy.
-"""
+"""A rollout batch from prompts to checked trajectories: where sampler, chat, tool runtime and loop come together."""
 
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 from trl.models import unwrap_model_for_generation
 
 from ..config import ToolGRPOConfig
 from ..errors import ConfigError, TrajectoryError
+from ..model_settings import context_length
 from ..redaction import Redactor
 from ..tools.execute import ToolExecutor
 from ..trajectory import Trajectory
@@ -26,12 +24,11 @@ from .backends import generates_padded, make_sampler, unsupported_reason
 from .budget import parts_that_fit
 from .chat import ToolChat
 from .constraint import CallConstraints
-from .context_length import context_length
 from .forcing import CallPrefixes, ForcePolicy, Forcing
 from .loop import Rollout, RolloutLimits, RolloutLoop, RolloutRequest, RolloutStats
 from .noise import RolloutNoise
 from .rotary import RowFrequencies
-from .sampler import Sampler
+from .sampler import Autocast, Sampler
 from .vllm_sampler import VLLMSampler
 
 
@@ -39,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def unwrapped_policy(trainer: Any) -> Iterator[Any]:
-    """The policy of a TRL trainer, unwrapped and with its parameters gathered, as TRL prepares it for generation."""
+def unwrapped_policy(trainer: Any) -> Iterator[PreTrainedModel]:
+    """Unwrap the policy of a TRL trainer and gather its parameters, as TRL prepares it for generation."""
     with (
         unwrap_model_for_generation(
             trainer.model_wrapped,
@@ -62,18 +59,20 @@ def check_gathering(trainer: Any) -> None:
     Raises:
         ConfigError: if they are not, so that each token a process samples would wait for all other processes.
     """
-    state, why = trainer.accelerator.state, "Rollouts of different length would then wait for each other for ever."
+    state, why = trainer.accelerator.state, "Rollouts of different length would then wait for each other forever."
     plugin = getattr(state, "deepspeed_plugin", None)
     if plugin is not None and plugin.zero_stage == 3 and not trainer.args.ds3_gather_for_generation:
         raise ConfigError(
             f"You passed `ds3_gather_for_generation=False` with DeepSpeed ZeRO-3: weights are gathered anew for each "
-            f"token. {why} Leave it at True, use ZeRO-2, or set `record_sample_logprobs=False` for TRL's own path."
+            f"token. {why}",
+            remedy="Leave it at True, use ZeRO-2, or set `record_sample_logprobs=False` for TRL's own path.",
         )
     plugin = getattr(state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 1:
         raise ConfigError(
-            f"You passed FSDP in its version 1, which gathers weights anew for each token. {why} Set `fsdp_version: "
-            f"2`, as in accelerate_configs/fsdp2.yaml, or `record_sample_logprobs=False` for TRL's own path."
+            f"You passed FSDP version 1, which gathers weights anew for each token. {why}",
+            remedy="Set `fsdp_version: 2`, as in accelerate_configs/fsdp2.yaml, or `record_sample_logprobs=False` for "
+            "TRL's own path.",
         )
 
 
@@ -82,8 +81,8 @@ def gathered_parameters(model: torch.nn.Module) -> Iterator[None]:
     """
     Gather the parameters that FSDP2 has sharded, once for a whole rollout batch.
 
-    Otherwise every forward pass is a collective, and processes whose rollouts differ in length wait for each other for
-    ever. Does nothing for a model that is not sharded.
+    Otherwise every forward pass is a collective, and processes whose rollouts differ in length wait for each other
+    forever. Does nothing for a model that is not sharded.
 
     Args:
         model (`nn.Module`):
@@ -92,7 +91,7 @@ def gathered_parameters(model: torch.nn.Module) -> Iterator[None]:
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if sharded:
         state: Any = sharded[0]._get_fsdp_state()
-        if state._is_root is None:  # before its first pass; else the part that sampling calls would become the root
+        if state._is_root is None:  # before its first pass, or the part that sampling calls would become the root
             state._lazy_init()
     settings = [setting for module in sharded for setting in _reshard_settings(module, module is sharded[0])]
     for module in sharded:
@@ -108,10 +107,11 @@ def gathered_parameters(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _reshard_settings(module: FSDPModule, is_root: bool) -> list[tuple[Any, Any]]:
-    """Parameter groups of a module, each with what it reshards to after a forward pass; `None`: it stays gathered."""
+    """Return the parameter groups of a module, each with what it reshards to after a forward pass; `None` if it stays
+    gathered."""
     state: Any = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-    # Where nothing else was asked for, FSDP2 leaves the root gathered, and sees to that in the first forward pass
+    # By default FSDP2 leaves the root gathered, and arranges that in the first forward pass
     stays = is_root and state._auto_reshard_after_forward
     return [(group, None if stays else group.post_forward_mesh_info) for group in groups if group is not None]
 
@@ -125,13 +125,13 @@ class RolloutBatch:
         rollouts (`list[Rollout]`):
             In the order of their prompts.
         stats (`RolloutStats`):
-            Where the time went.
+            How long it took.
         invalid (`list[bool]`):
-            Rollouts whose record broke its contract and that were masked out.
+            Whether each record was broken and masked out.
         unconstrained (`int`):
-            Forced calls at level `"schema"` whose body was left free, since the schema cannot be satisfied.
+            Number of forced calls at level `"schema"` whose body was left free, since the schema cannot be satisfied.
         without_room (`list[bool]`):
-            Rollouts whose prompt fills the model's context, so that nothing was sampled.
+            Whether each prompt fills the model's context, so that nothing was sampled.
     """
 
     rollouts: list[Rollout]
@@ -146,7 +146,8 @@ class RolloutBatch:
         return [rollout.trajectory for rollout in self.rollouts]
 
     def holds(self, input_ids: Tensor, width: int) -> bool:
-        """Whether these are the rollouts of the batch, int64, shape (B, P + `width`), padded on both sides."""
+        """Return whether these are the rollouts of a batch of ids, int64, shape (B, P + `width`), padded on both
+        sides."""
         rows, start = input_ids.tolist(), input_ids.size(1) - width
         return len(rows) == len(self.rollouts) and all(
             row[start - len(t.prompt_ids) : start + len(t.completion_ids)] == [*t.prompt_ids, *t.completion_ids]
@@ -154,22 +155,23 @@ class RolloutBatch:
         )
 
     def logprobs(self, width: int, device: torch.device) -> Tensor:
-        """Recorded log-probs, nats, float32, shape (B, `width`), right-padded with 0.0."""
+        """Return recorded log-probs, nats, float32, shape (B, `width`), right-padded with 0.0."""
         return _padded([trajectory.logprobs for trajectory in self.trajectories], width).to(device)
 
     def attention_mask(self, width: int, device: torch.device) -> Tensor:
-        """1 for every token of a completion, whether or not it trains, int64, shape (B, `width`)."""
+        """Return 1 for every token of a completion, whether or not it trains, int64, shape (B, `width`)."""
         lengths = torch.tensor([len(trajectory.completion_ids) for trajectory in self.trajectories])
         return (torch.arange(width) < lengths[:, None]).long().to(device)
 
     def entropies(self, width: int, device: torch.device) -> Tensor | None:
-        """Recorded entropies, nats, float32, shape (B, `width`), right-padded with 0.0; `None` if there are none."""
+        """Return recorded entropies, nats, float32, shape (B, `width`), right-padded with 0.0; `None` if there are
+        none."""
         recorded = [rollout.entropies for rollout in self.rollouts if rollout.entropies is not None]
         return _padded(recorded, width).to(device) if len(recorded) == len(self.rollouts) else None
 
     def mask_dropped(self, output: dict[str, Tensor], truncated: bool) -> None:
-        """Zero the masks (B, T) of rollouts that take no part in the update: invalid and empty ones, and, if asked
-        for, `truncated` ones."""
+        """Zero the masks (B, T) of rollouts that take no part in the update: invalid and empty ones, and truncated
+        ones if `truncated`."""
         dropped = [
             invalid or not any(trajectory.tool_mask) or (truncated and trajectory.truncated)
             for invalid, trajectory in zip(self.invalid, self.trajectories, strict=True)
@@ -187,9 +189,10 @@ def _padded(rows: Sequence[Sequence[float]], width: int) -> Tensor:
     return padded
 
 
+@dataclass(eq=False)
 class RolloutEngine:
     """
-    Runs rollout batches.
+    Produces rollout batches.
 
     Args:
         args ([`ToolGRPOConfig`]):
@@ -206,21 +209,16 @@ class RolloutEngine:
             Names the tool of a forced call; uniform by default.
     """
 
-    def __init__(
-        self,
-        args: ToolGRPOConfig,
-        stop_ids: Sequence[int],
-        pad_id: int,
-        chat: ToolChat | None = None,
-        executor: ToolExecutor | None = None,
-        force_policy: ForcePolicy | None = None,
-    ):
-        self.args = args
-        self.stop_ids = list(stop_ids)
-        self.pad_id = pad_id
-        self.chat = chat
-        self.executor = executor
-        self.redactor = Redactor()  # of the run, where the trainer sets it
+    args: ToolGRPOConfig
+    stop_ids: Sequence[int]
+    pad_id: int
+    chat: ToolChat | None = None
+    executor: ToolExecutor | None = None
+    force_policy: ForcePolicy | None = None
+
+    def __post_init__(self) -> None:
+        args = self.args
+        self.redactor = Redactor()  # replaced by that of the run in the trainer
         iterations = args.max_tool_calling_iterations
         self.limits = RolloutLimits(
             max_completion_length=args.max_completion_length or 1,
@@ -228,23 +226,21 @@ class RolloutEngine:
             max_tool_output_tokens=args.max_tool_output_tokens,
             parse_error_budget=args.parse_error_budget,
         )
-        self.vllm: VLLMSampler | None = None  # samples in place of the policy itself, where the trainer sets it
+        self.vllm: VLLMSampler | None = None  # samples instead of the policy itself, if the trainer sets it
         self._supported: bool | None = None
         self._pads = True
         self._warned_of_border = False
-        self._given_up = 0
-        self._force_policy = force_policy
-        forces = args.force_rate > 0 and chat is not None
-        self._prefixes = CallPrefixes(chat) if forces and chat is not None else None
-        self._constraints: CallConstraints | None = None
-        if self._prefixes is not None and chat is not None and args.force_level == "schema":
-            self._constraints = CallConstraints(chat)
+        self._abandoned = 0
+        forced = self.chat if args.force_rate > 0 else None
+        self._prefixes = CallPrefixes(forced) if forced is not None else None
+        constrains = args.force_level == "schema"
+        self._constraints = CallConstraints(forced) if forced is not None and constrains else None
 
     def run(
         self,
-        policy: Any,
+        policy: PreTrainedModel,
         requests: Sequence[RolloutRequest],
-        autocast: Callable[[], AbstractContextManager],
+        autocast: Autocast,
         force: bool = False,
         noise: RolloutNoise | None = None,
     ) -> RolloutBatch:
@@ -257,48 +253,48 @@ class RolloutEngine:
             requests (`Sequence[RolloutRequest]`):
                 Prompts and tools.
             autocast (`Callable`):
-                Gives the autocast context the trainer scores under.
+                Makes the autocast context that the trainer scores under.
             force (`bool`, *optional*, defaults to `False`):
                 Whether turns may be forced, at `force_rate`.
             noise ([`RolloutNoise`], *optional*):
-                Makes the batch depend on the policy, the prompts, what tools return and this noise alone.
+                Makes the batch depend on nothing but the policy, the prompts, what tools return and this noise.
 
         Raises:
-            TrajectoryError: for a record that breaks its contract, unless `strict_trajectories=False`.
+            TrajectoryError: for a broken record, unless `strict_trajectories=False`.
         """
         self.limits.max_sequence_length = context_length(policy.config) or math.inf
         if self.vllm is not None:
             self.limits.max_sequence_length = min(self.limits.max_sequence_length, self.vllm.max_length)
         batch = RolloutBatch([], RolloutStats())
-        prompts = self._read_prompts(requests)
+        prompts = self._sampler_prompts(requests)
         without_room = [not self.limits.has_room(request.prompt_ids) for request in requests]
         if any(without_room):
             logger.warning(
-                "%s of %s prompts have as many tokens as the model has positions (%s), or more: there is no room for "
-                "a completion. These rollouts end with stop reason `length` and take no part in the update. Shorten "
-                "what the data set and the environments put into the prompt.",
+                "%s of %s prompts have at least as many tokens as the model has positions (%s), which leaves no room "
+                "for a completion. These rollouts end with stop reason `length` and take no part in the update. "
+                "Shorten what the data set and the environments put into the prompt.",
                 *(sum(without_room), len(requests), self.limits.max_sequence_length),
             )
         parts = [(0, len(requests))]  # vLLM has a cache of its own
         if self.vllm is None:
             parts = parts_that_fit(self.args, policy, prompts, shares=self._is_supported(policy, autocast))
         longest = self.limits.max_sequence_length
-        for start, stop, limit in self._same_frequencies(policy, prompts, parts):
+        for start, stop, limit in self._parts_by_frequency(policy, prompts, parts):
             self.limits.max_sequence_length = min(longest, limit)
-            drawn = None if noise is None else noise.behind(start)
+            drawn = None if noise is None else noise.after(start)
             part = self._run_part(policy, requests[start:stop], autocast, force, drawn)
             batch.rollouts += part.rollouts
             batch.stats.seconds += part.stats.seconds
             batch.stats.tool_wait_seconds += part.stats.tool_wait_seconds
         self.limits.max_sequence_length = longest
         if self.executor is not None:
-            given_up = self.executor.abandoned
-            batch.stats.abandoned, self._given_up = given_up - self._given_up, given_up
+            abandoned = self.executor.abandoned
+            batch.stats.abandoned, self._abandoned = abandoned - self._abandoned, abandoned
         if self._constraints is not None:
             batch.unconstrained, self._constraints.unsatisfiable = self._constraints.unsatisfiable, 0
         batch.invalid = [self._is_invalid(row, rollout) for row, rollout in enumerate(batch.rollouts)]
         for trajectory in batch.trajectories:
-            if not trajectory.completion_ids:  # TRL needs one token; nobody wrote this one, so nothing trains on it
+            if not trajectory.completion_ids:  # TRL needs one token; the policy did not write it, so none trains
                 trajectory.completion_ids, trajectory.logprobs = [self.pad_id], [0.0]
                 trajectory.tool_mask, trajectory.forced_mask, trajectory.values = [0], [0], None
         batch.without_room = without_room
@@ -306,45 +302,39 @@ class RolloutEngine:
 
     def _run_part(
         self,
-        policy: Any,
+        policy: PreTrainedModel,
         requests: Sequence[RolloutRequest],
-        autocast: Callable[[], AbstractContextManager],
+        autocast: Autocast,
         force: bool,
         noise: RolloutNoise | None,
     ) -> RolloutBatch:
-        """Rollouts that are in progress together."""
-        sampler: Sampler
-        if self.vllm is not None:
-            sampler = self.vllm
-        else:
-            sampler = make_sampler(
-                policy,
-                self._is_supported(policy, autocast),
-                stop_ids=self.stop_ids,
-                pad_id=self.pad_id,
-                temperature=self.args.temperature,
-                autocast=autocast,
-                **({} if noise is None else {"noise": noise}),
-                **({} if self._pads else {"pads": False}),
-            )
-        with sampler.open(self._read_prompts(requests), self.limits.max_completion_length) as session:
-            forcing = self._forcing(noise) if force else None
-            in_order = noise is not None
-            loop = RolloutLoop(
-                session, requests, self.limits, self.chat, self.executor, forcing, in_order, self.redactor
-            )
+        """Sample the rollouts that are in progress together."""
+        sampler: Sampler = self.vllm or make_sampler(
+            policy,
+            self._is_supported(policy, autocast),
+            pads=self._pads,
+            stop_ids=self.stop_ids,
+            pad_id=self.pad_id,
+            temperature=self.args.temperature,
+            autocast=autocast,
+            noise=noise,
+        )
+        forcing = self._forcing(noise) if force else None
+        with sampler.open(self._sampler_prompts(requests), self.limits.max_completion_length) as session:
+            needed = (session, requests, self.limits, self.chat, self.executor, forcing)
+            loop = RolloutLoop(*needed, in_order=noise is not None, redactor=self.redactor)
             return RolloutBatch(loop.run(), loop.stats)
 
-    def _read_prompts(self, requests: Sequence[RolloutRequest]) -> list[list[int]]:
-        """Prompts as a sampler reads them: of a rollout that does not begin, a token that is not used."""
+    def _sampler_prompts(self, requests: Sequence[RolloutRequest]) -> list[list[int]]:
+        """Return prompts as a sampler reads them: one unused token for a rollout that does not begin."""
         begins = [self.limits.has_room(request.prompt_ids) and not request.failed for request in requests]
         return [r.prompt_ids if begun else r.prompt_ids[-1:] for r, begun in zip(requests, begins, strict=True)]
 
-    def _same_frequencies(
-        self, policy: Any, prompts: Sequence[Sequence[int]], parts: Sequence[tuple[int, int]]
+    def _parts_by_frequency(
+        self, policy: PreTrainedModel, prompts: Sequence[Sequence[int]], parts: Sequence[tuple[int, int]]
     ) -> Iterator[tuple[int, int, float]]:
-        """Divide parts further, by the rotary frequencies that their rollouts keep; each with the tokens, prompt
-        included, after which the frequencies would change."""
+        """Divide parts further, into rollouts that keep the same rotary frequencies; each with the number of tokens,
+        prompt included, after which the frequencies would change."""
         frequencies = RowFrequencies(policy)
         limits = [frequencies.limit(len(prompt)) for prompt in prompts]
         crossing = sum(
@@ -354,9 +344,9 @@ class RolloutEngine:
         if crossing and not self._warned_of_border:
             self._warned_of_border = True
             logger.warning(
-                "The rotary frequencies of this model (`%s`) change after %s tokens, and with them what it says of "
-                "the tokens before: a log-prob that was recorded before is not that of the trainer after. "
-                "Rollouts that begin before that end there, with stop reason `length`, as %s of these %s may. Shorten "
+                "The rotary frequencies of this model (`%s`) change after %s tokens, and with them the log-probs of "
+                "the tokens before: those recorded up to there are not those that the trainer computes. Rollouts "
+                "that begin below that length end there, with stop reason `length`, as %s of these %s may. Shorten "
                 "the prompts or lower `max_completion_length`, so that both fit into it.",
                 *(frequencies.kinds, frequencies.border, crossing, len(prompts)),
             )
@@ -372,11 +362,12 @@ class RolloutEngine:
             return None
         seed = int(torch.randint(2**31, ()).item()) if noise is None else 0
         level, rate = self.args.force_level, self.args.force_rate
-        return Forcing(self._prefixes, rate, level, seed, self._force_policy, self._constraints, noise)
+        return Forcing(self._prefixes, rate, level, seed, self.force_policy, self._constraints, noise)
 
-    def _is_supported(self, policy: Any, autocast: Callable[[], AbstractContextManager] = nullcontext) -> bool:
+    def _is_supported(self, policy: PreTrainedModel, autocast: Autocast = nullcontext) -> bool:
+        """Return whether the default sampler can handle the policy; the answer is found once."""
         if self._supported is None:
-            size = policy.get_input_embeddings().weight.shape[0]
+            size = policy.get_input_embeddings().get_parameter("weight").shape[0]
             reason = unsupported_reason(policy, [(index * 7 + 3) % size for index in range(8)], autocast)
             self._supported = reason is None
             if reason is not None:
@@ -384,13 +375,13 @@ class RolloutEngine:
                 self._pads = generates_padded(policy)
                 if not self._pads:
                     logger.warning(
-                        "`model.generate` gives rows of a padded batch something else than each of them alone: "
+                        "`model.generate` treats rows of a padded batch differently from each of them alone, so "
                         "rollouts are sampled one after the other, which is slow."
                     )
         return self._supported
 
     def _is_invalid(self, row: int, rollout: Rollout) -> bool:
-        """Raise for a broken record; where that is not wanted, leave nothing of it to train on."""
+        """Raise for a broken record, or without `strict_trajectories` leave nothing of it to train on."""
         try:
             if rollout.fault is not None:
                 raise TrajectoryError(f"Rollout {row}: {rollout.fault}")

@@ -1,14 +1,12 @@
 """Forced tool calls: when a turn begins with one, and with which tokens.
 
-Owns the call prefixes of a chat template and the draw that decides whether a turn is forced. Forced tokens were not
-sampled from the policy, so every one of them is marked in `Trajectory.forced_mask` and weighs nothing in a
-policy-gradient update. Fed by the rollout loop at the start of each assistant turn.
+Forced tokens were not sampled from the policy, so each is marked in `Trajectory.forced_mask` and weighs nothing in a
+policy-gradient update.
 """
 
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import regex
 
@@ -52,13 +50,13 @@ class CallPrefixes:
         self._tokens: dict[str | None, list[int]] = {}
 
     def tokens(self, name: str | None = None) -> list[int]:
-        """Tokens of the call-opening marker, or of everything through the tool's `name`."""
+        """Return the tokens of the call-opening marker, or of everything through the tool's `name`."""
         if name not in self._tokens:
             self._tokens[name] = self._chat.encode(self._marker if name is None else self._until_name + name)
         return self._tokens[name]
 
     def _opening(self, rendered: str) -> str:
-        """Text from the start of the call to its name."""
+        """Return the text from the start of the call to its name."""
         calls = self._chat.response_template.get("fields", {}).get("tool_calls", {})
         pattern = calls.get("open_pattern") or regex.escape(calls.get("open") or "")
         end = rendered.rfind(_NAME)
@@ -66,13 +64,14 @@ class CallPrefixes:
         if not pattern or end < 0 or not starts:
             raise ChatTemplateError(
                 "You passed `force_rate` above 0, but the opening of a tool call cannot be read off the chat template "
-                "and its response template. Use a chat template TRL ships, or leave `force_rate` at 0."
+                "and its response template.",
+                remedy="Use a chat template TRL ships, or leave `force_rate` at 0.",
             )
         return rendered[starts[-1] : end]
 
     @staticmethod
     def _closing_of_thought(start: str, rendered: str) -> str:
-        """What closes a thought that the generation prompt itself has opened."""
+        """Return what closes a thought that the generation prompt itself has opened."""
         if "<think>" not in start or "</think>" in start[start.rindex("<think>") :]:
             return ""
         closing = rendered[rendered.rindex("</think>") :] if "</think>" in rendered else "</think>\n\n"
@@ -82,11 +81,11 @@ class CallPrefixes:
 @dataclass
 class ForcedStart:
     """
-    What a turn is made to begin with.
+    The forced beginning of a turn.
 
     Args:
         token_ids (`list[int]`):
-            Literal tokens; none if the turn is left alone.
+            Literal tokens; none if the turn is not forced.
         constraint ([`TokenConstraint`], *optional*):
             What the rest of the turn is constrained to.
     """
@@ -95,9 +94,10 @@ class ForcedStart:
     constraint: TokenConstraint | None = None
 
 
+@dataclass(eq=False)
 class Forcing:
     """
-    Decides turn by turn.
+    Decides turn by turn what is forced.
 
     Args:
         prefixes (`CallPrefixes`):
@@ -114,27 +114,23 @@ class Forcing:
         constraints ([`CallConstraints`], *optional*):
             Needed at level `"schema"`.
         noise ([`RolloutNoise`], *optional*):
-            Makes each draw depend on its rollout and turn alone, instead of on the draws before it.
+            Makes each draw depend only on its rollout and turn, instead of on the draws before it.
     """
 
-    def __init__(
-        self,
-        prefixes: CallPrefixes,
-        rate: float,
-        level: str,
-        seed: int,
-        policy: ForcePolicy | None = None,
-        constraints: CallConstraints | None = None,
-        noise: RolloutNoise | None = None,
-    ):
-        self.prefixes, self.rate, self.level, self.policy = prefixes, rate, level, policy
-        self.constraints = constraints
-        self.noise = noise
-        self._random = random.Random(seed)
+    prefixes: CallPrefixes
+    rate: float
+    level: str
+    seed: int
+    policy: ForcePolicy | None = None
+    constraints: CallConstraints | None = None
+    noise: RolloutNoise | None = None
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(self.seed)
 
     def begin_turn(self, trajectory: Trajectory, tools: Mapping[str, Tool], row: int = 0) -> ForcedStart:
         """
-        What a turn is made to begin with.
+        Return the forced beginning of a turn, empty if it is not forced.
 
         Args:
             trajectory (`Trajectory`):
@@ -152,13 +148,13 @@ class Forcing:
             return ForcedStart([])
         if self.level == "call":
             return ForcedStart(list(self.prefixes.tokens()))
-        name: Any = draws.choice(sorted(tools))
+        name = draws.choice(sorted(tools))
         if self.policy is not None:
             name = self.policy(trajectory, list(tools.values()))
             if name not in tools:
                 raise ToolNameError(
-                    f"Your `force_policy` named the tool {name!r}, which this rollout does not have. Return one of "
-                    f"{', '.join(sorted(tools))}."
+                    f"Your `force_policy` named the tool {name!r}, which this rollout does not have.",
+                    remedy=f"Return one of {', '.join(sorted(tools))}.",
                 )
         constraint = self.constraints.begin(tools[name]) if self.constraints is not None else None
         return ForcedStart(list(self.prefixes.tokens(name)), constraint)

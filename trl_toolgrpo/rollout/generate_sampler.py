@@ -1,43 +1,55 @@
 """The plain sampler: `model.generate` over whole histories, for models whose attention the default sampler cannot
 handle.
 
-Owns `GenerateSampler`. It prefills the history again at every turn and keeps rows in lockstep, so it is slow; but it
-asks nothing of the model beyond `generate`, and records the same log-probs. Fed with token ids by the rollout loop.
+It prefills the history again at every turn and keeps rows in lockstep, so it is slow; but it needs nothing of the
+model beyond `generate`, and records the same log-probs.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from ..errors import SamplerError
 from ..lm_head import held_head
 from .model_sampler import sample_tokens
 from .rotary import RowFrequencies
-from .sampler import SampledTokens, TokenConstraint, constrain, scoring_mode
+from .sampler import (
+    PolicySampler,
+    RowNoise,
+    SampledTokens,
+    TokenConstraint,
+    base_model,
+    constrain,
+    replaced,
+    scoring_mode,
+)
 
 
+@dataclass
 class _Temperature(LogitsProcessor):
     """
     Divides by the temperature, applies constraints and keeps the log-softmax the next token is drawn from. Given
-    `noise`, it draws the token itself, and leaves nothing else to draw.
+    `noise`, it draws the token itself, and leaves only that one to draw.
     """
 
-    def __init__(
-        self,
-        temperature: float,
-        constraints: Sequence[TokenConstraint | None],
-        rows: Sequence[int],
-        noise: Callable[[list[int]], Tensor] | None,
-    ):
-        self.temperature = temperature
-        self.constraints = list(constraints)
-        self.noise = noise
-        self.drawing = dict(enumerate(rows))  # row at each place of the batch that has not ended
-        self.log_softmax: Tensor | None = None
+    temperature: float
+    constraints: list[TokenConstraint | None]
+    drawing: dict[int, int]  # row at each place of the batch that has not ended
+    noise: RowNoise | None
+    log_softmax: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scaled = constrain(scores.float() / self.temperature, self.constraints)
@@ -51,13 +63,13 @@ class _Temperature(LogitsProcessor):
 
 
 class _Recorder(StoppingCriteria):
-    """Called right after each token is drawn: records its log-prob; ends a row at its own budget."""
+    """Called right after each token is drawn: records its log-prob, and ends a row at its own budget."""
 
     def __init__(self, source: _Temperature, start: int, budgets: Tensor, stop_ids: Collection[int]):
         self.source, self.start, self.budgets, self.stop_ids = source, start, budgets, stop_ids
         self.logprobs: list[Tensor] = []
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
         if self.source.log_softmax is None:
             raise SamplerError("`generate` drew a token without calling the logits processor.")
         self.logprobs.append(self.source.log_softmax.gather(-1, input_ids[:, -1:])[:, 0].clamp(max=0.0))
@@ -66,69 +78,36 @@ class _Recorder(StoppingCriteria):
             token = int(input_ids[place, -1])
             if constraint is not None:
                 constraint.accept(token)
-            if token in self.stop_ids or bool(ended[place]):  # what is drawn behind the end is thrown away
+            if token in self.stop_ids or bool(ended[place]):  # what is drawn after the end is thrown away
                 self.source.constraints[place] = None
                 self.source.drawing.pop(place, None)
         return ended
 
 
-@contextmanager
-def without_generation_settings(model: Any) -> Iterator[None]:
+def without_generation_settings(model: PreTrainedModel) -> AbstractContextManager[None]:
     """
-    Without the model's own generation settings. `generate` fills them in wherever it is given none, and many a chat
-    model brings a repetition penalty, which would reshape the distribution the trainer scores.
+    Take away a model's own generation settings while this is open. `generate` falls back on them, and many chat models
+    have a repetition penalty, which would reshape the distribution the trainer scores.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    settings, base.generation_config = base.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        base.generation_config = settings
+    return replaced(base_model(model), "generation_config", GenerationConfig())
 
 
-class GenerateSampler:
+@dataclass(eq=False)
+class GenerateSampler(PolicySampler):
     """
     Samples with `model.generate`.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            The policy, unwrapped.
-        stop_ids (`Sequence[int]`):
-            Tokens that end a turn.
-        pad_id (`int`):
-            Padding token id.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature of sampling and of the recorded log-probs.
-        autocast (`Callable`, *optional*):
-            Gives the autocast context the trainer scores under.
-        noise (`Callable`, *optional*):
-            As in [`ModelSampler`]; by default `generate` draws.
         pads (`bool`, *optional*, defaults to `True`):
             Whether histories are padded on the left and sampled together, or one after the other, for a model whose
-            `generate` gives rows of a batch something else than each of them alone.
+            `generate` treats rows of a padded batch differently from each of them alone.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        stop_ids: Sequence[int],
-        pad_id: int,
-        temperature: float = 1.0,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
-        noise: Callable[[list[int]], Tensor] | None = None,
-        pads: bool = True,
-    ):
-        self.model = model
-        self.pads = pads
-        self.noise = noise
-        self.stop_ids = frozenset(stop_ids)
-        self.pad_id = pad_id
-        self.temperature = temperature
-        self.autocast = autocast
+    pads: bool = True
 
     @contextmanager
     def open(self, prompts: Sequence[Sequence[int]], max_length: int) -> Iterator["GenerateSession"]:
-        """See [`Sampler.open`]. The model is in evaluation mode, without gradients, while the session is open."""
+        """Open a session, see [`Sampler.open`]; the model is in evaluation mode, without gradients, until it ends."""
         frequencies = RowFrequencies(self.model).of()  # `generate` counts positions without padding
         settings = without_generation_settings(self.model)
         with scoring_mode(self.model), settings, self.autocast(), held_head(self.model), frequencies:
@@ -146,44 +125,52 @@ class GenerateSession:
 
     @property
     def busy(self) -> bool:
-        """See [`SamplerSession.busy`]."""
+        """Whether there is work for [`GenerateSession.step`]."""
         return bool(self.budgets)
 
     def extend(
         self, row: int, token_ids: Sequence[int], max_new_tokens: int, constraint: TokenConstraint | None = None
     ) -> None:
-        """See [`SamplerSession.extend`]."""
+        """Append known tokens to a row and sample more, see [`SamplerSession.extend`]."""
         if row in self.budgets:
             raise SamplerError(f"Row {row} was extended while it is still being sampled.")
         self.histories[row] += token_ids
         self.budgets[row], self.constraints[row] = max_new_tokens, constraint
 
     def finish(self, row: int) -> None:
-        """See [`SamplerSession.finish`]."""
+        """Forget a row, see [`SamplerSession.finish`]."""
         self.histories[row] = []
 
     def step(self) -> list[SampledTokens]:
-        """See [`SamplerSession.step`]: here one step samples the whole turn of every queued row."""
+        """Sample the whole turn of every queued row; see [`SamplerSession.step`]."""
         budgets, self.budgets = self.budgets, {}
-        batches: dict[int, list[int]] = {}
-        for row in budgets:
-            batches.setdefault(0 if self.sampler.pads else row, []).append(row)
-        return [result for rows in batches.values() for result in self._sample(rows, [budgets[row] for row in rows])]
+        batches = [list(budgets)] if self.sampler.pads and budgets else [[row] for row in budgets]
+        return [result for rows in batches for result in self._sample(rows, [budgets[row] for row in rows])]
 
     def _sample(self, rows: list[int], limits: list[int]) -> list[SampledTokens]:
         """Sample the turns of some rows together."""
-        device = next(self.sampler.model.parameters()).device
+        sampler, device = self.sampler, next(self.sampler.model.parameters()).device
         width = max(len(self.histories[row]) for row in rows)
         padding = [width - len(self.histories[row]) for row in rows]
-        ids = [[self.sampler.pad_id] * p + self.histories[r] for p, r in zip(padding, rows, strict=True)]
+        ids = [[sampler.pad_id] * p + self.histories[r] for p, r in zip(padding, rows, strict=True)]
         mask = [[0] * p + [1] * (width - p) for p in padding]
         constraints = [self.constraints[row] for row in rows]
-        source = _Temperature(self.sampler.temperature, constraints, rows, self.sampler.noise)
-        recorder = _Recorder(source, width, torch.tensor(limits, device=device), self.sampler.stop_ids)
-        output = self.sampler.model.generate(
+        source = _Temperature(sampler.temperature, constraints, dict(enumerate(rows)), sampler.noise)
+        recorder = _Recorder(source, width, torch.tensor(limits, device=device), sampler.stop_ids)
+        settings = GenerationConfig(
+            max_new_tokens=max(limits),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            pad_token_id=sampler.pad_id,
+            eos_token_id=sorted(sampler.stop_ids),
+            disable_compile=True,
+        )
+        output = cast(GenerationMixin, sampler.model).generate(
             input_ids=torch.tensor(ids, device=device),
             attention_mask=torch.tensor(mask, device=device),
-            generation_config=self._generation_config(max(limits)),
+            generation_config=settings,
             logits_processor=LogitsProcessorList([source]),
             stopping_criteria=StoppingCriteriaList([recorder]),
             synced_gpus=False,  # parameters are gathered, and other processes have other numbers of turns
@@ -191,20 +178,8 @@ class GenerateSession:
         logprobs = torch.stack(recorder.logprobs, dim=1).tolist()
         results = []
         for row, limit, tokens, values in zip(rows, limits, output[:, width:].tolist(), logprobs, strict=True):
-            end = next((i + 1 for i, token in enumerate(tokens) if token in self.sampler.stop_ids), len(tokens))
+            end = next((i + 1 for i, token in enumerate(tokens) if token in sampler.stop_ids), len(tokens))
             end = min(end, limit)
             self.histories[row] += tokens[:end]
-            results.append(SampledTokens(row, tokens[:end], values[:end], tokens[end - 1] in self.sampler.stop_ids))
+            results.append(SampledTokens(row, tokens[:end], values[:end], tokens[end - 1] in sampler.stop_ids))
         return results
-
-    def _generation_config(self, max_new_tokens: int) -> GenerationConfig:
-        return GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            pad_token_id=self.sampler.pad_id,
-            eos_token_id=sorted(self.sampler.stop_ids),
-            disable_compile=True,
-        )

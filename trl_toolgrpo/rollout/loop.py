@@ -1,8 +1,7 @@
 """The rollout loop: one state machine per rollout, all driven together.
 
-Owns what happens between "here are the prompts" and "here are the trajectories": a turn is sampled, its calls run off
-the decode path, their results are appended as tokens, the next turn is sampled. Rows that wait for a tool never hold
-up rows that can be decoded. Fed by a sampler session, the chat handling and the tool executor.
+A turn is sampled, its calls run off the decode path, their results are appended as tokens, and the next turn is
+sampled. Rows that wait for a tool never hold up rows that can be decoded.
 """
 
 import math
@@ -19,13 +18,14 @@ from ..tools.execute import ToolExecutor, result_text
 from ..tools.results import plain_reward, without_secrets
 from ..tools.types import Tool, ToolCall, ToolResult
 from ..trajectory import Trajectory, Turn
+from ..types import Message
 from .chat import ToolChat, tool_message
 from .forcing import ForcedStart, Forcing
-from .sampler import SampledTokens, SamplerSession, fault_of
+from .sampler import SampledTokens, SamplerSession, turn_fault
 
 
 TOOL_STEPS = 8
-"""Steps of decoding for which a row's tools have time, before a loop that keeps order waits for them."""
+"""Decoding steps that a row's tools may take before a loop that keeps order waits for them."""
 
 
 @dataclass
@@ -43,8 +43,8 @@ class RolloutLimits:
         parse_error_budget (`int`):
             Malformed calls that are answered before the rollout stops.
         max_sequence_length (`float`, *optional*):
-            Positions the model has, prompt included; a tool result that reaches the last of them does not fit, and a
-            prompt that does ends the rollout before it begins, with stop reason `"length"`.
+            Positions of the model, prompt included; a tool result that reaches the last one does not fit, and a prompt
+            that reaches it ends the rollout before it begins, with stop reason `"length"`.
     """
 
     max_completion_length: int
@@ -54,7 +54,7 @@ class RolloutLimits:
     max_sequence_length: float = math.inf
 
     def has_room(self, prompt_ids: Sequence[int]) -> bool:
-        """Whether a prompt leaves the model a position to write to."""
+        """Return whether a prompt leaves the model a position to write to."""
         return len(prompt_ids) < self.max_sequence_length
 
 
@@ -67,9 +67,9 @@ class RolloutRequest:
         prompt_ids (`list[int]`):
             Prompt tokens.
         tools (`dict[str, Tool]`, *optional*):
-            Tools of this rollout, by name; without any the rollout is one turn.
+            Tools of this rollout, by name; a rollout without tools is one turn.
         environment (`object`, *optional*):
-            Environment some of the tools belong to. What its tools leave in its attribute `turn_reward` is the
+            The environment that some of the tools belong to. What they leave in its attribute `turn_reward` is the
             reward of the turn.
         owned (`frozenset[str]`, *optional*):
             Names of the tools that belong to the environment: their calls run in order, on the environment's own
@@ -99,18 +99,18 @@ class Rollout:
             Entropy in nats of what each completion token was drawn from, 0.0 where none was drawn; `None` if the
             sampler records none.
         fault (`str`, *optional*):
-            What was wrong with a turn that the sampler returned, after which the rollout was given up.
+            What was wrong with a turn that the sampler returned, and for which the rollout was given up.
     """
 
     trajectory: Trajectory
-    messages: list[dict[str, Any]]
+    messages: list[Message]
     entropies: list[float] | None = None
     fault: str | None = None
 
 
 @dataclass
 class RolloutStats:
-    """Time spent by a batch, in seconds: in all, and waiting for tools with nothing to decode; calls given up."""
+    """Seconds that a batch took in total, and waiting for tools with nothing to decode; number of abandoned calls."""
 
     seconds: float = 0.0
     tool_wait_seconds: float = 0.0
@@ -118,13 +118,13 @@ class RolloutStats:
 
 
 class _State:
-    """A rollout on its way."""
+    """A rollout in progress."""
 
     def __init__(self, request: RolloutRequest, opening: Callable[[], str]):
         self.request = request
         self.schemas = [tool.schema for tool in request.tools.values()]
         self.trajectory = Trajectory(request.prompt_ids, [], [], [], [], [], "stop")
-        self.messages: list[dict[str, Any]] = []
+        self.messages: list[Message] = []
         self.entropies: list[float] | None = []
         self.opening = opening
         self.futures: list[Future[ToolResult]] = []
@@ -133,10 +133,15 @@ class _State:
         self.malformed = 0
         self.start = ForcedStart([])
         self.since = time.perf_counter()
-        self.done = False
         self.fault: str | None = None
 
+    def ensure_message(self) -> None:
+        """Give a rollout with tools an assistant message, which reward functions get even if none was written."""
+        if self.request.tools and not self.messages:
+            self.messages = [{"role": "assistant", "content": ""}]
 
+
+@dataclass(eq=False)
 class RolloutLoop:
     """
     Drives a batch of rollouts to their end.
@@ -155,46 +160,38 @@ class RolloutLoop:
         forcing ([`Forcing`], *optional*):
             Makes turns begin with a tool call.
         in_order (`bool`, *optional*, defaults to `False`):
-            Go on with a row a fixed number of steps after its calls, or when nothing is left to decode, and wait for
-            its tools until then: which rows are decoded together no longer depends on how long a tool takes.
+            Continue a row a fixed number of steps after its calls, or when nothing is left to decode, and wait for its
+            tools until then, so that it does not depend on a tool's time which rows are decoded together.
         redactor ([`Redactor`], *optional*):
-            Knows the secrets that no tool result repeats.
+            Knows the secrets that no tool result may repeat.
     """
 
-    def __init__(
-        self,
-        session: SamplerSession,
-        requests: Sequence[RolloutRequest],
-        limits: RolloutLimits,
-        chat: ToolChat | None = None,
-        executor: ToolExecutor | None = None,
-        forcing: Forcing | None = None,
-        in_order: bool = False,
-        redactor: Redactor | None = None,
-    ):
-        self.redactor = redactor or Redactor()
-        self.in_order = in_order
+    session: SamplerSession
+    requests: Sequence[RolloutRequest]
+    limits: RolloutLimits
+    chat: ToolChat | None = None
+    executor: ToolExecutor | None = None
+    forcing: Forcing | None = None
+    in_order: bool = False
+    redactor: Redactor = field(default_factory=Redactor)
+
+    def __post_init__(self) -> None:
         self.steps = 0
-        self.asked: set[int] = set()  # rows that the sampler has yet to return
-        self.session = session
-        self.limits = limits
-        self.chat = chat
-        self.executor = executor
-        self.forcing = forcing
+        self.awaited: set[int] = set()  # rows that the sampler has yet to return
         self.stats = RolloutStats()
         decoded: dict[tuple[int, ...], str] = {}
         # Not through `self`: a cycle would keep the session, and with it the keys and values, into the backward pass
-        self.states = [_State(request, partial(_decoded, chat, request.prompt_ids, decoded)) for request in requests]
+        self.states = [_State(r, partial(_decoded, self.chat, r.prompt_ids, decoded)) for r in self.requests]
 
     def run(self) -> list[Rollout]:
-        """Sample, call tools and go on until every rollout has ended; rollouts are in the order of the requests."""
+        """Sample and call tools until every rollout has ended; return rollouts in the order of the requests."""
         started = time.perf_counter()
         for row, state in enumerate(self.states):
             if self.limits.has_room(state.request.prompt_ids) and not state.request.failed:
                 left = self.limits.max_sequence_length - len(state.request.prompt_ids)
                 self._begin_turn(row, [], int(min(self.limits.max_completion_length, left)))
             else:
-                state.messages = [{"role": "assistant", "content": ""}] if state.request.tools else []
+                state.ensure_message()
                 self._finish(row, "environment" if state.request.failed else "length")
         while True:
             for row in self._answered():
@@ -212,7 +209,7 @@ class RolloutLoop:
     # Waiting
 
     def _answered(self) -> list[int]:
-        """Rows to go on with, in order."""
+        """Return the rows to continue, in order."""
         waiting = [row for row, state in enumerate(self.states) if state.futures]
         if not self.in_order or not waiting:
             return [row for row in waiting if all(future.done() for future in self.states[row].futures)]
@@ -227,7 +224,7 @@ class RolloutLoop:
         return rows
 
     def _wait(self) -> bool:
-        """Wait for any tool; returns whether there was one to wait for."""
+        """Wait for any tool; return whether there was one to wait for."""
         futures = [future for state in self.states for future in state.futures if not future.done()]
         if not futures:
             return any(state.futures for state in self.states)
@@ -239,23 +236,23 @@ class RolloutLoop:
     # One rollout
 
     def _is_sound(self, sampled: SampledTokens) -> bool:
-        """Whether a turn can be taken down; the rollout of one that cannot is given up, without it."""
+        """Return whether a turn can be recorded; if not, its rollout is given up without it."""
         row = getattr(sampled, "row", None)
-        if row not in self.asked:
+        if row not in self.awaited:
             raise TrajectoryError(
                 f"A sampler returned a turn of row {row!r}, expected one of the rows it was asked to extend and has "
-                f"not returned yet: {', '.join(map(str, sorted(self.asked))) or 'none'}."
+                f"not returned yet: {', '.join(map(str, sorted(self.awaited))) or 'none'}."
             )
-        self.asked.remove(row)
+        self.awaited.remove(row)
         state = self.states[row]
-        state.fault = fault_of(sampled, state.start.constraint is not None)
+        state.fault = turn_fault(sampled, state.start.constraint is not None)
         if state.fault is not None:
-            if state.request.tools and not state.messages:
-                state.messages = [{"role": "assistant", "content": ""}]
+            state.ensure_message()
             self._finish(row, "length")
         return state.fault is None
 
     def _end_turn(self, sampled: SampledTokens) -> None:
+        """Record a turn, and submit its calls or end the rollout."""
         state = self.states[sampled.row]
         trajectory = state.trajectory
         now = time.perf_counter()
@@ -264,24 +261,22 @@ class RolloutLoop:
         count = len(given) + len(sampled.token_ids)
         forced = len(given) if state.start.constraint is None else count  # not drawn from what the trainer scores
         trajectory.completion_ids += [*given, *sampled.token_ids]
-        trajectory.logprobs += _behind(given, sampled.logprobs, count, forced)
+        trajectory.logprobs += _turn_figures(given, sampled.logprobs, count, forced)
         if sampled.entropies is None:
             state.entropies = None
         elif state.entropies is not None:
             state.entropies += [0.0] * (start - len(state.entropies))
-            state.entropies += _behind(given, sampled.entropies, count, forced)
+            state.entropies += _turn_figures(given, sampled.entropies, count, forced)
         if sampled.values is not None:
             trajectory.values = trajectory.values or [0.0] * start
-            trajectory.values += _behind(given, sampled.values, count, forced)
+            trajectory.values += _turn_figures(given, sampled.values, count, forced)
         trajectory.tool_mask += [1] * count
         trajectory.forced_mask += [1] * forced + [0] * (count - forced)
         turn = Turn(start, start + count, "stop" if sampled.stopped else "length", sample_seconds=now - state.since)
         turn.policy_version = sampled.policy_version
         trajectory.turns.append(turn)
-        if not state.request.tools:
-            return self._finish(sampled.row, turn.stop_reason)
-        if count == 0:  # reward functions still get an assistant message
-            state.messages = state.messages or [{"role": "assistant", "content": ""}]
+        if not state.request.tools or count == 0:
+            state.ensure_message()
             return self._finish(sampled.row, turn.stop_reason)
         number = len(trajectory.turns) - 1
         parsed = self._chat().parse(trajectory.completion_ids[start:], state.opening(), state.schemas, number)
@@ -302,7 +297,7 @@ class RolloutLoop:
             state.answered += 1
             state.futures = [self._submit(state, call) for call in parsed.calls]
 
-    def _submit(self, state: _State, call: ToolCall) -> "Future[ToolResult]":
+    def _submit(self, state: _State, call: ToolCall) -> Future[ToolResult]:
         if self.executor is None:
             raise RuntimeError("A rollout with tools needs a ToolExecutor.")
         request = state.request
@@ -321,12 +316,12 @@ class RolloutLoop:
             turn.reward = _take_turn_reward(state.request.environment)
         except EnvironmentTimeoutError:
             return self._finish(row, "environment")
-        done = zip(turn.tool_calls, turn.tool_results, strict=True)
+        done = list(zip(turn.tool_calls, turn.tool_results, strict=True))
         if any(not result.is_error and state.request.tools[call.name].ends_rollout for call, result in done):
             return self._finish(row, "stop")
         chat = self._chat()
         messages = []
-        for call, result in zip(turn.tool_calls, turn.tool_results, strict=True):
+        for call, result in done:
             text, result.truncated = chat.truncate(result_text(result), self.limits.max_tool_output_tokens)
             messages.append(tool_message(call, text))
         suffix, opening = chat.tool_suffix(trajectory.completion_ids[-1], messages)
@@ -347,19 +342,18 @@ class RolloutLoop:
         self._begin_turn(row, suffix, int(min(room, self.limits.max_sequence_length - total)))
 
     def _begin_turn(self, row: int, known: list[int], room: int) -> None:
-        """Queue a turn behind known tokens, with a forced beginning where one is drawn and leaves room for a token."""
+        """Queue a turn after known tokens, with a forced beginning if one is drawn and leaves room for a token."""
         state = self.states[row]
         state.start = ForcedStart([])
         if self.forcing is not None:
             start = self.forcing.begin_turn(state.trajectory, state.request.tools, row)
             state.start = start if len(start.token_ids) < room else ForcedStart([])
         given = state.start.token_ids
-        self.asked.add(row)
+        self.awaited.add(row)
         self.session.extend(row, [*known, *given], room - len(given), state.start.constraint)
 
     def _finish(self, row: int, reason: str) -> None:
         self.states[row].trajectory.stop_reason = reason
-        self.states[row].done = True
         self.session.finish(row)
 
     def _chat(self) -> ToolChat:
@@ -368,13 +362,13 @@ class RolloutLoop:
         return self.chat
 
 
-def _behind(given: list[int], figures: list[float], count: int, forced: int) -> list[float]:
-    """Figures of the sampled tokens of a turn, 0.0 for those that were forced."""
+def _turn_figures(given: list[int], figures: list[float], count: int, forced: int) -> list[float]:
+    """Return the figures of a turn's tokens, 0.0 for those that were forced."""
     return [0.0] * len(given) + list(figures) if forced < count else [0.0] * count
 
 
 def _take_turn_reward(environment: Any) -> float | None:
-    """What the tools of an environment left in its `turn_reward` during a turn, which begins the next one at None."""
+    """Return what the tools of an environment left in its `turn_reward` during a turn, and reset it to None."""
     reward = getattr(environment, "turn_reward", None)
     if reward is None or callable(reward):
         return None
@@ -386,7 +380,7 @@ def _take_turn_reward(environment: Any) -> float | None:
 
 
 def _decoded(chat: ToolChat | None, ids: list[int], known: dict[tuple[int, ...], str]) -> str:
-    """Text of a prompt; rollouts of a group share it."""
+    """Return the text of a prompt, which rollouts of a group share."""
     key = tuple(ids)
     if key not in known:
         known[key] = chat.tokenizer.decode(ids) if chat is not None else ""

@@ -1,41 +1,49 @@
 """The default sampler: rollouts on the training model itself, on a CPU, one GPU or many.
 
-Owns `ModelSampler`. Rows join, wait and leave without a barrier; the prompt of a group is prefilled and kept once; a
-row's keys and values stay across its turns; tokens the row has to read (tool results) are prefilled in batches; a
-log-prob is recorded with every sampled token, from the full softmax of `logits / temperature`. Fed with token ids by
-the rollout loop.
+Rows join, wait and leave without a barrier. The prompt of a group is prefilled and kept once; a row's keys and values
+stay across its turns; tokens the row has to read (tool results) are prefilled in batches. A log-prob is recorded with
+every sampled token, from the full softmax of `logits / temperature`. `model.generate` has none of this: it prefills
+the whole history at every turn.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from ..errors import SamplerError
 from ..lm_head import held_head
 from .noise import race
 from .packed_linear import packed_linears
 from .rotary import RowFrequencies
-from .sampler import SampledTokens, TokenConstraint, at_least_float32, constrain, scoring_mode
-from .shared_prefix import KeyValueStore, PromptCache, RowCache, shared_prefix_attention
-from .span import Span
+from .sampler import (
+    PolicySampler,
+    SampledTokens,
+    TokenConstraint,
+    at_least_float32,
+    base_model,
+    constrain,
+    scoring_mode,
+)
+from .shared_prefix import KeyValueStore, Layout, PromptCache, RowCache, Span, shared_prefix_attention
 
 
 PREFILL_TOKENS = 8192
 """Most tokens, padding included, of one pass that reads prompts or tool results of several rows."""
 SAMPLED_AT_ONCE = 2**21
-"""Most logits that are held in float32 at a time: few enough to stay in a processor's cache."""
+"""Most logits that are held in float32 at a time, few enough to stay in a processor's cache."""
 JOIN_AFTER = 4
-"""Steps a row with tokens to read waits, at most, for others to be prefilled with it while rows are decoded."""
+"""Most steps that a row with tokens to read waits for others to be prefilled with it, while rows are decoded."""
 
 
 def sample_tokens(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
-    Sample by inverting the cumulative distribution, one uniform number a row; or, given keys, by a race.
+    Sample by inverting the cumulative distribution, with one uniform number per row; or, given keys, by a race.
 
     Args:
         logits (`Tensor`):
@@ -57,7 +65,7 @@ def sample_tokens(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Te
 
 
 def _sample_rows(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[`sample_tokens`] for so few rows that a float32 copy of their logits does no harm."""
+    """Do the work of [`sample_tokens`] for so few rows that a float32 copy of their logits does no harm."""
     scores = at_least_float32(logits)
     if temperature != 1.0:
         scores = scores / temperature
@@ -77,46 +85,19 @@ def _sample_rows(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Ten
     return tokens[:, 0], logprobs[:, 0], entropies
 
 
-class ModelSampler:
-    """
-    Samples from a causal language model whose attention goes through transformers' attention interface.
+@dataclass(eq=False)
+class ModelSampler(PolicySampler):
+    """Samples from a causal language model whose attention goes through transformers' attention interface."""
 
-    Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            The policy, unwrapped.
-        stop_ids (`Sequence[int]`):
-            Tokens that end a turn.
-        pad_id (`int`):
-            Any valid token id, used where nothing is read.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature of sampling and of the recorded log-probs.
-        autocast (`Callable`, *optional*):
-            Gives the autocast context the trainer scores under.
-        noise (`Callable[[list[int]], Tensor]`, *optional*):
-            Gives one uniform number, or one key, for each of the given rows; defaults to torch's global generator.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        stop_ids: Sequence[int],
-        pad_id: int,
-        temperature: float = 1.0,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
-        noise: Callable[[list[int]], Tensor] | None = None,
-    ):
-        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    def __post_init__(self) -> None:
+        self.model = base_model(self.model)
         self.with_values = getattr(self.model, "value_head", None) is not None
-        self.stop_ids = frozenset(stop_ids)
-        self.pad_id = pad_id
-        self.temperature = temperature
-        self.autocast = autocast
-        self.noise = noise or (lambda rows: torch.rand(len(rows)))
         self.frequencies = RowFrequencies(self.model)
+        self.draw = self.noise or (lambda rows: torch.rand(len(rows)))
 
     @contextmanager
     def open(self, prompts: Sequence[Sequence[int]], max_length: int) -> Iterator["ModelSession"]:
-        """See [`Sampler.open`]. The model is in evaluation mode, without gradients, while the session is open."""
+        """Open a session, see [`Sampler.open`]; the model is in evaluation mode, without gradients, until it ends."""
         with scoring_mode(self.model), self.autocast(), held_head(self.model):
             session = ModelSession(self, prompts, max_length)
             with shared_prefix_attention(self.model, session.store), packed_linears(self.model):
@@ -126,7 +107,7 @@ class ModelSampler:
 
 @dataclass
 class _Row:
-    """State of one row: `length` own tokens are in the store, `pending` ones are known and not yet read."""
+    """The state of one row: `length` own tokens are in the store, `pending` ones are known and not yet read."""
 
     prompt: int
     slot: int
@@ -162,18 +143,17 @@ class ModelSession:
         self.running = 0  # slots [0, running) are being decoded
         self.queued: list[int] = []
         self.cache = RowCache(self.store)
-        self._layout: tuple[tuple[int, ...], int] | None = None
-        self._groups: dict[str, Any] = {}
+        self._layouts: dict[tuple[int, ...], Layout] = {}  # the latest, by the prompts of its rows
 
     @property
     def busy(self) -> bool:
-        """See [`SamplerSession.busy`]."""
+        """Whether there is work for [`ModelSession.step`]."""
         return self.running > 0 or bool(self.queued)
 
     def extend(
         self, row: int, token_ids: Sequence[int], max_new_tokens: int, constraint: TokenConstraint | None = None
     ) -> None:
-        """See [`SamplerSession.extend`]."""
+        """Append known tokens to a row and sample more, see [`SamplerSession.extend`]."""
         state = self.rows[row]
         if row in self.queued or (state.slot < self.running and self.slots[state.slot] == row):
             raise SamplerError(f"Row {row} was extended while it is still being sampled.")
@@ -185,10 +165,10 @@ class ModelSession:
         self.queued.append(row)
 
     def finish(self, row: int) -> None:
-        """See [`SamplerSession.finish`]. The memory of a row is freed with the session."""
+        """Do nothing: the memory of a row is freed with the session."""
 
     def step(self) -> list[SampledTokens]:
-        """See [`SamplerSession.step`]: reads queued tokens when it pays, then decodes one token for each row."""
+        """Read queued tokens when it pays, then decode one token for each row; see [`SamplerSession.step`]."""
         if self.queued and self._should_join():
             self._join()
         return self._decode() if self.running else []
@@ -204,20 +184,15 @@ class ModelSession:
         for state in self.rows:
             state.prompt = position[state.prompt]
         self.store.prompt_lengths = self.store.prompt_lengths[torch.tensor(order, device=self.device)]
-        first = 0
-        while first < len(self.prompts):
-            stop = first + 1
-            while stop < len(self.prompts) and (stop + 1 - first) * len(self.prompts[stop]) <= PREFILL_TOKENS:
-                stop += 1
+        for first, stop in _prefill_batches(list(map(len, self.prompts))):
             batch = self._padded(self.prompts[first:stop])
             positions = torch.arange(batch.shape[1], device=self.device)[None]
-            # The last token of a prompt is read by its rows, with the frequencies that the prompt has as a whole
+            # The last token of a prompt is read by its rows, with the rotary frequencies of the whole prompt
             lengths = self.store.prompt_lengths[first:stop] + 1
             self._forward(batch, positions, PromptCache(self.store, first), lengths)
-            first = stop
 
     def _should_join(self) -> bool:
-        """Whether to stop decoding for a moment and read what queued rows have to read."""
+        """Return whether to pause decoding and read what queued rows have to read."""
         waiting = [self.rows[row] for row in self.queued]
         for state in waiting:
             state.waited += 1
@@ -226,29 +201,23 @@ class ModelSession:
         return all(len(state.pending) == 1 for state in waiting) or 4 * len(waiting) >= self.running
 
     def _join(self) -> None:
+        """Move the queued rows to the running ones, and read all but the last of their pending tokens."""
         joining, self.queued = self.queued, []
         first = self.running
         for row in joining:
             self._swap(self.rows[row].slot, self.running)
             self.running += 1
-        start = 0
-        while start < len(joining):
-            stop, longest = start + 1, len(self.rows[joining[start]].pending)
-            while stop < len(joining):
-                wider = max(longest, len(self.rows[joining[stop]].pending))
-                if (stop + 1 - start) * (wider - 1) > PREFILL_TOKENS:
-                    break
-                stop, longest = stop + 1, wider
-            if longest > 1:
+        lengths = [len(self.rows[row].pending) - 1 for row in joining]
+        for start, stop in _prefill_batches(lengths):
+            if max(lengths[start:stop]) > 0:
                 self._read(joining[start:stop], first + start)
-            start = stop
 
     def _read(self, rows: list[int], first: int) -> None:
         """Read all but the last pending token of rows that sit in slots `first, first + 1, ...`."""
         states = [self.rows[row] for row in rows]
         tokens = self._padded([state.pending[:-1] for state in states])
         span = self._span(states, first, tokens.shape[1])
-        prompt_lengths = self.store.prompt_lengths[span.groups]
+        prompt_lengths = self.store.prompt_lengths[span.layout.groups]
         offset = torch.arange(tokens.shape[1], device=self.device)
         self.store.begin(span)
         start = prompt_lengths + span.lengths
@@ -261,15 +230,16 @@ class ModelSession:
     # Decoding
 
     def _decode(self) -> list[SampledTokens]:
+        """Sample one token for each running row; return the rows that finished."""
         rows = self.slots[: self.running]
         states = [self.rows[row] for row in rows]
         span = self._span(states, 0, 1)
         tokens = torch.tensor([[state.pending[0]] for state in states], device=self.device)
         self.store.begin(span)
-        start = self.store.prompt_lengths[span.groups] + span.lengths
+        start = self.store.prompt_lengths[span.layout.groups] + span.lengths
         output = self._forward(tokens, start[:, None], self.cache, start + 1)
         logits = constrain(output.logits[:, -1], [state.constraint for state in states])
-        sampled, logprobs, entropies = sample_tokens(logits, self.sampler.temperature, self.sampler.noise(rows))
+        sampled, logprobs, entropies = sample_tokens(logits, self.sampler.temperature, self.sampler.draw(rows))
         values = output["token_values"][:, -1].tolist() if self.sampler.with_values else None
         finished = []
         found = zip(rows, sampled.tolist(), logprobs.tolist(), entropies.tolist(), strict=True)
@@ -286,16 +256,16 @@ class ModelSession:
                 state.values.append(values[place])
             stopped = token in self.sampler.stop_ids
             if stopped or len(state.tokens) == state.budget:
-                recorded = state.values if values is not None else None
-                told = (state.tokens, state.logprobs, stopped, recorded, state.entropies)
-                finished.append(SampledTokens(row, *told))
+                turn = SampledTokens(row, state.tokens, state.logprobs, stopped, entropies=state.entropies)
+                turn.values = state.values if values is not None else None
+                finished.append(turn)
         for result in finished:
             self.running -= 1
             self._swap(self.rows[result.row].slot, self.running)
         return finished
 
-    def _forward(self, tokens: Tensor, positions: Tensor, cache: Any, lengths: Tensor) -> Any:
-        """Run the model over (B, T) tokens of rows that have `lengths` tokens (B,) with them; returns its output, with
+    def _forward(self, tokens: Tensor, positions: Tensor, cache: DynamicCache, lengths: Tensor) -> Any:
+        """Run the model over (B, T) tokens of rows that have `lengths` tokens (B,) with them; return its output, with
         the logits after the last one."""
         if isinstance(cache, PromptCache):
             self.store.span = None
@@ -312,6 +282,7 @@ class ModelSession:
     # Slots
 
     def _swap(self, one: int, other: int) -> None:
+        """Exchange the rows of two slots."""
         if one == other:
             return
         first, second = self.rows[self.slots[one]], self.rows[self.slots[other]]
@@ -320,21 +291,17 @@ class ModelSession:
         first.slot, second.slot = other, one
 
     def _span(self, states: list[_Row], first: int, query_length: int) -> Span:
+        """Return the span of a pass over rows that sit in slots `first, first + 1, ...`."""
         prompts = tuple(state.prompt for state in states)
-        if self._layout != (prompts, first):
-            self._layout = (prompts, first)
-            self._groups = self._group(prompts)
+        if prompts not in self._layouts:
+            self._layouts = {prompts: self._layout(prompts)}
         lengths = [state.length for state in states]
         return Span(
-            slots=first,
-            lengths=torch.tensor(lengths, device=self.device),
-            query_length=query_length,
-            longest=max(lengths),
-            **self._groups,
+            self._layouts[prompts], first, torch.tensor(lengths, device=self.device), query_length, max(lengths)
         )
 
-    def _group(self, prompts: tuple[int, ...]) -> dict[str, Any]:
-        """How rows share prompts, for as long as the same rows run."""
+    def _layout(self, prompts: tuple[int, ...]) -> Layout:
+        """Return how rows share prompts."""
         rows_of: list[list[int]] = [[] for _ in self.prompts]
         ranks = []
         for row, prompt in enumerate(prompts):
@@ -346,23 +313,36 @@ class ModelSession:
         starts = [0, *itertools.accumulate(map(len, padded))]
         order = [row for rows in padded for row in rows]
         places = [starts[prompt] + rank for prompt, rank in zip(prompts, ranks, strict=True)]
-        return {
-            "groups": torch.tensor(prompts, device=self.device),
-            "ranks": torch.tensor(ranks, device=self.device),
-            "width": width,
-            "order": torch.tensor(order, device=self.device),
-            "places": None if order == list(range(len(prompts))) else torch.tensor(places, device=self.device),
-            "members": [(p, sizes[p], starts[p], starts[p] + len(rows)) for p, rows in enumerate(rows_of) if rows],
-            "batched": batched,
-        }
+        return Layout(
+            groups=torch.tensor(prompts, device=self.device),
+            ranks=torch.tensor(ranks, device=self.device),
+            width=width,
+            order=torch.tensor(order, device=self.device),
+            places=None if order == list(range(len(prompts))) else torch.tensor(places, device=self.device),
+            members=[(p, sizes[p], starts[p], starts[p] + len(rows)) for p, rows in enumerate(rows_of) if rows],
+            batched=batched,
+        )
 
     def _pads(self, sizes: list[int]) -> bool:
-        """Whether to attend to prompts of these lengths in one padded product: that saves launches on an accelerator,
-        and on a CPU padding costs more than it saves."""
+        """Return whether to attend to prompts of these lengths in one padded product, which saves launches on an
+        accelerator; on a CPU padding costs more than it saves."""
         return self.device.type != "cpu" or len(set(sizes)) == 1
 
     def _padded(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """Return token ids, right-padded, int64, shape (B, T)."""
         width = max(1, *(len(sequence) for sequence in sequences))
         pad = self.sampler.pad_id
         rows = [list(sequence) + [pad] * (width - len(sequence)) for sequence in sequences]
         return torch.tensor(rows, device=self.device)
+
+
+def _prefill_batches(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield where batches of consecutive rows begin and end, each of at most `PREFILL_TOKENS`, padding included, or of
+    one row."""
+    start, longest = 0, 0
+    for row, length in enumerate(lengths):
+        longest = max(longest, length)
+        if row > start and (row + 1 - start) * longest > PREFILL_TOKENS:
+            yield start, row
+            start, longest = row, length
+    yield start, len(lengths)

@@ -1,8 +1,4 @@
-"""Randomness that depends on what is drawn, not on when or where: noise for `deterministic_rollouts`.
-
-Owns the keys of a rollout's draws and the sampling of a token from one. Imports nothing of the package; fed by the
-trainer, which knows the step, and asked by the samplers and by `forcing.py`.
-"""
+"""Randomness that depends on what is drawn, not on when or where: noise for `deterministic_rollouts`."""
 
 import random
 from collections import Counter
@@ -32,7 +28,7 @@ class RolloutNoise:
         first (`int`, *optional*, defaults to `0`):
             Index of the process's first rollout among those of all processes.
         purpose (`str`, *optional*, defaults to `"train"`):
-            Tells batches of equal number apart: `"train"` or `"eval"`.
+            `"train"` or `"eval"`: tells batches of the same number apart.
     """
 
     seed: int
@@ -42,7 +38,7 @@ class RolloutNoise:
     _drawn: Counter[int] = field(default_factory=Counter, repr=False)
 
     def __call__(self, rows: Sequence[int]) -> Tensor:
-        """Keys for the next token of each of the given rows, int64, shape (B,); see [`race`]."""
+        """Return keys for the next token of each of the given rows, int64, shape (B,); see [`race`]."""
         keys = []
         for row in rows:
             keys.append(self._key("token", row, self._drawn[row]))
@@ -50,11 +46,11 @@ class RolloutNoise:
         return torch.tensor(keys, dtype=torch.int64)
 
     def other(self, kind: str, row: int, number: int = 0) -> random.Random:
-        """Randomness for what is decided about a row beside its tokens, such as `kind="turn"`."""
+        """Return randomness for decisions about a row other than its tokens, such as `kind="turn"`."""
         return random.Random(self._key(kind, row, number))
 
-    def behind(self, rows: int) -> "RolloutNoise":
-        """Noise of the same batch for rollouts that begin `rows` later."""
+    def after(self, rows: int) -> "RolloutNoise":
+        """Return the noise of the same batch from its rollout number `rows` on."""
         return RolloutNoise(self.seed, self.step, self.first + rows, self.purpose)
 
     def _key(self, kind: str, row: int, number: int) -> int:
@@ -64,7 +60,7 @@ class RolloutNoise:
 
 def uniforms(keys: Tensor, count: int) -> Tensor:
     """
-    Independent uniform numbers: the first outputs of SplitMix64 (Steele et al., OOPSLA 2014), started at each key.
+    Return independent uniform numbers: the first outputs of SplitMix64 (Steele et al., OOPSLA 2014) from each key.
 
     Args:
         keys (`Tensor`):
@@ -75,7 +71,7 @@ def uniforms(keys: Tensor, count: int) -> Tensor:
     Returns:
         `Tensor`: numbers strictly between 0 and 1, float64, shape (B, `count`); the same on every device.
     """
-    bits = keys[:, None] + torch.arange(1, count + 1, device=keys.device) * _GAMMA  # wraps around, as it is meant to
+    bits = keys[:, None] + torch.arange(1, count + 1, device=keys.device) * _GAMMA  # meant to wrap around
     bits = (bits ^ _shifted(bits, 30)) * _MIX_1
     bits = (bits ^ _shifted(bits, 27)) * _MIX_2
     bits = bits ^ _shifted(bits, 31)
@@ -106,5 +102,5 @@ def race(probabilities: Tensor, keys: Tensor) -> Tensor:
 
 
 def _shifted(bits: Tensor, places: int) -> Tensor:
-    """Bits moved to the right, with zeros behind them; torch's own shift repeats the sign."""
+    """Return bits shifted to the right, filled up with zeros; torch's own shift repeats the sign."""
     return (bits >> places) & (2 ** (64 - places) - 1)

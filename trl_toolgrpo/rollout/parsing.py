@@ -1,8 +1,8 @@
 """Assistant turns as text: which calls the policy wrote, and which of them cannot be read.
 
-transformers' parser gives up on a whole turn at the first malformed call; here each call stands for itself. It keeps
-the last stretch of text; here all of them are kept. And it casts texts to the types of the tool's schema; here only
-those that a notation without types was used for.
+transformers' parser gives up on a whole turn at the first malformed call; here each call is read on its own. It keeps
+only the last stretch of text; here all are kept. And it casts all texts to the types of the tool's schema; here only
+those written in a notation without types.
 """
 
 import json
@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import regex
 from transformers.utils.chat_parsing.response_parser import ResponseParser
+from transformers.utils.chat_parsing.response_templates import ResponseTemplateField
 
 from ..tools.results import encodable
 from ..tools.types import ToolCall
+from ..types import JSONObject, JSONSchema, JSONValue, Message
 from .call_notation import as_plain_notation, end_of_call, notation_types_values, typed
 from .response_templates import response_template_of
 
@@ -23,8 +26,8 @@ _UNREADABLE = (ValueError, TypeError, KeyError, RecursionError)
 
 
 def add_missing_response_template(tokenizer: Any) -> None:
-    """Give `tokenizer` a response template if it has none and its chat template renders what one that TRL ships
-    does."""
+    """Give `tokenizer`, or the tokenizer of a processor, a response template if it has none and its chat template
+    renders like one that TRL ships."""
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
     if tokenizer is None or not isinstance(tokenizer.chat_template, str):
         return
@@ -47,31 +50,31 @@ class ParsedTurn:
             Every call in the order it was written; malformed ones have an `error`.
     """
 
-    message: dict[str, Any]
+    message: Message
     calls: list[ToolCall]
 
 
 class _TolerantParser(ResponseParser):
     """
-    Reads a whole turn; a call that cannot be read is kept as text, in its place, instead of failing the turn.
+    Reads a whole turn; a call that cannot be read is noted in its place, instead of failing the turn.
 
     A call ends where its arguments end. Every stretch of a text field is kept, in order, and so is text that belongs
     to no field.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, response_template: JSONObject, prefix: str):
         self.unreadable: list[tuple[int, str]] = []
         self._start = 0
         self._reading = False
-        super().__init__(*args, **kwargs)
+        super().__init__(response_template, prefix=prefix)
 
-    def read(self, text: str) -> dict[str, Any]:
-        """The message of a turn."""
+    def read(self, text: str) -> Message:
+        """Return the message of a turn."""
         self._reading = True
         self._buffer += text
         return self.finalize()[0]
 
-    def _open_explicit(self, events: list[dict], field: Any, m: Any) -> None:
+    def _open_explicit(self, events: list[dict], field: ResponseTemplateField, m: regex.Match[str]) -> None:
         super()._open_explicit(events, field, m)
         self._start = m.end()
 
@@ -108,8 +111,8 @@ class _TolerantParser(ResponseParser):
             self._output[name] = _joined(before, self._output.get(name))
 
 
-def _joined(before: Any, value: Any) -> Any:
-    """What a field held before and what it holds now: texts as paragraphs, lists as one; else the later of the two."""
+def _joined(before: JSONValue, value: JSONValue) -> JSONValue:
+    """Join what a field held before with what it holds now: texts by a newline, lists as one; else the later value."""
     if isinstance(before, str) and isinstance(value, str):
         return "\n".join(text for text in (before, value) if text)
     if isinstance(before, list) and isinstance(value, list):
@@ -118,14 +121,19 @@ def _joined(before: Any, value: Any) -> Any:
 
 
 def _reason(error: Exception, body: str) -> str:
-    """Why a call cannot be read, and its text."""
+    """Return why a call cannot be read, and its text."""
     lines = str(error).splitlines() or [type(error).__name__]
     reason = next((line.removeprefix("Error: ") for line in lines if line.startswith("Error: ")), lines[0])
     return f"{reason} in {body.strip()[:200]!r}"
 
 
 def parse_turn(
-    text: str, response_template: Any, prefix: str, tools: Sequence[dict], endings: Sequence[str], number: int
+    text: str,
+    response_template: JSONObject,
+    prefix: str,
+    tools: Sequence[JSONSchema],
+    endings: Sequence[str],
+    number: int,
 ) -> ParsedTurn | None:
     """
     Parse the text of one assistant turn.
@@ -133,21 +141,20 @@ def parse_turn(
     Args:
         text (`str`):
             Decoded turn, special tokens included.
-        response_template (`dict` or `ResponseTemplate`):
+        response_template (`dict`):
             How the chat template writes a turn.
         prefix (`str`):
             Decoded context before the turn, at least from the start of the assistant's header.
         tools (`Sequence[dict]`):
-            Schemas the prompt was rendered with; arguments written as text are typed with them.
+            Schemas the prompt was rendered with; they give arguments written as text their types.
         endings (`Sequence[str]`):
             Texts of the tokens that end a turn, dropped from the end of the content.
         number (`int`):
-            Index of the turn in its rollout, from which call identifiers are made.
+            Index of the turn in its rollout, which is part of the calls' ids.
 
     Returns:
         `ParsedTurn` or `None`: `None` if the turn as a whole cannot be read, so that it is plain text. `content` holds
-        every stretch of text before, between and after the calls, in order, each without the white space around it, as
-        lines of their own.
+        every stretch of text before, between and after the calls, in order, stripped and on lines of their own.
     """
     parser = _TolerantParser(response_template, prefix=prefix)
     try:
@@ -159,7 +166,7 @@ def parse_turn(
         ending = next((ending for ending in endings if ending and content.endswith(ending)), "")
         content = content.removesuffix(ending).rstrip() if ending else content
     message["content"] = content
-    written: list[Any] = list(message.pop("tool_calls", None) or [])
+    written: list[JSONValue] = list(message.pop("tool_calls", None) or [])
     for place, reason in parser.unreadable:
         written.insert(place, reason)
     calls = [_read_call(item, f"call_{number}_{index}") for index, item in enumerate(written)]
@@ -178,15 +185,15 @@ def parse_turn(
     return ParsedTurn(message, calls)
 
 
-def _read_call(item: Any, identifier: str) -> ToolCall:
+def _read_call(item: JSONValue, identifier: str) -> ToolCall:
     """
-    A call from what the response template made of it, or from the reason why it could make nothing of it.
+    Return a call from what the response template made of it, or from the reason why it could make nothing of it.
 
     Escapes in JSON can write a lone surrogate, which is no character and which no later stage could encode.
     """
     if isinstance(item, str):
         return ToolCall(identifier, "", error=item)
-    function: Any = item.get("function", item) if isinstance(item, dict) else {}
+    function = item.get("function", item) if isinstance(item, dict) else {}
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name:
         return ToolCall(identifier, "", error=f'a call needs a "name", got {json.dumps(item, default=str)[:200]}')

@@ -1,8 +1,4 @@
-"""The policy on disk, as an engine outside the training process loads it: the adapter alone, or all the weights.
-
-Owns how it is written, where to, and what of an adapter such an engine can take. Fed by the trainer with the unwrapped
-policy.
-"""
+"""The policy on disk, for an engine outside the training process: the adapter alone, or all the weights."""
 
 import json
 import shutil
@@ -11,11 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from peft import get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..types import JSONObject
 
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG, WEIGHTS = "adapter_model.safetensors", "adapter_config.json", "model.safetensors"
@@ -29,13 +27,13 @@ class PolicyFile:
 
     Args:
         key (`str`):
-            Names these weights among all that any run ever sends.
+            Identifies these weights among all that any run ever sends.
         version (`int`):
-            Optimizer steps the policy had taken.
+            Optimizer steps that the policy had taken.
         folder (`Path`):
             Where the files are.
         adapter (`bool`):
-            Whether they are an adapter, to be used on the base weights the engine has; else all weights.
+            Whether they are an adapter, for the base weights that the engine has, or all weights.
     """
 
     key: str
@@ -48,12 +46,12 @@ class PolicyFile:
         """The file with the tensors."""
         return self.folder / (ADAPTER_WEIGHTS if self.adapter else WEIGHTS)
 
-    def adapter_config(self) -> dict[str, Any] | None:
-        """The adapter's configuration; `None` without one."""
+    def adapter_config(self) -> JSONObject | None:
+        """Read the adapter's configuration; `None` without an adapter."""
         return json.loads((self.folder / ADAPTER_CONFIG).read_text(encoding="utf-8")) if self.adapter else None
 
 
-def write_policy(policy: Any, folder: Path) -> None:
+def write_policy(policy: PreTrainedModel, folder: Path) -> None:
     """
     Write the policy's active adapter if it has one, else its weights without a value head, as a checkpoint.
 
@@ -65,7 +63,7 @@ def write_policy(policy: Any, folder: Path) -> None:
     """
     # Not its `state_dict()`: FSDP2 would shard the gathered parameters again to make one
     state = {name: value.detach() for name, value in _saved_tensors(policy) if "value_head." not in name}
-    if hasattr(policy, "peft_config"):
+    if isinstance(policy, PeftModel):
         adapter = policy.active_adapter
         state = get_peft_model_state_dict(policy, state, adapter, save_embedding_layers=False)
         save_file({name: value.contiguous().cpu() for name, value in state.items()}, folder / ADAPTER_WEIGHTS)
@@ -76,15 +74,15 @@ def write_policy(policy: Any, folder: Path) -> None:
 
 def claim_folder(name: str) -> tuple[Path, Callable[[], None]]:
     """
-    A folder for policies among the temporary files. Those of processes that were killed are removed: each holds a lock
-    for as long as it lives.
+    Make a folder for policies among the temporary files, and remove those of processes that were killed: a process
+    holds a lock for as long as it lives.
 
     Args:
         name (`str`):
-            What tells it from all others.
+            A name that no other folder has.
 
     Returns:
-        `tuple[Path, Callable]`: the folder, and what removes it.
+        `tuple[Path, Callable]`: the folder, and a function that removes it.
     """
     import fcntl
 
@@ -108,12 +106,12 @@ def claim_folder(name: str) -> tuple[Path, Callable[[], None]]:
 
 
 def policy_folder(name: str) -> Path:
-    """Where a folder of [`claim_folder`] is, for other processes of the machine."""
+    """Return the path of a folder of [`claim_folder`], for other processes of the machine."""
     return Path(tempfile.gettempdir()) / f"{_CLAIMED}{name}"
 
 
 def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, and the buffers that belong in a checkpoint; those that are tied once."""
+    """Yield parameters, and the buffers that belong in a checkpoint; tied ones once."""
     yield from model.named_parameters()
     for prefix, module in model.named_modules():
         for name, value in module.named_buffers(prefix, recurse=False):
@@ -121,9 +119,9 @@ def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield name, value
 
 
-def adapter_problem(config: Any) -> str | None:
+def adapter_problem(config: PeftConfig) -> str | None:
     """
-    Why vLLM cannot use an adapter as it is, or would silently use another one; `None` if it can.
+    Return why vLLM cannot use an adapter, or would silently use another one; `None` if it can.
 
     Args:
         config (`PeftConfig`):
@@ -135,9 +133,11 @@ def adapter_problem(config: Any) -> str | None:
     for name in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices"):
         if getattr(config, name, None):
             return f"it has `{name}={getattr(config, name)!r}`, which vLLM does not know"
-    targets = config.target_modules if isinstance(config.target_modules, (set, list)) else ()
+    targets = getattr(config, "target_modules", None)
+    targets = targets if isinstance(targets, (set, list)) else ()
     if any(target.rsplit(".", 1)[-1] == "lm_head" for target in targets):
         return "it is on the LM head, where vLLM takes no adapter"
-    if config.bias != "none":
-        return f"it has `bias={config.bias!r}`, and vLLM takes no trained biases"
+    bias = getattr(config, "bias", "none")
+    if bias != "none":
+        return f"it has `bias={bias!r}`, and vLLM takes no trained biases"
     return None

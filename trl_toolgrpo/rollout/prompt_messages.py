@@ -1,18 +1,19 @@
-"""Messages of a data set as chat templates read them.
+"""Messages of a data set in the form that chat templates read.
 
-`datasets` gives the structs of a column one set of keys, fills those that a row has not with nulls, and makes floats
-of integers where another row has a float under the same key; OpenAI's messages have arguments as JSON text and results
-without a name. All of them say plainly what they mean, and few templates read them.
+`datasets` gives the structs of a column one set of keys, fills the keys a row does not have with nulls, and turns
+integers into floats where another row has a float under the same key; OpenAI's messages have arguments as JSON text
+and results without a name. What they mean is clear, and few templates read them.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from ..errors import DatasetError
 from ..tools.arguments import allows_null
 from ..tools.schema_forms import plain_form, type_names
 from ..tools.types import Tool
+from ..types import JSONObject, JSONSchema, JSONValue, Message
 
 
 class PromptMessages:
@@ -23,11 +24,12 @@ class PromptMessages:
         arguments_as_text (`bool`, *optional*, defaults to `False`):
             Whether the template takes the arguments of calls as JSON text, not as an object.
         joins_text (`bool`, *optional*, defaults to `True`):
-            Whether a content of text parts alone becomes one text; not for a processor, whose templates read parts.
+            Whether a content of nothing but text parts becomes one text; not for a processor, whose templates read
+            parts.
 
     Attributes:
         doubtful (`set[str]`):
-            Arguments whose nulls were kept, since no schema says what their objects hold.
+            Arguments whose nulls were kept, since no schema describes their objects.
     """
 
     def __init__(self, arguments_as_text: bool = False, joins_text: bool = True):
@@ -35,19 +37,18 @@ class PromptMessages:
         self.joins_text = joins_text
         self.doubtful: set[str] = set()
 
-    def rewritten(self, prompt: Any, tools: Mapping[str, Tool]) -> Any:
+    def rewritten(self, prompt: JSONValue, tools: Mapping[str, Tool]) -> JSONValue:
         """
         Return a prompt whose messages mean the same and can be rendered.
 
-        Nulls are dropped, with their keys: of a message, a call or a part of a content always, of the arguments of a
-        call where the tool's schema does not know the key or allows no null. Whole numbers become integers where the
-        schema takes no others. A missing content becomes `""`.
-        Arguments become an object, or JSON text where the template takes that. A call without `function` gets one, and
-        a result without a name that of the call it answers.
+        Nulls are dropped with their keys: always in a message, a call or a part of a content; in the arguments of a
+        call if the tool's schema does not know the key or allows no null. Whole numbers become integers if the schema
+        takes no others. A missing content becomes `""`. Arguments become an object, or JSON text if the template takes
+        that. A call without `function` gets one, and a result without a name gets that of the call it answers.
 
         Args:
             prompt (`str` or `list[dict]`):
-                The prompt; it is not changed. Text is returned as it is.
+                The prompt, which is not modified. Text is returned unchanged.
             tools (`Mapping[str, Tool]`):
                 The tools of the prompt, by name.
 
@@ -64,8 +65,9 @@ class PromptMessages:
             rewritten.append(self._message(message, tools, names) if rewrite else message)
         return rewritten
 
-    def _message(self, message: dict[str, Any], tools: Mapping[str, Tool], names: dict[str, str]) -> dict[str, Any]:
-        message = {key: value for key, value in message.items() if value is not None}
+    def _message(self, message: Message, tools: Mapping[str, Tool], names: dict[str, str]) -> Message:
+        """Return a message rewritten; `names` of calls are read and updated."""
+        message = _without_nulls(message)
         message["content"] = self._content(message.get("content", ""))
         calls = message.get("tool_calls")
         if calls is not None:
@@ -82,106 +84,108 @@ class PromptMessages:
             message.update({} if name is None else {"name": name})
         return message
 
-    def _content(self, content: Any) -> Any:
+    def _content(self, content: JSONValue) -> JSONValue:
+        """Return a content without nulls, and text parts as one text where that is wanted."""
         if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
             return content
-        parts = [{key: value for key, value in part.items() if value is not None} for part in content]
+        parts = [_without_nulls(part) for part in content]
         if self.joins_text and all(part.get("type") == "text" for part in parts):
             return "".join(part.get("text", "") for part in parts)
         return parts
 
-    def _call(self, call: Any, tools: Mapping[str, Tool]) -> Any:
+    def _call(self, call: JSONValue, tools: Mapping[str, Tool]) -> JSONValue:
+        """Return a call with a `function` and arguments as the template takes them."""
         if not isinstance(call, dict):
             return call
-        call = {key: value for key, value in call.items() if value is not None}
+        call = _without_nulls(call)
         if "function" not in call and "name" in call:
             function = {key: call.pop(key) for key in ("name", "arguments") if key in call}
             call = {"type": "function", **call, "function": function}
         function = call.get("function")
         if isinstance(function, dict):
             arguments = self._arguments(function.get("name"), function.get("arguments"), tools)
-            text = json.dumps(arguments, ensure_ascii=False) if self.arguments_as_text else None
-            kept = {key: value for key, value in function.items() if value is not None}
-            call["function"] = {**kept, "arguments": arguments if text is None else text}
+            written = json.dumps(arguments, ensure_ascii=False) if self.arguments_as_text else arguments
+            call["function"] = {**_without_nulls(function), "arguments": written}
         return call
 
-    def _arguments(self, name: Any, arguments: Any, tools: Mapping[str, Tool]) -> dict[str, Any]:
-        if isinstance(arguments, str) and arguments.strip():
-            given = arguments
-            try:
-                arguments = json.loads(arguments)
-            except ValueError:
-                arguments = None
-            if not isinstance(arguments, dict):
-                raise DatasetError(
-                    f"a message calls the tool {name!r} with the arguments {given[:200]!r}, which are text that is no "
-                    f"JSON object. Write an object, {{'argument': value}}, or its JSON text"
-                )
-            return arguments
+    def _arguments(self, name: JSONValue, arguments: JSONValue, tools: Mapping[str, Tool]) -> JSONObject:
+        """Return the arguments of a call of the tool `name` as an object that fits its schema."""
         if arguments is None or arguments == "":
             return {}
+        if isinstance(arguments, str) and arguments.strip():
+            found = None
+            with contextlib.suppress(ValueError):
+                found = json.loads(arguments)
+            if isinstance(found, dict):
+                return found
         if not isinstance(arguments, dict):
+            text = isinstance(arguments, str) and arguments.strip()
+            what = "which are text that is no JSON object" if text else f"of type {type(arguments).__name__}"
             raise DatasetError(
-                f"a message calls the tool {name!r} with the arguments {str(arguments)[:200]!r} of type "
-                f"{type(arguments).__name__}. Write an object, {{'argument': value}}, or its JSON text"
+                f"a message calls the tool {name!r} with the arguments {str(arguments)[:200]!r}, {what}.",
+                remedy="Write an object, {'argument': value}, or its JSON text",
             )
         tool = tools.get(name) if isinstance(name, str) else None
         if tool is None or not (_holds(arguments, type(None)) or _holds(arguments, float)):
             return arguments
-        schema = plain_form(tool.schema["function"]["parameters"])
-        return {
-            key: self._as_in_the_row(inner, expected, tool, f"{tool.name}.{key}")
-            for key, inner, expected in _expected(arguments, schema)
-            if inner is not None or allows_null(expected, tool)
-        }
+        return self._object(arguments, plain_form(tool.schema["function"]["parameters"]), tool, tool.name)
 
-    def _as_in_the_row(self, value: Any, schema: Any, tool: Tool, place: str) -> Any:
-        """A value within arguments, without the nulls that its schema does not allow, and integers as such."""
-        if isinstance(value, list):
-            items = schema.get("items") if isinstance(schema, dict) else None
-            return [self._as_in_the_row(inner, items, tool, place) for inner in value]
-        if isinstance(value, float) and value.is_integer() and _takes_integers_alone(schema):
-            return int(value)
-        if not isinstance(value, dict):
-            return value
-        if not _says_its_keys(schema):
-            if _holds(value, type(None)):
-                self.doubtful.add(place)
-            return value
+    def _object(self, value: JSONObject, schema: JSONSchema, tool: Tool, place: str) -> JSONObject:
+        """Return an object within arguments, see [`PromptMessages._fitting_value`]."""
         return {
-            key: self._as_in_the_row(inner, expected, tool, f"{place}.{key}")
+            key: self._fitting_value(inner, expected, tool, f"{place}.{key}")
             for key, inner, expected in _expected(value, schema)
             if inner is not None or allows_null(expected, tool)
         }
+
+    def _fitting_value(self, value: JSONValue, schema: JSONValue, tool: Tool, place: str) -> JSONValue:
+        """Return a value within arguments without the nulls that its schema does not allow, and with integers where it
+        takes no other numbers."""
+        if isinstance(value, list):
+            items = schema.get("items") if isinstance(schema, dict) else None
+            return [self._fitting_value(inner, items, tool, place) for inner in value]
+        if isinstance(value, float) and value.is_integer() and _takes_only_integers(schema):
+            return int(value)
+        if not isinstance(value, dict):
+            return value
+        if not _describes_keys(schema):
+            if _holds(value, type(None)):
+                self.doubtful.add(place)
+            return value
+        return self._object(value, schema, tool, place)
 
 
 _PLAIN = frozenset({"role", "content"})
 
 
-def _holds(value: Any, kind: type) -> bool:
-    """Whether a value of a type is among nested dicts and lists."""
+def _without_nulls(value: JSONObject) -> JSONObject:
+    return {key: inner for key, inner in value.items() if inner is not None}
+
+
+def _holds(value: JSONValue, kind: type) -> bool:
+    """Return whether a value of a type is among nested dicts and lists."""
     if isinstance(value, dict | list):
         return any(_holds(inner, kind) for inner in (value.values() if isinstance(value, dict) else value))
     return isinstance(value, kind)
 
 
-def _takes_integers_alone(schema: Any) -> bool:
-    """Whether the only numbers that a schema takes are integers."""
+def _takes_only_integers(schema: JSONValue) -> bool:
+    """Return whether the only numbers that a schema takes are integers."""
     kinds = type_names(schema, {})
     return "integer" in kinds and "number" not in kinds
 
 
-def _says_its_keys(schema: Any) -> bool:
-    """Whether a schema says which keys an object has, or of which kind their values are."""
+def _describes_keys(schema: JSONValue) -> bool:
+    """Return whether a schema says which keys an object has, or of which type their values are."""
     if not isinstance(schema, dict):
         return False
     more = schema.get("additionalProperties")
     return bool(_properties(schema)) or more is False or (isinstance(more, dict) and bool(more))
 
 
-def _properties(schema: dict[str, Any]) -> dict[str, Any]:
-    """The properties of an object and, where it is one of several, of each of them."""
-    found: dict[str, Any] = {}
+def _properties(schema: JSONSchema) -> JSONObject:
+    """Return the properties of an object, those of all variants if it has several."""
+    found: JSONObject = {}
     variants = [inner for keyword in ("anyOf", "oneOf", "allOf") for inner in schema.get(keyword) or ()]
     for part in (*(_properties(inner) for inner in variants if isinstance(inner, dict)), schema.get("properties")):
         for name, inner in (part or {}).items():
@@ -189,8 +193,9 @@ def _properties(schema: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _expected(value: dict[str, Any], schema: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Keys and values of an object with the schema of each; `False` for a key that the schema does not speak of."""
+def _expected(value: JSONObject, schema: JSONSchema) -> Iterator[tuple[str, JSONValue, JSONValue]]:
+    """Yield keys and values of an object with the schema of each; `False` for a key that the schema does not
+    mention."""
     known, more = _properties(schema), schema.get("additionalProperties")
     other = more if isinstance(more, dict) and more else False
     for key, inner in value.items():

@@ -1,74 +1,77 @@
 """Response templates: how a family of chat templates writes thoughts, calls and text.
 
-TRL knows them by the bytes of the chat template. Here they are known by what the chat template renders, and those of
-TRL that read calls otherwise than they are written are replaced. All of them are valid for transformers' own parser.
+TRL knows them by the bytes of the chat template. Here they are known by what the chat template renders, and TRL's that
+read calls differently from how they are written are replaced. All of them are valid for transformers' own parser.
 """
 
 import contextlib
 import copy
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import jinja2
+from transformers import PreTrainedTokenizerBase
 from trl import chat_template_utils as trl_templates
+
+from ..types import JSONObject, Message
 
 
 RAW_TEXT = "it's"
-"""Text that templates which write texts as they are write between single quotes."""
+"""Text that templates which do not escape texts write between single quotes."""
 
 _FUNCTION = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
-_AS_IT_IS = {"name": "text", "args": {"strip": False}}
 
 
-def _mended(template: dict[str, Any], **fields: dict[str, Any]) -> dict[str, Any]:
-    """`template` with other fields."""
+def _mended(template: JSONObject, **fields: JSONObject) -> JSONObject:
+    """Return `template` with other fields."""
     return {**template, "fields": {**template["fields"], **fields}}
 
 
-# A call is opened by its marker alone, with an empty name, so that one which is not as the template writes it is
+def _text(open_pattern: str, close_pattern: str) -> JSONObject:
+    """Return a field of text."""
+    return {"open_pattern": open_pattern, "close_pattern": close_pattern, "content": "text"}
+
+
+def _json_calls(open_pattern: str, close_pattern: str, transform: JSONObject = _FUNCTION) -> JSONObject:
+    """Return a field of calls whose arguments are a JSON object."""
+    return {**_text(open_pattern, close_pattern), "repeats": True, "content": "json", "transform": transform}
+
+
+def _xml_calls(open_pattern: str, close_pattern: str, tag_pattern: str) -> JSONObject:
+    """Return a field of calls with a tag around each argument, whose text is taken as it is."""
+    value_parser = {"name": "text", "args": {"strip": False}}
+    content_args = {"tag_pattern": tag_pattern, "value_parser": value_parser}
+    return {**_json_calls(open_pattern, close_pattern), "content": "xml-inline", "content_args": content_args}
+
+
+# A call is opened by its marker alone, with an empty name, so that one in another form than the template's is
 # malformed and not text.
 # An argument ends where the markup goes on after its closing tag, and one newline at each end is markup.
-_XML_CALLS = {
-    "open_pattern": r"<tool_call>\s*(?:<function=(?P<name>[^\n>]+)>|(?P<name>))",
-    "close_pattern": r"\s*(?:</function>\s*)?</tool_call>\s*",
-    "repeats": True,
-    "content": "xml-inline",
-    "content_args": {
-        "tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"
-        r"(?=\s*(?:<parameter=|(?:</function>\s*)?</tool_call>|\Z))",
-        "value_parser": _AS_IT_IS,
-    },
-    "transform": _FUNCTION,
-}
-_GLM_CALLS = {
-    "open_pattern": r"<tool_call>\s*(?P<name>[^\s<{]*)\s*",
-    "close_pattern": r"\s*</tool_call>\s*",
-    "repeats": True,
-    "content": "xml-inline",
-    "content_args": {
-        "tag_pattern": r"<arg_key>(?P<key>[^<]+)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>"
-        r"(?=\s*(?:<arg_key>|</tool_call>|\Z))",
-        "value_parser": _AS_IT_IS,
-    },
-    "transform": _FUNCTION,
-}
+_QWEN_CALLS = _xml_calls(
+    r"<tool_call>\s*(?:<function=(?P<name>[^\n>]+)>|(?P<name>))",
+    r"\s*(?:</function>\s*)?</tool_call>\s*",
+    r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"
+    r"(?=\s*(?:<parameter=|(?:</function>\s*)?</tool_call>|\Z))",
+)
+_GLM_CALLS = _xml_calls(
+    r"<tool_call>\s*(?P<name>[^\s<{]*)\s*",
+    r"\s*</tool_call>\s*",
+    r"<arg_key>(?P<key>[^<]+)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>(?=\s*(?:<arg_key>|</tool_call>|\Z))",
+)
 
 _DEEPSEEKV3 = {
     "defaults": {"role": "assistant"},
     "start_anchor_pattern": r"<｜Assistant｜>|<｜tool▁outputs▁end｜>",
     "fields": {
         "reasoning_content": {"open": "<think>", "close_pattern": r"</think>\s*", "content": "text"},
-        "tool_calls": {
-            "open_pattern": r"(?:<｜tool▁calls▁begin｜>\s*)?<｜tool▁call▁begin｜>"
+        "tool_calls": _json_calls(
+            r"(?:<｜tool▁calls▁begin｜>\s*)?<｜tool▁call▁begin｜>"
             r"(?:function<｜tool▁sep｜>(?P<name>[^\n]+)\n```json\n|(?P<name>))",
-            "close_pattern": r"(?:\s*```)?<｜tool▁call▁end｜>\s*(?:<｜tool▁calls▁end｜>)?",
-            "repeats": True,
-            "content": "json",
-            "transform": _FUNCTION,
-        },
+            r"(?:\s*```)?<｜tool▁call▁end｜>\s*(?:<｜tool▁calls▁end｜>)?",
+        ),
         "content": {"close_pattern": r"<｜end▁of▁sentence｜>\s*", "content": "text"},
     },
 }
@@ -83,71 +86,47 @@ _MUSE_GLIMMER = {
             "close_pattern": r"<\|eom\|>(?:<\|start\|>assistant)?",
             "content": "text",
         },
-        "tool_calls": {
-            "open_pattern": r"(?: to=[^<\s]+<\|message\|>\s*)?"
+        "tool_calls": _xml_calls(
+            r"(?: to=[^<\s]+<\|message\|>\s*)?"
             r'(?:<atem:function_calls>\s*(?:<atem:invoke name="(?P<name>[^"]+)">|(?P<name>))'
             r'|<atem:invoke name="(?P<name>[^"]+)">)'
             r"| to=(?!(?:user|self)<)[^<\s]+<\|message\|>(?!(?:(?!<\|eo[mt]\|>).)*<atem:)(?P<name>)",
-            "close_pattern": r"\s*</atem:invoke>\s*(?:</atem:function_calls>)?(?:<\|eom\|><\|start\|>assistant)?"
+            r"\s*</atem:invoke>\s*(?:</atem:function_calls>)?(?:<\|eom\|><\|start\|>assistant)?"
             r"|<\|eom\|><\|start\|>assistant|(?=<\|eot\|>)",
-            "repeats": True,
-            "content": "xml-inline",
-            "content_args": {
-                "tag_pattern": r'<atem:parameter name="(?P<key>[^"]+)">(?P<value>.*?)</atem:parameter>'
-                r"(?=\s*(?:<atem:parameter name=|</atem:invoke>\s*(?:</atem:function_calls>|<atem:invoke)|\Z))",
-                "value_parser": _AS_IT_IS,
-            },
-            "transform": _FUNCTION,
-        },
-        "content": {
-            "open_pattern": r"(?: to=user)?<\|message\|>"
-            r"| to=(?!self<)[^<\s]+<\|message\|>(?=(?:(?!<\|eo[mt]\|>).)*<atem:)",
-            "close_pattern": r"<\|eot\|>|<\|eom\|>(?:<\|start\|>assistant)?|(?=<atem:(?:function_calls|invoke)\b)|$",
-            "content": "text",
-        },
+            r'<atem:parameter name="(?P<key>[^"]+)">(?P<value>.*?)</atem:parameter>'
+            r"(?=\s*(?:<atem:parameter name=|</atem:invoke>\s*(?:</atem:function_calls>|<atem:invoke)|\Z))",
+        ),
+        "content": _text(
+            r"(?: to=user)?<\|message\|>| to=(?!self<)[^<\s]+<\|message\|>(?=(?:(?!<\|eo[mt]\|>).)*<atem:)",
+            r"<\|eot\|>|<\|eom\|>(?:<\|start\|>assistant)?|(?=<atem:(?:function_calls|invoke)\b)|$",
+        ),
     },
 }
 
 # Harmony: the recipient stands before or after the channel, and the type of the content is a constraint or a word
 _HARMONY_TYPE = r"\s*(?:<\|constrain\|>)?\s*\w*\s*<\|message\|>"
+_HARMONY_END = r"<\|end\|>\s*(?:<\|start\|>assistant)?"
 _GPTOSS = _mended(
     trl_templates.gptoss_template,
-    thinking={
-        "open_pattern": rf"<\|channel\|>analysis{_HARMONY_TYPE}",
-        "close_pattern": r"<\|end\|>\s*(?:<\|start\|>assistant)?",
-        "content": "text",
-    },
-    content={
-        "open_pattern": rf"<\|channel\|>(?:final|commentary){_HARMONY_TYPE}",
-        "close_pattern": r"<\|return\|>\s*|<\|end\|>\s*(?:<\|start\|>assistant)?",
-        "content": "text",
-    },
-    tool_calls={
-        "open_pattern": r"(?:<\|channel\|>\w+)?\s*to=functions\.(?P<name>[^\s<]+)\s*(?:<\|channel\|>\w+)?"
-        + _HARMONY_TYPE,
-        "close_pattern": r"<\|call\|>\s*",
-        "repeats": True,
-        "content": "json",
-        "transform": _FUNCTION,
-    },
+    thinking=_text(rf"<\|channel\|>analysis{_HARMONY_TYPE}", _HARMONY_END),
+    content=_text(rf"<\|channel\|>(?:final|commentary){_HARMONY_TYPE}", rf"<\|return\|>\s*|{_HARMONY_END}"),
+    tool_calls=_json_calls(
+        r"(?:<\|channel\|>\w+)?\s*to=functions\.(?P<name>[^\s<]+)\s*(?:<\|channel\|>\w+)?" + _HARMONY_TYPE,
+        r"<\|call\|>\s*",
+    ),
 )
 
 # The call is opened by its own JSON, which also ends it
 _LLAMA3 = _mended(
     trl_templates.llama3_template,
-    tool_calls={
-        "open_pattern": r'(?=\{\s*"name":\s*"[^"]+",\s*"(?:parameters|arguments)":)',
-        "close_pattern": r"<\|eo[tm]_id\|>\s*|$",
-        "repeats": True,
-        "content": "json",
-        "transform": {
-            "type": "function",
-            "function": {"name": "{content.name}", "arguments": "{content.parameters}"},
-        },
-    },
+    tool_calls=_json_calls(
+        r'(?=\{\s*"name":\s*"[^"]+",\s*"(?:parameters|arguments)":)',
+        r"<\|eo[tm]_id\|>\s*|$",
+        {"type": "function", "function": {"name": "{content.name}", "arguments": "{content.parameters}"}},
+    ),
 )
 
-_TRLS_GEMMA4: dict[str, Any] = trl_templates.gemma4_template
+_TRLS_GEMMA4: JSONObject = trl_templates.gemma4_template
 _GEMMA4 = _mended(
     _TRLS_GEMMA4,
     tool_calls={
@@ -156,7 +135,7 @@ _GEMMA4 = _mended(
     },
 )
 
-_LFM2: dict[str, Any] = _mended(
+_LFM2 = _mended(
     trl_templates.lfm2_2_5_template,
     tool_calls={
         "open": "<|tool_call_start|>",
@@ -166,7 +145,7 @@ _LFM2: dict[str, Any] = _mended(
         "transform_each": True,
     },
 )
-# Texts between single quotes as they are, those that hold a quote included
+# Texts are not escaped between single quotes, even if they hold a quote
 _LFM2_RAW = _mended(_LFM2, tool_calls={**_LFM2["fields"]["tool_calls"], "content_args": {"strings": "raw"}})
 
 # The prompt opens every thought, and closes those that are not wanted. A thought begins where the turn does: to look
@@ -174,16 +153,11 @@ _LFM2_RAW = _mended(_LFM2, tool_calls={**_LFM2["fields"]["tool_calls"], "content
 _NEMOTRON = {
     **_mended(
         trl_templates.nemotron_3_template,
-        reasoning_content={
-            "open_pattern": r"\A(?=.*?</think>)",
-            "close_pattern": r"</think>\s*",
-            "content": "text",
-        },
-        tool_calls=_XML_CALLS,
+        reasoning_content=_text(r"\A(?=.*?</think>)", r"</think>\s*"),
+        tool_calls=_QWEN_CALLS,
     ),
     "start_anchor_pattern": r"<\|im_start\|>assistant\n<think>\n?",
 }
-
 
 _MISSING = {
     "deepseekv3": _DEEPSEEKV3,
@@ -191,7 +165,7 @@ _MISSING = {
     "muse_glimmer": _MUSE_GLIMMER,
 }
 _MENDED = (
-    (trl_templates.qwen3_5_template, _mended(trl_templates.qwen3_5_template, tool_calls=_XML_CALLS)),
+    (trl_templates.qwen3_5_template, _mended(trl_templates.qwen3_5_template, tool_calls=_QWEN_CALLS)),
     (trl_templates.nemotron_3_template, _NEMOTRON),
     (trl_templates.glm4moe_template, _mended(trl_templates.glm4moe_template, tool_calls=_GLM_CALLS)),
     (trl_templates.gptoss_template, _GPTOSS),
@@ -200,12 +174,38 @@ _MENDED = (
 )
 
 
-def response_template_of(tokenizer: Any) -> dict[str, Any] | None:
+def rendered_call(
+    render: Callable[..., Any], name: str, arguments: JSONObject, results: Sequence[Message] = ()
+) -> str:
+    """
+    Return the text of a dummy conversation with one call; it ends with the call, or with the opening of the turn after
+    the results.
+
+    Args:
+        render (`Callable`):
+            Renders messages with a chat template; takes `add_generation_prompt`.
+        name (`str`), arguments (`dict`):
+            Of the call.
+        results (`Sequence[dict]`, *optional*):
+            Tool messages.
+    """
+    function: JSONObject = {"name": name, "arguments": arguments}
+    call = {"type": "function", "id": "call_0_0", "function": function}
+    assistant = {"role": "assistant", "content": "", "tool_calls": [call]}
+    messages = [{"role": "user", "content": "dummy"}, assistant, *results]
+    try:
+        return render(messages, add_generation_prompt=bool(results))
+    except TypeError:  # templates that concatenate the arguments as text (DeepSeek-V3)
+        function["arguments"] = json.dumps(arguments)
+        return render(messages, add_generation_prompt=bool(results))
+
+
+def response_template_of(tokenizer: PreTrainedTokenizerBase) -> JSONObject | None:
     """
     Return the response template for what a tokenizer's chat template renders.
 
-    A chat template is known by a call, a plain turn and a generation prompt as it renders them, so that the templates
-    TRL ships for training and those that differ elsewhere (a comment, another system prompt) are read like the one
+    A chat template is recognized by how it renders a call, a plain turn and a generation prompt, so that the templates
+    TRL ships for training, and those that differ elsewhere (a comment, another system prompt), are read like the one
     they came from.
 
     Args:
@@ -224,9 +224,9 @@ def response_template_of(tokenizer: Any) -> dict[str, Any] | None:
     return copy.deepcopy(found)
 
 
-def mended(template: dict[str, Any], rendered_text: str) -> dict[str, Any]:
+def mended(template: JSONObject, rendered_text: str) -> JSONObject:
     """
-    Return the response template that calls are read with: `template`, unless it is one of TRL's that is wrong.
+    Return the response template to read calls with: `template`, unless it is one of TRL's that is wrong.
 
     Args:
         template (`dict`):
@@ -242,11 +242,11 @@ def mended(template: dict[str, Any], rendered_text: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def without_comments(processing_class: Any) -> Iterator[None]:
     """
-    Let TRL, which knows its chat templates by their bytes, know one that differs from them in comments alone.
+    Let TRL, which knows its chat templates by their bytes, recognize one that differs from them only in comments.
 
     Args:
         processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*):
-            What holds the chat template; it has its own again afterwards.
+            What holds the chat template; its own is restored afterwards.
     """
     own = getattr(processing_class, "chat_template", None)
     wanted = _without_comments(own) if isinstance(own, str) else None
@@ -262,15 +262,15 @@ def without_comments(processing_class: Any) -> Iterator[None]:
 
 
 def _chat_templates() -> dict[str, str]:
-    """The chat templates TRL ships, by their names."""
+    """Return the chat templates TRL ships, by name."""
     ending = "_chat_template"
     found = {name.removesuffix(ending): text for name, text in vars(trl_templates).items() if name.endswith(ending)}
     return {name: text for name, text in found.items() if isinstance(text, str)}
 
 
 @functools.cache
-def _shipped() -> dict[str, dict[str, Any]]:
-    """Response templates of the chat templates TRL ships for use, by the text of the chat template."""
+def _shipped() -> dict[str, JSONObject]:
+    """Return the response templates of the chat templates TRL ships for use, by the text of the chat template."""
     found = {}
     for name, text in _chat_templates().items():
         holder: Any = SimpleNamespace(chat_template=text, response_template=_MISSING.get(name))
@@ -282,35 +282,22 @@ def _shipped() -> dict[str, dict[str, Any]]:
     return found
 
 
-def _turns(tokenizer: Any, chat_template: str) -> tuple[str, ...] | None:
-    """What a chat template renders for a call, a plain turn and a generation prompt; `None` if it renders no call."""
-    user = {"role": "user", "content": "hello"}
-    arguments = {"text": RAW_TEXT, "number": 3}
-    function: dict[str, Any] = {"name": "look_up", "arguments": arguments}
-    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": "0", "function": function}]}
-
-    def render(*messages: dict[str, Any], **options: Any) -> str:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, chat_template=chat_template, **options)
-
+def _turns(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> tuple[str, ...] | None:
+    """Return what a chat template renders for a call, a plain turn and a generation prompt; `None` if it renders no
+    call."""
+    user, answer = {"role": "user", "content": "dummy"}, {"role": "assistant", "content": "text"}
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, chat_template=chat_template)
     try:
-        start = render(user)
-        try:
-            called = render(user, call)
-        except TypeError:  # DeepSeek-V3 joins arguments as text
-            function["arguments"] = json.dumps(arguments)
-            called = render(user, call)
-        texts = (
-            called,
-            render(user, {"role": "assistant", "content": "text"}),
-            render(user, add_generation_prompt=True),
-        )
+        start = str(render([user]))
+        called = rendered_call(render, "look_up", {"text": RAW_TEXT, "number": 3})
+        texts = (called, str(render([user, answer])), str(render([user], add_generation_prompt=True)))
     except Exception:  # whatever a template raises for what it does not render
         return None
     return tuple(text.removeprefix(start) for text in texts) if "look_up" in called else None
 
 
 def _begin_with(turns: tuple[str, ...] | None, others: tuple[str, ...] | None) -> bool:
-    """Whether turns are those others, but for what ends a turn, which the templates for training add."""
+    """Return whether turns are those others, except for the end of a turn, which the templates for training add."""
     if turns is None or others is None:
         return False
     *written, prompt = zip(turns, others, strict=True)
@@ -318,7 +305,7 @@ def _begin_with(turns: tuple[str, ...] | None, others: tuple[str, ...] | None) -
 
 
 def _without_comments(chat_template: str) -> list[tuple[str, str]]:
-    """Tokens of a chat template, neighbouring texts as one."""
+    """Return the tokens of a chat template without comments, with adjacent texts joined."""
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)  # as transformers compiles them
     tokens: list[tuple[str, str]] = []
     try:

@@ -1,24 +1,77 @@
-"""The sampler protocol: extend these token sequences, return tokens and sample-time log-probs.
+"""The protocol of samplers: extend these token sequences, return tokens and their log-probs as they were sampled.
 
-Owns the records that pass between the rollout loop and a sampler. A sampler knows tokens only: no chat, no tools.
+A sampler knows tokens only: no chat, no tools.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, TypeAlias, cast
 
 import torch
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from ..trajectory import field_meant_by, is_finite_number
+from ..trajectory import field_meant_by, figure_faults, is_count, item_faults, list_faults
+
+
+Autocast: TypeAlias = Callable[[], AbstractContextManager[object]]
+"""Makes the autocast context that the trainer scores under."""
+RowNoise: TypeAlias = Callable[[list[int]], Tensor]
+"""Gives one uniform number, float32, or one key, int64, for each of the given rows; shape (B,)."""
+
+
+def base_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model under an adapter; the model itself without one."""
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+@dataclass(eq=False)
+class PolicySampler:
+    """
+    What a sampler needs that samples with the training model itself.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The policy, unwrapped.
+        stop_ids (`Sequence[int]`):
+            Tokens that end a turn.
+        pad_id (`int`):
+            Padding token id; any valid token id will do for [`ModelSampler`].
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of sampling and of the recorded log-probs.
+        autocast (`Callable`, *optional*):
+            Makes the autocast context that the trainer scores under.
+        noise (`Callable[[list[int]], Tensor]`, *optional*):
+            Gives one uniform number, or one key, for each of the given rows; by default torch's global generator
+            draws.
+    """
+
+    model: PreTrainedModel
+    stop_ids: Sequence[int]
+    pad_id: int
+    temperature: float = 1.0
+    autocast: Autocast = nullcontext
+    noise: RowNoise | None = None
 
 
 @contextmanager
-def scoring_mode(model: torch.nn.Module) -> Iterator[None]:
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """Give an attribute another value while this is open."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
+def scoring_mode(model: nn.Module) -> Iterator[None]:
     """
-    Evaluation mode without gradients, and without `torch.compile`, which would compile anew for every length; every
-    module's training flag is put back at the end.
+    Switch to evaluation mode without gradients, and without `torch.compile`, which would compile anew for every
+    length; every module's training flag is restored at the end.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -37,7 +90,7 @@ def scoring_mode(model: torch.nn.Module) -> Iterator[None]:
 @dataclass
 class SampledTokens:
     """
-    What a sampler wrote for one row since it was last extended.
+    The tokens a sampler wrote for one row since that row was last extended.
 
     Args:
         row (`int`):
@@ -46,15 +99,15 @@ class SampledTokens:
             Sampled tokens in order, the stop token included.
         logprobs (`list[float]`):
             Log-prob in nats of each token under the full softmax of `logits / temperature`, recorded when the token
-            was sampled; without meaning under a constraint.
+            was sampled; meaningless under a constraint.
         stopped (`bool`):
             `True` if the last token is a stop token, `False` if the token budget ran out.
         values (`list[float]`, *optional*):
-            Value before each token, where the policy has a value head and the sampler asks it.
+            V(s_t) before each token, where the policy has a value head and the sampler evaluates it.
         entropies (`list[float]`, *optional*):
             Entropy in nats of the distribution each token was drawn from, where the sampler records it.
         policy_version (`int`, *optional*):
-            Optimizer steps the policy that wrote the tokens had taken, where the sampler holds a copy of it.
+            Optimizer steps taken by the policy that wrote the tokens, where the sampler holds a copy of it.
     """
 
     row: int
@@ -66,63 +119,51 @@ class SampledTokens:
     policy_version: int | None = None
 
 
-def fault_of(sampled: Any, constrained: bool = False) -> str | None:
+def turn_fault(sampled: object, constrained: bool = False) -> str | None:
     """
-    What is wrong with a record that a sampler returned; `None` if it keeps its contract.
+    Return what is wrong with a record that a sampler returned; `None` if nothing is.
 
     Args:
         sampled ([`SampledTokens`]):
             What was returned; any object with these fields will do.
         constrained (`bool`, *optional*, defaults to `False`):
-            Whether it was sampled under a constraint, where log-probs have no meaning.
+            Whether it was sampled under a constraint, where log-probs are meaningless.
     """
-    for name in ("token_ids", "logprobs"):
-        value = getattr(sampled, name, None)
+    return next(_turn_faults(sampled, constrained), None)
+
+
+def _turn_faults(sampled: object, constrained: bool) -> Iterator[str]:
+    """Yield what is wrong with a record; later checks rely on the earlier ones having found nothing."""
+    required = {name: getattr(sampled, name, None) for name in ("token_ids", "logprobs")}
+    for name, value in required.items():
         if value is None:
             others = [other for other in dir(sampled) if not other.startswith("_") and other != name]
             meant = next((other for other in others if field_meant_by(other, [name])), None)
             hint = f" `{meant}` is not read: name it `{name}`." if meant else ""
-            return f"field `{name}` of a turn is missing; the sampler returned a {type(sampled).__name__}.{hint}"
-        if not isinstance(value, (list, tuple)):
-            return f"field `{name}` of a turn expected a list, got {type(value).__name__}."
-    absent = [name for name in ("stopped", "values", "entropies", "policy_version") if not hasattr(sampled, name)]
-    if absent:
-        return f"field `{absent[0]}` of a turn is missing; the sampler returned a {type(sampled).__name__}."
-    for position, token in enumerate(sampled.token_ids):
-        if type(token) is not int or token < 0:
-            return f"field `token_ids` of a turn expected token ids, got {token!r} at position {position}."
-    figures = {name: getattr(sampled, name, None) for name in ("logprobs", "values", "entropies")}
-    if constrained:
-        del figures["logprobs"]
-    faults = (
-        _fault_of_figures(name, figure, len(sampled.token_ids))
-        for name, figure in figures.items()
-        if figure is not None
-    )
-    return next((fault for fault in faults if fault is not None), None)
-
-
-def _fault_of_figures(name: str, figures: Any, count: int) -> str | None:
-    if not isinstance(figures, (list, tuple)):
-        return f"field `{name}` of a turn expected a list, got {type(figures).__name__}."
-    if len(figures) != count:
-        return f"field `{name}` has {len(figures)} values, expected {count}, one per token of the turn."
-    for position, value in enumerate(figures):
-        if not is_finite_number(value) or (name == "logprobs" and value > 0):
-            most = " of at most 0" if name == "logprobs" else ""
-            return f"field `{name}` of a turn expected finite values{most}, got {value!r} at position {position}."
-    return None
+            yield f"field `{name}` of a turn is missing; the sampler returned a {type(sampled).__name__}.{hint}"
+        yield from list_faults(f"`{name}` of a turn", value)
+    for name in ("stopped", "values", "entropies", "policy_version"):
+        if not hasattr(sampled, name):
+            yield f"field `{name}` of a turn is missing; the sampler returned a {type(sampled).__name__}."
+    tokens = required["token_ids"] or []
+    yield from item_faults("`token_ids` of a turn", tokens, "token ids", is_count)
+    if not constrained:
+        yield from figure_faults("`logprobs` of a turn", required["logprobs"], len(tokens), "token", most=0)
+    for name in ("values", "entropies"):
+        figures = getattr(sampled, name, None)
+        if figures is not None:
+            yield from figure_faults(f"`{name}` of a turn", figures, len(tokens), "token")
 
 
 class TokenConstraint(Protocol):
-    """What a turn may consist of, token by token. Ends with a stop token."""
+    """The tokens a turn may consist of, one by one; the last is a stop token."""
 
     def allowed(self, size: int) -> Tensor:
-        """Mask over the vocabulary, bool, shape (`size`,), on the CPU: the tokens that may come next."""
+        """Return a mask of the tokens that may come next, bool, shape (`size`,), on the CPU."""
         ...
 
     def accept(self, token_id: int) -> None:
-        """Go on behind a token, one of those allowed."""
+        """Advance by one of the allowed tokens."""
         ...
 
 
@@ -131,7 +172,7 @@ class SamplerSession(Protocol):
 
     @property
     def busy(self) -> bool:
-        """Whether any row is queued or being sampled, so that [`SamplerSession.step`] has work to do."""
+        """Whether any row is queued or being sampled: whether [`SamplerSession.step`] has work to do."""
         ...
 
     def extend(
@@ -144,19 +185,21 @@ class SamplerSession(Protocol):
         ...
 
     def step(self) -> list[SampledTokens]:
-        """Do a bounded piece of work (about one token for every running row); returns the rows that finished."""
+        """Do a bounded piece of work (about one token for every running row); return the rows that finished."""
         ...
 
     def finish(self, row: int) -> None:
-        """Say that a row will not be extended again, so that its memory can be used."""
+        """Announce that a row will not be extended again, so that its memory can be reused."""
         ...
 
 
 class Sampler(Protocol):
-    """Opens a session over a batch of prompts; rows with equal prompts share their prompt's work."""
+    """Something that opens sessions over batches of prompts; rows with equal prompts share the work on them."""
 
     def open(self, prompts: Sequence[Sequence[int]], max_length: int) -> AbstractContextManager[SamplerSession]:
         """
+        Open a session.
+
         Args:
             prompts (`Sequence[Sequence[int]]`):
                 Prompt tokens of each row.
@@ -167,17 +210,22 @@ class Sampler(Protocol):
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """Logits in float32, or as they are where they are wider."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    """Return logits in float32, or unchanged if they are wider."""
+    return logits.to(score_dtype(logits))
+
+
+def score_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype that scores of a tensor are computed in: float32, or its own if that is wider."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def constrain(logits: Tensor, constraints: Sequence[TokenConstraint | None]) -> Tensor:
     """
-    Logits with -inf for every token that a row's constraint does not allow.
+    Return logits with -inf for every token that its row's constraint does not allow.
 
     Args:
         logits (`Tensor`):
-            Shape (B, V), any float dtype; left as it is.
+            Shape (B, V), any float dtype; not modified.
         constraints (`Sequence[TokenConstraint | None]`):
             One for each row.
 

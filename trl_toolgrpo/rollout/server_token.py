@@ -1,4 +1,4 @@
-"""The token that a rollout server and its clients share: who has it may load weights and ask for turns."""
+"""The token that a rollout server and its clients share: whoever has it may load weights and request turns."""
 
 import hmac
 import ipaddress
@@ -9,7 +9,7 @@ from ..errors import ConfigError
 
 
 VARIABLE = "TRL_TOOLGRPO_SERVER_TOKEN"
-"""Environment variable that holds it, on both sides; a command line would show it to every user of a machine."""
+"""Environment variable that holds it on both sides; a command line would show it to every user of a machine."""
 HOW_TO_SET = (
     f"Set the environment variable {VARIABLE} to the same secret for the server and for the run, such as one made by "
     f"`export {VARIABLE}=$(python -c 'import secrets; print(secrets.token_urlsafe(32))')`"
@@ -18,11 +18,11 @@ HOW_TO_SET = (
 
 def server_token(environment: Mapping[str, str] | None = None) -> str | None:
     """
-    The token in the environment; `None` if there is none.
+    Return the token in the environment; `None` if there is none.
 
     Args:
         environment (`Mapping[str, str]`, *optional*):
-            In place of that of the process.
+            Environment variables; by default those of the process.
 
     Raises:
         ConfigError: for a value that cannot be sent in a header.
@@ -33,13 +33,14 @@ def server_token(environment: Mapping[str, str] | None = None) -> str | None:
     if not token.isascii() or not token.isprintable() or " " in token:
         raise ConfigError(
             f"The value of the environment variable {VARIABLE} cannot be sent: it holds spaces or characters that are "
-            f"not printable ASCII. {HOW_TO_SET}."
+            f"not printable ASCII.",
+            remedy=f"{HOW_TO_SET}.",
         )
     return token
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only processes of this machine reach a server that listens on an address."""
+    """Return whether only processes of this machine can reach a server that listens on an address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -47,11 +48,11 @@ def is_loopback(host: str) -> bool:
 
 
 def header_of(token: str) -> dict[str, str]:
-    """The header that a request shows the token with."""
+    """Return the header that carries the token in a request."""
     return {"Authorization": f"Bearer {token}"}
 
 
 def is_shown(token: str, header: str | None) -> bool:
-    """Whether a request's `Authorization` header shows the token; takes as long whatever is wrong with it."""
+    """Return whether a request's `Authorization` header shows the token, in time that does not depend on it."""
     expected = header_of(token)["Authorization"]
     return hmac.compare_digest(expected.encode(), (header or "").encode("utf-8", "surrogateescape"))

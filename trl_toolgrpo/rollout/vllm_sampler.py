@@ -1,9 +1,7 @@
-"""The vLLM sampler: each turn of a rollout is a request of its own to an asynchronous engine.
+"""The vLLM sampler: each turn of a rollout is its own request to an asynchronous engine, in-process or served.
 
-Owns the protocol of such an engine and the sampler over it: a thread with an event loop, on which every running row
-waits for its own reply, so that no row waits for another and tools run while the rest is sampled. The engine keeps
-the history of a row in its prefix cache. Which engine it is, in-process or served, is no matter here. Fed with token
-ids by the rollout loop.
+On a thread with an event loop, every running row waits for its own reply, so that no row waits for another and tools
+run while the rest is sampled. The engine keeps the history of a row in its prefix cache.
 """
 
 import asyncio
@@ -13,8 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 from ..errors import SamplerError
 from .policy_file import PolicyFile
@@ -23,12 +20,13 @@ from .sampler import SampledTokens, TokenConstraint
 
 STEP_SECONDS = 0.01
 """Longest time a step waits for a turn to end, before the loop looks after tools."""
+Result = TypeVar("Result")
 
 
 @dataclass
 class TokenRequest:
     """
-    A turn to be sampled from the full softmax of `logits / temperature`.
+    A turn to sample from the full softmax of `logits / temperature`.
 
     Args:
         prompt_ids (`list[int]`):
@@ -67,13 +65,13 @@ class TokenReply:
 
 
 class TokenEngine(Protocol):
-    """What samples turns outside the training model. Its methods run on one event loop."""
+    """An engine that samples turns outside the training model. Its methods run on one event loop."""
 
     max_length: int
     """Most tokens of a prompt and its turn together."""
 
     async def load(self, policy: PolicyFile) -> None:
-        """Use this version of the policy from now on, and forget the one before."""
+        """Use this version of the policy from now on, and forget the previous one."""
         ...
 
     async def generate(self, request: TokenRequest) -> TokenReply:
@@ -81,11 +79,11 @@ class TokenEngine(Protocol):
         ...
 
     async def wake(self) -> None:
-        """A rollout batch begins."""
+        """Prepare for a rollout batch."""
         ...
 
     async def rest(self) -> None:
-        """A rollout batch is over."""
+        """Release what is not needed after a rollout batch."""
         ...
 
     async def close(self) -> None:
@@ -106,7 +104,7 @@ class VLLMSampler:
             Temperature of sampling and of the recorded log-probs.
 
     Raises:
-        ToolGRPOError: what the engine raises if it cannot start.
+        ToolGRPOError: raised by an engine that cannot start.
     """
 
     def __init__(
@@ -135,7 +133,7 @@ class VLLMSampler:
 
     @contextmanager
     def open(self, prompts: Sequence[Sequence[int]], max_length: int) -> Iterator["VLLMSession"]:
-        """See [`Sampler.open`]."""
+        """Open a session, see [`Sampler.open`]."""
         self.run(self.engine.wake())
         session = VLLMSession(self, prompts)
         try:
@@ -144,12 +142,12 @@ class VLLMSampler:
             session.cancel()
             self.run(self.engine.rest())
 
-    def submit(self, work: Coroutine[Any, Any, Any]) -> "Future[Any]":
-        """Run a coroutine on the sampler's event loop."""
+    def submit(self, work: Coroutine[object, object, Result]) -> Future[Result]:
+        """Start a coroutine on the sampler's event loop."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Run a coroutine on the sampler's event loop and wait for it."""
+    def run(self, work: Coroutine[object, object, Result]) -> Result:
+        """Run a coroutine on the sampler's event loop and wait for its result."""
         future = self.submit(work)
         try:
             return future.result()
@@ -183,32 +181,33 @@ class VLLMSession:
 
     @property
     def busy(self) -> bool:
-        """See [`SamplerSession.busy`]."""
+        """Whether there is work for [`VLLMSession.step`]."""
         return bool(self._running)
 
     def extend(
         self, row: int, token_ids: Sequence[int], max_new_tokens: int, constraint: TokenConstraint | None = None
     ) -> None:
-        """See [`SamplerSession.extend`]."""
+        """Append known tokens to a row and sample more, see [`SamplerSession.extend`]."""
         if row in self._running:
             raise SamplerError(f"Row {row} was extended while it is still being sampled.")
         if constraint is not None:
-            raise SamplerError("vLLM samples without constraints; use `force_level='call'` or 'name'.")
+            raise SamplerError("vLLM samples without constraints.", remedy="Use `force_level='call'` or 'name'.")
         history = self.histories[row]
         history += token_ids
         room = self.sampler.max_length - len(history)
         if room < 1:
             raise SamplerError(
                 f"Rollout {row} has {len(history)} tokens to begin with, and vLLM takes {self.sampler.max_length} in "
-                f"all. Raise `vllm_max_model_length` (of a server: `--max-model-len`), or shorten the prompts."
+                f"total.",
+                remedy="Raise `vllm_max_model_length` (of a server: `--max-model-len`), or shorten the prompts.",
             )
-        budget, sampler = min(max_new_tokens, room), self.sampler
+        budget, sampler, ended = min(max_new_tokens, room), self.sampler, self._ended
         request = TokenRequest(list(history), budget, sampler.stop_ids, sampler.temperature)
         future = self._running[row] = sampler.submit(sampler.engine.generate(request))
-        future.add_done_callback(partial(_tell, self._ended, row))
+        future.add_done_callback(lambda future: ended.put(row))
 
     def step(self) -> list[SampledTokens]:
-        """See [`SamplerSession.step`]: the turns that have ended, after a short wait for one."""
+        """Return the turns that have ended, after a short wait for one; see [`SamplerSession.step`]."""
         rows = []
         try:
             rows.append(self._ended.get(timeout=STEP_SECONDS))
@@ -219,11 +218,11 @@ class VLLMSession:
         return [self._read(row, self._running.pop(row).result()) for row in rows]
 
     def finish(self, row: int) -> None:
-        """See [`SamplerSession.finish`]."""
+        """Forget a row, see [`SamplerSession.finish`]."""
         self.histories[row] = []
 
     def cancel(self) -> None:
-        """Give up what is still being sampled, and wait until it has been."""
+        """Cancel what is still being sampled, and wait until it has ended."""
         for future in self._running.values():
             future.cancel()
         wait(self._running.values())
@@ -238,10 +237,6 @@ class VLLMSession:
         stopped = reply.token_ids[-1] in self.sampler.stop_ids
         logprobs = [min(value, 0.0) for value in reply.logprobs]  # rounding alone can pass 0
         return SampledTokens(row, reply.token_ids, logprobs, stopped, policy_version=reply.version)
-
-
-def _tell(ended: "queue.SimpleQueue[int]", row: int, future: "Future[TokenReply]") -> None:
-    ended.put(row)
 
 
 async def _awaited(start: Callable[[], Awaitable[TokenEngine]]) -> TokenEngine:

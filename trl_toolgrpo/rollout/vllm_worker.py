@@ -1,6 +1,6 @@
-"""What a worker of vLLM does beside its own work: take all weights of a policy, and draw with noise of its own.
+"""What a vLLM worker does in addition to its own work: load all weights of a policy, and reseed its noise.
 
-Owns an extension of vLLM's worker class, which vLLM loads by name inside its own process. Fed by `vllm_engine.py`.
+vLLM loads this extension of its worker class by name, inside its own process.
 """
 
 import random
@@ -17,7 +17,7 @@ class PolicyWorker:
     model_runner: Any
 
     def reseed(self, seed: int) -> None:
-        """Begin the noise that tokens are drawn with anew; the seed is a number of 32 bits."""
+        """Restart the noise that tokens are drawn with, from a seed of 32 bits."""
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
@@ -26,8 +26,8 @@ class PolicyWorker:
         """
         Replace the weights by those of a checkpoint.
 
-        On a CPU layers multiply by a packed copy of their weight, and vLLM packs a head that is tied to the embedding
-        only once, when the model is loaded: here it is packed again.
+        On a CPU, layers multiply by a packed copy of their weight. vLLM packs a head that is tied to the embedding
+        only once, when the model is loaded, so it is packed again here.
 
         Args:
             folder (`str`):

@@ -96,6 +96,7 @@ ORDER = [
     "value",
     "losses",
     "diagnostics",
+    "logprob_check",
     "own_positions",
     "scoring_trial",
     "packed_attention",

@@ -249,24 +249,25 @@ class Critic(SharedPromptScoring):
             self._passing.scale = float(getattr(getattr(model, "optimizer", None), "loss_scale", 1.0))
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._value_head is not None and self.accelerator.sync_gradients:
-            own = {id(parameter) for parameter in self._value_head.parameters()}
-            passed = None if self._passing is None else self.accelerator.reduce(self._passing.take(), reduction="mean")
-            norm = self._head_gradient_norm() if passed is None else float(passed.norm())
+            norm = self._head_gradient_norm(self._value_head)
             if norm is not None and self.state.global_step >= self.args.assist_warmup_steps:
                 self._metrics["train"]["value/grad_norm"].append(norm)
             if self._value_warmup:  # not merely a gradient of 0, which decay and momentum would still act on
+                own = {id(parameter) for parameter in self._value_head.parameters()}
                 for parameter in self.model.parameters():
                     if id(parameter) not in own:
                         parameter.grad = None
         return loss
 
-    def _head_gradient_norm(self) -> float | None:
+    def _head_gradient_norm(self, head: ValueHead) -> float | None:
         """
         Return the norm of the head's gradient, without the scale that float16 puts on the loss.
 
         `None` if there is no gradient, and if it overflowed, so that the scaler skips the step.
         """
-        gradients = [p.grad for p in self._value_head.parameters() if p.grad is not None] if self._value_head else []
+        if self._passing is not None:
+            return float(self.accelerator.reduce(self._passing.take(), reduction="mean").norm())
+        gradients = [parameter.grad for parameter in head.parameters() if parameter.grad is not None]
         if not gradients:
             return None
         total = nn.utils.get_total_norm(gradients)

@@ -254,8 +254,8 @@ def console_line(logs: Mapping[str, float | None]) -> str | None:
     """
     if logs.get("ratio/mean") is None and "loss" not in logs:
         return None
-    ratio = f"{_shown(logs, 'ratio/mean')}±{_shown(logs, 'ratio/std')}" if "ratio/mean" in logs else "n/a"
-    parts = [f"ratio {ratio}"]
+    ratio = [logs.get(name) for name in ("ratio/mean", "ratio/std")] if "ratio/mean" in logs else []
+    parts = ["ratio " + ("±".join("nan" if value is None else f"{value:.3f}" for value in ratio) or "n/a")]
     if logs.get("forced/fraction") is not None:
         parts.append(f"forced {logs['forced/fraction']:.1%}")
     if logs.get("kl") is not None:
@@ -269,8 +269,3 @@ def console_line(logs: Mapping[str, float | None]) -> str | None:
         failed = logs.get("tools/failure_frequency") or 0.0
         parts.append(f"tools {logs['tools/call_frequency']:.1f} calls, {failed:.0%} failed")
     return " | ".join(parts)
-
-
-def _shown(logs: Mapping[str, float | None], name: str) -> str:
-    value = logs.get(name)
-    return "nan" if value is None else f"{value:.3f}"

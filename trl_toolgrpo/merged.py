@@ -334,8 +334,8 @@ class ModelReference:
             holder._parameters[key] = nn.Parameter(own, requires_grad=False)  # not tied
 
     def _policy_weights(self) -> Iterator[tuple[str, Tensor]]:
-        if isinstance(self._policy, PeftModel) and self._adapter is not None:
-            return effective_weights(self._policy, self._adapter)
+        if self._adapter is not None:
+            return effective_weights(self._policy, self._adapter)  # type: ignore[arg-type]
         named = self._policy.named_parameters()
         return ((name, parameter) for name, parameter in named if not name.startswith("value_head."))
 

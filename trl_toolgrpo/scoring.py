@@ -1,28 +1,35 @@
-"""Scoring a batch whose rollouts share prompts: a prompt passes through the model once, not once for each rollout.
+"""Scoring a batch of rollouts so that each is scored as if it were alone, and a shared prompt only once.
 
 A group is packed into one sequence: the prompt, and after it a segment for each rollout, which attends only to the
 prompt and to itself and keeps the positions it would have alone. Log-probs and gradients are those of separate
 sequences, up to rounding.
+
+TRL pads prompts on the left and leaves positions to the model. That is right for a model whose positions are relative
+and which hides padding well, as most do. GPT-2 counts positions from the first column, RWKV reads padding although its
+mask hides it, and some rotary embeddings choose their frequencies by the longest row. Rollouts of such models that are
+not packed are moved to the first column, with all padding after them, where no causal model sees it.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
+from .config import ToolGRPOConfig
 from .model_settings import model_setting
-from .own_positions import OwnPositions, checkpointing_options
 from .packed_attention import Piece, dense_mask, packed_attention, suits
 from .rollout.backends import layers_beside_attention
 from .rollout.engine import RolloutBatch
+from .rollout.padding import reads_padding
 from .rollout.rotary import RowFrequencies
 from .rollout.sampler import scoring_mode
 from .rounding import (
@@ -286,15 +293,32 @@ def _has_experts(model: PreTrainedModel) -> bool:
     return any(model_setting(config, name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
-class SharedPromptScoring(OwnPositions):
+def scales_by_position(config: PretrainedConfig) -> bool:
+    """
+    Return whether attention is scaled by a token's position (Ministral 3), which a short trial does not show.
+
+    Args:
+        config (`PretrainedConfig`):
+            Configuration of the text model.
+    """
+    rotary = model_setting(config, "rope_parameters") or {}
+    nested = [part for part in rotary.values() if isinstance(part, dict)]
+    return any(part.get("llama_4_scaling_beta") for part in [rotary, *nested])
+
+
+class SharedPromptScoring(GRPOTrainer):
     """
     Part of [`ToolGRPOTrainer`]: TRL's scoring pass, over packed sequences if rollouts of a batch share prompts.
 
     A few rollouts of the first batch are scored both ways. If the log-probs differ by more than rounding, packing does
-    not suit the model, and its rollouts are scored one a row from then on. So are those of models that score a rollout
-    otherwise after padding; see [`OwnPositions`].
+    not suit the model, and its rollouts are scored one a row from then on. Another trial before the first pass finds
+    out whether rows have to begin in the first column.
     """
 
+    args: ToolGRPOConfig
+    model: PreTrainedModel
+    _recording: bool
+    _aligned: bool | None = None
     _packs: bool | None = None
     _rounding: Accepted | None = None  # measured with the first rollout batch
     _ask_values = False
@@ -330,6 +354,35 @@ class SharedPromptScoring(OwnPositions):
             )
         laid_out = [part or lay_out(*chunk, aligned) for part, chunk in zip(parts, chunks, strict=True)]
         return self._score_packed(model, laid_out, compute_entropy, compute_aux_loss)
+
+    def _aligns(self, model: nn.Module) -> bool:
+        """Return whether rollouts are moved to the first column; every process finds the same, with as many passes."""
+        if not self._recording:
+            return False  # TRL's own pass, unchanged
+        if self._aligned is None:
+            bare = self.accelerator.unwrap_model(model)
+            late = RowFrequencies(bare).border is not None or scales_by_position(bare.config.get_text_config())
+            self._aligned = late or self._reads_padding(model, bare)
+        return self._aligned
+
+    def _reads_padding(self, model: nn.Module, bare: PreTrainedModel) -> bool:
+        device = self.accelerator.device
+
+        def logits(ids: Tensor, mask: Tensor) -> Tensor:
+            with self.accelerator.autocast():
+                return model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+
+        with self._scoring_mode(model):
+            exact = compute_dtype(self.args, bare) not in LOW_PRECISION
+            return reads_padding(logits, bare.config.get_text_config().vocab_size, exact)
+
+    @contextmanager
+    def _scoring_mode(self, model: nn.Module) -> Iterator[None]:
+        """Run forward passes in evaluation mode, without gradients and without gradient checkpointing."""
+        options: Any = self.args.gradient_checkpointing_kwargs
+        bare = self.accelerator.unwrap_model(model)
+        with scoring_mode(model), disable_gradient_checkpointing(bare, options):
+            yield
 
     def _score_packed(
         self,
@@ -413,7 +466,7 @@ class SharedPromptScoring(OwnPositions):
         asked, self._ask_values = self._ask_values, False
         excess, leak, failure = None, 0.0, None
         try:
-            with scoring_mode(model), disable_gradient_checkpointing(bare, checkpointing_options(self.args)):
+            with self._scoring_mode(model):
                 if self._aligns(model):
                     plain, _, _ = self._score_packed(model, [lay_out(*few, aligned=True)])
                 else:
@@ -476,8 +529,8 @@ class SharedPromptScoring(OwnPositions):
 
     def _score_rollouts(self, tokens: tuple[Tensor, Tensor, int]) -> Tensor:
         """Return the policy's log-probs of [`_rollout_tokens`] without gradient, nats, shape (B, T)."""
-        size, options = self.args.per_device_train_batch_size, checkpointing_options(self.args)
-        with scoring_mode(self.model), disable_gradient_checkpointing(self.model, options):
+        size = self.args.per_device_train_batch_size
+        with self._scoring_mode(self.model):
             return self._get_per_token_logps_and_entropies(self.model, *tokens, batch_size=size)[0]
 
     def _measure_rounding(self, model: nn.Module, ids: Tensor, mask: Tensor, width: int) -> Accepted:

@@ -14,13 +14,13 @@ from .rounding import compute_dtype
 
 
 if TYPE_CHECKING:
-    from .own_positions import OwnPositions
+    from .scoring import SharedPromptScoring
 
 
 _FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
-def check_scoring(trainer: "OwnPositions") -> None:
+def check_scoring(trainer: "SharedPromptScoring") -> None:
     """
     Check that TRL's scoring pass runs for a policy and gives the log-probs of the model's own logits.
 

@@ -57,7 +57,6 @@ from .grouping import GroupedUpdates
 from .hub import HubPush
 from .lm_head import adapted_head, cast_heads, check_adapted_head, score_adapted_head, without_trls_cast
 from .logprob_check import check_logprobs
-from .own_positions import OwnPositions
 from .quantized import keep_trainable, same_parameters
 from .replay import Replay
 from .resume import ExactResume
@@ -97,7 +96,7 @@ _EvaluationData: TypeAlias = _Data | DatasetDict | IterableDatasetDict | dict[st
 
 class ToolGRPOTrainer(
     Replay, ExactResume, HubPush, Determinism, AssistedWarmup, Critic, ReferenceSync, GroupedUpdates,
-    SamplerCorrection, SharedPromptScoring, OwnPositions, RolloutTools, VLLMRollouts, GRPOTrainer,
+    SamplerCorrection, SharedPromptScoring, RolloutTools, VLLMRollouts, GRPOTrainer,
 ):  # fmt: skip
     """
     Drop-in replacement for TRL's [`~trl.GRPOTrainer`] (arXiv 2402.03300) that trains a policy to call tools.

@@ -1,4 +1,4 @@
-"""What this process holds: threads, processes below it, file descriptors, memory (on Linux)."""
+"""What this process holds: threads, child processes, file descriptors, memory (on Linux)."""
 
 import contextlib
 import ctypes
@@ -26,18 +26,18 @@ class Footprint:
         )
 
     def grown(self, before: "Footprint", share: float = 0.02) -> list[str]:
-        """What has become more since `before`; for memory, by more than a share."""
+        """Return what has grown since `before`; memory only if by more than a share."""
         more = [name for name in ("threads", "processes", "files") if getattr(self, name) > getattr(before, name)]
         return more + ["memory"] * (self.memory > before.memory * (1 + share))
 
 
 def footprint(settled: Footprint | None = None, patience: float = 5.0) -> Footprint:
     """
-    Takes the measure, with garbage and free memory given back.
+    Measure this process, after garbage and free memory are given back.
 
     Args:
-        settled: what it should come down to; calls that were given up may take a moment to end.
-        patience: how many seconds they get.
+        settled: what it should fall back to; abandoned calls may take a moment to end.
+        patience: how many seconds to wait for that.
     """
     deadline = time.monotonic() + patience
     while True:

@@ -42,7 +42,7 @@ LOSS_OPTIONS = {
 
 
 def model_of(options, tokenizer, sharp=3.0):
-    """The policy, and the adapter to train, that options ask for; its entropies differ from token to token."""
+    """Return the policy, whose entropies differ from token to token, and the adapter that the options ask for."""
     if "router_aux_loss_coef" in options:
         torch.manual_seed(0)
         shape = {
@@ -76,8 +76,12 @@ class Gradients(TrainerCallback):
 
 
 def run(kind, path, options, rewards, tools=None, prepare=None, stops=range(40)):
-    """Train with some options over four micro-batches of four groups, or as the options say; the trainer and the
-    gradients of its steps. Rollouts end at any of the tokens `stops`, so that they differ in length."""
+    """
+    Train with some options over four micro-batches of four groups, or as the options say.
+
+    Rollouts end at any of the tokens `stops`, so that they differ in length. Return the trainer and the gradients of
+    its steps.
+    """
     tokenizer = chat_tokenizer()
     model, adapter = model_of(options, tokenizer)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, *stops]

@@ -25,7 +25,7 @@ from trl_toolgrpo.sharding import whole as whole_parameters
 
 
 def shard_on_cpu():
-    """Accelerate shards over accelerators alone; here it is told that the processes of a CPU are as good."""
+    """Let accelerate, which shards over accelerators only, shard over processes on a CPU."""
     if deepspeed:
         PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
         return
@@ -60,7 +60,7 @@ def start(path, **changes):
 
 
 def parameters(trainer):
-    """The parameters, each of them whole."""
+    """Return the parameters, gathered."""
     with whole_parameters(trainer.model.parameters()):
         return [full(parameter).clone() for parameter in trainer.model.parameters()]
 

@@ -35,7 +35,7 @@ def trajectory_of(turns, stop_reason="stop"):
 
 
 def by_hand(trajectory, terminal, values, gamma, lam, unit):
-    """Advantages and returns of one rollout, with loops and dicts alone."""
+    """Compute advantages and returns of one rollout with loops and dicts alone."""
     flags = trajectory.trainable_mask
     trainable = [place for place in range(len(flags)) if flags[place]]
     rewards = dict.fromkeys(trainable, 0.0)
@@ -77,7 +77,7 @@ TURNS = st.lists(st.tuples(COUNTS, COUNTS, COUNTS, st.none() | st.floats(-2, 2))
     st.integers(0, 999),
 )  # fmt: skip
 def test_gae_is_that_of_a_plain_loop(rollouts, gamma, lam, unit, seed):
-    """Tool results, forced tokens, empty turns, truncation and per-turn rewards included."""
+    """With tool results, forced tokens, empty turns, truncation and rewards of turns."""
     trajectories = [trajectory_of(turns, reason) for turns, _, reason in rollouts]
     width = max(1, *(len(t.completion_ids) for t in trajectories)) + 2
     values = torch.randn(len(rollouts), width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -95,7 +95,7 @@ def test_gae_is_that_of_a_plain_loop(rollouts, gamma, lam, unit, seed):
 
 
 def test_a_terminal_reward_decays_geometrically():
-    """With no critic and one reward at the end, A_t = (gamma lambda)^(n - 1 - t): the sum in closed form."""
+    """Without a critic and with one reward at the end, A_t = (gamma lambda)^(n - 1 - t): the sum in closed form."""
     count, gamma, lam = 6, 0.9, 0.8
     steps = torch.arange(count)[None]
     rewards = torch.zeros(1, count)

@@ -1,4 +1,4 @@
-"""The supervised loss of assisted steps is what a plain forward pass over each whole rollout gives."""
+"""The supervised loss of assisted steps, against a plain forward pass over each whole rollout."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ SCRIPTS = {  # which rollouts are learned from is decided by their turns; a scri
 
 
 def by_hand(model, trajectories, rewards):
-    """Token mean of the cross-entropy of calling turns in rollouts above the mean, a forward pass for each rollout."""
+    """Compute the token mean of the cross-entropy of calling turns in rollouts above the mean, one rollout a pass."""
     total, count = 0.0, 0
     for trajectory, reward in zip(trajectories, rewards, strict=True):
         if reward <= sum(rewards) / len(rewards):

@@ -16,7 +16,7 @@ from trl_toolgrpo.batch_position import (
 @pytest.mark.parametrize("passes", [1, 2, 3])
 @pytest.mark.parametrize("per_batch", range(1, 6))
 @pytest.mark.parametrize("accumulated", range(1, 7))
-def test_positions_are_those_of_a_count(accumulated, per_batch, passes):
+def test_positions_agree_with_a_count(accumulated, per_batch, passes):
     args = SimpleNamespace(
         gradient_accumulation_steps=accumulated, steps_per_generation=per_batch, num_iterations=passes
     )
@@ -31,8 +31,8 @@ def test_positions_are_those_of_a_count(accumulated, per_batch, passes):
     assert optimizer_steps_of(args) == max(map(len, steps.values()))
 
 
-def test_a_batch_that_is_lost_is_due():
-    """TRL's checkpoints do not hold it."""
+def test_a_lost_batch_is_due_again():
+    """A checkpoint of TRL's does not hold the batch."""
     args = SimpleNamespace(gradient_accumulation_steps=1, steps_per_generation=4, num_iterations=1)
     trainer = SimpleNamespace(args=args, _step=6, _buffered_inputs=None)
     assert batch_is_due(trainer) and not batch_in_use(trainer) and batch_number(trainer) == 1

@@ -1,8 +1,8 @@
 """
 What this package relies on in TRL and transformers beyond their public interfaces.
 
-A failure here means that a new release moved something we override, call or assume. The message says what, and which
-module of ours to look at; every other failing test is likely to follow from it.
+A failure here means that a new release has changed something we override, call or assume. The message says what, and
+which module of ours to look at; every other failing test is likely to follow from it.
 """
 
 import ast
@@ -43,7 +43,7 @@ def source(function):
 
 
 SIGNATURES = {
-    # method: (its parameters, what of ours stands on it)
+    # method: (its parameters, what of ours relies on it)
     "_generate": (["self", "prompts"], "trainer.ToolGRPOTrainer._generate adds `trajectories` to its result"),
     "_generate_single_turn": (
         ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
@@ -70,12 +70,12 @@ SIGNATURES = {
         ["self", "inputs"],
         "trainer.ToolGRPOTrainer._generate_and_score_completions sets the old log-probs",
     ),
-    "_compute_loss": (["self", "model", "inputs"], "trainer.ToolGRPOTrainer._compute_loss reads the ratio"),
+    "_compute_loss": (["self", "model", "inputs"], "trainer.ToolGRPOTrainer._compute_loss takes the ratio from it"),
     "log": (["self", "logs", "start_time"], "trainer.ToolGRPOTrainer.log adds metrics"),
     # those of transformers' Trainer
     "create_optimizer": (["self", "model"], "critic.Critic.create_optimizer gives the value head a group of its own"),
     "training_step": (["self", "model", "inputs", "num_items_in_batch"], "critic.Critic.training_step"),
-    "save_model": (["self", "output_dir", "_internal_call"], "critic.Critic.save_model writes the value head beside"),
+    "save_model": (["self", "output_dir", "_internal_call"], "critic.Critic.save_model writes the value head as well"),
     "_save": (["self", "output_dir", "state_dict"], "critic.Critic._save keeps the value head out of the policy"),
     "_load_from_checkpoint": (
         ["self", "resume_from_checkpoint", "model"],
@@ -83,18 +83,18 @@ SIGNATURES = {
     ),
     "_load_optimizer_and_scheduler": (
         ["self", "checkpoint"],
-        "critic.Critic._load_optimizer_and_scheduler takes up a run that had no value head",
+        "critic.Critic._load_optimizer_and_scheduler resumes a run that had no value head",
     ),
     "_load_best_model": (["self"], "critic.Critic._load_best_model reads the value head"),
-    "_prepare_inputs": (["self", "generation_batch"], "deterministic.Determinism._prepare_inputs divides it anew"),
+    "_prepare_inputs": (["self", "generation_batch"], "grouping.GroupedUpdates._prepare_inputs splits it anew"),
     "_get_train_sampler": (["self", "dataset"], "resume.ExactResume._get_train_sampler keeps it"),
     "_save_checkpoint": (["self", "model", "trial"], "resume.ExactResume._save_checkpoint publishes what it wrote"),
     "_save_optimizer_and_scheduler": (
         ["self", "output_dir"],
-        "resume.ExactResume._save_optimizer_and_scheduler goes on where the disk refuses; for FSDP it replaces it",
+        "resume.ExactResume._save_optimizer_and_scheduler tolerates a full disk; for FSDP it replaces the method",
     ),
-    "_save_scaler": (["self", "output_dir"], "resume.ExactResume._save_scaler goes on where the disk refuses"),
-    "_save_rng_state": (["self", "output_dir"], "resume.ExactResume._save_rng_state goes on where the disk refuses"),
+    "_save_scaler": (["self", "output_dir"], "resume.ExactResume._save_scaler tolerates a full disk"),
+    "_save_rng_state": (["self", "output_dir"], "resume.ExactResume._save_rng_state tolerates a full disk"),
     "_get_output_dir": (["self", "trial"], "resume.ExactResume._get_output_dir has checkpoints written elsewhere"),
     "_push_from_checkpoint": (
         ["self", "checkpoint_folder"],
@@ -105,7 +105,7 @@ SIGNATURES = {
         "hub.HubPush._finalize_training waits for uploads before checkpoints are removed, and "
         "run_log.RunLog._finalize_training gives it a start by the monotonic clock",
     ),
-    "init_hf_repo": (["self", "token", "private"], "hub.HubPush.init_hf_repo goes on without the Hub"),
+    "init_hf_repo": (["self", "token", "private"], "hub.HubPush.init_hf_repo continues without the Hub"),
     "push_to_hub": (
         ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"],
         "hub.HubPush.push_to_hub pushes a folder of its own",
@@ -136,14 +136,14 @@ def test_signatures_we_override(name):
 
 
 WRITTEN = {
-    # method: (what its source holds, what of ours stands on it)
+    # method: (what its source holds, what of ours relies on it)
     "_prepare_inputs": (
         (
             "self._step % generate_every == 0 or self._buffered_inputs is None",
             "split_tensor_dict(generation_batch, self.args.steps_per_generation)",
             "self._buffered_inputs[self._step % self.args.steps_per_generation]",
         ),
-        "resume.ExactResume stores `_step` and `_buffered_inputs`; deterministic.Determinism redivides them",
+        "resume.ExactResume stores `_step` and `_buffered_inputs`; grouping.GroupedUpdates splits them anew",
     ),
     "_save_checkpoint": (("self._get_output_dir(trial=trial)",), "resume.ExactResume redirects it"),
     "_save_optimizer_and_scheduler": (
@@ -153,7 +153,7 @@ WRITTEN = {
             "self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir",
             "torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))",
         ),
-        "resume.ExactResume._save_optimizer_and_scheduler makes these calls for FSDP, and goes on after each",
+        "resume.ExactResume._save_optimizer_and_scheduler makes these calls for FSDP and tolerates failures",
     ),
     "_inner_training_loop": (
         ("self._tr_loss = torch.tensor(0.0", "self._globalstep_last_logged = ", "self._run_epoch("),
@@ -254,7 +254,7 @@ def test_the_sampler_draws_an_order_for_each_epoch():
 
 
 def test_the_fused_head_scores_the_positions_it_is_given():
-    """scoring.py passes labels that are shifted already, and has the backbone give fewer positions than it was fed."""
+    """scoring.py passes shifted labels, and has the backbone return fewer positions than it was given."""
     body = source(add_fused_lm_head)
     for expression in (
         "getattr(self, backbone_attr)(*args, **kwargs)",
@@ -280,7 +280,7 @@ def test_signature_of_the_scoring_pass():
     expected = ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
     assert found[:6] == expected, (
         f"GRPOTrainer._get_per_token_logps_and_entropies starts with {found[:6]}, no longer {expected}; "
-        f"trainer.ToolGRPOTrainer._get_per_token_logps_and_entropies and ._check_recorded pass these."
+        f"trainer.ToolGRPOTrainer._get_per_token_logps_and_entropies and scoring._score_rollouts pass these."
     )
 
 
@@ -345,7 +345,7 @@ def test_results_of_what_we_override(name, expected):
 
 
 READ_IN = {
-    # expression in TRL's source: (method, what of ours stands on it)
+    # expression in TRL's source: (method, what of ours relies on it)
     "gradient_accumulation_steps % generate_every": (
         "_generate_and_score_completions",
         "trainer._scores_old_logprobs repeats it, to know when TRL's first scoring pass is the one to skip",
@@ -356,7 +356,7 @@ READ_IN = {
     ),
     'output["sampling_per_token_logps"] = sampling_per_token_logps': (
         "_generate_and_score_completions",
-        "trainer._generate_and_score_completions takes the old log-probs from there",
+        "sync.ReferenceSync._log_divergence compares the reference with them",
     ),
     'output["tool_mask"] = tool_mask': (
         "_generate_and_score_completions",
@@ -368,7 +368,7 @@ READ_IN = {
     ),
     "for tool in self._standalone_tools + methods": (
         "_generate_and_score_completions",
-        "trainer._prepare_recording empties `_standalone_tools`, since the executor calls tools, not TRL",
+        "trainer._prepare_recording empties `_standalone_tools`, since the executor calls the tools",
     ),
     "self._environment_pool[name]": (
         "_generate_and_score_completions",
@@ -398,7 +398,7 @@ READ_IN = {
     'inputs.get("old_per_token_logps")': ("_compute_loss", "the recorded log-probs are the old ones of the ratio"),
     'adapter_name="ref" if "ref" in model.peft_config else None': (
         "_generate_and_score_completions",
-        "reference.AdapterReference is found by that name, merged.MergedReference scored with the adapter off",
+        "reference.AdapterReference is found by that name; merged.MergedReference is scored with the adapter off",
     ),
     "if args.sync_ref_model:": ("__init__", "sync.synced_by_us keeps TRL from it"),
     "def get_reward(environments, _env_type=env_type, **kwargs)": (
@@ -406,8 +406,8 @@ READ_IN = {
         "environments.scoring_without_failed knows it by its default, and passes another class",
     ),
     "type(e) is _env_type": ("__init__", "environments.scoring_without_failed passes another class"),
-    "self._step += 1": ("training_step", "sync._batch_in_use counts the steps of a rollout batch"),
-    "if self._step % generate_every == 0": ("_prepare_inputs", "sync._batch_in_use knows when a batch is used up"),
+    "self._step += 1": ("training_step", "batch_position.batch_number counts rollout batches by it"),
+    "if self._step % generate_every == 0": ("_prepare_inputs", "batch_position.batch_is_due repeats it"),
     "self._get_per_token_logps_and_entropies(": (
         "_compute_loss",
         "trainer._compute_loss takes the policy's log-probs from this call",
@@ -423,8 +423,8 @@ def test_source_we_rely_on(expression):
     )
 
 
-def test_the_loss_reads_its_inputs_behind_the_scoring_pass():
-    """correction.SamplerCorrection changes them there."""
+def test_the_loss_reads_its_inputs_after_the_scoring_pass():
+    """correction.SamplerCorrection changes them in that pass."""
     text = source(GRPOTrainer._compute_loss)
     scored = text.index("self._get_per_token_logps_and_entropies(")
     for name in ('inputs["advantages"]', 'inputs.get("old_per_token_logps")'):
@@ -449,23 +449,23 @@ ATTRIBUTES = {
     "_tokenizer": "trainer._prepare_recording and ._generate_single_turn",
     "_is_vlm": "trainer._prepare_recording leaves multimodal models to TRL",
     "_logs": "critic._estimate_advantages replaces the logged advantages",
-    "aux_loss_enabled": "critic._prepare_critic refuses a router loss, grouping._divides_anew leaves its division",
-    "_entropy_bonus_enabled": "grouping._divides_anew leaves the division that the entropy bonus is taken over",
-    "top_entropy_quantile": "grouping._divides_anew leaves the division that the quantile is taken over",
+    "aux_loss_enabled": "critic._prepare_critic refuses a router loss, grouping._may_be_split_anew keeps its split",
+    "_entropy_bonus_enabled": "grouping._may_be_split_anew keeps the split that the entropy bonus is taken over",
+    "top_entropy_quantile": "grouping._may_be_split_anew keeps the split that the quantile is taken over",
     "reward_func_names": "assist._calculate_rewards names the reward function",
     "_metrics": "trainer._log_rollouts and .log",
     "_dist": "rollout/engine.unwrapped_policy gathers parameters",
     "_standalone_tools": "trainer._prepare_recording",
     "_environment_pool": "rollout_tools._read_environments and ._drop_lost_environments",
-    "_env_tools": "rollout_tools._read_environments and ._tokenize_prompts",
+    "_env_tools": "rollout_tools._read_environments and trainer._tokenize_prompts",
     "environments": "trainer._roll_out",
     "environment_factories": "trainer._prepare_recording",
     "tools": "trainer._prepare_recording and ._roll_out",
-    "chat_template": "trainer._prepare_recording",
-    "chat_template_kwargs": "trainer._prepare_recording",
+    "chat_template": "rollout_tools._make_chat",
+    "chat_template_kwargs": "rollout_tools._make_chat",
     "eos_token_ids": "trainer._prepare_recording: rollout/engine.py stops there",
     "mask_truncated_completions": "trainer._correct_masks",
-    "num_iterations": "trainer._scores_old_logprobs",
+    "num_iterations": "batch_position.micro_batches_of, by its name in the configuration,",
     "_step": "batch_position counts micro-batches by it",
     "_buffered_inputs": "batch_position.batch_is_due",
     "ref_model": "sync._prepare_reference",
@@ -550,12 +550,14 @@ def test_shapes_of_those_attributes(trl_trainer):
     assert [tool.__name__ for tool in trl_trainer._standalone_tools] == ["fetch"], (
         "GRPOTrainer._standalone_tools is no longer the functions alone; trainer._prepare_recording empties it."
     )
-    assert isinstance(trl_trainer.eos_token_ids, list), "GRPOTrainer.eos_token_ids is no list; see trainer._roll_out."
+    assert isinstance(trl_trainer.eos_token_ids, list), (
+        "GRPOTrainer.eos_token_ids is no list; see trainer._prepare_recording."
+    )
 
 
 @pytest.mark.parametrize("kind", ["tool", "reward"])
 def test_trls_event_loop_is_for_reward_functions_alone(tmp_path, kind):
-    """A coroutine function as a tool is ours to run; as a reward function it is TRL's, on TRL's loop."""
+    """Coroutine functions run on our loop if they are tools, and on TRL's if they are reward functions."""
     ran_on = []
 
     async def look_up(key: str) -> str:
@@ -601,7 +603,7 @@ def test_context_managers_for_generation(trl_trainer):
         "gradient_checkpointing_kwargs" in found
     ), f"trl.models.unwrap_model_for_generation takes {found}; rollout/engine.unwrapped_policy calls it."
     assert parameters(disable_gradient_checkpointing) == ["model", "gradient_checkpointing_kwargs"], (
-        "trl.models.utils.disable_gradient_checkpointing has other parameters; trainer._check_recorded calls it."
+        "trl.models.utils.disable_gradient_checkpointing has other parameters; scoring._score_rollouts calls it."
     )
     with (
         unwrap_model_for_generation(trl_trainer.model_wrapped, trl_trainer.accelerator) as policy,
@@ -917,7 +919,7 @@ def test_models_have_what_the_default_sampler_asks_for():
 
 
 def test_rotary_embeddings_say_when_their_frequencies_change():
-    """rollout/rotary.RowFrequencies finds them by these names, and asks them row by row."""
+    """rollout/rotary.RowFrequencies finds them by these names and calls them row by row."""
     by_layer = {"sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}
     long = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     by_layer["full_attention"] = {**long, "factor": 4.0, "original_max_position_embeddings": 60}
@@ -976,7 +978,7 @@ def test_fsdp_finds_its_root_in_the_first_pass():
 def test_what_deepspeed_writes_between_two_collectives():
     engine = pytest.importorskip("deepspeed.runtime.engine")
     assert "save_latest" in parameters(engine.DeepSpeedEngine.save_checkpoint), (
-        "DeepSpeed's save_checkpoint has no `save_latest`; resume.ExactResume._latest_written_by_us passes it."
+        "DeepSpeed's save_checkpoint has no `save_latest`; resume.ExactResume._deepspeed_tolerated passes it."
     )
     held = {
         "save_checkpoint": ("from shutil import copytree", 'tag = f"global_step{self.global_steps}"', "fd.write(tag)"),
@@ -987,7 +989,7 @@ def test_what_deepspeed_writes_between_two_collectives():
         missing = [text for text in texts if text not in source]
         assert not missing, (
             f"DeepSpeedEngine.{name} is written otherwise, without {missing}; checkpoint.attempt and "
-            f"resume.ExactResume._latest_written_by_us keep a full disk there from stopping the other processes."
+            f"resume.ExactResume._deepspeed_tolerated keep a full disk there from stopping the other processes."
         )
 
 

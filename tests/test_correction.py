@@ -1,4 +1,4 @@
-"""The correction of the ratio: what it does to each token, in every loss, and that nothing else changes."""
+"""The correction of the ratio: its effect on each token, in every loss, and on nothing else."""
 
 import math
 
@@ -16,7 +16,7 @@ MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 @pytest.mark.parametrize("bounds", [(None, 3.0), (0.5, 3.0), (0.5, None), (0.9, 1.1), (None, 2.0)])
 @pytest.mark.parametrize("mode", MODES)
 def test_bounds_by_loops(mode, bounds):
-    """Every token by itself, in plain Python."""
+    """Compare with plain Python, token by token."""
     low, high = bounds[0] or 0.0, bounds[1] or math.inf
     generator = torch.Generator().manual_seed(3)
     log_ratio = 0.6 * torch.randn(12, 9, generator=generator, dtype=torch.float64)
@@ -64,7 +64,7 @@ def trainer_of(path, **changes):
 
 
 def batch_of(trainer):
-    """A batch whose recorded log-probs are off by known factors: ratio 1, 1.5, 3 and 0.2, in turn."""
+    """Make a batch whose recorded log-probs are off by known factors: the ratios are 1, 1.5, 3 and 0.2, in turn."""
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     trainer.accelerator.gradient_state._set_sync_gradients(True)
@@ -78,7 +78,7 @@ def batch_of(trainer):
 
 @pytest.mark.parametrize("estimated", [False, True])
 def test_the_loss_by_hand(tmp_path, estimated):
-    """With `epsilon` out of the way the policy loss is -mean(ratio * advantage)."""
+    """With a large `epsilon` the policy loss is -mean(ratio * advantage)."""
     wide = {"loss_type": "bnpo", "epsilon": 0.99, "epsilon_high": 1000.0}
     losses = {}
     for mode in (None, "truncate", "mask"):
@@ -107,7 +107,7 @@ def test_the_loss_by_hand(tmp_path, estimated):
 
 @pytest.mark.parametrize("mode", ["truncate", "mask"])
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"])
-def test_every_loss_takes_a_correction(tmp_path, mode, loss_type):
+def test_every_loss_type_is_corrected(tmp_path, mode, loss_type):
     """A token above the cap counts as one at the cap, or, masked, has no gradient at all; the others stay."""
     options = {"loss_type": loss_type, "sampler_correction": mode, "delta": None}
     if loss_type == "luspo":
@@ -117,7 +117,7 @@ def test_every_loss_takes_a_correction(tmp_path, mode, loss_type):
     inputs["advantages"] = torch.tensor([1.0, -1.0, 2.0, -0.5])
 
     def gradient(given, **changes):
-        """Of the loss, by the log-prob of each token; the scoring pass is replaced by those log-probs."""
+        """Return the gradient of the loss by each token's log-prob; these replace the scoring pass."""
         leaf = logps.clone().requires_grad_()
         trainer._score_packed = lambda *args: (leaf, torch.zeros_like(leaf), None)
         trainer._packs = True
@@ -138,8 +138,8 @@ def test_every_loss_takes_a_correction(tmp_path, mode, loss_type):
             torch.testing.assert_close(corrected[~above], plain[~above])
 
 
-def test_on_policy_it_changes_nothing_at_all(tmp_path):
-    """With a sampler that agrees no ratio is above the cap: the same weights to the last bit."""
+def test_on_policy_nothing_is_corrected(tmp_path):
+    """If the sampler agrees, no ratio is above the cap, and the weights are the same to the last bit."""
     weights = []
     for mode in (None, "truncate", "mask"):
         torch.manual_seed(0)
@@ -151,8 +151,8 @@ def test_on_policy_it_changes_nothing_at_all(tmp_path):
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
 
 
-def test_what_was_recorded_is_not_overwritten(tmp_path):
-    """The metrics of the ratio, and a second pass over the batch, go by the recorded log-probs."""
+def test_recorded_log_probs_are_not_overwritten(tmp_path):
+    """The metrics of the ratio, and a second pass over the batch, use the recorded log-probs."""
     trainer = trainer_of(tmp_path, sampler_correction="truncate")
     inputs, _, factors = batch_of(trainer)
     before = {name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)}

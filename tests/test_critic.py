@@ -1,4 +1,4 @@
-"""Training with a value head: what is recorded, what is learned and by what, what is saved, and what is refused."""
+"""Training with a value head: recorded values, learning, saving, and what is refused."""
 
 import json
 import math
@@ -72,7 +72,7 @@ CALL = '<tool_call>\n{"name": "look", "arguments": {"place": "x"}}\n</tool_call>
 
 
 def test_recorded_values_are_those_the_trainer_computes(tmp_path):
-    """Through shared prompts and lengths of their own, at the positions that predict each token."""
+    """With shared prompts and unequal lengths, at the positions that predict each token."""
     trainer, kept = make(tmp_path, head_seed=1, per_device_train_batch_size=8)
     trainer.train()
     output, trajectories = kept[0]
@@ -87,7 +87,7 @@ def test_recorded_values_are_those_the_trainer_computes(tmp_path):
         torch.testing.assert_close(output["old_values"][row, : len(values)], values, atol=1e-4, rtol=1e-4)
 
 
-def test_values_of_a_sampler_that_records_none_come_from_one_pass(tmp_path, monkeypatch):
+def test_unrecorded_values_are_computed_in_one_pass(tmp_path, monkeypatch):
     trainer, kept = make(tmp_path, head_seed=1)
     monkeypatch.setattr(
         MAKE_SAMPLER,
@@ -136,7 +136,7 @@ def test_advantages_by_hand(tmp_path, monkeypatch, estimator):
 
 @pytest.mark.parametrize("unit", ["token", "turn"])
 @pytest.mark.parametrize("estimator", ["gae", "group_gae"])
-def test_a_run_logs_what_the_critic_does(tmp_path, capsys, estimator, unit):
+def test_critic_metrics_are_logged(tmp_path, capsys, estimator, unit):
     trainer, _ = make(tmp_path, advantage_estimator=estimator, gae_unit=unit, max_steps=3)
     before = [p.detach().clone() for p in trainer._value_head.parameters()]
     trainer.train()
@@ -155,7 +155,7 @@ def test_a_run_logs_what_the_critic_does(tmp_path, capsys, estimator, unit):
 
 
 @pytest.mark.parametrize("detach", [True, False])
-def test_the_value_loss_reaches_the_trunk_only_where_it_may(tmp_path, detach):
+def test_value_loss_reaches_the_trunk_only_without_detach(tmp_path, detach):
     trainer, kept = make(tmp_path, head_seed=1, value_detach=detach, logprob_check="off")
     trainer.train()
     inputs = kept[0][0]
@@ -173,8 +173,8 @@ def test_the_value_loss_reaches_the_trunk_only_where_it_may(tmp_path, detach):
         assert same == (detach and "value_head" not in name) or name.startswith("lm_head"), name
 
 
-def test_micro_batches_add_up_to_the_whole(tmp_path, monkeypatch):
-    """The head's gradient does not depend on how a rollout batch is cut."""
+def test_micro_batch_losses_add_up_to_the_batch_loss(tmp_path, monkeypatch):
+    """The head's gradient does not depend on the size of the micro-batches."""
     norms = []
     for size, accumulate in ((8, 1), (4, 2), (2, 4)):
         torch.manual_seed(0)
@@ -193,8 +193,8 @@ def test_micro_batches_add_up_to_the_whole(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [8, 2])
-def test_more_epochs_train_the_head_on_and_nothing_else(tmp_path, size):
-    """The head after one optimizer step is that of a plain loop over the whole batch, however the batch is cut."""
+def test_value_epochs_train_the_head_alone(tmp_path, size):
+    """The head after one optimizer step is that of a plain loop over the whole batch, whatever the micro-batches."""
     options = {
         "per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size, "learning_rate": 1e-2,
         "lr_scheduler_type": "constant", "value_learning_rate": 1e-2, "value_clip": 0.05, "max_grad_norm": 0.05,
@@ -239,21 +239,21 @@ def test_more_epochs_train_the_head_on_and_nothing_else(tmp_path, size):
 
 
 @pytest.mark.parametrize("sharding", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_more_epochs_of_a_sharded_head_are_refused(tmp_path, sharding):
+def test_value_epochs_of_a_sharded_head_are_refused(tmp_path, sharding):
     trainer, _ = make(tmp_path, value_epochs=2)
     setattr(trainer, sharding, True)
     with pytest.raises(ConfigError, match="`value_epochs=2` with FSDP or DeepSpeed"):
         trainer._prepare_critic()
 
 
-def test_a_warm_up_of_the_critic_under_deepspeed_is_refused(tmp_path):
+def test_value_warmup_under_deepspeed_is_refused(tmp_path):
     trainer, _ = make(tmp_path, value_warmup_steps=1)
     trainer.is_deepspeed_enabled = True
     with pytest.raises(ConfigError, match="`value_warmup_steps=1` with DeepSpeed"):
         trainer._prepare_critic()
 
 
-def test_the_head_has_a_learning_rate_of_its_own(tmp_path):
+def test_the_head_has_its_own_learning_rate(tmp_path):
     for given, expected in ((None, 1e-3), (0.02, 0.02)):
         trainer, _ = make(tmp_path, value_learning_rate=given, learning_rate=1e-5, weight_decay=0.1)
         groups = trainer.create_optimizer().param_groups
@@ -265,7 +265,7 @@ def test_the_head_has_a_learning_rate_of_its_own(tmp_path):
         assert sum(len(group["params"]) for group in groups) == len(list(trainer.model.parameters()))
 
 
-def test_a_warm_up_trains_the_critic_alone(tmp_path):
+def test_value_warmup_trains_the_critic_alone(tmp_path):
     trainer, _ = make(tmp_path, value_warmup_steps=2, weight_decay=0.5, learning_rate=1e-2, max_steps=3)
     states = []
     step = trainer.training_step
@@ -284,13 +284,13 @@ def test_a_warm_up_trains_the_critic_alone(tmp_path):
 
 
 def saving(lora, **changes):
-    """A run that writes a checkpoint at every step, of a whole model or an adapter."""
+    """Make a run that writes a checkpoint at every step, of a whole model or an adapter."""
     peft = LoraConfig(target_modules=["q_proj"], r=2) if lora else None
     return {"peft": peft, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2, **changes}
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_the_head_is_saved_beside_the_policy_and_not_in_it(tmp_path, lora):
+def test_the_head_is_saved_in_its_own_file(tmp_path, lora):
     trainer, _ = make(tmp_path, **saving(lora, max_steps=2))
     trainer.train()
     trainer.save_model()
@@ -305,7 +305,7 @@ def test_the_head_is_saved_beside_the_policy_and_not_in_it(tmp_path, lora):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path, lora):
+def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path, lora):
     whole, _ = make(tmp_path, **saving(lora, max_steps=3))
     whole.train()
     resumed, _ = make(tmp_path, **saving(lora, max_steps=3))
@@ -314,7 +314,7 @@ def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path, lora):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5, msg=name)
 
 
-def test_a_checkpoint_without_a_head_is_refused_unless_the_critic_warms_up(tmp_path):
+def test_a_checkpoint_without_a_head_needs_a_value_warmup(tmp_path):
     plain, _ = make(tmp_path, **saving(False, advantage_estimator="group", max_steps=2))
     plain.train()
     checkpoint = str(tmp_path / "checkpoint-1")
@@ -339,7 +339,7 @@ def test_a_checkpoint_without_a_head_is_refused_unless_the_critic_warms_up(tmp_p
     assert all(p.any() for p in resumed._value_head.parameters())
 
 
-def test_a_saved_policy_brings_its_head_along(tmp_path):
+def test_a_saved_policy_is_loaded_with_its_head(tmp_path):
     trainer, _ = make(tmp_path, max_steps=2, value_learning_rate=0.1)
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
@@ -349,8 +349,8 @@ def test_a_saved_policy_brings_its_head_along(tmp_path):
         assert torch.equal(one, other)
 
 
-def test_the_critic_learns_what_a_prompt_is_worth(tmp_path):
-    """A reward that depends on the prompt alone can be known from the first token on."""
+def test_the_critic_learns_the_value_of_a_prompt(tmp_path):
+    """A reward that depends on the prompt alone is predictable from the first token on."""
     worth = {f"{name} " * 30: value for name, value in zip("abcdefgh", [0, 1, 0, 2, 1, 3, 0, 2], strict=True)}
     rows = [{"prompt": [{"role": "user", "content": text}], "worth": float(value)} for text, value in worth.items()]
     model = tiny_model(chat_tokenizer("qwen3_instruct_2507"), initializer_range=0.1)
@@ -368,7 +368,7 @@ def test_the_critic_learns_what_a_prompt_is_worth(tmp_path):
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"])
-def test_every_loss_type_takes_the_advantages_of_tokens(tmp_path, loss_type):
+def test_every_loss_type_accepts_token_advantages(tmp_path, loss_type):
     trainer, _ = make(tmp_path, loss_type=loss_type, num_iterations=2, max_steps=2)
     before = policy(trainer)
     trainer.args.learning_rate = 1e-3
@@ -377,7 +377,7 @@ def test_every_loss_type_takes_the_advantages_of_tokens(tmp_path, loss_type):
     assert any(not torch.equal(before[name], p) for name, p in policy(trainer).items())
 
 
-def test_a_rollout_that_was_not_scored_takes_no_part(tmp_path):
+def test_an_unscored_rollout_has_no_advantage_and_no_value_loss(tmp_path):
     trainer, kept = make(tmp_path, reward=lambda completions, **kwargs: [None, 1.0, 0.0, 0.5])
     trainer.train()
     output, _ = kept[0]
@@ -438,7 +438,7 @@ def test_arguments_that_cannot_work_are_refused(tmp_path, changes, words):
         config(tmp_path, **{"advantage_estimator": "gae", **changes})
 
 
-def test_rewards_of_turns_that_have_no_effect_are_pointed_out(tmp_path, monkeypatch, caplog):
+def test_turn_rewards_without_effect_are_warned_of(tmp_path, monkeypatch, caplog):
     options = {"advantage_estimator": "group", "logprob_check": "off", "max_completion_length": 400, "max_steps": 2}
     trainer, _ = make(tmp_path, tools=[look], **options)
     tokenizer = trainer.processing_class
@@ -448,8 +448,8 @@ def test_rewards_of_turns_that_have_no_effect_are_pointed_out(tmp_path, monkeypa
     assert caplog.text.count("Tools gave rewards to turns") == 1
 
 
-def test_an_environment_gives_rewards_to_turns(tmp_path, monkeypatch):
-    """Through the thread each environment lives on, to the tokens of the turn."""
+def test_turn_rewards_of_an_environment_are_used(tmp_path, monkeypatch):
+    """They pass through the environment's thread to the tokens of the turn."""
 
     class Place:
         turn_reward = None
@@ -483,7 +483,7 @@ def test_an_environment_gives_rewards_to_turns(tmp_path, monkeypatch):
         assert [turn.reward for turn in trajectory.turns] == [0.25, None]
 
 
-def test_a_group_run_has_no_value_head(tmp_path):
+def test_the_group_estimator_has_no_value_head(tmp_path):
     trainer, kept = make(tmp_path, advantage_estimator="group")
     trainer.train()
     assert trainer._value_head is None and kept[0][0]["advantages"].dim() == 1

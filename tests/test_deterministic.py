@@ -10,7 +10,7 @@ from conftest import ScriptedSampler, chat_tokenizer, config, prompts, tiny_mode
 from trl.chat_template_utils import add_response_schema, get_training_chat_template
 
 from trl_toolgrpo import ConfigError, Tool, ToolGRPOTrainer
-from trl_toolgrpo.deterministic import division, redivide
+from trl_toolgrpo.deterministic import interleaved
 from trl_toolgrpo.rollout.chat import ToolChat
 from trl_toolgrpo.rollout.generate_sampler import GenerateSampler
 from trl_toolgrpo.rollout.loop import TOOL_STEPS, RolloutLimits, RolloutLoop, RolloutRequest
@@ -23,7 +23,7 @@ from trl_toolgrpo.tools.execute import ToolExecutor
 
 
 def test_uniforms_are_those_of_splitmix64():
-    """Against the generator written in Python's integers; the first output for seed 0 is the published one."""
+    """Compare with the generator in Python's integers; the first output for seed 0 is the published one."""
 
     def splitmix64(seed, count):
         for step in range(1, count + 1):
@@ -92,7 +92,7 @@ def test_rounding_hardly_ever_changes_a_token():
 
 
 def turns(sampler, order, noise_rows=6):
-    """Rollouts of two turns, extended in a given order; some rows join while others are under way."""
+    """Sample rollouts of two turns, extended in a given order; some rows join while others are under way."""
     histories, done = {}, []
     with sampler.open([[5, 6, 7]] * 3 + [[8, 9]] * 3, 60) as session:
         for row in order:
@@ -118,7 +118,7 @@ def turns(sampler, order, noise_rows=6):
 
 
 @pytest.mark.parametrize("kind", [ModelSampler, GenerateSampler])
-def test_a_row_is_the_same_in_any_company(kind, tokenizer):
+def test_a_row_does_not_depend_on_the_other_rows(kind, tokenizer):
     model = tiny_model(tokenizer, vocab_size=40, pad_token_id=0, eos_token_id=1)
     for parameter in model.parameters():
         if parameter.ndim > 1:
@@ -138,7 +138,7 @@ def test_a_row_is_the_same_in_any_company(kind, tokenizer):
 
 
 class Steps(ScriptedSampler):
-    """A scripted sampler that notes which rows each step was for; a turn takes as many steps as `lengths` says."""
+    """A scripted sampler that records which rows each step was for; a turn takes as many steps as `lengths` says."""
 
     lengths = (1, 3, 2, 5)
 
@@ -184,7 +184,7 @@ def test_steps_do_not_depend_on_how_long_tools_take():
     assert found[0][0][0] == (0, 1, 2, 3)
 
 
-def test_a_tool_has_some_steps_before_decoding_waits_for_it():
+def test_decoding_waits_for_a_tool_after_some_steps():
     tokenizer = chat_tokenizer("qwen3")
     add_response_schema(tokenizer)
     chat = ToolChat(tokenizer, [tokenizer.eos_token_id], get_training_chat_template(tokenizer))
@@ -216,22 +216,25 @@ def test_a_tool_has_some_steps_before_decoding_waits_for_it():
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
-def test_a_batch_is_divided_alike_by_any_number_of_processes(parts):
-    whole = division(16, parts, RolloutNoise(1, 2))
+def test_a_batch_is_split_alike_by_any_number_of_processes(parts):
+    whole = interleaved(16, parts, RolloutNoise(1, 2))
     assert sorted(row for part in whole for row in part) == list(range(16))
     for processes in (2, 4):
         share = 16 // processes
-        pieces = [division(share, parts, RolloutNoise(1, 2, first=p * share)) for p in range(processes)]
+        pieces = [interleaved(share, parts, RolloutNoise(1, 2, first=p * share)) for p in range(processes)]
         for part in range(parts):
             joined = [p * share + row for p, piece in enumerate(pieces) for row in piece[part]]
             assert joined == whole[part]
     if parts > 1:
-        assert division(16, parts, RolloutNoise(1, 3)) != whole
+        assert interleaved(16, parts, RolloutNoise(1, 3)) != whole
+
+
+def test_a_trainers_split_does_not_depend_on_the_order_of_rows(tmp_path, tokenizer):
+    trainer, _ = start(tmp_path, tokenizer, deterministic_rollouts=True)
     rows = torch.randperm(16)
-    given = [{"rollout": chunk, "x": chunk * 2.0, "n": torch.tensor(5), "none": None} for chunk in rows.chunk(parts)]
-    for batch, expected in zip(redivide(given, RolloutNoise(1, 2)), whole, strict=True):
-        assert batch["rollout"].tolist() == expected and batch["x"].tolist() == [2.0 * row for row in expected]
-        assert batch["n"].item() == 5 and batch["none"] is None
+    order = trainer._new_split([{"rollout": chunk} for chunk in rows.chunk(4)])
+    expected = interleaved(16, 4, RolloutNoise(trainer.args.seed, 0))
+    assert [rows[part].tolist() for part in order] == expected
 
 
 def start(path, tokenizer, **changes):
@@ -250,7 +253,7 @@ def start(path, tokenizer, **changes):
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_rollouts_come_again_whatever_was_drawn_before(tmp_path, tokenizer, deterministic):
+def test_rollouts_do_not_depend_on_the_random_state(tmp_path, tokenizer, deterministic):
     found = []
     for disturbance in (0, 3):
         trainer, kept = start(tmp_path, tokenizer, deterministic_rollouts=deterministic)
@@ -269,12 +272,12 @@ def test_rollouts_come_again_whatever_was_drawn_before(tmp_path, tokenizer, dete
 
 
 @pytest.mark.parametrize("changes", [{"record_sample_logprobs": False}, {"use_vllm": True}])
-def test_rollouts_of_trl_are_not_deterministic(tmp_path, changes):
+def test_deterministic_rollouts_of_trl_are_refused(tmp_path, changes):
     with pytest.raises(ConfigError, match=r"deterministic_rollouts=True.*noise is not this package's"):
         config(tmp_path, deterministic_rollouts=True, **changes)
 
 
-def test_a_rollout_function_has_noise_of_its_own(tmp_path, tokenizer):
+def test_deterministic_rollouts_of_a_rollout_func_are_refused(tmp_path, tokenizer):
     options = config(tmp_path, deterministic_rollouts=True)
     with pytest.raises(ConfigError, match="with a `rollout_func`, whose noise is its own"):
         ToolGRPOTrainer(

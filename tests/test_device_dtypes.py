@@ -1,4 +1,4 @@
-"""A device without float64, as Apple's GPUs are: nothing on it asks for one, and the figures are the same."""
+"""A device without float64, such as Apple's GPUs: no float64 tensor is made there, and the results are the same."""
 
 import importlib
 import sys
@@ -27,7 +27,7 @@ class OnMPS(torch.Tensor):
 
 
 class PretendMPS(TorchFunctionMode):
-    """Pretends that tensors of [`OnMPS`], and those that are made for it, are on a device that refuses float64."""
+    """Pretends that [`OnMPS`] tensors, and those made from them, are on a device that refuses float64."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         given = tree_flatten((args, kwargs or {}))[0]
@@ -117,7 +117,7 @@ def trials(move):
 
 
 @pytest.mark.parametrize("figures", [ratio, comparison, gae, keyed_tokens, drawn_tokens, trials])
-def test_a_device_without_float64_gives_the_same(figures):
+def test_results_without_float64_are_the_same(figures):
     with PretendMPS():
         found = figures(lambda tensor: tensor.to(MPS))
     expected = figures(lambda tensor: tensor)
@@ -153,7 +153,7 @@ HOST = {
 
 
 class Spy(TorchFunctionMode):
-    """Notes which functions of the package make float64 tensors."""
+    """Records which functions of the package make float64 tensors."""
 
     def __init__(self):
         super().__init__()
@@ -175,7 +175,7 @@ def reward(completion_ids, **kwargs):
 
 
 @pytest.mark.parametrize("keyed", [False, True])
-def test_a_run_makes_float64_on_the_host_alone(tmp_path, monkeypatch, keyed):
+def test_a_run_makes_float64_only_on_the_host(tmp_path, monkeypatch, keyed):
     for name in ("advantages", "critic", "diagnostics", "reference", "sync", "rollout.padding"):
         monkeypatch.setattr(importlib.import_module(f"trl_toolgrpo.{name}"), "widest", lambda device: torch.float32)
     tokenizer = chat_tokenizer("qwen3_instruct_2507")

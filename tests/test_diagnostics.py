@@ -1,4 +1,4 @@
-"""Figures against numpy and by hand, the self-check both ways, and the console line word for word."""
+"""Metrics against numpy and by hand, the self-check both ways, and the console line word for word."""
 
 import math
 from types import SimpleNamespace
@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from trl_toolgrpo import LogprobMismatchError, ToolCall, ToolResult, Trajectory, Turn
 from trl_toolgrpo.diagnostics import (
     RatioStatistics,
-    check_logprobs,
-    compute_dtype,
     console_line,
     rollout_counts,
     rollout_metrics,
 )
-from trl_toolgrpo.rounding import Exact
+from trl_toolgrpo.logprob_check import check_logprobs
+from trl_toolgrpo.rounding import Exact, compute_dtype
 
 
 # Dtype
@@ -47,7 +46,7 @@ def test_compute_dtype_is_that_of_quantized_layers(dtype):
 
 
 def batches(seed, count, share=0.7):
-    """Micro-batches of different widths: log-probs now, log-probs recorded, mask."""
+    """Make micro-batches of different widths: present log-probs, recorded log-probs, mask."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for index in range(count):
@@ -117,7 +116,7 @@ def test_only_fresh_micro_batches_count_for_the_sampler():
     assert found["sampling/kl_k3"] == pytest.approx((ratio - 1 - fresh).mean(), abs=1e-6)
 
 
-def test_equal_logprobs_are_a_ratio_of_exactly_one():
+def test_equal_logprobs_give_a_ratio_of_exactly_one():
     logps = -torch.rand(4, 9)
     statistics = RatioStatistics()
     statistics.add(logps, logps, torch.ones(4, 9), fresh=True)
@@ -133,7 +132,7 @@ def test_spread_of_ratios_near_one_is_not_lost_to_rounding():
     assert statistics.metrics()["ratio/std"] == pytest.approx(1e-4, rel=1e-4)
 
 
-def test_empty_masks_and_resets_leave_nothing():
+def test_empty_masks_and_resets_give_no_metrics():
     statistics = RatioStatistics()
     assert not statistics.filled and statistics.metrics() == {}
     values = torch.full((2, 3), math.nan)
@@ -148,15 +147,15 @@ def test_empty_masks_and_resets_leave_nothing():
     assert not statistics.filled and statistics.metrics() == {}
 
 
-def test_processes_are_put_together():
+def test_statistics_are_combined_over_processes():
     made = batches(5, 2)
     parts = []
     for batch in made:
         parts.append(RatioStatistics())
         parts[-1].add(*batch, fresh=True)
     together = parts[0].metrics(
-        reduce_sum=lambda sums: sums + parts[1]._sums,
-        gather=lambda extremes: torch.cat([extremes, parts[1]._extremes[None]]),
+        reduce_sum=lambda sums: sums + parts[1].state()["sums"],
+        gather=lambda extremes: torch.cat([extremes, parts[1].state()["extremes"][None]]),
     )
     alone = RatioStatistics()
     for batch in made:
@@ -202,7 +201,7 @@ def test_equal_logprobs_pass_with_any_tolerance():
     check_logprobs(recomputed(), rollouts(), Exact(1e-7), "transformers")
 
 
-def test_what_one_process_finds_is_raised_in_all():
+def test_a_mismatch_in_one_process_is_raised_in_all():
     told = []
 
     def gather(mine):
@@ -241,7 +240,7 @@ def test_worst_token_of_the_batch_is_named():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_value_that_is_no_number_is_a_mismatch(value):
+def test_a_nan_is_a_mismatch(value):
     scored = recomputed()
     scored[1, 2] = value
     with pytest.raises(LogprobMismatchError, match=r"difference is inf nats.* rollout 1, turn 0, completion token 2"):
@@ -282,7 +281,7 @@ def tool_batch():
     ]  # fmt: skip
 
 
-def test_rollout_figures_known_by_hand():
+def test_rollout_metrics_known_by_hand():
     counts = rollout_counts(tool_batch(), seconds=2.0, tool_wait=0.5, invalid=0, abandoned=3)
     assert rollout_metrics([counts], with_tools=True) == pytest.approx(
         {
@@ -315,7 +314,7 @@ def test_rollout_figures_known_by_hand():
     )
 
 
-def test_processes_count_together():
+def test_rollout_counts_add_up_over_processes():
     first = rollout_counts(tool_batch()[:1], seconds=2.0, tool_wait=0.5, invalid=0, abandoned=1)
     second = rollout_counts(tool_batch()[1:], seconds=4.0, tool_wait=1.0, invalid=2, abandoned=2)
     found = rollout_metrics([first, second], with_tools=True)
@@ -324,13 +323,13 @@ def test_processes_count_together():
     assert found["rollout/invalid"] == 2 and found["rollout/tokens_per_second"] == 15 / 4.0
 
 
-def test_tool_that_one_process_alone_called_is_there():
+def test_a_tool_called_in_one_process_is_counted():
     first = rollout_counts(tool_batch()[:1], 1.0, 0.0, 0)
     second = rollout_counts([Trajectory([1], [2], [0.0], [1], [0], [Turn(0, 1)], "stop")], 1.0, 0.0, 0)
     assert rollout_metrics([second, first], with_tools=True)["tools/ask/calls"] == 1
 
 
-def test_figures_without_tools_and_without_rollouts():
+def test_metrics_without_tools_and_without_rollouts():
     plain = [Trajectory([1], [2, 3], [0.0] * 2, [1, 1], [0, 0], [Turn(0, 2)], "stop")]
     found = rollout_metrics([rollout_counts(plain, 1.0, 0.0, 0)], with_tools=False)
     assert not any(name.startswith("tools/") for name in found) and "rollout/invalid" not in found

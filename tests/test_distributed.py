@@ -1,4 +1,4 @@
-"""Several real processes: nothing waits for a count that only one of them has."""
+"""Training in several real processes: results agree, and no process waits for another in vain."""
 
 import json
 import os
@@ -14,8 +14,8 @@ import pytest
 HERE = Path(__file__).parent
 
 
-def launch(script, *arguments, processes=2, beside=None, **variables):
-    """Run a script in several processes, and at the same time perhaps alone; returns what they print."""
+def launch(script, *arguments, processes=2, alone=None, **variables):
+    """Run a script in several processes, and optionally alone at the same time; return what they print."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -27,8 +27,8 @@ def launch(script, *arguments, processes=2, beside=None, **variables):
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     shared = {**options, "env": {**environment, **variables}}
     started = [subprocess.Popen([*command, str(HERE / script), *arguments], **shared)]
-    if beside is not None:
-        started.append(subprocess.Popen([sys.executable, str(HERE / script), *beside], **options))
+    if alone is not None:
+        started.append(subprocess.Popen([sys.executable, str(HERE / script), *alone], **options))
     outputs = []
     try:
         for process in started:
@@ -38,18 +38,18 @@ def launch(script, *arguments, processes=2, beside=None, **variables):
     finally:
         for process in started:
             process.kill()
-    return outputs[0] if beside is None else outputs
+    return outputs[0] if alone is None else outputs
 
 
 @pytest.mark.long
-def test_unequal_rollouts_of_a_sharded_policy_end():
+def test_unequal_rollouts_of_a_sharded_policy_do_not_hang():
     output = launch("fsdp_rollout.py")
     assert "rank 0 done" in output and "rank 1 done" in output
 
 
 @pytest.mark.long
-def test_references_of_several_processes(tmp_path):
-    """A sharded adapter (FSDP2) is copied, stored and restored; a DDP run syncs alike in both processes."""
+def test_references_are_equal_in_several_processes(tmp_path):
+    """A sharded adapter (FSDP2) is copied, saved and restored; a DDP run makes the same syncs in both processes."""
     output = launch("reference_processes.py", str(tmp_path))
     found = [json.loads(line) for line in output.splitlines() if line.startswith('{"sharded')]
     assert len(found) == 2 and found[0] == found[1]
@@ -92,10 +92,10 @@ needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="nee
 )
 @pytest.mark.parametrize("policy", ["full", "lora"])
 def test_a_sharded_run_trains_as_one_process_does_and_resumes(tmp_path, variables, kind, policy):
-    """With a value head, on the CPU; FSDP2 as in `accelerate_configs/fsdp2.yaml`, of DeepSpeed's files the stage."""
+    """With a value head, on the CPU; FSDP2 as in `accelerate_configs/fsdp2.yaml`, DeepSpeed with its files' stages."""
     more = [policy] if policy == "lora" else []
-    beside = [str(tmp_path / "one"), *more]
-    outputs = launch("sharded_training.py", str(tmp_path / "two"), *more, beside=beside, **variables)
+    alone = [str(tmp_path / "one"), *more]
+    outputs = launch("sharded_training.py", str(tmp_path / "two"), *more, alone=alone, **variables)
     two, one = (json.loads(output[output.index('{"losses"') :].splitlines()[0]) for output in outputs)
     assert two["type"] == kind and (two["sharded"] > 20) == (variables is not ZERO2) and two["fault"] is None
     assert len(one["losses"]) == 4 and two["losses"] == pytest.approx(one["losses"], abs=1e-5, rel=0)
@@ -108,9 +108,9 @@ def test_a_sharded_run_trains_as_one_process_does_and_resumes(tmp_path, variable
 
 @pytest.mark.long
 def test_two_processes_train_as_one_does(tmp_path):
-    """The same global batch, with a value head, more than one step on a batch, and calls in unequal numbers."""
+    """The global batch is the same; with a value head, several steps on a batch, and unequal numbers of calls."""
     options = json.dumps({"steps_per_generation": 2, "advantage_estimator": "gae"})
-    outputs = launch("same_training.py", str(tmp_path / "two"), options, beside=[str(tmp_path / "one"), options])
+    outputs = launch("same_training.py", str(tmp_path / "two"), options, alone=[str(tmp_path / "one"), options])
     two, one = (json.loads(output[output.index('{"losses"') :].splitlines()[0]) for output in outputs)
     assert len(one["losses"]) == 20 and two["losses"] == pytest.approx(one["losses"], abs=1e-5, rel=0)
     assert two["rewards"] == one["rewards"] and len(one["rewards"]) == 5
@@ -121,7 +121,7 @@ def test_two_processes_train_as_one_does(tmp_path):
 
 @pytest.mark.long
 def test_two_processes_resume_to_the_bit(tmp_path):
-    """Each takes up rollouts, figures and random numbers of its own."""
+    """Each process restores its own rollouts, metrics and random numbers."""
     output = launch("resume_processes.py", str(tmp_path))
     found = [json.loads(line) for line in output.splitlines() if line.startswith('{"differ')]
     unsaved = ["checkpoint-3", "checkpoint-1"]  # the main process's disk was full at the second
@@ -132,8 +132,8 @@ def test_two_processes_resume_to_the_bit(tmp_path):
 
 
 @pytest.mark.long
-def test_each_process_has_its_servers(tmp_path):
-    """Shared servers are shared within a process, rollouts have their own; counts and restarts are those of both."""
+def test_each_process_starts_its_own_mcp_servers(tmp_path):
+    """Shared servers are shared within a process; counts and restarts are summed over both processes."""
     output = launch("mcp_processes.py", str(tmp_path))
     found = json.loads(next(line for line in output.splitlines() if line.startswith('{"told')))
     (busy, crash), quiet = found["told"][0][:2], found["told"][1]

@@ -1,4 +1,4 @@
-"""Every dtype through every part: tools, forcing, value head, LoRA, synced reference, packing, resume."""
+"""Every dtype with every part: tools, forcing, value head, LoRA, synced reference, packing, resuming."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ FAMILIES = {"qwen3": tiny_model, "llama": llama}
 
 
 def peaked(model):
-    """Weights that give logits of up to about 20, as a pretrained model has them, and some entropy."""
+    """Scale the weights so that logits reach about 20, as in a pretrained model, and keep some entropy."""
     std = 0.15 if model.config.tie_word_embeddings else 1.0  # a tied head favours the last token once more
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -73,7 +73,7 @@ EVERYTHING = {
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_parts_at_once(tmp_path, family, dtype, head):
+def test_all_parts_work_together(tmp_path, family, dtype, head):
     trainer = trainer_of(tmp_path, family, dtype, cast_lm_head_to_fp32=head, **EVERYTHING)
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
@@ -99,8 +99,8 @@ def test_without_an_adapter_both_fast_paths_are_in_use(tmp_path, family, dtype):
 
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_resumed_run_is_the_run(tmp_path, dtype, lora):
-    """Same weights to the bit, whichever dtype they have."""
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, dtype, lora):
+    """The weights are the same to the bit in every dtype."""
     changes = {"save_strategy": "steps", "save_steps": 2, "advantage_estimator": "gae", "seed": 3}
     whole = trainer_of(tmp_path / "whole", "qwen3", dtype, lora, **changes)
     whole.train()
@@ -112,8 +112,8 @@ def test_a_resumed_run_is_the_run(tmp_path, dtype, lora):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scoring_is_trls(tmp_path, family, dtype):
-    """Rows by themselves to the bit, log-probs, entropies and gradients; packed after a prompt up to rounding."""
+def test_scoring_agrees_with_trl(tmp_path, family, dtype):
+    """Separate rows agree to the bit in log-probs, entropies and gradients, packed rows up to rounding."""
     found = {}
     for packs in (False, True):
         trainer = trainer_of(tmp_path, family, dtype, lora=False, shared_prompt_updates=packs)
@@ -176,7 +176,7 @@ def test_planted_faults_are_caught_in_every_dtype(tmp_path, monkeypatch, family,
         trainer.train()
 
 
-def test_rounding_that_has_grown_is_measured_anew(tmp_path):
+def test_grown_rounding_is_measured_again(tmp_path):
     trainer = trainer_of(tmp_path, "qwen3", "autocast", max_steps=2)
     small = Rounding(1e-9, (1e-9, 1e-9, 1e-9))
     trainer._rounding = small  # as if of a policy whose logits were small
@@ -187,7 +187,7 @@ def test_rounding_that_has_grown_is_measured_anew(tmp_path):
 RULES = {rule.name: rule for rule in UPDATE_RULES}
 
 
-def test_health_rules_know_what_a_dtype_rounds():
+def test_health_rules_allow_for_rounding():
     healthy = {"step": 1, "loss": 0.1, "ratio/mean": 1.001, "ratio/std": 0.05,
                "sampling/logp_diff_mean": 0.034, "sampling/logp_diff_max": 0.28}  # fmt: skip
     facts = RunFacts(dtype="bfloat16", logprob_tolerance=0.036)

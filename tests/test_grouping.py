@@ -1,4 +1,4 @@
-"""Groups stay whole when a rollout batch is divided, and the update is the one TRL's division gives."""
+"""Groups stay whole when a rollout batch is split, and the update is the one of TRL's split."""
 
 import pytest
 import torch
@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from loss_options import LOSS_OPTIONS, run
 
 from trl_toolgrpo import ToolGRPOTrainer
-from trl_toolgrpo.grouping import divided, whole_groups
+from trl_toolgrpo.grouping import regrouped, whole_groups
 
 
-def test_a_division_by_hand():
+def test_a_split_by_hand():
     groups, lengths = [0, 0, 1, 1, 2, 2, 3, 3], [9, 2, 1, 1, 8, 7, 2, 1]
     parts = whole_groups(groups, lengths, 2)
     assert sorted(map(sorted, parts)) == [[0, 1, 4, 5], [2, 3, 6, 7]]  # short groups with short ones
@@ -30,16 +30,16 @@ def test_every_row_has_one_place(groups, parts, seed):
         assert sum(any(groups[row] == group for row in part) for part in found) <= (rows - 1) // (12 // parts) + 2
 
 
-def test_nothing_is_drawn():
+def test_splitting_draws_no_random_numbers():
     before = torch.get_rng_state()
     whole_groups([0, 1, 2], [1, 2, 3], 3)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_rows_move_as_a_whole():
+def test_regrouped_rows_keep_their_values():
     batches = [{"a": torch.tensor([[0], [1]]), "n": torch.tensor(7), "x": None}]
     batches.append({"a": torch.tensor([[2], [3]]), "n": torch.tensor(7), "x": None})
-    one, other = divided(batches, [torch.tensor([3, 0]), torch.tensor([1, 2])])
+    one, other = regrouped(batches, [torch.tensor([3, 0]), torch.tensor([1, 2])])
     assert one["a"].tolist() == [[3], [0]] and other["a"].tolist() == [[1], [2]]
     assert one["n"] == 7 and one["x"] is None
 
@@ -50,7 +50,7 @@ def rewards(completions, completion_ids, **kwargs):
 
 
 def watched(shapes):
-    """Note how many prompts there are in each micro-batch of a trainer."""
+    """Record how many prompts there are in each micro-batch of a trainer."""
 
     def prepare(trainer, tokenizer):
         take = trainer._prepare_inputs
@@ -69,7 +69,7 @@ LOGGED = ("loss", "policy_loss", "entropy_coef", "aux_loss", "reward")
 
 
 @pytest.mark.parametrize("name", LOSS_OPTIONS)
-def test_no_update_depends_on_it(tmp_path, name):
+def test_updates_are_those_of_trls_split(tmp_path, name):
     """Loss and gradients of every optimizer step are those of `shared_prompt_updates=False`, for every option."""
     options, whole, cut = LOSS_OPTIONS[name], [], []
     ours, found = run(ToolGRPOTrainer, tmp_path / "a", options, rewards, prepare=watched(whole))
@@ -86,14 +86,14 @@ def test_no_update_depends_on_it(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["dapo", "grpo", "luspo, by sequence", "kl", "passes over a batch"])
-def test_groups_stay_together_where_nothing_depends_on_it(tmp_path, name):
+def test_groups_stay_together(tmp_path, name):
     shapes = []
     trainer, _ = run(ToolGRPOTrainer, tmp_path, LOSS_OPTIONS[name], rewards, prepare=watched(shapes))
     assert trainer._packs is True and set(shapes) == {1}
 
 
-def test_the_rows_of_an_optimizer_step_stay_its_rows(tmp_path):
-    """Where a batch feeds several steps, groups stay together as far as TRL has put their rows into one step."""
+def test_each_optimizer_step_keeps_its_rows(tmp_path):
+    """If a batch feeds several steps, groups stay together as far as TRL has put their rows into one step."""
     shapes = {}
     for shared in (True, False):
         found = shapes[shared] = []
@@ -103,7 +103,7 @@ def test_the_rows_of_an_optimizer_step_stay_its_rows(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"loss_type": "bnpo"}, {"deterministic_rollouts": True}, {"entropy_coef": 0.1}])
-def test_where_the_division_matters_it_is_left_alone(tmp_path, changes):
+def test_trls_split_stays_if_the_loss_depends_on_it(tmp_path, changes):
     found = []
     run(ToolGRPOTrainer, tmp_path, changes, rewards, prepare=watched(found))
     assert max(found) > 1

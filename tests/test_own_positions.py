@@ -11,7 +11,6 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from trl_toolgrpo import LogprobMismatchError, ToolGRPOTrainer
-from trl_toolgrpo.own_positions import first_column
 from trl_toolgrpo.rollout.engine import RolloutBatch
 from trl_toolgrpo.rollout.loop import RolloutStats
 
@@ -70,7 +69,7 @@ UNHIDDEN = {  # padding changes what `generate` gives
     "MiniMax": {**HEADS, "num_local_experts": 2, "layer_types": ["linear_attention", "full_attention"]},
 }
 MIXED = {"mamba_n_groups": 1, "mamba_d_state": 8, "mamba_n_heads": 4}
-HYBRID = {  # attention beside layers with a state of their own
+HYBRID = {  # attention in addition to layers with a state of their own
     "Qwen3Next": {
         **{**HEADS, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16},
         **{"shared_expert_intermediate_size": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 2},
@@ -103,7 +102,7 @@ EXPERTS = {"Qwen3Moe longrope": {**HEADS, "rope_parameters": LONGROPE}}
 
 
 def build(name, tokenizer, **changes):
-    """A tiny model whose attention matters."""
+    """Make a tiny model whose attention matters."""
     torch.manual_seed(0)
     family = name.split()[0]
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
@@ -120,7 +119,7 @@ def build(name, tokenizer, **changes):
 
 
 def make(path, model, tokenizer, characters=(4, 30), **changes):
-    """A trainer with a group of four rollouts for each prompt of so many characters."""
+    """Make a trainer with a group of four rollouts for each prompt; `characters` gives their lengths."""
     rows = [{"prompt": [{"role": "user", "content": "x" * count}]} for count in characters]
     seen = []
 
@@ -145,7 +144,7 @@ def make(path, model, tokenizer, characters=(4, 30), **changes):
 
 @torch.no_grad()
 def alone(model, trajectory):
-    """Log-probs of a rollout by one plain forward pass over it."""
+    """Return the log-probs of a rollout by one plain forward pass over it."""
     ids = torch.tensor([[*trajectory.prompt_ids, *trajectory.completion_ids]])
     scores = torch.log_softmax(model.eval()(input_ids=ids, use_cache=False).logits[0].double(), dim=-1)
     start = len(trajectory.prompt_ids)
@@ -154,7 +153,7 @@ def alone(model, trajectory):
 
 @torch.no_grad()
 def scored(trainer, batch):
-    """The trainer's log-probs of a padded batch."""
+    """Return the trainer's log-probs of a padded batch."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     width = batch["completion_ids"].shape[1]
@@ -173,7 +172,7 @@ def check(trainer, batch, trajectories, bound=2e-5):
 
 
 @pytest.mark.parametrize("name", ["Rwkv", "MiniMax", "Mamba2", "GPT2"])
-def test_rounding_is_measured_whatever_a_model_keeps(tmp_path, name):
+def test_rounding_is_measured_for_every_kind_of_model(tmp_path, name):
     """A healthy batch passes the check in bfloat16, and one with every third log-prob off by 0.3 does not."""
     tokenizer = chat_tokenizer()
     trainer, batch, _ = make(tmp_path, build(name, tokenizer), tokenizer, bf16=True)
@@ -206,7 +205,7 @@ PATHS = {
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_each_family_takes_the_fastest_path_that_is_right_for_it(tmp_path, name, caplog):
+def test_each_family_takes_its_fastest_correct_path(tmp_path, name, caplog):
     tokenizer = chat_tokenizer()
     with caplog.at_level(logging.WARNING):
         trainer, _, _ = make(tmp_path, build(name, tokenizer), tokenizer, max_steps=1, max_completion_length=12)
@@ -226,8 +225,8 @@ def test_packing_is_used_where_positions_are_absolute(tmp_path, caplog):
     assert trainer._packs and "one by one" not in caplog.text
 
 
-def test_load_balancing_loss_is_that_of_rollouts_without_padding(tmp_path):
-    """Of a mixture of experts whose rollouts are moved: the same as over the rollouts as they are."""
+def test_load_balancing_loss_ignores_padding(tmp_path):
+    """For a mixture of experts whose rollouts are moved to the first column."""
     tokenizer = chat_tokenizer()
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "router_aux_loss_coef": 0.1}
     trainer, batch, trajectories = make(
@@ -250,7 +249,7 @@ def test_load_balancing_loss_is_that_of_rollouts_without_padding(tmp_path):
 
 @pytest.mark.parametrize("name", ["GPT2", "Phi3", "Rwkv", "Bloom"])
 def test_values_do_not_depend_on_padding(tmp_path, name):
-    """Value before each token, of a padded batch and of each rollout by itself."""
+    """The values of a padded batch are those of each rollout by itself."""
     tokenizer = chat_tokenizer()
     trainer, batch, trajectories = make(
         tmp_path, build(name, tokenizer), tokenizer, advantage_estimator="group_gae", shared_prompt_updates=False
@@ -271,8 +270,8 @@ def test_values_do_not_depend_on_padding(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["Phi3", "Llama longrope", "Phimoe", "Gemma3Text"])
-def test_rollouts_beyond_the_border_of_longrope_have_its_long_frequencies(tmp_path, caplog, name):
-    """In one batch with those before it; the template adds 17 tokens to a prompt."""
+def test_long_rollouts_use_the_long_frequencies_of_longrope(tmp_path, caplog, name):
+    """In one batch with shorter rollouts; the template adds 17 tokens to a prompt."""
     tokenizer = chat_tokenizer()
     sizes = [BORDER - 1, BORDER + 1, 2 * BORDER, 30]
     with caplog.at_level(logging.WARNING):
@@ -288,7 +287,7 @@ def test_rollouts_beyond_the_border_of_longrope_have_its_long_frequencies(tmp_pa
     assert "as 8 of these 16 may" in warning[0]
 
 
-def test_a_prompt_that_fills_the_border_has_no_completion(tmp_path):
+def test_a_prompt_as_long_as_the_border_has_no_completion(tmp_path):
     tokenizer = chat_tokenizer()
     _, batch, trajectories = make(
         tmp_path, build("Phi3", tokenizer), tokenizer, characters=[BORDER - 17, 5]
@@ -296,17 +295,6 @@ def test_a_prompt_that_fills_the_border_has_no_completion(tmp_path):
     assert len(trajectories[0].prompt_ids) == BORDER
     assert {t.stop_reason for t in trajectories[:4]} == {"length"} and not batch["completion_mask"][:4].any()
     assert batch["completion_mask"][4:].any()
-
-
-def test_first_column_by_hand():
-    ids = torch.tensor([[0, 0, 5, 6, 7, 8, 0], [1, 2, 3, 4, 9, 0, 0]])
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0, 0]])
-    batch = first_column(ids, mask, 3)
-    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 0], [1, 2, 3, 4, 9]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 0], [1] * 5]
-    assert batch.scored_width == 3 and batch.scored.tolist() == [[True, True, False], [True, False, False]]
-    values = torch.tensor([[10.0, 11.0, 12.0], [20.0, 21.0, 22.0]])  # of columns 2, 3 and 4
-    assert batch.completions(values).tolist() == [[10.0, 11.0, 0.0], [22.0, 0.0, 0.0]]
 
 
 @pytest.mark.parametrize("name", ["Phi3", "Llama dynamic"])

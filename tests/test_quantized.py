@@ -20,7 +20,7 @@ from trl_toolgrpo.recipes.qwen3_tools import build_task, build_trainer
 
 
 def quantized(folder, path, *flags):
-    """The recipe's trainer for a model in 4 bits, as its command line makes it."""
+    """Make the recipe's trainer for a model in 4 bits, as its command line does."""
     arguments = [
         "--model_name_or_path", str(folder), "--load_in_4bit", "true", "--use_peft", "true", "--lora_r", "4",
         "--lora_target_modules", "all-linear", "--dtype", "float32", "--output_dir", str(path), "--train_size", "16",
@@ -123,7 +123,7 @@ def critic(folder, path, kind="nf4", **changes):
     ("kind", "name"), [*(("nf4", name) for name in CRITICS), ("fp4", "gae"), ("int8", "gae")]
 )
 def test_a_value_head_over_a_quantized_base(folder, tmp_path, kind, name):
-    """The head is no part of what is quantized, learns, is saved beside the adapter and loads again."""
+    """The head is not quantized, learns, is saved with the adapter, and can be loaded again."""
     changes = dict(CRITICS[name])
     bound = changes.pop("bound", 2e-2 if kind == "int8" else 1e-4)
     trainer = critic(folder, tmp_path, kind, **changes)
@@ -142,8 +142,8 @@ def test_a_value_head_over_a_quantized_base(folder, tmp_path, kind, name):
 
 @pytest.mark.parametrize("estimator", ["group", "gae"])
 @pytest.mark.parametrize("fresh", [True, False])
-def test_a_run_in_four_bits_is_resumed_as_it_was(folder, tmp_path, estimator, fresh):
-    """Also by the trainer that has trained: the adapter stays in the dtype it is trained in."""
+def test_a_four_bit_run_is_resumed_exactly(folder, tmp_path, estimator, fresh):
+    """Also by the same trainer: the adapter stays in the dtype it is trained in."""
     options = {"save_strategy": "steps", "save_steps": 1, "advantage_estimator": estimator}
     trainer = critic(folder, tmp_path, **options)
     trainer.train()
@@ -157,7 +157,7 @@ def test_a_run_in_four_bits_is_resumed_as_it_was(folder, tmp_path, estimator, fr
 
 
 @pytest.mark.parametrize("sampled_before", [False, True])
-def test_sampling_leaves_the_gradient_whole(folder, sampled_before):
+def test_sampling_does_not_cut_the_gradient(folder, sampled_before):
     """Gradients of the adapter are those over the dequantized weights, after passes in evaluation mode too."""
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=nf4)
@@ -188,7 +188,7 @@ def test_sampling_leaves_the_gradient_whole(folder, sampled_before):
 
 @pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "paged_lion_8bit"])
 def test_optimizers_in_eight_bits(tmp_path, optim):
-    """Those with paged state are for GPUs; the others work on a CPU too."""
+    """Optimizers with paged state need a GPU; the others also work on a CPU."""
 
     def start():
         tokenizer = chat_tokenizer()
@@ -210,7 +210,7 @@ def test_optimizers_in_eight_bits(tmp_path, optim):
     assert any(state["state1"].dtype == torch.uint8 for state in states)
 
 
-def test_paged_optimizers_are_for_gpus(tmp_path, monkeypatch):
+def test_paged_optimizers_are_refused_on_a_cpu(tmp_path, monkeypatch):
     from trl_toolgrpo.checks import check_optimizer
 
     args = config(tmp_path, optim="paged_adamw_8bit")

@@ -1,4 +1,4 @@
-"""References that follow a policy: copies and averages against dense ones computed apart, for each kind of adapter."""
+"""References that follow a policy: copies and averages against dense ones, for each kind of adapter."""
 
 import copy
 import json
@@ -41,7 +41,7 @@ def policy_with(adapter, **changes):
 
 
 def move(model, seed):
-    """As training would: every trained parameter, and no other."""
+    """Change every trained parameter, and no other, as training would."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -56,7 +56,7 @@ def logits(model):
 
 @torch.no_grad()
 def reference_logits(model, reference):
-    """As TRL scores the reference, with the reference in its place."""
+    """Compute the reference's logits as TRL's scoring pass does."""
     with use_adapter(model, "ref" if "ref" in model.peft_config else None):
         assert reference.scoring()
         with reference.weights():
@@ -64,7 +64,7 @@ def reference_logits(model, reference):
 
 
 def merged_by_peft(model):
-    """Parameters of a copy that PEFT has merged; a tied head is untied first, since merging would change it too."""
+    """Return the parameters of a copy that PEFT has merged; a tied head is untied, as merging would change it."""
     model = copy.deepcopy(model)
     head = model.get_base_model().get_output_embeddings()
     if "weight" in head._parameters:
@@ -73,7 +73,7 @@ def merged_by_peft(model):
 
 
 @pytest.mark.parametrize("name", sorted(COPIED))
-def test_a_copied_adapter_is_the_policy_of_the_last_sync(name):
+def test_a_copied_adapter_scores_as_the_policy_at_the_last_sync(name):
     model = policy_with(COPIED[name])
     move(model, 1)
     trained = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -120,7 +120,7 @@ def test_merged_weights_follow_the_policy_exactly(name, tied):
 
 @pytest.mark.parametrize("name", sorted(ADAPTERS))
 def test_ten_averages_are_the_dense_average(name):
-    """W_ref <- W/2 + W_ref/2, computed apart in float64 over what PEFT itself merges."""
+    """W_ref <- W/2 + W_ref/2, computed in float64 from what PEFT itself merges."""
     model = policy_with(ADAPTERS[name])
     reference = MergedReference(model, "default")
     dense = {n: w.double() for n, w in merged_by_peft(model).items()}
@@ -161,7 +161,7 @@ def test_an_average_of_factors_is_no_average_of_weights():
     assert min(errors) > 0.02  # of the distance the reference has come; 0.04 to 0.06 here
 
 
-def test_a_second_model_takes_in_the_merged_weights():
+def test_a_second_model_gets_the_merged_weights():
     model = policy_with(ADAPTERS["embedding"], tie_word_embeddings=True)
     second = tiny_model(chat_tokenizer(), attention_bias=True, tie_word_embeddings=True).eval()
     reference = ModelReference(second, model, "default")
@@ -210,7 +210,7 @@ def test_nf4_bases_are_never_touched(quantized_folder, mode, use_dora):
 
 
 @pytest.mark.parametrize("mode", [AdapterReference, MergedReference])
-def test_a_sync_that_failed_names_the_tensors(mode, tmp_path):
+def test_a_failed_sync_names_the_tensors(mode, tmp_path):
     model = policy_with(ADAPTERS["lora"])
     reference = mode(model, "default")
     with torch.no_grad():
@@ -220,7 +220,7 @@ def test_a_sync_that_failed_names_the_tensors(mode, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_a_merged_weight_that_is_not_the_policys_is_found(kind):
+def test_a_wrong_merged_weight_is_found(kind):
     model = policy_with(ADAPTERS[kind])
     reference = MergedReference(model, "default")
     move(model, 1)
@@ -239,7 +239,7 @@ def test_a_failed_sync_stops_the_run(tmp_path, tokenizer, monkeypatch):
         run.train()
 
 
-def test_weights_trained_outside_of_the_adapter_are_refused():
+def test_weights_trained_outside_the_adapter_are_refused():
     model = policy_with(ADAPTERS["lora"])
     model.get_base_model().model.norm.weight.requires_grad_(True)
     with pytest.raises(ConfigError, match=r"trained outside of it: .*norm\.weight"):
@@ -290,7 +290,7 @@ def test_the_reference_of_a_full_fine_tuning_is_synced(tmp_path, tokenizer):
         assert torch.equal(one, other)
 
 
-def test_no_sync_falls_into_a_rollout_batch(tmp_path, tokenizer):
+def test_a_due_sync_waits_for_the_end_of_a_rollout_batch(tmp_path, tokenizer):
     """Two optimizer steps share a batch; a sync due after each of them waits for the second."""
     run = trainer(tmp_path, tokenizer, num_iterations=2, ref_model_sync_steps=1, max_steps=4)
     made, sync = [], run._reference.sync
@@ -304,7 +304,7 @@ def test_no_sync_falls_into_a_rollout_batch(tmp_path, tokenizer):
     assert made == [2, 4]
 
 
-def test_a_sync_in_the_middle_of_a_batch_waits(tmp_path, tokenizer):
+def test_a_sync_by_hand_waits_for_the_end_of_a_rollout_batch(tmp_path, tokenizer):
     run = trainer(tmp_path, tokenizer, num_iterations=2, ref_model_sync_steps=100, max_steps=3)
     assert run.sync_reference().differ == ()  # nothing has been sampled yet
     run.train()
@@ -350,7 +350,7 @@ def test_a_resumed_run_has_the_same_reference(tmp_path, tokenizer, alpha, full):
         assert not any(".ref." in name for name in load_file(tmp_path / "final" / "adapter_model.safetensors"))
 
 
-def test_trls_own_reference_stays_in_checkpoints_alone(tmp_path, tokenizer):
+def test_trls_own_reference_is_saved_in_checkpoints_only(tmp_path, tokenizer):
     """Without syncing TRL keeps a copy of a given adapter, which it restores from checkpoints."""
     model = get_peft_model(tiny_model(tokenizer), LoraConfig(r=4, target_modules=LINEAR))
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "sync_ref_model": False}
@@ -386,7 +386,7 @@ def test_a_given_adapter_is_the_first_reference(tmp_path, tokenizer):
         ({"peft_config": None, "ref_sync_mode": "adapter"}, "without an adapter"),
     ],
 )
-def test_what_cannot_be_synced_is_refused(tmp_path, tokenizer, changes, message):
+def test_impossible_sync_settings_are_refused(tmp_path, tokenizer, changes, message):
     with pytest.raises(ConfigError, match=message):
         trainer(tmp_path, tokenizer, **copy.deepcopy(changes))
 
@@ -416,6 +416,6 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, tokenizer):
     assert json.loads((checkpoint / "adapter_config.json").read_text())["r"] == 4
 
 
-def test_syncing_by_hand_needs_a_reference(tmp_path, tokenizer):
+def test_syncing_without_a_reference_is_refused(tmp_path, tokenizer):
     with pytest.raises(ConfigError, match="no reference to sync"):
         trainer(tmp_path, tokenizer, sync_ref_model=False).sync_reference()

@@ -1,4 +1,4 @@
-"""The reference of each variant of an adapter, as the trainer scores it, against a model kept by hand.
+"""The reference for each variant of an adapter, as the trainer scores it, against a model kept by hand.
 
 The model by hand is a copy of the policy as it was, or a plain model with weights that PEFT has merged and that are
 averaged here; its log-probs come from a plain forward pass.
@@ -79,7 +79,7 @@ def base(**changes):
 
 
 def move(model, seed, size=0.1):
-    """As training would: every trained parameter, and no other."""
+    """Change every trained parameter, and no other, as training would."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -88,7 +88,7 @@ def move(model, seed, size=0.1):
 
 
 def started(path, variant, given, **changes):
-    """A trainer, and a copy of the policy as it was before the trainer saw it."""
+    """Return a trainer, and a copy of the policy as it was before."""
     adapter, options, _ = VARIANTS[variant]
     model = base(**options)
     if given:
@@ -104,7 +104,7 @@ def started(path, variant, given, **changes):
 
 
 def scored(trainer):
-    """A batch of rollouts, and the log-probs that the trainer's reference gives their tokens."""
+    """Return a batch of rollouts, and the log-probs that the trainer's reference gives their tokens."""
     trainer.model.train()
     batch = trainer._generate_and_score_completions(copy.deepcopy(ROWS))
     return batch, batch["ref_per_token_logps"]
@@ -112,7 +112,7 @@ def scored(trainer):
 
 @torch.no_grad()
 def score(model, batch):
-    """Log-probs of a batch from a plain forward pass."""
+    """Return the log-probs of a batch from a plain forward pass."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -127,7 +127,7 @@ def assert_scores(found, model, batch, atol=2e-5):
 
 
 def assert_moved(trainer, batch, reference):
-    """The policy is not its reference, so that a reference that follows by mistake is seen."""
+    """Check that the policy has moved away, so that a reference that wrongly follows it would be seen."""
     sampled = batch["completion_mask"].bool()
     assert (batch["old_per_token_logps"] - reference)[sampled].abs().max() > 1e-3
 
@@ -138,7 +138,7 @@ def steps(trainer):
 
 @pytest.mark.parametrize("given", [False, True], ids=["new", "given"])
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
-def test_a_reference_that_is_not_synced_stays_the_policy_as_it_began(tmp_path, variant, given):
+def test_an_unsynced_reference_stays_the_initial_policy(tmp_path, variant, given):
     trainer, by_hand = started(tmp_path, variant, given)
     trainer.train()
     assert steps(trainer)[0]["kl"] < 1e-7 < steps(trainer)[1]["kl"]
@@ -149,7 +149,7 @@ def test_a_reference_that_is_not_synced_stays_the_policy_as_it_began(tmp_path, v
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
-def test_a_copied_adapter_is_the_policy_of_the_last_sync(tmp_path, variant):
+def test_a_copied_adapter_scores_as_the_policy_at_the_last_sync(tmp_path, variant):
     trainer, by_hand = started(tmp_path, variant, True, sync_ref_model=True, ref_model_mixup_alpha=1.0)
     trainer.train()
     assert steps(trainer)[0]["kl"] < 1e-7
@@ -170,7 +170,7 @@ def test_a_copied_adapter_is_the_policy_of_the_last_sync(tmp_path, variant):
 
 
 def dense(model):
-    """Weights of a PEFT policy as one plain model, in float64; merged in a copy whose head is its own."""
+    """Return the merged weights of a PEFT policy in float64; the head of the copy is untied first."""
     model = copy.deepcopy(model)
     plain = model.get_base_model()
     head, biases = plain.get_output_embeddings(), {}
@@ -218,8 +218,8 @@ def test_merged_weights_are_the_dense_average(tmp_path, variant):
     assert_scores(found, plain_model(VARIANTS[variant][1], expected), batch, atol=5e-5)
 
 
-def test_several_adapters_in_a_model_are_told_apart(tmp_path):
-    """One that is loaded first, with other layers and modules of its own, has no part in policy or reference."""
+def test_other_adapters_of_a_model_have_no_effect(tmp_path):
+    """An adapter loaded first, with other layers and modules, affects neither policy nor reference."""
     for mode, alpha in (("auto", 1.0), ("merged", 0.5), (None, None)):
         model = get_peft_model(base(), lora(target_modules=["o_proj"], modules_to_save=["norm"]), adapter_name="other")
         model.add_adapter("default", lora())
@@ -242,7 +242,7 @@ def test_several_adapters_in_a_model_are_told_apart(tmp_path):
             torch.testing.assert_close(found[sampled], batch["old_per_token_logps"][sampled], atol=2e-6, rtol=0)
 
 
-def test_a_second_trainer_takes_the_policy_as_it_is(tmp_path):
+def test_a_second_trainer_starts_from_the_trained_policy(tmp_path):
     trainer, _ = started(tmp_path, "lora", True)
     trainer.train()
     model = trainer.model
@@ -260,7 +260,7 @@ def test_a_second_trainer_takes_the_policy_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["pissa", "bias_all", "embedding", "loha"])
-def test_a_resumed_run_has_the_reference_it_began_with(tmp_path, variant):
+def test_a_resumed_run_keeps_its_initial_reference(tmp_path, variant):
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
     whole, _ = started(tmp_path / "whole", variant, True, **saving)
     whole.train()
@@ -271,7 +271,7 @@ def test_a_resumed_run_has_the_reference_it_began_with(tmp_path, variant):
     assert_scores(found, by_hand, batch)
 
 
-def test_a_head_that_shares_trained_tokens_is_refused(tmp_path):
+def test_trained_tokens_of_a_tied_head_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"`trainable_token_indices` for a model whose LM head is tied"):
         ToolGRPOTrainer(
             base(tie_word_embeddings=True), lambda completions, **kwargs: [1.0] * len(completions), config(tmp_path),
@@ -286,7 +286,7 @@ def test_a_head_that_shares_trained_tokens_is_refused(tmp_path):
         (["default", "policy"], "policy", r"active adapters \['policy'\] and `beta=0\.1`"),
     ],
 )
-def test_a_policy_whose_adapter_is_not_the_one_copied_is_refused(tmp_path, names, active, words):
+def test_an_adapter_that_would_not_be_copied_is_refused(tmp_path, names, active, words):
     for synced in ({}, {"sync_ref_model": True, "ref_model_mixup_alpha": 1.0}):
         model = get_peft_model(base(), lora(), adapter_name=names[0])
         for name in names[1:]:

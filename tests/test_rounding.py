@@ -1,4 +1,4 @@
-"""Rounding told from faults: by hand, on samples of known noise, and on a pretrained model's own arithmetic."""
+"""Rounding and faults are told apart: by hand, on known noise, and on a pretrained model's arithmetic."""
 
 import math
 from contextlib import nullcontext
@@ -9,14 +9,14 @@ import transformers
 from conftest import chat_tokenizer, tiny_model
 
 from trl_toolgrpo import LogprobMismatchError, Trajectory, Turn
-from trl_toolgrpo.diagnostics import check_logprobs
+from trl_toolgrpo.logprob_check import check_logprobs
 from trl_toolgrpo.rollout.generate_sampler import GenerateSampler
 from trl_toolgrpo.rollout.model_sampler import ModelSampler
 from trl_toolgrpo.rounding import QUANTILES, SLACK, Exact, Rounding, measure_rounding, score
 
 
 def noise(seed, count, scale=0.046):
-    """Absolute differences of two correct passes: about normal."""
+    """Return absolute differences of two correct passes, which are about normal."""
     return (torch.randn(count, generator=torch.Generator().manual_seed(seed)) * scale).abs()
 
 
@@ -52,7 +52,7 @@ def test_a_third_of_the_tokens_off_by_0_3_is_caught(scale):
         assert known.excess(found) is not None
 
 
-def test_a_mean_and_a_tail_have_a_limit_each():
+def test_mean_and_tail_each_have_a_limit():
     known = Rounding(0.03, (0.04, 0.08, 0.15))
     assert "mean difference" in known.excess(torch.full((1000,), 0.03 * SLACK * 1.3))
     assert known.excess(torch.full((1000,), 0.04)) is None
@@ -63,8 +63,8 @@ def test_a_mean_and_a_tail_have_a_limit_each():
     assert known.excess(torch.tensor([math.nan])) is not None
 
 
-def test_tokens_after_a_tool_result_are_compared_on_their_own():
-    """Twenty in five thousand tokens hide in a mean and a quantile; as the first tokens of turns they are a class."""
+def test_tokens_after_a_tool_result_are_compared_separately():
+    """Twenty in five thousand tokens do not show in mean and quantiles; they are compared as a class of their own."""
     rollouts, rows = [], []
     for seed in range(20):
         turns = [Turn(0, 125, "stop"), Turn(130, 255)]
@@ -116,7 +116,7 @@ def family(name, scale):
 
 @torch.no_grad()
 def gaps_of(sampler, model, prompt, autocast):
-    """What a sampler's log-probs differ by from a plain pass, and the same passes measured for rounding."""
+    """Return how far a sampler's log-probs are from a plain pass, and the rounding measured on the same model."""
     with sampler(model, [], 0, autocast=autocast).open([prompt] * 4, 64) as session:
         for row in range(4):
             session.extend(row, [], 64)
@@ -132,8 +132,8 @@ def gaps_of(sampler, model, prompt, autocast):
 @pytest.mark.parametrize("low", ["autocast", "weights"])
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_healthy_sampler_is_within_what_is_measured_and_a_fault_is_not(name, scale, low):
-    """However little two passes of one kernel differ by: of some families a cached pass is a plain one to the bit."""
+def test_a_healthy_sampler_passes_and_a_faulty_one_does_not(name, scale, low):
+    """Also if two passes of one kernel hardly differ: in some families a cached pass equals a plain one to the bit."""
     model = family(name, scale)
     autocast = nullcontext
     if low == "autocast":
@@ -164,7 +164,7 @@ def test_rounding_is_that_of_the_dtype_of_training():
 
 
 def doubted(seed, count, scale, sure):
-    """Rounding of logits at tokens of which a share is as good as certain, and the probability of all others."""
+    """Return the rounding of logits where some tokens are almost certain, and the probability of all other tokens."""
     generator = torch.Generator().manual_seed(seed)
     certain = torch.rand(count, generator=generator) < sure
     doubt = torch.where(certain, 1e-4, 0.2 + 0.8 * torch.rand(count, generator=generator))
@@ -173,7 +173,7 @@ def doubted(seed, count, scale, sure):
 
 @pytest.mark.parametrize("count", [10, 100, 1000])
 @pytest.mark.parametrize("sure", [0.0, 0.5])
-def test_tokens_that_are_less_expected_than_those_measured_differ_by_more(count, sure):
+def test_unexpected_tokens_may_differ_by_more(count, sure):
     for seed in range(20):
         known = Rounding.of(*doubted(seed, 300, 0.02, sure=0.95))
         gaps, doubt = doubted(1000 + seed, count, 0.02, sure)
@@ -182,7 +182,7 @@ def test_tokens_that_are_less_expected_than_those_measured_differ_by_more(count,
         assert known.excess(16 * gaps, doubt) is not None  # and by more than rounding where something is wrong
 
 
-def test_a_token_that_is_expected_has_no_more_room_than_before():
+def test_expected_tokens_may_not_differ_by_more():
     known = Rounding.of(*doubted(0, 300, 0.02, sure=0.95))
     sure = torch.full((200,), 1e-4)
     for gap in (0.003, 0.01):

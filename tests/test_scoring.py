@@ -1,4 +1,4 @@
-"""Scoring with shared prompts: what is packed where, and that log-probs and gradients are those of TRL's own pass."""
+"""Scoring with shared prompts: the packed layout, and log-probs and gradients equal to those of TRL's own pass."""
 
 
 import pytest
@@ -13,7 +13,7 @@ from trl import GRPOTrainer
 
 from trl_toolgrpo import ToolGRPOTrainer, scoring
 from trl_toolgrpo.packed_attention import dense_mask, suits
-from trl_toolgrpo.scoring import pack, unpackable_reason
+from trl_toolgrpo.scoring import can_be_packed, lay_out, pack
 
 
 PAD = 0
@@ -50,14 +50,31 @@ def test_a_packed_group_by_hand():
     assert unpacked.tolist() == [[-7.0, -8.0], [-9.0, 0.0]]
 
 
-def test_what_gains_nothing_is_not_packed():
+def test_rows_are_laid_out_from_the_first_column():
+    ids = torch.tensor([[0, 0, 5, 6, 7, 8, 0], [1, 2, 3, 4, 9, 0, 0]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0, 0]])
+    values = torch.arange(14.0)[None]
+    for aligned, expected_ids, expected_mask, expected in (
+        (True, [[5, 6, 7, 8, 0], [1, 2, 3, 4, 9]], [[1, 1, 1, 1, 0], [1] * 5], [[1, 2, 0], [8, 0, 0]]),
+        (False, ids.tolist(), mask.tolist(), [[3, 4, 0], [10, 0, 0]]),
+    ):
+        batch = lay_out(ids, mask, 3, aligned)
+        assert batch.input_ids.tolist() == expected_ids and batch.attention_mask.tolist() == expected_mask
+        assert batch.scored.tolist() == [[True, True, False], [True, False, False]]
+        predicted = batch.labels.reshape(-1)[batch.labelled()]
+        assert predicted.tolist() == [7, 8, 9]
+        kept = batch.labelled()  # each token is predicted by the position before it
+        assert batch.unpack(values[:, kept], kept).tolist() == expected
+
+
+def test_batches_that_gain_nothing_are_not_packed():
     assert pack(*batch_of([[1, 2], [1, 3]], [[7], [8]])) is None  # no prompt is shared
     ids, mask, width = batch_of([[1, 2, 3]] * 2, [[7, 8, 9], [7, 8, 9]])
     mask[0, -2] = 0
     assert pack(ids, mask, width) is None  # a hole in a completion
 
 
-def test_a_group_that_is_too_long_gets_several_sequences(monkeypatch):
+def test_a_long_group_is_split_over_several_sequences(monkeypatch):
     monkeypatch.setattr(scoring, "PACKED_LENGTH", 8)
     packed = pack(*batch_of([[1, 2, 3, 4]] * 4, [[7, 8], [9, 7], [8], [9, 9, 9]]))
     assert packed.input_ids.shape == (2, 7)
@@ -96,25 +113,25 @@ def test_every_completion_token_has_its_place(rows):
             assert seen == ([*prompt, *completion])[: len(prompt) + step]
 
 
-def test_a_pass_that_fails_is_decided_on_with_the_other_processes(tmp_path, monkeypatch, caplog):
+def test_a_failed_pass_is_decided_on_by_all_processes(tmp_path, monkeypatch, caplog):
     trainer = trainer_of(tmp_path, tiny_model(tokenizer := chat_tokenizer()), tokenizer)
     gathered, gather = [], trainer.accelerator.gather
     monkeypatch.setattr(trainer.accelerator, "gather", lambda found: gathered.append(found) or gather(found))
     monkeypatch.setattr(trainer, "_score_packed", lambda *args: (_ for _ in ()).throw(RuntimeError("no such mask")))
     assert trainer._try_packing(trainer.model, [batch_of([[1, 2, 3]] * 4, [[7, 8], [9], [7], [8]])], True) is False
-    assert trainer._packs is False and [found.tolist() for found in gathered] == [[[0, 1]]]
+    assert trainer._packs is False and [found.tolist() for found in gathered] == [[[0, 1, 0, 0]]]
     assert "RuntimeError: no such mask" in caplog.text and "differ by" not in caplog.text
 
 
 @pytest.mark.parametrize("other_fails", [False, True])
-def test_no_process_waits_for_one_that_has_failed(tmp_path, monkeypatch, other_fails):
-    """Both gather alike: after a failure nothing more, else the longest completion, rounding and the verdict."""
+def test_no_process_waits_for_a_failed_one(tmp_path, monkeypatch, other_fails):
+    """Both gather alike: the longest completion, its rounding and the verdict."""
     trainer = trainer_of(tmp_path, tiny_model(tokenizer := chat_tokenizer()), tokenizer, bf16=True)
     gathered, gather = [], trainer.accelerator.gather
 
     def gather_two(found):
         other = found.clone()
-        if not gathered and other_fails:
+        if len(gathered) == 2 and other_fails:
             other[0, 1] = 1.0
         gathered.append(found)
         return torch.cat([gather(found), other])
@@ -122,7 +139,7 @@ def test_no_process_waits_for_one_that_has_failed(tmp_path, monkeypatch, other_f
     monkeypatch.setattr(trainer.accelerator, "gather", gather_two)
     batch = batch_of([[1, 2, 3]] * 4, [[7, 8], [9], [7], [8]])
     assert trainer._try_packing(trainer.model, [batch], True) is not other_fails
-    assert [len(found.flatten()) for found in gathered] == ([2] if other_fails else [2, 1, 5, 2])
+    assert [len(found.flatten()) for found in gathered] == [1, 5, 4]
 
 
 def llama(tokenizer):
@@ -187,8 +204,8 @@ def test_log_probs_entropies_and_gradients_are_those_of_trl(tmp_path, make, atte
     torch.testing.assert_close(chunked, plain[0], atol=exact, rtol=exact)
 
 
-def test_a_pass_that_is_run_twice_keeps_its_mask():
-    """The second pass of checkpointing comes when the exchanged attention is gone."""
+def test_checkpointed_models_are_scored_with_a_mask():
+    """The second pass of checkpointing comes after the exchanged attention is put back."""
     model = tiny_model(chat_tokenizer())
     assert suits(model)
     model.gradient_checkpointing_enable()
@@ -219,20 +236,20 @@ def test_training_scores_each_prompt_once(tmp_path, monkeypatch):
     assert all(log["ratio/mean"] == pytest.approx(1.0, abs=1e-4) for log in logs) and len(logs) == 2
 
 
-def test_models_that_cannot_be_packed_are_scored_trls_way(tmp_path):
+def test_unpackable_models_are_scored_by_trl(tmp_path):
     tokenizer = chat_tokenizer()
-    assert "window" in unpackable_reason(windowed(tokenizer))
+    assert not can_be_packed(windowed(tokenizer))
     trainer = trainer_of(tmp_path, windowed(tokenizer), tokenizer, logprob_check="off")
     trainer.train()
     assert trainer._packs is False
     model = tiny_model(tokenizer)
-    assert unpackable_reason(model) is None
+    assert can_be_packed(model)
     model.config._attn_implementation = "flash_attention_2"
-    assert "flash_attention_2" in unpackable_reason(model)
+    assert not can_be_packed(model)
 
 
-def test_a_model_that_packing_would_change_is_found_out(tmp_path, monkeypatch, caplog):
-    """A model that keeps to its own attention scores packed rollouts as one long text."""
+def test_a_model_that_ignores_the_mask_is_not_packed(tmp_path, monkeypatch, caplog):
+    """A model that keeps its own attention would score packed rollouts as one long text."""
     tokenizer = chat_tokenizer()
     trainer = trainer_of(tmp_path, tiny_model(tokenizer), tokenizer, logprob_check="off")
     forward = trainer.model.forward
@@ -261,15 +278,15 @@ MIXED = {
 
 
 @pytest.mark.parametrize("name", MIXED)
-def test_layers_that_read_across_rollouts_are_known_by_their_kind(name):
+def test_layers_with_a_state_are_not_packed(name):
     shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     made = getattr(transformers, f"{name}Config")(**{**shape, **heads, **MIXED[name]})
-    assert "layers, which read on" in unpackable_reason(getattr(transformers, f"{name}ForCausalLM")(made))
+    assert not can_be_packed(getattr(transformers, f"{name}ForCausalLM")(made))
 
 
 class Recurrent(torch.nn.Module):
-    """A layer that hands a little of each token on to the next ones, by a name that says nothing of it."""
+    """A layer that passes a little of each token on to later ones, under a name that does not say so."""
 
     def __init__(self, inner):
         super().__init__()
@@ -281,7 +298,7 @@ class Recurrent(torch.nn.Module):
 
 
 @pytest.mark.parametrize("low_precision", [False, True])
-def test_what_leaks_from_one_rollout_into_another_is_found_however_little(tmp_path, low_precision, caplog):
+def test_a_small_leak_between_rollouts_is_found(tmp_path, low_precision, caplog):
     tokenizer = chat_tokenizer()
     model = tiny_model(tokenizer)
     model.model.layers[1].mlp = Recurrent(model.model.layers[1].mlp)
@@ -291,7 +308,7 @@ def test_what_leaks_from_one_rollout_into_another_is_found_however_little(tmp_pa
     assert trainer._packs is False and "the text of one changes the log-probs of another" in caplog.text
 
 
-def test_running_out_of_memory_says_nothing_about_the_model(tmp_path, monkeypatch):
+def test_running_out_of_memory_is_raised_everywhere(tmp_path, monkeypatch):
     tokenizer = chat_tokenizer()
     trainer = trainer_of(tmp_path, tiny_model(tokenizer), tokenizer)
 

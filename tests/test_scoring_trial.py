@@ -64,13 +64,13 @@ def make(path, name, **changes):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_scored_is_refused(tmp_path, name):
+def test_models_that_trl_cannot_score_are_refused(tmp_path, name):
     with pytest.raises(ConfigError, match=REFUSED[name]):
         make(tmp_path, name)
 
 
 @pytest.mark.parametrize("name", ["Doge", "GraniteMoe", "GraniteMoeHybrid"])
-def test_the_remedy_helps(tmp_path, name):
+def test_the_suggested_remedy_works(tmp_path, name):
     trainer = make(tmp_path, name, router_aux_loss_coef=0.0)
     before = trainer.model.get_input_embeddings().weight.detach().clone()
     trainer.train()

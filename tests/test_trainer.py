@@ -120,7 +120,7 @@ def test_a_prompt_of_a_transform_is_checked_like_any_other(tmp_path):
         make(tmp_path, dataset=dataset, tools=[send_slack_message])
 
 
-def test_columns_that_are_not_read_are_not_decoded(tmp_path):
+def test_unused_columns_are_not_decoded(tmp_path):
     rows = [{**row, "picture": {"bytes": b"no picture", "path": None}} for row in prompts(2)]
     dataset = Dataset.from_list(rows).cast_column("picture", Image())
     with pytest.raises((OSError, ImportError)):  # without Pillow, or with it
@@ -128,7 +128,7 @@ def test_columns_that_are_not_read_are_not_decoded(tmp_path):
     make(tmp_path, dataset=dataset, tools=[send_slack_message])
 
 
-def test_a_column_of_tools_without_any_tool_is_pointed_out(tmp_path, caplog):
+def test_a_tools_column_without_tools_is_warned_of(tmp_path, caplog):
     rows = [{"prompt": [{"role": "user", "content": "hi"}], "tools": ["send_slack_message"]}] * 4
     make(tmp_path, dataset=Dataset.from_list(rows))
     assert "has a column `tools`, but you passed neither" in caplog.text
@@ -217,7 +217,7 @@ def test_every_kind_of_tool_is_rendered_by_its_one_name(tmp_path):
     assert '"recipient"' not in text, "an argument that is bound is none of the policy's business"
 
 
-def test_trls_configuration_is_taken_over(tmp_path):
+def test_trls_configuration_is_accepted(tmp_path):
     args = GRPOConfig(
         str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_steps=1, use_cpu=True, bf16=False,
         max_completion_length=8, report_to="none", save_strategy="steps", save_steps=1,
@@ -269,8 +269,8 @@ def test_evaluation_logs_under_its_own_prefix(tmp_path):
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_an_evaluation_uses_what_was_recorded(tmp_path, monkeypatch, beta):
-    """Entropy and loss of an evaluation are those TRL's pass over the model would give, without that pass."""
+def test_an_evaluation_uses_recorded_log_probs(tmp_path, monkeypatch, beta):
+    """Entropy and loss of an evaluation equal those of TRL's scoring pass, which is not run."""
     found = []
     for recorded in (True, False):
         torch.manual_seed(0)
@@ -297,7 +297,7 @@ def test_an_evaluation_uses_what_was_recorded(tmp_path, monkeypatch, beta):
     assert ours["eval_entropy"] > 1
 
 
-def test_a_sampler_that_records_other_log_probs_is_found_out(tmp_path, monkeypatch):
+def test_wrong_recorded_log_probs_are_found(tmp_path, monkeypatch):
     honest = model_sampler.sample_tokens
 
     def shifted(logits, temperature, noise):
@@ -313,7 +313,7 @@ def test_a_sampler_that_records_other_log_probs_is_found_out(tmp_path, monkeypat
     make(tmp_path, logprob_check_tolerance=0.02).train()
 
 
-def test_a_sampler_at_another_temperature_is_found_out(tmp_path, monkeypatch):
+def test_a_sampler_at_another_temperature_is_found(tmp_path, monkeypatch):
     honest = model_sampler.sample_tokens
     monkeypatch.setattr(engine, "unsupported_reason", lambda *args: None)
     monkeypatch.setattr(
@@ -324,7 +324,7 @@ def test_a_sampler_at_another_temperature_is_found_out(tmp_path, monkeypatch):
 
 
 class BrokenSampler(ScriptedSampler):
-    """Loses the last log-prob of row 0, and gives none that is a number for row 1."""
+    """A sampler that loses the last log-prob of row 0 and gives NaN for row 1."""
 
     def step(self):
         results = super().step()
@@ -370,7 +370,7 @@ def test_without_strictness_broken_records_are_masked_out(tmp_path, monkeypatch)
 
 
 class MuteSampler(ScriptedSampler):
-    """Row 0 gets no token at all."""
+    """A sampler that gives row 0 no token at all."""
 
     def step(self):
         results = super().step()
@@ -397,7 +397,7 @@ def test_an_empty_completion_is_a_truncated_rollout(tmp_path, monkeypatch, tools
     assert math.isfinite(steps(trainer)[0]["loss"])
 
 
-def test_without_recording_it_is_trls_own_path(tmp_path):
+def test_without_recording_trl_samples(tmp_path):
     trainer = make(tmp_path, record_sample_logprobs=False, top_p=0.9, tools=[send_slack_message])
     trainer.train()
     assert "ratio/mean" not in steps(trainer)[0]

@@ -1,4 +1,4 @@
-"""Over the same sampled tokens, everything the trainer makes of a rollout is what TRL's own trainer makes of it."""
+"""Over the same sampled tokens, the trainer gives the same rollouts, rewards, losses and gradients as TRL's own."""
 
 import copy
 import random
@@ -118,13 +118,13 @@ class Notebook:
 
 
 def run_both(monkeypatch, path, script, **options):
-    """The same rows, sampled as `script` says, through our trainer and through TRL's."""
+    """Run the same rows, sampled as `script` says, through our trainer and through TRL's."""
     options = {"max_completion_length": 600, "logprob_check": "off", **options}
     return [run_script(kind, monkeypatch, path, script, **options) for kind in (ToolGRPOTrainer, GRPOTrainer)]
 
 
 def without_ids(completion):
-    """A completion as TRL writes it: no identifiers on calls and tool messages."""
+    """Return a completion as TRL writes it: no identifiers on calls and tool messages."""
     if isinstance(completion, str):
         return completion
     completion = copy.deepcopy(completion)
@@ -174,15 +174,15 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("mask_truncated", [False, True])
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_functions(monkeypatch, tmp_path, name, mask_truncated):
+def test_function_tools(monkeypatch, tmp_path, name, mask_truncated):
     both = run_both(
         monkeypatch, tmp_path, SCRIPTS[name], tools=[add, shout], mask_truncated_completions=mask_truncated
     )
     assert_equal(*both)
 
 
-def test_truncation_masks_what_it_should(monkeypatch, tmp_path):
-    """The known answer behind the cases above: a truncated rollout counts nothing, the others count their tokens."""
+def test_truncated_rollouts_are_masked(monkeypatch, tmp_path):
+    """By known answer: a truncated rollout has no trained token, the others have all of theirs."""
     script = [["x" * 700], [CALL + END, f"7{END}"]]
     ours, _ = run_both(monkeypatch, tmp_path, script, tools=[add], mask_truncated_completions=True)
     tokens = len(chat_tokenizer()(CALL + END + f"7{END}", add_special_tokens=False)["input_ids"])
@@ -210,7 +210,7 @@ def test_last_allowed_call_is_answered(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("room", [0, 1, 3])
-def test_a_result_that_nearly_fills_the_budget(monkeypatch, tmp_path, room):
+def test_a_result_that_nearly_fills_the_token_budget(monkeypatch, tmp_path, room):
     """A result that fits stays, even if it leaves the policy few tokens to answer with, or none."""
     opening = f"\n<|im_start|>user\n<tool_response>\n7\n</tool_response>{END}\n<|im_start|>assistant\n"
     length = len(chat_tokenizer()(CALL + END + opening, add_special_tokens=False)["input_ids"]) + room
@@ -224,7 +224,7 @@ def test_a_result_that_nearly_fills_the_budget(monkeypatch, tmp_path, room):
 @pytest.mark.parametrize("tools", [None, [add]])
 @pytest.mark.parametrize("mask_truncated", [False, True])
 def test_a_turn_that_ends_on_the_last_token_of_the_budget(monkeypatch, tmp_path, tools, mask_truncated):
-    """The stop token may be the last one the budget allows; one character more is truncation."""
+    """The stop token may be the last token of the budget; one character more is truncation."""
     script = [[f"abc{END}"], [f"abcd{END}"], [END]]
     options = {"max_completion_length": 4, "mask_truncated_completions": mask_truncated}
     ours, trl = run_both(monkeypatch, tmp_path, script, tools=tools, **options)
@@ -233,7 +233,7 @@ def test_a_turn_that_ends_on_the_last_token_of_the_budget(monkeypatch, tmp_path,
 
 
 def test_results_beyond_the_context_of_the_model(monkeypatch, tmp_path):
-    """TRL drops a result that would not fit the model's positions; only that it counts as an end is its fault."""
+    """TRL drops a result that would not fit the model's positions; wrongly, it counts that as a regular end."""
     script = [[CALL + END, f"seven{END}"], [f"no{END}"]]
     short = run_both(monkeypatch, tmp_path, script, tools=[add])[0]
     positions = short.batch["prompt_ids"].shape[1] + len(chat_tokenizer()(CALL + END)["input_ids"]) + 5
@@ -244,7 +244,7 @@ def test_results_beyond_the_context_of_the_model(monkeypatch, tmp_path):
     assert [t.stop_reason for t in ours.trajectories] == ["tool_overflow", "stop"] * 2
 
 
-def test_evaluation(monkeypatch, tmp_path):
+def test_evaluation_is_trls(monkeypatch, tmp_path):
     script = SCRIPTS["different lengths"]
     options = {"num_generations_eval": 2, "tools": [add, shout], "training": False}
     assert_equal(*run_both(monkeypatch, tmp_path, script, **options), mode="eval")
@@ -269,13 +269,13 @@ def test_failing_and_unknown_tools_are_counted_alike(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("conversational", [True, False])
-def test_without_tools(monkeypatch, tmp_path, conversational):
+def test_rollouts_without_tools(monkeypatch, tmp_path, conversational):
     prompt = [{"role": "user", "content": "hello"}] if conversational else "hello"
     script = [[f"hi{END}"], [f"good day{END}"], ["endless " * 200], [f"yes{END}"]]
     assert_equal(*run_both(monkeypatch, tmp_path, script, rows=[{"prompt": prompt}] * 4))
 
 
-def test_one_environment(monkeypatch, tmp_path):
+def test_rollouts_with_one_environment(monkeypatch, tmp_path):
     step = tool_call("increment", by=2)
     rows = [{"prompt": [{"role": "user", "content": "count"}], "start": start} for start in (1, 1, 5, 5)]
     two = [f"{step}\n{step}{END}", f"five{END}"]
@@ -285,12 +285,12 @@ def test_one_environment(monkeypatch, tmp_path):
     assert list(both[0].trainer._logs["rewards"]["Counter"]) == [3.0, 5.0, 5.0, 9.0]
 
 
-def test_environment_beside_functions(monkeypatch, tmp_path):
+def test_an_environment_in_addition_to_functions(monkeypatch, tmp_path):
     script = [[f"{tool_call('increment', by=2)}\n{CALL}{END}", f"ok{END}"], [CALL + END, f"ok{END}"]]
     assert_equal(*run_both(monkeypatch, tmp_path, script, tools=[add], environment_factory=Counter))
 
 
-def test_two_environments(monkeypatch, tmp_path):
+def test_rollouts_with_two_environments(monkeypatch, tmp_path):
     user = [{"role": "user", "content": "go"}]
     rows = [{"prompt": user, "environment": name} for name in ("counter", "counter", "notebook", "notebook")]
     step, write = tool_call("increment", by=2), tool_call("write", note="milk")
@@ -324,7 +324,7 @@ def test_environments_are_reset_between_batches(monkeypatch, tmp_path):
 
 
 def random_script(seed):
-    """Four rollouts of up to three calling turns, of pieces that neither trainer has reason to trip over."""
+    """Return four rollouts of up to three calling turns, of parts that both trainers handle."""
     rng = random.Random(seed)
     words = ["tree", "42", "the name is", "naïve", "日本", "a\nb", "{}", '"quoted"', "  spaces  "]
 
@@ -344,7 +344,7 @@ def random_script(seed):
 
 
 @pytest.mark.parametrize("seed", range(16))
-def test_random_scripts(monkeypatch, tmp_path, seed):
+def test_random_conversations(monkeypatch, tmp_path, seed):
     changes = {
         "mask_truncated_completions": seed % 2 == 0,
         "num_generations": 2 + 2 * (seed % 3 == 0),
@@ -377,7 +377,7 @@ FOUR_TURNS = [
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """A batch with log-probs that the default sampler recorded through tool calls, and the model that wrote it."""
+    """Return a batch with log-probs that the default sampler recorded through tool calls, and its model."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         tokenizer = chat_tokenizer()
         scripted_model_sampler(monkeypatch, tokenizer, FOUR_TURNS)
@@ -418,7 +418,7 @@ def test_recorded_logprobs_are_the_trainers(recorded, tmp_path):
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_loss_and_gradients(recorded, tmp_path, loss_type):
+def test_loss_and_gradients_are_trls(recorded, tmp_path, loss_type):
     """One step's loss with the recorded old log-probs, and TRL's, which takes its own log-probs for the old ones."""
     level = "sequence" if loss_type == "luspo" else "token"
     tokenizer = chat_tokenizer()
@@ -447,7 +447,7 @@ def test_loss_and_gradients(recorded, tmp_path, loss_type):
 
 
 def a_batch_of_rollouts():
-    """Sixteen rollouts that differ in length, calls and how they end."""
+    """Return sixteen rollouts that differ in length, calls and how they end."""
     rng = random.Random(4)
     words = ["tree", "forty-two", "the name of the employee", "naive", "so it is"]
 
@@ -564,15 +564,15 @@ def count_scoring(monkeypatch):
 
 
 TRIAL = 3
-"""Passes that the first batch costs once: without shared prompts, with them, and with other texts beside it."""
+"""Number of extra passes in the first batch: without shared prompts, with them, and with other texts."""
 
 
 NOT_ALIGNED = {"num_iterations": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 1, "max_steps": 4}
 
 
 @pytest.mark.parametrize(("beta", "lora"), [(0.0, False), (0.1, False), (0.1, True)])
-def test_no_scoring_pass(monkeypatch, tmp_path, beta, lora):
-    """Four updates on one rollout batch: a pass for each update, one for the reference of the batch, no other."""
+def test_old_log_probs_need_no_scoring_pass(monkeypatch, tmp_path, beta, lora):
+    """Four updates on one rollout batch take a pass each, the reference one for the batch, and there is no other."""
     passes = count_scoring(monkeypatch)
     counts = []
     for kind, changes in ((ToolGRPOTrainer, {"logprob_check": "off"}), (GRPOTrainer, {})):
@@ -602,7 +602,7 @@ def test_self_check_costs_one_pass(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("reference", ["adapters disabled", "first adapter"])
-def test_reference_of_a_lora_run(tmp_path, aligned, reference):
+def test_reference_log_probs_of_a_lora_run_are_trls(tmp_path, aligned, reference):
     """The reference is the model without its adapter, or the adapter training started from, on either schedule."""
     tokenizer = chat_tokenizer()
     lora = LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)

@@ -39,7 +39,7 @@ def test_values_by_hand():
     torch.testing.assert_close(head(hidden), expected)
 
 
-def test_the_gradient_is_exact_and_stops_where_it_is_told_to():
+def test_the_gradient_is_exact_and_stops_if_detached():
     torch.manual_seed(0)
     free = random_head(4, detach=False).double()
     hidden = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
@@ -77,7 +77,7 @@ def test_generation_is_unchanged():
     assert torch.equal(model.generate(ids, **options), before)
 
 
-def test_a_head_is_read_back_as_it_was_written(tmp_path):
+def test_a_saved_head_is_loaded_unchanged(tmp_path):
     head = random_head(6, width=5)
     assert head.save_pretrained(tmp_path) == tmp_path / FILE
     again = ValueHead.from_pretrained(tmp_path, detach=False)
@@ -90,7 +90,7 @@ def test_a_head_is_read_back_as_it_was_written(tmp_path):
     assert not (tmp_path / "not written").exists()
 
 
-def test_files_that_do_not_fit_are_named(tmp_path):
+def test_unsuitable_files_are_named(tmp_path):
     with pytest.raises(ValueHeadError, match=rf"no .*{FILE}.*value_warmup_steps"):
         ValueHead.from_pretrained(tmp_path)
     random_head(6).save_pretrained(tmp_path)
@@ -101,7 +101,7 @@ def test_files_that_do_not_fit_are_named(tmp_path):
         ValueHead.from_pretrained(tmp_path)
 
 
-def test_the_policys_state_leaves_the_head_out():
+def test_the_policys_state_excludes_the_head():
     model = tiny_model(chat_tokenizer())
     names = set(model.state_dict())
     attach_value_head(model, random_head())

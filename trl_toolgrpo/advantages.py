@@ -1,11 +1,8 @@
-"""Advantages of tokens: generalized advantage estimation by token and by turn. Pure functions.
+"""Advantages of tokens: generalized advantage estimation by token and by turn.
 
-Owns the maths between rewards and the policy loss; tensors in, tensors out. Everything runs over the tokens the policy
-sampled: tool results and forced tokens are left out, and never bootstrapped through. Fed by the trainer with the
-rewards and values of a rollout batch.
-
-A rollout is a sequence of steps: its trainable tokens one by one (`"token"`), or its turns (`"turn"`). The last step
-ends with value 0, terminated or truncated: the reward has scored the text as it stands.
+A rollout is a sequence of steps: its trainable tokens one by one (`"token"`), or its turns (`"turn"`). Tool results
+and forced tokens are left out and never bootstrapped through. After the last step the value is 0, whether the rollout
+was terminated or truncated: the reward has scored the text as it stands.
 """
 
 from collections.abc import Sequence
@@ -19,7 +16,7 @@ from .trajectory import Trajectory
 
 def steps_of(trajectories: Sequence[Trajectory], width: int, unit: str) -> Tensor:
     """
-    The step each token belongs to.
+    Return the step that each token belongs to.
 
     Args:
         trajectories (`Sequence[Trajectory]`):
@@ -41,14 +38,14 @@ def steps_of(trajectories: Sequence[Trajectory], width: int, unit: str) -> Tenso
         if unit == "turn":
             for index, turn in enumerate(trajectory.turns):
                 number[turn.start : turn.end] = index
-        # Consecutive from 0: turns without a trainable token are no steps
+        # Consecutive from 0: a turn without a trainable token is no step
         steps[row, : len(mask)][mask] = torch.unique(number[mask], return_inverse=True)[1]
     return steps
 
 
 def place_rewards(terminal: Tensor, trajectories: Sequence[Trajectory], width: int) -> Tensor:
     """
-    Rewards where they fall: that of the rollout on its last trainable token, that of a turn on the turn's last one.
+    Place the reward of each rollout on its last trainable token, and that of each turn on the turn's last one.
 
     Args:
         terminal (`Tensor`):
@@ -79,9 +76,9 @@ def generalized_advantages(
     rewards: Tensor, values: Tensor, steps: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
     r"""
-    Generalized advantage estimation (arXiv 1506.02438) over the steps of each rollout.
+    Return generalized advantage estimates (arXiv 1506.02438) over the steps of each rollout.
 
-    With \\(\delta_t = r_t + \gamma V_{t+1} - V_t\\) and \\(V = 0\\) behind the last step,
+    With \\(\delta_t = r_t + \gamma V_{t+1} - V_t\\) and \\(V = 0\\) after the last step,
     \\(A_t = \delta_t + \gamma \lambda A_{t+1}\\). A step's reward is the sum of its tokens' rewards, its value that of
     its first token; all its tokens share its advantage.
 
@@ -124,7 +121,7 @@ def generalized_advantages(
 
 
 def first_of_step(steps: Tensor) -> Tensor:
-    """Whether a token is the first of its step, bool, shape (B, T)."""
+    """Return whether a token is the first of its step, bool, shape (B, T)."""
     reached = torch.cummax(steps, dim=1).values if steps.shape[1] else steps
     before = torch.nn.functional.pad(reached, (1, 0), value=-1)[:, :-1]
     return (steps >= 0) & (steps > before)
@@ -132,7 +129,7 @@ def first_of_step(steps: Tensor) -> Tensor:
 
 def rewards_to_go(rewards: Tensor, steps: Tensor, gamma: float) -> Tensor:
     """
-    Monte-Carlo return from each step on, \\(G_t = r_t + \\gamma G_{t+1}\\).
+    Return the Monte-Carlo return from each step on, \\(G_t = r_t + \\gamma G_{t+1}\\).
 
     Args:
         rewards (`Tensor`):
@@ -149,21 +146,20 @@ def rewards_to_go(rewards: Tensor, steps: Tensor, gamma: float) -> Tensor:
 
 
 def moments(values: Tensor, mask: Tensor) -> Tensor:
-    """Count, sum and sum of squares of the values under the mask, shape (3,), to be added over processes, in the
-    widest dtype of the device."""
+    """Return count, sum and sum of squares of the values under the mask, shape (3,), in the device's widest dtype."""
     taken = values[mask.bool()].to(widest(values.device))
     return torch.stack([taken.new_tensor(float(taken.numel())), taken.sum(), taken.square().sum()])
 
 
 def variance(sums: Tensor) -> float:
-    """Population variance from [`moments`]; 0 where there is nothing."""
+    """Return the population variance from [`moments`]; 0 for no values."""
     count, total, squares = sums.tolist()
     return max(squares / count - (total / count) ** 2, 0.0) if count else 0.0
 
 
 def whiten(values: Tensor, mask: Tensor, sums: Tensor) -> Tensor:
     """
-    Values with mean 0 and standard deviation 1 under the mask.
+    Return the values with mean 0 and standard deviation 1 under the mask.
 
     Args:
         values (`Tensor`):
@@ -182,7 +178,8 @@ def whiten(values: Tensor, mask: Tensor, sums: Tensor) -> Tensor:
 
 def explained_variance(return_sums: Tensor, error_sums: Tensor) -> float | None:
     r"""
-    \\(1 - \mathrm{Var}(G - V) / \mathrm{Var}(G)\\): 1 for a perfect critic, 0 for one that knows the mean alone.
+    Return \\(1 - \mathrm{Var}(G - V) / \mathrm{Var}(G)\\): 1 for a perfect critic, 0 for one that knows only
+    the mean.
 
     Args:
         return_sums (`Tensor`):
@@ -191,7 +188,7 @@ def explained_variance(return_sums: Tensor, error_sums: Tensor) -> float | None:
             [`moments`] of G - V over the same steps.
 
     Returns:
-        `float` or `None`: `None` where the returns have no variance.
+        `float` or `None`: `None` if the returns have no variance.
     """
     spread = variance(return_sums)
     return 1 - variance(error_sums) / spread if spread > 1e-12 else None

@@ -1,21 +1,22 @@
 """The assisted warm-up: the first optimizer steps learn the calls of the better rollouts, without a policy gradient.
 
-Owns the schedule of forcing and the supervised step, as a mixin of the trainer, which wires it into TRL's hooks.
-Whether a rollout batch is assisted is decided when it is generated and kept with it, so that a batch never straddles
-the border.
+Whether a rollout batch is assisted is decided when it is generated, and stays with it, so that no batch is half
+assisted.
 """
 
 import logging
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
 from .config import ToolGRPOConfig
 from .errors import RewardError
 from .losses import assisted_loss, assisted_rows, calling_tokens
 from .rollout.engine import RolloutBatch
+from .types import Batch
 
 
 logger = logging.getLogger(__name__)
@@ -25,13 +26,13 @@ class AssistedWarmup(GRPOTrainer):
     """Part of [`ToolGRPOTrainer`]; see `assist_warmup_steps` and `force_rate` of [`ToolGRPOConfig`]."""
 
     args: ToolGRPOConfig
-    model: Any
-    _scored: bool | None = None  # whether a rollout of the latest batch was; not known before the first
+    model: PreTrainedModel
+    _scored: bool | None = None  # whether any rollout of the latest batch was scored; unknown before the first
     _lost: Tensor | None
 
     @property
     def _assisted(self) -> bool:
-        """Whether the rollout batch that is generated now feeds assisted steps."""
+        """Whether the rollout batch being generated feeds assisted steps."""
         return self.model.training and self.state.global_step < self.args.assist_warmup_steps
 
     @property
@@ -44,8 +45,8 @@ class AssistedWarmup(GRPOTrainer):
             rollout, function = rewards.isinf().nonzero()[0].tolist()
             raise RewardError(
                 f"The reward function `{self.reward_func_names[function]}` gave {rewards[rollout, function].item()} "
-                f"for rollout {rollout}. No advantage can be computed from it. Return a finite number, or "
-                f"None for a rollout that cannot be scored."
+                f"for rollout {rollout}. No advantage can be computed from it.",
+                remedy="Return a finite number, or None for a rollout that cannot be scored.",
             )
         self._check_scored(rewards)
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
@@ -53,10 +54,10 @@ class AssistedWarmup(GRPOTrainer):
         return rewards
 
     def _check_scored(self, rewards: Tensor) -> None:
-        """Raise where reward functions score nothing from the start; later that is warned of when it begins."""
+        """Raise if reward functions score nothing from the start; warn when that begins later."""
         if not self.model.training:
             return
-        asked = rewards if self._lost is None else rewards[~self._lost]  # a lost environment is why there is none
+        asked = rewards if self._lost is None else rewards[~self._lost]  # without an environment there is no reward
         scored = not bool(asked.isnan().all())
         if not scored and 2 * len(asked) < len(rewards):
             return  # too few to blame the reward functions
@@ -64,17 +65,17 @@ class AssistedWarmup(GRPOTrainer):
         if self._scored:
             return
         names = " and ".join(f"`{name}`" for name in self.reward_func_names)
-        words = (
+        problem = (
             f"No rollout of the batch was scored: {names} gave None or NaN for all {len(asked)}, so that there is "
             f"nothing to learn from."
         )
         if before is None:
-            raise RewardError(f"{words} Return a number for each rollout that can be scored.")
+            raise RewardError(problem, remedy="Return a number for each rollout that can be scored.")
         if before and self.accelerator.is_main_process:
-            logger.warning("Step %d: %s The update does nothing.", self.state.global_step, words)
+            logger.warning("Step %d: %s The update does nothing.", self.state.global_step, problem)
 
-    def _assist(self, output: dict[str, Any], batch: RolloutBatch) -> None:
-        """Turn the batch into one of assisted steps: what to learn, and over how many tokens the mean is taken."""
+    def _assist(self, output: Batch, batch: RolloutBatch) -> None:
+        """Add what assisted steps need to a batch: which tokens to learn, and over how many the mean is taken."""
         count = len(batch.rollouts)
         mine = self._rewards[self.accelerator.process_index * count :][:count]
         mask = torch.zeros_like(output["completion_ids"])
@@ -85,11 +86,15 @@ class AssistedWarmup(GRPOTrainer):
         output["assist_mask"] = mask
         output["assist_count"] = self.accelerator.gather(mask.sum()).sum()
 
-    def _assisted_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """Supervised loss of a micro-batch; the micro-batches of an accumulation window add up to its token mean."""
+    def _assisted_loss(self, model: nn.Module, inputs: Batch) -> Tensor:
+        """
+        Return the supervised loss of a micro-batch.
+
+        The losses of the micro-batches of an accumulation window add up to its token mean.
+        """
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        # What is learned is one mask, what is read another: all tokens before one that is learned, also those of a
-        # rollout that `completion_mask` leaves out of the policy loss
+        # All tokens before a learned one are read, also those of a rollout that `completion_mask` leaves out of the
+        # policy loss
         read = torch.maximum(inputs["completion_mask"], inputs["assist_mask"]).flip(1).cummax(dim=1).values.flip(1)
         mask = torch.cat([inputs["prompt_mask"], read], dim=1)
         width = inputs["completion_ids"].size(1)

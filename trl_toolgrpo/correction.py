@@ -1,25 +1,28 @@
 """Correction of the ratio where the sampler and the policy disagree about a token.
 
 The old log-prob is the one recorded when a token was sampled, so that the ratio of the loss is π_θ/π_sample as a
-whole: a sampler's rounding and the steps the policy has made since are both in it, and one bound on its detached value
-corrects for both.
+whole: it contains both a sampler's rounding and the steps that the policy has made since, and one bound on its
+detached value corrects for both.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
 from .config import ToolGRPOConfig
 from .losses import BoundedRatio, bounded_ratio
+from .scoring import Scores
+from .types import Batch
 
 
 @dataclass(frozen=True)
 class Correction:
     """
-    What is done to ratios out of bounds.
+    What happens to ratios out of bounds.
 
     Args:
         mode (`str`):
@@ -27,7 +30,7 @@ class Correction:
         low, high (`float`, *optional*):
             Bounds of the ratio.
         of_trl (`bool`):
-            Whether TRL's `vllm_importance_sampling_*` ask for it, and not `sampler_correction`.
+            Whether it comes from TRL's `vllm_importance_sampling_*` and not from `sampler_correction`.
     """
 
     mode: str
@@ -38,7 +41,7 @@ class Correction:
 
 def correction_of(args: ToolGRPOConfig) -> Correction | None:
     """
-    The correction a run asks for: `sampler_correction` where it is set, else, with vLLM, TRL's own.
+    Return the correction of a run: `sampler_correction` if it is set, else, with vLLM, TRL's own.
 
     Args:
         args ([`ToolGRPOConfig`]):
@@ -54,7 +57,7 @@ def correction_of(args: ToolGRPOConfig) -> Correction | None:
 
 def correction_line(args: ToolGRPOConfig) -> str | None:
     """
-    One line that says which correction acts in a run; `None` for a run whose sampler is the model itself, uncorrected.
+    Return one line that says which correction a run uses; `None` if its sampler is the model itself, uncorrected.
 
     Args:
         args ([`ToolGRPOConfig`]):
@@ -79,12 +82,12 @@ class SamplerCorrection(GRPOTrainer):
     `vllm_importance_sampling_*`."""
 
     args: ToolGRPOConfig
-    model: Any
+    model: PreTrainedModel
     _recording: bool
     _sampled_at: int
-    _corrected: dict[str, Any] | None = None  # what TRL's loss, in progress, reads after the scoring pass
+    _corrected: Batch | None = None  # what TRL's loss, in progress, reads after the scoring pass
 
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+    def _compute_loss(self, model: nn.Module, inputs: Batch) -> Tensor:
         if not self._recording or correction_of(self.args) is None or "old_per_token_logps" not in inputs:
             return super()._compute_loss(model, inputs)
         self._corrected, kept = dict(inputs), self.use_vllm
@@ -93,14 +96,23 @@ class SamplerCorrection(GRPOTrainer):
         finally:
             self._corrected, self.use_vllm = None, kept
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Scores:
         output = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if self._corrected is not None:
             self._correct(self._corrected, output[0])
         return output
 
-    def _correct(self, inputs: dict[str, Any], logps: Tensor) -> None:
-        """Bound the ratio of `inputs` by its value at the policy's log-probs (B, T), and log how many tokens that met.
+    def _correct(self, inputs: Batch, logps: Tensor) -> None:
+        """
+        Bound the ratio of a micro-batch by its value at the policy's present log-probs.
+
+        The share of tokens out of bounds is logged.
+
+        Args:
+            inputs (`Batch`):
+                The micro-batch, which is changed.
+            logps (`Tensor`):
+                Log-probs of its completion tokens, nats, shape (B, T).
         """
         correction = correction_of(self.args)
         if correction is None:
@@ -110,14 +122,14 @@ class SamplerCorrection(GRPOTrainer):
         found = bounded_ratio(present - old, mask, correction.mode, correction.low, correction.high)
         moved = self.model.training and self.state.global_step != self._sampled_at
         if correction.of_trl and not moved:
-            # What TRL makes of it: its old log-probs, recomputed, are the present ones, so that nothing is clipped,
-            # and its loss is multiplied by the weight
+            # As in TRL: its old log-probs, recomputed, are the present ones, so that nothing is clipped, and its loss
+            # is multiplied by the weight
             inputs["old_per_token_logps"], inputs["importance_sampling_ratio"] = present, found.weight
             self.use_vllm = True  # for TRL's loss alone
             self._log_weights(present - old, found, mask)
         elif correction.mode.endswith("truncate"):
             inputs["old_per_token_logps"] = torch.where(found.within, old, present - found.log_ratio)
-        else:  # no advantage, and no part in the ratio of its sequence, by value and gradient; the KL term stays
+        else:  # neither advantage nor part in the ratio of its sequence, in value and gradient; the KL term stays
             advantages = inputs["advantages"]
             inputs["advantages"] = (advantages if advantages.dim() == 2 else advantages[:, None]) * found.within
             inputs["old_per_token_logps"] = torch.where(found.within, old, logps)
@@ -126,15 +138,17 @@ class SamplerCorrection(GRPOTrainer):
         self._metrics["train" if self.model.training else "eval"]["sampling/corrected"].append(met / max(tokens, 1))
 
     def _log_weights(self, log_ratio: Tensor, found: BoundedRatio, mask: Tensor) -> None:
-        """The figures TRL logs of its correction, under TRL's names, of a micro-batch over all processes."""
+        """Log TRL's figures on its correction, under TRL's names, for a micro-batch over all processes."""
         weights = found.weight.flatten() if found.weight.size(1) == 1 else found.weight[mask.bool()]
         gaps, none = log_ratio[mask.bool()].abs(), log_ratio.new_zeros(1)
         weights, gaps = (values if values.numel() else none for values in (weights, gaps))
         figures = torch.stack([weights.min(), weights.mean(), weights.max(), gaps.mean(), gaps.max()])
-        gathered = self.accelerator.gather(figures[None])
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["sampling/importance_sampling_ratio/min"].append(gathered[:, 0].min().item())
-        metrics["sampling/importance_sampling_ratio/mean"].append(gathered[:, 1].mean().item())
-        metrics["sampling/importance_sampling_ratio/max"].append(gathered[:, 2].max().item())
-        metrics["sampling/sampling_logp_difference/mean"].append(gathered[:, 3].mean().item())
-        metrics["sampling/sampling_logp_difference/max"].append(gathered[:, 4].max().item())
+        lowest, mean, highest, mean_gap, largest_gap = self.accelerator.gather(figures[None]).unbind(dim=1)
+        for name, value in {
+            "sampling/importance_sampling_ratio/min": lowest.min(),
+            "sampling/importance_sampling_ratio/mean": mean.mean(),
+            "sampling/importance_sampling_ratio/max": highest.max(),
+            "sampling/sampling_logp_difference/mean": mean_gap.mean(),
+            "sampling/sampling_logp_difference/max": largest_gap.max(),
+        }.items():
+            self._metrics["train" if self.model.training else "eval"][name].append(value.item())

@@ -1,49 +1,43 @@
-"""What a run says about itself: ratio statistics, the log-prob self-check, tool and rollout figures, the console line.
-
-Owns every figure that is logged beside TRL's own. Pure functions and small accumulators; fed by the trainer.
-"""
+"""Metrics of a run in addition to TRL's (ratio, rollouts, tools), and the line that each step prints."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import LogprobMismatchError
-from .rounding import Accepted, widest
-from .trajectory import STOP_REASONS, Trajectory, locate
+from .rounding import widest
+from .trajectory import STOP_REASONS, Trajectory
 
 
 class RatioStatistics:
     """
-    Mean, spread and extremes of r = exp(log π_θ − log π_sample) over every sampled token since the last reset, and the
-    gap between the two log-probs where the policy is still the one that sampled.
+    Statistics of r = exp(log π_θ − log π_sample) over every sampled token since the last reset: mean, spread and
+    extremes, and the gap between the two log-probs while the policy is still the one that sampled.
     """
 
     def __init__(self) -> None:
-        self.reset()
+        self._state: dict[str, Tensor] = {}
 
     def reset(self) -> None:
         """Forget everything."""
-        self._sums: Tensor | None = None
-        self._extremes: Tensor | None = None
+        self._state = {}
 
     def state(self) -> dict[str, Tensor]:
-        """What was added since the last reset, for [`RatioStatistics.load`]."""
-        if self._sums is None or self._extremes is None:
-            return {}
-        return {"sums": self._sums, "extremes": self._extremes}
+        """Return what was added since the last reset, for [`RatioStatistics.load`]."""
+        return self._state
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from a state."""
-        self._sums, self._extremes = state.get("sums"), state.get("extremes")
+        """Continue from a state."""
+        self._state = state
 
     @property
     def filled(self) -> bool:
         """Whether anything was added since the last reset."""
-        return self._sums is not None
+        return bool(self._state)
 
     def add(self, logps: Tensor, recorded: Tensor, mask: Tensor, fresh: bool) -> None:
         """
@@ -67,23 +61,28 @@ class RatioStatistics:
         sums = torch.cat([count, torch.stack([ratio.sum(), ratio.square().sum(), gap.sum(), k3.sum()])])
         nothing = difference.new_full((1,), -math.inf)
         extremes = torch.stack([torch.cat([nothing, x]).max() for x in (ratio, -ratio, gap)])
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._extremes = extremes if self._extremes is None else torch.maximum(self._extremes, extremes)
+        if self._state:
+            sums, extremes = self._state["sums"] + sums, torch.maximum(self._state["extremes"], extremes)
+        self._state = {"sums": sums, "extremes": extremes}
 
-    def metrics(self, reduce_sum: Any = lambda x: x, gather: Any = lambda x: x) -> dict[str, float]:
+    def metrics(
+        self,
+        reduce_sum: Callable[[Tensor], Tensor] = lambda sums: sums,
+        gather: Callable[[Tensor], Tensor] = lambda rows: rows,
+    ) -> dict[str, float]:
         """
-        The metrics over all processes: `ratio/*`, and `sampling/*` if any micro-batch was fresh.
+        Return the metrics over all processes: `ratio/*`, and `sampling/*` if any micro-batch was fresh.
 
         Args:
             reduce_sum (`Callable`, *optional*):
-                Adds a tensor over processes.
+                Adds up a tensor over processes.
             gather (`Callable`, *optional*):
                 Concatenates a tensor of shape (1, n) over processes.
         """
-        if self._sums is None or self._extremes is None:
+        if not self._state:
             return {}
-        count, fresh, total, squares, gap, k3 = reduce_sum(self._sums).tolist()
-        highest, lowest, widest = gather(self._extremes[None]).amax(dim=0).tolist()
+        count, fresh, total, squares, gap, k3 = reduce_sum(self._state["sums"]).tolist()
+        highest, lowest, largest_gap = gather(self._state["extremes"][None]).amax(dim=0).tolist()
         found: dict[str, float] = {}
         if count:
             mean = total / count
@@ -92,40 +91,19 @@ class RatioStatistics:
             found["ratio/std"] = math.sqrt(max(spread, 0.0)) if math.isfinite(spread) else math.inf
             found["ratio/min"], found["ratio/max"] = -lowest, highest
         if fresh:
-            found["sampling/logp_diff_mean"], found["sampling/logp_diff_max"] = gap / fresh, widest
+            found["sampling/logp_diff_mean"], found["sampling/logp_diff_max"] = gap / fresh, largest_gap
             found["sampling/kl_k3"] = k3 / fresh  # http://joschu.net/blog/kl-approx.html
         return found
 
 
-def compute_dtype(args: Any, model: torch.nn.Module) -> torch.dtype:
+def averages(metrics: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
     """
-    Dtype a policy computes in: autocast's, else the coarsest of its weights and of what quantized layers compute in.
-
-    Args:
-        args ([`ToolGRPOConfig`]):
-            Says whether there is autocast.
-        model (`nn.Module`):
-            The policy.
-
-    Returns:
-        `torch.dtype`: float64 only where all weights are.
-    """
-    if args.bf16 or args.fp16:
-        return torch.bfloat16 if args.bf16 else torch.float16
-    found: set[Any] = {parameter.dtype for parameter in model.parameters()}
-    found |= {getattr(module, "compute_dtype", None) for module in model.modules()}  # of a layer of bitsandbytes
-    coarsest_first = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-    return next((dtype for dtype in coarsest_first if dtype in found), torch.float32)
-
-
-def averages(metrics: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """
-    Mean of what was collected of each metric since the last log, as TRL takes it: without NaN, and `None` where there
-    is nothing else.
+    Return the mean of what was collected of each metric since the last log, as TRL takes it: without NaN, and `None`
+    where nothing else was collected.
 
     Args:
         metrics (`Mapping[str, Sequence[float]]`):
-            The values of each.
+            Values of each metric.
     """
     kept = {name: [value for value in values if not math.isnan(value)] for name, values in metrics.items()}
     return {name: sum(values) / len(values) if values else None for name, values in kept.items()}
@@ -133,8 +111,10 @@ def averages(metrics: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 
 def length_metrics(lengths: Tensor, truncated: Tensor) -> dict[str, float]:
     """
-    Compute TRL's `completions/*` metrics. TRL counts the tokens that train, and judges by the last token whether a
-    rollout was truncated; here forced tokens count like any other token of a completion, and its stop reason tells.
+    Return TRL's `completions/*` metrics.
+
+    TRL counts only the tokens that train and judges by the last token whether a rollout was truncated. Here forced
+    tokens count like any other token of a completion, and the stop reason says whether it was truncated.
 
     Args:
         lengths (`Tensor`):
@@ -151,72 +131,24 @@ def length_metrics(lengths: Tensor, truncated: Tensor) -> dict[str, float]:
     return found
 
 
-def check_logprobs(
-    recomputed: Tensor,
-    trajectories: Sequence[Trajectory],
-    accepted: Accepted,
-    source: str,
-    gather: Callable[[list[Any]], list[Any]] = list,
-) -> None:
+@dataclass
+class RolloutCounts:
     """
-    Compare recorded log-probs with recomputed ones, over all tokens and over those that begin a turn after a tool
-    result. What one process finds is raised in all, so that none waits for it.
+    Figures of the rollouts of one process, to be added up over processes by [`rollout_metrics`].
 
     Args:
-        recomputed (`Tensor`):
-            The trainer's log-probs, shape (B, T), nats, right-padded.
-        trajectories (`Sequence[Trajectory]`):
-            The rollouts, in the order of the rows.
-        accepted ([`Exact`] or [`Rounding`]):
-            Which differences are accepted.
-        source (`str`):
-            What sampled, for the message.
-        gather (`Callable`, *optional*):
-            Puts the lists of all processes together; by default there is one process.
-
-    Raises:
-        LogprobMismatchError: naming the rollout, the turn, the token and both values.
+        totals (`Counter[str]`):
+            Sums, by name.
+        latencies (`dict[str, list[float]]`):
+            Seconds that each call took, by tool.
+        seconds, tool_wait (`float`):
+            Wall-clock time in total, and spent waiting for tools.
     """
-    found = gather([_mismatch(recomputed.cpu().double(), trajectories, accepted, source)])
-    problem = next((text for text in found if text is not None), None)
-    if problem is not None:
-        raise LogprobMismatchError(problem)
 
-
-def _mismatch(
-    recomputed: Tensor, trajectories: Sequence[Trajectory], accepted: Accepted, source: str
-) -> str | None:
-    """What is wrong with the log-probs of this process; `None` if nothing is."""
-    gaps, doubts, begins, places = [], [], [], []
-    for row, trajectory in enumerate(trajectories):
-        sampled = torch.tensor(trajectory.trainable_mask, dtype=torch.bool).nonzero()[:, 0]
-        recorded = torch.tensor(trajectory.logprobs, dtype=torch.float64)
-        gap = (recomputed[row, : len(recorded)] - recorded)[sampled].abs()
-        gaps.append(gap.nan_to_num(nan=math.inf, posinf=math.inf))
-        doubts.append(1 - recomputed[row, : len(recorded)][sampled].exp())
-        starts = [turn.start for turn in trajectory.turns[1:]]
-        begins.append(torch.isin(sampled, torch.tensor(starts, dtype=torch.long)))
-        places += [(row, place) for place in sampled.tolist()]
-    if not places:
-        return None
-    gap, doubt, begin = torch.cat(gaps), torch.cat(doubts), torch.cat(begins)
-    excess = accepted.excess(gap, doubt)
-    if excess is None:
-        excess = accepted.excess(gap[begin], doubt[begin])
-        if excess is None:
-            return None
-        excess = f"of the tokens that begin a turn after tool results, {excess}"
-        gap = gap.masked_fill(~begin, -1.0)
-    row, place = places[int(gap.argmax())]
-    trajectory = trajectories[row]
-    return (
-        f"The log-probs recorded by the {source} sampler are not those the trainer computes: over {len(places)} "
-        f"tokens, {excess}. The largest is in rollout {row}, turn {locate(trajectory, place)}, completion token "
-        f"{place} (id {trajectory.completion_ids[place]}): recorded {trajectory.logprobs[place]:.6f}, recomputed "
-        f"{float(recomputed[row, place]):.6f}. Every ratio would be wrong by as much. Check that sampling and "
-        f"training use the same weights, adapter, dtype and temperature; raise `logprob_check_tolerance` only if the "
-        f"difference is known rounding."
-    )
+    totals: Counter[str]
+    latencies: dict[str, list[float]]
+    seconds: float
+    tool_wait: float
 
 
 def rollout_counts(
@@ -227,15 +159,15 @@ def rollout_counts(
     tool_names: Sequence[str] = (),
     unconstrained: int = 0,
     abandoned: int = 0,
-) -> dict[str, Any]:
+) -> RolloutCounts:
     """
-    Figures of one process's rollouts that can be added up over processes; see [`rollout_metrics`].
+    Count what happened in the rollouts of one process.
 
     Args:
         trajectories (`Sequence[Trajectory]`):
             The rollouts.
         seconds, tool_wait (`float`):
-            Wall-clock time in all, and waiting for tools with nothing to decode.
+            Wall-clock time in total, and spent waiting for tools with nothing to decode.
         invalid (`int`):
             Rollouts whose record broke its contract.
         tool_names (`Sequence[str]`, *optional*):
@@ -245,105 +177,85 @@ def rollout_counts(
         abandoned (`int`, *optional*, defaults to `0`):
             Calls given up since they ignored their time limit.
     """
-    stops = dict.fromkeys(STOP_REASONS, 0)
-    tools: dict[str, dict[str, Any]] = {name: _no_calls() for name in tool_names}
-    unknown = malformed = sampled = forced = turns = 0
+    totals: Counter[str] = Counter(rollouts=len(trajectories), invalid=invalid, abandoned=abandoned)
+    totals["unconstrained"] = unconstrained
+    latencies: dict[str, list[float]] = {name: [] for name in tool_names}
     for trajectory in trajectories:
-        stops[trajectory.stop_reason] += 1
-        turns += len(trajectory.turns)
-        forced += sum(trajectory.forced_mask)
-        sampled += sum(trajectory.tool_mask) - sum(trajectory.forced_mask)
+        totals[f"stop/{trajectory.stop_reason}"] += 1
+        totals["turns"] += len(trajectory.turns)
+        totals["forced"] += sum(trajectory.forced_mask)
+        totals["tokens"] += sum(trajectory.tool_mask)
         for turn in trajectory.turns:
             if turn.stop_reason == "stop":  # a call cut off by the token budget is not the policy's mistake
-                malformed += sum(call.error is not None for call in turn.tool_calls)
+                totals["malformed"] += sum(call.error is not None for call in turn.tool_calls)
             for call, result in zip(turn.tool_calls, turn.tool_results, strict=False):
                 if result.error_type == "unknown_tool":
-                    unknown += 1
+                    totals["unknown"] += 1
                 elif call.error is None:
-                    figures = tools.setdefault(call.name, _no_calls())
-                    figures["calls"] += 1
-                    figures["errors"] += result.is_error
-                    figures["timeouts"] += result.error_type == "timeout"
-                    figures["truncated"] += result.truncated
-                    figures["latencies"].append(result.seconds)
-    return {
-        "rollouts": len(trajectories),
-        "turns": turns,
-        "stops": stops,
-        "sampled": sampled,
-        "forced": forced,
-        "seconds": seconds,
-        "tool_wait": tool_wait,
-        "tools": tools,
-        "unknown": unknown,
-        "malformed": malformed,
-        "invalid": invalid,
-        "unconstrained": unconstrained,
-        "abandoned": abandoned,
-    }
+                    latencies.setdefault(call.name, []).append(result.seconds)
+                    totals[f"tools/{call.name}/errors"] += result.is_error
+                    totals[f"tools/{call.name}/timeouts"] += result.error_type == "timeout"
+                    totals[f"tools/{call.name}/truncated"] += result.truncated
+    return RolloutCounts(totals, latencies, seconds, tool_wait)
 
 
-def _no_calls() -> dict[str, Any]:
-    return {"calls": 0, "errors": 0, "timeouts": 0, "truncated": 0, "latencies": []}
-
-
-def rollout_metrics(counts: Sequence[dict[str, Any]], with_tools: bool) -> dict[str, float]:
+def rollout_metrics(counts: Sequence[RolloutCounts], with_tools: bool) -> dict[str, float]:
     """
-    The `forced/*`, `rollout/*` and `tools/*` metrics of a rollout batch.
+    Return the `forced/*`, `rollout/*` and `tools/*` metrics of a rollout batch.
 
     Args:
-        counts (`Sequence[dict]`):
+        counts (`Sequence[RolloutCounts]`):
             [`rollout_counts`] of every process.
         with_tools (`bool`):
             Whether the rollouts have tools.
     """
-
-    def total(name: str) -> float:
-        return sum(part[name] for part in counts)
-
-    rollouts, tokens = max(total("rollouts"), 1), total("sampled") + total("forced")
-    seconds = max(part["seconds"] for part in counts)
+    total: Counter[str] = Counter()
+    latencies: dict[str, list[float]] = {}
+    for part in counts:
+        total.update(part.totals)
+        for name, values in part.latencies.items():
+            latencies.setdefault(name, []).extend(values)
+    rollouts, seconds = max(total["rollouts"], 1), max(part.seconds for part in counts)
+    in_all = sum(part.seconds for part in counts)
     found: dict[str, float] = {
-        "forced/fraction": total("forced") / tokens if tokens else 0.0,
-        "rollout/turns_mean": total("turns") / rollouts,
-        "rollout/tokens_per_second": tokens / seconds if seconds else 0.0,
-        "rollout/tool_wait_fraction": total("tool_wait") / max(total("seconds"), 1e-9),
+        "forced/fraction": total["forced"] / max(total["tokens"], 1),
+        "rollout/turns_mean": total["turns"] / rollouts,
+        "rollout/tokens_per_second": total["tokens"] / seconds if seconds else 0.0,
+        "rollout/tool_wait_fraction": sum(part.tool_wait for part in counts) / max(in_all, 1e-9),
     }
-    for reason in STOP_REASONS:
-        found[f"rollout/stop/{reason}"] = sum(part["stops"][reason] for part in counts) / rollouts
-    if total("invalid"):
-        found["rollout/invalid"] = total("invalid")
-    if total("unconstrained"):
-        found["forced/unconstrained"] = total("unconstrained")
+    found |= {f"rollout/stop/{reason}": total[f"stop/{reason}"] / rollouts for reason in STOP_REASONS}
+    if total["invalid"]:
+        found["rollout/invalid"] = total["invalid"]
+    if total["unconstrained"]:
+        found["forced/unconstrained"] = total["unconstrained"]
     if not with_tools:
         return found
-    found["tools/unknown_calls"], found["tools/malformed_calls"] = total("unknown"), total("malformed")
-    found["tools/abandoned"] = total("abandoned")
-    for name in sorted({name for part in counts for name in part["tools"]}):
-        parts = [part["tools"][name] for part in counts if name in part["tools"]]
-        for figure in ("calls", "errors", "timeouts", "truncated"):
-            found[f"tools/{name}/{figure}"] = sum(part[figure] for part in parts)
-        latencies = np.array([value for part in parts for value in part["latencies"]] or [0.0])
-        found[f"tools/{name}/latency_p50"] = float(np.percentile(latencies, 50))
-        found[f"tools/{name}/latency_p95"] = float(np.percentile(latencies, 95))
+    found |= {"tools/unknown_calls": total["unknown"], "tools/malformed_calls": total["malformed"]}
+    found["tools/abandoned"] = total["abandoned"]
+    for name, values in sorted(latencies.items()):
+        found[f"tools/{name}/calls"] = len(values)
+        for kind in ("errors", "timeouts", "truncated"):
+            found[f"tools/{name}/{kind}"] = total[f"tools/{name}/{kind}"]
+        found[f"tools/{name}/latency_p50"] = float(np.percentile(values or [0.0], 50))
+        found[f"tools/{name}/latency_p95"] = float(np.percentile(values or [0.0], 95))
     return found
 
 
-def console_line(logs: dict[str, Any]) -> str | None:
+def console_line(logs: Mapping[str, float | None]) -> str | None:
     """
-    The one-line summary of a logged training step.
+    Return the summary of a logged training step, in one line.
 
     Args:
-        logs (`dict`):
+        logs (`Mapping[str, float | None]`):
             What was logged.
 
     Returns:
-        `str` or `None`: the line; `None` if this is no training step. A ratio is `n/a` where no token takes part.
+        `str` or `None`: the line; `None` if this is no training step. The ratio is `n/a` where no token takes part.
     """
     if logs.get("ratio/mean") is None and "loss" not in logs:
         return None
-    ratio = f"{_shown(logs, 'ratio/mean')}±{_shown(logs, 'ratio/std')}" if "ratio/mean" in logs else "n/a"
-    parts = [f"ratio {ratio}"]
+    ratio = [logs.get(name) for name in ("ratio/mean", "ratio/std")] if "ratio/mean" in logs else []
+    parts = ["ratio " + ("±".join("nan" if value is None else f"{value:.3f}" for value in ratio) or "n/a")]
     if logs.get("forced/fraction") is not None:
         parts.append(f"forced {logs['forced/fraction']:.1%}")
     if logs.get("kl") is not None:
@@ -357,8 +269,3 @@ def console_line(logs: dict[str, Any]) -> str | None:
         failed = logs.get("tools/failure_frequency") or 0.0
         parts.append(f"tools {logs['tools/call_frequency']:.1f} calls, {failed:.0%} failed")
     return " | ".join(parts)
-
-
-def _shown(logs: dict[str, Any], name: str) -> str:
-    value = logs.get(name)
-    return "nan" if value is None else f"{value:.3f}"

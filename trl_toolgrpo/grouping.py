@@ -1,28 +1,26 @@
-"""How a rollout batch is divided over micro-batches: groups stay together, so that a prompt is scored once.
+"""How a rollout batch is split into micro-batches: groups stay together, so that a prompt is scored once.
 
-TRL shuffles the rows of a batch before it splits them, which spreads a group over all micro-batches and leaves each of
-them little to share. The rows that TRL gave an optimizer step stay those of that step and are divided anew over its
-micro-batches. A loss that adds up over rows is the same then; what TRL takes per micro-batch would not be, and keeps
-TRL's division.
+TRL shuffles the rows of a batch before it splits them, which spreads a group over all micro-batches and leaves them
+little to share. Here each optimizer step keeps the rows that TRL gave it, and they are split anew into its
+micro-batches. A loss that is a sum over rows stays the same. Where TRL averages per micro-batch, its split is kept.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
 from .config import ToolGRPOConfig
+from .types import Batch
 
 
 def whole_groups(groups: Sequence[int], lengths: Sequence[int], parts: int) -> list[list[int]]:
     """
-    Divide rows over micro-batches of equal size so that as few groups as possible are cut.
+    Split rows into micro-batches of equal size so that as few groups as possible are cut.
 
     Groups of similar length come together, so that little of a micro-batch is padding, and the rows of a group are
-    ordered by length. Nothing is drawn from a random number generator: a run that divides its batches so samples what
-    one that does not samples.
+    ordered by length. Nothing is drawn from a random number generator, so that the rollouts of a run stay the same.
 
     Args:
         groups (`Sequence[int]`):
@@ -30,7 +28,7 @@ def whole_groups(groups: Sequence[int], lengths: Sequence[int], parts: int) -> l
         lengths (`Sequence[int]`):
             Tokens of each row's completion.
         parts (`int`):
-            Micro-batches; divides the number of rows.
+            Number of micro-batches; divides the number of rows.
 
     Returns:
         `list[list[int]]`: rows of each micro-batch.
@@ -44,18 +42,18 @@ def whole_groups(groups: Sequence[int], lengths: Sequence[int], parts: int) -> l
     return [order[place * size : (place + 1) * size] for place in range(parts)]
 
 
-def divided(batches: Sequence[dict[str, Any]], parts: Sequence[Tensor]) -> list[dict[str, Any]]:
+def regrouped(batches: Sequence[Batch], parts: Sequence[Tensor]) -> list[Batch]:
     """
-    The rows of some micro-batches, divided otherwise.
+    Return the rows of some micro-batches in other micro-batches.
 
     Args:
-        batches (`Sequence[dict]`):
-            Micro-batches as TRL splits them: tensors with a row for each rollout, and values that all have alike.
+        batches (`Sequence[Batch]`):
+            Micro-batches as TRL splits them: tensors with a row for each rollout, and values that are equal in all.
         parts (`Sequence[Tensor]`):
             Rows of each new micro-batch, int64, counted through all of `batches`.
     """
 
-    def pick(name: str, rows: Tensor) -> Any:
+    def pick(name: str, rows: Tensor) -> object:
         values = [batch[name] for batch in batches]
         if not isinstance(values[0], Tensor) or values[0].ndim == 0:
             return values[0]
@@ -69,17 +67,25 @@ class GroupedUpdates(GRPOTrainer):
 
     args: ToolGRPOConfig
     _recording = False
-    _buffered_inputs: Any
+    _buffered_inputs: list[Batch] | None  # type: ignore[assignment]
 
-    def _prepare_inputs(self, generation_batch: Any) -> Any:
-        """TRL's micro-batch, of a division that keeps the groups of an optimizer step together."""
+    def _prepare_inputs(self, generation_batch: Batch) -> Batch:
+        """Return TRL's micro-batch, of a rollout batch that may have been split anew."""
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        batches: Any = self._buffered_inputs
-        if batches is before or not self._divides_anew():
+        batches = self._buffered_inputs
+        parts = None if batches is None or batches is before else self._new_split(batches)
+        if batches is None or parts is None:
             return inputs
+        self._buffered_inputs = found = regrouped(batches, parts)
+        return found[self._step % len(found)]
+
+    def _new_split(self, batches: Sequence[Batch]) -> list[Tensor] | None:
+        """Return the rows of each micro-batch of a new rollout batch, int64; `None` keeps TRL's split."""
+        if not self._may_be_split_anew():
+            return None
         prompts = [torch.cat([batch[name] for batch in batches]) for name in ("prompt_ids", "prompt_mask")]
-        # The mask goes along: a padding token can be one of the prompt's, too
+        # With the mask, since a padding token can also be one of the prompt's tokens
         _, groups = torch.cat(prompts, dim=1).unique(dim=0, return_inverse=True)
         lengths = torch.cat([batch["completion_mask"].sum(dim=1) for batch in batches])
         rows = torch.arange(len(groups), device=groups.device)
@@ -88,17 +94,16 @@ class GroupedUpdates(GRPOTrainer):
         for own in rows.chunk(steps):  # the rows that TRL gave an optimizer step
             whole = whole_groups(groups[own].tolist(), lengths[own].tolist(), len(batches) // steps)
             parts += [own[part] for part in whole]
-        self._buffered_inputs = found = divided(batches, parts)
-        return found[self._step % len(found)]
+        return parts
 
-    def _divides_anew(self) -> bool:
+    def _may_be_split_anew(self) -> bool:
         """
-        Whether the rows of an optimizer step may be divided over its micro-batches otherwise than TRL did.
+        Return whether the rows of an optimizer step may be split into other micro-batches than TRL's.
 
-        TRL takes these over a micro-batch, so that the loss depends on the division: the mean over tokens of `"bnpo"`,
+        TRL takes these over a micro-batch, so that the loss depends on the split: the mean over tokens of `"bnpo"`,
         the quantile of `top_entropy_quantile`, the mean entropy of `entropy_coef` and `use_adaptive_entropy`, and the
-        router loss of a mixture of experts. Deterministic rollouts have a division of their own. Where a rollout batch
-        ends in the middle of an optimizer step, there are no rows of a step to divide.
+        router loss of a mixture of experts. Deterministic rollouts have a split of their own. If a rollout batch ends
+        in the middle of an optimizer step, there are no rows of a step to split.
         """
         args = self.args
         if not self._recording or not args.shared_prompt_updates or args.deterministic_rollouts:

@@ -1,8 +1,4 @@
-"""Losses beside TRL's policy loss. Pure functions: tensors in, tensors out.
-
-Owns the supervised loss of assisted steps, the loss of the value head and what a correction does to the ratio; fed by
-the trainer with log-probs and values it computed under its own autocast.
-"""
+"""Losses in addition to TRL's policy loss: of assisted steps, of the value head, and the correction of the ratio."""
 
 from typing import NamedTuple
 
@@ -14,7 +10,7 @@ from .trajectory import Trajectory
 
 def assisted_rows(rewards: Tensor, all_rewards: Tensor) -> Tensor:
     """
-    Which rollouts an assisted step learns from: those above the mean of the generation batch.
+    Return which rollouts an assisted step learns from: those above the mean of the generation batch.
 
     Args:
         rewards (`Tensor`):
@@ -23,8 +19,8 @@ def assisted_rows(rewards: Tensor, all_rewards: Tensor) -> Tensor:
             Raw rewards of the generation batch over all processes, shape (N,).
 
     Returns:
-        `Tensor`: bool, shape (B,). All rollouts when all rewards are equal and positive, none when they are equal and
-        not; a rollout that was not scored is left out.
+        `Tensor`: bool, shape (B,). If all rewards are equal, all rollouts if they are positive and none otherwise; a
+        rollout that was not scored is left out.
     """
     scored = all_rewards[~all_rewards.isnan()]
     if scored.numel() == 0:
@@ -35,7 +31,7 @@ def assisted_rows(rewards: Tensor, all_rewards: Tensor) -> Tensor:
 
 
 def calling_tokens(trajectory: Trajectory) -> list[int]:
-    """1 for every assistant token, forced or sampled, of the turns that call a tool; shape (C,)."""
+    """Return 1 for every assistant token, forced or sampled, of turns that call a tool, else 0; shape (C,)."""
     mask = [0] * len(trajectory.completion_ids)
     for turn in trajectory.turns:
         if any(call.error is None for call in turn.tool_calls):
@@ -45,7 +41,7 @@ def calling_tokens(trajectory: Trajectory) -> list[int]:
 
 def assisted_loss(logps: Tensor, mask: Tensor, count: Tensor | float) -> Tensor:
     """
-    Cross-entropy in nats, summed over the tokens of `mask` and divided by `count`.
+    Return the cross-entropy in nats, summed over the tokens of `mask` and divided by `count`.
 
     Args:
         logps (`Tensor`):
@@ -53,7 +49,7 @@ def assisted_loss(logps: Tensor, mask: Tensor, count: Tensor | float) -> Tensor:
         mask (`Tensor`):
             1 for the tokens to learn, shape (B, T).
         count (`Tensor` or `float`):
-            Number of such tokens the mean is taken over, at least 1.
+            Number of such tokens that the mean is taken over, at least 1.
     """
     return -(logps * mask).sum() / count
 
@@ -69,8 +65,8 @@ class BoundedRatio(NamedTuple):
         within (`Tensor`):
             Whether it is within bounds, bool, shape (B, T).
         log_ratio (`Tensor`):
-            Logarithm of the ratio of each token that puts the ratio of its token or rollout within bounds, nats, shape
-            (B, T). A rollout's excess is shared evenly by its tokens.
+            Logarithm of the ratio of each token, brought within bounds, nats, shape (B, T). The excess of a rollout's
+            ratio is shared evenly by its tokens.
     """
 
     weight: Tensor
@@ -82,8 +78,8 @@ def bounded_ratio(
     log_ratio: Tensor, mask: Tensor, mode: str, low: float | None, high: float | None
 ) -> BoundedRatio:
     """
-    Truncate or mask importance sampling ratios by token or by rollout, as TRL's `vllm_importance_sampling_mode` means
-    it (truncation: arXiv 1802.01561).
+    Truncate or mask importance sampling ratios by token or by rollout, as TRL's `vllm_importance_sampling_mode` does
+    (truncation: arXiv 1802.01561).
 
     Args:
         log_ratio (`Tensor`):
@@ -94,7 +90,7 @@ def bounded_ratio(
             `"token_truncate"`, `"token_mask"`, `"sequence_truncate"` or `"sequence_mask"`. The ratio of a sequence is
             the product of those of its tokens.
         low, high (`float`, *optional*):
-            Bounds of the ratio, which are themselves within; `None` for none.
+            Bounds of the ratio, which are themselves allowed; `None` for no bound.
 
     Returns:
         [`BoundedRatio`]
@@ -113,14 +109,14 @@ def bounded_ratio(
 
 def value_loss(values: Tensor, old_values: Tensor, targets: Tensor, mask: Tensor, clip: float | None) -> Tensor:
     r"""
-    Clipped squared error of the value head (arXiv 1707.06347), summed over the steps of `mask`.
+    Return the clipped squared error of the value head (arXiv 1707.06347), summed over the steps of `mask`.
 
     \\(\frac{1}{2} \max((V - R)^2, (\mathrm{clip}(V, V_{old} \pm c) - R)^2)\\): a value that has moved further than
     `clip` from the recorded one in the right direction gets no more gradient.
 
     Args:
         values (`Tensor`):
-            Value before each token now, shape (B, T).
+            Present value before each token, shape (B, T).
         old_values (`Tensor`):
             The same, recorded when the tokens were sampled, shape (B, T).
         targets (`Tensor`):

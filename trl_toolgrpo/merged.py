@@ -1,35 +1,40 @@
-"""The reference as weights of its own: averages of the policy's merged weights, beside the model or in a second one.
+"""References with weights of their own: averages of the policy's merged weights, within the model or in a second one.
 
-Owns what a PEFT policy acts with, and the references that average it: W_ref <- a W_policy + (1 - a) W_ref, as in
-TR-DPO (arXiv 2404.09656). Fed by the policy's parameters; `sync.py` says when, and lets the trainer score with them.
+At each sync W_ref <- a W_policy + (1 - a) W_ref, as in TR-DPO (arXiv 2404.09656).
 """
 
 import random
 from collections import Counter
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .errors import ConfigError, ReferenceSyncError
+from .errors import ConfigError
 from .reference import Comparison, SyncReport, remove_twin
 from .rollout.sampler import at_least_float32, scoring_mode
-from .sharding import assign, full, local, whole
+from .sharding import assign_all, local, whole, whole_copies
+
+
+_Layer: TypeAlias = Any
+"""A layer that PEFT has adapted; which attributes it has depends on the kind of adapter."""
 
 
 def average(comparison: Comparison, name: str, reference: Tensor, policy: Tensor, alpha: float) -> None:
     """
-    Move a tensor of the reference toward the policy's, and check that it did.
+    Move a tensor of the reference toward the policy's, and check the result.
 
     Args:
         comparison ([`Comparison`]):
-            Notes the result.
+            Gets the result.
         name (`str`):
             Name of the tensor.
         reference, policy (`Tensor`):
@@ -51,12 +56,12 @@ def average(comparison: Comparison, name: str, reference: Tensor, policy: Tensor
 
 class MergedReference:
     """
-    The weights the policy's adapted modules act with, averaged over the syncs.
+    The weights that the policy's adapted modules act with, averaged over the syncs.
 
-    Kept in float32 beside the model, one dense tensor for each adapted module: 4 bytes for each of its weights,
-    whatever the dtype of the base or the rank. While the reference is scored they stand in for the base weights, with
-    the adapter switched off, so that scoring costs no more than the base model. Before the first sync it equals the
-    policy.
+    They are kept in float32 in addition to the model, one dense tensor for each adapted module: 4 bytes for each of
+    its weights, whatever the dtype of the base or the rank. While the reference is scored they replace the base
+    weights, with the adapter switched off, so that scoring costs no more than the base model. Before the first sync
+    the reference equals the policy.
 
     Args:
         model (`PeftModel`):
@@ -70,7 +75,7 @@ class MergedReference:
 
     mode = "merged"
 
-    def __init__(self, model: Any, adapter: str) -> None:
+    def __init__(self, model: PeftModel, adapter: str) -> None:
         self._model, self._adapter = model, adapter
         remove_twin(model)
         self._randomness = random.Random(0)
@@ -81,70 +86,64 @@ class MergedReference:
     @torch.no_grad()
     def sync(self, alpha: float, comparison: Comparison) -> SyncReport:
         """
-        Average, then compare. A column of each linear layer, drawn anew for each sync, is compared with what the layer
-        itself gives for a unit vector, and the whole with its being finite; everything else entry by entry.
+        Average, then compare.
+
+        Of each linear layer, one column, drawn anew at each sync, is compared with what the layer itself returns for a
+        unit vector, and the rest is checked for being finite; everything else is compared entry by entry.
         """
         layers = {weight_name(name, layer): layer for name, layer in self._layers.items()}
-        linear = {name: width for name, layer in layers.items() if (width := _inputs_of(layer)) is not None}
         with scoring_mode(self._model):
-            for name, width in linear.items():
-                self._sync_linear(name, layers[name], width, alpha, comparison)
-        for name, policy in effective_weights(self._model, self._adapter, skip=linear):
-            if name in layers:
-                _compare_with_peft(comparison, name, policy, layers[name], self._adapter)
-            average(comparison, name, self._tensors[name], policy, alpha)
+            for name, policy in effective_weights(self._model, self._adapter):
+                width = _input_width(layers[name]) if name in layers else None
+                if width is None:
+                    average(comparison, name, self._tensors[name], policy, alpha)
+                else:
+                    self._sync_linear(name, layers[name], policy, width, alpha, comparison)
         return comparison.report()
 
-    def _sync_linear(self, name: str, layer: Any, width: int, alpha: float, comparison: Comparison) -> None:
-        reference = self._tensors[name]
-        place = self._randomness.randrange(width)
-        turned = getattr(layer, "fan_in_fan_out", False)
-        own = reference.T if turned else reference
-        acting, precision = _column(layer, place, width)
-        expected = alpha * acting + (1 - alpha) * own[:, place]
-        if _is_plain(layer, self._adapter):
-            weight = dequantize_module_weight(layer.get_base_layer()).detach().to(reference.dtype)
-            reference.lerp_(weight, alpha)
-            factors = layer.lora_B[self._adapter].weight, layer.lora_A[self._adapter].weight
-            up, down = (factor.detach().to(reference.dtype) for factor in factors)
-            own.addmm_(up, down, alpha=alpha * layer.scaling[self._adapter])  # no dense difference in between
-        else:
-            reference.lerp_(_effective_weight(name, layer, self._adapter), alpha)
-        found = own[:, place] + 0 * reference.sum()  # NaN and infinity anywhere show
+    def _sync_linear(
+        self, name: str, layer: _Layer, policy: Tensor, width: int, alpha: float, comparison: Comparison
+    ) -> None:
+        reference, column = self._tensors[name], self._randomness.randrange(width)
+        rows = reference.T if getattr(layer, "fan_in_fan_out", False) else reference
+        acting, precision = _acting_column(layer, column, width)
+        expected = alpha * acting + (1 - alpha) * rows[:, column]
+        reference.lerp_(policy, alpha)
+        found = rows[:, column] + 0 * reference.sum()  # NaN and infinity anywhere in the weight reach the column
         comparison.add(name, found, expected, 8 * precision * float(expected.abs().max()))
 
     def scoring(self) -> bool:
-        """Whether the model's forward is the reference's now: the base model's, without an adapter."""
+        """Return whether the model's forward pass is the reference's now: the base model's, without an adapter."""
         return any(layer.disable_adapters for layer in self._layers.values())
 
     @contextmanager
     def weights(self) -> Iterator[None]:
-        """While it is: put the reference in the place of the base weights."""
+        """Replace the base weights by the reference, while the context is open."""
         base, kept = self._model.get_base_model(), []
         try:
             for name, tensor in self._tensors.items():
-                holder, table, key, stand_in = _place(base, name, tensor)
-                kept.append((getattr(holder, table), key, getattr(holder, table)[key]))
-                getattr(holder, table)[key] = stand_in
+                table, key, stand_in = _stand_in(base, name, tensor)
+                kept.append((table, key, table[key]))
+                table[key] = stand_in
             yield
         finally:
             for table, key, value in reversed(kept):
                 table[key] = value
 
     def state(self) -> dict[str, Tensor]:
-        """Everything the reference is, on the CPU."""
+        """Return the whole reference, on the CPU."""
         return {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors.items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take over a state. Its names and shapes have been checked."""
+        """Take over a state whose names and shapes have been checked."""
         for name, tensor in self._tensors.items():
             tensor.copy_(state[name])
 
 
 def _in_blocks(weights: Callable[[], Iterator[tuple[str, Tensor]]]) -> dict[str, Tensor]:
     """
-    Copies of tensors, those of a device and dtype in one block of memory: weights that lie scattered make the scoring
-    of a CPU a few percent slower. The tensors are asked for twice, so that they need not all be there at a time.
+    Return copies of tensors, in one block of memory for each device and dtype: scattered weights make scoring on a CPU
+    a few percent slower. The tensors are asked for twice, so that they need not all exist at the same time.
     """
     sizes: Counter[tuple[torch.device, torch.dtype]] = Counter()
     for _, tensor in weights():
@@ -158,17 +157,15 @@ def _in_blocks(weights: Callable[[], Iterator[tuple[str, Tensor]]]) -> dict[str,
     return copies
 
 
-def effective_weights(model: Any, adapter: str, skip: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
+def effective_weights(model: PeftModel, adapter: str) -> Iterator[tuple[str, Tensor]]:
     """
-    What a PEFT policy acts with, where that is not its base model.
+    Yield the weights that a PEFT policy acts with, where they are not its base model's.
 
     Args:
         model (`PeftModel`):
             The policy.
         adapter (`str`):
             Name of its adapter.
-        skip (`Container[str]`, *optional*, defaults to `()`):
-            Names of weights that are left out.
 
     Yields:
         `tuple[str, Tensor]`: name in the base model, and tensor, float32 or float64: the weight of each adapted module
@@ -179,7 +176,6 @@ def effective_weights(model: Any, adapter: str, skip: Container[str] = ()) -> It
         ConfigError: for a module whose weight cannot be merged.
     """
     base = model.get_base_model()
-    module: Any
     for name, module in base.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             if adapter in module.modules_to_save:
@@ -187,25 +183,24 @@ def effective_weights(model: Any, adapter: str, skip: Container[str] = ()) -> It
                     yield f"{name}.{part}", at_least_float32(parameter.detach())
         elif isinstance(module, AuxiliaryTrainingWrapper):
             raise _unmergeable(name, type(module).__name__)
-        elif isinstance(module, BaseTunerLayer) and _has(module, adapter):
-            yield from _effective_tensors(name, module, adapter, skip)
+        elif isinstance(module, BaseTunerLayer) and _holds(module, adapter):
+            yield weight_name(name, module), _effective_weight(name, module, adapter)
+            yield from _adapter_bias(name, module, adapter)
     for name, parameter in base.named_parameters():
         outside = ".modules_to_save." not in f".{name}" and not name.startswith("value_head.")
         if parameter.requires_grad and outside and name.endswith("bias") and "lora_" not in name:
             yield name.replace(".base_layer.", "."), at_least_float32(parameter.detach())
 
 
-def _effective_tensors(name: str, layer: Any, adapter: str, skip: Container[str]) -> Iterator[tuple[str, Tensor]]:
-    """Weight of an adapted layer, and its bias if the adapter has one, whether the layer itself has one or not."""
-    if (weight := weight_name(name, layer)) not in skip:
-        yield weight, _effective_weight(name, layer, adapter)
+def _adapter_bias(name: str, layer: _Layer, adapter: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the bias of an adapted layer if the adapter has one, whether or not the layer itself has one."""
     if getattr(layer, "lora_bias", {}).get(adapter):
         bias = layer.get_base_layer().bias
         difference = at_least_float32(layer.lora_B[adapter].bias.detach()) * layer.scaling[adapter]
         yield f"{name}.bias", difference if bias is None else at_least_float32(bias.detach()) + difference
 
 
-def _effective_weight(name: str, layer: Any, adapter: str) -> Tensor:
+def _effective_weight(name: str, layer: _Layer, adapter: str) -> Tensor:
     base, parameter = layer.get_base_layer(), _adapted_parameter(layer)
     variant = getattr(layer, "lora_variant", {}).get(adapter)
     dora = variant is None or "dora" in str(getattr(variant, "__name__", type(variant).__name__)).lower()
@@ -213,134 +208,108 @@ def _effective_weight(name: str, layer: Any, adapter: str) -> Tensor:
         raise _unmergeable(name, type(layer).__name__ if dora else str(variant))
     stored = dequantize_module_weight(base) if parameter == "weight" else getattr(base, parameter)
     weight = at_least_float32(stored.detach())
+    if variant is None and hasattr(layer, "lora_B") and _input_width(layer) is not None:
+        # LoRA and rsLoRA: multiplied at the precision of the sum, whatever the dtype of the factors
+        up, down = (table[adapter].weight.detach().to(weight.dtype) for table in (layer.lora_B, layer.lora_A))
+        factors = (down.T, up.T) if getattr(layer, "fan_in_fan_out", False) else (up, down)
+        return torch.addmm(weight, *factors, alpha=layer.scaling[adapter])
     if variant is None:
         difference = at_least_float32(layer.get_delta_weight(adapter).detach())
-        return difference.add_(weight)  # in place: it is ours
+        return difference.add_(weight)  # in place: the tensor is ours
     merged = at_least_float32(variant.merge_safe(layer, adapter, weight).detach())
     getattr(layer, "_caches", {}).clear()
     return merged
 
 
-def _is_plain(layer: Any, adapter: str) -> bool:
-    """Whether the weight a linear layer acts with is its base plus a product of two factors: LoRA and rsLoRA."""
-    return getattr(layer, "lora_variant", {}).get(adapter) is None and hasattr(layer, "lora_B")
-
-
 def _unmergeable(name: str, kind: str) -> ConfigError:
     return ConfigError(
-        f"The reference of this run keeps merged weights, but `{name}` is adapted by {kind}, which has none. Use "
-        f"`ref_sync_mode='adapter'` with `ref_model_mixup_alpha=1.0`, or LoRA on linear and embedding modules."
+        f"The reference of this run keeps merged weights, but `{name}` is adapted by {kind}, which has none.",
+        remedy="Use `ref_sync_mode='adapter'` with `ref_model_mixup_alpha=1.0`, or LoRA on linear and embedding "
+        "modules.",
     )
 
 
-def _inputs_of(layer: Any) -> int | None:
-    """Number of inputs of a linear layer; `None` for an embedding, a convolution and the like."""
+def _input_width(layer: _Layer) -> int | None:
+    """Return the number of inputs of a linear layer; `None` for an embedding, a convolution and the like."""
     base = layer.get_base_layer()
-    if isinstance(base, nn.Linear):  # those of bitsandbytes, too
+    if isinstance(base, nn.Linear):  # includes those of bitsandbytes
         return base.in_features
     return base.nx if isinstance(base, Conv1D) else None
 
 
-def _column(layer: Any, place: int, width: int) -> tuple[Tensor, float]:
-    """A column of the weight a layer acts with, float32, from its own forward pass; and its precision."""
+def _acting_column(layer: _Layer, column: int, width: int) -> tuple[Tensor, float]:
+    """Return a column of the weight a layer acts with, float32, by its own forward pass, and its precision."""
     some = next(p for p in layer.parameters() if p.is_floating_point())
     unit = some.new_zeros(1, width)
-    unit[0, place] = 1.0
+    unit[0, column] = 1.0
     output = layer(unit)
     precision = max(torch.finfo(output.dtype).eps, torch.finfo(some.dtype).eps)
-    if _adds_bias(layer):
+    biased = [layer.get_base_layer(), *getattr(layer, "lora_B", {}).values()]
+    if any(getattr(module, "bias", None) is not None for module in biased):
         output = output - layer(torch.zeros_like(unit))
     return at_least_float32(output[0]), precision
 
 
-def _adds_bias(layer: Any) -> bool:
-    biased = [layer.get_base_layer(), *getattr(layer, "lora_B", {}).values()]
-    return any(getattr(module, "bias", None) is not None for module in biased)
-
-
-def _compare_with_peft(comparison: Comparison, name: str, weight: Tensor, layer: Any, adapter: str) -> None:
-    """Whether a weight is what PEFT merges."""
-    base, parameter = layer.get_base_layer(), _adapted_parameter(layer)
-    kept = {key: p.data for key, p in base.named_parameters(recurse=False)}
-    try:
-        layer.merge(safe_merge=True, adapter_names=[adapter])
-        found = at_least_float32(getattr(base, parameter).detach())
-    except ValueError as error:
-        raise ReferenceSyncError(f"The reference was not synced: PEFT cannot merge `{name}`: {error}") from error
-    finally:
-        for key, data in kept.items():
-            getattr(base, key).data = data
-        layer.merged_adapters.clear()
-        getattr(layer, "_caches", {}).clear()
-    rounding = 4 * torch.finfo(kept[parameter].dtype).eps * float(weight.abs().max())
-    comparison.add(f"{name} (merged by PEFT)", found, weight, rounding)
-
-
-def _quantized(module: Any) -> bool:
+def _is_quantized(module: _Layer) -> bool:
     return not module.weight.is_floating_point() or type(module.weight).__name__ in ("Params4bit", "Int8Params")
 
 
-def _tuner_layers(model: Any, adapter: str) -> dict[str, Any]:
-    """Return the layers that an adapter has factors in, by name; another adapter's are as good as not there."""
+def _tuner_layers(model: PeftModel, adapter: str) -> dict[str, _Layer]:
+    """Return the layers that an adapter has factors in, by name; those of other adapters are left out."""
     modules = model.get_base_model().named_modules()
-    return {name: module for name, module in modules if isinstance(module, BaseTunerLayer) and _has(module, adapter)}
+    return {name: module for name, module in modules if isinstance(module, BaseTunerLayer) and _holds(module, adapter)}
 
 
-def _has(layer: Any, adapter: str) -> bool:
+def _holds(layer: BaseTunerLayer, adapter: str) -> bool:
     return any(adapter in getattr(layer, table, ()) for table in layer.adapter_layer_names)
 
 
-def weight_name(name: str, layer: Any) -> str:
+def weight_name(name: str, layer: _Layer) -> str:
     """Return the name in the base model of the weight an adapted layer acts with."""
     nested = name.replace(".base_layer", "")  # of a module of which several parameters are adapted
     return f"{nested}.{_adapted_parameter(layer)}"
 
 
-def _adapted_parameter(layer: Any) -> str:
+def _adapted_parameter(layer: _Layer) -> str:
     return getattr(layer, "parameter_name", "weight")
 
 
 class _Dense(nn.Linear):
-    """Stands in for a quantized layer."""
+    """A dense layer that takes the place of a quantized one."""
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return nn.functional.linear(input, self.weight.to(input.dtype), bias)
 
 
-def _place(base: Any, name: str, tensor: Tensor) -> tuple[Any, str, str, Any]:
-    """Where the base model keeps what a tensor stands in for: module, its table, the key there, and the stand-in.
+def _stand_in(base: nn.Module, name: str, tensor: Tensor) -> tuple[dict[str, Any], str, nn.Module | nn.Parameter]:
+    """
+    Return the table of the base model that holds what a tensor replaces, the key there, and the replacement.
 
     The parameter is replaced and not overwritten, so that one it is tied to stays as it is.
     """
     path, _, key = name.rpartition(".")
-    holder: Any = base
+    holder: _Layer = _original(base)
     for part in path.split(".") if path else ():
-        if isinstance(holder, ModulesToSaveWrapper):
-            holder = holder.original_module
-        holder = getattr(holder, part)
-    if isinstance(holder, ModulesToSaveWrapper):
-        holder = holder.original_module
+        holder = _original(getattr(holder, part))
     if isinstance(holder, BaseTunerLayer):
-        inner: Any = holder.get_base_layer()
-        if key == "weight" and _quantized(inner):
-            dense = _Dense(inner.in_features, inner.out_features, bias=False, device="meta")
-            dense.weight = nn.Parameter(tensor, requires_grad=False)
-            dense.bias = inner.bias
-            return holder, "_modules", "base_layer", dense
-        holder = inner
+        table, holder = holder._modules, holder.get_base_layer()  # type: ignore[attr-defined]
+        if key == "weight" and _is_quantized(holder):
+            dense = _Dense(holder.in_features, holder.out_features, bias=False, device="meta")
+            dense.weight, dense.bias = nn.Parameter(tensor, requires_grad=False), holder.bias
+            return table, "base_layer", dense
     current = holder._parameters[key]  # `None` for the bias that an adapter brings to a layer without one
     dtype = next(p.dtype for p in (current, *holder.parameters()) if p is not None)
-    stand_in = nn.Parameter(tensor.to(dtype), requires_grad=False)
-    return holder, "_parameters", key, stand_in
+    return holder._parameters, key, nn.Parameter(tensor.to(dtype), requires_grad=False)
 
 
-# A second model
+def _original(module: _Layer) -> _Layer:
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 
 
 class ModelReference:
     """
-    A second model: TRL's own of full fine-tuning, or one that takes in the merged weights of a PEFT policy.
+    A second model: TRL's own in full fine-tuning, or one that takes in the merged weights of a PEFT policy.
 
     Args:
         model (`PreTrainedModel`):
@@ -353,19 +322,20 @@ class ModelReference:
 
     mode = "model"
 
-    def __init__(self, model: Any, policy: Any, adapter: str | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, policy: PreTrainedModel | PeftModel, adapter: str | None = None
+    ) -> None:
         self._model, self._policy, self._adapter = model, policy, adapter
-        if adapter is not None:
-            for name, _ in effective_weights(policy, adapter):
-                path, _, key = name.rpartition(".")
-                holder = model.get_submodule(path)
-                parameter = holder._parameters[key]
-                own = torch.zeros_like(holder.weight[:, 0]) if parameter is None else parameter.detach().clone()
-                holder._parameters[key] = nn.Parameter(own, requires_grad=False)  # not tied
+        for name, _ in self._policy_weights() if adapter is not None else ():
+            path, _, key = name.rpartition(".")
+            holder: _Layer = model.get_submodule(path)
+            parameter = holder._parameters[key]
+            own = torch.zeros_like(holder.weight[:, 0]) if parameter is None else parameter.detach().clone()
+            holder._parameters[key] = nn.Parameter(own, requires_grad=False)  # not tied
 
     def _policy_weights(self) -> Iterator[tuple[str, Tensor]]:
         if self._adapter is not None:
-            return effective_weights(self._policy, self._adapter)
+            return effective_weights(self._policy, self._adapter)  # type: ignore[arg-type]
         named = self._policy.named_parameters()
         return ((name, parameter) for name, parameter in named if not name.startswith("value_head."))
 
@@ -378,25 +348,10 @@ class ModelReference:
                 average(comparison, name, local(reference), local(policy), alpha)
         return comparison.report()
 
-    def scoring(self) -> bool:
-        """TRL scores with the second model by itself."""
-        return False
-
-    @contextmanager
-    def weights(self) -> Iterator[None]:
-        """Nothing to exchange."""
-        yield
-
     def state(self) -> dict[str, Tensor]:
-        """All parameters, whole and on the CPU; to be called in every process."""
-        state = {}
-        for name, parameter in self._model.named_parameters():
-            with whole([parameter]):
-                state[name] = full(parameter).cpu().contiguous().clone()
-        return state
+        """Return all parameters, whole and on the CPU; every process has to call it."""
+        return whole_copies(self._model.named_parameters())
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take over a state. Its names and shapes have been checked."""
-        for name, parameter in self._model.named_parameters():
-            with whole([parameter], modify=True):
-                assign(parameter, state[name])
+        """Take over a state whose names and shapes have been checked."""
+        assign_all(self._model.named_parameters(), state)

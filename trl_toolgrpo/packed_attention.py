@@ -1,40 +1,44 @@
-"""Attention of rollouts packed behind the prompt they share, without the products that a mask would throw away.
+"""Attention of rollouts packed after the prompt they share, without the products that a mask would throw away.
 
-Owns the attention function, registered with transformers. A packed sequence is a prompt and segments behind it; a mask
-over all of it would have most of its entries false. Here the prompt attends to itself, and each segment to the prompt
-and itself, with the model's own attention (torch's) for every piece. Fed by `scoring.py`.
+A packed sequence is a prompt and segments after it; a mask over all of it would be mostly false. Here the prompt
+attends to itself, and each segment to the prompt and itself, with torch's attention for every piece. The attention
+function is registered with transformers.
 """
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from typing import Any
+from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .rollout.shared_prefix import exchanged_attention
 
 
 ATTENTION_NAME = "toolgrpo_packed_prompt"
-Piece = tuple[int, Sequence[int]]
-"""Tokens of a sequence's prompt, and of each segment behind it."""
+Piece: TypeAlias = tuple[int, Sequence[int]]
+"""Number of tokens of a sequence's prompt, and of each segment after it."""
 _CURRENT: ContextVar[Sequence[tuple[int, Sequence[tuple[int, Tensor]]]]] = ContextVar("toolgrpo_packed_pieces")
 
 
-def packed_attention(model: Any, pieces: Sequence[Piece], device: torch.device) -> AbstractContextManager[None]:
+def packed_attention(
+    model: PreTrainedModel, pieces: Sequence[Piece], device: torch.device
+) -> AbstractContextManager[None]:
     """
-    While open, a model's forward pass takes each sequence of a packed batch for a prompt and segments behind it.
+    Have a model's forward pass read each sequence of a packed batch as a prompt and segments after it.
 
-    The backward pass may come later, but not recompute the forward pass: no gradient checkpointing.
+    The backward pass may come after the context is closed, but must not recompute the forward pass: no gradient
+    checkpointing.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
             The model, unwrapped, with torch's attention (`"sdpa"`).
         pieces (`Sequence[tuple[int, Sequence[int]]]`):
-            For each sequence: tokens of the prompt, tokens of each segment.
+            For each sequence: number of tokens of the prompt, and of each segment.
         device (`torch.device`):
             Where the model is.
     """
@@ -44,13 +48,13 @@ def packed_attention(model: Any, pieces: Sequence[Piece], device: torch.device) 
 
 def dense_mask(pieces: Sequence[Piece], length: int) -> Tensor:
     """
-    The same as a mask: which tokens attend to which.
+    Return which tokens attend to which, as a mask.
 
     Args:
         pieces (`Sequence[tuple[int, Sequence[int]]]`):
-            For each sequence: tokens of the prompt, tokens of each segment.
+            For each sequence: number of tokens of the prompt, and of each segment.
         length (`int`):
-            Tokens of a sequence, L; those beyond its pieces are padding.
+            Number of tokens of a sequence, L; those beyond its pieces are padding.
 
     Returns:
         `Tensor`: bool, shape (R, 1, L, L).
@@ -67,10 +71,10 @@ def dense_mask(pieces: Sequence[Piece], length: int) -> Tensor:
     return mask[:, None]
 
 
-def suits(model: Any) -> bool:
-    """Whether a model's attention can be exchanged, and its forward pass runs once."""
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for module in bare.modules():  # a second pass would come when this attention is gone
+def suits(model: PreTrainedModel) -> bool:
+    """Return whether a model's attention can be exchanged, and its forward pass runs only once."""
+    bare = getattr(model, "get_base_model", lambda: model)()
+    for module in bare.modules():  # a second pass would run after this attention is put back
         if getattr(module, "gradient_checkpointing", False) or isinstance(module, CheckpointWrapper):
             return False
     exchangeable = getattr(bare, "_supports_attention_backend", False)
@@ -78,14 +82,14 @@ def suits(model: Any) -> bool:
 
 
 def _visible(start: int, count: int, device: torch.device) -> Tensor:
-    """What a segment sees of the prompt and itself, bool, shape (1, 1, count, start + count)."""
+    """Return what a segment sees of the prompt and itself, bool, shape (1, 1, count, start + count)."""
     return torch.ones(count, start + count, dtype=torch.bool, device=device).tril(start)[None, None]
 
 
 def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **options: object
 ) -> tuple[Tensor, None]:
-    """Attention function in transformers' interface: (R, H, L, D) in, (R, L, H, D) out."""
+    """Compute attention in transformers' interface: (R, H, L, D) in, (R, L, H, D) out."""
     attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
     options.pop("is_causal", None)
     sequences = []
@@ -108,5 +112,3 @@ def _attention(
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention)
-
-__all__ = ["ATTENTION_NAME", "Piece", "dense_mask", "packed_attention", "suits"]

@@ -1,22 +1,19 @@
-"""4-bit base weights that stay fit for training.
-
-What sampling and loading a checkpoint would do to such a policy, and does not. Imports nothing of the package.
-"""
+"""4-bit base weights that stay fit for training, although sampling and loading a checkpoint would change them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
+from torch import nn
 
 
-def keep_trainable(model: Any) -> None:
+def keep_trainable(model: nn.Module) -> None:
     """
     Keep the 4-bit layers of a policy in the layout that gradients pass through.
 
-    On CPUs with AVX512-BF16, bitsandbytes packs a layer's weight anew at its first forward pass in evaluation mode,
-    and never back: from then on its result has no gradient, also in training, and the layers below learn from their
-    adapters' own paths alone. A policy is sampled before each update, so none of it is to happen.
+    On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weight at its first forward pass in evaluation mode and
+    never restores it: from then on the layer's result has no gradient, not even in training, and the layers below it
+    learn from their adapters' own paths alone. A policy is sampled before each update, so this must never happen.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -25,23 +22,24 @@ def keep_trainable(model: Any) -> None:
     for module in model.modules():
         if not hasattr(module, "support_avx512bf16_for_cpu"):
             continue
-        module.support_avx512bf16_for_cpu = False
-        state: Any = getattr(module.weight, "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):  # it was sampled from before
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        weight: nn.Parameter = module.weight  # type: ignore[assignment]
+        state = getattr(weight, "quant_state", None)
+        if state is not None and getattr(state, "packing_format_for_cpu", False):  # it was sampled from before
             from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
-            module.weight.data, module.weight.quant_state = _convert_weight_packed_for_cpu_inverse(
-                module.weight.data, state
+            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(  # type: ignore[attr-defined]
+                weight.data, state
             )
 
 
 @contextmanager
-def same_parameters(model: Any) -> Iterator[None]:
+def same_parameters(model: nn.Module) -> Iterator[None]:
     """
-    Keep the trained parameters of a model the tensors they are while values are loaded into it.
+    Keep the trained parameters of a model the same tensors while values are loaded into it.
 
-    PEFT puts others in their place when it loads the adapter of a 4-bit model, in float32 where TRL trains it in
-    bfloat16: a run that is resumed would go on with other arithmetic, and an optimizer would hold the old ones.
+    PEFT replaces them when it loads the adapter of a 4-bit model, in float32 where TRL trains it in bfloat16: a
+    resumed run would continue with other arithmetic, and an optimizer would still hold the old tensors.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):

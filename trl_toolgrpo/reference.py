@@ -1,22 +1,18 @@
-"""The reference as a frozen copy of the policy's adapter, and the proof that a sync did what it was to do.
-
-Owns the second adapter, how it moves (`sync`) and the comparison after it. Fed by the policy's parameters; `sync.py`
-says when, and lets the trainer score with it. References that keep merged weights are in `merged.py`.
-"""
+"""The reference as a frozen copy of the policy's adapter, and the check that a sync did what it should."""
 
 import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 
 from .errors import ConfigError
 from .rounding import widest
-from .sharding import assign, full, local, whole
+from .sharding import assign, assign_all, full, local, whole, whole_copies
 
 
 ADAPTER = "ref"  # the name under which TRL looks for a reference adapter
@@ -25,13 +21,13 @@ ADAPTER = "ref"  # the name under which TRL looks for a reference adapter
 @dataclass(frozen=True)
 class SyncReport:
     """
-    What a sync did, verified after it.
+    What a sync did, as verified after it.
 
     Args:
         tensors (`int`):
             Number of tensors compared.
         differ (`tuple[str, ...]`):
-            Names of those that are not what the sync was to make them.
+            Names of the tensors that are not what the sync should have made them.
         max_abs_diff (`float`):
             Largest absolute difference found, rounding included.
         seconds (`float`):
@@ -46,7 +42,7 @@ class SyncReport:
 
 class Comparison:
     """
-    Collects differences tensor by tensor, over all processes.
+    Differences of tensors over all processes, collected one by one.
 
     Args:
         gather (`Callable`, *optional*):
@@ -68,7 +64,7 @@ class Comparison:
         self._found.append(torch.stack([differs, difference]).to(widest(found.device)))
 
     def report(self) -> SyncReport:
-        """The result, the same in every process."""
+        """Return the result, the same in every process."""
         if not self._found:
             return SyncReport(0, (), 0.0, time.perf_counter() - self._start)
         shares = self._gather(torch.stack(self._found)[None])  # (processes, tensors, 2)
@@ -77,22 +73,31 @@ class Comparison:
         return SyncReport(len(self._names), names, float(differences.max()), time.perf_counter() - self._start)
 
 
-def remove_twin(model: Any) -> None:
-    """Remove the reference adapter that a trainer before has left in a policy, and change nothing else."""
-    if ADAPTER not in model.peft_config:
-        return
-    trained = {name: p.requires_grad for name, p in model.named_parameters()}
-    model.delete_adapter(ADAPTER)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trained[name])
+@contextmanager
+def same_parameters_trained(model: nn.Module) -> Iterator[None]:
+    """Put back, at the end, which parameters require a gradient: PEFT changes it when it switches adapters."""
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad != trained.get(name, parameter.requires_grad):
+                parameter.requires_grad_(trained[name])
+
+
+def remove_twin(model: PeftModel) -> None:
+    """Remove the reference adapter that an earlier trainer has left in a policy, and change nothing else."""
+    if ADAPTER in model.peft_config:
+        with same_parameters_trained(model):
+            model.delete_adapter(ADAPTER)
 
 
 class AdapterReference:
     """
-    A frozen second adapter, a copy of the policy's. Costs one adapter.
+    A frozen second adapter, a copy of the policy's, at the cost of one adapter.
 
-    Factors, magnitudes (DoRA) and `modules_to_save` are in the adapter; biases that are trained in place are kept
-    beside it. Before the first sync it equals the policy.
+    Factors, magnitudes (DoRA) and `modules_to_save` are part of the adapter; biases that are trained in place are kept
+    separately. Before the first sync it equals the policy.
 
     Args:
         model (`PeftModel`):
@@ -106,13 +111,14 @@ class AdapterReference:
 
     mode = "adapter"
 
-    def __init__(self, model: Any, adapter: str) -> None:
+    def __init__(self, model: PeftModel, adapter: str) -> None:
         self._model, self._adapter = model, adapter
-        trained = {name: p.requires_grad for name, p in model.named_parameters()}
-        remove_twin(model)
-        self._add_twin()
+        with same_parameters_trained(model):
+            remove_twin(model)
+            self._add_twin()
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained.get(name, False) and f".{ADAPTER}." not in f"{name}.")
+            if f".{ADAPTER}." in f"{name}.":
+                parameter.requires_grad_(False)
         pairs = {name: (own, twin) for name, own, twin in self._pairs()}
         with torch.no_grad():
             for own, twin in pairs.values():
@@ -123,12 +129,13 @@ class AdapterReference:
         if others:
             raise ConfigError(
                 f"You passed `beta` above 0 for an adapter, but these parameters are trained outside of it: "
-                f"{', '.join(others[:5])}. No reference adapter can hold them. Name their modules in "
-                f"`modules_to_save`, or freeze them."
+                f"{', '.join(others[:5])}. No reference adapter can hold them.",
+                remedy="Name their modules in `modules_to_save`, or freeze them.",
             )
         self._biases = {n: model.get_parameter(n).detach().clone() for n in alone if "value_head." not in n}
 
     def _add_twin(self) -> None:
+        """Add the reference adapter, which has the configuration of the policy's and leaves the base as it is."""
         config = copy.deepcopy(self._model.peft_config[self._adapter])
         if hasattr(config, "init_lora_weights"):
             config.init_lora_weights = True  # others change the base weights when an adapter is added
@@ -140,12 +147,13 @@ class AdapterReference:
         except (NotImplementedError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"You passed `beta` above 0 for an adapter of type {kind}, whose reference is a second adapter, and "
-                f"PEFT cannot add one: {error} Set `beta=0`, or use LoRA (`LoraConfig`)."
+                f"PEFT cannot add one: {error}",
+                remedy="Set `beta=0`, or use LoRA (`LoraConfig`).",
             ) from error
 
     def _pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Each tensor of the policy's adapter with that of the reference, as they are now: sharded or not."""
-        tensors = dict(self._model.named_parameters(remove_duplicate=False))
+        """Yield each tensor of the policy's adapter with that of the reference, as they are now: sharded or not."""
+        tensors: dict[str, Tensor] = dict(self._model.named_parameters(remove_duplicate=False))
         tensors.update(self._model.named_buffers(remove_duplicate=False))
         for name, tensor in tensors.items():
             parts = name.split(".")
@@ -171,12 +179,12 @@ class AdapterReference:
         return comparison.report()
 
     def scoring(self) -> bool:
-        """Whether the model's forward is the reference's now."""
+        """Return whether the model's forward pass is the reference's now."""
         return self._model.active_adapter == ADAPTER
 
     @contextmanager
     def weights(self) -> Iterator[None]:
-        """While it is: put the biases that are trained in place aside."""
+        """Replace the biases that are trained in place by the reference's, while the context is open."""
         current = {name: self._model.get_parameter(name) for name in self._biases}
         policy = {name: full(parameter).clone() for name, parameter in current.items()}
         try:
@@ -187,18 +195,14 @@ class AdapterReference:
             for name, parameter in current.items():
                 assign(parameter, policy[name])
 
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        yield from ((name, twin) for name, _, twin in self._pairs())
+        yield from self._biases.items()
+
     def state(self) -> dict[str, Tensor]:
-        """Everything the reference is, whole and on the CPU; to be called in every process."""
-        pairs = list(self._pairs())
-        with whole([twin for *_, twin in pairs]):
-            state = {name: full(twin) for name, _, twin in pairs}
-        return {name: t.detach().cpu().contiguous().clone() for name, t in {**state, **self._biases}.items()}
+        """Return the whole reference, on the CPU; every process has to call it."""
+        return whole_copies(self._named())
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take over a state. Its names and shapes have been checked."""
-        pairs = list(self._pairs())
-        with torch.no_grad(), whole([twin for *_, twin in pairs], modify=True):
-            for name, _, twin in pairs:
-                assign(twin, state[name])
-            for name, kept in self._biases.items():
-                kept.copy_(state[name])
+        """Take over a state whose names and shapes have been checked."""
+        assign_all(self._named(), state)

@@ -1,11 +1,11 @@
-"""What rounding can do to log-probs, so that a fault can be told from it.
+"""What rounding does to log-probs, so that it can be told from a fault.
 
 In float32 two correct forward passes agree to about 1e-6, and a fixed bound tells a fault from rounding. In bfloat16
-one unit in the last place (ulp) of a logit between 16 and 32 is 0.125, so that two correct passes of a pretrained
-model differ by 0.03 nats on average and by 0.3 on single tokens. How much depends on the model, so it is measured: the
-model scores a few rollouts twice, the second time with the embeddings of its tokens rounded another way, so that every
-later rounding falls out anew. A second pass over the same embeddings would not do: other pieces, or a cache, often
-give the same numbers to the bit.
+one unit in the last place (ulp) of a logit between 16 and 32 is 0.125, so two correct passes of a pretrained model
+differ by 0.03 nats on average and by 0.3 on single tokens. How much depends on the model, so it is measured: the model
+scores a few rollouts twice, the second time with the embeddings of its tokens rounded another way, which changes every
+later rounding. A second pass over the same embeddings would not do: with other chunks, or with a cache, it often gives
+the same numbers to the bit.
 """
 
 import inspect
@@ -13,10 +13,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .config import ToolGRPOConfig
 
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -25,7 +31,7 @@ EXACT_TOLERANCE = 1e-3
 """Largest difference, in nats, that two correct passes show in float32 or float64."""
 
 SLACK = 2.0
-"""How many times the model's own differences are still taken for rounding."""
+"""Multiple of the model's own differences that is still taken for rounding."""
 
 QUANTILES = (0.75, 0.9, 0.99)
 
@@ -33,53 +39,45 @@ _OF_MEAN = (1.44, 2.06, 3.23)
 """Those quantiles of the absolute value of a normal variable, as multiples of its mean."""
 
 _LEAST_TOKENS = (64, 64, 400)
-"""Tokens below which each quantile says too little to be compared."""
+"""Number of tokens below which each quantile says too little to be compared."""
 
 _LEAST = 5e-4
-"""Least difference in nats that is taken for rounding: twice as much is what is accepted in float32."""
+"""Smallest difference, in nats, that is taken for rounding; twice as much is accepted in float32."""
 
 COMPARED_TOKENS = 128
-"""Most completion tokens of a rollout that are scored a second time."""
-
-
-class Accepted(Protocol):
-    """Which differences between two log-probs of the same tokens are accepted."""
-
-    @property
-    def mean(self) -> float:
-        """Mean absolute difference that rounding explains, nats."""
-        ...
-
-    @property
-    def doubtful(self) -> float:
-        """Mean absolute difference that rounding explains at tokens that the policy hardly expects, nats."""
-        ...
-
-    def excess(self, gaps: Tensor, doubt: Tensor | None = None) -> str | None:
-        """
-        Compare absolute differences with what is accepted.
-
-        Args:
-            gaps (`Tensor`):
-                Absolute differences in nats, any float dtype, shape (N,).
-            doubt (`Tensor`, *optional*):
-                Probability of any other token in the place of each, shape (N,).
-
-        Returns:
-            `str` or `None`: what is beyond, for a message; `None` if all of it is accepted.
-        """
-        ...
+"""Largest number of completion tokens of a rollout that are scored a second time."""
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """Return the widest float dtype of a device: float64, but float32 on Apple's GPUs, which have no other."""
+    """Return the widest float dtype of a device: float64, or float32 on Apple's GPUs, which have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def compute_dtype(args: "ToolGRPOConfig", model: nn.Module) -> torch.dtype:
+    """
+    Return the dtype a policy computes in: autocast's, else the coarsest of its weights and its quantized layers.
+
+    Args:
+        args ([`ToolGRPOConfig`]):
+            Says whether there is autocast.
+        model (`nn.Module`):
+            The policy.
+
+    Returns:
+        `torch.dtype`: float64 only if all weights are.
+    """
+    if args.bf16 or args.fp16:
+        return torch.bfloat16 if args.bf16 else torch.float16
+    found: set[object] = {parameter.dtype for parameter in model.parameters()}
+    found |= {getattr(module, "compute_dtype", None) for module in model.modules()}  # of a layer of bitsandbytes
+    coarsest_first = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    return next((dtype for dtype in coarsest_first if dtype in found), torch.float32)
 
 
 @dataclass(frozen=True)
 class Exact:
     """
-    Accept no difference above a fixed bound: float32, float64, and a bound that the user has set.
+    Accepts no difference above a fixed bound: for float32, float64, and a bound that the user has set.
 
     Args:
         tolerance (`float`, *optional*, defaults to `1e-3`):
@@ -90,16 +88,24 @@ class Exact:
 
     @property
     def mean(self) -> float:
-        """See [`Accepted.mean`]."""
+        """Mean absolute difference that rounding explains, nats; as `doubtful`, the same for every token."""
         return self.tolerance
 
-    @property
-    def doubtful(self) -> float:
-        """See [`Accepted.doubtful`]."""
-        return self.tolerance
+    doubtful = mean
 
     def excess(self, gaps: Tensor, doubt: Tensor | None = None) -> str | None:
-        """See [`Accepted.excess`]."""
+        """
+        Compare absolute differences with what is accepted.
+
+        Args:
+            gaps (`Tensor`):
+                Absolute differences in nats, any float dtype, shape (N,).
+            doubt (`Tensor`, *optional*):
+                Probability of any other token in the place of each, shape (N,). Not needed here.
+
+        Returns:
+            `str` or `None`: what exceeds the bound, for a message; `None` if nothing does.
+        """
         if gaps.numel() == 0 or bool((gaps <= self.tolerance).all()):
             return None
         return f"the largest difference is {float(gaps.max()):.2e} nats, accepted {self.tolerance:g}"
@@ -108,11 +114,12 @@ class Exact:
 @dataclass(frozen=True)
 class Rounding:
     """
-    Accept what two correct passes of the model differ by in its dtype, up to [`SLACK`].
+    Accepts what two correct passes of the model differ by in its dtype, times [`SLACK`].
 
-    An error of the logits moves the log-prob of a token in proportion to the probability of all others: it hardly
-    shows where a policy is sure. So tokens that are less expected than those measured may differ by as much more, such
-    as the first ones of an answer to a tool's result, written by a policy that knows its format by heart.
+    An error of the logits moves the log-prob of a token in proportion to the probability of all other tokens, so it
+    hardly shows where a policy is sure. Tokens that are less expected than the measured ones may therefore differ by
+    proportionally more: for example the first tokens after a tool's result, where the rest of the text is a format
+    that the policy knows by heart.
 
     Args:
         mean (`float`):
@@ -130,7 +137,7 @@ class Rounding:
     @classmethod
     def of(cls, gaps: Tensor, doubt: Tensor | None = None) -> "Rounding":
         """
-        Rounding as two correct passes show it.
+        Return the rounding that two correct passes show.
 
         Args:
             gaps (`Tensor`):
@@ -149,7 +156,7 @@ class Rounding:
         return cls(max(float(finite.mean()), _LEAST), tuple(max(value, _LEAST) for value in found), doubtful)
 
     def excess(self, gaps: Tensor, doubt: Tensor | None = None) -> str | None:
-        """See [`Accepted.excess`]. The mean of a few tokens may be further off, by its standard error."""
+        """Compare as [`Exact.excess`] does; the mean of a few tokens may be off by its standard error in addition."""
         count = gaps.numel()
         if count == 0:
             return None
@@ -173,8 +180,12 @@ class Rounding:
         return None
 
 
+Accepted: TypeAlias = Exact | Rounding
+"""Which differences between two log-probs of the same tokens are accepted."""
+
+
 def measure_rounding(
-    model: Any,
+    model: "PreTrainedModel",
     prompt_ids: Sequence[int],
     completions: Tensor,
     scored: Tensor,
@@ -182,8 +193,10 @@ def measure_rounding(
     autocast: Callable[[], AbstractContextManager],
 ) -> Rounding:
     """
-    Measure what two correct passes of a model differ by. Neither is the trainer's or the sampler's own, which may be
-    at fault: both are over whole rollouts, without a cache and without padding before them.
+    Measure what two correct passes of a model differ by.
+
+    Neither is the trainer's or the sampler's own pass, which may be at fault: both run over whole rollouts, without a
+    cache and without padding on the left.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -197,7 +210,7 @@ def measure_rounding(
         temperature (`float`):
             What logits are divided by.
         autocast (`Callable`):
-            Gives the autocast context of training.
+            Makes the autocast context of training.
     """
     device = completions.device
     dtype = max((p.dtype for p in model.parameters() if p.is_floating_point()), key=lambda d: torch.finfo(d).eps)
@@ -211,11 +224,11 @@ def measure_rounding(
 
 
 @contextmanager
-def _rounded_anew(model: Any, eps: float) -> Iterator[None]:
-    """While open, what tokens are embedded as is off by up to half a unit in the last place, by the same draws."""
+def _rounded_anew(model: "PreTrainedModel", eps: float) -> Iterator[None]:
+    """Move the embeddings of tokens by up to half a unit in the last place, by the same draws at every call."""
     draws = torch.Generator().manual_seed(0)
 
-    def move(module: Any, args: Any, output: Tensor) -> Tensor:
+    def move(module: nn.Module, args: object, output: Tensor) -> Tensor:
         shift = (2 * torch.rand(output.shape, generator=draws) - 1).to(output.device)
         return (output * (1 + eps / 2 * shift)).to(output.dtype)
 
@@ -227,7 +240,7 @@ def _rounded_anew(model: Any, eps: float) -> Iterator[None]:
 
 
 def score(
-    model: Any,
+    model: "PreTrainedModel",
     prompt_ids: Sequence[int],
     completions: Tensor,
     temperature: float,
@@ -246,7 +259,7 @@ def score(
     width = completions.shape[1]
     prompt = torch.tensor([list(prompt_ids)] * len(completions), device=completions.device)
     ids = torch.cat([prompt, completions], dim=1)
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    bare = getattr(model, "get_base_model", lambda: model)()
     takes = "logits_to_keep" in inspect.signature(bare.forward).parameters
     with autocast():
         logits = model(input_ids=ids, use_cache=False, **({"logits_to_keep": width + 1} if takes else {})).logits

@@ -1,26 +1,22 @@
-"""Parameters that may be sharded: by FSDP2 (DTensors) or DeepSpeed ZeRO-3 (partitioned).
-
-Owns the few operations the value head and the reference need on them. Imports nothing of the package.
-"""
+"""Operations on parameters that may be sharded, by FSDP2 (DTensors) or by DeepSpeed ZeRO-3 (partitioned)."""
 
 from collections.abc import Iterable
-from contextlib import nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def whole(tensors: Iterable[Tensor], modify: bool = False) -> Any:
+def whole(tensors: Iterable[Tensor], modify: bool = False) -> AbstractContextManager[object]:
     """
-    Context in which parameters that ZeRO-3 has partitioned are whole; every process has to enter it.
+    Make parameters that ZeRO-3 has partitioned whole while the context is open; every process has to enter it.
 
     Args:
         tensors (`Iterable[Tensor]`):
             The parameters.
         modify (`bool`, *optional*, defaults to `False`):
-            Whether what the first process writes is kept, and given to all.
+            Whether what the first process writes is kept and given to all.
     """
     partitioned = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
     if not partitioned:
@@ -31,12 +27,12 @@ def whole(tensors: Iterable[Tensor], modify: bool = False) -> Any:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's share of a tensor; a view."""
+    """Return this process's share of a tensor, as a view."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor; every process has to call it."""
+    """Return the whole of a tensor; every process has to call it."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
@@ -47,3 +43,19 @@ def assign(tensor: Tensor, value: Tensor) -> None:
     if isinstance(tensor, DTensor):
         value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
     tensor.copy_(value)
+
+
+def whole_copies(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return copies of named tensors, whole and on the CPU; every process has to call it."""
+    copies = {}
+    for name, tensor in tensors:
+        with whole([tensor]):
+            copies[name] = full(tensor).cpu().contiguous().clone()
+    return copies
+
+
+def assign_all(tensors: Iterable[tuple[str, Tensor]], values: dict[str, Tensor]) -> None:
+    """Write whole values into named tensors, in place; every process has to call it."""
+    for name, tensor in tensors:
+        with whole([tensor], modify=True):
+            assign(tensor, values[name])

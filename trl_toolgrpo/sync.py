@@ -1,8 +1,6 @@
-"""When the reference follows the policy, and how the trainer scores with it.
+"""When the reference follows the policy, how the trainer scores with it, and its place in logs and checkpoints.
 
-Owns the schedule of syncs, their log and their place in checkpoints, as a mixin of the trainer. TRL refuses to sync
-the reference of a PEFT run, so its own callback is left out and this one takes its place; the references themselves
-are in `reference.py` and `merged.py`.
+TRL refuses to sync the reference of a PEFT run, so its callback is left out and replaced by one of this module.
 """
 
 import functools
@@ -17,7 +15,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from trl import GRPOTrainer
 
 from .batch_position import batch_in_use
@@ -27,8 +25,10 @@ from .config import ToolGRPOConfig
 from .errors import ConfigError, ReferenceSyncError
 from .identity import describe_adapter
 from .merged import MergedReference, ModelReference
-from .reference import ADAPTER, AdapterReference, Comparison, SyncReport
+from .reference import ADAPTER, AdapterReference, Comparison, SyncReport, same_parameters_trained
 from .rounding import widest
+from .scoring import Scores
+from .types import Batch, Row
 
 
 FILE = "reference.safetensors"
@@ -38,9 +38,9 @@ class ReferenceSync(GRPOTrainer):
     """Part of [`ToolGRPOTrainer`]; see `ref_sync_mode` of [`ToolGRPOConfig`] and TRL's `sync_ref_model`."""
 
     args: ToolGRPOConfig
-    model: Any
+    model: PreTrainedModel
     _reference: AdapterReference | MergedReference | ModelReference | None = None  # one that is synced
-    _start: AdapterReference | None = None  # one that stays the policy as it began, where TRL's own would not
+    _start: AdapterReference | None = None  # the policy as it began, if TRL's own would not be
     _syncs = 0
     _sync_pending = False  # one is due, but the rollout batch in use was scored with the present reference
     _sync_report: SyncReport | None = None
@@ -49,11 +49,11 @@ class ReferenceSync(GRPOTrainer):
 
     def _prepare_reference(self, given_adapter: bool) -> None:
         """
-        Make the reference that is synced, or that TRL's own would not equal, before parameters are sharded.
+        Make the reference, before parameters are sharded, if it is to be synced or TRL's own would be wrong.
 
         Args:
             given_adapter (`bool`):
-                Whether the policy came with its adapter, which then is the reference as it came.
+                Whether the policy came with its adapter, whose state at that time is the reference.
         """
         self.beta = self.args.beta
         policy = self.accelerator.unwrap_model(self.model)
@@ -66,14 +66,14 @@ class ReferenceSync(GRPOTrainer):
         if separate is not None:
             self._reference = ModelReference(separate, policy, adapter)
         elif adapter is None:
-            raise ReferenceSyncError("TRL made no reference model for `sync_ref_model`; it is not supported.")
+            raise ReferenceSyncError("TRL made no reference model for `sync_ref_model`; this TRL is not supported.")
         elif reference_mode(self.args) == "adapter":
             self._reference = AdapterReference(policy, adapter)
         elif self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ConfigError(
                 "You passed `ref_model_mixup_alpha` below 1 or `ref_sync_mode='merged'` with FSDP or DeepSpeed, which "
-                "own the base weights that a merged reference stands in for. Set `ref_model_mixup_alpha=1.0`, which "
-                "keeps a second adapter, or train with DDP."
+                "own the base weights that a merged reference replaces.",
+                remedy="Set `ref_model_mixup_alpha=1.0`, which keeps a second adapter, or train with DDP.",
             )
         else:
             self._reference = MergedReference(policy, adapter)
@@ -87,7 +87,7 @@ class ReferenceSync(GRPOTrainer):
 
         Returns:
             [`SyncReport`] or `None`: what was done. `None` in the middle of a rollout batch, which was scored with the
-            present reference: then the sync takes place right before the next one is sampled.
+            present reference: the sync then takes place right before the next batch is sampled.
 
         Raises:
             ConfigError: if the run was not made with `sync_ref_model=True`.
@@ -95,8 +95,8 @@ class ReferenceSync(GRPOTrainer):
         """
         if self._reference is None:
             raise ConfigError(
-                "`sync_reference()` was called, but this run has no reference to sync. Pass `sync_ref_model=True` and "
-                "a `beta` above 0."
+                "`sync_reference()` was called, but this run has no reference to sync.",
+                remedy="Pass `sync_ref_model=True` and a `beta` above 0.",
             )
         if batch_in_use(self):
             self._sync_pending = True
@@ -108,25 +108,26 @@ class ReferenceSync(GRPOTrainer):
             raise ReferenceSyncError(
                 f"After the sync {len(report.differ)} of {report.tensors} tensors of the reference "
                 f"({self._reference.mode}) are not what they should be, by up to {report.max_abs_diff:.3g}: "
-                f"{', '.join(report.differ[:10])}. Look for NaN in the policy, or code that writes to the reference."
+                f"{', '.join(report.differ[:10])}.",
+                remedy="Look for NaN in the policy, or code that writes to the reference.",
             )
         self._syncs += 1
         self._sync_report, self._unmoved = report, True
         return report
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    def _generate_and_score_completions(self, inputs: list[Row]) -> Batch:
         training = self.model.training
         if training and self._sync_pending:
             self.sync_reference()
-        with _same_parameters_trained(self.model):
+        with same_parameters_trained(self.model):
             output = super()._generate_and_score_completions(inputs)
         if training and self._unmoved:
             self._unmoved = False
             self._log_divergence(output)
         return output
 
-    def _log_divergence(self, output: dict[str, Any]) -> None:
-        """KL of the policy to the reference right after a sync, on the rollouts that the policy has just sampled."""
+    def _log_divergence(self, output: Batch) -> None:
+        """Log the KL of the policy to the reference right after a sync, on rollouts that it has just sampled."""
         reference, policy = output.get("ref_per_token_logps"), output.get("sampling_per_token_logps")
         if reference is None or policy is None:
             return
@@ -137,8 +138,8 @@ class ReferenceSync(GRPOTrainer):
         if count:
             self._metrics["train"]["ref/kl"].append(total / count)
 
-    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        reference = self._reference or self._start
+    def _get_per_token_logps_and_entropies(self, model: nn.Module, *args: Any, **kwargs: Any) -> Scores:
+        reference = None if isinstance(self._reference, ModelReference) else self._reference or self._start
         if reference is None or model is not self.model or not reference.scoring():
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         with reference.weights():
@@ -160,7 +161,7 @@ class ReferenceSync(GRPOTrainer):
     # Files
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """TRL's save; a checkpoint also gets the reference, and nothing else does."""
+        """Save as TRL does; a checkpoint, and nothing else, also gets the reference."""
         self._saving_checkpoint = _internal_call and output_dir is not None
         try:
             super().save_model(output_dir, _internal_call)
@@ -192,17 +193,20 @@ class ReferenceSync(GRPOTrainer):
         self._load_reference(Path(resume_from_checkpoint) / FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """TRL's, and the reference where DeepSpeed loads the policy past `_load_from_checkpoint`."""
+        """Load as TRL does, and the reference if DeepSpeed has bypassed `_load_from_checkpoint`."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self._reference is not None and self.is_deepspeed_enabled:
             self._load_reference(Path(checkpoint) / FILE)
 
     def _load_reference(self, file: Path) -> None:
-        reference: Any = self._reference
+        reference = self._reference
+        if reference is None:
+            return
         if not file.is_file():
             raise ReferenceSyncError(
-                f"There is no {file}, so the reference cannot go on where it was. The checkpoint was written without "
-                f"`sync_ref_model=True`: resume without it, or start a new run from the checkpoint's weights."
+                f"There is no {file}, so the reference cannot be restored. The checkpoint was written without "
+                f"`sync_ref_model=True`.",
+                remedy="Resume without it, or start a new run from the checkpoint's weights.",
             )
         with safe_open(file, "pt") as stored:
             record = json.loads((stored.metadata() or {}).get("reference", "{}"))
@@ -213,8 +217,9 @@ class ReferenceSync(GRPOTrainer):
             wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
             raise ReferenceSyncError(
                 f"{file} holds a reference of the kind {record.get('mode')!r}, expected {reference.mode!r}; "
-                f"{len(wrong)} tensors are missing, left over or of another shape: {', '.join(wrong[:5])}. Resume "
-                f"with the `ref_sync_mode`, `ref_model_mixup_alpha` and adapter configuration it was written with."
+                f"{len(wrong)} tensors are missing, left over or of another shape: {', '.join(wrong[:5])}.",
+                remedy="Resume with the `ref_sync_mode`, `ref_model_mixup_alpha` and adapter configuration that it "
+                "was written with.",
             )
         with torch.no_grad():
             reference.load(state)
@@ -222,28 +227,30 @@ class ReferenceSync(GRPOTrainer):
 
 
 class _SyncCallback(TrainerCallback):
-    """In the place of TRL's: the end of every `ref_model_sync_steps`-th optimizer step."""
+    """Replaces TRL's callback: syncs at the end of every `ref_model_sync_steps`-th optimizer step."""
 
     def __init__(self, trainer: ReferenceSync) -> None:
         self._trainer = trainer
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % args.ref_model_sync_steps == 0:
+    def on_step_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
+        if state.global_step % self._trainer.args.ref_model_sync_steps == 0:
             self._trainer.sync_reference()
 
 
-# Parts of the above
-
-
-def adapter_of(model: Any) -> str | None:
-    """Name of the adapter a PEFT policy trains; `None` for other models."""
-    return model.active_adapter if hasattr(model, "peft_config") else None
+def adapter_of(model: nn.Module) -> str | None:
+    """Return the name of the adapter that a PEFT policy trains; `None` for other models."""
+    return model.active_adapter if hasattr(model, "peft_config") else None  # type: ignore[return-value]
 
 
 @contextmanager
-def synced_by_us(args: ToolGRPOConfig, model: Any, peft_config: Any) -> Iterator[None]:
-    """While TRL's constructor runs: check what it does not, and keep it from refusing to sync a PEFT run, from adding
-    a callback of its own, and from copying a given adapter."""
+def synced_by_us(
+    args: ToolGRPOConfig, model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None
+) -> Iterator[None]:
+    """
+    Keep TRL's constructor from refusing to sync a PEFT run, adding its own callback, and copying a given adapter.
+
+    What it would have checked is checked here.
+    """
     check_reference(args, model, peft_config)
     kept = args.sync_ref_model, args.beta
     args.sync_ref_model = False
@@ -257,11 +264,11 @@ def synced_by_us(args: ToolGRPOConfig, model: Any, peft_config: Any) -> Iterator
 
 def changes_base(config: PeftConfig) -> bool:
     """
-    Return whether a new adapter changes the base weights, so that without it the model is not what it was before.
+    Return whether a new adapter changes the base weights, so that the model without it is another than before.
 
     Args:
         config (`PeftConfig`):
-            The adapter's configuration. Initializations such as PiSSA and OLoRA take out of a weight what they put
+            The adapter's configuration. Initializations such as PiSSA and OLoRA subtract from a weight what they put
             into its factors, and `bias` trains the biases of the base.
     """
     start = getattr(config, "init_lora_weights", True)
@@ -269,26 +276,16 @@ def changes_base(config: PeftConfig) -> bool:
 
 
 @contextmanager
-def _same_parameters_trained(model: Any) -> Iterator[None]:
-    """While rollouts are scored: switching adapters makes every parameter of the one in use require a gradient."""
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    try:
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad != trained.get(name, parameter.requires_grad):
-                parameter.requires_grad_(trained[name])
-
-
-@contextmanager
-def _without_reference_adapter(model: Any) -> Iterator[None]:
-    """While a PEFT model is saved: leave out the reference, which is no part of what was trained."""
+def _without_reference_adapter(model: PreTrainedModel) -> Iterator[None]:
+    """Have a PEFT model saved without the reference adapter, which is no part of what was trained."""
     adapters = list(getattr(model, "peft_config", None) or ())
     if ADAPTER not in adapters or adapters == [ADAPTER]:
         yield
         return
     selected = [name for name in adapters if name != ADAPTER]
-    model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=selected)
+    model.save_pretrained = functools.partial(  # type: ignore[method-assign]
+        model.save_pretrained, selected_adapters=selected
+    )
     try:
         yield
     finally:
@@ -304,6 +301,6 @@ def _check_same_adapter(checkpoint: str, config: PeftConfig) -> None:
         theirs = stored[name]
         if theirs != ours:
             raise ReferenceSyncError(
-                f"The adapter in {checkpoint} has `{name}={theirs}`, the one of this run `{name}={ours}`. Resume with "
-                f"the adapter configuration the checkpoint was written with."
+                f"The adapter in {checkpoint} has `{name}={theirs}`, the one of this run `{name}={ours}`.",
+                remedy="Resume with the adapter configuration that the checkpoint was written with.",
             )

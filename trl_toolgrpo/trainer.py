@@ -1,23 +1,22 @@
-"""`ToolGRPOTrainer`: TRL's `GRPOTrainer` with rollouts that are exact to the token and updates that are what they
-claim.
+"""`ToolGRPOTrainer`: TRL's `GRPOTrainer` with rollouts that are exact to the token and updates that are on-policy.
 
-Owns the wiring of all stages into TRL's hooks, and no algorithm. TRL builds prompts, scores, computes the loss and
-logs; this class replaces how text is produced, keeps the log-probs recorded while it was, and adds figures and checks.
+TRL builds prompts, scores, computes the loss and logs. This class replaces how text is produced, keeps the log-probs
+that were recorded meanwhile, and adds metrics and checks.
 """
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
-from trl import GRPOTrainer
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
 from trl.extras.profiling import profiling_context
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id
 
 from .assist import AssistedWarmup
@@ -47,7 +46,6 @@ from .deterministic import Determinism
 from .diagnostics import (
     RatioStatistics,
     averages,
-    check_logprobs,
     console_line,
     length_metrics,
     rollout_counts,
@@ -58,7 +56,7 @@ from .given_rollouts import checked_rollouts
 from .grouping import GroupedUpdates
 from .hub import HubPush
 from .lm_head import adapted_head, cast_heads, check_adapted_head, score_adapted_head, without_trls_cast
-from .own_positions import OwnPositions
+from .logprob_check import check_logprobs
 from .quantized import keep_trainable, same_parameters
 from .replay import Replay
 from .resume import ExactResume
@@ -69,10 +67,9 @@ from .rollout.forcing import ForcePolicy
 from .rollout.loop import RolloutRequest
 from .rollout.parsing import add_missing_response_template
 from .rollout.response_templates import without_comments
-from .rollout.sampler import scoring_mode
 from .rollout_tools import RolloutTools
 from .rounding import Exact
-from .scoring import SharedPromptScoring
+from .scoring import Scores, SharedPromptScoring
 from .scoring_trial import check_scoring
 from .sync import ReferenceSync, synced_by_us
 from .tools.environments import EnvironmentFailures, on_own_thread
@@ -80,21 +77,32 @@ from .tools.execute import ToolExecutor
 from .tools.prompt import PromptTool
 from .tools.toolset import ToolSet
 from .tools.types import Tool
+from .types import Batch, JSONObject, Message, Row
 from .vllm_rollouts import VLLMRollouts, refuse_multimodal, without_trls_vllm
 
 
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig
+    from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
+
+    from .tools.mcp_config import MCPServer
+
 logger = logging.getLogger(__name__)
+
+_Data: TypeAlias = Dataset | IterableDataset
+_EvaluationData: TypeAlias = _Data | DatasetDict | IterableDatasetDict | dict[str, _Data]
 
 
 class ToolGRPOTrainer(
     Replay, ExactResume, HubPush, Determinism, AssistedWarmup, Critic, ReferenceSync, GroupedUpdates,
-    SamplerCorrection, SharedPromptScoring, OwnPositions, RolloutTools, VLLMRollouts, GRPOTrainer,
+    SamplerCorrection, SharedPromptScoring, RolloutTools, VLLMRollouts, GRPOTrainer,
 ):  # fmt: skip
     """
-    Drop-in for TRL's [`~trl.GRPOTrainer`] (arXiv 2402.03300) that trains a policy to call tools.
+    Drop-in replacement for TRL's [`~trl.GRPOTrainer`] (arXiv 2402.03300) that trains a policy to call tools.
 
-    Rollouts run on a sampler of its own: the log-prob of every token is recorded as it is sampled and used as the old
-    log-prob of the ratio, tools run concurrently off the decode path, and tool output can never become a control
+    Rollouts run on a sampler of this package: the log-prob of every token is recorded when it is sampled and used as
+    the old log-prob of the ratio, tools run concurrently with decoding, and tool output can never become a control
     token.
 
     Args:
@@ -102,14 +110,14 @@ class ToolGRPOTrainer(
         reward_processing_classes, callbacks, optimizers, quantization_config, peft_config, rollout_func:
             As in [`~trl.GRPOTrainer`]. Reward functions also get `trajectories`, a list of [`Trajectory`].
         args ([`ToolGRPOConfig`] or [`~trl.GRPOConfig`], *optional*):
-            Configuration; TRL's own is taken over with the defaults of the added fields.
+            Configuration; the added fields of TRL's own get their defaults.
         tools (`list[Callable | Tool]`, *optional*):
             Functions, coroutine functions, `functools.partial`s, callable objects and [`Tool`]s.
         environment_factory (`Callable` or `dict[str, Callable]`, *optional*):
-            As in TRL. Each environment lives on a thread of its own. An environment with an attribute `tools` (a list,
-            which `reset` may change) gives each rollout tools of its own.
+            As in TRL. Each environment lives on its own thread. An environment with an attribute `tools` (a list,
+            which `reset` may change) gives each rollout its own tools.
         force_policy (`Callable`, *optional*):
-            `force_policy(trajectory, tools)` names the tool of a forced call; uniform by default.
+            `force_policy(trajectory, tools)` returns the name of the tool of a forced call; uniform by default.
         mcp_servers (`list[MCPServer | dict]` or `dict`, *optional*):
             Servers whose tools the policy gets: [`MCPServer`]s, dicts of their arguments, or the `mcpServers` of an
             MCP client's configuration. They are started now and end with the run. Reward functions also get
@@ -121,13 +129,13 @@ class ToolGRPOTrainer(
         HealthError: while training, if a rule finds a fault and `health_checks="raise"`.
         LogprobMismatchError: while training, if recorded and recomputed log-probs differ beyond the tolerance.
         TrajectoryError: while training, for a rollout record that breaks its contract.
-        ReferenceSyncError: while training, if the reference is not what a sync was to make it.
+        ReferenceSyncError: while training, if the reference is not what a sync should have made it.
     """
 
     _tag_names = ["trl", "grpo", "trl_toolgrpo"]  # noqa: RUF012
     args: ToolGRPOConfig
-    model: Any
-    processing_class: Any
+    model: PreTrainedModel
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin
     _recording = _skip_scoring = _capturing = _evaluating = _unevaluated = False
     _eval_prefix = "eval"  # of the evaluation in progress
     _batch: RolloutBatch | None = None
@@ -135,22 +143,22 @@ class ToolGRPOTrainer(
 
     def __init__(
         self,
-        model: Any,
-        reward_funcs: Any = None,
-        args: Any = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
+        model: "str | PreTrainedModel | PeftModel",
+        reward_funcs: "RewardFunc | list[RewardFunc] | None" = None,
+        args: GRPOConfig | None = None,
+        train_dataset: _Data | None = None,
+        eval_dataset: _EvaluationData | None = None,
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
-        reward_processing_classes: Any = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        quantization_config: Any = None,
-        peft_config: Any = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,
         tools: list[Callable | Tool] | None = None,
-        rollout_func: Any = None,
-        environment_factory: Any = None,
+        rollout_func: "RolloutFunc | None" = None,
+        environment_factory: "EnvironmentFactory | dict[str, EnvironmentFactory] | None" = None,
         force_policy: ForcePolicy | None = None,
-        mcp_servers: Any = None,
+        mcp_servers: "list[MCPServer | JSONObject] | JSONObject | None" = None,
     ):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -161,7 +169,7 @@ class ToolGRPOTrainer(
         check_rows(args, train_dataset)
         check_best_metric(args, eval_dataset)
         check_has_values(args, model, reward_funcs)
-        # Whether rollouts are this package's own; a `rollout_func` and multimodal models take TRL's way
+        # Whether rollouts are sampled here; with a `rollout_func` and for multimodal models TRL samples
         self._recording = args.record_sample_logprobs and rollout_func is None
         check_forcing(args, self._recording, bool(tools or environment_factory or mcp_servers), train_dataset)
         if rollout_func is not None:
@@ -170,10 +178,10 @@ class ToolGRPOTrainer(
         toolset = self._toolset = ToolSet(tools)
         self._executor = None
         # More than a group, so that no single prompt can stop the run
-        failures = self._environment_failures = EnvironmentFailures(max(8, args.num_generations + 1))
-        trl_tools: list[Any] = [PromptTool(tool) if isinstance(tool, Tool) else tool for tool in tools or []]
+        failures = self._environment_failures = EnvironmentFailures(max(8, (args.num_generations or 0) + 1))
+        trl_tools = [PromptTool(tool) if isinstance(tool, Tool) else tool for tool in tools or []]
         if self._recording or environment_factory is not None:
-            # Not on TRL's event loop: a tool that blocks it or ends its thread would take the reward functions along
+            # Not on TRL's event loop: a tool that blocks it or ends its thread would stop the reward functions, too
             warm = toolset.own if self._recording else []
             limits = args.max_concurrent_tools, args.tool_timeout, args.tool_retries
             executor = ToolExecutor(*limits, warm=warm, environment_timeout=args.environment_timeout)
@@ -181,7 +189,7 @@ class ToolGRPOTrainer(
             weakref.finalize(self, executor.shutdown)
             environment_factory = on_own_thread(environment_factory, executor, failures, self._recording)
         if self._recording:
-            trl_tools = list(self._toolset.prompt_tools())
+            trl_tools = list(toolset.prompt_tools())
         if tools or environment_factory is not None:
             check_template(processing_class)
             add_missing_response_template(processing_class)
@@ -215,36 +223,38 @@ class ToolGRPOTrainer(
         self._score_without_failed()
         self._prepare_recording(force_policy, given_adapter)
         self._check_prompts(train_dataset, eval_dataset)
-        if rollout_func is None:  # which may give more than the columns
+        if rollout_func is None:  # it may add to the columns
             self._check_columns(given_funcs, train_dataset, eval_dataset)
         functions = zip(self.reward_funcs, self.reward_func_names, strict=True)
         self.reward_funcs = [checked(function, name) for function, name in functions]
 
-    def _check_columns(self, reward_funcs: Any, train_dataset: Any, eval_dataset: Any) -> None:
+    def _check_columns(
+        self, reward_funcs: Sequence[object], train_dataset: _Data | None, eval_dataset: _EvaluationData | None
+    ) -> None:
         """Check that the data and the run have what reward functions ask for."""
-        there = {
+        available = {
             "trajectories": self._recording,
             "environments": self.environment_factories is not None,
             "mcp_sessions": self._recording and self._mcp is not None,
         }
-        absent = [name for name, is_there in there.items() if not is_there]
+        absent = [name for name, is_available in available.items() if not is_available]
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             check_columns(name, dataset, reward_funcs, self.reward_func_names, absent)
 
     def _prepare_recording(self, force_policy: ForcePolicy | None, given_adapter: bool) -> None:
-        """Everything that TRL's constructor had to make the model for."""
+        """Prepare everything that needs the model, which TRL's constructor has made."""
         self._prepare_policy(given_adapter)
         self._prepare_run_log()
         self._ratio = RatioStatistics()
         self._sampled_at = -1
-        self._carried: dict[str, float] = {}  # figures of the current rollout batch, for steps that reuse it
+        self._carried: dict[str, float] = {}  # metrics of the current rollout batch, for steps that reuse it
         self._forced_shares: list[float] = []  # `forced/fraction` of the batch of each micro-batch not yet logged
         self._checked = self.args.logprob_check == "off"
         if self._recording and self._is_vlm:
             refuse_multimodal(self.args)
             self._recording = False
-            logger.warning("The model is multimodal: its rollouts take TRL's path, and no log-prob is recorded.")
-        # TRL's own pass, unchanged. Which tokens are above a quantile of the entropies also depends on how they round
+            logger.warning("The model is multimodal: TRL samples its rollouts, and no log-prob is recorded.")
+        # TRL's own pass, unchanged: which tokens are above a quantile of the entropies depends on rounding, too
         if not self._recording or not self.args.shared_prompt_updates or self.top_entropy_quantile < 1.0:
             self._packs = False
         if not self._recording:
@@ -253,10 +263,7 @@ class ToolGRPOTrainer(
             return
         for name, why in idle_fields(self.args, default_values()).items():
             logger.warning(f"You set `{name}`, which has no effect here: {why}.")
-        line = correction_line(self.args)
-        if line is not None and self.accelerator.is_main_process:
-            with self._log_failures.tolerated("The line on the correction could not be printed"):
-                print(line, flush=True)
+        self._print(correction_line(self.args), "The line on the correction could not be printed")
         check_gathering(self)
         check_cache(self.args, self.model)
         check_adapter_is_recorded(self.model)
@@ -265,7 +272,7 @@ class ToolGRPOTrainer(
         self._prepare_critic()
         if self.environment_factories is not None:
             self._read_environments()
-        self._standalone_tools: list[Any] = []  # called by the executor, not by TRL's loop
+        self._standalone_tools: list[Callable] = []  # the executor calls tools, not TRL's loop
         chat = self._make_chat() if self.tools else None
         pad_id = self._tokenizer.pad_token_id
         self._engine = RolloutEngine(self.args, self.eos_token_ids, pad_id, chat, self._executor, force_policy)
@@ -275,7 +282,7 @@ class ToolGRPOTrainer(
     def _prepare_policy(self, given_adapter: bool) -> None:
         """Check and patch the policy, and make its reference."""
         check_optimizer(self.args)
-        if self.args.beta > 0:  # without one, a policy that is evaluated alone may be frozen
+        if self.args.beta > 0:  # without a reference, a policy that is only evaluated may be frozen
             check_policy_is_trained(self.model)
         check_head(self.model)
         check_optimizer_holds_policy(self.model, self.optimizer, self.lr_scheduler)
@@ -284,13 +291,13 @@ class ToolGRPOTrainer(
             cast_heads(self.model, self.temperature)
             if self.ref_model is not None:
                 cast_heads(self.accelerator.unwrap_model(self.ref_model), self.temperature, ("log_probs",))
-        score_adapted_head(self.model)  # around the fused head that is in use, cast or not
+        score_adapted_head(self.model)  # wraps the fused head in use, cast or not
         self._prepare_reference(given_adapter)
 
     # Rollouts
 
-    def _tokenize_prompts(self, prompts: list) -> Any:
-        """TRL's rendering, each prompt with the tools of its own environment where environments bring some."""
+    def _tokenize_prompts(self, prompts: list) -> tuple:
+        """Render prompts as TRL does, each with the tools of its own environment if environments bring some."""
         if not self._recording or self.environments is None or not self._toolset.decided_at_reset:
             return super()._tokenize_prompts(prompts)
         kept = self._batch_environments, self._env_tools
@@ -302,8 +309,8 @@ class ToolGRPOTrainer(
         finally:
             self._batch_environments, self._env_tools = kept
 
-    def _generate_single_turn(self, prompt_ids: list, images: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's first turn. With tools a rollout is one state machine, run as a whole in `_tool_call_loop`."""
+    def _generate_single_turn(self, prompt_ids: list, images: list | None, *args: Any, **kwargs: Any) -> tuple:
+        """Sample TRL's first turn. With tools a rollout is one state machine, run as a whole in `_tool_call_loop`."""
         if not self._recording:
             return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
         if self.tools:
@@ -311,8 +318,8 @@ class ToolGRPOTrainer(
         trajectories = self._roll_out(prompt_ids).trajectories
         return [t.completion_ids for t in trajectories], [t.logprobs for t in trajectories]
 
-    def _tool_call_loop(self, prompts: list, prompt_ids: list, *args: Any) -> Any:
-        """TRL's tool loop, which here is the whole rollout."""
+    def _tool_call_loop(self, prompts: list, prompt_ids: list, *args: Any) -> tuple:
+        """Run the whole rollout in place of TRL's tool loop."""
         if not self._recording:
             return super()._tool_call_loop(prompts, prompt_ids, *args)
         batch = self._roll_out(prompt_ids)
@@ -343,23 +350,19 @@ class ToolGRPOTrainer(
             self._batch = self._engine.run(policy, requests, self.accelerator.autocast, self._may_force, noise)
         return self._batch
 
-    def _generate(self, prompts: list) -> Any:
-        given = self.rollout_func
-        if given is None:
-            return self._generated(prompts)
-        metrics, strict = self._metrics["train" if self.model.training else "eval"], self.args.strict_trajectories
-
-        def count(invalid: int) -> None:
-            metrics["rollout/invalid"].append(float(invalid))
-
-        self.rollout_func = checked_rollouts(given, strict, count, self._tokenizer.pad_token_id)
+    def _generate(self, prompts: list[list[Message]]) -> tuple:
+        given, metrics = self.rollout_func, self._metrics["train" if self.model.training else "eval"]
+        if given is not None:
+            self.rollout_func = checked_rollouts(
+                given,
+                self.args.strict_trajectories,
+                lambda invalid: metrics["rollout/invalid"].append(float(invalid)),
+                self._tokenizer.pad_token_id,
+            )
         try:
-            return self._generated(prompts)
+            output = super()._generate(prompts)
         finally:
             self.rollout_func = given
-
-    def _generated(self, prompts: list) -> Any:
-        output = super()._generate(prompts)
         if not self._recording or self._batch is None:
             return output
         self._log_rollouts(self._batch)
@@ -372,7 +375,7 @@ class ToolGRPOTrainer(
         return (prompt_ids, *rest, fields, images, tool_images)
 
     def _log_rollouts(self, batch: RolloutBatch) -> None:
-        """Add this package's figures, and correct TRL's where it takes the last token for the stop reason."""
+        """Add this package's metrics, and correct those that TRL judges by the last token of a rollout."""
         metrics = self._metrics["train" if self.model.training else "eval"]
         trajectories, stats = batch.trajectories, batch.stats
         names = [tool.name for tool in self._toolset.known]
@@ -387,10 +390,10 @@ class ToolGRPOTrainer(
 
     # Scoring
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    def _generate_and_score_completions(self, inputs: list[Row]) -> Batch:
         if not self._recording:
             return super()._generate_and_score_completions(inputs)
-        self._skip_scoring = True  # the old log-probs are known: TRL's pass for them is not run
+        self._skip_scoring = True  # TRL's pass for old log-probs, which are known
         self._batch = None
         try:
             output = super()._generate_and_score_completions([dict(row) for row in inputs])
@@ -410,27 +413,21 @@ class ToolGRPOTrainer(
             self._estimate_advantages(output, self._batch)
         return output
 
-    def _correct_masks(self, output: dict[str, Any], batch: RolloutBatch) -> None:
-        """Mask rollouts that ended early although their last token is a stop token, and those without a record."""
+    def _correct_masks(self, output: Batch, batch: RolloutBatch) -> None:
+        """Mask rollouts that were cut off although their last token is a stop token, and those without a record."""
         batch.mask_dropped(output, self.mask_truncated_completions)
         mask = output["completion_mask"] * output.get("tool_mask", 1)
         output["num_items_in_batch"] = self.accelerator.gather(mask.sum()).sum()
 
-    def _check_recorded(self, output: dict[str, Any], batch: RolloutBatch) -> None:
-        """The self-check: the trainer's own log-probs of the batch against those that were recorded."""
+    def _check_recorded(self, output: Batch, batch: RolloutBatch) -> None:
+        """Check the trainer's own log-probs of a batch against those that were recorded."""
         if self._checked:
             return
         self._checked = self.args.logprob_check == "first"
-        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
-        # TRL's own mask leaves out truncated completions
-        own = batch.attention_mask(output["completion_ids"].size(1), ids.device)
-        mask = torch.cat([output["prompt_mask"], own], dim=1)
-        checkpointing: Any = self.args.gradient_checkpointing_kwargs
-        with scoring_mode(self.model), disable_gradient_checkpointing(self.model, checkpointing):
-            width, size = output["completion_ids"].size(1), self.args.per_device_train_batch_size
-            logps, _, _ = super()._get_per_token_logps_and_entropies(self.model, ids, mask, width, batch_size=size)
+        tokens = self._rollout_tokens(output, batch)
+        logps = self._score_rollouts(tokens)
         known, tolerance = self._rounding, self.args.logprob_check_tolerance
-        self._rounding = known or self._measure_rounding(self.model, ids, mask, width)
+        self._rounding = known or self._measure_rounding(self.model, *tokens)
         accepted = self._rounding if tolerance is None else Exact(tolerance)
         try:
             check_logprobs(logps, batch.trajectories, accepted, self.args.rollout_backend, gather_object)
@@ -438,17 +435,23 @@ class ToolGRPOTrainer(
             if known is None or tolerance is not None or isinstance(known, Exact):
                 raise
             # The policy has moved since its rounding was measured; what this batch shows decides
-            self._rounding = self._measure_rounding(self.model, ids, mask, width)
+            self._rounding = self._measure_rounding(self.model, *tokens)
             check_logprobs(logps, batch.trajectories, self._rounding, self.args.rollout_backend, gather_object)
 
     def _get_per_token_logps_and_entropies(
-        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
-    ) -> Any:
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Scores:
         if self._skip_scoring and self._batch is not None and model is self.model and self._scores_old_logprobs():
             self._skip_scoring = False  # the next pass over the policy is the reference's, with its own adapter
             return self._batch.logprobs(logits_to_keep, input_ids.device), None, None
         if self._evaluating and self._batch is not None and self._batch.holds(input_ids, logits_to_keep):
-            # The policy is the one that sampled: its log-probs and entropies are known
+            # The policy is still the one that sampled: its log-probs and entropies are known
             entropies = self._batch.entropies(logits_to_keep, input_ids.device)
             if entropies is not None:
                 return self._batch.logprobs(logits_to_keep, input_ids.device), entropies, None
@@ -460,10 +463,10 @@ class ToolGRPOTrainer(
         return output
 
     def _scores_old_logprobs(self) -> bool:
-        """Whether TRL's first pass of a batch is the one for old log-probs: when steps and batches are not aligned."""
+        """Return whether TRL's first pass over a batch is for old log-probs: if steps and batches are not aligned."""
         return self.args.gradient_accumulation_steps % micro_batches_of(self.args) != 0
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with same_parameters(self.model if model is None else model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -473,8 +476,8 @@ class ToolGRPOTrainer(
 
     # Updates
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """TRL's optimizer, once it is known to move the policy."""
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make TRL's optimizer, and check that it moves the policy."""
         given = self.optimizer is not None
         policy = self.model if model is None else model
         check_policy_is_trained(policy)
@@ -484,7 +487,7 @@ class ToolGRPOTrainer(
         warn_of_no_learning_rate(policy, optimizer)
         return optimizer
 
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+    def _compute_loss(self, model: nn.Module, inputs: Batch) -> Tensor:
         if not self._recording:
             return super()._compute_loss(model, inputs)
         if self.model.training:
@@ -493,7 +496,7 @@ class ToolGRPOTrainer(
             return self._touch_value_head(self._assisted_loss(model, inputs))
         self._capturing, self._ask_values = True, "value_targets" in inputs
         self._evaluating = self._unevaluated and not self.aux_loss_enabled and not torch.is_grad_enabled()
-        self._unevaluated = False  # when the loss is asked for again, the policy may have moved
+        self._unevaluated = False  # before the next call the policy may have moved
         try:
             loss = super()._compute_loss(model, inputs)
         finally:
@@ -507,7 +510,7 @@ class ToolGRPOTrainer(
         return self._add_value_loss(loss, inputs) if "value_targets" in inputs else loss
 
     def _carry_over(self) -> None:
-        """A step that reuses a rollout batch has its share of forced tokens, and tells of its tool calls."""
+        """Keep the metrics of a rollout batch that steps which reuse it log again."""
         metrics = self._metrics["train"]
         for name in ("forced/fraction", "tools/call_frequency", "tools/failure_frequency"):
             if metrics.get(name):
@@ -515,22 +518,25 @@ class ToolGRPOTrainer(
         if "forced/fraction" in self._carried:
             self._forced_shares.append(self._carried["forced/fraction"])
 
-    # Figures
+    # Metrics
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: _EvaluationData | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """
-        TRL's evaluation. All figures of a data set have its prefix: with several of them, `eval_<name>_reward`.
+        Evaluate as TRL does. All metrics of a data set have its prefix: with several, `eval_<name>_reward`.
 
         Args:
             eval_dataset, ignore_keys, metric_key_prefix:
                 As in [`~transformers.Trainer.evaluate`].
 
         Returns:
-            `dict[str, float]`: the figures.
+            `dict[str, float]`: the metrics.
         """
-        before, self._eval_prefix = self._eval_prefix, metric_key_prefix
+        before, self._eval_prefix, self._evaluated = self._eval_prefix, metric_key_prefix, 0
         self._metrics["eval"].clear()  # of an evaluation that failed, or of `predict`
         try:
             with self._log_failures.of_profiling():
@@ -540,7 +546,8 @@ class ToolGRPOTrainer(
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not self.model.training and self._eval_prefix != "eval":  # TRL would write `eval_` before each of them
-            logs.update({f"{self._eval_prefix}_{name}": x for name, x in averages(self._metrics["eval"]).items()})
+            figures = averages(self._metrics["eval"])
+            logs.update({f"{self._eval_prefix}_{name}": x for name, x in figures.items()})  # type: ignore[misc]
             self._metrics["eval"].clear()
         training = self._recording and self.model.training
         if training:
@@ -550,7 +557,11 @@ class ToolGRPOTrainer(
             self._metrics["train"].update({name: [value] for name, value in found.items()})
             self._ratio.reset()
         super().log(logs, start_time)
-        line = console_line({**self._carried, **logs}) if training else None
+        if training:
+            self._print(console_line({**self._carried, **logs}), "The line of a step could not be printed")
+
+    def _print(self, line: str | None, failure: str) -> None:
+        """Print a line in the main process; a terminal that is gone must not end the run."""
         if line is not None and self.accelerator.is_main_process:
-            with self._log_failures.tolerated("The line of a step could not be printed"):
+            with self._log_failures.tolerated(failure):
                 print(line, flush=True)

@@ -1,8 +1,7 @@
 """The value head: a critic on the policy's final hidden state.
 
-Owns `ValueHead`, how it is attached to a model and how it is saved and loaded. The value is computed inside the
-model's own forward pass, so that what wraps the model (DDP, FSDP2, ZeRO-3, gradient checkpointing) sees it, and one
-pass gives log-probs and values. Fed by the trainer.
+The value is computed inside the model's own forward pass, so that what wraps the model (DDP, FSDP2, ZeRO-3, gradient
+checkpointing) sees it, and one pass gives log-probs and values.
 """
 
 import functools
@@ -10,35 +9,38 @@ import re
 import types
 from dataclasses import make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from .errors import ValueHeadError
-from .sharding import assign, full, whole
+from .sharding import assign_all, whole_copies
 
 
 FILE = "value_head.safetensors"
 
+_Value = TypeVar("_Value")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class ValueHead(nn.Module):
     """
-    Value of a state, from the final hidden state of the policy at its last token.
+    The value of a state, from the final hidden state of the policy at its last token.
 
-    Two layers behind a normalization without parameters; the last one starts at zero, and so does every value.
+    Two layers after a normalization without parameters; the last one starts at zero, and so does every value.
 
     Args:
         hidden_size (`int`):
             Width of the policy's hidden state.
         width (`int`, *optional*):
-            Width of the layer between; the hidden size by default.
+            Width of the first layer; the hidden size by default.
         detach (`bool`, *optional*, defaults to `True`):
-            Whether the gradient of the value stops here, and leaves the policy's trunk to the policy loss.
+            Whether the gradient of the value stops here and leaves the policy's trunk to the policy loss.
     """
 
     def __init__(self, hidden_size: int, width: int | None = None, detach: bool = True):
@@ -51,6 +53,8 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """
+        Return the value at each position.
+
         Args:
             hidden (`Tensor`):
                 Hidden states, any float dtype, shape (..., H).
@@ -65,8 +69,8 @@ class ValueHead(nn.Module):
             return self.output(nn.functional.silu(self.layer(hidden)))[..., 0]
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write `value_head.safetensors` into a folder; returns the file."""
-        return _write(_gathered(self), folder)
+        """Write `value_head.safetensors` into a folder, and return the file."""
+        return save_value_head(self, folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, detach: bool = True, revision: str | None = None) -> "ValueHead":
@@ -89,7 +93,7 @@ class ValueHead(nn.Module):
                 folder = Path(hf_hub_download(str(folder), FILE, revision=revision)).parent
             except OSError as error:
                 raise ValueHeadError(
-                    f"There is no folder {folder}, and from the Hub its {FILE} could not be had: {error}"
+                    f"There is no folder {folder}, and {FILE} could not be downloaded from the Hub: {error}"
                 ) from error
         state = read_state(folder)
         width, hidden_size = state["layer.weight"].shape
@@ -98,11 +102,12 @@ class ValueHead(nn.Module):
         return head
 
 
-def attach_value_head(model: Any, head: ValueHead) -> None:
+def attach_value_head(model: PreTrainedModel, head: ValueHead) -> None:
     """
-    Give a causal language model a value head: called with `with_values=True`, its output also holds `token_values`,
-    the value at each position of the input, shape (B, T), and `value_inputs`, the hidden states the head has read,
-    detached, shape (B, T, H).
+    Give a causal language model a value head.
+
+    Called with `with_values=True`, its output also holds `token_values`, the value at each position of the input,
+    shape (B, T), and `value_inputs`, the hidden states that the head has read, detached, shape (B, T, H).
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -110,12 +115,12 @@ def attach_value_head(model: Any, head: ValueHead) -> None:
         head ([`ValueHead`]):
             The head; a submodule of the model from now on.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = getattr(model, "get_base_model", lambda: model)()
     base.value_head = head.requires_grad_(True)
     original = base.forward
 
     @functools.wraps(original)
-    def forward(self: Any, *args: Any, with_values: bool = False, **kwargs: Any) -> Any:
+    def forward(self: PreTrainedModel, *args: object, with_values: bool = False, **kwargs: object) -> ModelOutput:
         if not with_values:
             return original(*args, **kwargs)
         hidden: list[Tensor] = []
@@ -124,40 +129,46 @@ def attach_value_head(model: Any, head: ValueHead) -> None:
             output = original(*args, **kwargs)
         finally:
             hook.remove()
-        kind: Any = type(output)
-        kind = _with_values(kind)
-        return kind(**output, token_values=self.value_head(hidden[-1]), value_inputs=hidden[-1].detach())
+        kind: type[ModelOutput] = type(output)
+        values = self.value_head(hidden[-1])  # type: ignore[operator]
+        return _with_values(kind)(**output, token_values=values, value_inputs=hidden[-1].detach())
 
     base.forward = types.MethodType(forward, base)
 
 
 @functools.cache
-def _with_values(kind: type) -> Any:
-    """A kind of model output with two fields more: DDP takes an output apart by its fields, and makes it anew."""
-    added = [("token_values", Any, None), ("value_inputs", Any, None)]
+def _with_values(kind: type[ModelOutput]) -> type[ModelOutput]:
+    """Return a kind of model output with two more fields: DDP takes an output apart by its fields and rebuilds it."""
+    added = [("token_values", Tensor, None), ("value_inputs", Tensor, None)]
     return make_dataclass(kind.__name__, added, bases=(kind,))
 
 
-def without_value_head(state: dict[str, Any]) -> dict[str, Any]:
-    """A model's state without its value head, for what is saved or pushed as the policy."""
+def without_value_head(state: dict[str, _Value]) -> dict[str, _Value]:
+    """Return a model's state without its value head, for what is saved or pushed as the policy."""
     return {name: value for name, value in state.items() if "value_head." not in name}
 
 
-def save_value_head(head: ValueHead, folder: str | Path, write: bool = True) -> None:
+def save_value_head(head: ValueHead, folder: str | Path, write: bool = True) -> Path:
     """
-    Write the head into a folder; every process has to call this, since sharded parameters are gathered.
+    Write the head into a folder; every process has to call it, since sharded parameters are gathered.
 
     Args:
         head ([`ValueHead`]):
             The head.
         folder (`str` or `Path`):
-            Where to.
+            Where to write it.
         write (`bool`, *optional*, defaults to `True`):
             Whether this process writes.
+
+    Returns:
+        `Path`: the file.
     """
-    state = _gathered(head)
+    state = {name: tensor.float() for name, tensor in whole_copies(head.named_parameters()).items()}
+    file = Path(folder) / FILE
     if write:
-        _write(state, folder)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, file)
+    return file
 
 
 def load_value_head(head: ValueHead, folder: str | Path) -> None:
@@ -174,19 +185,19 @@ def load_value_head(head: ValueHead, folder: str | Path) -> None:
         ValueHeadError: if the file is missing, or of a head of another size.
     """
     state = read_state(folder)
-    with whole(head.parameters(), modify=True):
-        for name, parameter in head.named_parameters():
-            if state[name].shape != parameter.shape:
-                raise ValueHeadError(
-                    f"{Path(folder) / FILE} holds `{name}` of shape {tuple(state[name].shape)}, expected "
-                    f"{tuple(parameter.shape)}. It belongs to another model."
-                )
-            assign(parameter, state[name])
+    for name, parameter in head.named_parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # of the whole, where ZeRO-3 has partitioned it
+        if state[name].shape != shape:
+            raise ValueHeadError(
+                f"{Path(folder) / FILE} holds `{name}` of shape {tuple(state[name].shape)}, expected {tuple(shape)}. "
+                f"It belongs to another model."
+            )
+    assign_all(head.named_parameters(), state)
 
 
 def read_state(folder: str | Path) -> dict[str, Tensor]:
     """
-    Parameters in a folder's `value_head.safetensors`.
+    Read the parameters in a folder's `value_head.safetensors`.
 
     Raises:
         ValueHeadError: if the file is missing or holds something else.
@@ -194,23 +205,12 @@ def read_state(folder: str | Path) -> dict[str, Tensor]:
     file = Path(folder) / FILE
     if not file.is_file():
         raise ValueHeadError(
-            f"There is no {file}, but a value head is asked for (`advantage_estimator`). The checkpoint was written "
-            f"without one: pass a checkpoint that has it, or set `value_warmup_steps` above 0 to start a new head."
+            f"There is no {file}, but `advantage_estimator` asks for a value head. The checkpoint was written without "
+            f"one.",
+            remedy="Pass a checkpoint that has it, or set `value_warmup_steps` above 0 to start a new head.",
         )
     state = load_file(file)
     expected = {"layer.weight", "layer.bias", "output.weight", "output.bias"}
     if set(state) != expected:
         raise ValueHeadError(f"{file} holds {sorted(state)}, expected {sorted(expected)}.")
     return state
-
-
-def _write(state: dict[str, Tensor], folder: str | Path) -> Path:
-    file = Path(folder) / FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, file)
-    return file
-
-
-def _gathered(head: ValueHead) -> dict[str, Tensor]:
-    with whole(head.parameters()):
-        return {name: full(p).float().cpu().contiguous().clone() for name, p in head.named_parameters()}

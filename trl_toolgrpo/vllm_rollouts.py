@@ -23,7 +23,6 @@ from trl import GRPOTrainer
 
 from .checks import refuse_unrecorded
 from .config import ToolGRPOConfig
-from .diagnostics import compute_dtype
 from .errors import ConfigError
 from .rollout.engine import RolloutEngine
 from .rollout.policy_file import PolicyFile, adapter_problem, claim_folder, policy_folder, write_policy
@@ -31,6 +30,7 @@ from .rollout.sampler import replaced
 from .rollout.vllm_client import ServedEngine, model_shape
 from .rollout.vllm_engine import VLLMEngine, check_installed, engine_options
 from .rollout.vllm_sampler import TokenEngine, VLLMSampler
+from .rounding import compute_dtype
 
 
 def without_trls_vllm(args: ToolGRPOConfig, recording: bool) -> AbstractContextManager[None]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from trl_toolgrpo import ConfigError, Tool, ToolGRPOTrainer
 from trl_toolgrpo.errors import ToolNameError
-from trl_toolgrpo.tools.names import check_tool_columns, find_mentions
+from trl_toolgrpo.tool_mentions import check_tool_columns, find_mentions
 
 
 TOOLS = ["send_slack_message", "get_weather", "add", "github", "listFiles", "max", "and_then", "lookup"]

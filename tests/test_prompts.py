@@ -12,7 +12,8 @@ from peft import LoraConfig
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from trl_toolgrpo import DatasetError, Tool, ToolGRPOTrainer, ToolSchemaError
-from trl_toolgrpo.checks import check_rendering, warn_of_dropout
+from trl_toolgrpo.policy_checks import warn_of_dropout
+from trl_toolgrpo.template_checks import check_rendering
 
 
 def reward(completions, **kwargs):

@@ -4,18 +4,22 @@ import heapq
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TypeAlias
 
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
 from .errors import DatasetError
 from .rollout.prompt_messages import PromptMessages
-from .shown_in_prompts import hidden_messages, message_kind
+from .shown_in_prompts import Part, hidden_messages, message_kind
 from .tools.types import Tool
+from .types import JSONSchema, JSONValue, Message
 
 
 logger = logging.getLogger(__name__)
+
+Prompt: TypeAlias = str | list[Message]
+Processor: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
 
 PROMPTS_MEASURED = 256
 """Longest prompts of each data set that are tokenized, where their characters say that they might not fit."""
@@ -38,10 +42,10 @@ class PromptRenderer:
 
     def __init__(
         self,
-        processing_class: Any,
-        schemas: Sequence[dict[str, Any]] = (),
+        processing_class: Processor,
+        schemas: Sequence[JSONSchema] = (),
         chat_template: str | None = None,
-        kwargs: Mapping[str, Any] | None = None,
+        kwargs: Mapping[str, object] | None = None,
     ):
         self.processing_class = processing_class
         self.is_processor = isinstance(processing_class, ProcessorMixin)
@@ -50,7 +54,7 @@ class PromptRenderer:
         self.chat_template = chat_template
         self.kwargs = dict(kwargs or {})
 
-    def text(self, prompt: list[dict[str, Any]], schemas: Sequence[dict[str, Any]] | None = None) -> str:
+    def text(self, prompt: list[Message], schemas: Sequence[JSONSchema] | None = None) -> str:
         """
         Text of a conversation that the policy continues.
 
@@ -73,7 +77,7 @@ class PromptRenderer:
         )
         return rendered
 
-    def length(self, prompt: Any, schemas: Sequence[dict[str, Any]] | None = None) -> int:
+    def length(self, prompt: Prompt, schemas: Sequence[JSONSchema] | None = None) -> int:
         """
         Tokens of a prompt.
 
@@ -102,8 +106,16 @@ class PromptRenderer:
         return answers == [False, True]
 
 
+def message_texts(message: Message) -> list[str]:
+    """Return the texts of a message: its content, or the parts of it that are text."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return [part["text"] for part in content if isinstance(part, dict) and part.get("text")]
+    return [content] if isinstance(content, str) else []
+
+
 def check_prompts(
-    name: str, prompts: Iterable[tuple[int, Any]], messages: PromptMessages, renderer: PromptRenderer,
+    name: str, prompts: Iterable[tuple[int, JSONValue]], messages: PromptMessages, renderer: PromptRenderer,
     tools: Mapping[str, Tool],
 ) -> None:  # fmt: skip
     """
@@ -115,7 +127,7 @@ def check_prompts(
     Args:
         name (`str`):
             Name of the data set, for messages.
-        prompts (`Iterable[tuple[int, Any]]`):
+        prompts (`Iterable[tuple[int, str | list]]`):
             Rows and their prompts.
         messages ([`PromptMessages`]):
             Rewrites messages for the template.
@@ -128,7 +140,7 @@ def check_prompts(
         DatasetError: for a prompt that is none or cannot be rendered, or whose text or calls are not in what the
             policy reads.
     """
-    seen: set[Any] = set()
+    seen: set[tuple[object, object]] = set()
     warned: set[str] = set()
     for row, prompt in prompts:
         if isinstance(prompt, str):
@@ -166,7 +178,7 @@ def check_prompts(
         messages.doubtful.clear()
 
 
-def _hidden(name: str, row: int, prompt: list[Any], renderer: PromptRenderer) -> list[Any]:
+def _hidden(name: str, row: int, prompt: list[Message], renderer: PromptRenderer) -> list[Part]:
     try:
         renderer.text(prompt)
         return hidden_messages(prompt, renderer.text)
@@ -178,7 +190,7 @@ def _hidden(name: str, row: int, prompt: list[Any], renderer: PromptRenderer) ->
         ) from error
 
 
-def _remedy(prompt: list[Any]) -> str:
+def _remedy(prompt: list[Message]) -> str:
     roles = {message.get("role") for message in prompt}
     if "developer" in roles:
         return "Give the message the role 'system', or use a template that knows 'developer'."
@@ -190,8 +202,8 @@ def _remedy(prompt: list[Any]) -> str:
 
 
 def check_prompt_lengths(
-    name: str, prompts: Iterable[tuple[int, Any]], renderer: PromptRenderer, positions: int, budget: int,
-    rewritten: Callable[[Any], Any],
+    name: str, prompts: Iterable[tuple[int, JSONValue]], renderer: PromptRenderer, positions: int, budget: int,
+    rewritten: Callable[[Prompt], Prompt],
 ) -> None:  # fmt: skip
     """
     Check that the prompts of a data set fit into the model, and warn where they leave less than the budget.
@@ -202,7 +214,7 @@ def check_prompt_lengths(
     Args:
         name (`str`):
             Name of the data set, for messages.
-        prompts (`Iterable[tuple[int, Any]]`):
+        prompts (`Iterable[tuple[int, str | list]]`):
             Rows and their prompts.
         renderer ([`PromptRenderer`]):
             Renders prompts.
@@ -246,7 +258,7 @@ _MESSAGE_FRAME = 64
 """Tokens that a template writes around a message, at most."""
 
 
-def _most_tokens(value: Any) -> int:
+def _most_tokens(value: JSONValue) -> int:
     """Bytes of all text in a prompt, keys and the frames of messages included."""
     if isinstance(value, str):
         return len(value) if value.isascii() else len(value.encode("utf-8", "replace"))

@@ -22,15 +22,8 @@ from trl.chat_template_utils import (
     is_chat_template_prefix_preserving,
 )
 
-from .checks import (
-    check_tool_names,
-    named_datasets,
-    prompt_rows,
-    shown_tool,
-    warn_of_hidden_tools,
-    warn_of_mentions,
-)
 from .config import ToolGRPOConfig
+from .data_checks import named_datasets, prompt_rows
 from .errors import ConfigError, EnvironmentTimeoutError, ToolSchemaError
 from .inert_prompts import InertPrompts, with_observation
 from .prompt_checks import PromptRenderer, check_prompt_lengths, check_prompts
@@ -41,6 +34,8 @@ from .rollout.control_tokens import ControlTokens
 from .rollout.loop import RolloutRequest
 from .rollout.prompt_messages import PromptMessages
 from .rollout.response_templates import without_comments
+from .template_checks import shown_tool, warn_of_hidden_tools
+from .tool_mentions import check_tool_names, warn_of_mentions
 from .tools.environments import EnvironmentFailures, scoring_plain_instances, scoring_without_failed
 from .tools.execute import ToolExecutor
 from .tools.mcp import MCPTools

@@ -22,12 +22,12 @@ from trl import GRPOTrainer
 
 from .batch_position import batch_in_use
 from .checkpoint import tolerated
-from .checks import check_reference, reference_mode
 from .config import ToolGRPOConfig
 from .errors import ConfigError, ReferenceSyncError
 from .identity import describe_adapter
 from .merged import MergedReference, ModelReference
 from .reference import ADAPTER, AdapterReference, Comparison, SyncReport
+from .reference_checks import check_reference, reference_mode
 from .rounding import widest
 
 

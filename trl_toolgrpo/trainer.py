@@ -22,27 +22,11 @@ from trl.trainer.utils import get_config_model_id
 
 from .assist import AssistedWarmup
 from .batch_position import micro_batches_of
-from .checks import (
-    check_adapter_is_recorded,
-    check_best_metric,
-    check_dataset,
-    check_forcing,
-    check_has_values,
-    check_head,
-    check_optimizer,
-    check_optimizer_holds_policy,
-    check_policy_is_trained,
-    check_rows,
-    check_template,
-    named_datasets,
-    refuse_unrecorded,
-    warn_of_dropout,
-    warn_of_no_learning_rate,
-)
 from .config import ToolGRPOConfig, default_values
 from .config_checks import idle_fields
 from .correction import SamplerCorrection, correction_line
 from .critic import Critic
+from .data_checks import check_best_metric, check_dataset, check_rows, named_datasets
 from .deterministic import Determinism
 from .diagnostics import (
     RatioStatistics,
@@ -59,6 +43,16 @@ from .grouping import GroupedUpdates
 from .hub import HubPush
 from .lm_head import adapted_head, cast_heads, check_adapted_head, score_adapted_head, without_trls_cast
 from .own_positions import OwnPositions
+from .policy_checks import (
+    check_adapter_is_recorded,
+    check_has_values,
+    check_head,
+    check_optimizer,
+    check_optimizer_holds_policy,
+    check_policy_is_trained,
+    warn_of_dropout,
+    warn_of_no_learning_rate,
+)
 from .quantized import keep_trainable, same_parameters
 from .replay import Replay
 from .resume import ExactResume
@@ -75,6 +69,7 @@ from .rounding import Exact
 from .scoring import SharedPromptScoring
 from .scoring_trial import check_scoring
 from .sync import ReferenceSync, synced_by_us
+from .template_checks import check_forcing, check_template, refuse_unrecorded
 from .tools.environments import EnvironmentFailures, on_own_thread
 from .tools.execute import ToolExecutor
 from .tools.prompt import PromptTool

@@ -20,7 +20,6 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from trl import GRPOTrainer
 
-from .checks import refuse_unrecorded
 from .config import ToolGRPOConfig
 from .diagnostics import compute_dtype
 from .errors import ConfigError
@@ -29,6 +28,7 @@ from .rollout.policy_file import PolicyFile, adapter_problem, claim_folder, poli
 from .rollout.vllm_client import ServedEngine, model_shape
 from .rollout.vllm_engine import VLLMEngine, check_installed, engine_options
 from .rollout.vllm_sampler import TokenEngine, VLLMSampler
+from .template_checks import refuse_unrecorded
 
 
 logger = logging.getLogger(__name__)

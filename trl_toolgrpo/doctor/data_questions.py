@@ -5,7 +5,7 @@ Owns the questions about data sets; they are asked of rows spread over each of t
 
 from typing import Any
 
-from ..checks import named_datasets
+from ..data_checks import named_datasets
 from ..rollout.context_length import context_length
 from .findings import FAULT, NOTE, OK, Finding
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_policy_is_trained
+from ..policy_checks import check_policy_is_trained
 from ..redaction import Redactor, argument_secrets
 from ..run_files import process_secrets
 from .chat_questions import check_chat, check_tools

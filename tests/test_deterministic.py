@@ -276,7 +276,7 @@ def test_rollouts_of_trl_are_not_deterministic(tmp_path, changes):
 
 def test_a_rollout_function_has_noise_of_its_own(tmp_path, tokenizer):
     options = config(tmp_path, deterministic_rollouts=True)
-    with pytest.raises(ConfigError, match="with a `rollout_func`, whose noise is its own"):
+    with pytest.raises(ConfigError, match=r"rollouts of TRL's own \(a `rollout_func`\), whose noise"):
         ToolGRPOTrainer(
             tiny_model(tokenizer), lambda **kwargs: [], options, prompts(4), processing_class=tokenizer,
             rollout_func=lambda prompts, trainer: {},

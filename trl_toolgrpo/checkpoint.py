@@ -204,8 +204,8 @@ def check_whole(folder: str | Path, checksums: bool = False) -> None:
     fault = fault_of(Path(folder), checksums)
     if fault is not None:
         raise CheckpointError(
-            f"You asked to resume from {folder}, which is no whole checkpoint: {fault}. Pass another one, or "
-            f"`resume_from_checkpoint=True` for the newest that is whole."
+            f"You asked to resume from {folder}, which is no whole checkpoint: {fault}.",
+            remedy="Pass another one, or `resume_from_checkpoint=True` for the newest that is whole.",
         )
 
 
@@ -226,7 +226,8 @@ def why_not_writable(output_dir: Path) -> CheckpointSaveError | None:
     except OSError as error:
         return CheckpointSaveError(
             f"Nothing can be written to `output_dir` ({output_dir}): {error}. The run has not started, since what it "
-            f"makes would be lost. Pass an `output_dir` that can be written to."
+            "makes would be lost.",
+            remedy="Pass an `output_dir` that can be written to.",
         )
     with suppress(OSError):  # what a killed run has left there stays, to be named
         os.rmdir(folder)
@@ -257,8 +258,9 @@ def check_shared(output_dir: Path, writes: bool) -> None:
     if not all(seen):
         raise CheckpointSaveError(
             f"You passed `output_dir` ({output_dir}) to a run of {len(seen)} processes, {seen.count(False)} of which "
-            f"do not see what the first writes there. Each adds its own part to a checkpoint, so that none would be "
-            f"whole. Pass a folder that all machines share, or `save_strategy='no'`."
+            "do not see what the first writes there. Each adds its own part to a checkpoint, so that none would be "
+            "whole.",
+            remedy="Pass a folder that all machines share, or `save_strategy='no'`.",
         )
 
 

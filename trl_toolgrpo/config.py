@@ -8,34 +8,16 @@ import copy
 import inspect
 import json
 import re
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
 from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import GRPOConfig
 
-from .config_checks import (
-    ADVANTAGE_ESTIMATORS,
-    FORCE_LEVELS,
-    GAE_UNITS,
-    HEALTH_CHECKS,
-    LOGPROB_CHECKS,
-    REF_SYNC_MODES,
-    ROLLOUT_BACKENDS,
-    SAMPLER_CORRECTIONS,
-    TOOL_MENTION_CHECKS,
-    check_counts,
-    check_fields,
-    check_types,
-)
+from .config_checks import CHOICES, check_counts, check_fields, check_types
 from .errors import ConfigError
 from .redaction import masked
-
-
-def _choice(default: str | None, choices: tuple[str, ...]) -> Any:
-    """Return a field that takes one of a few texts, which the command line lists."""
-    return field(default=default, metadata={"choices": list(choices)})
 
 
 @dataclass
@@ -85,7 +67,7 @@ class ToolGRPOConfig(GRPOConfig):
             for each entry of the vocabulary and token, and decoding waits for tools that take longer than 8 steps.
         rollout_backend (`str`, *optional*, defaults to `"transformers"`):
             What samples: `"transformers"`, the training model itself, or `"vllm"`, set up by TRL's `vllm_*` options
-            and sent the adapter of a LoRA run, or all weights, before the first rollout batch behind each optimizer
+            and sent the adapter of a LoRA run, or all weights, before the first rollout batch after each optimizer
             step. `vllm_mode="colocate"` is an engine in each training process; `"server"` is `python -m
             trl_toolgrpo.serve --model ...`, on another GPU or machine. TRL's `use_vllm=True` means `"vllm"`.
         max_concurrent_tools (`int`, *optional*, defaults to `64`):
@@ -170,38 +152,38 @@ class ToolGRPOConfig(GRPOConfig):
 
     record_sample_logprobs: bool = True
     strict_trajectories: bool = True
-    logprob_check: str = _choice("first", LOGPROB_CHECKS)
+    logprob_check: str = "first"
     logprob_check_tolerance: float | None = None
-    sampler_correction: str | None = _choice(None, SAMPLER_CORRECTIONS)
+    sampler_correction: str | None = None
     sampler_correction_cap: float = 2.0
     shared_prompt_updates: bool = True
     rollout_cache_gib: float | None = None
     deterministic_rollouts: bool = False
-    rollout_backend: str = _choice("transformers", ROLLOUT_BACKENDS)
+    rollout_backend: str = "transformers"
     max_concurrent_tools: int = 64
     tool_timeout: float | None = 30.0
     environment_timeout: float | None = 120.0
     tool_retries: int = 0
     max_tool_output_tokens: int = 512
     parse_error_budget: int = 1
-    tool_mention_check: str = _choice("auto", TOOL_MENTION_CHECKS)
+    tool_mention_check: str = "auto"
     force_rate: float = 0.0
-    force_level: str = _choice("call", FORCE_LEVELS)
+    force_level: str = "call"
     assist_warmup_steps: int = 0
     disable_forcing_in_updates: bool = True
     forced_loss_coef: float = 1.0
-    advantage_estimator: str = _choice("group", ADVANTAGE_ESTIMATORS)
+    advantage_estimator: str = "group"
     gae_gamma: float = 1.0
     gae_lambda: float = 0.95
-    gae_unit: str = _choice("token", GAE_UNITS)
+    gae_unit: str = "token"
     value_loss_coef: float = 0.5
     value_clip: float | None = 0.2
     value_learning_rate: float | None = None
     value_warmup_steps: int = 0
     value_epochs: int = 1
     value_detach: bool = True
-    ref_sync_mode: str = _choice("auto", REF_SYNC_MODES)
-    health_checks: str = _choice("warn", HEALTH_CHECKS)
+    ref_sync_mode: str = "auto"
+    health_checks: str = "warn"
     rollout_log_limit: float = 1024.0
     replay: str | None = None
 
@@ -212,7 +194,8 @@ class ToolGRPOConfig(GRPOConfig):
         if (self.num_generations or 0) < 2:
             raise ConfigError(
                 f"You passed `num_generations={self.num_generations}`. GRPO compares the rollouts of a prompt with "
-                f"each other and requires at least 2 generations. Set `num_generations` to 2 or more."
+                "each other and requires at least 2 generations.",
+                remedy="Set `num_generations` to 2 or more.",
             )
         check_counts(self)
         try:
@@ -271,16 +254,16 @@ class ToolGRPOConfig(GRPOConfig):
         return config  # type: ignore[return-value]
 
 
-def _described(kind: type) -> None:
-    """Give each field of a dataclass the text of its docstring as its help on the command line."""
+def _describe_fields(kind: type) -> None:
+    """Give each field that a class documents what the command line shows: that text, and its choices."""
     documented = re.findall(r"^ {4}(\w+) \(`.*:\n((?: {8}.*\n?)+)", inspect.getdoc(kind) or "", re.MULTILINE)
-    texts = {name: " ".join(text.split()).replace("%", "%%") for name, text in documented}
-    for f in fields(kind):
-        if f.name in texts:
-            f.metadata = MappingProxyType({**f.metadata, "help": texts[f.name]})
+    for name, text in documented:
+        shown: dict[str, object] = {"help": " ".join(text.split()).replace("%", "%%")}
+        shown |= {"choices": list(CHOICES[name])} if name in CHOICES else {}
+        kind.__dataclass_fields__[name].metadata = MappingProxyType(shown)
 
 
-_described(ToolGRPOConfig)
+_describe_fields(ToolGRPOConfig)
 
 
 def default_values(kind: Any = ToolGRPOConfig) -> dict[str, Any]:

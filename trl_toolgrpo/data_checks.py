@@ -44,11 +44,14 @@ def check_dataset(name: str, dataset: object, has_tools: bool, has_environment: 
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return
     if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise DatasetError(f"You passed `{name}` without a single row. Pass a data set that has prompts in it.")
+        raise DatasetError(
+            f"You passed `{name}` without a single row.", remedy="Pass a data set that has prompts in it."
+        )
     if isinstance(dataset, Dataset) and dataset.format["type"] not in (None, "custom", "torch"):
         raise DatasetError(
             f"You passed `{name}` in the format {dataset.format['type']!r}, which gives prompts as something else "
-            f"than text or lists of messages. Pass `dataset.with_format(None)`."
+            "than text or lists of messages.",
+            remedy="Pass `dataset.with_format(None)`.",
         )
     columns = list(dataset.column_names or ())
     if "prompt" not in columns:  # a transform of the data set may make it
@@ -61,8 +64,9 @@ def check_dataset(name: str, dataset: object, has_tools: bool, has_environment: 
         )
     if "prompt" not in columns and not has_environment:
         raise DatasetError(
-            f"You passed `{name}` with the columns {', '.join(columns) or '(none)'}, and none of them is `prompt`. "
-            f"Rename the column that holds the prompt, or pass an `environment_factory` whose `reset` returns it."
+            f"You passed `{name}` with the columns {', '.join(columns) or '(none)'}, and none of them is `prompt`.",
+            remedy="Rename the column that holds the prompt, or pass an `environment_factory` whose `reset` returns "
+            "it.",
         )
     if not (has_tools or has_environment) or "prompt" not in columns:
         return
@@ -97,9 +101,10 @@ def check_rows(args: ToolGRPOConfig, dataset: object) -> None:
         raise DatasetError(
             f"`train_dataset` has {rows} row{'' if rows == 1 else 's'}, and a rollout batch takes {needed} prompts "
             f"({size} rollouts in groups of `num_generations={count}`): no batch would ever be whole, and training "
-            f"would end after 0 steps. Add rows, or make batches smaller: lower `per_device_train_batch_size`, "
-            f"`gradient_accumulation_steps`, `steps_per_generation` or `generation_batch_size`, or raise "
-            f"`num_generations`."
+            "would end after 0 steps.",
+            remedy="Add rows, or make batches smaller: lower `per_device_train_batch_size`, "
+            "`gradient_accumulation_steps`, `steps_per_generation` or `generation_batch_size`, or raise "
+            "`num_generations`.",
         )
 
 
@@ -125,7 +130,8 @@ def check_best_metric(args: ToolGRPOConfig, eval_dataset: object) -> None:
     choices = " or ".join(repr(f"eval_{name}_{bare}") for name in eval_dataset)
     raise ConfigError(
         f"You passed `eval_dataset` as a dict, and the best model is chosen by `metric_for_best_model={metric!r}`. "
-        f"Each set has figures of its own, so that there is no `eval_{bare}`. Pass {choices}."
+        f"Each set has figures of its own, so that there is no `eval_{bare}`.",
+        remedy=f"Pass {choices}.",
     )
 
 

@@ -44,8 +44,8 @@ def checked_rollouts(
         for name, rows in lists.items():
             if len(rows) != len(prompts):
                 raise TrajectoryError(
-                    f"The `rollout_func` returned {len(rows)} entries in `{name}` for {len(prompts)} prompts. Return "
-                    f"one for each prompt, in order."
+                    f"The `rollout_func` returned {len(rows)} entries in `{name}` for {len(prompts)} prompts.",
+                    remedy="Return one for each prompt, in order.",
                 )
         plain = {name: [_as_list(row) for row in rows] for name, rows in lists.items()}
         if fault is not None:

@@ -78,8 +78,8 @@ class InertPrompts:
         if self._plain(text) != self._renderer.text(plain_prompt, plain_schemas):
             raise ToolSchemaError(
                 "The tools of a prompt, or what the `reset` of its environment said, hold control tokens of the "
-                "model, and the chat template does not repeat them as they are, so that they cannot be kept text. "
-                "Take them out of the names, descriptions and values of the tools."
+                "model, and the chat template does not repeat them as they are, so that they cannot be kept text.",
+                remedy="Take them out of the names, descriptions and values of the tools.",
             )
         return [id for part in text.split(self._mark) for id in self._control.encode(part)]
 

@@ -145,9 +145,9 @@ def check_adapted_head(model: Any, peft_config: Any) -> None:
     targets = getattr(peft_config, "target_modules", None)
     if isinstance(model, str) and not isinstance(targets, str) and "lm_head" in (targets or ()):
         raise ConfigError(
-            f"You passed the model {model!r} by its name and an adapter on its `lm_head`. Load the model and pass it "
-            f"itself, `model=AutoModelForCausalLM.from_pretrained({model!r})`, or take `lm_head` out of "
-            f"`target_modules`."
+            f"You passed the model {model!r} by its name and an adapter on its `lm_head`.",
+            remedy=f"Load the model and pass it itself, `model=AutoModelForCausalLM.from_pretrained({model!r})`, or "
+            "take `lm_head` out of `target_modules`.",
         )
 
 
@@ -206,9 +206,10 @@ def _linears_of_head(base: Any) -> list[Any]:
     if not linears or any(not linear.weight.is_floating_point() for linear in linears):
         kind = "none" if head is None else f"a {type(head).__name__}"
         raise ConfigError(
-            f"You passed `cast_lm_head_to_fp32=True`, and the LM head of the model is {kind}, which cannot compute in "
-            f"float32. Keep the head out of quantization (`llm_int8_skip_modules=['lm_head']`), or leave "
-            f"`cast_lm_head_to_fp32` at False."
+            f"You passed `cast_lm_head_to_fp32=True`, and the LM head of the model is {kind}, which cannot compute "
+            "in float32.",
+            remedy="Keep the head out of quantization (`llm_int8_skip_modules=['lm_head']`), or leave "
+            "`cast_lm_head_to_fp32` at False.",
         )
     return linears
 

@@ -32,8 +32,9 @@ def check_optimizer(args: ToolGRPOConfig) -> None:
         plain = name.removeprefix("paged_")
         instead = {"adamw_32bit": "adamw_torch", "ademamix_32bit": "ademamix"}.get(plain, plain)
         raise ConfigError(
-            f"You passed `optim={name!r}` on a CPU. Paged optimizers move their state between a GPU and its host, and "
-            f"on a CPU there is nothing to page. Use `optim={instead!r}`, or train on a GPU."
+            f"You passed `optim={name!r}` on a CPU. Paged optimizers move their state between a GPU and its host, "
+            "and on a CPU there is nothing to page.",
+            remedy=f"Use `optim={instead!r}`, or train on a GPU.",
         )
 
 
@@ -86,8 +87,9 @@ def check_policy_is_trained(model: nn.Module) -> None:
     start = "Nothing of the policy would be trained: "
     if not isinstance(model, PeftModel):
         raise ConfigError(
-            f"{start}no parameter of the {type(model).__name__} you passed requires a gradient. Call "
-            f"`model.requires_grad_(True)`, or pass a `peft_config` to train an adapter of the frozen model."
+            f"{start}no parameter of the {type(model).__name__} you passed requires a gradient.",
+            remedy="Call `model.requires_grad_(True)`, or pass a `peft_config` to train an adapter of the frozen "
+            "model.",
         )
     active, adapters = list(model.active_adapters), _adapter_parameters(model)
     loaded = [name for name in active if getattr(model.peft_config[name], "inference_mode", False)]
@@ -125,9 +127,10 @@ def check_head(model: PreTrainedModel | PeftModel) -> None:
     head = model.get_output_embeddings()
     if isinstance(head, AuxiliaryTrainingWrapper) and not isinstance(head, ModulesToSaveWrapper):
         raise ConfigError(
-            f"You passed `trainable_token_indices` for a model whose LM head is tied to its embedding, so that the "
-            f"head is a {type(head).__name__}, with which TRL cannot compute log-probs. Leave "
-            f"`trainable_token_indices` out, or untie the head (`tie_word_embeddings=False`) before you add it."
+            "You passed `trainable_token_indices` for a model whose LM head is tied to its embedding, so that the "
+            f"head is a {type(head).__name__}, with which TRL cannot compute log-probs.",
+            remedy="Leave `trainable_token_indices` out, or untie the head (`tie_word_embeddings=False`) before you "
+            "add it.",
         )
 
 
@@ -147,8 +150,9 @@ def check_adapter_is_recorded(model: nn.Module) -> None:
         kind = getattr(learned[0].peft_type, "value", learned[0].peft_type)
         raise ConfigError(
             f"You passed an adapter of type {kind}, which puts learned tokens before the prompt. With those, "
-            f"`model.generate` gives tokens other log-probs than a forward pass does, so that every ratio would be "
-            f"wrong. Use another adapter, such as `LoraConfig`."
+            "`model.generate` gives tokens other log-probs than a forward pass does, so that every ratio would be "
+            "wrong.",
+            remedy="Use another adapter, such as `LoraConfig`.",
         )
 
 
@@ -172,8 +176,8 @@ def check_optimizer_holds_policy(model: nn.Module, optimizer: object, scheduler:
     if driven is not None and driven is not getattr(optimizer, "optimizer", optimizer) and driven is not optimizer:
         raise ConfigError(
             "You passed a learning-rate scheduler made for another optimizer than the one you passed with it, so the "
-            "rate would never change. Pass both in `optimizers=(optimizer, scheduler)`, or neither and set "
-            "`lr_scheduler_type`."
+            "rate would never change.",
+            remedy="Pass both in `optimizers=(optimizer, scheduler)`, or neither and set `lr_scheduler_type`.",
         )
     held = _held_parameters(optimizer)
     if held is None:
@@ -189,10 +193,11 @@ def check_optimizer_holds_policy(model: nn.Module, optimizer: object, scheduler:
     if len(missing) == len(trained) or stale:
         raise ConfigError(
             f"You passed an optimizer that leaves {len(missing)} of the policy's {len(trained)} trained tensors as "
-            f"they are: {some}. It holds {len(held - {id(p) for p in trained.values()})} others, such as those of the "
-            f"model before its adapter was added (`peft_config` adds one when the trainer is made) or of another "
-            f"model. Leave the optimizer out and set `optim` and `learning_rate`; or wrap the model with "
-            f"`get_peft_model` first, make the optimizer from its parameters, and pass both without `peft_config`."
+            f"they are: {some}. It holds {len(held - {id(p) for p in trained.values()})} others, such as those of "
+            "the model before its adapter was added (`peft_config` adds one when the trainer is made) or of another "
+            "model.",
+            remedy="Leave the optimizer out and set `optim` and `learning_rate`; or wrap the model with "
+            "`get_peft_model` first, make the optimizer from its parameters, and pass both without `peft_config`.",
         )
     logger.warning(
         "The optimizer you passed holds %d of the policy's %d trained tensors; the others get a gradient and are "
@@ -309,8 +314,8 @@ def check_has_values(args: ToolGRPOConfig, model: object, reward_funcs: object) 
     if any(str(found) == "meta" for found in places):
         raise ConfigError(
             "You passed `model_init_kwargs={'device_map': ...}` with the meta device, where parameters have a shape "
-            "and no values: nothing can be sampled or trained. Leave `device_map` out; the trainer puts the model on "
-            "its device."
+            "and no values: nothing can be sampled or trained.",
+            remedy="Leave `device_map` out; the trainer puts the model on its device.",
         )
     if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return
@@ -325,7 +330,8 @@ def check_has_values(args: ToolGRPOConfig, model: object, reward_funcs: object) 
             raise ConfigError(
                 f"You passed as {what} a {type(module).__name__} with {len(empty)} of {len(tensors)} tensors on the "
                 f"meta device, such as `{empty[0]}`: they have a shape and no values, so that nothing can be "
-                f"computed. Load it with `from_pretrained` outside of `torch.device('meta')` and "
-                f"`init_empty_weights()`, or give it values with `to_empty(device='cpu')` and `load_state_dict`; add "
-                f"an adapter without `low_cpu_mem_usage=True`."
+                "computed.",
+                remedy="Load it with `from_pretrained` outside of `torch.device('meta')` and `init_empty_weights()`, "
+                "or give it values with `to_empty(device='cpu')` and `load_state_dict`; add an adapter without "
+                "`low_cpu_mem_usage=True`.",
             )

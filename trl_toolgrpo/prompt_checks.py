@@ -148,7 +148,8 @@ def check_prompts(
         if not isinstance(prompt, list):
             raise DatasetError(
                 f"`{name}`, row {row}: the prompt is {str(prompt)[:60]!r} of type {type(prompt).__name__}. It has to "
-                f"be text or a list of messages. Correct it, or drop such rows (`dataset.filter`)."
+                "be text or a list of messages.",
+                remedy="Correct it, or drop such rows (`dataset.filter`).",
             )
         try:
             prompt = messages.rewritten(prompt, tools)
@@ -186,7 +187,8 @@ def _hidden(name: str, row: int, prompt: list[Message], renderer: PromptRenderer
         roles = ", ".join(str(m.get("role")) if isinstance(m, dict) else type(m).__name__ for m in prompt)
         raise DatasetError(
             f"`{name}`, row {row}: the chat template cannot render the prompt: {type(error).__name__}: {error}. Its "
-            f"messages are {roles}. Write them as the template expects, drop such rows, or use another template."
+            f"messages are {roles}.",
+            remedy="Write them as the template expects, drop such rows, or use another template.",
         ) from error
 
 
@@ -243,8 +245,9 @@ def check_prompt_lengths(
     if tokens >= positions:
         raise DatasetError(
             f"`{name}`, row {row}: the prompt has {tokens} tokens, tools included, and the model {positions} "
-            f"positions, so there is no room for a completion. Shorten the prompt or drop such rows "
-            f"(`dataset.filter`), show fewer tools, or take a model with a longer context."
+            "positions, so there is no room for a completion.",
+            remedy="Shorten the prompt or drop such rows (`dataset.filter`), show fewer tools, or take a model with "
+            "a longer context.",
         )
     if tokens + budget > positions:
         logger.warning(

@@ -42,15 +42,17 @@ def check_reference(args: ToolGRPOConfig, model: str | nn.Module, peft_config: P
         if args.ref_sync_mode != "auto":
             raise ConfigError(
                 f"You passed `ref_sync_mode={args.ref_sync_mode!r}` for a model without an adapter, whose reference "
-                f"is a second model. Leave it at 'auto', or pass a `peft_config`."
+                "is a second model.",
+                remedy="Leave it at 'auto', or pass a `peft_config`.",
             )
         return
     mode, kind = reference_mode(args), str(getattr(config.peft_type, "value", config.peft_type))
     supported = COPIED if mode == "adapter" else MERGED
     if kind not in supported:
         raise ConfigError(
-            f"You passed `sync_ref_model=True` with an adapter of type {kind}, which a reference of the kind {mode!r} "
-            f"cannot follow. Use LoRA (`LoraConfig`); supported are {', '.join(supported)}."
+            f"You passed `sync_ref_model=True` with an adapter of type {kind}, which a reference of the kind "
+            f"{mode!r} cannot follow.",
+            remedy=f"Use LoRA (`LoraConfig`); supported are {', '.join(supported)}.",
         )
 
 
@@ -59,17 +61,19 @@ def _check_given_adapters(beta: float, model: object, adapters: dict[str, PeftCo
     if not isinstance(model, PeftModel):
         raise ConfigError(
             f"You passed a model with adapters that transformers has loaded into it and `beta={beta}`. No reference "
-            f"can be kept of them. Load them with `PeftModel.from_pretrained(model, folder, is_trainable=True)`."
+            "can be kept of them.",
+            remedy="Load them with `PeftModel.from_pretrained(model, folder, is_trainable=True)`.",
         )
     if "default" not in adapters:
         raise ConfigError(
             f"You passed a model with the adapters {', '.join(map(repr, adapters))} and `beta={beta}`, but none "
-            f"named 'default', which is the one that is trained and copied for the reference. Load it with "
-            f"`adapter_name='default'`."
+            "named 'default', which is the one that is trained and copied for the reference.",
+            remedy="Load it with `adapter_name='default'`.",
         )
     active = list(model.active_adapters)
     if active != ["default"]:
         raise ConfigError(
             f"You passed a model with the active adapters {active} and `beta={beta}`; the reference follows one, "
-            f"named 'default'. Call `model.set_adapter('default')`, or load the adapter to train under that name."
+            "named 'default'.",
+            remedy="Call `model.set_adapter('default')`, or load the adapter to train under that name.",
         )

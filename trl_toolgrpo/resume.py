@@ -124,8 +124,9 @@ class ExactResume(GRPOTrainer):
                     (output_dir / "completions").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             problem = CheckpointSaveError(
-                f"`output_dir` ({self.args.output_dir}) has files of an earlier run, which cannot be moved out of the "
-                f"way: {error}. Pass another `output_dir`."
+                f"`output_dir` ({self.args.output_dir}) has files of an earlier run, which cannot be moved out of "
+                f"the way: {error}.",
+                remedy="Pass another `output_dir`.",
             )
         same_error(problem)
         if folder is not None:
@@ -158,8 +159,9 @@ class ExactResume(GRPOTrainer):
         folder = find_checkpoint(str(self.args.output_dir))
         if folder is None:
             raise CheckpointError(
-                f"You passed `resume_from_checkpoint=True`. No valid checkpoint found in output directory "
-                f"({self.args.output_dir}). Leave it out to start from the beginning."
+                "You passed `resume_from_checkpoint=True`. No valid checkpoint found in output directory "
+                f"({self.args.output_dir}).",
+                remedy="Leave it out to start from the beginning.",
             )
         return str(folder)
 
@@ -178,15 +180,16 @@ class ExactResume(GRPOTrainer):
             same = [f"`{name}={value}`" for name, value in division(source, self.args).items()]
             hint = f" Here {', '.join(same)} make batches of its size." if same else ""
             raise CheckpointError(
-                f"You resume from {folder}, which belongs to another run. {'; '.join(found)}. Resume with what it was "
-                f"written with, or start a new run from its weights in another `output_dir`.{hint}"
+                f"You resume from {folder}, which belongs to another run. {'; '.join(found)}.",
+                remedy="Resume with what it was written with, or start a new run from its weights in another "
+                f"`output_dir`.{hint}",
             )
         found = list(differences(source["layout"], self._run["layout"]))
         if self.is_deepspeed_enabled and source["layout"]["processes"] != self.args.world_size:
             raise CheckpointError(
                 f"You resume from {folder} with DeepSpeed, whose optimizer states are divided over "
-                f"{source['layout']['processes']} processes, in {self.args.world_size}. Resume with as many, or start "
-                f"a new run from its weights in another `output_dir`."
+                f"{source['layout']['processes']} processes, in {self.args.world_size}.",
+                remedy="Resume with as many, or start a new run from its weights in another `output_dir`.",
             )
         if source.get("only_model"):
             logger.warning(
@@ -197,9 +200,10 @@ class ExactResume(GRPOTrainer):
         if found and source["in_batch"]:
             steps = self._run["batch"]["optimizer steps per rollout batch"]
             raise CheckpointError(
-                f"You resume from {folder}, which was written in the middle of a rollout batch, with another division "
-                f"of it. {'; '.join(found)}. Resume with the same, or from a checkpoint at the end of a rollout "
-                f"batch: their steps are multiples of {steps:g}."
+                f"You resume from {folder}, which was written in the middle of a rollout batch, with another "
+                f"division of it. {'; '.join(found)}.",
+                remedy="Resume with the same, or from a checkpoint at the end of a rollout batch: their steps are "
+                f"multiples of {steps:g}.",
             )
         if found:
             logger.warning("Resumed with another layout, which is not exact to the bit. %s.", "; ".join(found))

@@ -61,7 +61,8 @@ def check_columns(
         if refused is not None:
             raise ConfigError(
                 f"The reward function `{function_name}` {refused}. Every argument is passed by keyword, all columns "
-                f"of the data among them. Name those it needs, and end its parameters with `**kwargs`."
+                "of the data among them.",
+                remedy="Name those it needs, and end its parameters with `**kwargs`.",
             )
 
 
@@ -209,13 +210,14 @@ def _rewards(name: str, result: Any, count: int) -> list[float | None]:
     if isinstance(result, str | bytes | Mapping | Set) or not isinstance(result, Iterable):
         raise RewardError(
             f"The reward function `{name}` returned {_short(result)} instead of a list of {count} rewards, one for "
-            f"each completion. Return a list of numbers, with None for a rollout that it cannot score."
+            "each completion.",
+            remedy="Return a list of numbers, with None for a rollout that it cannot score.",
         )
     values = list(result)
     if len(values) != count:
         raise RewardError(
-            f"The reward function `{name}` returned {len(values)} rewards for {count} completions. Return one for "
-            f"each, with None for a rollout that it cannot score."
+            f"The reward function `{name}` returned {len(values)} rewards for {count} completions.",
+            remedy="Return one for each, with None for a rollout that it cannot score.",
         )
     rewards: list[float | None] = []
     for rollout, value in enumerate(values):
@@ -225,8 +227,8 @@ def _rewards(name: str, result: Any, count: int) -> list[float | None]:
             rewards.append(None if value is None else float(value))
         except (TypeError, ValueError, OverflowError) as error:
             raise RewardError(
-                f"The reward function `{name}` returned {_short(value)} for rollout {rollout}, which is no number. "
-                f"Return a number for each completion, or None for a rollout that it cannot score."
+                f"The reward function `{name}` returned {_short(value)} for rollout {rollout}, which is no number.",
+                remedy="Return a number for each completion, or None for a rollout that it cannot score.",
             ) from error
     return rewards
 

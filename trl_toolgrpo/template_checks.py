@@ -39,8 +39,8 @@ def check_template(processing_class: Processor | None) -> None:
         name = getattr(processing_class, "name_or_path", "") or type(processing_class).__name__
         raise ChatTemplateError(
             f"You passed tools and the tokenizer {name!r}, whose chat template does not support tool calling: it has "
-            f"to render a user message, an assistant message with a call and the tool's result. Set "
-            f"`tokenizer.chat_template` to one that does, such as trl/chat_templates/qwen3.jinja."
+            "to render a user message, an assistant message with a call and the tool's result.",
+            remedy="Set `tokenizer.chat_template` to one that does, such as trl/chat_templates/qwen3.jinja.",
         )
 
 
@@ -81,9 +81,9 @@ def check_rendering(
         if reason is not None:
             raise ToolSchemaError(
                 f"The chat template cannot render the tool {tool.name!r}: {reason}. Its parameters are "
-                f"{json.dumps(tool.parameters)[:400]}. Write the schema in words that the template knows (one `type` "
-                f"for each property, and an `enum` of strings, are what all of them do), leave the tool out, or use "
-                f"another template."
+                f"{json.dumps(tool.parameters)[:400]}.",
+                remedy="Write the schema in words that the template knows (one `type` for each property, and an "
+                "`enum` of strings, are what all of them do), leave the tool out, or use another template.",
             )
         if hidden:
             logger.warning(
@@ -160,38 +160,25 @@ def warn_of_hidden_tools(renderer: PromptRenderer, tools: Sequence[Tool], rows: 
         )
 
 
-def check_forcing(args: ToolGRPOConfig, recording: bool, has_tools: bool, train_dataset: object = None) -> None:
+def check_forcing(args: ToolGRPOConfig, has_tools: bool, train_dataset: object = None) -> None:
     """
-    Check that forcing, where asked for, can act, and that training outlasts it; and that rollouts which are to be
-    deterministic are this package's own.
+    Check that forcing, where asked for, can act, and that training outlasts it.
 
     Args:
         args ([`ToolGRPOConfig`]):
             Configuration.
-        recording (`bool`):
-            Whether rollouts are this package's own.
         has_tools (`bool`):
-            Whether they have tools.
+            Whether rollouts have tools.
         train_dataset (`Dataset`, *optional*):
             What `num_train_epochs` counts.
 
     Raises:
-        ConfigError: for `force_rate` above 0 without tools or on a path that is not this package's, for a warm-up
-            longer than training, and for `deterministic_rollouts` with a `rollout_func`.
+        ConfigError: for `force_rate` above 0 without tools, and for a warm-up longer than training.
     """
-    if args.deterministic_rollouts and not recording:
-        raise ConfigError(
-            "You passed `deterministic_rollouts=True` with a `rollout_func`, whose noise is its own. Leave one out."
-        )
     if args.force_rate > 0 and not has_tools:
         raise ConfigError(
-            f"You passed `force_rate={args.force_rate}` without tools, so there is no call to force. Pass `tools` or "
-            f"an `environment_factory`, or leave `force_rate` at 0."
-        )
-    if (args.force_rate > 0 or args.assist_warmup_steps > 0) and not recording:
-        raise ConfigError(
-            "You passed `force_rate` or `assist_warmup_steps` with rollouts of TRL's own (`rollout_func` or "
-            "`record_sample_logprobs=False`), which do not know which tokens were forced. Leave them out."
+            f"You passed `force_rate={args.force_rate}` without tools, so there is no call to force.",
+            remedy="Pass `tools` or an `environment_factory`, or leave `force_rate` at 0.",
         )
     if args.assist_warmup_steps > 0 and args.max_steps < 0 and hasattr(train_dataset, "__len__"):
         steps = training_steps(args, len(train_dataset))
@@ -199,7 +186,8 @@ def check_forcing(args: ToolGRPOConfig, recording: bool, has_tools: bool, train_
             raise ConfigError(
                 f"You passed `assist_warmup_steps={args.assist_warmup_steps}`, but {args.num_train_epochs:g} epochs "
                 f"of {len(train_dataset)} rows are {steps} optimizer steps: the warm-up would be longer than "
-                f"training. Lower it, or train longer."
+                "training.",
+                remedy="Lower it, or train longer.",
             )
 
 
@@ -216,33 +204,3 @@ def training_steps(args: GRPOConfig, rows: int) -> int:
     rollout_batches = rows // (args.generation_batch_size // args.num_generations)
     micro_batches = rollout_batches * args.steps_per_generation * args.num_iterations
     return math.ceil(args.num_train_epochs * max(math.ceil(micro_batches / args.gradient_accumulation_steps), 1))
-
-
-def refuse_unrecorded(args: ToolGRPOConfig, whose: str) -> None:
-    """
-    Check that nothing is asked for that acts on recorded rollouts alone, where rollouts are TRL's own.
-
-    Args:
-        args ([`ToolGRPOConfig`]):
-            Configuration.
-        whose (`str`):
-            What makes them TRL's own, for the message.
-
-    Raises:
-        ConfigError: naming the option.
-    """
-    neutral: dict[str, object] = {
-        "sampler_correction": None,
-        "advantage_estimator": "group",
-        "deterministic_rollouts": False,
-        "force_rate": 0,
-        "assist_warmup_steps": 0,
-    }
-    if not args.use_vllm:  # which is TRL's own option
-        neutral["rollout_backend"] = "transformers"
-    for name, value in neutral.items():
-        if getattr(args, name) != value:
-            raise ConfigError(
-                f"You passed `{name}={getattr(args, name)!r}` with {whose}, whose rollouts are TRL's own. It acts on "
-                f"rollouts of this package alone. Leave one of them out."
-            )

@@ -55,8 +55,13 @@ class Mention:
     """Whether it is made of the tool's words in another order."""
     text: str
     """Where it was first found."""
-    excerpt: str
-    """That text around the name."""
+
+    @property
+    def excerpt(self) -> str:
+        """That text around the name."""
+        start = self.text.find(self.name)
+        begin, end = max(0, start - _EXCERPT), start + len(self.name) + _EXCERPT
+        return "..." * (begin > 0) + " ".join(self.text[begin:end].split()) + "..." * (end < len(self.text))
 
 
 def check_tool_names(
@@ -182,21 +187,21 @@ def find_mentions(
     for text in texts:
         names = set(_NAME.findall(text)) - known
         closest |= {name: _closest_tool(name, tools) for name in names - closest.keys()}
-        found = []
-        for name in sorted(filter(closest.get, names), key=text.find):
-            tool, reordered = closest[name] or ("", False)
-            start = _place_of_call(name, tool, reordered, text)
-            if start is not None:
-                found.append((name, tool, reordered, start))
-        for match in (match for pattern in _NEXT_TO_TOOL if "tool" in text for match in pattern.finditer(text)):
-            name = match["name"]
-            akin = _tool_sharing_words(name, tools) if match["quote"] or _LIKE_A_NAME.search(name) else None
-            if akin is not None:
-                found.append((name, akin, False, match.start("name")))
-        for name, tool, reordered, start in found:
-            if name not in known:
+        called_tools = {
+            match["name"]
+            for pattern in (_NEXT_TO_TOOL if "tool" in text else ())
+            for match in pattern.finditer(text)
+            if match["quote"] or _LIKE_A_NAME.search(match["name"])
+        }
+        for name in sorted((name for name in names if closest[name] or name in called_tools), key=text.find):
+            meant = closest[name]
+            if meant and not _is_called(name, *meant, text):
+                meant = None
+            if meant is None and name in called_tools and (tool := _tool_sharing_words(name, tools)):
+                meant = tool, False
+            if meant:
                 known.add(name)
-                yield Mention(name, tool, reordered, text, _excerpt(text, start, name))
+                yield Mention(name, *meant, text)
 
 
 def _tool_words(names: Iterable[str]) -> dict[str, list[str]]:
@@ -240,24 +245,15 @@ def _tool_sharing_words(name: str, tools: dict[str, list[str]]) -> str | None:
     return next(filter(shared.get, tools), None)
 
 
-def _place_of_call(name: str, tool: str, reordered: bool, text: str) -> int | None:
-    """Where a text first has a name in a way that likely means a tool."""
+def _is_called(name: str, tool: str, reordered: bool, text: str) -> bool:
+    """Whether a text has a name in a way that likely means a tool."""
     forms = [rf"`_*{re.escape(name)}_*[`(]"]
-    hyphenated = "-" in name and "-" not in tool
-    is_class = name[0].isupper() and not tool[0].isupper()
-    like_a_name = _LIKE_A_NAME.search(name) is not None
+    is_other = ("-" in name and "-" not in tool) or (name[0].isupper() and not tool[0].isupper())
     # Of three words and more, another order is no coincidence
-    if not (hyphenated or is_class) or (reordered and len(_words_of(name)) > 2):
-        called = "" if like_a_name else r"(?=\()"
-        forms.append(rf"{_NO_CODE_BEFORE}(?<!\w)_*{re.escape(name)}_*(?!\w){called}{_NO_CODE_AFTER}")
-    match = None if name.isupper() else re.search("|".join(forms), text)
-    return None if match is None else match.start()
-
-
-def _excerpt(text: str, start: int, identifier: str) -> str:
-    begin, end = max(0, start - _EXCERPT), start + len(identifier) + _EXCERPT
-    head, tail = "..." if begin > 0 else "", "..." if end < len(text) else ""
-    return head + " ".join(text[begin:end].split()) + tail
+    if not is_other or (reordered and len(_words_of(name)) > 2):
+        bracket = "" if _LIKE_A_NAME.search(name) else r"(?=\()"
+        forms.append(rf"{_NO_CODE_BEFORE}(?<!\w)_*{re.escape(name)}_*(?!\w){bracket}{_NO_CODE_AFTER}")
+    return not name.isupper() and re.search("|".join(forms), text) is not None
 
 
 def _messages(row: Row) -> list[Row]:

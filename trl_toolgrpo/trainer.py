@@ -23,7 +23,7 @@ from trl.trainer.utils import get_config_model_id
 from .assist import AssistedWarmup
 from .batch_position import micro_batches_of
 from .config import ToolGRPOConfig, default_values
-from .config_checks import idle_fields
+from .config_checks import idle_fields, refuse_unrecorded
 from .correction import SamplerCorrection, correction_line
 from .critic import Critic
 from .data_checks import check_best_metric, check_dataset, check_rows, named_datasets
@@ -69,7 +69,7 @@ from .rounding import Exact
 from .scoring import SharedPromptScoring
 from .scoring_trial import check_scoring
 from .sync import ReferenceSync, synced_by_us
-from .template_checks import check_forcing, check_template, refuse_unrecorded
+from .template_checks import check_forcing, check_template
 from .tools.environments import EnvironmentFailures, on_own_thread
 from .tools.execute import ToolExecutor
 from .tools.prompt import PromptTool
@@ -158,9 +158,9 @@ class ToolGRPOTrainer(
         check_has_values(args, model, reward_funcs)
         # Whether rollouts are this package's own; a `rollout_func` and multimodal models take TRL's way
         self._recording = args.record_sample_logprobs and rollout_func is None
-        check_forcing(args, self._recording, bool(tools or environment_factory or mcp_servers), train_dataset)
-        if rollout_func is not None:
-            refuse_unrecorded(args, "a `rollout_func`")
+        check_forcing(args, bool(tools or environment_factory or mcp_servers), train_dataset)
+        if not self._recording:
+            refuse_unrecorded(args, "`record_sample_logprobs=False`" if rollout_func is None else "a `rollout_func`")
         tools = self._start_servers(mcp_servers, tools, environment_factory)
         toolset = self._toolset = ToolSet(tools)
         self._executor = None

@@ -21,6 +21,7 @@ from torch import nn
 from trl import GRPOTrainer
 
 from .config import ToolGRPOConfig
+from .config_checks import refuse_unrecorded
 from .diagnostics import compute_dtype
 from .errors import ConfigError
 from .rollout.engine import RolloutEngine
@@ -28,7 +29,6 @@ from .rollout.policy_file import PolicyFile, adapter_problem, claim_folder, poli
 from .rollout.vllm_client import ServedEngine, model_shape
 from .rollout.vllm_engine import VLLMEngine, check_installed, engine_options
 from .rollout.vllm_sampler import TokenEngine, VLLMSampler
-from .template_checks import refuse_unrecorded
 
 
 logger = logging.getLogger(__name__)

@@ -451,9 +451,9 @@ def test_another_number_of_processes_is_taken_between_rollout_batches(runs, tmp_
     for step in (4, 5):
         folder = tmp_path / f"checkpoint-{step}"
         shutil.copytree(Path(runs("full").args.output_dir) / folder.name, folder)
-        record = json.loads((folder / "run.json").read_text())
+        record = json.loads((folder / "run_identity.json").read_text())
         record["layout"]["processes"] = 2
-        (folder / "run.json").write_text(json.dumps(record))
+        (folder / "run_identity.json").write_text(json.dumps(record))
         (folder / "manifest.json").unlink()
         publish(shutil.move(folder, tmp_path / UNFINISHED / folder.name), folder)
     with pytest.raises(CheckpointError, match=r"middle of a rollout batch.*processes \(value\): 2 .* 1 here.*of 4\."):
@@ -466,9 +466,9 @@ def test_another_number_of_processes_is_taken_between_rollout_batches(runs, tmp_
 def test_another_number_of_processes_is_refused_with_deepspeed(runs, tmp_path):
     folder = tmp_path / "checkpoint-4"
     shutil.copytree(Path(runs("full").args.output_dir) / folder.name, folder)
-    record = json.loads((folder / "run.json").read_text())
+    record = json.loads((folder / "run_identity.json").read_text())
     record["layout"]["processes"] = 2
-    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "run_identity.json").write_text(json.dumps(record))
     resumed = start(tmp_path, **SETTINGS["full"][1])
     resumed.is_deepspeed_enabled = True
     resumed._run = describe_run(resumed.args, resumed.model, resumed.train_dataset)
@@ -499,7 +499,7 @@ def test_a_checkpoint_of_the_model_alone_says_that_the_rest_begins_anew(tmp_path
 def test_batches_keep_their_size_with_other_processes(tmp_path, stored, own, expected):
     size, processes, steps, accumulated = stored
     layout = {"processes": processes, "steps_per_generation": steps, "gradient_accumulation_steps": accumulated}
-    (tmp_path / "run.json").write_text(json.dumps({"batch": {"generation_batch_size": size}, "layout": layout}))
+    (tmp_path / "run_identity.json").write_text(json.dumps({"batch": {"generation_batch_size": size}, "layout": layout}))
     micro_batch, world = own
     asked = SimpleNamespace(
         per_device_train_batch_size=micro_batch, world_size=world, generation_batch_size=micro_batch * world,
@@ -511,7 +511,7 @@ def test_batches_keep_their_size_with_other_processes(tmp_path, stored, own, exp
     if found:
         assert found["per_device_train_batch_size"] * world * found["steps_per_generation"] == size
         assert found["steps_per_generation"] * accumulated == found["gradient_accumulation_steps"] * steps
-    (tmp_path / "run.json").unlink()
+    (tmp_path / "run_identity.json").unlink()
     assert keep_batch_size(tmp_path, asked) == {}
 
 

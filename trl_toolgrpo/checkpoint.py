@@ -5,6 +5,7 @@ place, so that a process killed at any moment leaves the checkpoint before valid
 """
 
 import errno
+import itertools
 import json
 import logging
 import os
@@ -17,9 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from functools import wraps
 from pathlib import Path
-from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed.checkpoint.api import CheckpointException
@@ -106,8 +105,9 @@ def add_checksums(checkpoint: str | Path) -> None:
 
 
 def _write_manifest(folder: Path, checksums: bool) -> None:
-    files = {file.relative_to(folder).as_posix(): _measured(file, checksums) for file in _files(folder)}
-    write_json(folder / MANIFEST, {"files": files})
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    measured = {file.relative_to(folder).as_posix(): _measured(file, checksums) for file in files}
+    write_json(folder / MANIFEST, {"files": measured})
 
 
 def put_back(output_dir: Path) -> None:
@@ -157,13 +157,9 @@ def fault_of(folder: Path, checksums: bool = False) -> str | None:
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """Checkpoint folders of a run, newest first, whole or not."""
-    found = [
-        path
-        for path in Path(output_dir).glob(f"{PREFIX}*")
-        if path.is_dir() and path.name.removeprefix(PREFIX).isdigit()
-    ]
-    return sorted(found, key=_step, reverse=True)
+    """Return the checkpoint folders of a run, newest first, whole or not."""
+    named = [path for path in Path(output_dir).glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(filter(Path.is_dir, named), key=_step, reverse=True)
 
 
 def find_checkpoint(output_dir: str | Path, checksums: bool = False) -> Path | None:
@@ -182,9 +178,8 @@ def find_checkpoint(output_dir: str | Path, checksums: bool = False) -> Path | N
     """
     put_back(Path(output_dir))
     for path in sorted((Path(output_dir) / UNFINISHED).glob(f"*{PREFIX}*")):
-        if path.name.startswith(_REMOVED):
-            continue
-        logger.warning("Skipped %s: the run ended while it was written.", path)
+        if not path.name.startswith(_REMOVED):
+            logger.warning("Skipped %s: the run ended while it was written.", path)
     for path in checkpoints(output_dir):
         fault = fault_of(path, checksums)
         if fault is None:
@@ -292,9 +287,11 @@ def same_error(error: Exception | None, kind: type[ToolGRPOError] = CheckpointSa
         kind (`type[ToolGRPOError]`, *optional*):
             What to raise, by default [`CheckpointSaveError`].
     """
-    problems = [problem for problem in gather_object([None if error is None else str(error)]) if problem is not None]
+    own = None if error is None else (getattr(error, "message", str(error)), getattr(error, "remedy", ""))
+    problems = [problem for problem in gather_object([own]) if problem is not None]
     if problems:
-        raise kind(problems[0]) from error
+        message, remedy = problems[0]
+        raise kind(message, remedy=remedy) from error
 
 
 def _appears(file: Path) -> bool:
@@ -360,9 +357,8 @@ def move_aside(output_dir: Path, paths: Iterable[Path]) -> Path:
     Move files and folders of an output folder to a new folder of an earlier run in it, which is returned: all of them,
     or none where the disk refuses. What a kill leaves half moved is put back by the next run, see [`put_back`].
     """
-    number, taken = 1, {path.name.removeprefix(_MOVING) for path in output_dir.iterdir()}
-    while (name := f"{EARLIER}{number}") in taken:
-        number += 1
+    taken = {path.name.removeprefix(_MOVING) for path in output_dir.iterdir()}
+    name = next(name for number in itertools.count(1) if (name := f"{EARLIER}{number}") not in taken)
     folder, moving = output_dir / name, output_dir / f"{_MOVING}{name}"
     moving.mkdir()
     try:
@@ -436,23 +432,8 @@ def tolerated() -> Iterator[None]:
         refused.append(f"{type(error).__name__}: {error}")
 
 
-def tolerant(write: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that only writes, under [`tolerated`]."""
-
-    @wraps(write)
-    def written(*args: Any, **kwargs: Any) -> Any:
-        with tolerated():
-            return write(*args, **kwargs)
-
-    return written
-
-
 def _step(path: Path) -> int:
     return int(path.name.removeprefix(PREFIX))
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
 
 
 def _measured(file: Path, checksum: bool) -> dict[str, int]:

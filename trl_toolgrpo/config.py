@@ -10,7 +10,6 @@ import json
 import re
 from dataclasses import MISSING, dataclass, fields
 from types import MappingProxyType
-from typing import Any
 
 from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import GRPOConfig
@@ -18,6 +17,7 @@ from trl import GRPOConfig
 from .config_checks import CHOICES, check_counts, check_fields, check_types
 from .errors import ConfigError
 from .redaction import masked
+from .types import JSONObject
 
 
 @dataclass
@@ -205,9 +205,9 @@ class ToolGRPOConfig(GRPOConfig):
         check_fields(self, own_defaults)
         # No fields: they are in no dump of the configuration
         self._passed = passed
-        self._begun_with: dict[str, Any] | None = {name: getattr(self, name) for name in own_defaults}
+        self._begun_with: dict[str, object] | None = {name: getattr(self, name) for name in own_defaults}
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JSONObject:
         """
         The fields by name, as trackers get them, without secrets: `"[secret]"` stands for what is named for one
         at any depth, and of the logins of URLs.
@@ -254,7 +254,7 @@ class ToolGRPOConfig(GRPOConfig):
         return config  # type: ignore[return-value]
 
 
-def _describe_fields(kind: type) -> None:
+def _describe_fields(kind: type[GRPOConfig]) -> None:
     """Give each field that a class documents what the command line shows: that text, and its choices."""
     documented = re.findall(r"^ {4}(\w+) \(`.*:\n((?: {8}.*\n?)+)", inspect.getdoc(kind) or "", re.MULTILINE)
     for name, text in documented:
@@ -266,7 +266,7 @@ def _describe_fields(kind: type) -> None:
 _describe_fields(ToolGRPOConfig)
 
 
-def default_values(kind: Any = ToolGRPOConfig) -> dict[str, Any]:
+def default_values(kind: type[GRPOConfig] | GRPOConfig = ToolGRPOConfig) -> dict[str, object]:
     """
     Default of each field that can be passed to a class of configurations, made anew where it is mutable.
 
@@ -277,7 +277,7 @@ def default_values(kind: Any = ToolGRPOConfig) -> dict[str, Any]:
     return {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(kind) if f.init}
 
 
-def changed_fields(args: Any) -> dict[str, Any]:
+def changed_fields(args: GRPOConfig) -> JSONObject:
     """
     Return the fields of a configuration that were set (see [`set_fields`]) and differ from their defaults, by name in
     their order, as JSON data without secrets.
@@ -292,7 +292,7 @@ def changed_fields(args: Any) -> dict[str, Any]:
 
 
 # What the defaults of these fields, "none", "" and "auto", are written as at construction
-_WRITTEN_ANEW: dict[str, Any] = {"report_to": [], "debug": [], "pad_to_multiple_of": None}
+_WRITTEN_ANEW: dict[str, object] = {"report_to": [], "debug": [], "pad_to_multiple_of": None}
 
 
 def set_fields(args: GRPOConfig) -> set[str]:
@@ -314,7 +314,7 @@ def set_fields(args: GRPOConfig) -> set[str]:
     return {name for name, default in given.items() if getattr(args, name) != derived.get(name, default)}
 
 
-def derived_values(args: GRPOConfig) -> dict[str, Any]:
+def derived_values(args: GRPOConfig) -> dict[str, object]:
     """
     What TRL and transformers put into the fields of a configuration that were left alone.
 

@@ -6,7 +6,7 @@ Checks that need the model, the tokenizer or the data are made by the trainer.
 import json
 import math
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from numbers import Real
 from pathlib import Path
@@ -98,7 +98,20 @@ def field_types(kind: type) -> dict[str, object]:
     return hints | {name: hints[name] | None for name in _ALSO_NONE if name in hints}
 
 
-_TYPES = {bool: "true or false", int: "a whole number", float: "a number", dict: "a mapping", list: "a list"}
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+# Of each type of a field: what it is called, and what fits; a path is as good as its text
+_KINDS: dict[object, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("true or false", lambda value: value in (0, 1)),
+    int: ("a whole number", lambda value: _is_number(value) and float(value).is_integer()),
+    float: ("a number", _is_number),
+    dict: ("a mapping", lambda value: isinstance(value, Mapping)),
+    list: ("a list", lambda value: isinstance(value, list | tuple | set)),
+    str: ("text", lambda value: not isinstance(value, Mapping | list | tuple | set | None)),
+    types.NoneType: ("", lambda value: value is None),
+}
 
 
 def wrong_type(value: object, hint: object) -> str | None:
@@ -112,21 +125,10 @@ def wrong_type(value: object, hint: object) -> str | None:
             Annotation of the field. Of types other than numbers, truth values, text, lists and mappings nothing is
             said.
     """
-    kinds = _kinds(hint)
-    if not all(kind in (*_TYPES, str, type(None)) for kind in kinds):
+    kinds = _members(hint)
+    if not all(kind in _KINDS for kind in kinds) or any(_KINDS[kind][1](value) for kind in kinds):
         return None
-    fits = {
-        type(None): lambda: value is None,
-        bool: lambda: value in (0, 1),
-        int: lambda: isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer(),
-        float: lambda: isinstance(value, Real) and not isinstance(value, bool),
-        dict: lambda: isinstance(value, Mapping),
-        list: lambda: isinstance(value, list | tuple | set),
-        str: lambda: not isinstance(value, Mapping | list | tuple | set | None),  # a path is as good as its text
-    }
-    if any(fits[kind]() for kind in kinds):
-        return None
-    return " or ".join(_TYPES.get(kind, "text") for kind in kinds if kind is not type(None))
+    return " or ".join(filter(None, (_KINDS[kind][0] for kind in kinds)))
 
 
 def as_whole(value: object, hint: object) -> object:
@@ -137,11 +139,11 @@ def as_whole(value: object, hint: object) -> object:
         value, hint:
             As in [`wrong_type`], which has found nothing wrong.
     """
-    is_other = isinstance(value, Real) and not isinstance(value, int)
-    return int(value) if is_other and set(_kinds(hint)) - {type(None)} == {int} else value
+    takes_int = set(_members(hint)) - {type(None)} == {int}
+    return math.trunc(value) if takes_int and isinstance(value, Real) and not isinstance(value, int) else value
 
 
-def _kinds(hint: object) -> list[object]:
+def _members(hint: object) -> list[object]:
     members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return [get_origin(member) or member for member in members]
 
@@ -157,12 +159,13 @@ def check_types(config: Config) -> None:
     Raises:
         ConfigError: for a text where a number, a truth value or a mapping should be, and the like.
     """
-    for name, hint in field_types(type(config)).items():
+    kind: type = type(config)
+    for name, hint in field_types(kind).items():
         if not hasattr(config, name):
             continue
         value = getattr(config, name)
         wanted = wrong_type(value, hint)
-        if value is None and name in GRPOConfig.__dataclass_fields__ and not {int, float}.intersection(_kinds(hint)):
+        if value is None and name in GRPOConfig.__dataclass_fields__ and not {int, float}.intersection(_members(hint)):
             wanted = None  # as good as False, and of texts the choices say it
         if isinstance(value, str | Real) and name in _MAPPINGS and not _is_json_object(str(value)):
             wanted = "a mapping, such as {'key': value}, or its JSON text"
@@ -368,7 +371,7 @@ _ENGINE = {  # what `python -m trl_toolgrpo.serve` is told instead
 
 def idle_fields(config: Config, defaults: dict[str, object]) -> dict[str, str]:
     """
-    Fields of TRL's that were set and have no effect on a recorded run, each with the reason.
+    Return the fields of TRL's that were set and have no effect on a recorded run, each with the reason.
 
     What would make other rollouts or other updates than TRL's is refused by [`check_fields`]; these fields only say
     how a part of TRL's that is not in use does its work.
@@ -379,20 +382,19 @@ def idle_fields(config: Config, defaults: dict[str, object]) -> dict[str, str]:
         defaults (`dict[str, object]`):
             Default of each of its fields.
     """
-    idle: dict[str, str] = {}
-    extra = config.generation_kwargs if isinstance(config.generation_kwargs, dict) else {}
     own_cache = "the sampler keeps keys and values in a cache of its own, which `rollout_cache_gib` bounds"
-    idle["cache_implementation"] = own_cache
-    if extra.get("cache_implementation") is not None:
+    idle = {
+        "cache_implementation": own_cache,
+        "use_transformers_continuous_batching": "the sampler batches by itself",
+        "use_transformers_paged": "the sampler batches by itself",
+        "transformers_continuous_batching_config": "the sampler batches by itself",
+        "vllm_group_port": "the policy is sent to a server through its own port, without a process group",
+    }
+    if isinstance(config.generation_kwargs, dict) and config.generation_kwargs.get("cache_implementation") is not None:
         idle["generation_kwargs: cache_implementation"] = own_cache
-    for name in (
-        "use_transformers_continuous_batching", "use_transformers_paged", "transformers_continuous_batching_config"
-    ):  # fmt: skip
-        idle[name] = "the sampler batches by itself"
     if config.advantage_estimator == "gae":
-        for name in ("scale_rewards", "multi_objective_aggregation"):
-            idle[name] = "advantages of `advantage_estimator='gae'` are estimated from rewards and whitened"
-    idle["vllm_group_port"] = "the policy is sent to a server through its own port, without a process group"
+        whitened = "advantages of `advantage_estimator='gae'` are estimated from rewards and whitened"
+        idle |= {"scale_rewards": whitened, "multi_objective_aggregation": whitened}
     of_vllm = [name for name in defaults if name.startswith("vllm_")]
     corrections = [name for name in of_vllm if name.startswith("vllm_importance_sampling_")]
     if config.rollout_backend != "vllm":
@@ -520,28 +522,27 @@ def _check_recording(config: Config) -> None:
             f"You passed `temperature={config.temperature}` while `record_sample_logprobs=True`. Tokens are sampled "
             f"and scored under the softmax of logits / temperature, which needs a temperature above 0."
         )
-    extra = config.generation_kwargs if isinstance(config.generation_kwargs, dict) else {}
     options = {name: getattr(config, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
-    for source, given in (("", options), ("generation_kwargs: ", extra)):
-        for name, value in given.items():
-            if name in _NEUTRAL and value not in _NEUTRAL[name]:
-                raise ConfigError(
-                    f"You passed `{source}{name}={value}` while `record_sample_logprobs=True`. The trainer scores "
-                    "the full softmax of logits / temperature, so a sampler that truncates or reshapes it biases "
-                    "every ratio by the mass it cuts off.",
-                    remedy=f"Leave `{name}` at its neutral value ({_NEUTRAL[name][-1]}), or set "
-                    "`record_sample_logprobs=False` for TRL's own path.",
-                )
-    for name, value in extra.items():
+    extra = config.generation_kwargs if isinstance(config.generation_kwargs, dict) else {}
+    for label, value in (options | {f"generation_kwargs: {name}": value for name, value in extra.items()}).items():
+        name = label.removeprefix("generation_kwargs: ")
+        if name in _NEUTRAL and value not in _NEUTRAL[name]:
+            raise ConfigError(
+                f"You passed `{label}={value}` while `record_sample_logprobs=True`. The trainer scores the full "
+                "softmax of logits / temperature, so a sampler that truncates or reshapes it biases every ratio by "
+                "the mass it cuts off.",
+                remedy=f"Leave `{name}` at its neutral value ({_NEUTRAL[name][-1]}), or set "
+                "`record_sample_logprobs=False` for TRL's own path.",
+            )
         if name == "temperature" and value != config.temperature:
             raise ConfigError(
-                f"You passed `generation_kwargs: temperature={value}` while `temperature={config.temperature}`. "
-                "Tokens have to be sampled at the temperature they are scored at.",
+                f"You passed `{label}={value}` while `temperature={config.temperature}`. Tokens have to be sampled "
+                "at the temperature they are scored at.",
                 remedy="Set `temperature` alone.",
             )
-        if name not in _NEUTRAL and name not in ("temperature", "cache_implementation"):
+        if name not in (*_NEUTRAL, "temperature", "cache_implementation"):
             raise ConfigError(
-                f"You passed `generation_kwargs: {name}={value}` while `record_sample_logprobs=True`. The recording "
-                "sampler does not read it.",
+                f"You passed `{label}={value}` while `record_sample_logprobs=True`. The recording sampler does not "
+                "read it.",
                 remedy="Remove it, or set `record_sample_logprobs=False` for TRL's own path.",
             )

@@ -3,11 +3,11 @@
 import json
 import secrets
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from .errors import ToolSchemaError
-from .prompt_checks import PromptRenderer
+from .prompt_checks import Prompt, PromptRenderer
 from .rollout.control_tokens import ControlTokens
+from .types import JSONSchema, JSONValue, Message
 
 
 KEPT = 1024
@@ -31,13 +31,13 @@ class InertPrompts:
         self._control = control
         self._renderer = renderer
         self._mark = f"x{secrets.token_hex(8)}"
-        self._marked: dict[str, Any] = {}  # schemas by their JSON
+        self._marked: dict[str, JSONSchema] = {}  # schemas by their JSON
 
     def mark(self, text: str) -> str:
         """A text with marks for [`InertPrompts.encode`], where it has to be cut."""
         return self._control.marked(text, self._mark)
 
-    def schemas(self, tools: Sequence[dict[str, Any]]) -> list[Any]:
+    def schemas(self, tools: Sequence[JSONSchema]) -> list[JSONSchema]:
         """
         Schemas whose texts (names, descriptions, keys, allowed values) have marks where they have to be cut.
 
@@ -55,7 +55,7 @@ class InertPrompts:
             found.append(self._marked[key])
         return found
 
-    def encode(self, prompt: list[dict[str, Any]], schemas: Sequence[dict[str, Any]]) -> list[int] | None:
+    def encode(self, prompt: list[Message], schemas: Sequence[JSONSchema]) -> list[int] | None:
         """
         Tokens of a prompt that the policy continues.
 
@@ -87,7 +87,7 @@ class InertPrompts:
         return text.replace(self._mark, "")
 
 
-def with_observation(given: Any, prompt: Any, change: Callable[[str], str]) -> Any:
+def with_observation(given: Prompt | None, prompt: Prompt, change: Callable[[str], str]) -> Prompt:
     """
     Return a prompt with what the `reset` of its environment said changed: TRL adds it to the last message.
 
@@ -101,12 +101,12 @@ def with_observation(given: Any, prompt: Any, change: Callable[[str], str]) -> A
     """
     if not isinstance(prompt, list) or not prompt:
         return prompt
-    before: Any = (given[-1].get("content") if given else None) or ""
-    now: Any = prompt[-1].get("content") or ""
+    before = (given[-1].get("content") if isinstance(given, list) and given else None) or ""
+    now = prompt[-1].get("content") or ""
     if now == before:
         return prompt
     if isinstance(now, str):
-        content: Any = before + change(now[len(before) :])
+        content = before + change(now[len(before) :])
     else:
         count = len(before) if isinstance(before, list) else 1  # TRL makes a part of a text
         said = [{**part, "text": change(part["text"])} if "text" in part else part for part in now[count:]]
@@ -114,7 +114,7 @@ def with_observation(given: Any, prompt: Any, change: Callable[[str], str]) -> A
     return [*prompt[:-1], {**prompt[-1], "content": content}]
 
 
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+def _mapped(value: JSONValue, change: Callable[[str], str]) -> JSONValue:
     """Data with each of its texts changed, keys included."""
     if isinstance(value, str):
         return change(value)

@@ -1,9 +1,11 @@
 """Reading a model's configuration, whichever family it is of: settings that vary over layers, and what layers keep."""
 
-from typing import Any
+from transformers import PretrainedConfig
+
+from .types import JSONValue
 
 
-def model_setting(config: Any, name: str, default: Any = None) -> Any:
+def model_setting(config: PretrainedConfig, name: str, default: JSONValue = None) -> JSONValue:
     """
     Return a setting of a model's configuration.
 
@@ -15,11 +17,11 @@ def model_setting(config: Any, name: str, default: Any = None) -> Any:
             Configuration of a model, or of its text model.
         name (`str`):
             The setting.
-        default (`Any`, *optional*):
+        default (`object`, *optional*):
             What to return if the configuration has no such setting.
 
     Returns:
-        `Any`: the value; a list with the value of each layer where they differ.
+        `object`: the value; a list with the value of each layer where they differ.
     """
     try:
         value = getattr(config, name, default)
@@ -29,13 +31,13 @@ def model_setting(config: Any, name: str, default: Any = None) -> Any:
     return [getattr(layer, name, default) for layer in layers] if _varies(layers, name, value) else value
 
 
-def layer_settings(config: Any, name: str, default: Any = None) -> list[Any]:
+def layer_settings(config: PretrainedConfig, name: str, default: JSONValue = None) -> list[JSONValue]:
     """Return [`model_setting`] for each layer of a text model, whether or not they differ."""
     value = model_setting(config, name, default)
     return list(value) if isinstance(value, (list, tuple)) else [value] * config.num_hidden_layers
 
 
-def stored_values(config: Any) -> int:
+def stored_values(config: PretrainedConfig) -> int:
     """
     Return how many numbers a cache of keys and values keeps for one token, over all layers.
 
@@ -64,7 +66,7 @@ def stored_values(config: Any) -> int:
 _ATTENTION = ("attention", "hybrid")
 
 
-def _keeps_tokens(config: Any, layer: int) -> bool:
+def _keeps_tokens(config: PretrainedConfig, layer: int) -> bool:
     """Whether a layer keeps keys and values of its own."""
     kinds = model_setting(config, "layer_types") or model_setting(config, "layers_block_type")
     sharing = model_setting(config, "kv_sharing_modes")
@@ -73,10 +75,10 @@ def _keeps_tokens(config: Any, layer: int) -> bool:
     return attends and not (sharing and sharing[layer] == "reuse")
 
 
-def _own_configs(config: Any) -> list[Any]:
+def _own_configs(config: PretrainedConfig) -> list[PretrainedConfig]:
     """Configurations of the layers where they are not all the same."""
     return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else []
 
 
-def _varies(layers: list[Any], name: str, value: Any) -> bool:
+def _varies(layers: list[PretrainedConfig], name: str, value: JSONValue) -> bool:
     return any(getattr(layer, name, value) != value for layer in layers)

@@ -65,7 +65,7 @@ def _adapter_parameters(model: nn.Module) -> dict[int, tuple[str, bool]]:
         off = getattr(module, "disable_adapters", False) is True or bool(getattr(module, "merged_adapters", ()))
         for table in getattr(module, "adapter_layer_names", ()):
             for adapter, layer in getattr(getattr(module, table, None), "items", dict)():
-                used = not off and adapter in module.active_adapters
+                used = not off and adapter in getattr(module, "active_adapters", ())
                 own = layer.parameters() if isinstance(layer, nn.Module) else (layer,)
                 found.update({id(parameter): (adapter, used) for parameter in own})
     return found
@@ -110,7 +110,7 @@ def check_policy_is_trained(model: nn.Module) -> None:
     else:
         reason = f"no parameter of the adapter {', '.join(map(repr, active))} requires a gradient"
         remedy = f"Call `model.set_adapter({active[0]!r})`, which makes it trainable, or pass a `peft_config`."
-    raise ConfigError(f"{start}{reason}, and the base model is frozen. {remedy}")
+    raise ConfigError(f"{start}{reason}, and the base model is frozen.", remedy=remedy)
 
 
 def check_head(model: PreTrainedModel | PeftModel) -> None:

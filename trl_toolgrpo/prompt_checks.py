@@ -4,7 +4,7 @@ import heapq
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
@@ -13,7 +13,7 @@ from .errors import DatasetError
 from .rollout.prompt_messages import PromptMessages
 from .shown_in_prompts import Part, hidden_messages, message_kind
 from .tools.types import Tool
-from .types import JSONSchema, JSONValue, Message
+from .types import JSONObject, JSONSchema, JSONValue, Message
 
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class PromptRenderer:
         processing_class: Processor,
         schemas: Sequence[JSONSchema] = (),
         chat_template: str | None = None,
-        kwargs: Mapping[str, object] | None = None,
+        kwargs: JSONObject | None = None,
     ):
         self.processing_class = processing_class
         self.is_processor = isinstance(processing_class, ProcessorMixin)
@@ -66,16 +66,16 @@ class PromptRenderer:
         """
         if self.is_processor:
             prompt = prepare_multimodal_messages(prompt)
-        tools = self.schemas if schemas is None else list(schemas)
-        rendered: str = self.processing_class.apply_chat_template(
+        tools = self.schemas if schemas is None else schemas
+        rendered = self.processing_class.apply_chat_template(
             prompt,
-            tools=tools or None,
+            tools=[*tools] or None,
             chat_template=self.chat_template,
             add_generation_prompt=True,
             tokenize=False,
             **self.kwargs,
         )
-        return rendered
+        return cast(str, rendered)
 
     def length(self, prompt: Prompt, schemas: Sequence[JSONSchema] | None = None) -> int:
         """
@@ -154,7 +154,7 @@ def check_prompts(
         try:
             prompt = messages.rewritten(prompt, tools)
         except DatasetError as error:
-            raise DatasetError(f"`{name}`, row {row}: {error}.") from None
+            raise DatasetError(f"`{name}`, row {row}: {error.message.rstrip('.')}.", remedy=error.remedy) from None
         kinds = [None, *(message_kind(m) if isinstance(m, dict) else type(m) for m in prompt), None]
         pairs = set(itertools.pairwise(kinds))
         if pairs <= seen:
@@ -164,7 +164,8 @@ def check_prompts(
             if part.needed:
                 raise DatasetError(
                     f"`{name}`, row {row}: the chat template does not show {part.words}, so the policy would never "
-                    f"read it. {_remedy(prompt)}"
+                    "read it.",
+                    remedy=_remedy(prompt),
                 )
             if part.words.partition(" of message")[0] not in warned:
                 warned.add(part.words.partition(" of message")[0])

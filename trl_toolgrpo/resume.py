@@ -17,10 +17,15 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, save_fsdp_model, save_fsdp_optimizer
+from datasets import Dataset
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel
 from transformers.trainer import SCHEDULER_NAME, get_fsdp_ckpt_kwargs
+from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
 from .batch_position import batch_in_use, micro_batches_of
@@ -39,33 +44,37 @@ from .checkpoint import (
     put_back,
     same_error,
     set_aside,
-    tolerant,
     tolerated,
     why_not_writable,
 )
 from .config import ToolGRPOConfig
 from .diagnostics import RatioStatistics
 from .errors import CheckpointError, CheckpointSaveError
-from .identity import RUN, describe_run, differences, division
+from .identity import IDENTITY, describe_run, differences, matching_batch_sizes
 from .reference import SyncReport
+from .run_files import RUN
+from .types import Batch, JSONObject
 
 
 logger = logging.getLogger(__name__)
+
+# What a checkpoint restores also where the rollout batch is divided over other processes
+_ALWAYS_RESUMED = ("step", "carried", "packs", "unmoved")
 
 
 class ExactResume(GRPOTrainer):
     """Part of [`ToolGRPOTrainer`]: checkpoints that are whole, and from which a run goes on as if it had not ended."""
 
     args: ToolGRPOConfig
-    model: Any
+    model: PreTrainedModel | PeftModel
     _ratio: RatioStatistics
     _carried: dict[str, float]
     _forced_shares: list[float]
     _packs: bool | None
     _unmoved: bool
     _sync_report: SyncReport | None
-    _run: dict[str, Any]  # description of this run
-    _source: dict[str, Any] | None = None  # that of the run that wrote the checkpoint
+    _run: JSONObject  # description of this run
+    _source: JSONObject | None = None  # that of the run that wrote the checkpoint
     _staging: Path | None = None
     _push_later = False
     _rescue: Callable[[], str]  # of `hub.py`
@@ -75,7 +84,7 @@ class ExactResume(GRPOTrainer):
     _train_sampler: Any = None
     _unlogged: tuple[Tensor, int] | None = None
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
         TRL's training. Resumed from a checkpoint it goes on exactly there, in the middle of a rollout batch too; a new
         run first moves all that an earlier one has left in `output_dir` to a folder `earlier-run-1` there.
@@ -139,45 +148,37 @@ class ExactResume(GRPOTrainer):
 
     # Which checkpoint
 
-    def _whole_checkpoint(self, asked_for: str | bool) -> str:
-        """The checkpoint to go on from; the main process looks, so that all take the same."""
-        found: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                found[0] = self._look_up(asked_for)
-            except CheckpointError as error:
-                found[1] = str(error)
-        folder, problem = broadcast_object_list(found)
-        if problem is not None:
-            raise CheckpointError(problem)
-        return folder
-
-    def _look_up(self, asked_for: str | bool) -> str:
-        if not isinstance(asked_for, bool):
-            check_whole(asked_for)
-            return str(asked_for)
-        folder = find_checkpoint(str(self.args.output_dir))
-        if folder is None:
-            raise CheckpointError(
-                "You passed `resume_from_checkpoint=True`. No valid checkpoint found in output directory "
-                f"({self.args.output_dir}).",
-                remedy="Leave it out to start from the beginning.",
-            )
-        return str(folder)
+    def _whole_checkpoint(self, wanted: str | bool) -> str:
+        """Return the checkpoint to resume from; the main process looks, so that all take the same."""
+        folder, problem = None, None
+        try:
+            if self.accelerator.is_main_process:
+                folder = find_checkpoint(str(self.args.output_dir)) if isinstance(wanted, bool) else wanted
+                if folder is None:
+                    raise CheckpointError(
+                        "You passed `resume_from_checkpoint=True`. No valid checkpoint found in output directory "
+                        f"({self.args.output_dir}).",
+                        remedy="Leave it out to start from the beginning.",
+                    )
+                check_whole(folder)
+        except CheckpointError as error:
+            problem = error
+        same_error(problem, CheckpointError)
+        return broadcast_object_list([str(folder)])[0]
 
     def _check_same_run(self, folder: Path) -> None:
-        if not (folder / RUN).is_file():
+        if not (folder / IDENTITY).is_file():
             logger.warning(
                 "%s was not written by this trainer: the rollout batch it was in the middle of, if any, is lost.",
                 folder,
             )
             return
-        source = self._source = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        source = self._source = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
         sections = ("model", "adapter", "dataset", "batch")
         pairs = ((section, source[section], self._run[section]) for section in sections)
         found = [f"{section}: {text}" for section, theirs, ours in pairs for text in differences(theirs, ours)]
         if found:
-            same = [f"`{name}={value}`" for name, value in division(source, self.args).items()]
+            same = [f"`{name}={value}`" for name, value in matching_batch_sizes(source, self.args).items()]
             hint = f" Here {', '.join(same)} make batches of its size." if same else ""
             raise CheckpointError(
                 f"You resume from {folder}, which belongs to another run. {'; '.join(found)}.",
@@ -210,18 +211,21 @@ class ExactResume(GRPOTrainer):
 
     # Saving
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """TRL's checkpoint and what is needed to go on exactly, published when all of it is on disk."""
         run_dir = Path(self._get_output_dir(trial))
         target = run_dir / f"{PREFIX}{self.state.global_step}"
         best = self.state.best_model_checkpoint
         self._staging, self._push_later = run_dir / UNFINISHED, False
         staged = self._staging / target.name
+        parts = (
+            lambda: self._make_room(run_dir),
+            lambda: staged.mkdir(parents=True, exist_ok=True),
+            lambda: self._write_checkpoint(model, trial, staged, target),
+            lambda: self._publish_checkpoint(staged, target),
+        )
         try:
-            problems = attempt(lambda: self._make_room(run_dir))
-            problems = problems or attempt(lambda: staged.mkdir(parents=True, exist_ok=True))
-            problems = problems or attempt(lambda: self._write_checkpoint(model, trial, staged, target))
-            problems = problems or attempt(lambda: self._publish_checkpoint(staged, target))
+            problems = next(filter(None, map(attempt, parts)), [])
         finally:
             self._staging = None
         if problems:
@@ -246,7 +250,7 @@ class ExactResume(GRPOTrainer):
             check_parts(staged, self.accelerator.num_processes)
             publish(staged, target)
 
-    def _write_checkpoint(self, model: Any, trial: Any, staged: Path, target: Path) -> None:
+    def _write_checkpoint(self, model: nn.Module, trial: object, staged: Path, target: Path) -> None:
         with self._deepspeed_tolerated(staged):
             super()._save_checkpoint(model, trial)
         tensors, record = self._progress()
@@ -255,7 +259,7 @@ class ExactResume(GRPOTrainer):
         if not self.args.should_save:
             return
         about = {**self._run, "in_batch": batch_in_use(self), "only_model": self.args.save_only_model}
-        (staged / RUN).write_text(json.dumps(about, indent=1), encoding="utf-8")
+        (staged / IDENTITY).write_text(json.dumps(about, indent=1), encoding="utf-8")
         if self.state.best_model_checkpoint == str(staged):  # TRL looked for it where it is written
             self.state.best_model_checkpoint = str(target)
             self.state.save_to_json(str(staged / "trainer_state.json"))
@@ -275,7 +279,7 @@ class ExactResume(GRPOTrainer):
             engine.save_checkpoint = partial(engine.save_checkpoint, save_latest=False)
             stack.callback(delattr, engine, "save_checkpoint")
             for owner, name in [*writers, (engine, "_copy_recovery_script")]:
-                setattr(owner, name, tolerant(getattr(owner, name)))
+                setattr(owner, name, tolerated()(getattr(owner, name)))
                 stack.callback(delattr, owner, name)
             yield
         if self.args.should_save and not self.args.save_only_model:
@@ -283,9 +287,12 @@ class ExactResume(GRPOTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled:  # see above
-            return super()._save_optimizer_and_scheduler(output_dir)
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
         if not self.is_fsdp_enabled:
-            return tolerant(super()._save_optimizer_and_scheduler)(output_dir)
+            with tolerated():
+                super()._save_optimizer_and_scheduler(output_dir)
+            return
         # TRL's calls for FSDP: each gathers from all processes first, then writes
         plugin = self.accelerator.state.fsdp_plugin
         with tolerated():
@@ -298,10 +305,12 @@ class ExactResume(GRPOTrainer):
                 torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _save_scaler(self, output_dir: str) -> None:
-        tolerant(super()._save_scaler)(output_dir)
+        with tolerated():
+            super()._save_scaler(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        tolerant(super()._save_rng_state)(output_dir)
+        with tolerated():
+            super()._save_rng_state(output_dir)
 
     def _report_unsaved(self, target: Path, problem: str) -> None:
         """The run goes on without a checkpoint; only at its end there is no later one to hope for."""
@@ -321,7 +330,7 @@ class ExactResume(GRPOTrainer):
             )
         logger.error("%s The run goes on, and tries again at the next checkpoint.", message)
 
-    def _get_output_dir(self, trial: Any) -> str:
+    def _get_output_dir(self, trial: object) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -332,23 +341,19 @@ class ExactResume(GRPOTrainer):
 
     # Progress
 
-    def _progress(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _progress(self) -> tuple[dict[str, Tensor], JSONObject]:
         """Tensors, and plain values, that say where this process is in the run."""
         tensors = {f"ratio/{name}": tensor for name, tensor in self._ratio.state().items()}
         tensors["loss"] = self._tr_loss
-        batches: list[dict[str, Any]] = []
+        batches: list[Batch] = []
         for index, batch in enumerate(self._buffered_inputs or () if batch_in_use(self) else ()):
             batches.append({name: value for name, value in batch.items() if not isinstance(value, Tensor)})
             tensors |= {f"batch/{index}/{name}": value for name, value in batch.items() if isinstance(value, Tensor)}
         record = {
-            "step": self._step,
+            **{name: getattr(self, f"_{name}") for name in (*_ALWAYS_RESUMED, "forced_shares")},
             "batches": batches,
             "metrics": self._metrics["train"],
             "last_logged": self._globalstep_last_logged,
-            "carried": self._carried,
-            "forced_shares": self._forced_shares,
-            "packs": self._packs,
-            "unmoved": self._unmoved,
             "sync_report": asdict(self._sync_report) if self._sync_report is not None else None,
         }
         return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, record
@@ -366,16 +371,16 @@ class ExactResume(GRPOTrainer):
         with safe_open(file, "pt") as stored:
             record = json.loads((stored.metadata() or {})["progress"])
             tensors = {name: stored.get_tensor(name).to(self.accelerator.device) for name in stored.keys()}  # noqa: SIM118
-        self._carried, self._packs, self._unmoved = record["carried"], record["packs"], record["unmoved"]
+        for name in _ALWAYS_RESUMED:
+            setattr(self, f"_{name}", record[name])
         report = record["sync_report"]
         self._sync_report = None if report is None else SyncReport(**report)
-        self._step = record["step"]
         if not same:  # between two rollout batches, of which there were as many
             passes = (self._source["layout"]["steps_per_generation"] or 1) * self._source["batch"]["num_iterations"]
             self._step = self._step // passes * micro_batches_of(self.args)
             return
         self._metrics["train"] = defaultdict(list, record["metrics"])
-        self._forced_shares = record.get("forced_shares", [])  # versions before did not count them
+        self._forced_shares = record.get("forced_shares", [])  # earlier versions did not count them
         self._ratio.load({n.removeprefix("ratio/"): t for n, t in tensors.items() if n.startswith("ratio/")})
         self._unlogged = tensors["loss"], record["last_logged"]
         if record["batches"]:
@@ -400,7 +405,7 @@ class ExactResume(GRPOTrainer):
             self._tr_loss, self._unlogged = self._tr_loss + loss, None
         super()._run_epoch(*args, **kwargs)
 
-    def _get_train_sampler(self, dataset: Any = None) -> Any:
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler[int]:
         self._train_sampler = super()._get_train_sampler(dataset)
         return self._train_sampler
 

@@ -7,19 +7,20 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from trl import GRPOConfig
 from trl.chat_template_utils import supports_tool_calling
 
+from .batch_position import micro_batches_of
 from .config import ToolGRPOConfig
 from .errors import ChatTemplateError, ConfigError, ToolSchemaError
 from .prompt_checks import Processor, PromptRenderer, message_texts
 from .shown_in_prompts import Part, hidden_parts
 from .tools.schema_forms import plain_form
 from .tools.types import Tool
-from .types import JSONValue, Row
+from .types import JSONObject, JSONValue, Row
 
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def check_template(processing_class: Processor | None) -> None:
 
 
 def check_rendering(
-    processing_class: Processor, tools: Sequence[Tool], chat_template: str | None, kwargs: Mapping[str, object] | None
+    processing_class: Processor, tools: Sequence[Tool], chat_template: str | None, kwargs: JSONObject | None
 ) -> None:
     """
     Check that a chat template can show each tool to the policy; what it leaves out of a tool that can be called
@@ -103,9 +104,7 @@ def _garbled(text: str, schema: JSONValue) -> str | None:
     return next((found for part in inner if (found := _garbled(text, part)) is not None), None)
 
 
-def shown_tool(
-    processing_class: Processor, tool: Tool, chat_template: str | None, kwargs: Mapping[str, object] | None
-) -> Tool:
+def shown_tool(processing_class: Processor, tool: Tool, chat_template: str | None, kwargs: JSONObject | None) -> Tool:
     """
     Return a tool as the prompt should show it: as it is, or with its schema written in plainer words that mean the
     same, where a chat template does not know those of the schema.
@@ -201,6 +200,6 @@ def training_steps(args: GRPOConfig, rows: int) -> int:
         rows (`int`):
             Rows of the training dataset.
     """
-    rollout_batches = rows // (args.generation_batch_size // args.num_generations)
-    micro_batches = rollout_batches * args.steps_per_generation * args.num_iterations
+    rollout_batches = rows // ((args.generation_batch_size or 1) // (args.num_generations or 1))
+    micro_batches = rollout_batches * micro_batches_of(args)
     return math.ceil(args.num_train_epochs * max(math.ceil(micro_batches / args.gradient_accumulation_steps), 1))

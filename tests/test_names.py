@@ -133,7 +133,7 @@ def test_known_identifiers_are_not_tools():
     assert found("the column `weather_get`", known=["weather_get"]) == []
 
 
-def test_columns():
+def test_tool_columns_name_only_tools():
     check_tool_columns(["add", "max"], TOOLS)
     with pytest.raises(ToolNameError, match="`weather`, which does not exist; did you mean `get_weather`"):
         check_tool_columns(["add", "weather"], TOOLS)
@@ -206,7 +206,7 @@ REORDERED, RESPELLED = "Use slack_send_message to post it.", "Use sendSlackMessa
         ("off", "system", REORDERED, None),
     ],
 )
-def test_what_a_slip_comes_to(tokenizer, tmp_path, caplog, check, role, text, outcome):
+def test_a_slip_is_an_error_or_a_warning_by_option(tokenizer, tmp_path, caplog, check, role, text, outcome):
     if outcome == "error":
         with pytest.raises(ToolNameError, match=rf"`train_dataset`, row 0: a {role} message .*tool_mention_check"):
             construct(tokenizer, tmp_path, asked(role, text), check)

@@ -56,7 +56,7 @@ class At(TrainerCallback):
 
 
 @pytest.mark.parametrize("name", sorted(errno.errorcode.values()))
-def test_only_a_full_read_only_or_broken_disk_is_one(name):
+def test_storage_failures_are_told_from_other_errors(name):
     number = getattr(errno, name)
     disk = number in {getattr(errno, refusal) for refusal in REFUSALS}
     assert is_storage_failure(OSError(number, os.strerror(number))) == disk
@@ -73,7 +73,7 @@ def test_only_a_full_read_only_or_broken_disk_is_one(name):
     ],
     ids=repr,
 )  # fmt: skip
-def test_an_error_of_the_program_is_none_of_the_disk(error):
+def test_an_error_of_the_program_is_no_storage_failure(error):
     assert not is_storage_failure(error)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint folders that are whole or not there: how one is published, checked, found and cleared away.
+"""Checkpoint folders that are whole or absent: how one is published, checked, found and removed.
 
 A checkpoint is written under `_unfinished`, listed with its sizes in a manifest, flushed to disk and renamed into
 place, so that a process killed at any moment leaves the checkpoint before valid.
@@ -47,7 +47,7 @@ _STORAGE_TEXT = re.compile(
     "|".join([*(rf"\(os error {number}\)|{re.escape(os.strerror(number))}" for number in _STORAGE)])
     + r"|inline_container\.cc.*unexpected pos|PytorchStreamWriter failed.*file write failed|iostream\S* error"
 )
-# What says that there was a run in an output folder, and what it has left there, besides checkpoints
+# What says that there was a run in an output folder, and what it has left there in addition to checkpoints
 _SIGNS = (RUN, METRICS, HEALTH, "completions/*.parquet", "trainer_state.json")
 _LEFT = (
     *(RUN, METRICS, HEALTH, FOLDER, "completions", "runs", "trainer_state.json", "*_results.json", "report.html"),
@@ -111,7 +111,7 @@ def _write_manifest(folder: Path, checksums: bool) -> None:
 
 
 def put_back(output_dir: Path) -> None:
-    """Put back in its place what a killed run was moving: a checkpoint to be replaced, the files of an earlier run."""
+    """Put back what a killed run was moving: a checkpoint to be replaced, the files of an earlier run."""
     for moving in output_dir.glob(f"{_MOVING}{EARLIER}*"):
         _move_back(moving)
     for path in (output_dir / UNFINISHED).glob(f"{_REPLACED}{PREFIX}*"):
@@ -123,7 +123,7 @@ def put_back(output_dir: Path) -> None:
 
 def fault_of(folder: Path, checksums: bool = False) -> str | None:
     """
-    Why a folder is no whole checkpoint; `None` if it is one.
+    Return why a folder is no whole checkpoint; `None` if it is one.
 
     Args:
         folder (`Path`):
@@ -164,7 +164,7 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 
 def find_checkpoint(output_dir: str | Path, checksums: bool = False) -> Path | None:
     """
-    The newest whole checkpoint of a run. Torn and unfinished ones are skipped, each with a warning that names it.
+    Return the newest whole checkpoint of a run. Torn and unfinished ones are skipped, with a warning that names each.
 
     Args:
         output_dir (`str` or `Path`):
@@ -206,7 +206,7 @@ def check_whole(folder: str | Path, checksums: bool = False) -> None:
 
 def why_not_writable(output_dir: Path) -> CheckpointSaveError | None:
     """
-    What to raise before a run begins if nothing of it could be written; see [`same_error`].
+    Return the error to raise before a run begins if nothing of it could be written; see [`same_error`].
 
     Args:
         output_dir (`Path`):
@@ -389,7 +389,7 @@ def _is_empty(path: Path) -> bool:
 
 
 def is_storage_failure(error: BaseException) -> bool:
-    """Whether an exception says that the disk did not take what was written: it is full, read-only or broken."""
+    """Return whether an exception says that the disk, full, read-only or broken, did not take what was written."""
     if isinstance(error, CheckpointException):  # of torch's distributed checkpoints, the same in every process
         return any(is_storage_failure(failure) for failure, _ in error.failures.values())
     if isinstance(error, OSError):
@@ -402,7 +402,7 @@ _refused: ContextVar[list[str] | None] = ContextVar("refused", default=None)  # 
 
 def attempt(work: Callable[[], None]) -> list[str]:
     """
-    Write something in every process; returns what the disk refused, over all of them.
+    Write something in every process, and return what the disk refused, over all of them.
 
     Use [`tolerated`] for the writes between two collectives, so that a process whose disk refuses still reaches the
     next one. Errors of any other kind propagate.

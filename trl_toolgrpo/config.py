@@ -1,7 +1,6 @@
 """`ToolGRPOConfig`: TRL's `GRPOConfig` and the fields that recording, the tool runtime and the checks add to it.
 
-Owns every option; the checks that need options alone are in `config_checks.py`. Fed by recipes and scripts; read by
-all stages.
+Each option is checked when the configuration is made, by `config_checks.py`.
 """
 
 import copy

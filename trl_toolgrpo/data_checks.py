@@ -24,13 +24,18 @@ STREAMED_ROWS_CHECKED = 100
 
 def named_datasets(train: Data | None, evaluation: Data | Mapping[str, Data] | None) -> Iterator[tuple[str, Data]]:
     """Yield every data set of a trainer with a name for messages."""
-    if train is not None:
-        yield "train_dataset", train
-    if isinstance(evaluation, Mapping):
-        for name, dataset in evaluation.items():
-            yield f"eval_dataset[{name!r}]", dataset
-    elif evaluation is not None:
-        yield "eval_dataset", evaluation
+    several = evaluation if isinstance(evaluation, Mapping) else {}
+    named = {"train_dataset": train, **{f"eval_dataset[{name!r}]": dataset for name, dataset in several.items()}}
+    named |= {} if isinstance(evaluation, Mapping) else {"eval_dataset": evaluation}
+    yield from ((name, dataset) for name, dataset in named.items() if dataset is not None)
+
+
+def column_names(dataset: Data) -> list[str]:
+    """Return the columns of the rows of a data set; a transform may make others than are stored."""
+    columns = list(dataset.column_names or ())
+    if "prompt" not in columns or (isinstance(dataset, Dataset) and dataset.format["type"] == "custom"):
+        columns += next(iter(_rows(dataset, 1)), {})
+    return list(dict.fromkeys(columns))
 
 
 def check_dataset(name: str, dataset: object, has_tools: bool, has_environment: bool) -> None:
@@ -53,9 +58,7 @@ def check_dataset(name: str, dataset: object, has_tools: bool, has_environment: 
             "than text or lists of messages.",
             remedy="Pass `dataset.with_format(None)`.",
         )
-    columns = list(dataset.column_names or ())
-    if "prompt" not in columns:  # a transform of the data set may make it
-        columns += [name for name in next(iter(_rows(dataset, 1)), {}) if name not in columns]
+    columns = column_names(dataset)
     if "tools" in columns and not (has_tools or has_environment):
         logger.warning(
             "`%s` has a column `tools`, but you passed neither `tools` nor an `environment_factory`: no tool is shown "
@@ -148,13 +151,10 @@ def prompt_rows(dataset: object) -> list[Row]:
 
 def _rows(dataset: Data, count: int) -> Iterable[Row]:
     """Rows of a data set; where no transform may need the rest, only what is read here, since images are slow."""
-    if isinstance(dataset, Dataset):
-        read = [name for name in ("prompt", "tools") if name in dataset.column_names]
-        if dataset.format["type"] != "custom":
-            if not read:
-                return ()
-            dataset = dataset.select_columns(read)
-            batch = dataset[: min(count, len(dataset))]  # at once: row by row takes ten times as long
-            return (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+    if not isinstance(dataset, Dataset):
+        return itertools.islice(iter(dataset), min(count, STREAMED_ROWS_CHECKED))
+    if dataset.format["type"] == "custom":
         return (dataset[index] for index in range(min(count, len(dataset))))
-    return itertools.islice(iter(dataset), min(count, STREAMED_ROWS_CHECKED))
+    read = [name for name in ("prompt", "tools") if name in dataset.column_names]
+    batch = dataset.select_columns(read)[:count] if read else {}  # at once: row by row takes ten times as long
+    return (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))

@@ -71,11 +71,11 @@ class InertPrompts:
         Raises:
             ToolSchemaError: if the chat template does not repeat texts as they are, so that the marks are lost.
         """
-        plain_prompt, plain_schemas = _mapped(prompt, self._plain), _mapped(list(schemas), self._plain)
+        plain_prompt, plain_schemas = _mapped(prompt, self._unmarked), _mapped(list(schemas), self._unmarked)
         if plain_prompt == prompt and plain_schemas == list(schemas):
             return None
         text = self._renderer.text(prompt, schemas)
-        if self._plain(text) != self._renderer.text(plain_prompt, plain_schemas):
+        if self._unmarked(text) != self._renderer.text(plain_prompt, plain_schemas):
             raise ToolSchemaError(
                 "The tools of a prompt, or what the `reset` of its environment said, hold control tokens of the "
                 "model, and the chat template does not repeat them as they are, so that they cannot be kept text.",
@@ -83,7 +83,7 @@ class InertPrompts:
             )
         return [id for part in text.split(self._mark) for id in self._control.encode(part)]
 
-    def _plain(self, text: str) -> str:
+    def _unmarked(self, text: str) -> str:
         return text.replace(self._mark, "")
 
 

@@ -63,7 +63,7 @@ def cast_heads(model: nn.Module, temperature: float, outputs: tuple[str, ...] = 
     base = base_model(model)
     linears = _linears_of_head(base)
     if all(linear.weight.dtype == torch.float64 for linear in linears):
-        return  # wider than what is asked for
+        return  # wider than float32
     trained = [linear for linear in linears if linear.weight.requires_grad]
     given = {linear.weight.dtype for linear in trained} - {torch.float32}
     for linear in trained:

@@ -1,4 +1,4 @@
-"""Resuming exactly: what a checkpoint holds in addition to TRL's, when it is whole, and which run it belongs to.
+"""Exact resuming: what a checkpoint holds in addition to TRL's, when it is whole, and which run it belongs to.
 
 A mixin of the trainer: the place in the rollout batch, the batch itself and the figures not yet logged. The folders
 are those of `checkpoint.py`, the description of a run is that of `identity.py`.
@@ -63,7 +63,7 @@ _ALWAYS_RESUMED = ("step", "carried", "packs", "unmoved")
 
 
 class ExactResume(GRPOTrainer):
-    """Part of [`ToolGRPOTrainer`]: checkpoints that are whole, and from which a run goes on as if it had not ended."""
+    """Part of [`ToolGRPOTrainer`]: whole checkpoints, from which a run resumes as if it had not been interrupted."""
 
     args: ToolGRPOConfig
     model: PreTrainedModel | PeftModel
@@ -86,8 +86,9 @@ class ExactResume(GRPOTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
-        TRL's training. Resumed from a checkpoint it goes on exactly there, in the middle of a rollout batch too; a new
-        run first moves all that an earlier one has left in `output_dir` to a folder `earlier-run-1` there.
+        Train as TRL does. A run that is resumed continues exactly where its checkpoint was written, in the middle of a
+        rollout batch too; a new run first moves all that an earlier one has left in `output_dir` to a folder
+        `earlier-run-1` there.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
@@ -212,7 +213,7 @@ class ExactResume(GRPOTrainer):
     # Saving
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        """TRL's checkpoint and what is needed to go on exactly, published when all of it is on disk."""
+        """Write TRL's checkpoint and what exact resuming needs, and publish it when all of it is on disk."""
         run_dir = Path(self._get_output_dir(trial))
         target = run_dir / f"{PREFIX}{self.state.global_step}"
         best = self.state.best_model_checkpoint
@@ -313,22 +314,18 @@ class ExactResume(GRPOTrainer):
             super()._save_rng_state(output_dir)
 
     def _report_unsaved(self, target: Path, problem: str) -> None:
-        """The run goes on without a checkpoint; only at its end there is no later one to hope for."""
+        """Log that a checkpoint could not be written; raise at the end of the run, when no later one can be."""
         if self.args.should_save:
             with suppress(OSError):
                 put_back(target.parent)
             shutil.rmtree(target.parent / UNFINISHED, ignore_errors=True)
         free = shutil.disk_usage(target.parent).free / 2**20
-        message = (
-            f"{target} could not be written: {problem}. Checkpoints that were there before are still valid. Free "
-            f"space on the disk, which has {free:.0f} MiB left, or make {target.parent} writable."
-        )
+        fault = f"{target} could not be written: {problem}. Checkpoints that were there before are still valid."
+        remedy = f"Free space on the disk, which has {free:.0f} MiB left, or make {target.parent} writable."
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
-            raise CheckpointSaveError(
-                f"{message} {self._rescue()} Run again with `resume_from_checkpoint=True`, the run goes on from its "
-                f"last checkpoint."
-            )
-        logger.error("%s The run goes on, and tries again at the next checkpoint.", message)
+            again = "Run again with `resume_from_checkpoint=True`: the run resumes from its last checkpoint."
+            raise CheckpointSaveError(fault, remedy=f"{remedy} {self._rescue()} {again}")
+        logger.error("%s %s The run goes on, and tries again at the next checkpoint.", fault, remedy)
 
     def _get_output_dir(self, trial: object) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -342,7 +339,7 @@ class ExactResume(GRPOTrainer):
     # Progress
 
     def _progress(self) -> tuple[dict[str, Tensor], JSONObject]:
-        """Tensors, and plain values, that say where this process is in the run."""
+        """Return tensors and plain values that say where this process is in the run."""
         tensors = {f"ratio/{name}": tensor for name, tensor in self._ratio.state().items()}
         tensors["loss"] = self._tr_loss
         batches: list[Batch] = []
@@ -391,7 +388,7 @@ class ExactResume(GRPOTrainer):
                     self._buffered_inputs[int(index)][key] = tensor
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """TRL's epoch; a resumed run first takes up the loss that was not logged yet, one at its end has none left."""
+        """Run TRL's epoch, with the loss that a resumed run had not logged yet; none where no step is left."""
         if self.state.global_step >= self.state.max_steps:  # transformers would make one step more
             logger.warning(
                 "All %d steps of this run have been made: nothing is trained. Raise `max_steps` or `num_train_epochs` "
@@ -410,7 +407,7 @@ class ExactResume(GRPOTrainer):
         return self._train_sampler
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """TRL's, with the order of the data brought to the epoch that is resumed: each epoch draws a new one."""
+        """Return TRL's state, with the order of the data that of the resumed epoch: each epoch draws a new one."""
         epochs, micro_batches = super()._init_training_state(*args, **kwargs)
         generator = getattr(self._train_sampler, "generator", None)
         if generator is not None:

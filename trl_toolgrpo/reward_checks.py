@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from datasets import Dataset, IterableDataset
 from torch import nn
 
+from .data_checks import column_names
 from .errors import ConfigError, RewardError, ToolGRPOError
 from .tools.results import encodable
 from .tools.types import is_async_callable
@@ -58,9 +59,7 @@ def check_columns(
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return
-    columns = dict.fromkeys(dataset.column_names or ())
-    if not columns or (isinstance(dataset, Dataset) and dataset.format["type"] == "custom"):
-        columns |= dict.fromkeys(next(iter(dataset), {}))  # of a transform
+    columns = column_names(dataset)
     for function, function_name in zip(reward_funcs, names, strict=True):
         missing = _missing(function, {*columns, *(g for g in GIVEN if g not in absent)}.difference(_NOT_GIVEN))
         if missing:

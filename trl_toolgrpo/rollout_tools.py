@@ -120,11 +120,12 @@ class RolloutTools(GRPOTrainer):
     def _show_tools(self, template: str | None, kwargs: Any) -> None:
         """Check that the template shows each tool, in other words where it does not know those of the schema."""
         found: dict[str, Tool] = {}
+        renderer = PromptRenderer(self.processing_class, (), template, kwargs)
 
         def shown(tool: Tool) -> Tool:
             key = json.dumps(tool.schema)
             if key not in found:
-                found[key] = shown_tool(self.processing_class, tool, template, kwargs)
+                found[key] = shown_tool(renderer, tool)
             parameters = found[key].parameters
             return tool if parameters == tool.parameters else replace(tool, parameters=parameters)
 

@@ -20,7 +20,7 @@ from .prompt_checks import Processor, PromptRenderer, message_texts
 from .shown_in_prompts import Part, hidden_parts
 from .tools.schema_forms import plain_form
 from .tools.types import Tool
-from .types import JSONObject, JSONValue, Row
+from .types import JSONValue, Row
 
 
 logger = logging.getLogger(__name__)
@@ -45,28 +45,21 @@ def check_template(processing_class: Processor | None) -> None:
         )
 
 
-def check_rendering(
-    processing_class: Processor, tools: Sequence[Tool], chat_template: str | None, kwargs: JSONObject | None
-) -> None:
+def check_rendering(renderer: PromptRenderer, tools: Sequence[Tool]) -> None:
     """
     Check that a chat template can show each tool to the policy; what it leaves out of a tool that can be called
     without it is logged. A template that shows no tools at all is no matter here.
 
     Args:
-        processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`):
+        renderer ([`PromptRenderer`]):
             Renders prompts.
         tools (`Sequence[Tool]`):
             The tools.
-        chat_template (`str`, *optional*):
-            Template to render with, instead of the tokenizer's own.
-        kwargs (`dict`, *optional*):
-            More arguments of `apply_chat_template`.
 
     Raises:
         ToolSchemaError: for a tool with a schema the template fails on, or of which it leaves out a property, a type
             or the values that are allowed.
     """
-    renderer = PromptRenderer(processing_class, (), chat_template, kwargs)
     for tool in tools:
         hidden: list[Part] = []
         try:
@@ -104,14 +97,14 @@ def _garbled(text: str, schema: JSONValue) -> str | None:
     return next((found for part in inner if (found := _garbled(text, part)) is not None), None)
 
 
-def shown_tool(processing_class: Processor, tool: Tool, chat_template: str | None, kwargs: JSONObject | None) -> Tool:
+def shown_tool(renderer: PromptRenderer, tool: Tool) -> Tool:
     """
     Return a tool as the prompt should show it: as it is, or with its schema written in plainer words that mean the
     same, where a chat template does not know those of the schema.
 
     Args:
-        processing_class, chat_template, kwargs:
-            As in [`check_rendering`].
+        renderer ([`PromptRenderer`]):
+            Renders prompts.
         tool ([`Tool`]):
             The tool.
 
@@ -119,7 +112,7 @@ def shown_tool(processing_class: Processor, tool: Tool, chat_template: str | Non
         ToolSchemaError: if the template can show neither.
     """
     try:
-        check_rendering(processing_class, [tool], chat_template, kwargs)
+        check_rendering(renderer, [tool])
         return tool
     except ToolSchemaError as error:
         parameters = plain_form(tool.schema["function"]["parameters"])
@@ -127,7 +120,7 @@ def shown_tool(processing_class: Processor, tool: Tool, chat_template: str | Non
             raise
         plain = replace(tool, parameters=parameters)
         try:
-            check_rendering(processing_class, [plain], chat_template, kwargs)
+            check_rendering(renderer, [plain])
         except ToolSchemaError:
             raise error from None
         return plain

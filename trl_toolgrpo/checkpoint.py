@@ -384,7 +384,7 @@ def _move_back(moving: Path) -> None:
 
 
 def _is_empty(path: Path) -> bool:
-    """Whether a path is an empty folder, such as TRL makes for completions."""
+    """Return whether a path is an empty folder, such as TRL makes for completions."""
     return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
 
 

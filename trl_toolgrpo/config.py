@@ -208,7 +208,7 @@ class ToolGRPOConfig(GRPOConfig):
 
     def to_dict(self) -> JSONObject:
         """
-        The fields by name, as trackers get them, without secrets: `"[secret]"` stands for what is named for one
+        Return the fields by name, as trackers get them, without secrets: `"[secret]"` stands for what is named for one
         at any depth, and of the logins of URLs.
         """
         return masked(super().to_dict())
@@ -267,7 +267,7 @@ _describe_fields(ToolGRPOConfig)
 
 def default_values(kind: type[GRPOConfig] | GRPOConfig = ToolGRPOConfig) -> dict[str, object]:
     """
-    Default of each field that can be passed to a class of configurations, made anew where it is mutable.
+    Return the default of each field that can be passed to a class of configurations, made anew where it is mutable.
 
     Args:
         kind (`type` or `GRPOConfig`, *optional*, defaults to [`ToolGRPOConfig`]):
@@ -296,9 +296,9 @@ _WRITTEN_ANEW: dict[str, object] = {"report_to": [], "debug": [], "pad_to_multip
 
 def set_fields(args: GRPOConfig) -> set[str]:
     """
-    Names of the fields of a configuration that were set: passed with another value than their default, or changed
-    after construction and before a trainer took the configuration over. What TRL and transformers derive from other
-    fields is not among them.
+    Return the names of the fields of a configuration that were set: passed with another value than their default, or
+    changed after construction and before a trainer took the configuration over. What TRL and transformers derive from
+    other fields is not among them.
 
     Args:
         args (`GRPOConfig`):
@@ -315,7 +315,7 @@ def set_fields(args: GRPOConfig) -> set[str]:
 
 def derived_values(args: GRPOConfig) -> dict[str, object]:
     """
-    What TRL and transformers put into the fields of a configuration that were left alone.
+    Return what TRL and transformers put into the fields of a configuration that were left alone.
 
     Args:
         args (`GRPOConfig`):

@@ -77,8 +77,8 @@ def check_dataset(name: str, dataset: object, has_tools: bool, has_environment: 
         if not isinstance(row["prompt"], list):
             raise DatasetError(
                 f"You passed tools and `{name}`, whose prompts are of type {type(row['prompt']).__name__}. A tool "
-                f"call is a message, so prompts have to be conversations: "
-                f"[{{'role': 'user', 'content': {str(row['prompt'])[:60]!r}}}]."
+                "call is a message, so prompts have to be conversations.",
+                remedy=f"Write them as [{{'role': 'user', 'content': {str(row['prompt'])[:60]!r}}}].",
             )
 
 
@@ -150,7 +150,7 @@ def prompt_rows(dataset: object) -> list[Row]:
 
 
 def _rows(dataset: Data, count: int) -> Iterable[Row]:
-    """Rows of a data set; where no transform may need the rest, only what is read here, since images are slow."""
+    """Return the first rows of a data set; without a transform only the columns read here, since images are slow."""
     if not isinstance(dataset, Dataset):
         return itertools.islice(iter(dataset), min(count, STREAMED_ROWS_CHECKED))
     if dataset.format["type"] == "custom":

@@ -65,7 +65,7 @@ def checked_rollouts(
 
 
 def _fault_of_names(output: Batch) -> TrajectoryError | None:
-    """What is missing of the fields that a `rollout_func` returns, or has another name; `None` if nothing."""
+    """Return an error about fields that a `rollout_func` does not return or misnames; `None` if there are none."""
     missing = [name for name in _REQUIRED if name not in output]
     others = {name: field_meant_by(name, missing) for name in output if name not in _REQUIRED}
     hints = [f"Did you mean `{meant}` by `{name}`?" for name, meant in others.items() if meant]
@@ -113,5 +113,5 @@ def _mask_out(output: Batch, lists: Lists, rows: Sequence[int], pad_id: int) -> 
 
 
 def _as_list(values: object) -> object:
-    """A list in place of a tensor or an array."""
+    """Return a list in place of a tensor or an array."""
     return values.tolist() if hasattr(values, "tolist") else values

@@ -148,7 +148,7 @@ def describe_dataset(dataset: object) -> JSONObject:
 
 
 def _portable(value: JSONValue) -> JSONValue:
-    """Stored values as JSON has them; of a file that is only referred to, its name, which other machines share."""
+    """Return stored values as JSON has them; of a file that is only referred to, its name, as on other machines."""
     if isinstance(value, dict) and value.keys() == {"bytes", "path"} and value["bytes"] is None:
         return Path(value["path"] or "").name
     if isinstance(value, dict):

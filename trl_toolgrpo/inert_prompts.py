@@ -16,7 +16,7 @@ KEPT = 1024
 
 class InertPrompts:
     """
-    Encodes prompts so that no control token comes of the tools they show or of what an environment's `reset` said.
+    Encodes prompts so that neither the tools they show nor what an environment's `reset` said becomes a control token.
 
     The messages of a data set are the user's own, and control tokens in them stay what they are.
 
@@ -34,12 +34,12 @@ class InertPrompts:
         self._marked: dict[str, JSONSchema] = {}  # schemas by their JSON
 
     def mark(self, text: str) -> str:
-        """A text with marks for [`InertPrompts.encode`], where it has to be cut."""
+        """Return a text with marks for [`InertPrompts.encode`] where it has to be cut."""
         return self._control.marked(text, self._mark)
 
     def schemas(self, tools: Sequence[JSONSchema]) -> list[JSONSchema]:
         """
-        Schemas whose texts (names, descriptions, keys, allowed values) have marks where they have to be cut.
+        Return schemas whose texts (names, descriptions, keys, allowed values) have marks where they have to be cut.
 
         Args:
             tools (`Sequence[dict]`):
@@ -57,7 +57,7 @@ class InertPrompts:
 
     def encode(self, prompt: list[Message], schemas: Sequence[JSONSchema]) -> list[int] | None:
         """
-        Tokens of a prompt that the policy continues.
+        Return the tokens of a prompt that the policy continues.
 
         Args:
             prompt (`list[dict]`):
@@ -115,7 +115,7 @@ def with_observation(given: Prompt | None, prompt: Prompt, change: Callable[[str
 
 
 def _mapped(value: JSONValue, change: Callable[[str], str]) -> JSONValue:
-    """Data with each of its texts changed, keys included."""
+    """Return data with each of its texts changed, keys included."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):

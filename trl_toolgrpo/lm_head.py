@@ -124,7 +124,7 @@ def adapted_head(model: str | nn.Module) -> Iterator[None]:
         yield
         return
     base = base_model(model)
-    base.get_output_embeddings = lambda: _effective(type(base).get_output_embeddings(base))  # type: ignore[method-assign]
+    base.get_output_embeddings = lambda: _effective_head(type(base).get_output_embeddings(base))  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -181,8 +181,8 @@ def has_adapted_head(model: nn.Module) -> bool:
     return isinstance(model, PeftModel) and isinstance(model.get_output_embeddings(), LoraLayer)
 
 
-def _effective(head: nn.Module | None) -> nn.Module | _EffectiveHead | None:
-    """The output layer as TRL's fused head reads it."""
+def _effective_head(head: nn.Module | None) -> nn.Module | _EffectiveHead | None:
+    """Return the output layer as TRL's fused head reads it."""
     if not isinstance(head, LoraLayer) or not isinstance(head.get_base_layer(), nn.Linear):
         return head
     layer = head.get_base_layer()
@@ -207,7 +207,7 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 
 def _linears_of_head(base: PreTrainedModel) -> list[nn.Linear]:
-    """Linear layers of a model's LM head, those of its adapters included."""
+    """Return the linear layers of a model's LM head, those of its adapters included."""
     head = base.get_output_embeddings()
     linears = [] if head is None else [m for m in head.modules() if isinstance(m, nn.Linear)]
     if not linears or any(not linear.weight.is_floating_point() for linear in linears):

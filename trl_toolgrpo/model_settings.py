@@ -67,7 +67,7 @@ _ATTENTION = ("attention", "hybrid")
 
 
 def _keeps_tokens(config: PretrainedConfig, layer: int) -> bool:
-    """Whether a layer keeps keys and values of its own."""
+    """Return whether a layer keeps keys and values of its own."""
     kinds = model_setting(config, "layer_types") or model_setting(config, "layers_block_type")
     sharing = model_setting(config, "kv_sharing_modes")
     kind = str(kinds[layer]) if kinds else _ATTENTION[0]
@@ -76,7 +76,7 @@ def _keeps_tokens(config: PretrainedConfig, layer: int) -> bool:
 
 
 def _own_configs(config: PretrainedConfig) -> list[PretrainedConfig]:
-    """Configurations of the layers where they are not all the same."""
+    """Return the configurations of the layers where they are not all the same."""
     return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else []
 
 

@@ -258,7 +258,7 @@ def warn_of_dropout(model: nn.Module) -> None:
 
 
 def _dropout_rates(model: nn.Module) -> dict[str, float]:
-    """Rates above 0 by the name of what holds them: modules, numbers of layers, the model's configuration."""
+    """Return rates above 0 by the name of what holds them: modules, numbers of layers, the model's configuration."""
     text_config = getattr(model, "config", None)
     text_config = text_config.get_text_config() if text_config is not None else None
     held = [] if text_config is None else list(vars(text_config).items())
@@ -275,7 +275,7 @@ def _dropout_rates(model: nn.Module) -> dict[str, float]:
 
 
 def _differs_in_training(model: nn.Module) -> bool:
-    """Whether two passes over the same tokens differ in training mode; true where that cannot be tried."""
+    """Return whether two passes over the same tokens differ in training mode; true where that cannot be tried."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         device = next(model.parameters()).device

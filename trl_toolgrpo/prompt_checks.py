@@ -56,7 +56,7 @@ class PromptRenderer:
 
     def text(self, prompt: list[Message], schemas: Sequence[JSONSchema] | None = None) -> str:
         """
-        Text of a conversation that the policy continues.
+        Return the text of a conversation that the policy continues.
 
         Args:
             prompt (`list[dict]`):
@@ -79,7 +79,7 @@ class PromptRenderer:
 
     def length(self, prompt: Prompt, schemas: Sequence[JSONSchema] | None = None) -> int:
         """
-        Tokens of a prompt.
+        Count the tokens of a prompt.
 
         Args:
             prompt (`str` or `list[dict]`):
@@ -92,7 +92,7 @@ class PromptRenderer:
         return len(self.tokenizer(self.text(prompt, schemas), add_special_tokens=False)["input_ids"])
 
     def takes_arguments_as_text(self) -> bool:
-        """Whether the template fails on the arguments of a call unless they are JSON text (DeepSeek-V3's is one)."""
+        """Return whether the template needs the arguments of a call as JSON text (as DeepSeek-V3's does)."""
         answers = []
         for arguments in ({"key": "value"}, '{"key": "value"}'):
             call = {"type": "function", "id": "call_0_0", "function": {"name": "tool", "arguments": arguments}}
@@ -263,7 +263,7 @@ _MESSAGE_FRAME = 64
 
 
 def _most_tokens(value: JSONValue) -> int:
-    """Bytes of all text in a prompt, keys and the frames of messages included."""
+    """Count the bytes of all text in a prompt, keys and the frames of messages included."""
     if isinstance(value, str):
         return len(value) if value.isascii() else len(value.encode("utf-8", "replace"))
     if isinstance(value, dict):

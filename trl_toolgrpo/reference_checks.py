@@ -13,7 +13,7 @@ MERGED = ("LORA", "LOHA", "LOKR")
 
 
 def reference_mode(args: ToolGRPOConfig) -> str:
-    """What `ref_sync_mode` comes to for a PEFT run."""
+    """Return the `ref_sync_mode` that "auto" stands for in a PEFT run."""
     if args.ref_sync_mode == "auto":
         return "adapter" if args.ref_model_mixup_alpha == 1 else "merged"
     return args.ref_sync_mode

@@ -268,7 +268,7 @@ class ExactResume(GRPOTrainer):
     @contextmanager
     def _deepspeed_tolerated(self, staged: Path) -> Iterator[None]:
         """
-        DeepSpeed's engine writes between collectives: what only writes is tolerated here, on this run's engine. The
+        Tolerate refused writes of DeepSpeed's engine, which writes between collectives, on this run's engine. The
         file `latest`, which its first process writes while the others wait, is written after all of that.
         """
         if not self.is_deepspeed_enabled:

@@ -61,10 +61,12 @@ def check_columns(
         return
     columns = column_names(dataset)
     for function, function_name in zip(reward_funcs, names, strict=True):
-        missing = _missing(function, {*columns, *(g for g in GIVEN if g not in absent)}.difference(_NOT_GIVEN))
+        missing = _missing_arguments(
+            function, {*columns, *(g for g in GIVEN if g not in absent)}.difference(_NOT_GIVEN)
+        )
         if missing:
             raise _missing_columns(ConfigError, function_name, missing, f"`{name}`", columns)
-        refused = _refused(function, {*columns, *_ALWAYS_GIVEN}.difference(_NOT_GIVEN))
+        refused = _refusal(function, {*columns, *_ALWAYS_GIVEN}.difference(_NOT_GIVEN))
         if refused is not None:
             raise ConfigError(
                 f"The reward function `{function_name}` {refused}. Every argument is passed by keyword, all columns "
@@ -88,7 +90,7 @@ def checked(function: str | RewardFunction, name: str) -> str | RewardFunction:
     warn_once = functools.partial(_warn_once, set())
 
     def given(kwargs: Mapping[str, object]) -> dict[str, object]:
-        missing = _missing(function, kwargs)
+        missing = _missing_arguments(function, kwargs)
         if missing and "prompts" in kwargs:
             raise _missing_columns(RewardError, name, missing, "the data", set(kwargs).difference(GIVEN))
         return {**kwargs, **_loggers(name, kwargs, warn_once)}
@@ -119,7 +121,7 @@ def checked(function: str | RewardFunction, name: str) -> str | RewardFunction:
 
 
 def _parameters(function: RewardFunction) -> list[inspect.Parameter]:
-    """Parameters of a function as it is called: a decorator's own, which may leave out or add what it likes."""
+    """Return the parameters of a function as it is called: a decorator's own, which may leave out or add some."""
     try:
         return list(inspect.signature(function, follow_wrapped=False).parameters.values())
     except (TypeError, ValueError):  # of a built-in
@@ -133,7 +135,7 @@ def _warn_once(said: set[str], what: str, message: str, *values: object) -> None
 
 
 def _loggers(function: str, kwargs: Mapping[str, object], warn_once: WarnOnce) -> dict[str, Callable[..., None]]:
-    """What a reward function logs with, in place of TRL's: what would end the run is left out."""
+    """Return what a reward function logs with in place of TRL's: what would end the run is left out."""
     given = {name: log for name in ("log_metric", "log_extra") if callable(log := kwargs.get(name))}
 
     def log_metric(name: object, value: object) -> None:
@@ -176,15 +178,15 @@ def _items(values: object) -> list[object] | None:
     return list(found) if isinstance(found, Iterable) and not isinstance(found, str | bytes | Mapping) else None
 
 
-def _missing(function: RewardFunction, given: Collection[str]) -> list[str]:
-    """Arguments without which a function cannot be called by keyword."""
+def _missing_arguments(function: RewardFunction, given: Collection[str]) -> list[str]:
+    """Return the arguments without which a function cannot be called by keyword."""
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     needed = [p.name for p in _parameters(function) if p.kind in by_name and p.default is p.empty]
     return [name for name in needed if name not in given]
 
 
-def _refused(function: RewardFunction, given: Collection[str]) -> str | None:
-    """What a function does not take although it is given by keyword, in words."""
+def _refusal(function: RewardFunction, given: Collection[str]) -> str | None:
+    """Return a text about the arguments that a function does not take although it is given them by keyword."""
     parameters = _parameters(function)
     by_place = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -210,7 +212,7 @@ def _missing_columns(
 
 
 def _rewards(name: str, result: object, count: int) -> list[float | None]:
-    """What a reward function returned, as numbers."""
+    """Return what a reward function returned as numbers."""
     values = None if isinstance(result, Set) else _items(result)
     if values is None:
         raise RewardError(

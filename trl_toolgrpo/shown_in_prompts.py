@@ -13,7 +13,7 @@ from .tools.schema_forms import places, replaced
 from .types import JSONSchema, JSONValue, Message
 
 
-Path: TypeAlias = tuple[str | int, ...]
+SchemaPath: TypeAlias = tuple[str | int, ...]
 Render: TypeAlias = Callable[[JSONSchema], str]
 
 _CONSTRAINTS = (
@@ -50,7 +50,7 @@ class Part:
 
 def hidden_parts(schema: JSONSchema, render: Render) -> list[Part]:
     """
-    Parts of a tool that a chat template does not show.
+    Return the parts of a tool that a chat template does not show.
 
     Args:
         schema (`dict`):
@@ -73,14 +73,14 @@ def hidden_parts(schema: JSONSchema, render: Render) -> list[Part]:
 
 
 def _is_printed(function: JSONSchema, text: str) -> bool:
-    """Whether the prompt holds the tool as JSON, as most templates write it, white space aside."""
+    """Return whether the prompt holds the tool as JSON, as most templates write it, white space aside."""
     found = re.sub(r"\s", "", text)
     texts = [json.dumps(function[key], ensure_ascii=False) for key in ("name", "description", "parameters")]
     return all(re.sub(r"\s", "", part) in found for part in texts)
 
 
-def _changes(schema: JSONSchema) -> Iterator[tuple[Part, Path, JSONValue]]:
-    """Each part of a tool, where it stands, and what may stand there instead."""
+def _changes(schema: JSONSchema) -> Iterator[tuple[Part, SchemaPath, JSONValue]]:
+    """Yield each part of a tool, where it stands, and what may stand there instead."""
     function = schema["function"]
     yield Part("its name", True), ("function", "name"), _other_value(function["name"])
     if function["description"]:
@@ -88,8 +88,10 @@ def _changes(schema: JSONSchema) -> Iterator[tuple[Part, Path, JSONValue]]:
     yield from _schema_changes(function["parameters"], ("function", "parameters"), "", True)
 
 
-def _schema_changes(schema: JSONValue, path: Path, name: str, told: bool) -> Iterator[tuple[Part, Path, JSONValue]]:
-    """The same for a schema and all within it, definitions aside; `name` is the property it belongs to."""
+def _schema_changes(
+    schema: JSONValue, path: SchemaPath, name: str, told: bool
+) -> Iterator[tuple[Part, SchemaPath, JSONValue]]:
+    """Yield the same for a schema and all within it, definitions aside; `name` is the property it belongs to."""
     if not isinstance(schema, dict):
         return
     for keyword, label in _KEYWORDS.items():
@@ -138,7 +140,7 @@ def _short(value: JSONValue) -> str:
 
 def message_kind(message: Message) -> tuple[object, ...]:
     """
-    What a template may treat a message by: role, form of the content, keys, and the forms of its calls.
+    Return what a template may treat a message by: role, form of the content, keys, and forms of its calls.
 
     Args:
         message (`dict`):
@@ -158,7 +160,7 @@ def message_kind(message: Message) -> tuple[object, ...]:
 
 def hidden_messages(prompt: Sequence[Message], render: Callable[[list[Message]], str]) -> list[Part]:
     """
-    Parts of the messages of a prompt that a chat template does not show.
+    Return the parts of the messages of a prompt that a chat template does not show.
 
     Args:
         prompt (`Sequence[dict]`):
@@ -181,7 +183,7 @@ def hidden_messages(prompt: Sequence[Message], render: Callable[[list[Message]],
 
 
 def _marked(message: Message, mark: str) -> tuple[Message, list[tuple[str, str, bool]]]:
-    """A message with a word of its own in each of its parts; each word, what it stands in, whether that is needed."""
+    """Return a message with a word of its own in each part, and for each word its part and whether that is needed."""
     copied, found = dict(message), []
     content, calls, role = message.get("content"), message.get("tool_calls") or (), message.get("role")
     if isinstance(content, str) and content.strip():

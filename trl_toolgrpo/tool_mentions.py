@@ -58,7 +58,7 @@ class Mention:
 
     @property
     def excerpt(self) -> str:
-        """That text around the name."""
+        """The text around the name."""
         start = self.text.find(self.name)
         begin, end = max(0, start - _EXCERPT), start + len(self.name) + _EXCERPT
         return "..." * (begin > 0) + " ".join(self.text[begin:end].split()) + "..." * (end < len(self.text))
@@ -213,7 +213,7 @@ def _words_of(identifier: str) -> list[str]:
 
 
 def _closest_tool(name: str, tools: dict[str, list[str]]) -> tuple[str, bool] | None:
-    """The tool that a name resembles most, and whether its words are in another order."""
+    """Return the tool that a name resembles most, and whether its words are in another order."""
     words = _words_of(name)
     letters, ordered = "".join(words), sorted(words)
     alike = [tool for tool, its in tools.items() if "".join(its) == letters]
@@ -227,7 +227,7 @@ def _closest_tool(name: str, tools: dict[str, list[str]]) -> tuple[str, bool] | 
 
 
 def _is_misspelt(words: list[str], meant: list[str]) -> bool:
-    """Whether one word is the tool's but for an edit or two, as `wether` and `weather` are; `tests` is another."""
+    """Return whether two names differ by an edit or two in one word (`wether`); `tests` and `test` are two words."""
     meant = ["".join(meant)] if len(words) == 1 else meant
     other = [pair for pair in zip(words, meant, strict=False) if pair[0] != pair[1]]
     if len(words) != len(meant) or len(other) != 1:
@@ -239,14 +239,14 @@ def _is_misspelt(words: list[str], meant: list[str]) -> bool:
 
 
 def _tool_sharing_words(name: str, tools: dict[str, list[str]]) -> str | None:
-    """A tool whose telling words are among those of a name, or the other way round."""
+    """Return a tool whose telling words are among those of a name, or the other way round."""
     mine, *others = ({w for w in words if len(w) > 2} - _TRIVIAL for words in (_words_of(name), *tools.values()))
     shared = {tool: mine & its in (mine, its) and mine & its for tool, its in zip(tools, others, strict=True)}
     return next(filter(shared.get, tools), None)
 
 
 def _is_called(name: str, tool: str, reordered: bool, text: str) -> bool:
-    """Whether a text has a name in a way that likely means a tool."""
+    """Return whether a text has a name where it likely means a tool: quoted, called, or not as a part of code."""
     forms = [rf"`_*{re.escape(name)}_*[`(]"]
     is_other = ("-" in name and "-" not in tool) or (name[0].isupper() and not tool[0].isupper())
     # Of three words and more, another order is no coincidence
@@ -277,7 +277,7 @@ def _instructions(rows: Iterable[Row]) -> dict[str, tuple[int, str]]:
 
 
 def _listed_names(tools: JSONValue) -> list[str]:
-    """Names in a row's `tools` column: names, schemas, or either as JSON text."""
+    """Return the names in a row's `tools` column, which has names, schemas, or either as JSON text."""
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)

@@ -32,7 +32,7 @@ _LIKE_A_NAME = re.compile(r"\w[_.-]\w|[a-z0-9][A-Z]")
 # Not an attribute, a path, a variable, a flag, a part of a URL or a definition of code
 _NO_CODE_BEFORE = (
     r"(?<![\w)\]]\.)(?<!->)(?<!::)(?<![/\\@$#?&])(?<!--)(?<!\bdef )(?<!\bclass )(?<!\bfunc )(?<!\bfn )(?<!\bimport )"
-    r"(?<!\bconst )(?<!\blet )(?<!\bvar )(?<!^function )(?<![\n=({;,]function )(?<!export function )"
+    r"(?<!\bconst )(?<!\blet )(?<!\bvar )(?<!(?<![a-z] )function )(?<!export function )(?<!async function )"
     r"(?<!default function )"
 )
 _NO_CODE_AFTER = r"(?!\.[A-Za-z]|::|->|[/\\]|\s?=(?!=))"
@@ -100,7 +100,7 @@ def check_tool_names(
     # Columns, and whatever the schemas of the tools hold: parameters, allowed values
     known = set(dataset.column_names or ())
     for tool in tools:
-        known.update(re.findall(r'"([^"]+)"', json.dumps(tool.parameters, ensure_ascii=False, default=str)))
+        known.update(re.findall(r'"((?:[^"\\]|\\.)+)"', json.dumps(tool.parameters, ensure_ascii=False, default=str)))
     texts = _instructions(rows)
     suspicious = {}
     for mention in find_mentions(texts, names, known):

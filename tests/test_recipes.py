@@ -226,7 +226,7 @@ def test_the_recipe_says_at_once_that_its_folder_cannot_be_written_to(tmp_path, 
     with pytest.raises(CheckpointSaveError, match=words):
         qwen3_tools.main()
     assert checkpoint.why_not_writable(tmp_path / "new") is None and list((tmp_path / "new").iterdir()) == []
-    monkeypatch.setattr(checkpoint, "gather_object", lambda found: ["Read-only", *found])
+    monkeypatch.setattr(checkpoint, "gather_object", lambda found: [("Read-only", ""), *found])
     with pytest.raises(CheckpointSaveError, match=r"^Read-only$"):  # what the main process has met with
         checkpoint.same_error(None)
 

@@ -139,8 +139,9 @@ def as_whole(value: object, hint: object) -> object:
         value, hint:
             As in [`wrong_type`], which has found nothing wrong.
     """
-    takes_int = set(_members(hint)) - {type(None)} == {int}
-    return math.trunc(value) if takes_int and isinstance(value, Real) and not isinstance(value, int) else value
+    if set(_members(hint)) - {type(None)} == {int} and isinstance(value, Real) and not isinstance(value, int):
+        return int(value)  # type: ignore[call-overload]  # of NumPy's numbers too
+    return value
 
 
 def _members(hint: object) -> list[object]:
@@ -200,13 +201,15 @@ def check_counts(config: Config) -> None:
     Raises:
         ConfigError: for one below 1.
     """
-    for name in (
-        *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"),
-        *("generation_batch_size", "num_iterations"),
-    ):
+    batches = ("per_device_train_batch_size", "generation_batch_size", "steps_per_generation", "num_iterations")
+    _check_least(config, dict.fromkeys((*batches, "gradient_accumulation_steps"), 1))
+
+
+def _check_least(config: Config, least: Mapping[str, int]) -> None:
+    for name, bound in least.items():
         value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"You passed `{name}={value}`; it must be at least 1.")
+        if value is not None and not value >= bound:
+            raise ConfigError(f"You passed `{name}={value!r}`; it must be at least {bound}.")
 
 
 def check_fields(config: Config, defaults: dict[str, object]) -> None:
@@ -250,9 +253,7 @@ def _check_ranges(config: Config) -> None:
     for name, choices in (CHOICES | TRL_CHOICES | {"vllm_mode": _VLLM_MODES}).items():
         if name != "sampler_correction" or config.sampler_correction is not None:
             _check_choice(config, name, choices)
-    for name, least in _LEAST.items():
-        if not getattr(config, name) >= least:
-            raise ConfigError(f"You passed `{name}={getattr(config, name)!r}`; it must be at least {least}.")
+    _check_least(config, _LEAST)
     for name in _POSITIVE:
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value > 0):

@@ -86,7 +86,7 @@ def refused(path, **changes):
     return str(caught.value)
 
 
-def test_checkpoints_that_could_not_be_gone_on_from_are_refused(tmp_path):
+def test_options_whose_checkpoints_cannot_be_resumed_are_refused(tmp_path):
     assert "an `output_dir` that all machines share" in refused(tmp_path, save_on_each_node=True)
     assert "in the middle of an optimizer step" in refused(tmp_path, enable_jit_checkpoint=True)
 

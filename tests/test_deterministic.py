@@ -279,7 +279,7 @@ def test_deterministic_rollouts_of_trl_are_refused(tmp_path, changes):
 
 def test_deterministic_rollouts_of_a_rollout_func_are_refused(tmp_path, tokenizer):
     options = config(tmp_path, deterministic_rollouts=True)
-    with pytest.raises(ConfigError, match="with a `rollout_func`, whose noise is its own"):
+    with pytest.raises(ConfigError, match=r"rollouts of TRL's own \(a `rollout_func`\), whose noise"):
         ToolGRPOTrainer(
             tiny_model(tokenizer), lambda **kwargs: [], options, prompts(4), processing_class=tokenizer,
             rollout_func=lambda prompts, trainer: {},

@@ -47,7 +47,7 @@ def trls_loss(trainer, inputs):
     return other._compute_loss(other.model, inputs)
 
 
-def test_a_loss_that_is_asked_for_again_is_that_of_the_policy_as_it_is(tmp_path):
+def test_a_recomputed_loss_uses_the_current_weights(tmp_path):
     trainer = make(ToolGRPOTrainer, tmp_path)
     inputs = rollouts(trainer, training=False)
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_a_loss_that_is_asked_for_again_is_that_of_the_policy_as_it_is(tmp_path)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_batch_made_by_hand_is_not_taken_for_the_one_that_was_sampled(tmp_path, training):
+def test_a_handmade_batch_is_not_taken_for_the_sampled_one(tmp_path, training):
     trainer = make(ToolGRPOTrainer, tmp_path)
     inputs = rollouts(trainer, training)
     by_hand = {**inputs, "completion_ids": inputs["completion_ids"].flip(dims=(0,))}
@@ -83,7 +83,7 @@ def test_a_batch_without_old_log_probs_has_trls_loss(tmp_path, training):
     torch.testing.assert_close(trainer._compute_loss(trainer.model, inputs), trls_loss(trainer, inputs))
 
 
-def test_old_log_probs_are_the_recorded_ones_whatever_generate_is_made_to_return(tmp_path):
+def test_old_log_probs_are_recorded_even_where_generate_is_overridden(tmp_path):
     trainer = make(ToolGRPOTrainer, tmp_path)
     generate = trainer._generate
 
@@ -100,7 +100,7 @@ def test_old_log_probs_are_the_recorded_ones_whatever_generate_is_made_to_return
     assert trainer._compute_loss(trainer.model, batch).isfinite()
 
 
-def test_a_trainer_without_its_constructor_is_trls(tmp_path):
+def test_a_trainer_without_its_constructor_acts_as_trls(tmp_path):
     """Tests build a bare trainer to call one method of it."""
     trainer = object.__new__(ToolGRPOTrainer)
     vars(trainer).update(vars(make(GRPOTrainer, tmp_path)))

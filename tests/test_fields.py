@@ -83,7 +83,7 @@ SHOWN = {
     "bf16": "test_budget.py",
     "max_tool_calling_iterations": "test_trl_equality.py::test_last_allowed_call_is_answered",
     "disable_dropout": "test_fields.py::test_dropout_is_disabled",
-    "cast_lm_head_to_fp32": "test_fields.py::test_the_head_is_cast",
+    "cast_lm_head_to_fp32": "test_fields.py::test_the_lm_head_is_cast_to_float32",
     "model_init_kwargs": "test_fields.py::test_a_model_is_loaded_as_trl_loads_it",
 }
 
@@ -224,7 +224,7 @@ def plain_runs():
 
 
 @pytest.mark.parametrize("name", LIKE_TRL)
-def test_it_acts_as_in_trl(monkeypatch, tmp_path, capsys, plain_runs, name):
+def test_a_field_of_trl_acts_as_in_trl(monkeypatch, tmp_path, capsys, plain_runs, name):
     value, needed = LIKE_TRL[name]
     found = {}
     for kind in (ToolGRPOTrainer, GRPOTrainer):
@@ -245,7 +245,7 @@ def test_it_acts_as_in_trl(monkeypatch, tmp_path, capsys, plain_runs, name):
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_it_is_shown_by_a_test_of_its_own(name):
+def test_a_field_of_trl_has_a_test_of_its_own(name):
     file, _, function = SHOWN[name].partition("::")
     tree = ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8"))
     tests = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
@@ -285,7 +285,7 @@ def test_dropout_is_disabled(tmp_path):
     assert spreads[True] < 1e-5 and spreads[False] > 1e-3
 
 
-def test_the_head_is_cast(tmp_path):
+def test_the_lm_head_is_cast_to_float32(tmp_path):
     model = tiny_model(chat_tokenizer()).to(torch.bfloat16)
     trainer = make(tmp_path, model, cast_lm_head_to_fp32=True)
     trainer.train()
@@ -304,7 +304,7 @@ def test_a_model_is_loaded_as_trl_loads_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_it_is_refused_by_name(tmp_path, name):
+def test_a_field_of_trl_is_refused_by_name(tmp_path, name):
     with pytest.raises(ConfigError, match=f"`{name}"):
         config(tmp_path, **{name: REFUSED[name]})
     given = config(tmp_path, record_sample_logprobs=False, **{name: REFUSED[name]})
@@ -347,7 +347,7 @@ def test_noise_in_the_forward_pass_of_training_is_refused(tmp_path):
     [("sampler_correction", "mask"), ("advantage_estimator", "gae"), ("rollout_backend", "vllm"),
      ("deterministic_rollouts", True), ("assist_warmup_steps", 1)],
 )  # fmt: skip
-def test_what_acts_on_recorded_rollouts_is_refused_where_there_are_none(tmp_path, name, value):
+def test_options_of_recorded_rollouts_are_refused_without_them(tmp_path, name, value):
     tokenizer = chat_tokenizer()
     with pytest.raises(ConfigError, match=f"`{name}.*rollout_func"):
         ToolGRPOTrainer(
@@ -370,7 +370,7 @@ def warned(caplog, path, **changes):
 
 @ignore_deprecation
 @pytest.mark.parametrize("name", WARNED)
-def test_it_is_warned_of_by_name(tmp_path, caplog, name):
+def test_an_idle_field_of_trl_is_warned_of_by_name(tmp_path, caplog, name):
     assert warned(caplog, tmp_path) == set()
     names = warned(caplog, tmp_path, **{name: WARNED[name]})
     derived = {"use_transformers_continuous_batching"} if name == "use_transformers_paged" else set()

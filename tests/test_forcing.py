@@ -8,11 +8,11 @@ from conftest import MAKE_SAMPLER, TEMPLATES, ScriptedSampler, chat_tokenizer, c
 from trl.chat_template_utils import add_response_schema, supports_tool_calling
 
 from trl_toolgrpo import ChatTemplateError, ConfigError, Tool, ToolCall, ToolGRPOTrainer, ToolNameError, Turn
-from trl_toolgrpo.checks import training_steps
 from trl_toolgrpo.losses import assisted_loss, assisted_rows, calling_tokens
 from trl_toolgrpo.rollout.chat import ToolChat
 from trl_toolgrpo.rollout.forcing import CallPrefixes, Forcing
 from trl_toolgrpo.rollout.parsing import add_missing_response_template
+from trl_toolgrpo.template_checks import training_steps
 from trl_toolgrpo.tools import as_tool
 from trl_toolgrpo.trajectory import Trajectory
 

@@ -10,7 +10,8 @@ from test_mcp import KEY, PLAIN, belongings, nothing_new, wait_until
 from trl import GRPOTrainer
 
 from trl_toolgrpo import ConfigError, MCPServer, Tool, ToolGRPOTrainer, ToolNameError, ToolSchemaError, rollout_tools
-from trl_toolgrpo.checks import check_rendering
+from trl_toolgrpo.prompt_checks import PromptRenderer
+from trl_toolgrpo.template_checks import check_rendering
 from trl_toolgrpo.tools import mcp_connection, mcp_stdio
 
 
@@ -242,10 +243,12 @@ def test_a_schema_the_template_cannot_render_is_refused(template, chat_template,
     schema = {"type": "object", "properties": {"x": {"type": ["string", "null"], "description": "y"}}}
     tool = Tool("odd", "d", schema, print)
     if words is None:
-        check_rendering(chat_tokenizer(template), [tool], chat_template, None)
+        check_rendering(PromptRenderer(chat_tokenizer(template), (), chat_template), [tool])
     else:
         with pytest.raises(ToolSchemaError, match=f"chat template cannot render the tool 'odd': {words}.*leave the"):
-            check_rendering(chat_tokenizer(template), [tool], chat_template, {"enable_thinking": False})
+            check_rendering(
+                PromptRenderer(chat_tokenizer(template), (), chat_template, {"enable_thinking": False}), [tool]
+            )
 
 
 def test_the_schemas_of_servers_are_rendered_at_construction(tmp_path, monkeypatch):

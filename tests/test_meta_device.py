@@ -57,7 +57,7 @@ def test_a_model_without_values_is_refused(tmp_path, tokenizer, make, changes):
         start(tmp_path, make(tokenizer), tokenizer=tokenizer, **changes)
 
 
-def test_so_is_one_that_an_adapter_is_added_to(tmp_path, tokenizer):
+def test_a_model_without_values_is_refused_with_an_adapter(tmp_path, tokenizer):
     with pytest.raises(ConfigError, match="You passed as the model a Qwen3ForCausalLM with 27 of 27 tensors"):
         start(tmp_path, whole(tokenizer), tokenizer=tokenizer, peft_config=lora())
 

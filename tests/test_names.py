@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from trl_toolgrpo import ConfigError, Tool, ToolGRPOTrainer
 from trl_toolgrpo.errors import ToolNameError
-from trl_toolgrpo.tools.names import check_tool_columns, find_mentions
+from trl_toolgrpo.tool_mentions import check_tool_columns, find_mentions
 
 
 TOOLS = ["send_slack_message", "get_weather", "add", "github", "listFiles", "max", "and_then", "lookup"]
@@ -133,7 +133,7 @@ def test_known_identifiers_are_not_tools():
     assert found("the column `weather_get`", known=["weather_get"]) == []
 
 
-def test_columns():
+def test_tool_columns_name_only_tools():
     check_tool_columns(["add", "max"], TOOLS)
     with pytest.raises(ToolNameError, match="`weather`, which does not exist; did you mean `get_weather`"):
         check_tool_columns(["add", "weather"], TOOLS)
@@ -206,7 +206,7 @@ REORDERED, RESPELLED = "Use slack_send_message to post it.", "Use sendSlackMessa
         ("off", "system", REORDERED, None),
     ],
 )
-def test_what_a_slip_comes_to(tokenizer, tmp_path, caplog, check, role, text, outcome):
+def test_a_slip_is_an_error_or_a_warning_by_option(tokenizer, tmp_path, caplog, check, role, text, outcome):
     if outcome == "error":
         with pytest.raises(ToolNameError, match=rf"`train_dataset`, row 0: a {role} message .*tool_mention_check"):
             construct(tokenizer, tmp_path, asked(role, text), check)

@@ -285,7 +285,7 @@ def test_a_rate_that_rounds_to_nothing_raises_an_alarm(tmp_path):
         (differing, {"max_grad_norm": 0.0}),
     ],
 )  # fmt: skip
-def test_no_alarm_where_nothing_is_to_move_or_all_is_well(tmp_path, rewards, changes):
+def test_no_alarm_for_healthy_and_frozen_runs(tmp_path, rewards, changes):
     trainer = start(tmp_path, rewards=rewards, peft_config=lora(), logprob_check="off", **changes)
     trainer.train()
     assert not {"policy_still", "critic_still"} & alarms(tmp_path)
@@ -342,7 +342,7 @@ def test_steps_that_the_scaler_skips_are_no_fault(tmp_path, monkeypatch):
     assert "policy_still" not in alarms(tmp_path) and not any("policy/moved" in entry for entry in entries(trainer))
 
 
-def test_the_rule_asks_for_two_steps():
+def test_the_alarm_needs_two_steps():
     def found(*moved):
         window = [{"step": step, "grad_norm": 0.1, "policy/moved": m} for step, m in enumerate(moved, start=1)]
         return RULES["policy_still"].check(window, RunFacts()) is not None

@@ -12,7 +12,9 @@ from peft import LoraConfig
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from trl_toolgrpo import DatasetError, Tool, ToolGRPOTrainer, ToolSchemaError
-from trl_toolgrpo.checks import check_rendering, warn_of_dropout
+from trl_toolgrpo.policy_checks import warn_of_dropout
+from trl_toolgrpo.prompt_checks import PromptRenderer
+from trl_toolgrpo.template_checks import check_rendering
 
 
 def reward(completions, **kwargs):
@@ -84,7 +86,7 @@ def test_a_tool_that_is_accepted_is_shown_whole(template):
     for label, (inner, needed) in SCHEMAS.items():
         tool = schema_tool(inner)
         try:
-            check_rendering(fam.tokenizer, [tool], fam.template, {})
+            check_rendering(PromptRenderer(fam.tokenizer, (), fam.template), [tool])
         except ToolSchemaError:
             refused.append(label)
             continue
@@ -122,7 +124,7 @@ def test_schemas_are_written_in_words_the_template_knows(tmp_path, template, rec
     trainer._generate_and_score_completions([{"prompt": [{"role": "user", "content": "hi"}]}] * 4)
 
 
-def test_what_cannot_be_shown_is_an_error_at_construction(tmp_path):
+def test_a_schema_the_template_cannot_show_is_refused(tmp_path):
     with pytest.raises(
         ToolSchemaError, match=r"does not show the values \[1, 2, 77\] of 'argument'.*enum. of strings"
     ):
@@ -131,7 +133,7 @@ def test_what_cannot_be_shown_is_an_error_at_construction(tmp_path):
         make_trainer(tmp_path, template="gptoss", tools=[schema_tool(SCHEMAS["long list of objects"][0])])
 
 
-def test_a_reference_to_itself_stays_where_json_shows_it_and_is_refused_elsewhere(tmp_path):
+def test_a_recursive_schema_is_kept_or_refused_by_template(tmp_path):
     node = {"type": "object", "properties": {"next": {"$ref": "#/$defs/Node"}, "value": {"type": "integer"}}}
     tool = Tool(
         "walk",
@@ -140,17 +142,17 @@ def test_a_reference_to_itself_stays_where_json_shows_it_and_is_refused_elsewher
         print,
     )
     assert tool.schema["function"]["parameters"]["$defs"] == {"Node": node}
-    check_rendering(chat_tokenizer("qwen3"), [tool], None, {})
+    check_rendering(PromptRenderer(chat_tokenizer("qwen3")), [tool])
     with pytest.raises(ToolSchemaError, match="reference"):
-        check_rendering(chat_tokenizer("gemma4"), [tool], None, {})
+        check_rendering(PromptRenderer(chat_tokenizer("gemma4")), [tool])
 
 
-def test_what_a_policy_can_do_without_is_logged(caplog):
+def test_a_hidden_constraint_is_logged(caplog):
     tool = schema_tool({"type": "integer", "minimum": 4711, "description": "How many."})
-    check_rendering(chat_tokenizer("gemma4"), [tool], None, {})
+    check_rendering(PromptRenderer(chat_tokenizer("gemma4")), [tool])
     assert "does not show all of the tool 'f': `minimum` of 'argument'" in caplog.text
     caplog.clear()
-    check_rendering(chat_tokenizer("qwen3"), [tool], None, {})
+    check_rendering(PromptRenderer(chat_tokenizer("qwen3")), [tool])
     assert not caplog.text
 
 

@@ -211,7 +211,7 @@ def test_optimizers_in_eight_bits(tmp_path, optim):
 
 
 def test_paged_optimizers_are_refused_on_a_cpu(tmp_path, monkeypatch):
-    from trl_toolgrpo.checks import check_optimizer
+    from trl_toolgrpo.policy_checks import check_optimizer
 
     args = config(tmp_path, optim="paged_adamw_8bit")
     monkeypatch.setattr(type(args), "device", torch.device("cuda"))

@@ -407,7 +407,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, tokenizer):
     merged = trainer(tmp_path / "b", tokenizer, ref_model_mixup_alpha=0.5)
     with pytest.raises(ReferenceSyncError, match="of the kind 'adapter', expected 'merged'"):
         merged.train(resume_from_checkpoint=str(checkpoint))
-    for name in ("reference.safetensors", "manifest.json", "run.json", "progress_0.safetensors"):
+    for name in ("reference.safetensors", "manifest.json", "run_identity.json", "progress_0.safetensors"):
         (checkpoint / name).unlink()  # as one of TRL's own
     with pytest.raises(ReferenceSyncError, match="has `r=4`, the one of this run `r=8`"):
         other.train(resume_from_checkpoint=str(checkpoint))

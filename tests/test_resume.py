@@ -134,7 +134,7 @@ def test_a_run_that_has_ended_trains_no_further(runs, tmp_path, caplog):
     assert resumed.state.global_step == 11 and len(resumed.used) == 1
 
 
-def test_resuming_goes_on_from_where_the_same_trainer_was(runs, tmp_path):
+def test_the_same_trainer_resumes_where_it_was(runs, tmp_path):
     """A trainer that has trained before takes nothing of that along."""
     whole = runs("full")
     used = start(tmp_path, max_steps=3, **SETTINGS["full"][1])
@@ -145,7 +145,7 @@ def test_resuming_goes_on_from_where_the_same_trainer_was(runs, tmp_path):
     assert used.used == whole.used[6:]
 
 
-def test_a_checkpoint_of_trl_is_gone_on_from(tmp_path, caplog):
+def test_a_checkpoint_of_trl_is_resumed(tmp_path, caplog):
     options = GRPOConfig(**{**vars_of(config(tmp_path / "a", max_steps=1, save_strategy="steps", save_steps=1))})
     GRPOTrainer(tiny_model(TOKENIZER), reward, options, prompts(5), processing_class=TOKENIZER).train()
     assert find_checkpoint(tmp_path / "a") == tmp_path / "a" / "checkpoint-1"
@@ -246,7 +246,7 @@ def test_a_run_that_ends_while_saving_leaves_the_checkpoint_before(tmp_path, mon
     assert fault_of(tmp_path / "checkpoint-2") is None and not (tmp_path / UNFINISHED).exists()
 
 
-def test_a_new_run_does_not_take_the_checkpoints_of_an_earlier_one_for_its_own(tmp_path, caplog):
+def test_a_new_run_sets_earlier_checkpoints_aside(tmp_path, caplog):
     """They are set aside, whatever their number, and none of them is resumed from or cleared away."""
     options = {"save_total_limit": 1, "save_steps": 2, "steps_per_generation": 1, "num_iterations": 1}
     start(tmp_path, max_steps=4, **options).train()
@@ -398,7 +398,7 @@ def test_a_limit_keeps_the_last_and_the_best(tmp_path):
     assert state["best_model_checkpoint"] == trainer.state.best_model_checkpoint == best
 
 
-def test_what_is_pushed_is_where_it_will_stay(tmp_path, monkeypatch):
+def test_a_pushed_checkpoint_is_in_its_final_place(tmp_path, monkeypatch):
     pushed = []
 
     def push(self, folder):
@@ -446,14 +446,14 @@ def test_a_checkpoint_of_another_run_is_refused(runs, tmp_path, changes, message
         other.train(resume_from_checkpoint=str(checkpoint))
 
 
-def test_another_number_of_processes_is_taken_between_rollout_batches(runs, tmp_path, caplog):
+def test_another_number_of_processes_is_accepted_between_rollout_batches(runs, tmp_path, caplog):
     """As far as one process can tell: what the checkpoint of two would say is written into a copy."""
     for step in (4, 5):
         folder = tmp_path / f"checkpoint-{step}"
         shutil.copytree(Path(runs("full").args.output_dir) / folder.name, folder)
-        record = json.loads((folder / "run.json").read_text())
+        record = json.loads((folder / "run_identity.json").read_text())
         record["layout"]["processes"] = 2
-        (folder / "run.json").write_text(json.dumps(record))
+        (folder / "run_identity.json").write_text(json.dumps(record))
         (folder / "manifest.json").unlink()
         publish(shutil.move(folder, tmp_path / UNFINISHED / folder.name), folder)
     with pytest.raises(CheckpointError, match=r"middle of a rollout batch.*processes \(value\): 2 .* 1 here.*of 4\."):
@@ -466,9 +466,9 @@ def test_another_number_of_processes_is_taken_between_rollout_batches(runs, tmp_
 def test_another_number_of_processes_is_refused_with_deepspeed(runs, tmp_path):
     folder = tmp_path / "checkpoint-4"
     shutil.copytree(Path(runs("full").args.output_dir) / folder.name, folder)
-    record = json.loads((folder / "run.json").read_text())
+    record = json.loads((folder / "run_identity.json").read_text())
     record["layout"]["processes"] = 2
-    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "run_identity.json").write_text(json.dumps(record))
     resumed = start(tmp_path, **SETTINGS["full"][1])
     resumed.is_deepspeed_enabled = True
     resumed._run = describe_run(resumed.args, resumed.model, resumed.train_dataset)
@@ -484,7 +484,7 @@ def test_a_checkpoint_of_the_model_alone_says_that_the_rest_begins_anew(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("stored", "own", "expected"),
+    ("source", "own", "expected"),
     [  # rollout batch, processes, micro-batches in one batch and in one step; micro-batch, processes
         ((64, 1, 1, 1), (64, 1), None),  # the same
         ((64, 2, 1, 1), (32, 2), None),
@@ -496,10 +496,11 @@ def test_a_checkpoint_of_the_model_alone_says_that_the_rest_begins_anew(tmp_path
         ((10, 1, 1, 1), (10, 4), None),  # 10 rows cannot be dealt out to 4
     ],
 )
-def test_batches_keep_their_size_with_other_processes(tmp_path, stored, own, expected):
-    size, processes, steps, accumulated = stored
+def test_batches_keep_their_size_with_other_processes(tmp_path, source, own, expected):
+    size, processes, steps, accumulated = source
     layout = {"processes": processes, "steps_per_generation": steps, "gradient_accumulation_steps": accumulated}
-    (tmp_path / "run.json").write_text(json.dumps({"batch": {"generation_batch_size": size}, "layout": layout}))
+    stored = {"batch": {"generation_batch_size": size}, "layout": layout}
+    (tmp_path / "run_identity.json").write_text(json.dumps(stored))
     micro_batch, world = own
     asked = SimpleNamespace(
         per_device_train_batch_size=micro_batch, world_size=world, generation_batch_size=micro_batch * world,
@@ -511,11 +512,11 @@ def test_batches_keep_their_size_with_other_processes(tmp_path, stored, own, exp
     if found:
         assert found["per_device_train_batch_size"] * world * found["steps_per_generation"] == size
         assert found["steps_per_generation"] * accumulated == found["gradient_accumulation_steps"] * steps
-    (tmp_path / "run.json").unlink()
+    (tmp_path / "run_identity.json").unlink()
     assert keep_batch_size(tmp_path, asked) == {}
 
 
-def test_a_run_is_described_by_what_it_is_made_of(tokenizer):
+def test_a_run_is_described_by_model_adapter_and_data(tokenizer):
     streamed = prompts(5).to_iterable_dataset()
     assert describe_dataset(streamed) == {"columns": ["prompt"]}
     assert describe_dataset(prompts(200)) == describe_dataset(prompts(200)) != describe_dataset(prompts(200, "x"))

@@ -62,7 +62,7 @@ def returning(value, wrap=None):
         ([float("nan")] * 4, r"No rollout of the batch was scored"),
     ],
 )
-def test_what_is_no_reward_is_named(tokenizer, tmp_path, kind, value, words):
+def test_what_is_no_reward_is_refused_with_the_function_named(tokenizer, tmp_path, kind, value, words):
     trainer = construct(tokenizer, tmp_path, returning(value, kind))
     with pytest.raises(RewardError, match=words):
         trainer.train()
@@ -86,7 +86,7 @@ def test_rewards_of_every_form_are_taken(tokenizer, tmp_path, value):
     assert trainer.state.log_history[0]["rewards/reward/mean"] == pytest.approx(sum(map(float, given)) / len(given))
 
 
-def test_nan_counts_as_not_scored_and_is_told_once(tokenizer, tmp_path, caplog):
+def test_nan_counts_as_not_scored_and_warns_once(tokenizer, tmp_path, caplog):
     trainer = construct(tokenizer, tmp_path, returning([0.0, float("nan"), 1.0, None]), max_steps=2)
     with caplog.at_level(logging.WARNING, "trl_toolgrpo"):
         trainer.train()
@@ -158,7 +158,7 @@ def test_columns_of_any_kind_end_no_run(tokenizer, tmp_path, caplog, value, kept
         assert list(table["7"])[-4:] == kept
 
 
-def test_batches_without_a_score_later_are_told_of_and_do_not_end_the_run(tokenizer, tmp_path, caplog):
+def test_later_batches_without_a_score_warn_and_do_not_end_the_run(tokenizer, tmp_path, caplog):
     asked = []
 
     def reward(completions, **kwargs):
@@ -172,7 +172,7 @@ def test_batches_without_a_score_later_are_told_of_and_do_not_end_the_run(tokeni
     assert trainer.state.global_step == 4 and len(said) == 1 and said[0].startswith("Step 1: No rollout of the batch")
 
 
-def test_a_function_that_leaves_rollouts_to_another_is_right(tokenizer, tmp_path):
+def test_a_function_may_leave_rollouts_to_another(tokenizer, tmp_path):
     def first(completions, **kwargs):
         return [None] * len(completions)
 
@@ -229,7 +229,7 @@ def test_the_prompt_column_is_given_in_the_plural(tokenizer, tmp_path):
     ("asked", "changes"),
     [("environments", {}), ("mcp_sessions", {}), ("trajectories", {"record_sample_logprobs": False})],
 )
-def test_what_this_run_does_not_give_is_named_at_construction(tokenizer, tmp_path, asked, changes):
+def test_an_argument_this_run_lacks_is_named_at_construction(tokenizer, tmp_path, asked, changes):
     needs = eval(f"lambda completions, {asked}, **kwargs: [0.0] * len(completions)")
     can_do_without = eval(f"lambda completions, {asked}=None, **kwargs: [0.0] * len(completions)")
     with pytest.raises(ConfigError, match=f"asks for `{asked}`"):
@@ -263,7 +263,7 @@ def names_what_is_always_given(prompts, completions, completion_ids, trainer_sta
         (by_position, "`by_position` takes `completions` by position alone"),
     ],
 )
-def test_a_function_that_does_not_take_what_it_is_given_is_named_at_construction(tokenizer, tmp_path, reward, words):
+def test_a_function_that_refuses_its_arguments_is_named_at_construction(tokenizer, tmp_path, reward, words):
     with pytest.raises(ConfigError, match=rf"The reward function {words}.*`\*\*kwargs`"):
         construct(tokenizer, tmp_path, reward, with_answers())
 
@@ -286,7 +286,7 @@ def test_a_decorator_may_leave_out_and_add_arguments(tokenizer, tmp_path):
     assert trainer.state.global_step == 1
 
 
-def test_what_a_row_lacks_is_named_while_training(tokenizer, tmp_path):
+def test_a_column_missing_in_a_row_is_named_in_training(tokenizer, tmp_path):
     given = {"solution": "a"}
     data = with_answers().with_transform(lambda batch: {**batch, **{k: [v] * 4 for k, v in given.items()}})
     trainer = construct(tokenizer, tmp_path, asks, data)
@@ -319,7 +319,7 @@ def test_fewer_rows_than_a_rollout_batch_takes(tokenizer, tmp_path, rows, needed
     construct(tokenizer, tmp_path, returning([0.0] * 4), data(needed), **changes)
 
 
-def test_selected_rows_are_the_ones_that_count(tokenizer, tmp_path):
+def test_only_selected_rows_count(tokenizer, tmp_path):
     few = prompts(100).shuffle(seed=0).select(range(3))
     with pytest.raises(DatasetError, match="has 3 rows"):
         construct(tokenizer, tmp_path, returning([0.0] * 4), few, gradient_accumulation_steps=4)

@@ -432,5 +432,5 @@ def test_the_report_takes_no_settings_from_a_checkpoint(tmp_path, capsys):
     shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "copy")
     assert report([str(tmp_path / "copy")]) == 0
     page = (tmp_path / "copy" / "report.html").read_text()
-    assert "frozen weights" not in page and json.loads((tmp_path / "copy" / "run.json").read_text())["layout"]
+    assert "frozen weights" not in page and json.loads((tmp_path / "copy" / "run_identity.json").read_text())["layout"]
     assert fault_of(tmp_path / "copy") is None

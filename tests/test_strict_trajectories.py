@@ -175,7 +175,7 @@ def test_without_strictness_its_rollouts_are_masked_out_and_counted(tmp_path, mo
 
 @pytest.mark.parametrize("row", [None, -1, 4, "0", "twice"])
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_turn_of_a_row_that_was_not_asked_for_is_an_error(tmp_path, monkeypatch, row, strict):
+def test_a_turn_of_an_unrequested_row_is_an_error(tmp_path, monkeypatch, row, strict):
     class Sampler(ScriptedSampler):
         def step(self):
             found = super().step()
@@ -261,7 +261,7 @@ def test_without_strictness_a_broken_rollout_of_a_log_trains_nothing(logged, tmp
     assert rows[0] == whole[0] and rows[1]["completion_ids"] == whole[1]["completion_ids"]
 
 
-def test_what_is_masked_out_of_a_replay_is_what_masking_leaves_out(logged, tmp_path):
+def test_a_replay_leaves_out_masked_rollouts(logged, tmp_path):
     """The weights are those of a log in which nobody sampled the tokens of that rollout."""
     log = damaged(logged, tmp_path / "broken", "logprobs", cut)
     found = replay(tmp_path / "first", log, strict_trajectories=False, max_steps=1)

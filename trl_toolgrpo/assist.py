@@ -5,7 +5,6 @@ assisted.
 """
 
 import logging
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from .config import ToolGRPOConfig
 from .errors import RewardError
 from .losses import assisted_loss, assisted_rows, calling_tokens
 from .rollout.engine import RolloutBatch
-from .types import Batch
+from .types import Batch, Row
 
 
 logger = logging.getLogger(__name__)
@@ -39,8 +38,8 @@ class AssistedWarmup(GRPOTrainer):
     def _may_force(self) -> bool:
         return self._assisted or (self.model.training and not self.args.disable_forcing_in_updates)
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        rewards = super()._calculate_rewards(*args, **kwargs)
+    def _calculate_rewards(self, inputs: list[Row], *args: list) -> Tensor:
+        rewards = super()._calculate_rewards(inputs, *args)
         if bool(rewards.isinf().any()):
             rollout, function = rewards.isinf().nonzero()[0].tolist()
             raise RewardError(

@@ -1,10 +1,11 @@
-"""Checkpoint folders that are whole or not there: how one is published, checked, found and cleared away.
+"""Checkpoint folders that are whole or absent: how one is published, checked, found and removed.
 
 A checkpoint is written under `_unfinished`, listed with its sizes in a manifest, flushed to disk and renamed into
 place, so that a process killed at any moment leaves the checkpoint before valid.
 """
 
 import errno
+import itertools
 import json
 import logging
 import os
@@ -17,9 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from functools import wraps
 from pathlib import Path
-from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed.checkpoint.api import CheckpointException
@@ -48,7 +47,7 @@ _STORAGE_TEXT = re.compile(
     "|".join([*(rf"\(os error {number}\)|{re.escape(os.strerror(number))}" for number in _STORAGE)])
     + r"|inline_container\.cc.*unexpected pos|PytorchStreamWriter failed.*file write failed|iostream\S* error"
 )
-# What says that there was a run in an output folder, and what it has left there, besides checkpoints
+# What says that there was a run in an output folder, and what it has left there in addition to checkpoints
 _SIGNS = (RUN, METRICS, HEALTH, "completions/*.parquet", "trainer_state.json")
 _LEFT = (
     *(RUN, METRICS, HEALTH, FOLDER, "completions", "runs", "trainer_state.json", "*_results.json", "report.html"),
@@ -106,12 +105,13 @@ def add_checksums(checkpoint: str | Path) -> None:
 
 
 def _write_manifest(folder: Path, checksums: bool) -> None:
-    files = {file.relative_to(folder).as_posix(): _measured(file, checksums) for file in _files(folder)}
-    write_json(folder / MANIFEST, {"files": files})
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    measured = {file.relative_to(folder).as_posix(): _measured(file, checksums) for file in files}
+    write_json(folder / MANIFEST, {"files": measured})
 
 
 def put_back(output_dir: Path) -> None:
-    """Put back in its place what a killed run was moving: a checkpoint to be replaced, the files of an earlier run."""
+    """Put back what a killed run was moving: a checkpoint to be replaced, the files of an earlier run."""
     for moving in output_dir.glob(f"{_MOVING}{EARLIER}*"):
         _move_back(moving)
     for path in (output_dir / UNFINISHED).glob(f"{_REPLACED}{PREFIX}*"):
@@ -123,7 +123,7 @@ def put_back(output_dir: Path) -> None:
 
 def fault_of(folder: Path, checksums: bool = False) -> str | None:
     """
-    Why a folder is no whole checkpoint; `None` if it is one.
+    Return why a folder is no whole checkpoint; `None` if it is one.
 
     Args:
         folder (`Path`):
@@ -157,18 +157,14 @@ def fault_of(folder: Path, checksums: bool = False) -> str | None:
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """Checkpoint folders of a run, newest first, whole or not."""
-    found = [
-        path
-        for path in Path(output_dir).glob(f"{PREFIX}*")
-        if path.is_dir() and path.name.removeprefix(PREFIX).isdigit()
-    ]
-    return sorted(found, key=_step, reverse=True)
+    """Return the checkpoint folders of a run, newest first, whole or not."""
+    named = [path for path in Path(output_dir).glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(filter(Path.is_dir, named), key=_step, reverse=True)
 
 
 def find_checkpoint(output_dir: str | Path, checksums: bool = False) -> Path | None:
     """
-    The newest whole checkpoint of a run. Torn and unfinished ones are skipped, each with a warning that names it.
+    Return the newest whole checkpoint of a run. Torn and unfinished ones are skipped, with a warning that names each.
 
     Args:
         output_dir (`str` or `Path`):
@@ -182,9 +178,8 @@ def find_checkpoint(output_dir: str | Path, checksums: bool = False) -> Path | N
     """
     put_back(Path(output_dir))
     for path in sorted((Path(output_dir) / UNFINISHED).glob(f"*{PREFIX}*")):
-        if path.name.startswith(_REMOVED):
-            continue
-        logger.warning("Skipped %s: the run ended while it was written.", path)
+        if not path.name.startswith(_REMOVED):
+            logger.warning("Skipped %s: the run ended while it was written.", path)
     for path in checkpoints(output_dir):
         fault = fault_of(path, checksums)
         if fault is None:
@@ -204,14 +199,14 @@ def check_whole(folder: str | Path, checksums: bool = False) -> None:
     fault = fault_of(Path(folder), checksums)
     if fault is not None:
         raise CheckpointError(
-            f"You asked to resume from {folder}, which is no whole checkpoint: {fault}. Pass another one, or "
-            f"`resume_from_checkpoint=True` for the newest that is whole."
+            f"You asked to resume from {folder}, which is no whole checkpoint: {fault}.",
+            remedy="Pass another one, or `resume_from_checkpoint=True` for the newest that is whole.",
         )
 
 
 def why_not_writable(output_dir: Path) -> CheckpointSaveError | None:
     """
-    What to raise before a run begins if nothing of it could be written; see [`same_error`].
+    Return the error to raise before a run begins if nothing of it could be written; see [`same_error`].
 
     Args:
         output_dir (`Path`):
@@ -226,7 +221,8 @@ def why_not_writable(output_dir: Path) -> CheckpointSaveError | None:
     except OSError as error:
         return CheckpointSaveError(
             f"Nothing can be written to `output_dir` ({output_dir}): {error}. The run has not started, since what it "
-            f"makes would be lost. Pass an `output_dir` that can be written to."
+            "makes would be lost.",
+            remedy="Pass an `output_dir` that can be written to.",
         )
     with suppress(OSError):  # what a killed run has left there stays, to be named
         os.rmdir(folder)
@@ -257,8 +253,9 @@ def check_shared(output_dir: Path, writes: bool) -> None:
     if not all(seen):
         raise CheckpointSaveError(
             f"You passed `output_dir` ({output_dir}) to a run of {len(seen)} processes, {seen.count(False)} of which "
-            f"do not see what the first writes there. Each adds its own part to a checkpoint, so that none would be "
-            f"whole. Pass a folder that all machines share, or `save_strategy='no'`."
+            "do not see what the first writes there. Each adds its own part to a checkpoint, so that none would be "
+            "whole.",
+            remedy="Pass a folder that all machines share, or `save_strategy='no'`.",
         )
 
 
@@ -290,9 +287,11 @@ def same_error(error: Exception | None, kind: type[ToolGRPOError] = CheckpointSa
         kind (`type[ToolGRPOError]`, *optional*):
             What to raise, by default [`CheckpointSaveError`].
     """
-    problems = [problem for problem in gather_object([None if error is None else str(error)]) if problem is not None]
+    own = None if error is None else (getattr(error, "message", str(error)), getattr(error, "remedy", ""))
+    problems = [problem for problem in gather_object([own]) if problem is not None]
     if problems:
-        raise kind(problems[0]) from error
+        message, remedy = problems[0]
+        raise kind(message, remedy=remedy) from error
 
 
 def _appears(file: Path) -> bool:
@@ -358,9 +357,8 @@ def move_aside(output_dir: Path, paths: Iterable[Path]) -> Path:
     Move files and folders of an output folder to a new folder of an earlier run in it, which is returned: all of them,
     or none where the disk refuses. What a kill leaves half moved is put back by the next run, see [`put_back`].
     """
-    number, taken = 1, {path.name.removeprefix(_MOVING) for path in output_dir.iterdir()}
-    while (name := f"{EARLIER}{number}") in taken:
-        number += 1
+    taken = {path.name.removeprefix(_MOVING) for path in output_dir.iterdir()}
+    name = next(name for number in itertools.count(1) if (name := f"{EARLIER}{number}") not in taken)
     folder, moving = output_dir / name, output_dir / f"{_MOVING}{name}"
     moving.mkdir()
     try:
@@ -386,12 +384,12 @@ def _move_back(moving: Path) -> None:
 
 
 def _is_empty(path: Path) -> bool:
-    """Whether a path is an empty folder, such as TRL makes for completions."""
+    """Return whether a path is an empty folder, such as TRL makes for completions."""
     return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
 
 
 def is_storage_failure(error: BaseException) -> bool:
-    """Whether an exception says that the disk did not take what was written: it is full, read-only or broken."""
+    """Return whether an exception says that the disk, full, read-only or broken, did not take what was written."""
     if isinstance(error, CheckpointException):  # of torch's distributed checkpoints, the same in every process
         return any(is_storage_failure(failure) for failure, _ in error.failures.values())
     if isinstance(error, OSError):
@@ -404,7 +402,7 @@ _refused: ContextVar[list[str] | None] = ContextVar("refused", default=None)  # 
 
 def attempt(work: Callable[[], None]) -> list[str]:
     """
-    Write something in every process; returns what the disk refused, over all of them.
+    Write something in every process, and return what the disk refused, over all of them.
 
     Use [`tolerated`] for the writes between two collectives, so that a process whose disk refuses still reaches the
     next one. Errors of any other kind propagate.
@@ -434,23 +432,8 @@ def tolerated() -> Iterator[None]:
         refused.append(f"{type(error).__name__}: {error}")
 
 
-def tolerant(write: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that only writes, under [`tolerated`]."""
-
-    @wraps(write)
-    def written(*args: Any, **kwargs: Any) -> Any:
-        with tolerated():
-            return write(*args, **kwargs)
-
-    return written
-
-
 def _step(path: Path) -> int:
     return int(path.name.removeprefix(PREFIX))
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
 
 
 def _measured(file: Path, checksum: bool) -> dict[str, int]:

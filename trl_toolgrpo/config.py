@@ -1,33 +1,22 @@
 """`ToolGRPOConfig`: TRL's `GRPOConfig` and the fields that recording, the tool runtime and the checks add to it.
 
-Owns every option; the checks that need options alone are in `config_checks.py`. Fed by recipes and scripts; read by
-all stages.
+Each option is checked when the configuration is made, by `config_checks.py`.
 """
 
 import copy
+import inspect
 import json
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+import re
+from dataclasses import MISSING, dataclass, fields
+from types import MappingProxyType
 
 from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import GRPOConfig
 
-from .config_checks import (
-    ADVANTAGE_ESTIMATORS,
-    FORCE_LEVELS,
-    GAE_UNITS,
-    HEALTH_CHECKS,
-    LOGPROB_CHECKS,
-    REF_SYNC_MODES,
-    ROLLOUT_BACKENDS,
-    SAMPLER_CORRECTIONS,
-    TOOL_MENTION_CHECKS,
-    check_counts,
-    check_fields,
-    check_types,
-)
+from .config_checks import CHOICES, check_counts, check_fields, check_types
 from .errors import ConfigError
 from .redaction import masked
+from .types import JSONObject
 
 
 @dataclass
@@ -77,7 +66,7 @@ class ToolGRPOConfig(GRPOConfig):
             for each entry of the vocabulary and token, and decoding waits for tools that take longer than 8 steps.
         rollout_backend (`str`, *optional*, defaults to `"transformers"`):
             What samples: `"transformers"`, the training model itself, or `"vllm"`, set up by TRL's `vllm_*` options
-            and sent the adapter of a LoRA run, or all weights, before the first rollout batch behind each optimizer
+            and sent the adapter of a LoRA run, or all weights, before the first rollout batch after each optimizer
             step. `vllm_mode="colocate"` is an engine in each training process; `"server"` is `python -m
             trl_toolgrpo.serve --model ...`, on another GPU or machine. TRL's `use_vllm=True` means `"vllm"`.
         max_concurrent_tools (`int`, *optional*, defaults to `64`):
@@ -160,200 +149,42 @@ class ToolGRPOConfig(GRPOConfig):
         ConfigError: for a combination that cannot work.
     """
 
-    record_sample_logprobs: bool = field(
-        default=True,
-        metadata={
-            "help": "Use the log-prob recorded when a token was sampled as the old log-prob of the ratio; never "
-            "recompute it. False is TRL's own path, unchanged."
-        },
-    )
-    strict_trajectories: bool = field(
-        default=True,
-        metadata={
-            "help": "Raise TrajectoryError for a rollout with a missing, short, non-finite or misnamed field. False "
-            "masks such a rollout out of the update and counts it."
-        },
-    )
-    logprob_check: str = field(
-        default="first",
-        metadata={
-            "help": "When to recompute recorded log-probs with the trainer and compare them per token: for the first "
-            "rollout batch, always or never.",
-            "choices": list(LOGPROB_CHECKS),
-        },
-    )
-    logprob_check_tolerance: float | None = field(
-        default=None,
-        metadata={
-            "help": "Largest difference in nats between a recorded and a recomputed log-prob. None judges by what "
-            "rounding can do: 1e-3 in float32; in bfloat16 and float16 measured on the policy in the first batch."
-        },
-    )
-    sampler_correction: str | None = field(
-        default=None,
-        metadata={
-            "help": "What is done with tokens whose ratio (policy to sampler) is above sampler_correction_cap: "
-            "truncate holds the ratio there, mask leaves the token out of the policy loss. It is the one ratio of the "
-            "loss; there is no second factor. None: with vLLM, TRL's vllm_importance_sampling_* act.",
-            "choices": list(SAMPLER_CORRECTIONS),
-        },
-    )
-    sampler_correction_cap: float = field(
-        default=2.0, metadata={"help": "Largest ratio that sampler_correction lets through, above 1."}
-    )
-    shared_prompt_updates: bool = field(
-        default=True,
-        metadata={
-            "help": "Score the prompt of a group once for all its rollouts in a micro-batch, and keep the groups of "
-            "an optimizer step together when it is divided over micro-batches."
-        },
-    )
-    rollout_cache_gib: float | None = field(
-        default=None,
-        metadata={
-            "help": "Most memory in GiB for the keys and values of rollouts in progress on one process; a rollout "
-            "batch that could need more is sampled in parts. None for no limit."
-        },
-    )
-    deterministic_rollouts: bool = field(
-        default=False,
-        metadata={
-            "help": "Same rollouts whatever the timing of tools or the number of processes: noise is keyed by seed, "
-            "rollout batch, rollout and token, rows are admitted in a fixed order. Costs a random number for each "
-            "entry of the vocabulary and token, and decoding waits for tools that take longer than 8 steps."
-        },
-    )
-    rollout_backend: str = field(
-        default="transformers",
-        metadata={
-            "help": "What samples the rollouts: transformers (the training model itself) or vllm (set up by the "
-            "vllm_* options; use_vllm means the same).",
-            "choices": list(ROLLOUT_BACKENDS),
-        },
-    )
-    max_concurrent_tools: int = field(
-        default=64, metadata={"help": "Most tool calls in flight over the whole rollout batch."}
-    )
-    tool_timeout: float | None = field(
-        default=30.0, metadata={"help": "Time limit of one tool call in seconds. None for no limit."}
-    )
-    environment_timeout: float | None = field(
-        default=120.0,
-        metadata={
-            "help": "Time limit in seconds of an environment's constructor, reset, get_reward and properties. None "
-            "for no limit."
-        },
-    )
-    tool_retries: int = field(
-        default=0, metadata={"help": "Further tries of a tool call whose error is marked transient."}
-    )
-    max_tool_output_tokens: int = field(
-        default=512, metadata={"help": "Tokens after which a tool result is cut, with a visible marker."}
-    )
-    parse_error_budget: int = field(
-        default=1,
-        metadata={"help": "Malformed calls answered with a corrective tool message before the rollout stops."},
-    )
-    tool_mention_check: str = field(
-        default="auto",
-        metadata={
-            "help": "What is done about names in prompts that resemble a tool's and are none: auto (an error where a "
-            "system message has a tool's words in another order, else a warning), error, warn or off.",
-            "choices": list(TOOL_MENTION_CHECKS),
-        },
-    )
-
-    force_rate: float = field(
-        default=0.0,
-        metadata={"help": "Share of assistant turns that begin with a forced tool call, where forcing is allowed."},
-    )
-    force_level: str = field(
-        default="call",
-        metadata={
-            "help": "What is forced: the call-opening marker alone, everything through a tool's name, or a whole "
-            "call constrained to the tool's JSON schema.",
-            "choices": list(FORCE_LEVELS),
-        },
-    )
-    assist_warmup_steps: int = field(
-        default=0,
-        metadata={
-            "help": "The first optimizer steps are assisted: forcing on, supervised loss on rewarded calls, no policy "
-            "gradient. A multiple of the optimizer steps per rollout batch."
-        },
-    )
-    disable_forcing_in_updates: bool = field(
-        default=True,
-        metadata={"help": "No rollout that feeds a policy-gradient update is ever forced."},
-    )
-    forced_loss_coef: float = field(default=1.0, metadata={"help": "Weight of the supervised loss in assisted steps."})
-
-    advantage_estimator: str = field(
-        default="group",
-        metadata={
-            "help": "Where advantages come from: group (GRPO), gae (value head), or group_gae (group advantage, value "
-            "head as token-level baseline).",
-            "choices": list(ADVANTAGE_ESTIMATORS),
-        },
-    )
-    gae_gamma: float = field(default=1.0, metadata={"help": "Discount from step to step, in [0, 1]."})
-    gae_lambda: float = field(default=0.95, metadata={"help": "Weight of longer returns, in [0, 1]."})
-    gae_unit: str = field(
-        default="token",
-        metadata={"help": "What a step of GAE is: a sampled token or a turn.", "choices": list(GAE_UNITS)},
-    )
-    value_loss_coef: float = field(default=0.5, metadata={"help": "Weight of the value loss."})
-    value_clip: float | None = field(
-        default=0.2,
-        metadata={"help": "How far a value may move from the recorded one before its loss is clipped."},
-    )
-    value_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the value head. None is 1e-3."}
-    )
-    value_warmup_steps: int = field(
-        default=0,
-        metadata={"help": "The first optimizer steps of reinforcement learning train the value head alone."},
-    )
-    value_epochs: int = field(
-        default=1,
-        metadata={
-            "help": "Passes of the value head over the tokens of an optimizer step; all but the first train the head "
-            "alone, on the hidden states of that step."
-        },
-    )
-    value_detach: bool = field(
-        default=True, metadata={"help": "Keep the gradient of the value loss out of the policy's trunk."}
-    )
-    ref_sync_mode: str = field(
-        default="auto",
-        metadata={
-            "help": "How the reference of a PEFT run follows the policy with sync_ref_model: adapter (a frozen copy "
-            "of the adapter), merged (merged weights, so that an average is exact), or auto.",
-            "choices": list(REF_SYNC_MODES),
-        },
-    )
-    health_checks: str = field(
-        default="warn",
-        metadata={
-            "help": "What is done when a health rule finds a fault: warn says it once, raise also saves a checkpoint "
-            "and ends the run, off looks for none.",
-            "choices": list(HEALTH_CHECKS),
-        },
-    )
-    rollout_log_limit: float = field(
-        default=1024.0,
-        metadata={
-            "help": "MiB that the log of rollouts in the output folder may take; beyond it the oldest batches are "
-            "removed. 0 logs no rollouts."
-        },
-    )
-    replay: str | None = field(
-        default=None,
-        metadata={
-            "help": "Output folder of a run whose rollout log is trained from, without sampling or asking reward "
-            "functions."
-        },
-    )
+    record_sample_logprobs: bool = True
+    strict_trajectories: bool = True
+    logprob_check: str = "first"
+    logprob_check_tolerance: float | None = None
+    sampler_correction: str | None = None
+    sampler_correction_cap: float = 2.0
+    shared_prompt_updates: bool = True
+    rollout_cache_gib: float | None = None
+    deterministic_rollouts: bool = False
+    rollout_backend: str = "transformers"
+    max_concurrent_tools: int = 64
+    tool_timeout: float | None = 30.0
+    environment_timeout: float | None = 120.0
+    tool_retries: int = 0
+    max_tool_output_tokens: int = 512
+    parse_error_budget: int = 1
+    tool_mention_check: str = "auto"
+    force_rate: float = 0.0
+    force_level: str = "call"
+    assist_warmup_steps: int = 0
+    disable_forcing_in_updates: bool = True
+    forced_loss_coef: float = 1.0
+    advantage_estimator: str = "group"
+    gae_gamma: float = 1.0
+    gae_lambda: float = 0.95
+    gae_unit: str = "token"
+    value_loss_coef: float = 0.5
+    value_clip: float | None = 0.2
+    value_learning_rate: float | None = None
+    value_warmup_steps: int = 0
+    value_epochs: int = 1
+    value_detach: bool = True
+    ref_sync_mode: str = "auto"
+    health_checks: str = "warn"
+    rollout_log_limit: float = 1024.0
+    replay: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -362,7 +193,8 @@ class ToolGRPOConfig(GRPOConfig):
         if (self.num_generations or 0) < 2:
             raise ConfigError(
                 f"You passed `num_generations={self.num_generations}`. GRPO compares the rollouts of a prompt with "
-                f"each other and requires at least 2 generations. Set `num_generations` to 2 or more."
+                "each other and requires at least 2 generations.",
+                remedy="Set `num_generations` to 2 or more.",
             )
         check_counts(self)
         try:
@@ -372,11 +204,11 @@ class ToolGRPOConfig(GRPOConfig):
         check_fields(self, own_defaults)
         # No fields: they are in no dump of the configuration
         self._passed = passed
-        self._begun_with: dict[str, Any] | None = {name: getattr(self, name) for name in own_defaults}
+        self._begun_with: dict[str, object] | None = {name: getattr(self, name) for name in own_defaults}
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JSONObject:
         """
-        The fields by name, as trackers get them, without secrets: `"[secret]"` stands for what is named for one
+        Return the fields by name, as trackers get them, without secrets: `"[secret]"` stands for what is named for one
         at any depth, and of the logins of URLs.
         """
         return masked(super().to_dict())
@@ -421,20 +253,30 @@ class ToolGRPOConfig(GRPOConfig):
         return config  # type: ignore[return-value]
 
 
-def default_values(kind: Any = ToolGRPOConfig) -> dict[str, Any]:
+def _describe_fields(kind: type[GRPOConfig]) -> None:
+    """Give each field that a class documents what the command line shows: that text, and its choices."""
+    documented = re.findall(r"^ {4}(\w+) \(`.*:\n((?: {8}.*\n?)+)", inspect.getdoc(kind) or "", re.MULTILINE)
+    for name, text in documented:
+        shown: dict[str, object] = {"help": " ".join(text.split()).replace("%", "%%")}
+        shown |= {"choices": list(CHOICES[name])} if name in CHOICES else {}
+        kind.__dataclass_fields__[name].metadata = MappingProxyType(shown)
+
+
+_describe_fields(ToolGRPOConfig)
+
+
+def default_values(kind: type[GRPOConfig] | GRPOConfig = ToolGRPOConfig) -> dict[str, object]:
     """
-    Default of each field that can be passed to a class of configurations, made anew where it is mutable.
+    Return the default of each field that can be passed to a class of configurations, made anew where it is mutable.
 
     Args:
         kind (`type` or `GRPOConfig`, *optional*, defaults to [`ToolGRPOConfig`]):
             The class, or a configuration of it.
     """
-    return {
-        f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(kind) if f.init
-    }
+    return {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(kind) if f.init}
 
 
-def changed_fields(args: Any) -> dict[str, Any]:
+def changed_fields(args: GRPOConfig) -> JSONObject:
     """
     Return the fields of a configuration that were set (see [`set_fields`]) and differ from their defaults, by name in
     their order, as JSON data without secrets.
@@ -449,14 +291,14 @@ def changed_fields(args: Any) -> dict[str, Any]:
 
 
 # What the defaults of these fields, "none", "" and "auto", are written as at construction
-_WRITTEN_ANEW: dict[str, Any] = {"report_to": [], "debug": [], "pad_to_multiple_of": None}
+_WRITTEN_ANEW: dict[str, object] = {"report_to": [], "debug": [], "pad_to_multiple_of": None}
 
 
 def set_fields(args: GRPOConfig) -> set[str]:
     """
-    Names of the fields of a configuration that were set: passed with another value than their default, or changed
-    after construction and before a trainer took the configuration over. What TRL and transformers derive from other
-    fields is not among them.
+    Return the names of the fields of a configuration that were set: passed with another value than their default, or
+    changed after construction and before a trainer took the configuration over. What TRL and transformers derive from
+    other fields is not among them.
 
     Args:
         args (`GRPOConfig`):
@@ -471,9 +313,9 @@ def set_fields(args: GRPOConfig) -> set[str]:
     return {name for name, default in given.items() if getattr(args, name) != derived.get(name, default)}
 
 
-def derived_values(args: GRPOConfig) -> dict[str, Any]:
+def derived_values(args: GRPOConfig) -> dict[str, object]:
     """
-    What TRL and transformers put into the fields of a configuration that were left alone.
+    Return what TRL and transformers put into the fields of a configuration that were left alone.
 
     Args:
         args (`GRPOConfig`):

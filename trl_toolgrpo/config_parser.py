@@ -29,7 +29,9 @@ class ToolGRPOParser(TrlParser):
         self.hints = {name: hint for kind in dataclass_types for name, hint in field_types(kind).items()}
         self.source = ""
 
-    def parse_args_and_config(self, args: Iterable[str] | None = None, *options: bool, **kwargs: bool) -> tuple[Any, ...]:
+    def parse_args_and_config(
+        self, args: Iterable[str] | None = None, *options: bool, **kwargs: bool
+    ) -> tuple[Any, ...]:
         """
         Read a command line and the YAML that its `--config` names.
 

@@ -2,23 +2,27 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from .errors import TrajectoryError
 from .trajectory import Trajectory, field_meant_by
+from .types import Batch
 
 
 logger = logging.getLogger(__name__)
+
+RolloutFunction: TypeAlias = Callable[..., Batch]
+Lists: TypeAlias = dict[str, list[Any]]
 
 _REQUIRED = ("prompt_ids", "completion_ids", "logprobs")
 """What TRL requires of a `rollout_func`. In addition it may return `env_mask`, the `tool_mask` of a [`Trajectory`]."""
 
 
 def checked_rollouts(
-    function: Callable[..., dict[str, Any]], strict: bool, count_invalid: Callable[[int], None], pad_id: int
-) -> Callable[..., dict[str, Any]]:
+    function: RolloutFunction, strict: bool, count_invalid: Callable[[int], None], pad_id: int
+) -> RolloutFunction:
     """
-    A `rollout_func` whose rollouts are checked.
+    Return a `rollout_func` whose rollouts are checked.
 
     Args:
         function (`Callable`):
@@ -35,17 +39,17 @@ def checked_rollouts(
             are prompts; if `strict`, also for a rollout with a short or non-finite field.
     """
 
-    def checked(prompts: list[Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def checked(prompts: list[object], *args: object, **kwargs: object) -> Batch:
         output = dict(function(prompts, *args, **kwargs))
         fault = _fault_of_names(output)
         if fault is not None and (strict or not {"prompt_ids", "completion_ids"} <= set(output)):
-            raise TrajectoryError(fault)
+            raise fault
         lists = {name: output[name] for name in (*_REQUIRED, "env_mask") if output.get(name) is not None}
         for name, rows in lists.items():
             if len(rows) != len(prompts):
                 raise TrajectoryError(
-                    f"The `rollout_func` returned {len(rows)} entries in `{name}` for {len(prompts)} prompts. Return "
-                    f"one for each prompt, in order."
+                    f"The `rollout_func` returned {len(rows)} entries in `{name}` for {len(prompts)} prompts.",
+                    remedy="Return one for each prompt, in order.",
                 )
         plain = {name: [_as_list(row) for row in rows] for name, rows in lists.items()}
         if fault is not None:
@@ -60,20 +64,23 @@ def checked_rollouts(
     return checked
 
 
-def _fault_of_names(output: dict[str, Any]) -> str | None:
-    """What is missing of the fields that a `rollout_func` returns, or has another name; `None` if nothing."""
+def _fault_of_names(output: Batch) -> TrajectoryError | None:
+    """Return an error about fields that a `rollout_func` does not return or misnames; `None` if there are none."""
     missing = [name for name in _REQUIRED if name not in output]
     others = {name: field_meant_by(name, missing) for name in output if name not in _REQUIRED}
-    hints = "".join(f" Did you mean `{meant}` by `{name}`?" for name, meant in others.items() if meant)
+    hints = [f"Did you mean `{meant}` by `{name}`?" for name, meant in others.items() if meant]
     if missing:
         named = ", ".join(f"`{name}`" for name in missing)
-        return f"The `rollout_func` returned no {named}; got {', '.join(map(str, output))}.{hints}"
+        found = ", ".join(map(str, output))
+        return TrajectoryError(f"The `rollout_func` returned no {named}; got {found}.", remedy=" ".join(hints))
     if "tool_mask" in output and "env_mask" not in output:
-        return "The `rollout_func` returned `tool_mask`, which TRL does not read. Did you mean `env_mask`?"
+        return TrajectoryError(
+            "The `rollout_func` returned `tool_mask`, which TRL does not read.", remedy="Did you mean `env_mask`?"
+        )
     return None
 
 
-def _is_invalid(lists: dict[str, list[Any]], row: int, strict: bool) -> bool:
+def _is_invalid(lists: Lists, row: int, strict: bool) -> bool:
     try:
         record = {name: rows[row] for name, rows in lists.items()}
         ids = record["completion_ids"]
@@ -83,13 +90,13 @@ def _is_invalid(lists: dict[str, list[Any]], row: int, strict: bool) -> bool:
         Trajectory(record["prompt_ids"], ids, logprobs, mask, [0] * count, [], "stop").validate(row)
     except TrajectoryError as error:
         if strict:
-            raise TrajectoryError(f"{error} It is of your `rollout_func`.") from error
+            raise TrajectoryError(f"{error.message} It is of your `rollout_func`.", remedy=error.remedy) from error
         logger.warning("Masked out of the update: %s", error)
         return True
     return False
 
 
-def _mask_out(output: dict[str, Any], lists: dict[str, list[Any]], rows: Sequence[int], pad_id: int) -> None:
+def _mask_out(output: Batch, lists: Lists, rows: Sequence[int], pad_id: int) -> None:
     """Leave nothing to train on of some rollouts."""
     for row in rows:
         given = Trajectory(lists["prompt_ids"][row], lists["completion_ids"][row], [], [], [], [], "stop")
@@ -105,6 +112,6 @@ def _mask_out(output: dict[str, Any], lists: dict[str, list[Any]], rows: Sequenc
     output |= lists
 
 
-def _as_list(values: Any) -> Any:
-    """A list in place of a tensor or an array."""
+def _as_list(values: object) -> object:
+    """Return a list in place of a tensor or an array."""
     return values.tolist() if hasattr(values, "tolist") else values

@@ -15,12 +15,12 @@ from transformers import TrainerCallback
 
 from .batch_position import optimizer_steps_of
 from .checkpoint import PREFIX
-from .checks import policy_parameters
 from .config import ToolGRPOConfig
 from .errors import CheckpointSaveError, HealthError
 from .health import HealthMonitor, RunFacts, still_open
 from .health_rollouts import DISTINCT, ROLLOUT_RULES, SHORTCUTS, correlation_within_groups, costs
 from .health_updates import UPDATE_RULES
+from .policy_checks import policy_parameters
 from .rollout.rotary import RowFrequencies
 from .rounding import EXACT_TOLERANCE, LOW_PRECISION, Accepted, compute_dtype
 from .run_files import HEALTH, read_lines

@@ -1,26 +1,25 @@
-"""What a run is: the model, adapter, data set and batch that a checkpoint goes with.
-
-Owns the description that is kept in a checkpoint and its comparison with the run that resumes. Fed by `resume.py`.
-"""
+"""What a run is: the model, adapter, data set and batch that must match for a checkpoint to be resumed."""
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from trl import GRPOConfig
 
 from .batch_position import micro_batches_of
+from .lm_head import base_model
 from .model_settings import model_setting
 from .reference import ADAPTER
+from .types import JSONObject, JSONValue
 
 
-RUN = "run.json"
-"""Where a checkpoint has the description."""
+IDENTITY = "run_identity.json"
+"""File of a checkpoint that describes the run it belongs to."""
 
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "vocab_size")
 _ADAPTER = ("peft_type", "r", "lora_alpha", "use_dora", "use_rslora", "bias", "modules_to_save", "target_modules")
@@ -29,9 +28,9 @@ _WEIGHTS = "frozen weights"
 _SAMPLED = 64  # rows of the data set, and values of each frozen weight, that stand for all
 
 
-def describe_run(args: Any, model: Any, dataset: Any) -> dict[str, Any]:
+def describe_run(args: GRPOConfig, model: nn.Module, dataset: object) -> JSONObject:
     """
-    What has to be the same for a checkpoint to be gone on from.
+    Describe what must match for a checkpoint to be resumed.
 
     Args:
         args ([`ToolGRPOConfig`]):
@@ -42,13 +41,13 @@ def describe_run(args: Any, model: Any, dataset: Any) -> dict[str, Any]:
             What it is trained on.
 
     Returns:
-        `dict[str, Any]`: plain values by section: `model`, `adapter`, `dataset`, `batch`, and `layout`, which may
+        `dict`: plain values by section: `model`, `adapter`, `dataset`, `batch`, and `layout`, which may
         change between two rollout batches.
     """
-    adapter = getattr(model, "active_adapter", None) if hasattr(model, "peft_config") else None
+    adapters, active = getattr(model, "peft_config", {}), getattr(model, "active_adapter", None)
     return {
         "model": describe_model(model),
-        "adapter": {} if adapter is None else describe_adapter(model.peft_config[adapter].to_dict()),
+        "adapter": describe_adapter(adapters[active].to_dict()) if active in adapters else {},
         "dataset": describe_dataset(dataset),
         "batch": {
             **{name: getattr(args, name) for name in _BATCH},
@@ -62,13 +61,13 @@ def describe_run(args: Any, model: Any, dataset: Any) -> dict[str, Any]:
     }
 
 
-def keep_batch_size(checkpoint: str | Path, args: Any) -> dict[str, int]:
+def keep_batch_size(checkpoint: str | Path, args: GRPOConfig) -> dict[str, int]:
     """
-    How a run that resumes takes rollout batches of the size of its checkpoint's, and as many steps on each.
+    Find batch sizes with which a run that resumes takes rollout batches of its checkpoint's size, and as many
+    optimizer steps on each.
 
-    With another number of processes the same configuration makes batches of another size, and what goes on from a
-    checkpoint with other batches is another run, which is refused. The micro-batches of a process get no larger than
-    they are.
+    With another number of processes the same configuration makes batches of another size, and a run with other
+    batches than its checkpoint's is another run, which is refused. The micro-batches of a process do not get larger.
 
     Args:
         checkpoint (`str` or `Path`):
@@ -78,17 +77,17 @@ def keep_batch_size(checkpoint: str | Path, args: Any) -> dict[str, int]:
 
     Returns:
         `dict[str, int]`: what to change `per_device_train_batch_size`, `gradient_accumulation_steps` and
-        `steps_per_generation` to; empty if they are the same already, if there is no such division, or if the
+        `steps_per_generation` to; empty if they match already, if no sizes do, or if the
         checkpoint does not say.
     """
     try:
-        return division(json.loads((Path(checkpoint) / RUN).read_text(encoding="utf-8")), args)
+        return matching_batch_sizes(json.loads((Path(checkpoint) / IDENTITY).read_text(encoding="utf-8")), args)
     except (OSError, ValueError, KeyError, TypeError):  # of another trainer, or torn, which is said when it is resumed
         return {}
 
 
-def division(stored: Mapping[str, Any], args: Any) -> dict[str, int]:
-    """[`keep_batch_size`] for the description that a checkpoint has."""
+def matching_batch_sizes(stored: JSONObject, args: GRPOConfig) -> dict[str, int]:
+    """Return [`keep_batch_size`] for the description that a checkpoint holds."""
     size, layout = stored["batch"]["generation_batch_size"], stored["layout"]
     same_steps = args.steps_per_generation * layout["gradient_accumulation_steps"] == (
         args.gradient_accumulation_steps * layout["steps_per_generation"]
@@ -107,9 +106,9 @@ def division(stored: Mapping[str, Any], args: Any) -> dict[str, int]:
     return {}
 
 
-def describe_model(model: Any) -> dict[str, Any]:
-    """Shape of a policy, and a checksum of the weights that are not trained and so are in no checkpoint."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+def describe_model(model: nn.Module) -> JSONObject:
+    """Return the shape of a policy, and a checksum of the weights that are not trained and so are in no checkpoint."""
+    base = base_model(model)
     config = base.config.get_text_config()
     shape = {name: model_setting(config, name) for name in _SHAPE}
     checksum = 0
@@ -122,12 +121,13 @@ def describe_model(model: Any) -> dict[str, Any]:
     return {**shape, _WEIGHTS: checksum if frozen else None}
 
 
-def describe_adapter(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What has to be the same in an adapter's configuration, as plain values."""
-    return {name: _plain(config.get(name)) for name in _ADAPTER}
+def describe_adapter(config: JSONObject) -> JSONObject:
+    """Describe what must match in an adapter's configuration, as plain values."""
+    found = {name: getattr(config.get(name), "value", config.get(name)) for name in _ADAPTER}
+    return {name: sorted(value) if isinstance(value, (list, tuple, set)) else value for name, value in found.items()}
 
 
-def describe_dataset(dataset: Any) -> dict[str, Any]:
+def describe_dataset(dataset: object) -> JSONObject:
     """
     Return size, columns and a checksum of rows of a data set; of one that is streamed, its columns alone.
 
@@ -147,8 +147,8 @@ def describe_dataset(dataset: Any) -> dict[str, Any]:
     return {"rows": count, "columns": columns, "content": zlib.crc32(rows.encode())}
 
 
-def _portable(value: Any) -> Any:
-    """Stored values as JSON has them; of a file that is only referred to, its name, which is the same elsewhere."""
+def _portable(value: JSONValue) -> JSONValue:
+    """Return stored values as JSON has them; of a file that is only referred to, its name, as on other machines."""
     if isinstance(value, dict) and value.keys() == {"bytes", "path"} and value["bytes"] is None:
         return Path(value["path"] or "").name
     if isinstance(value, dict):
@@ -158,8 +158,8 @@ def _portable(value: Any) -> Any:
     return [_portable(inner) for inner in value] if isinstance(value, list) else value
 
 
-def differences(stored: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]:
-    """What differs between two sections of a description, in words; what one of them does not know is left out."""
+def differences(stored: JSONObject, own: JSONObject) -> Iterator[str]:
+    """Yield a text for each difference of two sections of a description; what one does not know is left out."""
     for name, ours in own.items():
         unknown = name not in stored or (name == _WEIGHTS and None in (stored[name], ours))
         if not unknown and stored[name] != ours:
@@ -171,9 +171,3 @@ def _sample(parameter: Tensor) -> bytes:
     flat = parameter.detach().reshape(-1)
     values = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED].cpu().contiguous()
     return values.view(torch.uint8).numpy().tobytes()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (list, tuple, set)):
-        return sorted(value)
-    return getattr(value, "value", value)

@@ -3,11 +3,11 @@
 import json
 import secrets
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from .errors import ToolSchemaError
-from .prompt_checks import PromptRenderer
+from .prompt_checks import Prompt, PromptRenderer
 from .rollout.control_tokens import ControlTokens
+from .types import JSONSchema, JSONValue, Message
 
 
 KEPT = 1024
@@ -16,7 +16,7 @@ KEPT = 1024
 
 class InertPrompts:
     """
-    Encodes prompts so that no control token comes of the tools they show or of what an environment's `reset` said.
+    Encodes prompts so that neither the tools they show nor what an environment's `reset` said becomes a control token.
 
     The messages of a data set are the user's own, and control tokens in them stay what they are.
 
@@ -31,15 +31,15 @@ class InertPrompts:
         self._control = control
         self._renderer = renderer
         self._mark = f"x{secrets.token_hex(8)}"
-        self._marked: dict[str, Any] = {}  # schemas by their JSON
+        self._marked: dict[str, JSONSchema] = {}  # schemas by their JSON
 
     def mark(self, text: str) -> str:
-        """A text with marks for [`InertPrompts.encode`], where it has to be cut."""
+        """Return a text with marks for [`InertPrompts.encode`] where it has to be cut."""
         return self._control.marked(text, self._mark)
 
-    def schemas(self, tools: Sequence[dict[str, Any]]) -> list[Any]:
+    def schemas(self, tools: Sequence[JSONSchema]) -> list[JSONSchema]:
         """
-        Schemas whose texts (names, descriptions, keys, allowed values) have marks where they have to be cut.
+        Return schemas whose texts (names, descriptions, keys, allowed values) have marks where they have to be cut.
 
         Args:
             tools (`Sequence[dict]`):
@@ -55,9 +55,9 @@ class InertPrompts:
             found.append(self._marked[key])
         return found
 
-    def encode(self, prompt: list[dict[str, Any]], schemas: Sequence[dict[str, Any]]) -> list[int] | None:
+    def encode(self, prompt: list[Message], schemas: Sequence[JSONSchema]) -> list[int] | None:
         """
-        Tokens of a prompt that the policy continues.
+        Return the tokens of a prompt that the policy continues.
 
         Args:
             prompt (`list[dict]`):
@@ -71,23 +71,23 @@ class InertPrompts:
         Raises:
             ToolSchemaError: if the chat template does not repeat texts as they are, so that the marks are lost.
         """
-        plain_prompt, plain_schemas = _mapped(prompt, self._plain), _mapped(list(schemas), self._plain)
+        plain_prompt, plain_schemas = _mapped(prompt, self._unmarked), _mapped(list(schemas), self._unmarked)
         if plain_prompt == prompt and plain_schemas == list(schemas):
             return None
         text = self._renderer.text(prompt, schemas)
-        if self._plain(text) != self._renderer.text(plain_prompt, plain_schemas):
+        if self._unmarked(text) != self._renderer.text(plain_prompt, plain_schemas):
             raise ToolSchemaError(
                 "The tools of a prompt, or what the `reset` of its environment said, hold control tokens of the "
-                "model, and the chat template does not repeat them as they are, so that they cannot be kept text. "
-                "Take them out of the names, descriptions and values of the tools."
+                "model, and the chat template does not repeat them as they are, so that they cannot be kept text.",
+                remedy="Take them out of the names, descriptions and values of the tools.",
             )
         return [id for part in text.split(self._mark) for id in self._control.encode(part)]
 
-    def _plain(self, text: str) -> str:
+    def _unmarked(self, text: str) -> str:
         return text.replace(self._mark, "")
 
 
-def with_observation(given: Any, prompt: Any, change: Callable[[str], str]) -> Any:
+def with_observation(given: Prompt | None, prompt: Prompt, change: Callable[[str], str]) -> Prompt:
     """
     Return a prompt with what the `reset` of its environment said changed: TRL adds it to the last message.
 
@@ -101,12 +101,12 @@ def with_observation(given: Any, prompt: Any, change: Callable[[str], str]) -> A
     """
     if not isinstance(prompt, list) or not prompt:
         return prompt
-    before: Any = (given[-1].get("content") if given else None) or ""
-    now: Any = prompt[-1].get("content") or ""
+    before = (given[-1].get("content") if isinstance(given, list) and given else None) or ""
+    now = prompt[-1].get("content") or ""
     if now == before:
         return prompt
     if isinstance(now, str):
-        content: Any = before + change(now[len(before) :])
+        content = before + change(now[len(before) :])
     else:
         count = len(before) if isinstance(before, list) else 1  # TRL makes a part of a text
         said = [{**part, "text": change(part["text"])} if "text" in part else part for part in now[count:]]
@@ -114,8 +114,8 @@ def with_observation(given: Any, prompt: Any, change: Callable[[str], str]) -> A
     return [*prompt[:-1], {**prompt[-1], "content": content}]
 
 
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """Data with each of its texts changed, keys included."""
+def _mapped(value: JSONValue, change: Callable[[str], str]) -> JSONValue:
+    """Return data with each of its texts changed, keys included."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):

@@ -9,19 +9,21 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
+from .config import ToolGRPOConfig
 from .errors import ConfigError
 
 
 @contextmanager
-def without_trls_cast(args: Any, recording: bool) -> Iterator[None]:
+def without_trls_cast(args: ToolGRPOConfig, recording: bool) -> Iterator[None]:
     """
     Keep TRL's constructor from casting the LM head, which it can do for few models: it casts no head that is tied
     under an adapter, and its cast head returns bfloat16 under autocast. [`cast_heads`] takes its place.
@@ -40,7 +42,7 @@ def without_trls_cast(args: Any, recording: bool) -> Iterator[None]:
         args.cast_lm_head_to_fp32 = wanted
 
 
-def cast_heads(model: Any, temperature: float, outputs: tuple[str, ...] = ("log_probs", "entropy")) -> None:
+def cast_heads(model: nn.Module, temperature: float, outputs: tuple[str, ...] = ("log_probs", "entropy")) -> None:
     """
     Have a model compute its logits in float32, outside autocast: a head that is tied or not, under an adapter or not.
 
@@ -58,16 +60,16 @@ def cast_heads(model: Any, temperature: float, outputs: tuple[str, ...] = ("log_
     Raises:
         ConfigError: if the head is quantized.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     linears = _linears_of_head(base)
     if all(linear.weight.dtype == torch.float64 for linear in linears):
-        return  # wider than what is asked for
+        return  # wider than float32
     trained = [linear for linear in linears if linear.weight.requires_grad]
     given = {linear.weight.dtype for linear in trained} - {torch.float32}
     for linear in trained:
         linear.float()
     for linear in linears:
-        linear.forward = _Float32Product(linear)
+        linear.forward = _Float32Product(linear)  # type: ignore[method-assign, assignment]
     embeddings = base.get_input_embeddings()
     if given and any(linear.weight is getattr(embeddings, "weight", None) for linear in trained):
         dtype = given.pop()  # what the layers above compute in
@@ -76,7 +78,7 @@ def cast_heads(model: Any, temperature: float, outputs: tuple[str, ...] = ("log_
 
 
 @contextmanager
-def held_head(model: Any) -> Iterator[None]:
+def held_head(model: nn.Module) -> Iterator[None]:
     """
     Keep a float32 copy of a cast head's weight while this is open, in place of a cast at each token.
 
@@ -84,7 +86,7 @@ def held_head(model: Any) -> Iterator[None]:
         model (`PreTrainedModel` or `PeftModel`):
             The model, its head cast or not. Its weights must not change while this is open.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     found = [module.__dict__.get("forward") for module in head.modules()] if isinstance(head, nn.Module) else []
     products = [product for product in found if isinstance(product, _Float32Product)]
@@ -106,7 +108,7 @@ class _EffectiveHead:
 
 
 @contextmanager
-def adapted_head(model: Any) -> Iterator[None]:
+def adapted_head(model: str | nn.Module) -> Iterator[None]:
     """
     Have the output layer of a model show its effective weight, W + s·BA, while this is open.
 
@@ -121,15 +123,15 @@ def adapted_head(model: Any) -> Iterator[None]:
     if isinstance(model, str) or not hasattr(model, "get_output_embeddings"):
         yield
         return
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    base.get_output_embeddings = lambda: _effective(type(base).get_output_embeddings(base))
+    base = base_model(model)
+    base.get_output_embeddings = lambda: _effective_head(type(base).get_output_embeddings(base))  # type: ignore[method-assign]
     try:
         yield
     finally:
         del base.get_output_embeddings
 
 
-def check_adapted_head(model: Any, peft_config: Any) -> None:
+def check_adapted_head(model: str | nn.Module, peft_config: PeftConfig | None) -> None:
     """
     Check that an adapter on the LM head comes with a loaded model.
 
@@ -145,13 +147,13 @@ def check_adapted_head(model: Any, peft_config: Any) -> None:
     targets = getattr(peft_config, "target_modules", None)
     if isinstance(model, str) and not isinstance(targets, str) and "lm_head" in (targets or ()):
         raise ConfigError(
-            f"You passed the model {model!r} by its name and an adapter on its `lm_head`. Load the model and pass it "
-            f"itself, `model=AutoModelForCausalLM.from_pretrained({model!r})`, or take `lm_head` out of "
-            f"`target_modules`."
+            f"You passed the model {model!r} by its name and an adapter on its `lm_head`.",
+            remedy=f"Load the model and pass it itself, `model=AutoModelForCausalLM.from_pretrained({model!r})`, or "
+            "take `lm_head` out of `target_modules`.",
         )
 
 
-def score_adapted_head(model: Any) -> None:
+def score_adapted_head(model: nn.Module) -> None:
     """
     Have a model with a LoRA adapter on its LM head scored with it, see [`adapted_head`]; others are left as they are.
 
@@ -161,11 +163,11 @@ def score_adapted_head(model: Any) -> None:
     """
     if not has_adapted_head(model):
         return
-    base = model.get_base_model()
+    base = base_model(model)
     original = base.forward
 
     @functools.wraps(original)
-    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, *args: object, fused_lm_head: bool = False, **kwargs: object) -> object:
         if not fused_lm_head:
             return original(*args, **kwargs)
         with adapted_head(base):
@@ -174,17 +176,17 @@ def score_adapted_head(model: Any) -> None:
     base.forward = types.MethodType(forward, base)
 
 
-def has_adapted_head(model: Any) -> bool:
+def has_adapted_head(model: nn.Module) -> bool:
     """Return whether the LM head of a model carries a LoRA adapter."""
     return isinstance(model, PeftModel) and isinstance(model.get_output_embeddings(), LoraLayer)
 
 
-def _effective(head: Any) -> Any:
-    """The output layer as TRL's fused head reads it."""
+def _effective_head(head: nn.Module | None) -> nn.Module | _EffectiveHead | None:
+    """Return the output layer as TRL's fused head reads it."""
     if not isinstance(head, LoraLayer) or not isinstance(head.get_base_layer(), nn.Linear):
         return head
-    layer: Any = head.get_base_layer()
-    factors: dict[str, tuple[Any, Any]] = {n: (head.lora_B[n], head.lora_A[n]) for n in head.lora_A}
+    layer = head.get_base_layer()
+    factors = {n: (head.lora_B[n], head.lora_A[n]) for n in head.lora_A}
     names = [] if head.disable_adapters or head.merged else [n for n in head.active_adapters if n in factors]
     if any(head.use_dora.get(name) for name in names) or not layer.weight.is_floating_point():
         return head
@@ -199,16 +201,22 @@ def _effective(head: Any) -> Any:
     return _EffectiveHead(weight, bias)
 
 
-def _linears_of_head(base: Any) -> list[Any]:
-    """Linear layers of a model's LM head, those of its adapters included."""
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """Return a model without the adapter around it."""
+    return cast(PreTrainedModel, getattr(model, "get_base_model", lambda: model)())
+
+
+def _linears_of_head(base: PreTrainedModel) -> list[nn.Linear]:
+    """Return the linear layers of a model's LM head, those of its adapters included."""
     head = base.get_output_embeddings()
-    linears: list[Any] = [] if head is None else [m for m in head.modules() if isinstance(m, nn.Linear)]
+    linears = [] if head is None else [m for m in head.modules() if isinstance(m, nn.Linear)]
     if not linears or any(not linear.weight.is_floating_point() for linear in linears):
         kind = "none" if head is None else f"a {type(head).__name__}"
         raise ConfigError(
-            f"You passed `cast_lm_head_to_fp32=True`, and the LM head of the model is {kind}, which cannot compute in "
-            f"float32. Keep the head out of quantization (`llm_int8_skip_modules=['lm_head']`), or leave "
-            f"`cast_lm_head_to_fp32` at False."
+            f"You passed `cast_lm_head_to_fp32=True`, and the LM head of the model is {kind}, which cannot compute "
+            "in float32.",
+            remedy="Keep the head out of quantization (`llm_int8_skip_modules=['lm_head']`), or leave "
+            "`cast_lm_head_to_fp32` at False.",
         )
     return linears
 

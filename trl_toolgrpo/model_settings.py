@@ -1,13 +1,11 @@
 """Reading a model's configuration, whichever family it is of: settings that vary over layers, and what layers keep."""
 
-from typing import TYPE_CHECKING, Any
+from transformers import PretrainedConfig
+
+from .types import JSONValue
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-
-def model_setting(config: Any, name: str, default: Any = None) -> Any:
+def model_setting(config: PretrainedConfig, name: str, default: JSONValue = None) -> JSONValue:
     """
     Return a setting of a model's configuration.
 
@@ -19,11 +17,11 @@ def model_setting(config: Any, name: str, default: Any = None) -> Any:
             Configuration of a model, or of its text model.
         name (`str`):
             The setting.
-        default (`Any`, *optional*):
+        default (`object`, *optional*):
             What to return if the configuration has no such setting.
 
     Returns:
-        `Any`: the value; a list with the value of each layer where they differ.
+        `object`: the value; a list with the value of each layer where they differ.
     """
     try:
         value = getattr(config, name, default)
@@ -33,13 +31,13 @@ def model_setting(config: Any, name: str, default: Any = None) -> Any:
     return [getattr(layer, name, default) for layer in layers] if _varies(layers, name, value) else value
 
 
-def layer_settings(config: Any, name: str, default: Any = None) -> list[Any]:
+def layer_settings(config: PretrainedConfig, name: str, default: JSONValue = None) -> list[JSONValue]:
     """Return [`model_setting`] for each layer of a text model, whether or not they differ."""
     value = model_setting(config, name, default)
     return list(value) if isinstance(value, (list, tuple)) else [value] * config.num_hidden_layers
 
 
-def stored_values(config: Any) -> int:
+def stored_values(config: PretrainedConfig) -> int:
     """
     Return how many numbers a cache of keys and values keeps for one token, over all layers.
 
@@ -68,8 +66,8 @@ def stored_values(config: Any) -> int:
 _ATTENTION = ("attention", "hybrid")
 
 
-def _keeps_tokens(config: Any, layer: int) -> bool:
-    """Whether a layer keeps keys and values of its own."""
+def _keeps_tokens(config: PretrainedConfig, layer: int) -> bool:
+    """Return whether a layer keeps keys and values of its own."""
     kinds = model_setting(config, "layer_types") or model_setting(config, "layers_block_type")
     sharing = model_setting(config, "kv_sharing_modes")
     kind = str(kinds[layer]) if kinds else _ATTENTION[0]
@@ -77,24 +75,24 @@ def _keeps_tokens(config: Any, layer: int) -> bool:
     return attends and not (sharing and sharing[layer] == "reuse")
 
 
-def _own_configs(config: Any) -> list[Any]:
-    """Configurations of the layers where they are not all the same."""
+def _own_configs(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """Return the configurations of the layers where they are not all the same."""
     return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else []
 
 
-def _varies(layers: list[Any], name: str, value: Any) -> bool:
+def _varies(layers: list[PretrainedConfig], name: str, value: JSONValue) -> bool:
     return any(getattr(layer, name, value) != value for layer in layers)
 
 
 _CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
 
 
-def context_length(config: "PreTrainedConfig") -> int | None:
+def context_length(config: PretrainedConfig) -> int | None:
     """
     Return the number of positions a model has, prompt and completion together.
 
     Args:
-        config (`PreTrainedConfig`):
+        config (`PretrainedConfig`):
             Configuration of the model.
 
     Returns:

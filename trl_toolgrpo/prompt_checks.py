@@ -4,18 +4,22 @@ import heapq
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TypeAlias, cast
 
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
 from .errors import DatasetError
 from .rollout.prompt_messages import PromptMessages
-from .shown_in_prompts import hidden_messages, message_kind
+from .shown_in_prompts import Part, hidden_messages, message_kind
 from .tools.types import Tool
+from .types import JSONObject, JSONSchema, JSONValue, Message
 
 
 logger = logging.getLogger(__name__)
+
+Prompt: TypeAlias = str | list[Message]
+Processor: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
 
 PROMPTS_MEASURED = 256
 """Longest prompts of each data set that are tokenized, where their characters say that they might not fit."""
@@ -38,10 +42,10 @@ class PromptRenderer:
 
     def __init__(
         self,
-        processing_class: Any,
-        schemas: Sequence[dict[str, Any]] = (),
+        processing_class: Processor,
+        schemas: Sequence[JSONSchema] = (),
         chat_template: str | None = None,
-        kwargs: Mapping[str, Any] | None = None,
+        kwargs: JSONObject | None = None,
     ):
         self.processing_class = processing_class
         self.is_processor = isinstance(processing_class, ProcessorMixin)
@@ -50,9 +54,9 @@ class PromptRenderer:
         self.chat_template = chat_template
         self.kwargs = dict(kwargs or {})
 
-    def text(self, prompt: list[dict[str, Any]], schemas: Sequence[dict[str, Any]] | None = None) -> str:
+    def text(self, prompt: list[Message], schemas: Sequence[JSONSchema] | None = None) -> str:
         """
-        Text of a conversation that the policy continues.
+        Return the text of a conversation that the policy continues.
 
         Args:
             prompt (`list[dict]`):
@@ -62,20 +66,20 @@ class PromptRenderer:
         """
         if self.is_processor:
             prompt = prepare_multimodal_messages(prompt)
-        tools = self.schemas if schemas is None else list(schemas)
-        rendered: str = self.processing_class.apply_chat_template(
+        tools = self.schemas if schemas is None else schemas
+        rendered = self.processing_class.apply_chat_template(
             prompt,
-            tools=tools or None,
+            tools=[*tools] or None,
             chat_template=self.chat_template,
             add_generation_prompt=True,
             tokenize=False,
             **self.kwargs,
         )
-        return rendered
+        return cast(str, rendered)
 
-    def length(self, prompt: Any, schemas: Sequence[dict[str, Any]] | None = None) -> int:
+    def length(self, prompt: Prompt, schemas: Sequence[JSONSchema] | None = None) -> int:
         """
-        Tokens of a prompt.
+        Count the tokens of a prompt.
 
         Args:
             prompt (`str` or `list[dict]`):
@@ -88,7 +92,7 @@ class PromptRenderer:
         return len(self.tokenizer(self.text(prompt, schemas), add_special_tokens=False)["input_ids"])
 
     def takes_arguments_as_text(self) -> bool:
-        """Whether the template fails on the arguments of a call unless they are JSON text (DeepSeek-V3's is one)."""
+        """Return whether the template needs the arguments of a call as JSON text (as DeepSeek-V3's does)."""
         answers = []
         for arguments in ({"key": "value"}, '{"key": "value"}'):
             call = {"type": "function", "id": "call_0_0", "function": {"name": "tool", "arguments": arguments}}
@@ -102,8 +106,16 @@ class PromptRenderer:
         return answers == [False, True]
 
 
+def message_texts(message: Message) -> list[str]:
+    """Return the texts of a message: its content, or the parts of it that are text."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return [part["text"] for part in content if isinstance(part, dict) and part.get("text")]
+    return [content] if isinstance(content, str) else []
+
+
 def check_prompts(
-    name: str, prompts: Iterable[tuple[int, Any]], messages: PromptMessages, renderer: PromptRenderer,
+    name: str, prompts: Iterable[tuple[int, JSONValue]], messages: PromptMessages, renderer: PromptRenderer,
     tools: Mapping[str, Tool],
 ) -> None:  # fmt: skip
     """
@@ -115,7 +127,7 @@ def check_prompts(
     Args:
         name (`str`):
             Name of the data set, for messages.
-        prompts (`Iterable[tuple[int, Any]]`):
+        prompts (`Iterable[tuple[int, str | list]]`):
             Rows and their prompts.
         messages ([`PromptMessages`]):
             Rewrites messages for the template.
@@ -128,7 +140,7 @@ def check_prompts(
         DatasetError: for a prompt that is none or cannot be rendered, or whose text or calls are not in what the
             policy reads.
     """
-    seen: set[Any] = set()
+    seen: set[tuple[object, object]] = set()
     warned: set[str] = set()
     for row, prompt in prompts:
         if isinstance(prompt, str):
@@ -136,12 +148,13 @@ def check_prompts(
         if not isinstance(prompt, list):
             raise DatasetError(
                 f"`{name}`, row {row}: the prompt is {str(prompt)[:60]!r} of type {type(prompt).__name__}. It has to "
-                f"be text or a list of messages. Correct it, or drop such rows (`dataset.filter`)."
+                "be text or a list of messages.",
+                remedy="Correct it, or drop such rows (`dataset.filter`).",
             )
         try:
             prompt = messages.rewritten(prompt, tools)
         except DatasetError as error:
-            raise DatasetError(f"`{name}`, row {row}: {error}.") from None
+            raise DatasetError(f"`{name}`, row {row}: {error.message.rstrip('.')}.", remedy=error.remedy) from None
         kinds = [None, *(message_kind(m) if isinstance(m, dict) else type(m) for m in prompt), None]
         pairs = set(itertools.pairwise(kinds))
         if pairs <= seen:
@@ -151,7 +164,8 @@ def check_prompts(
             if part.needed:
                 raise DatasetError(
                     f"`{name}`, row {row}: the chat template does not show {part.words}, so the policy would never "
-                    f"read it. {_remedy(prompt)}"
+                    "read it.",
+                    remedy=_remedy(prompt),
                 )
             if part.words.partition(" of message")[0] not in warned:
                 warned.add(part.words.partition(" of message")[0])
@@ -166,7 +180,7 @@ def check_prompts(
         messages.doubtful.clear()
 
 
-def _hidden(name: str, row: int, prompt: list[Any], renderer: PromptRenderer) -> list[Any]:
+def _hidden(name: str, row: int, prompt: list[Message], renderer: PromptRenderer) -> list[Part]:
     try:
         renderer.text(prompt)
         return hidden_messages(prompt, renderer.text)
@@ -174,11 +188,12 @@ def _hidden(name: str, row: int, prompt: list[Any], renderer: PromptRenderer) ->
         roles = ", ".join(str(m.get("role")) if isinstance(m, dict) else type(m).__name__ for m in prompt)
         raise DatasetError(
             f"`{name}`, row {row}: the chat template cannot render the prompt: {type(error).__name__}: {error}. Its "
-            f"messages are {roles}. Write them as the template expects, drop such rows, or use another template."
+            f"messages are {roles}.",
+            remedy="Write them as the template expects, drop such rows, or use another template.",
         ) from error
 
 
-def _remedy(prompt: list[Any]) -> str:
+def _remedy(prompt: list[Message]) -> str:
     roles = {message.get("role") for message in prompt}
     if "developer" in roles:
         return "Give the message the role 'system', or use a template that knows 'developer'."
@@ -190,8 +205,8 @@ def _remedy(prompt: list[Any]) -> str:
 
 
 def check_prompt_lengths(
-    name: str, prompts: Iterable[tuple[int, Any]], renderer: PromptRenderer, positions: int, budget: int,
-    rewritten: Callable[[Any], Any],
+    name: str, prompts: Iterable[tuple[int, JSONValue]], renderer: PromptRenderer, positions: int, budget: int,
+    rewritten: Callable[[Prompt], Prompt],
 ) -> None:  # fmt: skip
     """
     Check that the prompts of a data set fit into the model, and warn where they leave less than the budget.
@@ -202,7 +217,7 @@ def check_prompt_lengths(
     Args:
         name (`str`):
             Name of the data set, for messages.
-        prompts (`Iterable[tuple[int, Any]]`):
+        prompts (`Iterable[tuple[int, str | list]]`):
             Rows and their prompts.
         renderer ([`PromptRenderer`]):
             Renders prompts.
@@ -231,8 +246,9 @@ def check_prompt_lengths(
     if tokens >= positions:
         raise DatasetError(
             f"`{name}`, row {row}: the prompt has {tokens} tokens, tools included, and the model {positions} "
-            f"positions, so there is no room for a completion. Shorten the prompt or drop such rows "
-            f"(`dataset.filter`), show fewer tools, or take a model with a longer context."
+            "positions, so there is no room for a completion.",
+            remedy="Shorten the prompt or drop such rows (`dataset.filter`), show fewer tools, or take a model with "
+            "a longer context.",
         )
     if tokens + budget > positions:
         logger.warning(
@@ -246,8 +262,8 @@ _MESSAGE_FRAME = 64
 """Tokens that a template writes around a message, at most."""
 
 
-def _most_tokens(value: Any) -> int:
-    """Bytes of all text in a prompt, keys and the frames of messages included."""
+def _most_tokens(value: JSONValue) -> int:
+    """Count the bytes of all text in a prompt, keys and the frames of messages included."""
     if isinstance(value, str):
         return len(value) if value.isascii() else len(value.encode("utf-8", "replace"))
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Resuming exactly: what a checkpoint holds in addition to TRL's, when it is whole, and which run it belongs to.
+"""Exact resuming: what a checkpoint holds in addition to TRL's, when it is whole, and which run it belongs to.
 
 A mixin of the trainer: the place in the rollout batch, the batch itself and the figures not yet logged. The folders
 are those of `checkpoint.py`, the description of a run is that of `identity.py`.
@@ -17,10 +17,15 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, save_fsdp_model, save_fsdp_optimizer
+from datasets import Dataset
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel
 from transformers.trainer import SCHEDULER_NAME, get_fsdp_ckpt_kwargs
+from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
 from .batch_position import batch_in_use, micro_batches_of
@@ -39,33 +44,37 @@ from .checkpoint import (
     put_back,
     same_error,
     set_aside,
-    tolerant,
     tolerated,
     why_not_writable,
 )
 from .config import ToolGRPOConfig
 from .diagnostics import RatioStatistics
 from .errors import CheckpointError, CheckpointSaveError
-from .identity import RUN, describe_run, differences, division
+from .identity import IDENTITY, describe_run, differences, matching_batch_sizes
 from .reference import SyncReport
+from .run_files import RUN
+from .types import Batch, JSONObject
 
 
 logger = logging.getLogger(__name__)
 
+# What a checkpoint restores also where the rollout batch is divided over other processes
+_ALWAYS_RESUMED = ("step", "carried", "packs", "unmoved")
+
 
 class ExactResume(GRPOTrainer):
-    """Part of [`ToolGRPOTrainer`]: checkpoints that are whole, and from which a run goes on as if it had not ended."""
+    """Part of [`ToolGRPOTrainer`]: whole checkpoints, from which a run resumes as if it had not been interrupted."""
 
     args: ToolGRPOConfig
-    model: Any
+    model: PreTrainedModel | PeftModel
     _ratio: RatioStatistics
     _carried: dict[str, float]
     _forced_shares: list[float]
     _packs: bool | None
     _unmoved: bool
     _sync_report: SyncReport | None
-    _run: dict[str, Any]  # description of this run
-    _source: dict[str, Any] | None = None  # that of the run that wrote the checkpoint
+    _run: JSONObject  # description of this run
+    _source: JSONObject | None = None  # that of the run that wrote the checkpoint
     _staging: Path | None = None
     _push_later = False
     _rescue: Callable[[], str]  # of `hub.py`
@@ -75,10 +84,11 @@ class ExactResume(GRPOTrainer):
     _train_sampler: Any = None
     _unlogged: tuple[Tensor, int] | None = None
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
-        TRL's training. Resumed from a checkpoint it goes on exactly there, in the middle of a rollout batch too; a new
-        run first moves all that an earlier one has left in `output_dir` to a folder `earlier-run-1` there.
+        Train as TRL does. A run that is resumed continues exactly where its checkpoint was written, in the middle of a
+        rollout batch too; a new run first moves all that an earlier one has left in `output_dir` to a folder
+        `earlier-run-1` there.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
@@ -124,8 +134,9 @@ class ExactResume(GRPOTrainer):
                     (output_dir / "completions").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             problem = CheckpointSaveError(
-                f"`output_dir` ({self.args.output_dir}) has files of an earlier run, which cannot be moved out of the "
-                f"way: {error}. Pass another `output_dir`."
+                f"`output_dir` ({self.args.output_dir}) has files of an earlier run, which cannot be moved out of "
+                f"the way: {error}.",
+                remedy="Pass another `output_dir`.",
             )
         same_error(problem)
         if folder is not None:
@@ -138,55 +149,49 @@ class ExactResume(GRPOTrainer):
 
     # Which checkpoint
 
-    def _whole_checkpoint(self, asked_for: str | bool) -> str:
-        """The checkpoint to go on from; the main process looks, so that all take the same."""
-        found: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                found[0] = self._look_up(asked_for)
-            except CheckpointError as error:
-                found[1] = str(error)
-        folder, problem = broadcast_object_list(found)
-        if problem is not None:
-            raise CheckpointError(problem)
-        return folder
-
-    def _look_up(self, asked_for: str | bool) -> str:
-        if not isinstance(asked_for, bool):
-            check_whole(asked_for)
-            return str(asked_for)
-        folder = find_checkpoint(str(self.args.output_dir))
-        if folder is None:
-            raise CheckpointError(
-                f"You passed `resume_from_checkpoint=True`. No valid checkpoint found in output directory "
-                f"({self.args.output_dir}). Leave it out to start from the beginning."
-            )
-        return str(folder)
+    def _whole_checkpoint(self, wanted: str | bool) -> str:
+        """Return the checkpoint to resume from; the main process looks, so that all take the same."""
+        folder, problem = None, None
+        try:
+            if self.accelerator.is_main_process:
+                folder = find_checkpoint(str(self.args.output_dir)) if isinstance(wanted, bool) else wanted
+                if folder is None:
+                    raise CheckpointError(
+                        "You passed `resume_from_checkpoint=True`. No valid checkpoint found in output directory "
+                        f"({self.args.output_dir}).",
+                        remedy="Leave it out to start from the beginning.",
+                    )
+                check_whole(folder)
+        except CheckpointError as error:
+            problem = error
+        same_error(problem, CheckpointError)
+        return broadcast_object_list([str(folder)])[0]
 
     def _check_same_run(self, folder: Path) -> None:
-        if not (folder / RUN).is_file():
+        if not (folder / IDENTITY).is_file():
             logger.warning(
                 "%s was not written by this trainer: the rollout batch it was in the middle of, if any, is lost.",
                 folder,
             )
             return
-        source = self._source = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        source = self._source = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
         sections = ("model", "adapter", "dataset", "batch")
         pairs = ((section, source[section], self._run[section]) for section in sections)
         found = [f"{section}: {text}" for section, theirs, ours in pairs for text in differences(theirs, ours)]
         if found:
-            same = [f"`{name}={value}`" for name, value in division(source, self.args).items()]
+            same = [f"`{name}={value}`" for name, value in matching_batch_sizes(source, self.args).items()]
             hint = f" Here {', '.join(same)} make batches of its size." if same else ""
             raise CheckpointError(
-                f"You resume from {folder}, which belongs to another run. {'; '.join(found)}. Resume with what it was "
-                f"written with, or start a new run from its weights in another `output_dir`.{hint}"
+                f"You resume from {folder}, which belongs to another run. {'; '.join(found)}.",
+                remedy="Resume with what it was written with, or start a new run from its weights in another "
+                f"`output_dir`.{hint}",
             )
         found = list(differences(source["layout"], self._run["layout"]))
         if self.is_deepspeed_enabled and source["layout"]["processes"] != self.args.world_size:
             raise CheckpointError(
                 f"You resume from {folder} with DeepSpeed, whose optimizer states are divided over "
-                f"{source['layout']['processes']} processes, in {self.args.world_size}. Resume with as many, or start "
-                f"a new run from its weights in another `output_dir`."
+                f"{source['layout']['processes']} processes, in {self.args.world_size}.",
+                remedy="Resume with as many, or start a new run from its weights in another `output_dir`.",
             )
         if source.get("only_model"):
             logger.warning(
@@ -197,27 +202,31 @@ class ExactResume(GRPOTrainer):
         if found and source["in_batch"]:
             steps = self._run["batch"]["optimizer steps per rollout batch"]
             raise CheckpointError(
-                f"You resume from {folder}, which was written in the middle of a rollout batch, with another division "
-                f"of it. {'; '.join(found)}. Resume with the same, or from a checkpoint at the end of a rollout "
-                f"batch: their steps are multiples of {steps:g}."
+                f"You resume from {folder}, which was written in the middle of a rollout batch, with another "
+                f"division of it. {'; '.join(found)}.",
+                remedy="Resume with the same, or from a checkpoint at the end of a rollout batch: their steps are "
+                f"multiples of {steps:g}.",
             )
         if found:
             logger.warning("Resumed with another layout, which is not exact to the bit. %s.", "; ".join(found))
 
     # Saving
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """TRL's checkpoint and what is needed to go on exactly, published when all of it is on disk."""
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        """Write TRL's checkpoint and what exact resuming needs, and publish it when all of it is on disk."""
         run_dir = Path(self._get_output_dir(trial))
         target = run_dir / f"{PREFIX}{self.state.global_step}"
         best = self.state.best_model_checkpoint
         self._staging, self._push_later = run_dir / UNFINISHED, False
         staged = self._staging / target.name
+        parts = (
+            lambda: self._make_room(run_dir),
+            lambda: staged.mkdir(parents=True, exist_ok=True),
+            lambda: self._write_checkpoint(model, trial, staged, target),
+            lambda: self._publish_checkpoint(staged, target),
+        )
         try:
-            problems = attempt(lambda: self._make_room(run_dir))
-            problems = problems or attempt(lambda: staged.mkdir(parents=True, exist_ok=True))
-            problems = problems or attempt(lambda: self._write_checkpoint(model, trial, staged, target))
-            problems = problems or attempt(lambda: self._publish_checkpoint(staged, target))
+            problems = next(filter(None, map(attempt, parts)), [])
         finally:
             self._staging = None
         if problems:
@@ -242,7 +251,7 @@ class ExactResume(GRPOTrainer):
             check_parts(staged, self.accelerator.num_processes)
             publish(staged, target)
 
-    def _write_checkpoint(self, model: Any, trial: Any, staged: Path, target: Path) -> None:
+    def _write_checkpoint(self, model: nn.Module, trial: object, staged: Path, target: Path) -> None:
         with self._deepspeed_tolerated(staged):
             super()._save_checkpoint(model, trial)
         tensors, record = self._progress()
@@ -251,7 +260,7 @@ class ExactResume(GRPOTrainer):
         if not self.args.should_save:
             return
         about = {**self._run, "in_batch": batch_in_use(self), "only_model": self.args.save_only_model}
-        (staged / RUN).write_text(json.dumps(about, indent=1), encoding="utf-8")
+        (staged / IDENTITY).write_text(json.dumps(about, indent=1), encoding="utf-8")
         if self.state.best_model_checkpoint == str(staged):  # TRL looked for it where it is written
             self.state.best_model_checkpoint = str(target)
             self.state.save_to_json(str(staged / "trainer_state.json"))
@@ -259,7 +268,7 @@ class ExactResume(GRPOTrainer):
     @contextmanager
     def _deepspeed_tolerated(self, staged: Path) -> Iterator[None]:
         """
-        DeepSpeed's engine writes between collectives: what only writes is tolerated here, on this run's engine. The
+        Tolerate refused writes of DeepSpeed's engine, which writes between collectives, on this run's engine. The
         file `latest`, which its first process writes while the others wait, is written after all of that.
         """
         if not self.is_deepspeed_enabled:
@@ -271,7 +280,7 @@ class ExactResume(GRPOTrainer):
             engine.save_checkpoint = partial(engine.save_checkpoint, save_latest=False)
             stack.callback(delattr, engine, "save_checkpoint")
             for owner, name in [*writers, (engine, "_copy_recovery_script")]:
-                setattr(owner, name, tolerant(getattr(owner, name)))
+                setattr(owner, name, tolerated()(getattr(owner, name)))
                 stack.callback(delattr, owner, name)
             yield
         if self.args.should_save and not self.args.save_only_model:
@@ -279,9 +288,12 @@ class ExactResume(GRPOTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled:  # see above
-            return super()._save_optimizer_and_scheduler(output_dir)
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
         if not self.is_fsdp_enabled:
-            return tolerant(super()._save_optimizer_and_scheduler)(output_dir)
+            with tolerated():
+                super()._save_optimizer_and_scheduler(output_dir)
+            return
         # TRL's calls for FSDP: each gathers from all processes first, then writes
         plugin = self.accelerator.state.fsdp_plugin
         with tolerated():
@@ -294,30 +306,28 @@ class ExactResume(GRPOTrainer):
                 torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _save_scaler(self, output_dir: str) -> None:
-        tolerant(super()._save_scaler)(output_dir)
+        with tolerated():
+            super()._save_scaler(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        tolerant(super()._save_rng_state)(output_dir)
+        with tolerated():
+            super()._save_rng_state(output_dir)
 
     def _report_unsaved(self, target: Path, problem: str) -> None:
-        """The run goes on without a checkpoint; only at its end there is no later one to hope for."""
+        """Log that a checkpoint could not be written; raise at the end of the run, when no later one can be."""
         if self.args.should_save:
             with suppress(OSError):
                 put_back(target.parent)
             shutil.rmtree(target.parent / UNFINISHED, ignore_errors=True)
         free = shutil.disk_usage(target.parent).free / 2**20
-        message = (
-            f"{target} could not be written: {problem}. Checkpoints that were there before are still valid. Free "
-            f"space on the disk, which has {free:.0f} MiB left, or make {target.parent} writable."
-        )
+        fault = f"{target} could not be written: {problem}. Checkpoints that were there before are still valid."
+        remedy = f"Free space on the disk, which has {free:.0f} MiB left, or make {target.parent} writable."
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
-            raise CheckpointSaveError(
-                f"{message} {self._rescue()} Run again with `resume_from_checkpoint=True`, the run goes on from its "
-                f"last checkpoint."
-            )
-        logger.error("%s The run goes on, and tries again at the next checkpoint.", message)
+            again = "Run again with `resume_from_checkpoint=True`: the run resumes from its last checkpoint."
+            raise CheckpointSaveError(fault, remedy=f"{remedy} {self._rescue()} {again}")
+        logger.error("%s %s The run goes on, and tries again at the next checkpoint.", fault, remedy)
 
-    def _get_output_dir(self, trial: Any) -> str:
+    def _get_output_dir(self, trial: object) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -328,23 +338,19 @@ class ExactResume(GRPOTrainer):
 
     # Progress
 
-    def _progress(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors, and plain values, that say where this process is in the run."""
+    def _progress(self) -> tuple[dict[str, Tensor], JSONObject]:
+        """Return tensors and plain values that say where this process is in the run."""
         tensors = {f"ratio/{name}": tensor for name, tensor in self._ratio.state().items()}
         tensors["loss"] = self._tr_loss
-        batches: list[dict[str, Any]] = []
+        batches: list[Batch] = []
         for index, batch in enumerate(self._buffered_inputs or () if batch_in_use(self) else ()):
             batches.append({name: value for name, value in batch.items() if not isinstance(value, Tensor)})
             tensors |= {f"batch/{index}/{name}": value for name, value in batch.items() if isinstance(value, Tensor)}
         record = {
-            "step": self._step,
+            **{name: getattr(self, f"_{name}") for name in (*_ALWAYS_RESUMED, "forced_shares")},
             "batches": batches,
             "metrics": self._metrics["train"],
             "last_logged": self._globalstep_last_logged,
-            "carried": self._carried,
-            "forced_shares": self._forced_shares,
-            "packs": self._packs,
-            "unmoved": self._unmoved,
             "sync_report": asdict(self._sync_report) if self._sync_report is not None else None,
         }
         return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, record
@@ -362,16 +368,16 @@ class ExactResume(GRPOTrainer):
         with safe_open(file, "pt") as stored:
             record = json.loads((stored.metadata() or {})["progress"])
             tensors = {name: stored.get_tensor(name).to(self.accelerator.device) for name in stored.keys()}  # noqa: SIM118
-        self._carried, self._packs, self._unmoved = record["carried"], record["packs"], record["unmoved"]
+        for name in _ALWAYS_RESUMED:
+            setattr(self, f"_{name}", record[name])
         report = record["sync_report"]
         self._sync_report = None if report is None else SyncReport(**report)
-        self._step = record["step"]
         if not same:  # between two rollout batches, of which there were as many
             passes = (self._source["layout"]["steps_per_generation"] or 1) * self._source["batch"]["num_iterations"]
             self._step = self._step // passes * micro_batches_of(self.args)
             return
         self._metrics["train"] = defaultdict(list, record["metrics"])
-        self._forced_shares = record.get("forced_shares", [])  # versions before did not count them
+        self._forced_shares = record.get("forced_shares", [])  # earlier versions did not count them
         self._ratio.load({n.removeprefix("ratio/"): t for n, t in tensors.items() if n.startswith("ratio/")})
         self._unlogged = tensors["loss"], record["last_logged"]
         if record["batches"]:
@@ -382,7 +388,7 @@ class ExactResume(GRPOTrainer):
                     self._buffered_inputs[int(index)][key] = tensor
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """TRL's epoch; a resumed run first takes up the loss that was not logged yet, one at its end has none left."""
+        """Run TRL's epoch, with the loss that a resumed run had not logged yet; none where no step is left."""
         if self.state.global_step >= self.state.max_steps:  # transformers would make one step more
             logger.warning(
                 "All %d steps of this run have been made: nothing is trained. Raise `max_steps` or `num_train_epochs` "
@@ -396,12 +402,12 @@ class ExactResume(GRPOTrainer):
             self._tr_loss, self._unlogged = self._tr_loss + loss, None
         super()._run_epoch(*args, **kwargs)
 
-    def _get_train_sampler(self, dataset: Any = None) -> Any:
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler[int]:
         self._train_sampler = super()._get_train_sampler(dataset)
         return self._train_sampler
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """TRL's, with the order of the data brought to the epoch that is resumed: each epoch draws a new one."""
+        """Return TRL's state, with the order of the data that of the resumed epoch: each epoch draws a new one."""
         epochs, micro_batches = super()._init_training_state(*args, **kwargs)
         generator = getattr(self._train_sampler, "generator", None)
         if generator is not None:

@@ -106,8 +106,8 @@ class LoggedBatch:
     process: int
     processes: int
     num_generations: int
-    prompts: list[str | list[Message]]
-    completions: list[str | list[Message]]
+    prompts: Sequence[str | list[Message]]
+    completions: Sequence[str | list[Message]]
     trajectories: Sequence[Trajectory]
     rewards: list[dict[str, float | None]]
     totals: list[float | None]

@@ -23,15 +23,8 @@ from trl.chat_template_utils import (
     is_chat_template_prefix_preserving,
 )
 
-from .checks import (
-    check_tool_names,
-    named_datasets,
-    prompt_rows,
-    shown_tool,
-    warn_of_hidden_tools,
-    warn_of_mentions,
-)
 from .config import ToolGRPOConfig
+from .data_checks import named_datasets, prompt_rows
 from .errors import ConfigError, EnvironmentTimeoutError, ToolSchemaError
 from .inert_prompts import InertPrompts, with_observation
 from .model_settings import context_length
@@ -42,6 +35,8 @@ from .rollout.control_tokens import ControlTokens
 from .rollout.loop import RolloutRequest
 from .rollout.prompt_messages import PromptMessages
 from .rollout.response_templates import without_comments
+from .template_checks import shown_tool, warn_of_hidden_tools
+from .tool_mentions import check_tool_names, warn_of_mentions
 from .tools.environments import EnvironmentFailures, scoring_without_failed
 from .tools.execute import ToolExecutor
 from .tools.mcp import MCPTools
@@ -129,11 +124,12 @@ class RolloutTools(GRPOTrainer):
     def _show_tools(self, template: str | None, kwargs: dict | None) -> None:
         """Check that the template shows each tool, and reword a schema that it cannot show as it is."""
         found: dict[str, Tool] = {}
+        renderer = PromptRenderer(self.processing_class, (), template, kwargs)
 
         def shown(tool: Tool) -> Tool:
             key = json.dumps(tool.schema)
             if key not in found:
-                found[key] = shown_tool(self.processing_class, tool, template, kwargs)
+                found[key] = shown_tool(renderer, tool)
             parameters = found[key].parameters
             return tool if parameters == tool.parameters else replace(tool, parameters=parameters)
 
@@ -255,9 +251,9 @@ class RolloutTools(GRPOTrainer):
                 for f in self.reward_funcs
             ]
 
-    def _calculate_rewards(self, *args: object, **kwargs: object) -> Tensor:
+    def _calculate_rewards(self, inputs: list[Row], *args: list) -> Tensor:
         """Return TRL's rewards, with none for a rollout whose environment failed, even if a model scores its text."""
-        rewards = super()._calculate_rewards(*args, **kwargs)
+        rewards = super()._calculate_rewards(inputs, *args)
         if not self.environments:
             return rewards
         failures = self._environment_failures

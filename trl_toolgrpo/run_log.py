@@ -9,6 +9,7 @@ import os
 import time
 import traceback
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -139,7 +140,7 @@ class RunLog(GRPOTrainer):
     _logged_name = ""  # of its file
     _begun: tuple[int, int] = (-1, 0)  # an optimizer step, and the number of rollout batches that have begun in it
     _logged_ratios: dict[int, tuple[Tensor, Tensor]]  # by micro-batch
-    _texts: tuple[list[str | list[Message]], list[str | list[Message]]] = ([], [])  # prompts and completions
+    _texts: tuple[Sequence[str | list[Message]], Sequence[str | list[Message]]] = ([], [])  # prompts and completions
     _scores: Tensor | None = None
 
     def _prepare_run_log(self) -> None:
@@ -289,7 +290,7 @@ class RunLog(GRPOTrainer):
 
     # Rollouts
 
-    def _generate(self, prompts: list[str | list[Message]]) -> tuple:
+    def _generate(self, prompts: list[list[Message]]) -> tuple:
         output = super()._generate(prompts)
         self._texts = prompts, output[3]
         return output

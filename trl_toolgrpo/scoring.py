@@ -27,9 +27,8 @@ from trl.models.utils import disable_gradient_checkpointing
 from .config import ToolGRPOConfig
 from .model_settings import model_setting
 from .packed_attention import Piece, dense_mask, packed_attention, suits
-from .rollout.backends import layers_beside_attention
+from .rollout.backends import layers_beside_attention, reads_padding
 from .rollout.engine import RolloutBatch
-from .rollout.backends import reads_padding
 from .rollout.rotary import RowFrequencies
 from .rollout.sampler import scoring_mode
 from .rounding import (

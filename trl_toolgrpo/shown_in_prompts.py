@@ -6,19 +6,28 @@ A part is shown if the prompt changes when the part does. That needs to know not
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import TypeAlias
 
 from .tools.schema_forms import places, replaced
+from .types import JSONSchema, JSONValue, Message
 
 
-Render = Callable[[dict[str, Any]], str]
+SchemaPath: TypeAlias = tuple[str | int, ...]
+Render: TypeAlias = Callable[[JSONSchema], str]
 
 _CONSTRAINTS = (
     *("default", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
     *("minLength", "maxLength", "pattern", "format", "minItems", "maxItems", "uniqueItems"),
     *("minProperties", "maxProperties", "required"),
 )
+_NEEDED = {"type": "the type", "enum": "the values", "const": "the value", "$ref": "the reference"}
+_KEYWORDS = {
+    **_NEEDED,
+    "description": "the description",
+    "nullable": "that null is allowed",
+    **{keyword: f"`{keyword}`" for keyword in _CONSTRAINTS},
+}
 _REFINES = frozenset({"additionalProperties", "patternProperties", "propertyNames", "contains", "not", "if", "then"})
 _OTHER_TYPES = {"string": "boolean", "integer": "string", "number": "string", "boolean": "string"}
 
@@ -39,9 +48,9 @@ class Part:
     needed: bool
 
 
-def hidden_parts(schema: dict[str, Any], render: Render) -> list[Part]:
+def hidden_parts(schema: JSONSchema, render: Render) -> list[Part]:
     """
-    Parts of a tool that a chat template does not show.
+    Return the parts of a tool that a chat template does not show.
 
     Args:
         schema (`dict`):
@@ -63,107 +72,82 @@ def hidden_parts(schema: dict[str, Any], render: Render) -> list[Part]:
     return hidden
 
 
-def _is_printed(function: dict[str, Any], text: str) -> bool:
-    """Whether the prompt holds the tool as JSON, as most templates write it, white space aside."""
+def _is_printed(function: JSONSchema, text: str) -> bool:
+    """Return whether the prompt holds the tool as JSON, as most templates write it, white space aside."""
     found = re.sub(r"\s", "", text)
     texts = [json.dumps(function[key], ensure_ascii=False) for key in ("name", "description", "parameters")]
     return all(re.sub(r"\s", "", part) in found for part in texts)
 
 
-def _changes(schema: dict[str, Any]) -> Iterator[tuple[Part, tuple[str | int, ...], Any]]:
-    """Each part of a tool, where it stands, and what may stand there instead."""
+def _changes(schema: JSONSchema) -> Iterator[tuple[Part, SchemaPath, JSONValue]]:
+    """Yield each part of a tool, where it stands, and what may stand there instead."""
     function = schema["function"]
-    yield Part("its name", True), ("function", "name"), _other_text(function["name"])
+    yield Part("its name", True), ("function", "name"), _other_value(function["name"])
     if function["description"]:
-        yield Part("its description", False), ("function", "description"), _other_text(function["description"])
-    root = ("function", "parameters")
-    for path, inner, name in _schemas(function["parameters"], root, ""):
-        where = f" of {name!r}" if name else ""
-        told = not _REFINES.intersection(path)
-        yield from (
-            (replace(part, needed=part.needed and told), (*path, key), other)
-            for part, key, other in _keyword_changes(inner, where, bool(name))
-        )
-        properties = inner.get("properties")
-        if not isinstance(properties, dict):
-            continue
-        for key in properties:
-            renamed = {(_other_text(k) if k == key else k): value for k, value in properties.items()}
-            yield Part(f"the property {_joined(name, key)!r}", True), (*path, "properties"), renamed
+        yield Part("its description", False), ("function", "description"), _other_value(function["description"])
+    yield from _schema_changes(function["parameters"], ("function", "parameters"), "", True)
 
 
-def _schemas(schema: Any, path: tuple[str | int, ...], name: str) -> Iterator[tuple[Any, dict[str, Any], str]]:
-    """A schema and all within it, definitions aside, each with its path and the name of the property it belongs to."""
+def _schema_changes(
+    schema: JSONValue, path: SchemaPath, name: str, told: bool
+) -> Iterator[tuple[Part, SchemaPath, JSONValue]]:
+    """Yield the same for a schema and all within it, definitions aside; `name` is the property it belongs to."""
     if not isinstance(schema, dict):
         return
-    yield path, schema, name
+    for keyword, label in _KEYWORDS.items():
+        value = schema.get(keyword)
+        is_empty = not value and keyword not in ("const", *_CONSTRAINTS)
+        if keyword not in schema or is_empty or (not name and keyword in ("type", "description")):
+            continue
+        if keyword == "type" and isinstance(value, list):
+            label = f"the types {value}"
+        elif keyword in _NEEDED:
+            label += f" {_short(value) if keyword in ('enum', 'const') else repr(value)}"
+        part = Part(f"{label} of {name!r}" if name else label, told and keyword in _NEEDED)
+        yield part, (*path, keyword), _other_type(value) if keyword == "type" else _other_value(value)
+    properties = schema["properties"] if isinstance(schema.get("properties"), dict) else {}
+    for key in properties:
+        renamed = {(_other_value(k) if k == key else k): value for k, value in properties.items()}
+        yield Part(f"the property {_joined(name, key)!r}", True), (*path, "properties"), renamed
     for step, inner in places(schema):
         if step[0] not in ("$defs", "definitions"):
             inner_name = _joined(name, str(step[1])) if step[0] == "properties" else name
-            yield from _schemas(inner, (*path, *step), inner_name)
-
-
-def _keyword_changes(schema: dict[str, Any], where: str, inside: bool) -> Iterator[tuple[Part, str, Any]]:
-    kind = schema.get("type")
-    if inside and isinstance(kind, str):
-        yield Part(f"the type {kind!r}{where}", True), "type", _OTHER_TYPES.get(kind, "string")
-    elif inside and isinstance(kind, list) and kind:
-        others = [_OTHER_TYPES.get(inner, "string") for inner in kind]
-        yield Part(f"the types {kind}{where}", True), "type", others
-    if schema.get("enum"):
-        yield Part(f"the values {_short(schema['enum'])}{where}", True), "enum", [*map(_other_value, schema["enum"])]
-    if "const" in schema:
-        yield Part(f"the value {_short(schema['const'])}{where}", True), "const", _other_value(schema["const"])
-    if isinstance(schema.get("$ref"), str):
-        yield Part(f"the reference {schema['$ref']!r}{where}", True), "$ref", _other_text(schema["$ref"])
-    if inside and schema.get("description"):
-        yield Part(f"the description{where}", False), "description", _other_text(schema["description"])
-    if schema.get("nullable") is True:
-        yield Part(f"that null is allowed{where}", False), "nullable", False
-    for keyword in _CONSTRAINTS:
-        if keyword in schema:
-            yield Part(f"`{keyword}`{where}", False), keyword, _other_value(schema[keyword])
+            yield from _schema_changes(inner, (*path, *step), inner_name, told and step[0] not in _REFINES)
 
 
 def _joined(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
 
 
-def _other_text(text: Any) -> str:
-    """Another text of the same length, as some templates show what is short and leave out what is long."""
-    text = str(text)
-    return text.translate({ord(letter): "q" if letter != "q" else "z" for letter in set(text) if letter.isalnum()})
+def _other_type(kind: JSONValue) -> JSONValue:
+    return _OTHER_TYPES.get(kind, "string") if isinstance(kind, str) else [_OTHER_TYPES.get(k, "string") for k in kind]
 
 
-def _other_value(value: Any) -> Any:
-    if isinstance(value, str):
-        return _other_text(value)
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, (int, float)):
-        return value + 1
+def _other_value(value: JSONValue) -> JSONValue:
+    if isinstance(value, str):  # of the same length, as some templates show what is short and leave out what is long
+        return "".join(letter if not letter.isalnum() else "z" if letter == "q" else "q" for letter in value)
+    if isinstance(value, (bool, int, float)):
+        return not value if isinstance(value, bool) else value + 1
     if isinstance(value, list):
         return [*map(_other_value, value)]
-    if isinstance(value, dict):
-        return {key: _other_value(inner) for key, inner in value.items()}
-    return "qqqq"
+    return {key: _other_value(inner) for key, inner in value.items()} if isinstance(value, dict) else "qqqq"
 
 
-def _short(value: Any) -> str:
+def _short(value: JSONValue) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def message_kind(message: dict[str, Any]) -> tuple[Any, ...]:
+def message_kind(message: Message) -> tuple[object, ...]:
     """
-    What a template may treat a message by: role, form of the content, keys, and the forms of its calls.
+    Return what a template may treat a message by: role, form of the content, keys, and forms of its calls.
 
     Args:
         message (`dict`):
             A message as it is rendered.
     """
     content, calls = message.get("content"), message.get("tool_calls") or ()
-    form: Any = type(content)
+    form: object = type(content)
     if isinstance(content, list):
         form = tuple(part.get("type") if isinstance(part, dict) else type(part) for part in content[:4])
     if not calls:
@@ -174,9 +158,9 @@ def message_kind(message: dict[str, Any]) -> tuple[Any, ...]:
     return message.get("role"), form, frozenset(message), min(len(calls), 2), values
 
 
-def hidden_messages(prompt: Sequence[dict[str, Any]], render: Callable[[list[dict[str, Any]]], str]) -> list[Part]:
+def hidden_messages(prompt: Sequence[Message], render: Callable[[list[Message]], str]) -> list[Part]:
     """
-    Parts of the messages of a prompt that a chat template does not show.
+    Return the parts of the messages of a prompt that a chat template does not show.
 
     Args:
         prompt (`Sequence[dict]`):
@@ -198,8 +182,8 @@ def hidden_messages(prompt: Sequence[dict[str, Any]], render: Callable[[list[dic
     return [part for mark, part in parts if mark not in text]
 
 
-def _marked(message: dict[str, Any], mark: str) -> tuple[dict[str, Any], list[tuple[str, str, bool]]]:
-    """A message with a word of its own in each of its parts; each word, what it stands in, whether that is needed."""
+def _marked(message: Message, mark: str) -> tuple[Message, list[tuple[str, str, bool]]]:
+    """Return a message with a word of its own in each part, and for each word its part and whether that is needed."""
     copied, found = dict(message), []
     content, calls, role = message.get("content"), message.get("tool_calls") or (), message.get("role")
     if isinstance(content, str) and content.strip():

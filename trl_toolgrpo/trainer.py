@@ -21,27 +21,11 @@ from trl.trainer.utils import get_config_model_id
 
 from .assist import AssistedWarmup
 from .batch_position import micro_batches_of
-from .checks import (
-    check_adapter_is_recorded,
-    check_best_metric,
-    check_dataset,
-    check_forcing,
-    check_has_values,
-    check_head,
-    check_optimizer,
-    check_optimizer_holds_policy,
-    check_policy_is_trained,
-    check_rows,
-    check_template,
-    named_datasets,
-    refuse_unrecorded,
-    warn_of_dropout,
-    warn_of_no_learning_rate,
-)
 from .config import ToolGRPOConfig, default_values
-from .config_checks import idle_fields
+from .config_checks import idle_fields, refuse_unrecorded
 from .correction import SamplerCorrection, correction_line
 from .critic import Critic
+from .data_checks import check_best_metric, check_dataset, check_rows, named_datasets
 from .deterministic import Determinism
 from .diagnostics import (
     RatioStatistics,
@@ -57,6 +41,16 @@ from .grouping import GroupedUpdates
 from .hub import HubPush
 from .lm_head import adapted_head, cast_heads, check_adapted_head, score_adapted_head, without_trls_cast
 from .logprob_check import check_logprobs
+from .policy_checks import (
+    check_adapter_is_recorded,
+    check_has_values,
+    check_head,
+    check_optimizer,
+    check_optimizer_holds_policy,
+    check_policy_is_trained,
+    warn_of_dropout,
+    warn_of_no_learning_rate,
+)
 from .quantized import keep_trainable, same_parameters
 from .replay import Replay
 from .resume import ExactResume
@@ -72,6 +66,7 @@ from .rounding import Exact
 from .scoring import Scores, SharedPromptScoring
 from .scoring_trial import check_scoring
 from .sync import ReferenceSync, synced_by_us
+from .template_checks import check_forcing, check_template
 from .tools.environments import EnvironmentFailures, on_own_thread
 from .tools.execute import ToolExecutor
 from .tools.prompt import PromptTool
@@ -171,9 +166,9 @@ class ToolGRPOTrainer(
         check_has_values(args, model, reward_funcs)
         # Whether rollouts are sampled here; with a `rollout_func` and for multimodal models TRL samples
         self._recording = args.record_sample_logprobs and rollout_func is None
-        check_forcing(args, self._recording, bool(tools or environment_factory or mcp_servers), train_dataset)
-        if rollout_func is not None:
-            refuse_unrecorded(args, "a `rollout_func`")
+        check_forcing(args, bool(tools or environment_factory or mcp_servers), train_dataset)
+        if not self._recording:
+            refuse_unrecorded(args, "`record_sample_logprobs=False`" if rollout_func is None else "a `rollout_func`")
         tools = self._start_servers(mcp_servers, tools, environment_factory)
         toolset = self._toolset = ToolSet(tools)
         self._executor = None
@@ -187,7 +182,7 @@ class ToolGRPOTrainer(
             executor = ToolExecutor(*limits, warm=warm, environment_timeout=args.environment_timeout)
             self._executor = executor
             weakref.finalize(self, executor.shutdown)
-            environment_factory = on_own_thread(environment_factory, executor, failures, self._recording)
+            environment_factory = on_own_thread(environment_factory, executor, failures, self._recording)  # type: ignore
         if self._recording:
             trl_tools = list(toolset.prompt_tools())
         if tools or environment_factory is not None:
@@ -229,7 +224,7 @@ class ToolGRPOTrainer(
         self.reward_funcs = [checked(function, name) for function, name in functions]
 
     def _check_columns(
-        self, reward_funcs: Sequence[object], train_dataset: _Data | None, eval_dataset: _EvaluationData | None
+        self, reward_funcs: "Sequence[RewardFunc]", train_dataset: _Data | None, eval_dataset: _EvaluationData | None
     ) -> None:
         """Check that the data and the run have what reward functions ask for."""
         available = {

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
-from .checks import refuse_unrecorded
 from .config import ToolGRPOConfig
+from .config_checks import refuse_unrecorded
 from .errors import ConfigError
 from .rollout.engine import RolloutEngine
 from .rollout.policy_file import PolicyFile, adapter_problem, claim_folder, policy_folder, write_policy

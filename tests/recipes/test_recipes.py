@@ -224,7 +224,7 @@ def test_the_recipe_says_at_once_that_its_folder_cannot_be_written_to(tmp_path, 
     with pytest.raises(CheckpointSaveError, match=words):
         qwen3_tools.main()
     assert checkpoint.why_not_writable(tmp_path / "new") is None and list((tmp_path / "new").iterdir()) == []
-    monkeypatch.setattr(checkpoint, "gather_object", lambda found: ["Read-only", *found])
+    monkeypatch.setattr(checkpoint, "gather_object", lambda found: [("Read-only", ""), *found])
     with pytest.raises(CheckpointSaveError, match=r"^Read-only$"):  # what the main process has met with
         checkpoint.same_error(None)
 
@@ -254,7 +254,7 @@ def test_a_run_of_two_processes_is_gone_on_from_with_one(tmp_path, capsys):
     stored = {"batch": {"generation_batch_size": 2 * training.generation_batch_size}, "layout": {
         "processes": 2, "steps_per_generation": 1, "gradient_accumulation_steps": 1,
     }}  # fmt: skip
-    (tmp_path / "run.json").write_text(json.dumps(stored))
+    (tmp_path / "run_identity.json").write_text(json.dumps(stored))
     flags = flags_that_keep_batches(str(tmp_path), training)
     assert f"Rollout batches stay as they are in {tmp_path}: {' '.join(flags)}" in capsys.readouterr().out
     _, changed, _ = parse(tmp_path, *flags)
@@ -262,7 +262,7 @@ def test_a_run_of_two_processes_is_gone_on_from_with_one(tmp_path, capsys):
     assert changed.gradient_accumulation_steps == changed.steps_per_generation == 2
     assert flags_that_keep_batches(str(tmp_path), changed) == flags_that_keep_batches(None, training) == []
     assert flags_that_keep_batches(str(tmp_path), training, ["--per_device_train_batch_size=64"]) == []  # a flag wins
-    (tmp_path / "run.json").write_text('{"batch"')
+    (tmp_path / "run_identity.json").write_text('{"batch"')
     assert flags_that_keep_batches(str(tmp_path), training) == []  # torn, which is said when it is resumed
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..checks import named_datasets
+from ..data_checks import named_datasets
 from ..model_settings import context_length
 from .findings import FAULT, NOTE, OK, CheckResult, ToolTrainer
 

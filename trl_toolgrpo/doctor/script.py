@@ -19,8 +19,8 @@ import yaml
 from transformers import Trainer
 
 from .. import errors
-from ..checks import check_policy_is_trained
 from ..errors import DoctorError, ToolGRPOError
+from ..policy_checks import check_policy_is_trained
 from .findings import FAULT, CheckResult, ToolTrainer
 
 

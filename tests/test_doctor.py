@@ -103,13 +103,13 @@ def test_a_healthy_recipe_is_a_go(tmp_path, capsys):
     assert not (tmp_path / "out").exists() and set(RECIPES.parent.iterdir()) == before
 
 
-def test_a_look_makes_no_repository_on_the_hub(script, tmp_path, monkeypatch):
+def test_an_examination_creates_no_repository_on_the_hub(script, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *args, **kwargs: made.append(args))
     assert examine(script, ["--push_to_hub=1"]).go and not made
 
 
-def test_a_script_of_ones_own_is_a_go_and_every_question_is_answered(script):
+def test_a_users_own_script_is_a_go_and_every_check_has_a_result(script):
     examination = examine(script, [])
     assert examination.go, examination.faults
     subjects = [result.subject for result in examination.results]
@@ -169,7 +169,7 @@ def test_a_setting_the_recipe_refuses_is_a_no_go_before_anything_is_built(capsys
     assert "no-go: configuration" in capsys.readouterr().out
 
 
-def test_the_script_is_the_one_beside_the_yaml(script, tmp_path):
+def test_the_script_is_the_one_next_to_the_yaml(script, tmp_path):
     assert find_script(tmp_path / "run.yaml") == script
     assert find_script(RECIPES / "bfcl.yaml") == RECIPES / "qwen3_tools.py"
     (tmp_path / "other.py").write_text("def make_trainer(arguments): ...")
@@ -187,7 +187,7 @@ def test_the_script_is_the_one_beside_the_yaml(script, tmp_path):
         find_script(tmp_path / "nothing.yaml")
 
 
-def test_room_is_looked_for_where_checkpoints_go(tmp_path):
+def test_disk_space_is_checked_where_checkpoints_go(tmp_path):
     (tmp_path / "run.yaml").write_text("output_dir: outputs/here")
     given = ["--config", str(tmp_path / "run.yaml")]
     assert output_folder(given, "x") == Path("outputs/here")
@@ -245,7 +245,7 @@ def test_a_version_that_does_not_fit_is_a_fault(monkeypatch):
     assert "pytest" not in result.message + result.remedy and "'torch>=99'" in result.remedy
 
 
-def test_rollouts_that_say_little_are_noted():
+def test_truncated_rollouts_and_missing_calls_are_noted():
     cut = Trajectory([1], [2], [-0.1], [1], [0], [Turn(0, 1, "length")], "length")
     ended = Trajectory([1], [2], [-0.1], [1], [0], [Turn(0, 1)], "stop")
     assert "Every one was cut off" in describe([cut, cut], 1.0).message

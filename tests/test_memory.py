@@ -77,7 +77,7 @@ def test_known_answers():
 
 
 @pytest.mark.parametrize("given", [{"method": "dora"}, {"sharding": "half"}])
-def test_what_is_not_known_is_refused(given):
+def test_unknown_methods_and_shardings_are_refused(given):
     with pytest.raises(ConfigError, match="Choose from full, lora, qlora, and from none, gradients, parameters"):
         estimate_memory(QWEN3["8B"], **given)
 

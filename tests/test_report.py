@@ -1,4 +1,4 @@
-"""The report without a browser: what it reads, what it packs, what it says of a folder that is not whole."""
+"""The report without a browser: what it reads, the data in its page, and folders that are not whole."""
 
 import json
 import math
@@ -67,7 +67,7 @@ def text_of(id):
     return words[id] if id < len(words) else f" word{id - len(words)}"
 
 
-def test_the_page_asks_nothing_of_the_network_and_no_text_ends_its_scripts(tmp_path):
+def test_the_page_requests_nothing_and_no_text_ends_its_scripts(tmp_path):
     html = build_report([write_run(tmp_path / "run", rollouts=8, vocabulary=20)]).html
     assert not re.search(r"(?:src|href)=[\"'](?!#)", html) and "default-src 'none'" in html
     assert "@import" not in html and "url(" not in html and "fetch(" not in html
@@ -136,7 +136,7 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
-def test_a_log_that_is_too_large_is_listed_whole_and_its_tokens_are_of_some(tmp_path):
+def test_a_large_log_is_listed_and_some_rollouts_have_tokens(tmp_path):
     folder = write_run(tmp_path / "run", rollouts=128, per_file=8, vocabulary=100)
     whole = build_report([folder])
     limit = len(whole.html.encode()) / 2e6
@@ -163,7 +163,7 @@ def test_a_log_whose_list_is_too_large_is_read_in_part(tmp_path):
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 64, 100])
-def test_any_beginning_of_the_order_is_spread(count):
+def test_each_beginning_of_the_order_is_spread_evenly(count):
     order = spread_order(count)
     assert sorted(order) == list(range(count))
     for size in range(4, count):
@@ -171,7 +171,7 @@ def test_any_beginning_of_the_order_is_spread(count):
         assert gaps.max() <= 4 * math.ceil(count / size)
 
 
-def test_nothing_of_a_run_is_said_and_shown(tmp_path, capsys):
+def test_a_folder_without_a_run_gives_a_page_that_says_so(tmp_path, capsys):
     (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8")
     assert main([str(tmp_path)]) == 1
     said = capsys.readouterr().err
@@ -220,7 +220,7 @@ def test_what_is_torn_foreign_or_newer_is_named_and_the_rest_is_shown(tmp_path):
         assert problem.split(":")[0] in report.html
 
 
-def test_files_of_no_shape_at_all_are_named(tmp_path, monkeypatch):
+def test_unreadable_rollout_files_are_named(tmp_path, monkeypatch):
     folder = write_run(tmp_path / "run", rollouts=32, per_file=8)
     files = sorted((folder / "rollouts").glob("*.parquet"))
     table = pyarrow.parquet.read_table(files[0])
@@ -263,7 +263,7 @@ def test_each_part_alone_makes_a_report(tmp_path, kept):
         assert rollouts_of(report.html)[0]["whole"]["text"][0].startswith("[{")
 
 
-def test_the_log_of_trl_is_read_where_there_is_no_other(tmp_path):
+def test_the_log_of_trl_is_read_if_there_is_no_other(tmp_path):
     history = [{"step": 1, "reward": 0.25}, {"step": 2, "reward": 0.5}]
     checkpoint = tmp_path / "checkpoint-2"
     checkpoint.mkdir()
@@ -370,7 +370,7 @@ def test_a_line_of_rounding_is_drawn_flat(metric, values, flat):
 
 @pytest.mark.parametrize("low", [-98765.4, -2450.0, -0.00123, -1.23e-5, 0.0, 1.23e-9, 0.999, 2450.0, 1e5, 1.5e12])
 @pytest.mark.parametrize("span", [1e-3, 0.1, 1.0, 1234.5, 4e7])
-def test_the_numbers_beside_a_curve_have_room(low, span):
+def test_labels_of_a_panel_fit_next_to_it(low, span):
     drawn = panel("tokens_per_second", [Line("run", [1, 2], [low, low + span * max(abs(low), 1e-3)])])
     assert len(drawn.grid) == 3
     for _, text in drawn.grid:  # digits of 10 pixels' height are at most 6.4 wide, signs and points half of that
@@ -397,7 +397,7 @@ def test_thin_curves_keep_their_extremes():
     assert np.nanmax(fewer) == 9.0 and np.nanmin(fewer) == -9.0
 
 
-def test_bytes_that_are_half_a_character_are_shown_as_bytes(tokenizer):
+def test_tokens_that_are_part_of_a_character_are_shown_as_bytes(tokenizer):
     ids = tokenizer("a \N{SNOWMAN}<|im_end|>", add_special_tokens=False)["input_ids"]
     vocabulary = Vocabulary(tokenizer)
     vocabulary.texts |= vocabulary.new_texts(ids)

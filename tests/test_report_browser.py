@@ -1,4 +1,4 @@
-"""The report in a real browser: what is seen, by whom, and by keyboard alone."""
+"""The report in a real browser: what it shows, its keyboard and its accessibility."""
 
 import json
 
@@ -238,7 +238,7 @@ CONTRAST = """
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_every_text_stands_out_from_what_is_behind_it(page, dark):
+def test_texts_have_enough_contrast(page, dark):
     page.show(dark=dark)
     background = page.run("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(21, 23, 25)") == dark
@@ -256,7 +256,7 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(page, tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
-def test_what_a_screen_reader_is_told(page):
+def test_screen_readers_get_roles_and_names(page):
     nodes = page.call("Accessibility.getFullAXTree")["nodes"]
     named = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in nodes if not node["ignored"]]
     roles = [role for role, _ in named]

@@ -80,8 +80,7 @@ def _results(script: Path, arguments: Sequence[str]) -> Iterator[CheckResult]:
     yield check_hardware(output_folder(arguments, trainer.args.output_dir))
     model = f"{type(trainer.model).__name__} on {trainer.accelerator.device}"
     batch = f"{trainer.args.generation_batch_size} rollouts a batch in groups of {trainer.num_generations}"
-    estimator = trainer.args.advantage_estimator
-    yield CheckResult("configuration", OK, f"{model}, {batch}, advantages by `{estimator}`.")
+    yield CheckResult("configuration", OK, f"{model}, {batch}, advantages by `{trainer.args.advantage_estimator}`.")
     data, cost = check_data(trainer)
     tools = trainer._toolset
     suspicious = [text for text, subject in subjects.items() if subject == "tools"]

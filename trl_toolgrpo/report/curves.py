@@ -163,7 +163,7 @@ def panel(metric: str, lines: Sequence[Line]) -> Panel:
 
 
 def _labels(values: Sequence[float]) -> list[str]:
-    """Numbers beside a panel, with enough digits to tell them apart unless there is no room for them."""
+    """Numbers next to a panel, with enough digits to tell them apart unless there is no room for them."""
     choices = [[_number(value, digits) for value in values] for digits in range(3, 8)]
     fitting = [labels for labels in choices if max(map(len, labels)) <= _ROOM] or choices[:1]
     return next((labels for labels in fitting if len(set(labels)) == len(labels)), fitting[-1])

@@ -29,7 +29,7 @@ class RuleHistory:
         times (`int`, *optional*, defaults to `1`):
             How often it spoke.
         recovered (`int`, *optional*):
-            Step at which it said that all is well again; `None` while it does not.
+            Step at which it found nothing any more; `None` if it still does.
     """
 
     rule: str

@@ -45,8 +45,7 @@ class Vocabulary:
         text = text.removeprefix(before)
         if text and "\N{REPLACEMENT CHARACTER}" not in text:
             return text
-        # Part of a character, or unknown to the tokenizer
-        token = next(iter(self.tokenizer.convert_ids_to_tokens([id])))
+        token = next(iter(self.tokenizer.convert_ids_to_tokens([id])))  # part of a character, or not known
         return f"[{id}]" if token is None else f"\N{LEFT ANGLE BRACKET}{_hexadecimal(token)}\N{RIGHT ANGLE BRACKET}"
 
 

@@ -99,10 +99,10 @@ def take_lock(folder: Path) -> RunLock | None:
             )
         return None
     since = datetime.now().astimezone().isoformat(" ", "seconds")
-    facts = {"pid": str(os.getpid()), "host": socket.gethostname(), "since": since, "job": job_id(os.environ)}
+    record = {"pid": str(os.getpid()), "host": socket.gethostname(), "since": since, "job": job_id(os.environ)}
     with suppress(OSError):  # on a full disk the lock still holds
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, json.dumps(facts).encode())
+        os.write(descriptor, json.dumps(record).encode())
     return RunLock(folder / LOCK, descriptor)
 
 

@@ -123,7 +123,7 @@ SIGNATURES = {
         ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
         "resume.ExactResume.train looks for the checkpoint",
     ),
-    "set_initial_training_values": (["self", "args", "dataloader"], "checks.training_steps counts as it does"),
+    "set_initial_training_values": (["self", "args", "dataloader"], "template_checks.training_steps counts so"),
 }
 
 

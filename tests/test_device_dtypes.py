@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from trl_toolgrpo import ToolGRPOTrainer
 from trl_toolgrpo.advantages import explained_variance, generalized_advantages, moments, rewards_to_go, whiten
-from trl_toolgrpo.diagnostics import RatioStatistics
+from trl_toolgrpo.ratio_statistics import RatioStatistics
 from trl_toolgrpo.reference import Comparison
 from trl_toolgrpo.rollout.backends import differs
 from trl_toolgrpo.rollout.model_sampler import sample_tokens

@@ -10,13 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_toolgrpo import LogprobMismatchError, ToolCall, ToolResult, Trajectory, Turn
-from trl_toolgrpo.diagnostics import (
-    RatioStatistics,
-    console_line,
-    rollout_counts,
-    rollout_metrics,
-)
+from trl_toolgrpo.diagnostics import console_line, rollout_counts, rollout_metrics
 from trl_toolgrpo.logprob_check import check_logprobs
+from trl_toolgrpo.ratio_statistics import RatioStatistics
 from trl_toolgrpo.rounding import Exact, compute_dtype
 
 

@@ -14,7 +14,7 @@ from trl.chat_template_utils import add_response_schema, get_training_chat_templ
 
 from trl_toolgrpo import Tool, ToolCall, ToolGRPOTrainer, ToolResult, ToolSchemaError, TransientToolError
 from trl_toolgrpo.inert_prompts import InertPrompts
-from trl_toolgrpo.prompt_checks import PromptRenderer
+from trl_toolgrpo.prompt_renderer import PromptRenderer
 from trl_toolgrpo.rollout.chat import ToolChat, tool_message
 from trl_toolgrpo.rollout.control_tokens import ControlTokens
 from trl_toolgrpo.rollout.parsing import add_missing_response_template

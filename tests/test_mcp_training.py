@@ -10,7 +10,7 @@ from test_mcp import KEY, PLAIN, belongings, nothing_new, wait_until
 from trl import GRPOTrainer
 
 from trl_toolgrpo import ConfigError, MCPServer, Tool, ToolGRPOTrainer, ToolNameError, ToolSchemaError, rollout_tools
-from trl_toolgrpo.prompt_checks import PromptRenderer
+from trl_toolgrpo.prompt_renderer import PromptRenderer
 from trl_toolgrpo.template_checks import check_rendering
 from trl_toolgrpo.tools import mcp_connection, mcp_stdio
 

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from trl_toolgrpo import DatasetError, Tool, ToolGRPOTrainer, ToolSchemaError
 from trl_toolgrpo.policy_checks import warn_of_dropout
-from trl_toolgrpo.prompt_checks import PromptRenderer
+from trl_toolgrpo.prompt_renderer import PromptRenderer
 from trl_toolgrpo.template_checks import check_rendering
 
 

@@ -30,9 +30,10 @@ from trl_toolgrpo import (
     find_checkpoint,
     keep_batch_size,
 )
+from trl_toolgrpo.adapter_settings import describe_adapter
 from trl_toolgrpo.checkpoint import UNFINISHED, check_shared, check_whole, clear_away, fault_of, publish, set_aside
 from trl_toolgrpo.hub import HubPush
-from trl_toolgrpo.identity import describe_adapter, describe_dataset, describe_model, describe_run, differences
+from trl_toolgrpo.identity import describe_dataset, describe_model, describe_run, differences
 
 
 TIMES = ("time", "seconds", "per_second", "wait", "runtime", "train_loss", "total_flos", "max_abs_diff")

@@ -20,10 +20,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerCallback
 
 from trl_toolgrpo import CheckpointSaveError, ToolGRPOTrainer, find_checkpoint
-from trl_toolgrpo.checkpoint import attempt, fault_of, is_storage_failure, publish, tolerated
+from trl_toolgrpo.checkpoint import fault_of, publish
 from trl_toolgrpo.report.__main__ import main as report
 from trl_toolgrpo.rollout_log import write
 from trl_toolgrpo.run_files import add_line, cut_back, read_lines, write_json
+from trl_toolgrpo.storage_failures import attempt, is_storage_failure, tolerated
 
 
 TOKENIZER = chat_tokenizer("qwen3_instruct_2507")

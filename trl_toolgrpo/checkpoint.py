@@ -9,23 +9,21 @@ import itertools
 import json
 import logging
 import os
-import re
 import shutil
 import tempfile
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, gather_object
-from torch.distributed.checkpoint.api import CheckpointException
 
-from .errors import CheckpointError, CheckpointSaveError, ToolGRPOError
+from .errors import CheckpointError, CheckpointSaveError
 from .rollout_log import FOLDER, find_files
 from .run_files import CARD, HEALTH, METRICS, PUBLISHED, RUN, holds_other_page, write_json
+from .storage_failures import is_storage_failure
 
 
 logger = logging.getLogger(__name__)
@@ -39,14 +37,6 @@ PREFIX = "checkpoint-"
 PROGRESS = "progress_{}.safetensors"
 """What each process adds to a checkpoint."""
 
-# What says that the disk does not take what is written. The last is a limit on the size of a file
-_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
-# Rust's writers (safetensors, tokenizers) and torch's have no errno: they quote it, quote its text, or say that fewer
-# bytes were written than were given
-_STORAGE_TEXT = re.compile(
-    "|".join([*(rf"\(os error {number}\)|{re.escape(os.strerror(number))}" for number in _STORAGE)])
-    + r"|inline_container\.cc.*unexpected pos|PytorchStreamWriter failed.*file write failed|iostream\S* error"
-)
 # What says that there was a run in an output folder, and what it has left there in addition to checkpoints
 _SIGNS = (RUN, METRICS, HEALTH, "completions/*.parquet", "trainer_state.json")
 _LEFT = (
@@ -277,23 +267,6 @@ def check_parts(folder: Path, processes: int) -> None:
             raise OSError(errno.EIO, f"the part of process {index} ({PROGRESS.format(index)}) is not to be seen")
 
 
-def same_error(error: Exception | None, kind: type[ToolGRPOError] = CheckpointSaveError) -> None:
-    """
-    Raise in every process what went wrong in one; all have to call this.
-
-    Args:
-        error (`Exception`, *optional*):
-            What went wrong in this process.
-        kind (`type[ToolGRPOError]`, *optional*):
-            What to raise, by default [`CheckpointSaveError`].
-    """
-    own = None if error is None else (getattr(error, "message", str(error)), getattr(error, "remedy", ""))
-    problems = [problem for problem in gather_object([own]) if problem is not None]
-    if problems:
-        message, remedy = problems[0]
-        raise kind(message, remedy=remedy) from error
-
-
 def _appears(file: Path) -> bool:
     deadline = time.monotonic() + _PROBE_SECONDS
     while not file.exists():
@@ -386,50 +359,6 @@ def _move_back(moving: Path) -> None:
 def _is_empty(path: Path) -> bool:
     """Return whether a path is an empty folder, such as TRL makes for completions."""
     return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
-
-
-def is_storage_failure(error: BaseException) -> bool:
-    """Return whether an exception says that the disk, full, read-only or broken, did not take what was written."""
-    if isinstance(error, CheckpointException):  # of torch's distributed checkpoints, the same in every process
-        return any(is_storage_failure(failure) for failure, _ in error.failures.values())
-    if isinstance(error, OSError):
-        return error.errno in _STORAGE
-    return isinstance(error, Exception) and _STORAGE_TEXT.search(str(error)) is not None
-
-
-_refused: ContextVar[list[str] | None] = ContextVar("refused", default=None)  # in the attempt under way
-
-
-def attempt(work: Callable[[], None]) -> list[str]:
-    """
-    Write something in every process, and return what the disk refused, over all of them.
-
-    Use [`tolerated`] for the writes between two collectives, so that a process whose disk refuses still reaches the
-    next one. Errors of any other kind propagate.
-    """
-    refused: list[str] = []
-    token = _refused.set(refused)
-    try:
-        with tolerated():
-            work()
-    finally:
-        _refused.reset(token)
-    return gather_object(refused)
-
-
-@contextmanager
-def tolerated() -> Iterator[None]:
-    """
-    Record what the disk refuses within an [`attempt`] instead of raising it; outside an attempt, and in other threads,
-    it is raised.
-    """
-    try:
-        yield
-    except (Exception, CheckpointException) as error:
-        refused = _refused.get()
-        if refused is None or not is_storage_failure(error):
-            raise
-        refused.append(f"{type(error).__name__}: {error}")
 
 
 def _step(path: Path) -> int:

@@ -24,12 +24,12 @@ from .advantages import (
     steps_of,
     whiten,
 )
-from .checkpoint import tolerated
 from .errors import ConfigError, ValueHeadError
 from .losses import value_loss
 from .rollout.engine import RolloutBatch
 from .rounding import widest
 from .scoring import SharedPromptScoring
+from .storage_failures import tolerated
 from .types import Batch
 from .value import FILE, ValueHead, attach_value_head, load_value_head, save_value_head, without_value_head
 

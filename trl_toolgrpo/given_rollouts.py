@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from .errors import TrajectoryError
-from .trajectory import Trajectory, field_meant_by
+from .record_faults import field_meant_by
+from .trajectory import Trajectory
 from .types import Batch
 
 

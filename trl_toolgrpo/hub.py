@@ -28,11 +28,12 @@ from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 from transformers.utils.hub import hf_api
 
-from .checkpoint import attempt, find_checkpoint, is_storage_failure, move_aside, tolerated
+from .checkpoint import find_checkpoint, move_aside
 from .errors import CheckpointSaveError, HubPushError
 from .model_card import RunCard
 from .redaction import masked
 from .run_files import CARD, PUBLISHED, other_page_aside
+from .storage_failures import attempt, is_storage_failure, tolerated
 from .types import JSONObject
 
 

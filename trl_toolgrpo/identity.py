@@ -14,7 +14,7 @@ from trl import GRPOConfig
 from .batch_position import micro_batches_of
 from .lm_head import base_model
 from .model_settings import model_setting
-from .reference import ADAPTER
+from .reference import ADAPTER, describe_adapter
 from .types import JSONObject, JSONValue
 
 
@@ -22,7 +22,6 @@ IDENTITY = "run_identity.json"
 """File of a checkpoint that describes the run it belongs to."""
 
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "vocab_size")
-_ADAPTER = ("peft_type", "r", "lora_alpha", "use_dora", "use_rslora", "bias", "modules_to_save", "target_modules")
 _BATCH = ("seed", "shuffle_dataset", "num_generations", "generation_batch_size", "num_iterations")
 _WEIGHTS = "frozen weights"
 _SAMPLED = 64  # rows of the data set, and values of each frozen weight, that stand for all
@@ -121,12 +120,6 @@ def describe_model(model: nn.Module) -> JSONObject:
     return {**shape, _WEIGHTS: checksum if frozen else None}
 
 
-def describe_adapter(config: JSONObject) -> JSONObject:
-    """Describe what must match in an adapter's configuration, as plain values."""
-    found = {name: getattr(config.get(name), "value", config.get(name)) for name in _ADAPTER}
-    return {name: sorted(value) if isinstance(value, (list, tuple, set)) else value for name, value in found.items()}
-
-
 def describe_dataset(dataset: object) -> JSONObject:
     """
     Return size, columns and a checksum of rows of a data set; of one that is streamed, its columns alone.
@@ -147,17 +140,6 @@ def describe_dataset(dataset: object) -> JSONObject:
     return {"rows": count, "columns": columns, "content": zlib.crc32(rows.encode())}
 
 
-def _portable(value: JSONValue) -> JSONValue:
-    """Return stored values as JSON has them; of a file that is only referred to, its name, as on other machines."""
-    if isinstance(value, dict) and value.keys() == {"bytes", "path"} and value["bytes"] is None:
-        return Path(value["path"] or "").name
-    if isinstance(value, dict):
-        return {key: _portable(inner) for key, inner in value.items()}
-    if isinstance(value, bytes):
-        return zlib.crc32(value)
-    return [_portable(inner) for inner in value] if isinstance(value, list) else value
-
-
 def differences(stored: JSONObject, own: JSONObject) -> Iterator[str]:
     """Yield a text for each difference of two sections of a description; what one does not know is left out."""
     for name, ours in own.items():
@@ -171,3 +153,14 @@ def _sample(parameter: Tensor) -> bytes:
     flat = parameter.detach().reshape(-1)
     values = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED].cpu().contiguous()
     return values.view(torch.uint8).numpy().tobytes()
+
+
+def _portable(value: JSONValue) -> JSONValue:
+    """Return stored values as JSON has them; of a file that is only referred to, its name, as on other machines."""
+    if isinstance(value, dict) and value.keys() == {"bytes", "path"} and value["bytes"] is None:
+        return Path(value["path"] or "").name
+    if isinstance(value, dict):
+        return {key: _portable(inner) for key, inner in value.items()}
+    if isinstance(value, bytes):
+        return zlib.crc32(value)
+    return [_portable(inner) for inner in value] if isinstance(value, list) else value

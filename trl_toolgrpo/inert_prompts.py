@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Callable, Sequence
 
 from .errors import ToolSchemaError
-from .prompt_checks import Prompt, PromptRenderer
+from .prompt_renderer import Prompt, PromptRenderer
 from .rollout.control_tokens import ControlTokens
 from .types import JSONSchema, JSONValue, Message
 

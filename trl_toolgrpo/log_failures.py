@@ -12,14 +12,16 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from trl.extras import profiling
 from trl.trainer.callbacks import LogCompletionsCallback, RichProgressCallback, WeaveCallback
 
-from .progress import RolloutProgress
-
 
 logger = logging.getLogger(__name__)
 
+class Reporter(TrainerCallback):
+    """A callback that only reports on a run, whose failures end nothing."""
+
+
 REPORTERS = (
     *INTEGRATION_TO_CALLBACK.values(), LogCompletionsCallback, WeaveCallback, PrinterCallback, ProgressCallback,
-    DEFAULT_PROGRESS_CALLBACK, RichProgressCallback, RolloutProgress,
+    DEFAULT_PROGRESS_CALLBACK, RichProgressCallback, Reporter,
 )  # fmt: skip
 """Callbacks that only report on a run: those of `report_to`, TRL's trackers, and those that draw its progress."""
 

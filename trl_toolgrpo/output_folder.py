@@ -4,9 +4,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoint import EARLIER, same_error, why_not_writable
+from .checkpoint import EARLIER, why_not_writable
 from .errors import OutputFolderInUseError
 from .run_lock import take_lock
+from .storage_failures import same_error
 
 
 if TYPE_CHECKING:

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerState
 from transformers.trainer_utils import has_length
+
+from .log_failures import Reporter
 
 
 def on_a_terminal() -> bool:
@@ -20,7 +22,7 @@ def on_a_terminal() -> bool:
     return sys.stderr.isatty()
 
 
-class RolloutProgress(TrainerCallback):
+class RolloutProgress(Reporter):
     """
     Draws one line for training, with its phase, and one for an evaluation, on the main process.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .errors import ConfigError
 from .rounding import widest
 from .sharding import assign, assign_all, full, local, whole, whole_copies
+from .types import JSONObject
 
 
 ADAPTER = "ref"  # the name under which TRL looks for a reference adapter
@@ -206,3 +207,12 @@ class AdapterReference:
     def load(self, state: dict[str, Tensor]) -> None:
         """Take over a state whose names and shapes have been checked."""
         assign_all(self._named(), state)
+
+
+_ADAPTER = ("peft_type", "r", "lora_alpha", "use_dora", "use_rslora", "bias", "modules_to_save", "target_modules")
+
+
+def describe_adapter(config: JSONObject) -> JSONObject:
+    """Describe what must match in an adapter's configuration, as plain values."""
+    found = {name: getattr(config.get(name), "value", config.get(name)) for name in _ADAPTER}
+    return {name: sorted(value) if isinstance(value, (list, tuple, set)) else value for name, value in found.items()}

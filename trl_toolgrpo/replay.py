@@ -14,12 +14,12 @@ from torch import Tensor
 
 from .batch_position import batch_is_due, batch_number, micro_batches_of
 from .errors import ConfigError, RolloutLogError
-from .live import Live
 from .rollout_log import batch_files, check_rollouts, details, log_files, read_table, rows_of, step_of, tensors_of
+from .run_log import RunLog
 from .types import Batch
 
 
-class Replay(Live):
+class Replay(RunLog):
     """Part of [`ToolGRPOTrainer`]; see `replay` of [`ToolGRPOConfig`]."""
 
     _buffered_inputs: Any

@@ -33,7 +33,6 @@ from .checkpoint import (
     PREFIX,
     PROGRESS,
     UNFINISHED,
-    attempt,
     check_parts,
     check_shared,
     check_whole,
@@ -42,17 +41,16 @@ from .checkpoint import (
     find_checkpoint,
     publish,
     put_back,
-    same_error,
     set_aside,
-    tolerated,
     why_not_writable,
 )
 from .config import ToolGRPOConfig
-from .diagnostics import RatioStatistics
 from .errors import CheckpointError, CheckpointSaveError
 from .identity import IDENTITY, describe_run, differences, matching_batch_sizes
+from .ratio_statistics import RatioStatistics
 from .reference import SyncReport
 from .run_files import RUN
+from .storage_failures import attempt, same_error, tolerated
 from .types import Batch, JSONObject
 
 

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from .errors import RolloutLogError, TrajectoryError
+from .record_faults import field_meant_by
 from .redaction import Redactor
 from .rollout_tensors import keep, restore
 from .run_files import replaced
 from .tools.results import encodable
-from .trajectory import Trajectory, field_meant_by
+from .trajectory import Trajectory
 from .types import Batch, JSONObject, JSONValue, Message
 
 

@@ -28,7 +28,8 @@ from .data_checks import named_datasets, prompt_rows
 from .errors import ConfigError, EnvironmentTimeoutError, ToolSchemaError
 from .inert_prompts import InertPrompts, with_observation
 from .model_settings import context_length
-from .prompt_checks import PromptRenderer, check_prompt_lengths, check_prompts
+from .prompt_checks import check_prompt_lengths, check_prompts
+from .prompt_renderer import PromptRenderer
 from .redaction import Redactor
 from .rollout.chat import ToolChat
 from .rollout.control_tokens import ControlTokens

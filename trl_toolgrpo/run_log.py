@@ -25,7 +25,6 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .batch_position import batch_in_use, batch_number
-from .checkpoint import same_error
 from .completions_table import align_columns, storable_logs
 from .config import ToolGRPOConfig
 from .errors import OutputFolderInUseError
@@ -35,6 +34,7 @@ from .rollout.engine import RolloutBatch, RolloutEngine
 from .rollout_log import FOLDER, LoggedBatch, file_name, find_files, read_table, step_of, tabulate, with_ratios, write
 from .run_files import HEALTH, METRICS, RUN, add_line, cut_back, describe_start, run_redactor, write_json
 from .run_lock import take_lock
+from .storage_failures import same_error
 from .tools.mcp import MCPTools
 from .tools.toolset import ToolSet
 from .types import Batch, JSONObject, Message, Row

@@ -19,15 +19,14 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from trl import GRPOTrainer
 
 from .batch_position import batch_in_use
-from .checkpoint import tolerated
 from .config import ToolGRPOConfig
 from .errors import ConfigError, ReferenceSyncError
-from .identity import describe_adapter
 from .merged import MergedReference, ModelReference
-from .reference import ADAPTER, AdapterReference, Comparison, SyncReport, same_parameters_trained
+from .reference import ADAPTER, AdapterReference, Comparison, SyncReport, describe_adapter, same_parameters_trained
 from .reference_checks import check_reference, reference_mode
 from .rounding import widest
 from .scoring import Scores
+from .storage_failures import tolerated
 from .types import Batch, Row
 
 

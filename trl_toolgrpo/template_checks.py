@@ -16,7 +16,7 @@ from trl.chat_template_utils import supports_tool_calling
 from .batch_position import micro_batches_of
 from .config import ToolGRPOConfig
 from .errors import ChatTemplateError, ConfigError, ToolSchemaError
-from .prompt_checks import Processor, PromptRenderer, message_texts
+from .prompt_renderer import Processor, PromptRenderer, message_texts
 from .shown_in_prompts import Part, hidden_parts
 from .tools.schema_forms import plain_form
 from .tools.types import Tool

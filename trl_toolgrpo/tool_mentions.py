@@ -14,7 +14,7 @@ from difflib import SequenceMatcher, get_close_matches
 from datasets import Dataset, IterableDataset
 
 from .errors import ToolNameError
-from .prompt_checks import message_texts
+from .prompt_renderer import message_texts
 from .tools.types import Tool
 from .types import JSONValue, Row
 

@@ -27,18 +27,12 @@ from .correction import SamplerCorrection, correction_line
 from .critic import Critic
 from .data_checks import check_best_metric, check_dataset, check_rows, named_datasets
 from .deterministic import Determinism
-from .diagnostics import (
-    RatioStatistics,
-    averages,
-    console_line,
-    length_metrics,
-    rollout_counts,
-    rollout_metrics,
-)
+from .diagnostics import averages, console_line, length_metrics, rollout_counts, rollout_metrics
 from .errors import LogprobMismatchError
 from .given_rollouts import checked_rollouts
 from .grouping import GroupedUpdates
 from .hub import HubPush
+from .live import Live
 from .lm_head import adapted_head, cast_heads, check_adapted_head, score_adapted_head, without_trls_cast
 from .logprob_check import check_logprobs
 from .policy_checks import (
@@ -52,6 +46,7 @@ from .policy_checks import (
     warn_of_no_learning_rate,
 )
 from .quantized import keep_trainable, same_parameters
+from .ratio_statistics import RatioStatistics
 from .replay import Replay
 from .resume import ExactResume
 from .reward_checks import check_columns, checked
@@ -90,7 +85,7 @@ _EvaluationData: TypeAlias = _Data | DatasetDict | IterableDatasetDict | dict[st
 
 
 class ToolGRPOTrainer(
-    Replay, ExactResume, HubPush, Determinism, AssistedWarmup, Critic, ReferenceSync, GroupedUpdates,
+    Replay, Live, ExactResume, HubPush, Determinism, AssistedWarmup, Critic, ReferenceSync, GroupedUpdates,
     SamplerCorrection, SharedPromptScoring, RolloutTools, VLLMRollouts, GRPOTrainer,
 ):  # fmt: skip
     """

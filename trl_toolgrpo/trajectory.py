@@ -4,15 +4,22 @@ The rollout loop fills them in; the trainer, reward functions and diagnostics re
 strictly: nothing is filled in, renamed or dropped.
 """
 
-import difflib
 import logging
-import math
-import sys
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import TypeGuard
 
 from .errors import TrajectoryError
+from .record_faults import (
+    field_meant_by,
+    figure_faults,
+    is_count,
+    is_duration,
+    is_finite_number,
+    is_flag,
+    item_faults,
+    length_faults,
+    list_faults,
+)
 from .tools.types import ToolCall, ToolResult
 from .types import JSONObject
 
@@ -23,16 +30,6 @@ STOP_REASONS = ("stop", "length", "tool_limit", "parse_errors", "tool_overflow",
 """Why a rollout ended. All but `"stop"` count as truncated."""
 TURN_STOP_REASONS = ("stop", "length")
 """Why a turn ended: the policy wrote a stop token, or its token budget ran out."""
-
-_ALIASES = {
-    "old_log_probs": "logprobs",
-    "old_logprobs": "logprobs",
-    "old_per_token_logps": "logprobs",
-    "sampling_per_token_logps": "logprobs",
-    "log_probs": "logprobs",
-    "env_mask": "tool_mask",
-    "response_ids": "completion_ids",
-}
 
 
 @dataclass
@@ -225,7 +222,7 @@ class Trajectory:
             yield from item_faults(f"`{name}`", getattr(self, name), "token ids", is_count)
         for name in ("tool_mask", "forced_mask"):
             yield from length_faults(f"`{name}`", getattr(self, name), count, per)
-            yield from item_faults(f"`{name}`", getattr(self, name), "0 or 1", _is_flag)
+            yield from item_faults(f"`{name}`", getattr(self, name), "0 or 1", is_flag)
         for position, (forced, assistant) in enumerate(zip(self.forced_mask, self.tool_mask, strict=True)):
             if forced and not assistant:
                 yield f"field `forced_mask` marks token {position}, which `tool_mask` says no assistant wrote."
@@ -246,74 +243,18 @@ class Trajectory:
             last = turn.end
 
 
-def field_meant_by(name: object, known: Sequence[str]) -> str | None:
-    """Return the field that a misnamed one probably stands for; `None` if none is close."""
-    close = _ALIASES.get(str(name)) or next(iter(difflib.get_close_matches(str(name), known, n=1)), None)
-    return close if close in known else None
-
-
 def locate(trajectory: Trajectory, position: int) -> int:
     """Return the index of the turn that holds completion token `position`: the last that starts at or before it."""
     turns = [index for index, turn in enumerate(trajectory.turns) if turn.start <= position]
     return turns[-1] if turns else 0
 
 
-def is_finite_number(value: object) -> TypeGuard[float]:
-    """Return whether a value is a number, and neither NaN nor infinite."""
-    # By comparison: `math.isfinite` overflows for huge integers
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def is_count(value: object) -> bool:
-    """Return whether a value is a non-negative `int`, and no `bool`: a token id, an index, a number of steps."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def list_faults(name: str, value: object) -> Iterator[str]:
-    """Yield a fault if a field is no list; `name` is the field as the message calls it."""
-    if not isinstance(value, (list, tuple)):
-        yield f"field {name} expected a list, got {type(value).__name__}."
-
-
-def length_faults(name: str, values: Sequence[object], count: int, per: str) -> Iterator[str]:
-    """Yield a fault if a list has not `count` values, one for each `per`."""
-    if len(values) != count:
-        yield f"field {name} has {len(values)} values, expected {count}, one per {per}."
-
-
-def item_faults(
-    name: str, values: Sequence[object], expected: str, is_sound: Callable[[object], bool]
-) -> Iterator[str]:
-    """Yield a fault for each value that is not what was `expected`."""
-    for position, value in enumerate(values):
-        if not is_sound(value):
-            yield f"field {name} expected {expected}, got {value!r} at position {position}."
-
-
-def figure_faults(name: str, values: object, count: int, per: str, most: float = math.inf) -> Iterator[str]:
-    """Yield a fault unless `values` is a list of `count` finite numbers of at most `most`, one for each `per`."""
-    if not isinstance(values, (list, tuple)):
-        yield from list_faults(name, values)
-        return
-    expected = "finite values" if most == math.inf else f"finite values of at most {most}"
-    yield from length_faults(name, values, count, per)
-    yield from item_faults(name, values, expected, lambda value: is_finite_number(value) and value <= most)
-
-
-def _is_flag(value: object) -> bool:
-    return is_count(value) and value in (0, 1)
-
-
-def _is_duration(value: object) -> bool:
-    return is_finite_number(value) and value >= 0
-
-
 _TURN_FIELDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "start": ("an index", lambda value: type(value) is int),
     "end": ("an index", lambda value: type(value) is int),
     "stop_reason": (f"one of {TURN_STOP_REASONS}", TURN_STOP_REASONS.__contains__),
-    "sample_seconds": ("seconds", _is_duration),
-    "tool_seconds": ("seconds", _is_duration),
+    "sample_seconds": ("seconds", is_duration),
+    "tool_seconds": ("seconds", is_duration),
     "policy_version": ("optimizer steps", lambda value: value is None or is_count(value)),
 }
 """What each field of a turn must hold, and how that is checked."""

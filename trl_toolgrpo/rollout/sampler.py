@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..trajectory import field_meant_by, figure_faults, is_count, item_faults, list_faults
+from ..record_faults import field_meant_by, figure_faults, is_count, item_faults, list_faults
 
 
 Autocast: TypeAlias = Callable[[], AbstractContextManager[object]]

@@ -28,8 +28,8 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from trl_toolgrpo import ToolGRPOConfig, ToolGRPOTrainer
-from trl_toolgrpo.rollout import model_sampler
-from trl_toolgrpo.rollout.sampler import SampledTokens
+from trl_toolgrpo.sampling import model_sampler
+from trl_toolgrpo.sampling.protocol import SampledTokens
 
 
 torch.set_num_threads(1)
@@ -365,6 +365,6 @@ def scripted_model_sampler(monkeypatch, tokenizer, script):
             return tokens, logprobs.gather(-1, tokens[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(dim=-1)
 
         monkeypatch.setattr(model_sampler, "sample_tokens", draw)
-        return model_sampler.ModelSampler(policy, noise=torch.tensor, **options)
+        return model_sampler.ModelSampler(policy, **{**options, "noise": torch.tensor})
 
     monkeypatch.setattr(MAKE_SAMPLER, make)

@@ -12,9 +12,9 @@ from trl.chat_template_utils import (
     supports_tool_calling,
 )
 
-from trl_toolgrpo.rollout.chat import ToolChat, tool_message
-from trl_toolgrpo.rollout.parsing import add_missing_response_template
-from trl_toolgrpo.tools.types import ToolCall
+from trl_toolgrpo.chat.parsing import add_missing_response_template
+from trl_toolgrpo.chat.tool_chat import ToolChat, tool_message
+from trl_toolgrpo.tools.tool import ToolCall
 
 
 def _tool_capable():

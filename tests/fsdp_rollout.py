@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from trl_toolgrpo.rollout.engine import gathered_parameters
-from trl_toolgrpo.rollout.model_sampler import ModelSampler
+from trl_toolgrpo.sampling.model_sampler import ModelSampler
 
 
 def sample(model, tokens):

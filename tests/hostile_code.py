@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from trl_toolgrpo.tools.sandbox import _USERS, Sandbox, SandboxReport
+from trl_toolgrpo.tools.python_sandbox.sandbox import _USERS, Sandbox, SandboxReport
 
 
 SECRET = "open-sesame-71"

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from trl_toolgrpo import ToolGRPOTrainer
-from trl_toolgrpo.reference import AdapterReference, Comparison
-from trl_toolgrpo.sharding import full
+from trl_toolgrpo.models.sharding import full
+from trl_toolgrpo.reference.adapter import AdapterReference, Comparison
 
 
 def gather(tensor):

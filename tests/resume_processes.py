@@ -13,8 +13,8 @@ from conftest import chat_tokenizer, config, full_disk, prompts, tiny_model
 from peft import LoraConfig
 
 from trl_toolgrpo import CheckpointError, CheckpointSaveError, OutputFolderInUseError, ToolGRPOTrainer
-from trl_toolgrpo.checkpoint import checkpoints, fault_of
-from trl_toolgrpo.run_lock import take_lock
+from trl_toolgrpo.checkpoints.folder import checkpoints, fault_of
+from trl_toolgrpo.run_folder.lock import take_lock
 
 
 faulthandler.dump_traceback_later(100, exit=True)

@@ -18,8 +18,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from trl_toolgrpo.errors import EngineLostError
-from trl_toolgrpo.rollout.vllm_client import model_shape
-from trl_toolgrpo.rollout.vllm_sampler import TokenReply
+from trl_toolgrpo.sampling.vllm.client import model_shape
+from trl_toolgrpo.sampling.vllm.sampler import TokenReply
 from trl_toolgrpo.serve import serve
 
 

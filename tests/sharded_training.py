@@ -19,9 +19,9 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
 from trl_toolgrpo import ToolGRPOTrainer
-from trl_toolgrpo.checkpoint import checkpoints, fault_of
-from trl_toolgrpo.sharding import full
-from trl_toolgrpo.sharding import whole as whole_parameters
+from trl_toolgrpo.checkpoints.folder import checkpoints, fault_of
+from trl_toolgrpo.models.sharding import full
+from trl_toolgrpo.models.sharding import whole as whole_parameters
 
 
 def shard_on_cpu():

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from trl_toolgrpo.health import HealthMonitor, RunFacts
-from trl_toolgrpo.health_rollouts import DISTINCT, ROLLOUT_RULES, SHORTCUTS, correlation_within_groups
-from trl_toolgrpo.health_updates import UPDATE_RULES
+from trl_toolgrpo.monitoring.health.monitor import HealthMonitor, RunFacts
+from trl_toolgrpo.monitoring.health.rollout_rules import DISTINCT, ROLLOUT_RULES, SHORTCUTS, correlation_within_groups
+from trl_toolgrpo.monitoring.health.update_rules import UPDATE_RULES
 
 
 RULES = {rule.name: rule for rule in (*UPDATE_RULES, *ROLLOUT_RULES)}

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from trl_toolgrpo import ToolGRPOConfig, Trajectory
-from trl_toolgrpo.config import default_values
-from trl_toolgrpo.health import RunFacts
-from trl_toolgrpo.health_rollouts import DISTINCT, SHORTCUTS, correlation_within_groups, costs
-from trl_toolgrpo.health_watch import facts_of
-from trl_toolgrpo.rollout_log import FOLDER, find_files, log_files, read_table, rows_of
-from trl_toolgrpo.run_files import METRICS, RUN, read_lines
+from trl_toolgrpo.config.fields import default_values
+from trl_toolgrpo.monitoring.health.monitor import RunFacts
+from trl_toolgrpo.monitoring.health.rollout_rules import DISTINCT, SHORTCUTS, correlation_within_groups, costs
+from trl_toolgrpo.monitoring.health.watch import facts_of
+from trl_toolgrpo.run_folder.files import METRICS, RUN, read_lines
+from trl_toolgrpo.run_folder.rollout_log import FOLDER, find_files, log_files, read_table, rows_of
 
 
 STORED = Path(__file__).parent / "data" / "healthy_runs.jsonl.gz"

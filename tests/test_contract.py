@@ -29,9 +29,10 @@ from trl.chat_template_utils import add_response_schema
 from trl.extras import profiling
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
-from trl_toolgrpo import ToolGRPOTrainer, model_card
-from trl_toolgrpo.rollout.rotary import RowFrequencies
-from trl_toolgrpo.rollout.vllm_engine import supported_versions
+from trl_toolgrpo import ToolGRPOTrainer
+from trl_toolgrpo.hub import model_card
+from trl_toolgrpo.models.rotary import RowFrequencies
+from trl_toolgrpo.sampling.vllm.engine import supported_versions
 
 
 def parameters(function):
@@ -847,7 +848,7 @@ def test_reset_to_implicit_leaves_the_current_call():
 
 
 def test_attention_functions_can_be_registered():
-    from trl_toolgrpo.rollout.shared_prefix import ATTENTION_NAME
+    from trl_toolgrpo.sampling.shared_prefix import ATTENTION_NAME
 
     assert callable(getattr(ALL_ATTENTION_FUNCTIONS, "register", None)), (
         "ALL_ATTENTION_FUNCTIONS of transformers has no `register`; rollout/shared_prefix.py registers with it."

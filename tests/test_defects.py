@@ -29,7 +29,7 @@ from trl.trainer import grpo_trainer
 
 from trl_toolgrpo import DatasetError, Tool, ToolGRPOTrainer, ToolNameError
 from trl_toolgrpo import trainer as our_trainer
-from trl_toolgrpo.rollout.sampler import SampledTokens
+from trl_toolgrpo.sampling.protocol import SampledTokens
 
 
 END = "<|im_end|>"

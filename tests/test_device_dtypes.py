@@ -11,12 +11,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from trl_toolgrpo import ToolGRPOTrainer
-from trl_toolgrpo.advantages import explained_variance, generalized_advantages, moments, rewards_to_go, whiten
-from trl_toolgrpo.ratio_statistics import RatioStatistics
-from trl_toolgrpo.reference import Comparison
-from trl_toolgrpo.rollout.backends import differs
-from trl_toolgrpo.rollout.model_sampler import sample_tokens
-from trl_toolgrpo.rounding import Rounding, widest
+from trl_toolgrpo.algorithms.advantages import (
+    explained_variance,
+    generalized_advantages,
+    moments,
+    rewards_to_go,
+    whiten,
+)
+from trl_toolgrpo.models.rounding import Rounding, widest
+from trl_toolgrpo.reference.adapter import Comparison
+from trl_toolgrpo.sampling.choice import differs
+from trl_toolgrpo.sampling.model_sampler import sample_tokens
+from trl_toolgrpo.update.ratio_statistics import RatioStatistics
 
 
 MPS = torch.device("mps")

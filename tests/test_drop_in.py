@@ -10,7 +10,7 @@ from conftest import chat_tokenizer, config, prompts, tiny_model
 from trl import GRPOTrainer
 
 from trl_toolgrpo import ToolGRPOTrainer
-from trl_toolgrpo.rollout.sampler import scoring_mode
+from trl_toolgrpo.sampling.protocol import scoring_mode
 
 
 def make(kind, path, **changes):

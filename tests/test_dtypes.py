@@ -11,10 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import GRPOTrainer
 
 from trl_toolgrpo import LogprobMismatchError, ToolGRPOTrainer
-from trl_toolgrpo.health import RunFacts
-from trl_toolgrpo.health_updates import UPDATE_RULES
-from trl_toolgrpo.rollout.model_sampler import ModelSession
-from trl_toolgrpo.rounding import Rounding
+from trl_toolgrpo.models.rounding import Rounding
+from trl_toolgrpo.monitoring.health.monitor import RunFacts
+from trl_toolgrpo.monitoring.health.update_rules import UPDATE_RULES
+from trl_toolgrpo.sampling.model_sampler import ModelSession
 
 
 DTYPES = {

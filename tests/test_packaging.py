@@ -57,7 +57,7 @@ def test_what_is_imported_is_declared(setup):
 def test_what_importing_the_trainer_imports_is_required(setup):
     """Whatever is imported at the top of a file that needs no extra is installed with the package."""
     required = distributions(setup["options"]["install_requires"])
-    of_extras = {"tools/mcp_connection.py", "tools/mcp_stdio.py"}  # imported once a server is configured
+    of_extras = {"tools/mcp/connection.py", "tools/mcp/stdio.py"}  # imported once a server is configured
     for path in sorted((ROOT / "trl_toolgrpo").rglob("*.py")):
         if path.relative_to(ROOT / "trl_toolgrpo").as_posix() in of_extras:
             continue

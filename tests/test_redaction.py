@@ -22,8 +22,7 @@ from trl_toolgrpo.redaction import (
     secret_values,
     secret_variables,
 )
-from trl_toolgrpo.tools import result_text
-from trl_toolgrpo.tools.results import without_secrets
+from trl_toolgrpo.tools.results import result_text, without_secrets
 
 
 @pytest.mark.parametrize("spell", [str, json.dumps, repr, urllib.parse.quote, urllib.parse.quote_plus])

@@ -21,7 +21,8 @@ from trl_toolgrpo import (
     ToolSchemaError,
     TrajectoryError,
 )
-from trl_toolgrpo.rollout import engine, model_sampler
+from trl_toolgrpo.rollout import engine
+from trl_toolgrpo.sampling import model_sampler
 
 
 def send_slack_message(recipient: str, text: str) -> str:

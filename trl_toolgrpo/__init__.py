@@ -39,36 +39,36 @@ from .version import __version__
 
 
 if typing.TYPE_CHECKING:
-    from .checkpoint import find_checkpoint
-    from .config import ToolGRPOConfig
-    from .config_parser import ToolGRPOParser
-    from .identity import keep_batch_size
+    from .checkpoints.folder import find_checkpoint
+    from .checkpoints.output_folder import check_output_dir, earlier_runs
+    from .checkpoints.run_identity import keep_batch_size
+    from .config.fields import ToolGRPOConfig
+    from .config.parser import ToolGRPOParser
+    from .critic.value_head import ValueHead
     from .memory import MemoryEstimate, ModelShape, estimate_memory
-    from .output_folder import check_output_dir, earlier_runs
-    from .rollout_log import read_rollouts
-    from .tools.mcp_config import MCPServer
-    from .tools.mcp_session import MCPSession
-    from .tools.python import python_tool
-    from .tools.types import Tool, ToolCall, ToolResult
+    from .rollout.trajectory import Trajectory, Turn
+    from .run_folder.rollout_log import read_rollouts
+    from .tools.mcp.config import MCPServer
+    from .tools.mcp.session import MCPSession
+    from .tools.python_sandbox.python_tool import python_tool
+    from .tools.tool import Tool, ToolCall, ToolResult
     from .trainer import ToolGRPOTrainer
-    from .trajectory import Trajectory, Turn
-    from .value import ValueHead
 else:  # type checkers know the names from above
     _NAMES = {
-        "checkpoint": ["find_checkpoint"],
+        "checkpoints.folder": ["find_checkpoint"],
         "config": ["ToolGRPOConfig"],
-        "config_parser": ["ToolGRPOParser"],
-        "identity": ["keep_batch_size"],
+        "config.parser": ["ToolGRPOParser"],
+        "checkpoints.run_identity": ["keep_batch_size"],
         "memory": ["MemoryEstimate", "ModelShape", "estimate_memory"],
-        "output_folder": ["check_output_dir", "earlier_runs"],
-        "rollout_log": ["read_rollouts"],
-        "tools.mcp_config": ["MCPServer"],
-        "tools.mcp_session": ["MCPSession"],
-        "tools.python": ["python_tool"],
-        "tools.types": ["Tool", "ToolCall", "ToolResult"],
+        "checkpoints.output_folder": ["check_output_dir", "earlier_runs"],
+        "run_folder.rollout_log": ["read_rollouts"],
+        "tools.mcp.config": ["MCPServer"],
+        "tools.mcp.session": ["MCPSession"],
+        "tools.python_sandbox.python_tool": ["python_tool"],
+        "tools.tool": ["Tool", "ToolCall", "ToolResult"],
         "trainer": ["ToolGRPOTrainer"],
-        "trajectory": ["Trajectory", "Turn"],
-        "value": ["ValueHead"],
+        "rollout.trajectory": ["Trajectory", "Turn"],
+        "critic.value_head": ["ValueHead"],
     }
 
     def __getattr__(name: str) -> object:

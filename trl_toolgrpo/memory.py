@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from .errors import ConfigError
-from .model_settings import layer_settings, stored_values
+from .models.model_settings import layer_settings, stored_values
 
 
 METHODS = ("full", "lora", "qlora")

@@ -26,11 +26,11 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from .errors import ConfigError, EngineLostError, SamplerError
-from .rollout.policy_file import ADAPTER_CONFIG, PolicyFile, claim_folder
-from .rollout.server_token import HOW_TO_SET, is_loopback, is_shown, server_token
-from .rollout.vllm_client import HEADER_BYTES, PROTOCOL, model_shape
-from .rollout.vllm_engine import VLLMEngine, check_installed, engine_options
-from .rollout.vllm_sampler import TokenEngine, TokenRequest
+from .sampling.vllm.client import HEADER_BYTES, PROTOCOL, model_shape
+from .sampling.vllm.engine import VLLMEngine, check_installed, engine_options
+from .sampling.vllm.policy_weights import ADAPTER_CONFIG, PolicyFile, claim_folder
+from .sampling.vllm.sampler import TokenEngine, TokenRequest
+from .sampling.vllm.server_token import HOW_TO_SET, is_loopback, is_shown, server_token
 from .types import JSONObject
 
 

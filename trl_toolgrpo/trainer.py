@@ -19,23 +19,47 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.extras.profiling import profiling_context
 from trl.trainer.utils import get_config_model_id
 
-from .assist import AssistedWarmup
-from .batch_position import micro_batches_of
-from .config import ToolGRPOConfig, default_values
-from .config_checks import idle_fields, refuse_unrecorded
-from .correction import SamplerCorrection, correction_line
-from .critic import Critic
-from .data_checks import check_best_metric, check_dataset, check_rows, named_datasets
-from .deterministic import Determinism
-from .diagnostics import averages, console_line, length_metrics, rollout_counts, rollout_metrics
+from .chat.parsing import add_missing_response_template
+from .chat.response_templates import without_comments
+from .checkpoints.resume import ExactResume
+from .config.batch_position import micro_batches_of
+from .config.checks import idle_fields, refuse_unrecorded
+from .config.fields import ToolGRPOConfig, default_values
+from .critic.critic import Critic
 from .errors import LogprobMismatchError
-from .given_rollouts import checked_rollouts
-from .grouping import GroupedUpdates
-from .hub import HubPush
-from .live import Live
-from .lm_head import adapted_head, cast_heads, check_adapted_head, score_adapted_head, without_trls_cast
-from .logprob_check import check_logprobs
-from .policy_checks import (
+from .hub.push import HubPush
+from .models.lm_head import adapted_head, cast_heads, check_adapted_head, score_adapted_head, without_trls_cast
+from .models.quantized import keep_trainable, same_parameters
+from .models.rounding import Exact
+from .monitoring.metrics import averages, console_line, length_metrics, rollout_counts, rollout_metrics
+from .monitoring.trackers import Live
+from .reference.sync import ReferenceSync, synced_by_us
+from .rollout.cache_budget import check_cache
+from .rollout.engine import RolloutBatch, RolloutEngine, check_gathering, unwrapped_policy
+from .rollout.forcing import ForcePolicy
+from .rollout.given_rollouts import checked_rollouts
+from .rollout.loop import RolloutRequest
+from .rollout.tools_of_rollouts import RolloutTools
+from .rollout.vllm_rollouts import VLLMRollouts, refuse_multimodal, without_trls_vllm
+from .run_folder.replay import Replay
+from .tools.environments import EnvironmentFailures, on_own_thread
+from .tools.prompt_tool import PromptTool
+from .tools.runtime.executor import ToolExecutor
+from .tools.tool import Tool
+from .tools.toolset import ToolSet
+from .types import Batch, JSONObject, Message, Row
+from .update.assisted_warmup import AssistedWarmup
+from .update.deterministic import Determinism
+from .update.logprob_check import check_logprobs
+from .update.micro_batches import GroupedUpdates
+from .update.ratio_statistics import RatioStatistics
+from .update.sampler_correction import SamplerCorrection, correction_line
+from .update.scoring import Scores, SharedPromptScoring
+from .update.scoring_trial import check_scoring
+from .validation.chat_templates import check_forcing, check_template
+from .validation.data import check_best_metric, check_dataset, check_rows, named_datasets
+from .validation.rewards import check_columns, checked
+from .validation.trainable_parameters import (
     check_adapter_is_recorded,
     check_has_values,
     check_head,
@@ -45,30 +69,6 @@ from .policy_checks import (
     warn_of_dropout,
     warn_of_no_learning_rate,
 )
-from .quantized import keep_trainable, same_parameters
-from .ratio_statistics import RatioStatistics
-from .replay import Replay
-from .resume import ExactResume
-from .reward_checks import check_columns, checked
-from .rollout.budget import check_cache
-from .rollout.engine import RolloutBatch, RolloutEngine, check_gathering, unwrapped_policy
-from .rollout.forcing import ForcePolicy
-from .rollout.loop import RolloutRequest
-from .rollout.parsing import add_missing_response_template
-from .rollout.response_templates import without_comments
-from .rollout_tools import RolloutTools
-from .rounding import Exact
-from .scoring import Scores, SharedPromptScoring
-from .scoring_trial import check_scoring
-from .sync import ReferenceSync, synced_by_us
-from .template_checks import check_forcing, check_template
-from .tools.environments import EnvironmentFailures, on_own_thread
-from .tools.execute import ToolExecutor
-from .tools.prompt import PromptTool
-from .tools.toolset import ToolSet
-from .tools.types import Tool
-from .types import Batch, JSONObject, Message, Row
-from .vllm_rollouts import VLLMRollouts, refuse_multimodal, without_trls_vllm
 
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
     from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 
-    from .tools.mcp_config import MCPServer
+    from .tools.mcp.config import MCPServer
 
 logger = logging.getLogger(__name__)
 

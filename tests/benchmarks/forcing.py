@@ -15,14 +15,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.chat_template_utils import add_response_schema
 
+from trl_toolgrpo.chat.tool_chat import ToolChat
 from trl_toolgrpo.recipes.bfcl.task import BFCLEnvironment, build_bfcl
 from trl_toolgrpo.recipes.models.smollm2 import convert_smollm2
-from trl_toolgrpo.rollout import model_sampler
-from trl_toolgrpo.rollout.chat import ToolChat
-from trl_toolgrpo.rollout.constraint import CallConstraints, GrammarConstraint
 from trl_toolgrpo.rollout.forcing import CallPrefixes, Forcing
 from trl_toolgrpo.rollout.loop import RolloutLimits, RolloutLoop, RolloutRequest
-from trl_toolgrpo.tools.execute import ToolExecutor
+from trl_toolgrpo.sampling import model_sampler
+from trl_toolgrpo.sampling.constraint import CallConstraints, GrammarConstraint
+from trl_toolgrpo.tools.runtime.executor import ToolExecutor
 
 
 class Timed:

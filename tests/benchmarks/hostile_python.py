@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from hostile_code import Machine, snippets
 
-from trl_toolgrpo.tools.sandbox import Limits, find_sandbox
+from trl_toolgrpo.tools.python_sandbox.sandbox import Limits, find_sandbox
 
 
 def main() -> None:

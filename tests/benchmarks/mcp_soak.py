@@ -24,8 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest
 from footprint import footprint
-from test_mcp import belongings
-from test_mcp_training import END, call, logged, make_trainer, server
+from mcp_runs import END, belongings, call, logged, make_trainer, server
 
 
 def quietly(trainer):

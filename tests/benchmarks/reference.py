@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from training_cost import add_arguments, compare
 from transformers import AutoModelForCausalLM
 
-from trl_toolgrpo.merged import MergedReference
-from trl_toolgrpo.reference import AdapterReference, Comparison
+from trl_toolgrpo.reference.adapter import AdapterReference, Comparison
+from trl_toolgrpo.reference.merged import MergedReference
 
 
 def main() -> None:

@@ -82,7 +82,8 @@ def follow(trainer: Any, backend: str, script: list[list[list[int]]], pad_id: in
 
         trainer._generate_single_turn = single_turn
         return
-    from trl_toolgrpo.rollout import engine, model_sampler
+    from trl_toolgrpo.rollout import engine
+    from trl_toolgrpo.sampling import model_sampler
 
     make, sample = engine.make_sampler, model_sampler.sample_tokens
 
@@ -165,7 +166,7 @@ def lockstep(case: Case, dtype: str) -> Callable[[], dict[str, Any]]:
     import torch
     from transformers import DynamicCache
 
-    from trl_toolgrpo.rollout.model_sampler import sample_tokens
+    from trl_toolgrpo.sampling.model_sampler import sample_tokens
 
     tokenizer, place = build_tokenizer(case.turn_tokens), device()
     model = build_model(tokenizer, case.shape, case.turn_tokens, dtype).eval()

@@ -56,11 +56,12 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="folder of a model that is there already")
     arguments, more = parser.parse_known_args()
 
-    from trl_toolgrpo import health_watch, run_log
-    from trl_toolgrpo.health_rollouts import ROLLOUT_RULES
-    from trl_toolgrpo.health_updates import UPDATE_RULES
+    from trl_toolgrpo.monitoring.health import watch as health_watch
+    from trl_toolgrpo.monitoring.health.rollout_rules import ROLLOUT_RULES
+    from trl_toolgrpo.monitoring.health.update_rules import UPDATE_RULES
     from trl_toolgrpo.recipes.arguments import parse_arguments
     from trl_toolgrpo.recipes.qwen3_tools import build_task, build_trainer
+    from trl_toolgrpo.run_folder import writer as run_log
 
     folder = tempfile.mkdtemp()
     flags = ["--config", arguments.config, "--output_dir", folder, "--max_steps", str(arguments.steps)]

@@ -12,7 +12,7 @@ from trl import GRPOTrainer
 
 ROOT = Path(__file__).parents[2]
 from trl_toolgrpo import ConfigError, ToolGRPOConfig
-from trl_toolgrpo.config_checks import TRL_CHOICES
+from trl_toolgrpo.config.checks import TRL_CHOICES
 from trl_toolgrpo.recipes import evaluate
 from trl_toolgrpo.recipes.arguments import parse_arguments
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_mcp import Run
+from mcp_runs import Run
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -17,7 +17,7 @@ from trl_toolgrpo.recipes.arguments import parse_arguments
 from trl_toolgrpo.recipes.mcp_company import demonstrations
 from trl_toolgrpo.recipes.mcp_company import task as mcp_task
 from trl_toolgrpo.recipes.mcp_company.servers import make_environment, resolve_servers
-from trl_toolgrpo.tools.mcp_config import read_servers
+from trl_toolgrpo.tools.mcp.config import read_servers
 
 
 RECIPE = yaml.safe_load((RECIPES / "mcp.yaml").read_text())

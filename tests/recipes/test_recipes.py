@@ -14,7 +14,8 @@ from transformers import TrainerState
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-from trl_toolgrpo import CheckpointSaveError, OutputFolderInUseError, ToolGRPOConfig, checkpoint
+from trl_toolgrpo import CheckpointSaveError, OutputFolderInUseError, ToolGRPOConfig
+from trl_toolgrpo.checkpoints import folder as checkpoint
 from trl_toolgrpo.recipes import qwen3_tools, resuming
 from trl_toolgrpo.recipes.arguments import parse_arguments, read_switches
 from trl_toolgrpo.recipes.evaluation import scoreboard
@@ -25,7 +26,7 @@ from trl_toolgrpo.recipes.models.warm_start import WarmStart
 from trl_toolgrpo.recipes.resuming import checkpoint_to_resume, flags_that_keep_batches
 from trl_toolgrpo.recipes.task import Verdict
 from trl_toolgrpo.recipes.workspace.task import build_workspace
-from trl_toolgrpo.run_lock import take_lock
+from trl_toolgrpo.run_folder.lock import take_lock
 
 
 ON_THIS_MACHINE = ["--bf16", "false", "--use_cpu", "true"]

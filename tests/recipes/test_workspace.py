@@ -18,7 +18,7 @@ from trl_toolgrpo.recipes.task import Verdict, final_answer
 from trl_toolgrpo.recipes.workspace.demonstrations import demonstrate
 from trl_toolgrpo.recipes.workspace.environment import WorkspaceEnvironment
 from trl_toolgrpo.recipes.workspace.task import answers, build_workspace, judge
-from trl_toolgrpo.tools.functions import environment_tools
+from trl_toolgrpo.tools.from_callable import environment_tools
 
 
 EMPLOYEES = [

@@ -6,8 +6,8 @@ Each is tried on the trainer's own chat handling.
 from collections.abc import Sequence
 from itertools import takewhile
 
-from ..rollout.chat import ToolChat, tool_message
-from ..tools.types import Tool, ToolCall
+from ..chat.tool_chat import ToolChat, tool_message
+from ..tools.tool import Tool, ToolCall
 from ..types import JSONObject, JSONSchema
 from .findings import FAULT, NOTE, OK, CheckResult
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from ..data_checks import named_datasets
-from ..model_settings import context_length
+from ..models.model_settings import context_length
+from ..validation.data import named_datasets
 from .findings import FAULT, NOTE, OK, CheckResult, ToolTrainer
 
 

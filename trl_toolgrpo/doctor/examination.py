@@ -9,7 +9,7 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from ..redaction import Redactor, argument_secrets
-from ..run_files import process_secrets
+from ..run_folder.files import process_secrets
 from .chat_questions import check_chat, check_tools
 from .data_questions import check_data
 from .findings import FAULT, NOTE, OK, CheckResult

@@ -20,7 +20,7 @@ from transformers import Trainer
 
 from .. import errors
 from ..errors import DoctorError, ToolGRPOError
-from ..policy_checks import check_policy_is_trained
+from ..validation.trainable_parameters import check_policy_is_trained
 from .findings import FAULT, CheckResult, ToolTrainer
 
 

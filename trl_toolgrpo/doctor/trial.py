@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from ..errors import LogprobMismatchError
-from ..trajectory import Trajectory
+from ..rollout.trajectory import Trajectory
 from ..types import Batch
 from .findings import FAULT, NOTE, OK, CheckResult, ToolTrainer
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ReportError
-from ..run_files import replace_text
+from ..run_folder.files import replace_text
 from .page import MAX_MEGABYTES, build_report
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..curve_noise import is_flat
+from ..monitoring.curve_noise import is_flat
 from .folder import RunFolder
 
 

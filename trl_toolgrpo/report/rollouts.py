@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from ..errors import RolloutLogError
-from ..rollout_log import FOLDER, VERSION, details, place_in_log
+from ..run_folder.rollout_log import FOLDER, VERSION, details, place_in_log
 from ..types import JSONValue, Row
 
 

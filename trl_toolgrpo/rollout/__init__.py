@@ -1,0 +1,1 @@
+"""From prompts to trajectories: the loop of turns, calls and results."""

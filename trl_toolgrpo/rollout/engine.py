@@ -14,22 +14,22 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from trl.models import unwrap_model_for_generation
 
-from ..config import ToolGRPOConfig
+from ..chat.tool_chat import ToolChat
+from ..config.fields import ToolGRPOConfig
 from ..errors import ConfigError, TrajectoryError
-from ..model_settings import context_length
+from ..models.model_settings import context_length
+from ..models.rotary import RowFrequencies
 from ..redaction import Redactor
-from ..tools.execute import ToolExecutor
-from ..trajectory import Trajectory
-from .backends import generates_padded, make_sampler, unsupported_reason
-from .budget import parts_that_fit
-from .chat import ToolChat
-from .constraint import CallConstraints
+from ..sampling.choice import generates_padded, make_sampler, unsupported_reason
+from ..sampling.constraint import CallConstraints
+from ..sampling.noise import RolloutNoise
+from ..sampling.protocol import Autocast, Sampler
+from ..sampling.vllm.sampler import VLLMSampler
+from ..tools.runtime.executor import ToolExecutor
+from .cache_budget import parts_that_fit
 from .forcing import CallPrefixes, ForcePolicy, Forcing
 from .loop import Rollout, RolloutLimits, RolloutLoop, RolloutRequest, RolloutStats
-from .noise import RolloutNoise
-from .rotary import RowFrequencies
-from .sampler import Autocast, Sampler
-from .vllm_sampler import VLLMSampler
+from .trajectory import Trajectory
 
 
 logger = logging.getLogger(__name__)

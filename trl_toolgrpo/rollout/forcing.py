@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import regex
 
+from ..chat.tool_chat import ToolChat
 from ..errors import ChatTemplateError, ToolNameError
-from ..tools.types import Tool
-from ..trajectory import Trajectory
-from .chat import ToolChat
-from .constraint import CallConstraints
-from .noise import RolloutNoise
-from .sampler import TokenConstraint
+from ..sampling.constraint import CallConstraints
+from ..sampling.noise import RolloutNoise
+from ..sampling.protocol import TokenConstraint
+from ..tools.tool import Tool
+from .trajectory import Trajectory
 
 
 ForcePolicy = Callable[[Trajectory, list[Tool]], str]

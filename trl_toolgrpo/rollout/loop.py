@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from ..chat.tool_chat import ToolChat, tool_message
 from ..errors import EnvironmentTimeoutError, ToolRuntimeError, TrajectoryError
 from ..redaction import Redactor
-from ..tools.execute import ToolExecutor, result_text
+from ..sampling.protocol import SampledTokens, SamplerSession, turn_fault
 from ..tools.results import plain_reward, without_secrets
-from ..tools.types import Tool, ToolCall, ToolResult
-from ..trajectory import Trajectory, Turn
+from ..tools.runtime.executor import ToolExecutor, result_text
+from ..tools.tool import Tool, ToolCall, ToolResult
 from ..types import Message
-from .chat import ToolChat, tool_message
 from .forcing import ForcedStart, Forcing
-from .sampler import SampledTokens, SamplerSession, turn_fault
+from .trajectory import Trajectory, Turn
 
 
 TOOL_STEPS = 8

@@ -15,7 +15,7 @@ from ..errors import ToolSchemaError
 from ..types import JSONSchema, JSONValue
 from .results import malformed, refused, unknown_tool
 from .schema_forms import mapped, places
-from .types import Tool, ToolCall, ToolResult
+from .tool import Tool, ToolCall, ToolResult
 
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 from ..errors import ConfigError, EnvironmentTimeoutError, ToolRuntimeError, TransientToolError
-from .execute import ToolExecutor
-from .loops import Work
-from .types import is_async_callable
+from .runtime.event_loop import Work
+from .runtime.executor import ToolExecutor
+from .tool import is_async_callable
 
 
 logger = logging.getLogger(__name__)

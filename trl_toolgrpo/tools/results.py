@@ -19,7 +19,7 @@ from typing import Any
 from ..errors import TransientToolError
 from ..redaction import Redactor
 from ..types import JSONValue
-from .types import ToolCall, ToolResult
+from .tool import ToolCall, ToolResult
 
 
 _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+")

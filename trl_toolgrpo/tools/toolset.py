@@ -9,9 +9,9 @@ from collections.abc import Callable, Hashable, Mapping
 
 from ..errors import ToolSchemaError
 from .arguments import check_schema
-from .functions import environment_tools, index_tools, left_out_of_tools
-from .prompt import PromptTool
-from .types import Tool
+from .from_callable import environment_tools, index_tools, left_out_of_tools
+from .prompt_tool import PromptTool
+from .tool import Tool
 
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,365 @@
+"""Tools in processes of their own: killed and crashed for real, used again where that is safe, gone at the end."""
+
+import functools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import process_tools
+import pytest
+from conftest import config, prompts, tiny_model
+
+from trl_toolgrpo import Tool, ToolCall, ToolGRPOTrainer, ToolRuntimeError, ToolSchemaError
+from trl_toolgrpo.tools.from_callable import environment_tools
+from trl_toolgrpo.tools.results import plain_content
+from trl_toolgrpo.tools.runtime.executor import ToolExecutor
+
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes of tools need POSIX")
+
+ANY = {"type": "object", "properties": {}}
+
+
+@pytest.fixture
+def executor():
+    made = ToolExecutor(timeout=20.0)
+    yield made
+    made.shutdown()
+
+
+def tool_of(function, **options):
+    return Tool(getattr(function, "__name__", "t"), "d", ANY, function, isolation="process", **options)
+
+
+def submit(executor, tool, **arguments):
+    return executor.submit(ToolCall("c", tool.name, arguments), tool)
+
+
+def call(executor, function, **arguments):
+    return submit(executor, tool_of(function), **arguments).result(timeout=30)
+
+
+def alive(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.01)
+
+
+# Where calls run
+
+
+def test_calls_run_elsewhere_and_one_process_serves_them_in_turn(executor):
+    tool = tool_of(process_tools.where)
+    served = [submit(executor, tool).result(timeout=30).content for _ in range(3)]
+    assert [count for _, count in served] == [1, 2, 3]
+    assert len({process for process, _ in served} - {os.getpid()}) == 1
+
+
+def test_calls_at_the_same_time_have_a_process_each(executor):
+    tool = tool_of(process_tools.where)
+    futures = [submit(executor, tool, seconds=0.3) for _ in range(3)]
+    assert len({future.result(timeout=30).content[0] for future in futures}) == 3
+
+
+def test_two_tools_do_not_share_a_process(executor):
+    first, second = call(executor, process_tools.where).content, call(executor, process_tools.where_async).content
+    assert first[0] != second[0] and first[1] == second[1] == 1
+
+
+def test_one_call_at_a_time_where_the_tool_asks_for_it(executor):
+    tool = tool_of(process_tools.where, thread_safe=False)
+    futures = [submit(executor, tool, seconds=0.02) for _ in range(3)]
+    assert [future.result(timeout=30).content[1] for future in futures] == [1, 2, 3]
+
+
+def test_a_process_loads_no_more_than_it_needs(executor):
+    assert call(executor, process_tools.loaded).content == []
+    assert call(executor, process_tools.fail, how="transient").transient
+    tool = Tool("t", "d", ANY, process_tools.fail, isolation="process")
+    assert submit(executor, tool, how="result").result(timeout=30).reward == 0.5
+    assert call(executor, process_tools.loaded).content == []
+
+
+# What comes back
+
+
+@pytest.mark.parametrize("name", [name for name in process_tools.VALUES if not name.startswith("large")])
+def test_content_is_that_of_a_thread(executor, name):
+    got, expected = call(executor, process_tools.echo, value=name).content, plain_content(process_tools.VALUES[name])
+    assert got == expected or (math.isnan(got) and math.isnan(expected))
+
+
+def test_arguments_arrive_as_they_are(executor):
+    given = {"a": [1, 2.5, None, True, "é \ud800"], "b": {"c": math.inf}}
+    assert call(executor, process_tools.echo, value=given).content == given
+
+
+@pytest.mark.parametrize("name", ["large", "large structure"])
+def test_fifty_megabytes_are_cut(executor, name):
+    result = call(executor, process_tools.echo, value=name)
+    whole = process_tools.VALUES[name]
+    text = whole if isinstance(whole, str) else json.dumps(whole)
+    half = 2 * 2**20
+    assert not result.is_error and result.content == f"{text[:half]}\n[...]\n{text[-half:]}"
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("SystemExit", "SystemExit: 2"),
+        ("KeyboardInterrupt", "KeyboardInterrupt"),
+        ("MemoryError", "MemoryError"),
+        ("type", "no " + "x" * 100),
+        ("segfault", "The process of tool `fail` was ended by signal 11."),
+        ("_exit", "The process of tool `fail` ended with exit code 7."),
+        ("nonsense", "The process of tool `fail`"),
+    ],
+)
+def test_a_failure_is_an_answer_and_the_next_call_runs(executor, how, text):
+    result = call(executor, process_tools.fail, how=how)
+    assert (result.is_error, result.error_type) == (True, "error")
+    assert result.content["error"].startswith(text)
+    assert call(executor, process_tools.where).content[1] == 1
+    assert executor.abandoned == 0
+
+
+@pytest.mark.parametrize(
+    ("how", "again"), [("type", True), ("thread", False), ("SystemExit", False), ("MemoryError", False)]
+)
+def test_a_process_is_used_again_only_where_that_is_safe(executor, how, again):
+    tool = tool_of(process_tools.fail)
+    submit(executor, tool, how=how).result(timeout=30)
+    assert len(executor._processes._idle) == again
+
+
+def test_a_process_that_died_between_calls_is_replaced(executor):
+    tool = tool_of(process_tools.where)
+    first = submit(executor, tool).result(timeout=30).content[0]
+    os.kill(first, signal.SIGKILL)
+    [process] = executor._processes._idle
+    wait_until(lambda: not process.alive)
+    second = submit(executor, tool).result(timeout=30)
+    assert not second.is_error and second.content == [second.content[0], 1] != [first, 1]
+
+
+def test_a_reward_that_is_no_number_is_an_error_of_the_tool(executor):
+    result = call(executor, process_tools.overpay)
+    assert result.is_error and result.content["error"].startswith("The tool gave the reward 'much'")
+
+
+def test_a_process_that_starts_for_a_second_attempt_past_the_limit_ends():
+    executor = ToolExecutor(timeout=0.3, retries=1)
+    taken, take = [], executor._processes._take
+
+    def slow(tool):
+        if taken:
+            wait_until(lambda: result.done())
+        taken.append(take(tool))
+        return taken[-1]
+
+    executor._processes._take = slow
+    result = submit(executor, tool_of(process_tools.busy_then_hang))
+    assert result.result(timeout=30).error_type == "timeout"
+    wait_until(lambda: len(taken) == 2 and not taken[1].alive)
+    wait_until(lambda: executor.stuck == 0)
+    executor.shutdown()
+
+
+def test_transient_failures_are_tried_again():
+    executor = ToolExecutor(retries=2)
+    result = call(executor, process_tools.fail, how="transient")
+    executor.shutdown()
+    assert result.transient and result.content == {"error": "busy"}
+
+
+# Time limits
+
+
+def test_a_call_past_its_limit_is_killed_with_all_it_started(executor, tmp_path):
+    path = tmp_path / "ids"
+    tool = tool_of(process_tools.hang, timeout=1.0)
+    result = submit(executor, tool, path=str(path)).result(timeout=30)
+    assert (result.error_type, 0.9 < result.seconds < 3.0) == ("timeout", True)
+    assert result.content == {"error": "Tool `hang` did not return within 1 seconds."}
+    processes = [int(word) for word in path.read_text().split()]
+    wait_until(lambda: not any(map(alive, processes)))
+    wait_until(lambda: not executor._processes._all)
+    assert (executor.abandoned, executor.stuck) == (0, 0), "its thread is free again"
+
+
+def test_a_late_limit_does_not_kill_the_next_call(executor):
+    """The process of a call that returned in time may serve another when the first one's limit comes."""
+    tool = tool_of(process_tools.where, timeout=0.6)
+    first = submit(executor, tool, seconds=0.3)
+    assert first.result(timeout=30).content[1] == 1
+    assert submit(executor, tool, seconds=0.45).result(timeout=30).content[1] == 2
+
+
+def test_starting_a_process_is_not_part_of_the_limit(executor, monkeypatch):
+    start = executor._processes._take
+
+    def slow(tool):
+        time.sleep(0.3)
+        return start(tool)
+
+    monkeypatch.setattr(executor._processes, "_take", slow)
+    result = submit(executor, tool_of(process_tools.where, timeout=0.25)).result(timeout=30)
+    assert not result.is_error and result.seconds < 0.25
+
+
+# Ends
+
+
+def test_shutdown_ends_every_process_busy_or_idle(tmp_path):
+    executor = ToolExecutor()
+    idle = call(executor, process_tools.where).content[0]
+    path = tmp_path / "ids"
+    running = submit(executor, tool_of(process_tools.hang), path=str(path))
+    wait_until(path.exists)
+    busy = [int(word) for word in path.read_text().split()]
+    executor.shutdown()
+    assert running.result(timeout=10).is_error
+    wait_until(lambda: not any(map(alive, [idle, *busy])))
+    with pytest.raises(ToolRuntimeError):
+        call(executor, process_tools.where)
+
+
+RUN = """
+    import sys, time
+    sys.path.insert(0, sys.argv[1])
+    import importlib, types
+    for name in ("trl_toolgrpo", "trl_toolgrpo.tools"):  # without its heavy imports
+        module = sys.modules[name] = types.ModuleType(name)
+        module.__path__ = [name.replace(".", "/")]
+    execute = importlib.import_module("trl_toolgrpo.tools.runtime.executor")
+    records = importlib.import_module("trl_toolgrpo.tools.tool")
+    import process_tools
+    executor = execute.ToolExecutor()
+    schema = {"type": "object", "properties": {}}
+    def submit(function, **arguments):
+        tool = records.Tool("t", "d", schema, function, isolation="process")
+        return executor.submit(records.ToolCall("c", "t", arguments), tool)
+    print(submit(process_tools.where).result(20).content[0], flush=True)
+    submit(process_tools.hang, path=sys.argv[2])
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux finds what has left its process group")
+def test_processes_end_with_the_run_also_after_sigkill(tmp_path):
+    here, path = Path(__file__).parents[2], tmp_path / "ids"
+    command = [sys.executable, "-c", textwrap.dedent(RUN), str(here), str(path)]
+    with subprocess.Popen(command, cwd=here.parent, stdout=subprocess.PIPE) as run:
+        idle = int(run.stdout.readline())
+        wait_until(path.exists)
+        processes = [idle, *map(int, path.read_text().split())]
+        assert all(map(alive, processes))
+        run.kill()
+    wait_until(lambda: not any(map(alive, processes)))
+
+
+# What cannot be
+
+
+def inner():
+    def function():
+        return 1
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"), [(lambda: 1, "lambda"), (inner(), "local"), (process_tools.Unsendable(), "lock")]
+)
+def test_a_function_that_cannot_be_sent_is_refused(function, reason):
+    with pytest.raises(ToolSchemaError, match=rf"'t' cannot run with isolation='process': .*{reason}.*top level"):
+        Tool("t", "d", ANY, function, isolation="process")
+
+
+def test_a_function_of_the_main_script_is_refused(monkeypatch):
+    def function():
+        return 1
+
+    function.__module__, function.__qualname__ = "__main__", "function"
+    monkeypatch.setattr(sys.modules["__main__"], "function", function, raising=False)
+    with pytest.raises(ToolSchemaError, match="defined in the main script"):
+        Tool("t", "d", ANY, function, isolation="process")
+    assert Tool("t", "d", ANY, function).isolation == "thread"
+
+
+def test_an_isolation_that_does_not_exist_is_refused():
+    with pytest.raises(ToolSchemaError, match="isolation='container'"):
+        Tool("t", "d", ANY, print, isolation="container")
+
+
+def test_a_function_that_cannot_be_loaded_is_found_at_construction(tmp_path, tokenizer):
+    tool = Tool("t", "d", ANY, process_tools.Broken(), isolation="process")
+    with pytest.raises(ToolSchemaError, match=r"'t' .*cannot be loaded .*ImportError: no such device"):
+        ToolGRPOTrainer(
+            tiny_model(tokenizer), print, config(tmp_path), prompts(), processing_class=tokenizer, tools=[tool]
+        )
+
+
+def test_tools_of_an_environment_stay_on_its_thread():
+    class Environment:
+        tools = [Tool("t", "d", ANY, process_tools.where, isolation="process")]  # noqa: RUF012
+
+    with pytest.raises(ToolSchemaError, match=r"Environment has the tool 't' with isolation='process'.*own thread"):
+        environment_tools(Environment())
+
+
+def test_no_thread_is_left_behind(executor):
+    before = threading.active_count()
+    call(executor, process_tools.fail, how="segfault")
+    call(executor, process_tools.where)
+    assert threading.active_count() <= before + 2  # a worker and the dispatcher
+
+
+def many(count):
+    schema = {"type": "object", "properties": {}, "additionalProperties": True}
+    functions = [functools.partial(process_tools.echo, value=index) for index in range(count)]
+    return [Tool(f"tool_{i}", "d", schema, f, isolation="process") for i, f in enumerate(functions)]
+
+
+def test_two_hundred_and_fifty_tools_have_few_processes():
+    tools = many(250)
+    executor = ToolExecutor(max_concurrent=4, warm=tools)
+    try:
+        assert len(executor._processes._all) <= 8
+        called = [*range(0, 250, 25), 249, 0]
+        futures = [executor.submit(ToolCall("c", f"tool_{index}", {}), tools[index]) for index in called]
+        assert [future.result(timeout=60).content for future in futures] == called
+        assert len(executor._processes._all) <= 8
+    finally:
+        executor.shutdown()
+
+
+def test_one_of_many_tools_that_cannot_be_loaded_is_named(monkeypatch):
+    monkeypatch.setattr("trl_toolgrpo.tools.runtime.process_pool._MOST_WARM", 1)
+    tools = [*many(3), Tool("broken", "d", {"type": "object"}, process_tools.Unloadable(), isolation="process")]
+    with pytest.raises(ToolSchemaError, match=r"'broken'.*cannot be loaded.*no such device"):
+        ToolExecutor(warm=tools).shutdown()
+
+
+def test_many_calls_that_crash_at_the_same_time_are_all_answered(executor):
+    tool = tool_of(process_tools.fail)
+    futures = [submit(executor, tool, how=how) for how in ["segfault", "_exit"] * 6]
+    texts = [future.result(timeout=60).content["error"] for future in futures]
+    ends = ("was ended by signal 11", "ended with exit code 7")
+    assert texts == [f"The process of tool `fail` {end}." for end in ends] * 6
+    assert not call(executor, process_tools.echo, value=1).is_error

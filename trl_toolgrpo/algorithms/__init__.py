@@ -1,0 +1,1 @@
+"""Credit assignment: advantages from rewards and values."""

@@ -1,0 +1,1 @@
+"""Between messages and tokens: rendering, parsing, and the ways in which chat templates write calls."""

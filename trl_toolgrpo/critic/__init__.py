@@ -1,0 +1,1 @@
+"""The value head, and its part of training."""

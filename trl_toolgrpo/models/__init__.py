@@ -1,0 +1,1 @@
+"""What differs between models: sharded and quantized parameters, their configuration, the dtype they compute in."""

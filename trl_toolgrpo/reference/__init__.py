@@ -1,0 +1,1 @@
+"""The reference policy: a copy of the adapter or merged weights, and when it follows the policy."""

@@ -1,0 +1,181 @@
+"""Rollouts on vLLM: which engine a run gets, and when it is sent the policy.
+
+The engine is in-process or served, by `vllm_mode`; it gets the adapter of a LoRA run, or all weights, before the first
+rollout batch after each optimizer step. TRL's own vLLM engine cannot say which weights wrote a turn.
+"""
+
+import os
+import shutil
+import uuid
+import weakref
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, patch_environment
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.trainer_utils import TrainOutput
+from trl import GRPOTrainer
+
+from ..config.checks import refuse_unrecorded
+from ..config.fields import ToolGRPOConfig
+from ..errors import ConfigError
+from ..models.rounding import compute_dtype
+from ..sampling.protocol import replaced
+from ..sampling.vllm.client import ServedEngine, model_shape
+from ..sampling.vllm.engine import VLLMEngine, check_installed, engine_options
+from ..sampling.vllm.policy_weights import PolicyFile, adapter_problem, claim_folder, policy_folder, write_policy
+from ..sampling.vllm.sampler import TokenEngine, VLLMSampler
+from .engine import RolloutEngine
+
+
+def without_trls_vllm(args: ToolGRPOConfig, recording: bool) -> AbstractContextManager[None]:
+    """Keep TRL's constructor from making its own vLLM engine, as `use_vllm` has it do, for rollouts that are ours."""
+    return replaced(args, "use_vllm", args.use_vllm and not recording)
+
+
+def refuse_multimodal(args: ToolGRPOConfig) -> None:
+    """Raise an error for a multimodal model with our vLLM: its rollouts are TRL's, and so must be its vLLM."""
+    if args.rollout_backend == "vllm":
+        raise ConfigError(
+            "You passed a multimodal model with vLLM (`rollout_backend='vllm'` or `use_vllm=True`), whose rollouts "
+            "are TRL's own.",
+            remedy="For TRL's vLLM set `record_sample_logprobs=False` and `use_vllm=True`.",
+        )
+    refuse_unrecorded(args, "a multimodal model")
+
+
+class VLLMRollouts(GRPOTrainer):
+    """Part of [`ToolGRPOTrainer`]; see `rollout_backend` of [`ToolGRPOConfig`] and TRL's `vllm_*` options."""
+
+    args: ToolGRPOConfig
+    model: PreTrainedModel
+    _engine: RolloutEngine
+    _policy_file: PolicyFile | None = None  # the policy that the engine has
+    _policies: Path  # where versions of the policy are written, one at a time
+    _run_key: str
+    _sent = 0
+    _sent_at: int | None = None  # optimizer step at which it was sent; `None` if the policy has changed otherwise
+
+    def _prepare_vllm(self) -> None:
+        """Start the engine, or connect to it."""
+        if self.args.rollout_backend != "vllm" or self.args.replay is not None:  # a replayed run samples nothing
+            return
+        policy = self.accelerator.unwrap_model(self.model)
+        config = policy.active_peft_config if isinstance(policy, PeftModel) else None
+        problem = adapter_problem(config) if config is not None else None
+        if problem is not None:
+            raise ConfigError(
+                f"vLLM cannot sample with the adapter of this run as it is: {problem}.",
+                remedy="Use a `LoraConfig` without it, or `rollout_backend='transformers'`.",
+            )
+        start = self._served() if self.args.vllm_mode == "server" else self._in_process(policy, config)
+        sampler = VLLMSampler(start, self.eos_token_ids, self.args.temperature)
+        self._engine.vllm = sampler
+        weakref.finalize(self, sampler.close)
+        # All processes of a machine read what one of them writes
+        self._run_key = broadcast_object_list([uuid.uuid4().hex])[0]
+        self._policies = policy_folder(self._run_key)
+        if self.accelerator.is_local_main_process:
+            weakref.finalize(self, claim_folder(self._run_key)[1])
+
+    def _served(self) -> Callable[[], Awaitable[TokenEngine]]:
+        """Return what connects to the engine of a server."""
+        args = self.args
+        url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+        base, shape = _model_name(self.model), model_shape(self.model.config)
+        return lambda: ServedEngine.start(url, args.vllm_server_timeout, base, shape)
+
+    def _in_process(
+        self, policy: PreTrainedModel, adapter: PeftConfig | None
+    ) -> Callable[[], Awaitable[TokenEngine]]:
+        """Return what starts an engine in this process."""
+        check_installed()
+        args = self.args
+        if args.vllm_tensor_parallel_size > 1:
+            raise ConfigError(
+                f"You passed `vllm_tensor_parallel_size={args.vllm_tensor_parallel_size}` with "
+                f"`vllm_mode='colocate'`: the engine in a training process has that process's GPU.",
+                remedy=f"Start `python -m trl_toolgrpo.serve --tensor-parallel-size {args.vllm_tensor_parallel_size}` "
+                f"and set `vllm_mode='server'`.",
+            )
+        if not _model_name(policy):
+            raise ConfigError(
+                "vLLM loads the model by itself, and the one you passed was not loaded from anywhere.",
+                remedy="Save it with `save_pretrained`, with its tokenizer, and pass the folder.",
+            )
+        options = engine_options(
+            _model_name(policy),
+            getattr(adapter, "r", None),
+            dtype=str(compute_dtype(args, policy)).removeprefix("torch."),
+            quantization="bitsandbytes" if getattr(policy, "is_loaded_in_4bit", False) else None,
+            max_model_len=args.vllm_max_model_length,
+            max_num_seqs=args.per_device_train_batch_size * (args.steps_per_generation or 1),
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            model_impl=args.vllm_model_impl,
+            enable_sleep_mode=args.vllm_enable_sleep_mode or None,
+            trust_remote_code=args.trust_remote_code or None,
+            seed=args.seed + self.accelerator.process_index,
+        )
+        device = self.accelerator.device
+
+        async def start() -> TokenEngine:
+            with patch_environment(**_visible_devices(device)):
+                return await VLLMEngine.start(options)
+
+        return start
+
+    def _send_policy(self, policy: PreTrainedModel) -> None:
+        """Send the policy, unless the engine has that of this optimizer step; every process has to call this."""
+        sampler, version = self._engine.vllm, self.state.global_step
+        if sampler is None or self._sent_at == version:
+            return
+        before, self._sent = self._policy_file, self._sent + 1
+        folder = self._policies / str(self._sent)
+        file = PolicyFile(f"{self._run_key}-{self._sent}", version, folder, isinstance(policy, PeftModel))
+        if self.accelerator.is_local_main_process:
+            folder.mkdir(parents=True)
+            write_policy(policy, folder)
+        self.accelerator.wait_for_everyone()
+        sends = self.args.vllm_mode != "server" or self.accelerator.is_main_process
+        if sends:
+            sampler.load(file)
+        self.accelerator.wait_for_everyone()
+        if not sends:  # the server has it by now
+            sampler.load(file)
+        self._policy_file, self._sent_at = file, version
+        self.accelerator.wait_for_everyone()
+        if before is not None and self.accelerator.is_local_main_process:
+            shutil.rmtree(before.folder, ignore_errors=True)
+
+    # The policy changes without an optimizer step
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train; the engine is sent the policy again, since steps are counted from 0 again."""
+        self._sent_at = None
+        return super().train(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._sent_at = None
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._sent_at = None
+
+
+def _model_name(model: PreTrainedModel) -> str:
+    """Return the name or folder that a model was loaded from; empty if there is none."""
+    return str(getattr(model.config, "_name_or_path", "") or "")
+
+
+def _visible_devices(device: torch.device) -> dict[str, str]:
+    """Return the environment in which an engine's own process sees only this process's GPU."""
+    if device.type != "cuda":
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[device.index or 0]}

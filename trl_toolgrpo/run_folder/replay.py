@@ -1,0 +1,189 @@
+"""Training again from a rollout log: the batches of another run, without sampling, tools or rewards.
+
+A batch is put back as it was when its run trained on it, with the state of the random number generators, so that the
+same configuration gives the same weights to the bit.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from ..config.batch_position import batch_is_due, batch_number, micro_batches_of
+from ..errors import ConfigError, RolloutLogError
+from ..types import Batch
+from .rollout_log import batch_files, check_rollouts, details, log_files, read_table, rows_of, step_of, tensors_of
+from .writer import RunLog
+
+
+class Replay(RunLog):
+    """Part of [`ToolGRPOTrainer`]; see `replay` of [`ToolGRPOConfig`]."""
+
+    _buffered_inputs: Any
+    _sampled_at: int
+    _unevaluated: bool
+    _sync_pending: bool
+    _unmoved: bool
+    _numbered: dict[int, Path] | None = None  # files of the log by the number of their rollout batch
+
+    def _prepare_run_log(self) -> None:
+        super()._prepare_run_log()
+        if self.args.replay is None:
+            return
+        files = log_files(self.args.replay)
+        if Path(str(self.args.output_dir)).resolve() in (files[0].parent.resolve(), files[0].parent.parent.resolve()):
+            raise ConfigError(
+                f"You passed `replay={str(self.args.replay)!r}`, which is `output_dir` itself: a new run clears what "
+                f"an earlier one has left there.",
+                remedy="Pass another `output_dir`.",
+            )
+
+    @property
+    def _logs_rollouts(self) -> bool:
+        return self.args.replay is None and super()._logs_rollouts
+
+    def _prepare_inputs(self, generation_batch: Batch) -> Batch:
+        if self.args.replay is None or not self.model.training or not batch_is_due(self):
+            return super()._prepare_inputs(generation_batch)
+        batches = self._buffered_inputs = self._replayed_batches()
+        return batches[self._step % len(batches)]
+
+    def _replayed_batches(self) -> list[Batch]:
+        """Return the micro-batches of the rollout batch that the logged run trained on here."""
+        if self._sync_pending:
+            self.sync_reference()  # type: ignore[attr-defined]
+        path = self._file_of_batch()
+        table = read_table(path)
+        table, invalid = check_rollouts(table, path, self.args.strict_trajectories)
+        self._check_fits(table, path)
+        self._log_again(table)
+        self._sampled_at, self._unevaluated, self._unmoved = self.state.global_step, False, False
+        place = torch.tensor(table["place"].to_pylist())
+        count = self.args.steps_per_generation or 1
+        tensors = tensors_of(table, path)
+        if not self.args.strict_trajectories:
+            self._mask_invalid(tensors, torch.tensor(invalid))
+        batches = replayed_micro_batches(tensors, place, count, self.accelerator.device)
+        for device, state in details(table)["random"].items():
+            found = torch.frombuffer(bytearray(bytes.fromhex(state)), dtype=torch.uint8)
+            if device == "cpu":
+                torch.set_rng_state(found)
+            elif torch.cuda.is_available():
+                torch.cuda.set_rng_state(found, self.accelerator.device)
+        return batches
+
+    def _mask_invalid(self, tensors: dict[str, Tensor], invalid: Tensor) -> None:
+        """Take rollouts, bool, shape (N,), out of the update, and count them. Every process must call this."""
+
+        def total(values: Tensor) -> Tensor:
+            return self.accelerator.gather(values.sum().to(self.accelerator.device)).sum().cpu()
+
+        count = total(invalid)
+        if count == 0:
+            return
+        metrics = self._metrics["train"]["rollout/invalid"]
+        metrics.append(float(count) + (metrics.pop() if metrics else 0.0))
+        for name in ("completion_mask", "tool_mask", "assist_mask"):
+            if name in tensors:
+                tensors[name] = tensors[name].masked_fill(invalid[:, None], 0)
+        mask = tensors["completion_mask"] * tensors.get("tool_mask", torch.ones((), dtype=torch.int64))
+        counts = {"num_items_in_batch": mask, "assist_count": tensors.get("assist_mask", mask)}
+        for name, values in counts.items():
+            if name in tensors:
+                tensors[name] = total(values).to(tensors[name].dtype)
+
+    def _file_of_batch(self) -> Path:
+        """Return the file of the rollout batch that begins now, by its number."""
+        path = log_files(str(self.args.replay))[0].with_name(self._name_of_batch())
+        if self._numbered is None:
+            self._numbered = batch_files(path.parent, self.accelerator.process_index)
+        found = self._numbered.get(batch_number(self))
+        if found is not None:
+            return found
+        if not path.is_file() or path in self._numbered.values():
+            raise self._missing_batch(path)
+        # Of a version that did not count rollout batches and named them by their steps alone
+        in_a_step = self.args.gradient_accumulation_steps // micro_batches_of(self.args)
+        if in_a_step > 1:
+            raise RolloutLogError(
+                f"{path} was written by an earlier version, which kept only the last rollout batch of an optimizer "
+                f"step; this run takes {in_a_step} in each. The others are lost.",
+                remedy="Replay a log of this version.",
+            )
+        return path
+
+    def _missing_batch(self, path: Path) -> RolloutLogError:
+        steps = sorted({step_of(found) for found in log_files(path.parent)})
+        return RolloutLogError(
+            f"The rollout log in {path.parent} has no {path.name}, the batch of step {self.state.global_step}; it "
+            f"holds the steps {steps[0]} to {steps[-1]}.",
+            remedy="A log loses its oldest batches beyond `rollout_log_limit`; else set `max_steps`, "
+            "`steps_per_generation`, `num_iterations` and the number of processes as in the run that wrote it "
+            f"({path.parent.parent / 'run.json'}).",
+        )
+
+    def _check_fits(self, table: pa.Table, path: Path) -> None:
+        """Raise where the batch is not from a run like this one."""
+        found, micro_batches = details(table, path), self.args.steps_per_generation or 1
+        vocabulary = self.accelerator.unwrap_model(self.model).config.get_text_config().vocab_size
+        largest = max((max(ids.as_py(), default=0) for ids in table["completion_ids"]), default=0)
+        pairs = {
+            "processes": (found["processes"], self.accelerator.num_processes),
+            "micro-batches": (found["micro_batches"], micro_batches),
+            "rollouts": (table.num_rows, self.args.per_device_train_batch_size * micro_batches),
+        }
+        wrong = [f"{name}: {theirs} there, {ours} here" for name, (theirs, ours) in pairs.items() if theirs != ours]
+        if largest >= vocabulary:
+            wrong.append(f"a token id of {largest} there, a vocabulary of {vocabulary} here")
+        if wrong:
+            raise RolloutLogError(
+                f"{path} was written by a run of another shape ({'; '.join(wrong)}).",
+                remedy=f"Replay with the model and the batch sizes it was written with; "
+                f"{path.parent.parent / 'run.json'} names them.",
+            )
+
+    def _log_again(self, table: pa.Table) -> None:
+        """Log the metrics and conversations of the batch as its run did."""
+        metrics = self._metrics["train"]
+        for name, values in details(table)["metrics"].items():
+            if name == "num_tokens":
+                metrics[name] = values
+                self.state.num_input_tokens_seen = int(values[-1])
+            else:
+                metrics[name].extend(values)
+        if not self.log_completions:
+            return
+        logs = self._logs
+        for row in rows_of(table):
+            logs["prompt"].append(row["prompt"])
+            logs["completion"].append(row["messages"])
+            logs["advantages"].append(sum(row["advantages"]) / max(len(row["advantages"]), 1))
+            for name in self.reward_func_names:
+                reward = row["rewards"].get(name)
+                logs["rewards"][name].append(math.nan if reward is None else reward)
+
+
+def replayed_micro_batches(
+    tensors: dict[str, Tensor], place: Tensor, count: int, device: torch.device
+) -> list[Batch]:
+    """
+    Divide a rollout batch into the micro-batches it was trained in.
+
+    Args:
+        tensors (`dict[str, Tensor]`):
+            Of the batch, in order of the rollouts; of any dtype, shape (N, ...) or ().
+        place (`Tensor`):
+            Place of each rollout in the micro-batches, int64, shape (N,).
+        count (`int`):
+            Number of micro-batches.
+        device (`torch.device`):
+            Where they go.
+    """
+    batches: list[Batch] = []
+    for rows in place.argsort().chunk(count):
+        batch = {name: tensor if tensor.ndim == 0 else tensor[rows] for name, tensor in tensors.items()}
+        batches.append({name: tensor.to(device) for name, tensor in {**batch, "rollout": rows}.items()})
+    return batches

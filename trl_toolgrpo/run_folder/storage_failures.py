@@ -1,0 +1,83 @@
+"""Errors of a full or broken disk: told from others, recorded where a process has to go on, and raised in all."""
+
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from accelerate.utils import gather_object
+from torch.distributed.checkpoint.api import CheckpointException
+
+from ..errors import CheckpointSaveError, ToolGRPOError
+
+
+# What says that the disk does not take what is written. The last is a limit on the size of a file
+_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
+
+# Rust's writers (safetensors, tokenizers) and torch's have no errno: they quote it, quote its text, or say that fewer
+# bytes were written than were given
+_STORAGE_TEXT = re.compile(
+    "|".join([*(rf"\(os error {number}\)|{re.escape(os.strerror(number))}" for number in _STORAGE)])
+    + r"|inline_container\.cc.*unexpected pos|PytorchStreamWriter failed.*file write failed|iostream\S* error"
+)
+
+def same_error(error: Exception | None, kind: type[ToolGRPOError] = CheckpointSaveError) -> None:
+    """
+    Raise in every process what went wrong in one; all have to call this.
+
+    Args:
+        error (`Exception`, *optional*):
+            What went wrong in this process.
+        kind (`type[ToolGRPOError]`, *optional*):
+            What to raise, by default [`CheckpointSaveError`].
+    """
+    own = None if error is None else (getattr(error, "message", str(error)), getattr(error, "remedy", ""))
+    problems = [problem for problem in gather_object([own]) if problem is not None]
+    if problems:
+        message, remedy = problems[0]
+        raise kind(message, remedy=remedy) from error
+
+
+def is_storage_failure(error: BaseException) -> bool:
+    """Return whether an exception says that the disk, full, read-only or broken, did not take what was written."""
+    if isinstance(error, CheckpointException):  # of torch's distributed checkpoints, the same in every process
+        return any(is_storage_failure(failure) for failure, _ in error.failures.values())
+    if isinstance(error, OSError):
+        return error.errno in _STORAGE
+    return isinstance(error, Exception) and _STORAGE_TEXT.search(str(error)) is not None
+
+
+_refused: ContextVar[list[str] | None] = ContextVar("refused", default=None)  # in the attempt under way
+
+def attempt(work: Callable[[], None]) -> list[str]:
+    """
+    Write something in every process, and return what the disk refused, over all of them.
+
+    Use [`tolerated`] for the writes between two collectives, so that a process whose disk refuses still reaches the
+    next one. Errors of any other kind propagate.
+    """
+    refused: list[str] = []
+    token = _refused.set(refused)
+    try:
+        with tolerated():
+            work()
+    finally:
+        _refused.reset(token)
+    return gather_object(refused)
+
+
+@contextmanager
+def tolerated() -> Iterator[None]:
+    """
+    Record what the disk refuses within an [`attempt`] instead of raising it; outside an attempt, and in other threads,
+    it is raised.
+    """
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        refused = _refused.get()
+        if refused is None or not is_storage_failure(error):
+            raise
+        refused.append(f"{type(error).__name__}: {error}")

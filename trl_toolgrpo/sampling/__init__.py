@@ -1,0 +1,1 @@
+"""Where tokens come from: the sampler protocol, and the samplers."""

@@ -1,0 +1,1 @@
+"""Sampling on vLLM, in the training process or served."""

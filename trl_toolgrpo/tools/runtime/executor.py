@@ -1,0 +1,408 @@
+"""Calls of tools, run off the decode path: many at a time, each within its time limit.
+
+What a tool raises is that tool's failure, and comes back as data. All threads are daemons: a hung tool delays neither
+the run nor its exit.
+"""
+
+import asyncio
+import contextlib
+import copy
+import inspect
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Collection, Iterable
+from concurrent.futures import Future
+from functools import partial
+from typing import TypeVar, cast
+
+from ...errors import ConfigError, ToolRuntimeError
+from ...types import JSONObject
+from ..arguments import refusal as refusal_of
+from ..results import result_text as result_text
+from ..results import unknown_tool
+from ..tool import Tool, ToolCall, ToolResult
+from .environment_threads import Lane, Owners, Worker
+from .event_loop import LoopRun, LoopThread, Outcome, Work, outcome_of
+from .process_pool import ProcessPool
+from .run_call import Job
+
+
+T = TypeVar("T")
+
+# How long a cancelled call may take to end before it counts as stuck.
+_GRACE = 1.0
+
+
+class ToolExecutor:
+    """
+    Runs tool calls concurrently and resolves each to a [`ToolResult`].
+
+    A call waits until the environment or the tool that takes one call at a time is free, then for a slot, and runs on
+    the environment's thread or another one, which waits for what runs on the event loop of tools or in a process. All
+    of that is decided on one event loop on which no tool runs, so it needs no locks: see `_serve`.
+
+    Args:
+        max_concurrent (`int`, *optional*, defaults to `64`):
+            How many calls may run at the same time; further calls wait, and their time limit starts when they run.
+        timeout (`float`, *optional*, defaults to `30.0`):
+            Time limit of one call in seconds, retries included; `None` for no limit. `Tool.timeout` comes first.
+        retries (`int`, *optional*, defaults to `0`):
+            How often a call that failed transiently is tried again.
+        max_abandoned (`int`, *optional*, defaults to `64`):
+            How many calls may be stuck past their limit at the same time before the run is stopped. Such a call has
+            been answered and its thread replaced, but its function still runs, and nothing can end it.
+        warm (`Iterable[Tool]`, *optional*, defaults to `()`):
+            Tools that get a process at once, if they run in one: what cannot be loaded there is found before the run.
+        environment_timeout (`float`, *optional*):
+            Time limit in seconds of what is asked of an environment other than by a tool's call; `None` for no limit.
+
+    Raises:
+        ConfigError: if a limit is out of range.
+        ToolSchemaError: if the function of a tool cannot be loaded in a process.
+    """
+
+    def __init__(
+        self,
+        max_concurrent: int = 64,
+        timeout: float | None = 30.0,
+        retries: int = 0,
+        max_abandoned: int = 64,
+        warm: Iterable[Tool] = (),
+        environment_timeout: float | None = None,
+    ) -> None:
+        if max_concurrent < 1 or retries < 0 or max_abandoned < 0 or (timeout is not None and timeout <= 0):
+            raise ConfigError(
+                f"You passed max_concurrent={max_concurrent}, timeout={timeout}, retries={retries}, "
+                f"max_abandoned={max_abandoned}.",
+                remedy="Calls need at least one slot and a positive time limit (or None), and the counts cannot be "
+                "negative.",
+            )
+        self.timeout = timeout
+        self.environment_timeout = environment_timeout
+        self.retries = retries
+        self.max_abandoned = max_abandoned
+        self._owners = Owners()
+        self._processes = ProcessPool(warm, max_concurrent)
+        self._loop = LoopThread()
+        self._dispatcher = LoopThread("tool-dispatch")
+        self._dispatcher.get()  # a thread cannot be started when the interpreter exits, and a loop is ended there
+        self._lock = threading.Lock()
+        self._closed = False
+        # What follows is changed on the dispatcher's thread alone.
+        self._slots = asyncio.Semaphore(max_concurrent)
+        self._jobs: dict[asyncio.Task[None], Job] = {}
+        self._idle: list[Worker] = []
+        self._exclusive: defaultdict[str, Lane] = defaultdict(Lane)
+        self._stuck: set[Job] = set()
+        self._abandoned = 0
+
+    @property
+    def abandoned(self) -> int:
+        """How many calls have been given up so far because they ignored their time limit."""
+        return self._abandoned
+
+    @property
+    def stuck(self) -> int:
+        """How many of the tool calls that were given up still run."""
+        return len(self._stuck)
+
+    def submit(
+        self, call: ToolCall, tool: Tool | None, owner: object | None = None, *, available: Collection[str] = ()
+    ) -> "Future[ToolResult]":
+        """
+        Start a call, or queue it.
+
+        Args:
+            call ([`ToolCall`]):
+                What the policy wrote.
+            tool ([`Tool`], *optional*):
+                The tool of that name; `None` if there is none.
+            owner (`object`, *optional*):
+                Environment instance the tool belongs to. The calls on one owner run on that owner's own thread, one at
+                a time and in the order submitted.
+            available (`Collection[str]`, *optional*, defaults to `()`):
+                Names of the rollout's tools, for the answer to a call of an unknown one.
+
+        Returns:
+            `Future[ToolResult]`: Always resolves to a result, never to an exception, and cannot be cancelled.
+            Callbacks on it run on the runtime's threads and must be quick.
+
+        Raises:
+            ToolRuntimeError: if more than `max_abandoned` calls are stuck, or the executor is shut down.
+            ToolSchemaError: if the tool's schema is not valid.
+        """
+        self._check_stuck()
+        refusal = refusal_of(call, tool, available)
+        if tool is None or refusal is not None:
+            answered: Future[ToolResult] = Future()
+            answered.set_result(refusal or unknown_tool(call, available))
+            return answered
+        job = Job(partial(_call_with_copy, tool, call.arguments), tool, owner, limit=tool.timeout or self.timeout)
+        job.owner = None if owner is None else self._owners.lane(owner)
+        if tool.isolation == "process":
+            job.function = partial(self._processes.run, tool, call.arguments, job.begin_in_process)
+        self._enqueue(job)
+        return cast("Future[ToolResult]", job.future)
+
+    def start_on_owner(
+        self, owner: object, work: Work, name: str = "", limit: float | None = None, *, on_other_thread: bool = False
+    ) -> "Future[object]":
+        """
+        Start something on an owner's thread, or queue it after the calls submitted on it before.
+
+        Args:
+            owner (`object`):
+                The environment instance.
+            work (`Callable`):
+                What to run, such as its `reset`; a coroutine is awaited on the event loop.
+            name (`str`, *optional*, defaults to `""`):
+                What it is, for messages.
+            limit (`float`, *optional*):
+                Seconds it has once it runs; an owner that takes longer is abandoned. `None` for no limit.
+            on_other_thread (`bool`, *optional*, defaults to `False`):
+                Whether to run it at once on another thread, since the owner's own hangs.
+
+        Returns:
+            `Future`: Has what it returns or raises, an [`EnvironmentTimeoutError`] at the limit.
+        """
+        job = Job(work, None, owner, name, limit, owner=None if on_other_thread else self._owners.lane(owner))
+        if job.owner is not None and job.owner.is_current:
+            job.answer(outcome_of(partial(self._run, job)))
+        else:
+            self._enqueue(job)
+        return job.future
+
+    def construct_on_own_thread(self, factory: Callable[[], T]) -> T:
+        """
+        Construct an environment on the thread that will own it, as `sqlite3` connections and browsers need. What a
+        coroutine function makes is awaited.
+
+        Args:
+            factory (`Callable`):
+                Makes the instance.
+
+        Returns:
+            `object`: The instance; all its calls run on that thread.
+
+        Raises:
+            EnvironmentTimeoutError: if it takes longer than `environment_timeout`.
+        """
+
+        def make() -> object:
+            made: object = factory()
+            return _boxed(made) if inspect.iscoroutine(made) else [made]
+
+        lane = Lane(Worker("tool-owner"))
+        job = Job(make, limit=self.environment_timeout, owner=lane)
+        try:
+            self._enqueue(job)
+            [owner] = cast("list[T]", job.future.result())
+        except BaseException:
+            lane.stop()
+            raise
+        if self._owners.lane(owner, lane) is not lane:
+            lane.stop()  # the factory gave out an instance that has a thread already
+        return owner
+
+    def is_abandoned(self, owner: object) -> bool:
+        """
+        Return whether an owner is lost, because a call on it did not keep its time limit.
+
+        Args:
+            owner (`object`):
+                The environment instance.
+
+        Returns:
+            `bool`: True until the owner is released.
+        """
+        lane = self._owners.find(owner)
+        return lane is not None and lane.abandoned
+
+    def is_within_call(self, owner: object) -> bool:
+        """
+        Return whether the caller belongs to what runs on an owner's thread, coroutines that it waits for included.
+
+        Args:
+            owner (`object`):
+                The environment instance.
+        """
+        lane = self._owners.find(owner)
+        return lane is not None and lane.is_working
+
+    def give_up(self, owner: object) -> None:
+        """
+        Abandon an owner that has failed: calls on it are answered as those after a time limit that was not kept.
+
+        Args:
+            owner (`object`):
+                The environment instance.
+        """
+        self._owners.lane(owner).abandoned = True
+        self._after_submitted(self._drop_lost)
+
+    def release(self, owner: object) -> None:
+        """
+        Forget an owner and end its thread after the call that runs; calls that wait are answered as abandoned.
+
+        Args:
+            owner (`object`):
+                The environment instance.
+        """
+        lane = self._owners.remove(owner)
+        if lane is not None:
+            self._after_submitted(self._end_lane, lane)
+
+    def shutdown(self) -> None:
+        """End idle threads and the event loops, and answer calls that wait as abandoned; wait for nothing."""
+        with self._lock:
+            if self._closed:
+                return
+            self._after_submitted(self._wind_down)
+            self._closed = True
+        self._dispatcher.stop(cancel=False)
+        self._processes.close()
+
+    def _check_stuck(self) -> None:
+        names = [job.tool.name for job in list(self._stuck) if job.tool is not None]
+        if len(names) > self.max_abandoned:
+            raise ToolRuntimeError(
+                f"{len(names)} tool calls are stuck past their time limit, more than "
+                f"max_abandoned={self.max_abandoned}. The tools that hang: {', '.join(sorted(set(names)))}.",
+                remedy="Make them give up by themselves, allow more time (`tool_timeout`, `Tool.timeout`), or run "
+                "them where they can be killed: Tool(isolation='process').",
+            )
+
+    def _enqueue(self, job: Job) -> None:
+        with self._lock:
+            if self._closed:
+                raise ToolRuntimeError("You used a `ToolExecutor` after its `shutdown`.", remedy="Make a new one.")
+            self._dispatcher.get().call_soon_threadsafe(self._accept, job)
+
+    def _after_submitted(self, function: Callable[..., object], *args: object) -> None:
+        """Call something on the dispatcher's thread when the jobs submitted before have started, if they can."""
+        if not self._closed:
+            loop = self._dispatcher.get()
+            # The task of a job takes its first step one turn of the loop after it is made.
+            loop.call_soon_threadsafe(loop.call_soon, function, *args)
+
+    # What follows runs on the dispatcher's thread, except for `_run`.
+
+    def _accept(self, job: Job) -> None:
+        if job.tool is not None and not job.tool.thread_safe:
+            job.exclusive = self._exclusive[job.tool.name]
+        if job.is_lost:
+            job.answer_unrun()
+            return
+        task = asyncio.get_running_loop().create_task(self._serve(job))
+        self._jobs[task] = job
+        task.add_done_callback(self._jobs.pop)
+
+    async def _serve(self, job: Job) -> None:
+        """Take a job from its turn to its answer, and hold what it holds until it has really ended."""
+        async with contextlib.AsyncExitStack() as held:
+            # Its turn. Lanes are first come, first served, so the calls on an environment keep their order.
+            for lane in job.lanes:
+                await held.enter_async_context(lane.turn)
+            async with self._slots if job.tool is not None else contextlib.nullcontext():
+                # Its run. The limit starts when there is a process, which may have to import the tool's module.
+                ended = self._start(job)
+                if job.tool is not None and job.tool.isolation == "process":
+                    ready = asyncio.wrap_future(job.ready)
+                    await asyncio.wait([ended, ready], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait([ended], timeout=job.limit)
+                if ended.done():
+                    job.answer(ended.result())
+                else:
+                    self._expire(job)
+            # Its end: what ignored the limit is cancelled if it can be, and holds its lanes as long as it runs.
+            if job.expired:
+                await self._end_expired(job, ended)
+            if job.worker is not None:
+                if job.expired or self._closed:
+                    job.worker.stop()
+                else:
+                    self._idle.append(job.worker)
+
+    def _start(self, job: Job) -> "asyncio.Future[Outcome]":
+        job.waits = False
+        job.started = time.monotonic()
+        try:
+            worker = job.owner.worker if job.owner is not None else None
+            if worker is None:
+                worker = job.worker = self._idle.pop() if self._idle else Worker("tool-worker")
+            ended = worker.run(partial(self._run, job))
+        except RuntimeError as error:  # the system has no more threads
+            ended = Future()
+            ended.set_result((None, ToolRuntimeError(str(error))))
+        return asyncio.wrap_future(ended)
+
+    def _run(self, job: Job) -> object:
+        def resolve(value: object) -> object:
+            return self._loop.run(value, job.begin) if inspect.isawaitable(value) else value
+
+        return resolve(job.function()) if job.tool is None else job.run(self.retries, resolve)
+
+    def _expire(self, job: Job) -> None:
+        job.expired = True
+        if job.owner is not None:
+            job.owner.abandoned = True
+        is_coroutine = job.tool is not None and job.tool.is_async  # which is cancelled as soon as it begins
+        if job.cancellable is None and not is_coroutine:
+            self._count_stuck(job)
+        job.answer_late()
+        self._drop_lost()
+
+    async def _end_expired(self, job: Job, ended: "asyncio.Future[Outcome]") -> None:
+        if job not in self._stuck:
+            if job.cancellable is not None:
+                job.cancellable.cancel()
+            await asyncio.wait([ended], timeout=_GRACE)
+            if not ended.done():
+                self._count_stuck(job)
+                self._drop_lost()
+                if isinstance(job.cancellable, LoopRun) and not job.cancellable.responded:
+                    self._loop.replace(job.cancellable.loop)
+        await ended
+        self._stuck.discard(job)
+        if job.exclusive is not None:
+            job.exclusive.abandoned = False
+
+    def _count_stuck(self, job: Job) -> None:
+        if job.tool is not None:
+            self._stuck.add(job)
+            self._abandoned += 1
+        if job.exclusive is not None:
+            job.exclusive.abandoned = True
+
+    def _drop_lost(self) -> None:
+        self._drop(lambda job: job.is_lost)
+
+    def _drop(self, affected: Callable[[Job], bool], reason: str | None = None) -> None:
+        for task, job in list(self._jobs.items()):
+            if job.waits and affected(job):
+                job.answer_unrun(reason)
+                task.cancel()
+
+    def _end_lane(self, lane: Lane) -> None:
+        self._drop(lambda job: job.owner is lane, "The environment was released before the call ran.")
+        lane.abandoned = True  # for calls that another thread submits at the same time
+        lane.stop()
+
+    def _wind_down(self) -> None:
+        self._drop(lambda job: True, "The tool runtime was shut down before the call ran.")
+        for worker in self._idle:
+            worker.stop()
+        self._idle.clear()
+        self._owners.clear()
+        self._loop.stop()
+
+
+async def _boxed(awaitable: Awaitable[object]) -> list[object]:
+    """Return what an awaitable makes in a list, so that it is not awaited in turn if it can be."""
+    return [await awaitable]
+
+
+def _call_with_copy(tool: Tool, arguments: JSONObject) -> object:
+    """Call a tool with arguments of its own: it can change neither the record of the call nor the next attempt."""
+    return tool.function(**copy.deepcopy(arguments))

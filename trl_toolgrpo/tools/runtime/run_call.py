@@ -1,0 +1,127 @@
+"""One call on its way through the runtime: its attempts, where whatever a tool raises becomes data, and its answer."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+
+from ...errors import EnvironmentTimeoutError
+from ..results import as_result, raised, refused
+from ..tool import Tool, ToolResult
+from .environment_threads import Lane, Worker
+from .event_loop import LoopRun, Outcome, Work
+from .process_pool import ProcessCall
+
+
+@dataclass(eq=False)
+class Job:
+    """
+    One call of a tool, or with `tool=None` something else that is asked of an environment.
+
+    Args:
+        function (`Callable`):
+            The call, with its arguments.
+        tool (`Tool`, *optional*):
+            The tool that is called.
+        environment (`object`, *optional*):
+            The environment it is asked of, kept alive as long as the job is.
+        name (`str`, *optional*, defaults to `""`):
+            What is asked of the environment, for messages.
+        limit (`float`, *optional*):
+            Seconds the job has once it runs; `None` for no limit.
+    """
+
+    function: Work
+    tool: Tool | None = None
+    environment: object = None
+    name: str = ""
+    limit: float | None = None
+    future: "Future[object]" = field(default_factory=Future)
+    owner: Lane | None = None
+    exclusive: Lane | None = None  # of a tool that is not thread-safe
+    waits: bool = True
+    ready: "Future[Outcome]" = field(default_factory=Future)  # done once there is a process, if it runs in one
+    started: float | None = None
+    expired: bool = False
+    cancellable: LoopRun | ProcessCall | None = None
+    worker: Worker | None = None  # one that belongs to no environment
+
+    def __post_init__(self) -> None:
+        self.future.set_running_or_notify_cancel()  # callers cannot cancel it
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """What the job holds while it runs."""
+        return [lane for lane in (self.owner, self.exclusive) if lane is not None]
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether what the job needs is held by a call that ignored its limit."""
+        return any(lane.abandoned for lane in self.lanes)
+
+    def begin(self, part: LoopRun | ProcessCall) -> None:
+        """Note what can be cancelled at the limit, and cancel it if that has passed."""
+        self.cancellable = part
+        if self.expired:
+            part.cancel()
+
+    def begin_in_process(self, call: ProcessCall) -> None:
+        """Note that the process is ready, from which on the time counts, also that of later attempts."""
+        self.begin(call)
+        if not self.ready.done():
+            self.started = time.monotonic()
+            self.ready.set_result((None, None))
+
+    def run(self, retries: int, resolve: Callable[[object], object]) -> ToolResult:
+        """
+        Call the tool on this thread, again while its failure is transient.
+
+        Args:
+            retries (`int`):
+                How often a transient failure is tried again.
+            resolve (`Callable`):
+                Waits for the awaitable that a tool may have returned; other values it returns as they are.
+        """
+        while True:
+            try:
+                result = as_result(resolve(self.function()))
+            except BaseException as error:
+                result = raised(error)
+            if not (result.is_error and result.transient) or retries == 0 or self.expired:
+                return result
+            retries -= 1
+
+    def answer(self, outcome: Outcome) -> None:
+        """Resolve the future with what the job returned or raised."""
+        value, error = outcome
+        if self.tool is not None:
+            result = value if isinstance(value, ToolResult) else raised(error or TypeError(type(value).__name__))
+            seconds = 0.0 if self.started is None else time.monotonic() - self.started
+            self.future.set_result(replace(result, seconds=seconds))
+        elif error is not None:  # raised again in the caller
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(value)
+
+    def answer_late(self) -> None:
+        """Resolve the future of a job that did not return within its limit."""
+        limit = f"{self.limit:g} seconds"
+        if self.tool is not None:
+            self._answer_failure("timeout", f"Tool `{self.tool.name}` did not return within {limit}.")
+        elif self.environment is None:  # a constructor
+            self._answer_failure("timeout", f"It did not return within {limit}.")
+        else:
+            asked = f"`{self.name}` of the environment {type(self.environment).__name__}"
+            self._answer_failure("timeout", f"{asked} did not return within {limit} (`environment_timeout`).")
+
+    def answer_unrun(self, reason: str | None = None) -> None:
+        """Resolve the future of a job that will not run, by default because what it waits for is lost."""
+        self.waits = False
+        busy = "environment" if self.owner is not None and self.owner.abandoned else "tool"
+        self._answer_failure("abandoned", reason or f"The {busy} is still busy with an earlier call.")
+
+    def _answer_failure(self, kind: str, message: str) -> None:
+        if self.tool is None:
+            self.answer((None, EnvironmentTimeoutError(message, self.environment)))
+        else:
+            self.answer((refused(kind, message), None))

@@ -1,0 +1,115 @@
+"""How a rollout batch is split into micro-batches: groups stay together, so that a prompt is scored once.
+
+TRL shuffles the rows of a batch before it splits them, which spreads a group over all micro-batches and leaves them
+little to share. Here each optimizer step keeps the rows that TRL gave it, and they are split anew into its
+micro-batches. A loss that is a sum over rows stays the same. Where TRL averages per micro-batch, its split is kept.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+
+from ..config.fields import ToolGRPOConfig
+from ..types import Batch
+
+
+def whole_groups(groups: Sequence[int], lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """
+    Split rows into micro-batches of equal size so that as few groups as possible are cut.
+
+    Groups of similar length come together, so that little of a micro-batch is padding, and the rows of a group are
+    ordered by length. Nothing is drawn from a random number generator, so that the rollouts of a run stay the same.
+
+    Args:
+        groups (`Sequence[int]`):
+            Group of each row.
+        lengths (`Sequence[int]`):
+            Tokens of each row's completion.
+        parts (`int`):
+            Number of micro-batches; divides the number of rows.
+
+    Returns:
+        `list[list[int]]`: rows of each micro-batch.
+    """
+    rows_of: dict[int, list[int]] = {}
+    for row, group in enumerate(groups):
+        rows_of.setdefault(group, []).append(row)
+    whole = sorted(rows_of.values(), key=lambda rows: sum(lengths[row] for row in rows))
+    order = [row for rows in whole for row in sorted(rows, key=lambda row: lengths[row])]
+    size = len(order) // parts
+    return [order[place * size : (place + 1) * size] for place in range(parts)]
+
+
+def regrouped(batches: Sequence[Batch], parts: Sequence[Tensor]) -> list[Batch]:
+    """
+    Return the rows of some micro-batches in other micro-batches.
+
+    Args:
+        batches (`Sequence[Batch]`):
+            Micro-batches as TRL splits them: tensors with a row for each rollout, and values that are equal in all.
+        parts (`Sequence[Tensor]`):
+            Rows of each new micro-batch, int64, counted through all of `batches`.
+    """
+
+    def pick(name: str, rows: Tensor) -> object:
+        values = [batch[name] for batch in batches]
+        if not isinstance(values[0], Tensor) or values[0].ndim == 0:
+            return values[0]
+        return torch.cat(values)[rows]
+
+    return [{name: pick(name, rows) for name in batches[0]} for rows in parts]
+
+
+class GroupedUpdates(GRPOTrainer):
+    """Part of [`ToolGRPOTrainer`]; see `shared_prompt_updates` of [`ToolGRPOConfig`]."""
+
+    args: ToolGRPOConfig
+    _recording = False
+    _buffered_inputs: list[Batch] | None  # type: ignore[assignment]
+
+    def _prepare_inputs(self, generation_batch: Batch) -> Batch:
+        """Return TRL's micro-batch, of a rollout batch that may have been split anew."""
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        batches = self._buffered_inputs
+        parts = None if batches is None or batches is before else self._new_split(batches)
+        if batches is None or parts is None:
+            return inputs
+        self._buffered_inputs = found = regrouped(batches, parts)
+        return found[self._step % len(found)]
+
+    def _new_split(self, batches: Sequence[Batch]) -> list[Tensor] | None:
+        """Return the rows of each micro-batch of a new rollout batch, int64; `None` keeps TRL's split."""
+        if not self._may_be_split_anew():
+            return None
+        prompts = [torch.cat([batch[name] for batch in batches]) for name in ("prompt_ids", "prompt_mask")]
+        # With the mask, since a padding token can also be one of the prompt's tokens
+        _, groups = torch.cat(prompts, dim=1).unique(dim=0, return_inverse=True)
+        lengths = torch.cat([batch["completion_mask"].sum(dim=1) for batch in batches])
+        rows = torch.arange(len(groups), device=groups.device)
+        parts: list[Tensor] = []
+        steps = max(1, len(batches) // self.args.gradient_accumulation_steps)
+        for own in rows.chunk(steps):  # the rows that TRL gave an optimizer step
+            whole = whole_groups(groups[own].tolist(), lengths[own].tolist(), len(batches) // steps)
+            parts += [own[part] for part in whole]
+        return parts
+
+    def _may_be_split_anew(self) -> bool:
+        """
+        Return whether the rows of an optimizer step may be split into other micro-batches than TRL's.
+
+        TRL takes these over a micro-batch, so that the loss depends on the split: the mean over tokens of `"bnpo"`,
+        the quantile of `top_entropy_quantile`, the mean entropy of `entropy_coef` and `use_adaptive_entropy`, and the
+        router loss of a mixture of experts. Deterministic rollouts have a split of their own. If a rollout batch ends
+        in the middle of an optimizer step, there are no rows of a step to split.
+        """
+        args = self.args
+        if not self._recording or not args.shared_prompt_updates or args.deterministic_rollouts:
+            return False
+        per_micro_batch = args.loss_type == "bnpo" or self.top_entropy_quantile < 1.0
+        if per_micro_batch or self._entropy_bonus_enabled or self.aux_loss_enabled:
+            return False
+        batch, step = args.steps_per_generation or 1, args.gradient_accumulation_steps
+        return batch > 1 and step > 1 and (batch % step == 0 or step % batch == 0)

@@ -1,0 +1,1 @@
+"""What is refused at construction: data, prompts, rewards and parameters that cannot work."""

@@ -25,7 +25,11 @@ from trl_toolgrpo.recipes.models.warm_start import WarmStart
 from trl_toolgrpo.report import __main__ as report
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "recipes").glob("*.md")),
+]
 ON_THIS_MACHINE = ["--bf16", "false", "--use_cpu", "true"]
 
 # Programs that are too long for a test of commands: the file, and in it the test that runs what they run
@@ -148,8 +152,10 @@ def test_a_command_names_what_exists(command, tmp_path):
         check_module(words[2], words[3:])
     elif words[0] == "python" and words[1].endswith(".py"):
         check_script(words)
+    elif words[0] == "ruff":
+        assert words[1] == "check" and all((ROOT / path).is_dir() for path in words[2:])
     else:
-        assert words[0] == "apt-get"
+        assert words[0] in ("apt-get", "mypy")
 
 
 def check_module(name, words):

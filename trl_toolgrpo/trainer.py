@@ -28,6 +28,7 @@ from .config.fields import ToolGRPOConfig, default_values
 from .critic.critic import Critic
 from .errors import LogprobMismatchError
 from .hub.push import HubPush
+from .models.allocator import keep_freed_memory
 from .models.lm_head import adapted_head, cast_heads, check_adapted_head, score_adapted_head, without_trls_cast
 from .models.quantized import keep_trainable, same_parameters
 from .models.rounding import Exact
@@ -159,6 +160,8 @@ class ToolGRPOTrainer(
         check_rows(args, train_dataset)
         check_best_metric(args, eval_dataset)
         check_has_values(args, model, reward_funcs)
+        if args.keep_freed_memory:
+            keep_freed_memory()
         # Whether rollouts are sampled here; with a `rollout_func` and for multimodal models TRL samples
         self._recording = args.record_sample_logprobs and rollout_func is None
         check_forcing(args, bool(tools or environment_factory or mcp_servers), train_dataset)

@@ -46,6 +46,7 @@ ADDED = {
     "sampler_correction": (None, ["truncate", "mask"]),
     "sampler_correction_cap": (2.0, [1.5]),
     "tool_mention_check": ("auto", ["error", "warn", "off"]),
+    "keep_freed_memory": (False, [True]),
 }
 OURS = [f.name for f in fields(ToolGRPOConfig) if f.name not in {f.name for f in fields(GRPOConfig)}]
 
@@ -284,7 +285,7 @@ def test_fields_are_read_from_flags(tmp_path):
         *("--deterministic_rollouts", "True", "--sampler_correction", "mask", "--sampler_correction_cap", "3"),
         *("--shared_prompt_updates", "False", "--rollout_cache_gib", "0.5"),
         *("--health_checks", "raise", "--rollout_log_limit", "2.5", "--replay", "a folder"),
-        *("--tool_mention_check", "warn"),
+        *("--tool_mention_check", "warn", "--keep_freed_memory", "True"),
     ]
     (parsed,) = parser.parse_args_and_config(flags)
     assert isinstance(parsed, ToolGRPOConfig)
@@ -329,6 +330,7 @@ def test_fields_are_read_from_flags(tmp_path):
         "rollout_log_limit": 2.5,
         "replay": "a folder",
         "tool_mention_check": "warn",
+        "keep_freed_memory": True,
     }
     assert {name: getattr(parsed, name) for name in expected_critic} == expected_critic
     assert {*expected, *expected_critic} == set(ADDED)

@@ -144,6 +144,9 @@ class ToolGRPOConfig(GRPOConfig):
         replay (`str`, *optional*):
             Output folder of a run whose rollout log is trained from, without sampling, calling tools or asking reward
             functions. The same model and configuration give the same weights, to the bit.
+        keep_freed_memory (`bool`, *optional*, defaults to `False`):
+            On a CPU with glibc: keep the memory that tensors give back, which shortens updates with a large vocabulary
+            by up to a third. It holds for the whole process.
 
     Raises:
         ConfigError: for a combination that cannot work.
@@ -157,6 +160,7 @@ class ToolGRPOConfig(GRPOConfig):
     sampler_correction_cap: float = 2.0
     shared_prompt_updates: bool = True
     rollout_cache_gib: float | None = None
+    keep_freed_memory: bool = False
     deterministic_rollouts: bool = False
     rollout_backend: str = "transformers"
     max_concurrent_tools: int = 64

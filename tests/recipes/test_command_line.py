@@ -87,7 +87,7 @@ def test_a_key_or_flag_that_does_not_exist_says_what_was_meant_and_where_it_stan
         ("accelerator_config", {"split_batchs": True}, "AcceleratorConfig.* 'split_batchs'"),
         ("train_size", None, "`train_size` is None. Write a whole number"),
         ("force_rate", None, "`force_rate` is None. Write a number"),
-        ("mcp_servers", "{bad", "mcp_servers='{bad'`, which is no JSON"),
+        ("mcp_servers", "{bad", "mcp_servers='{bad'`, which is not JSON"),
     ],
 )
 def test_a_value_of_another_type_is_refused_in_a_line(tmp_path, name, value, words):

@@ -180,7 +180,7 @@ def test_a_full_disk_costs_the_record_and_not_the_run(tmp_path, monkeypatch, cap
         patch.setattr(Path, "write_text", refuse)
         evaluate(first, tmp_path, 0, True)
     (warning,) = caplog.records
-    assert warning.levelno == logging.WARNING and "could not be kept" in caplog.text and "No space left" in caplog.text
+    assert warning.levelno == logging.WARNING and "could not be saved" in caplog.text and "No space left" in caplog.text
     evaluate(first, tmp_path, 4, True)  # there is room again
     assert resumed.recall(tmp_path / "checkpoint-4") and resumed.evaluations == first.evaluations
     evaluate(board(), tmp_path / "other", 0, True, main_process=False)
@@ -257,7 +257,7 @@ def test_a_run_of_two_processes_is_gone_on_from_with_one(tmp_path, capsys):
     }}  # fmt: skip
     (tmp_path / "run_identity.json").write_text(json.dumps(stored))
     flags = flags_that_keep_batches(str(tmp_path), training)
-    assert f"Rollout batches stay as they are in {tmp_path}: {' '.join(flags)}" in capsys.readouterr().out
+    assert f"These flags keep the rollout batches of {tmp_path}: {' '.join(flags)}" in capsys.readouterr().out
     _, changed, _ = parse(tmp_path, *flags)
     assert changed.generation_batch_size == 2 * training.generation_batch_size
     assert changed.gradient_accumulation_steps == changed.steps_per_generation == 2

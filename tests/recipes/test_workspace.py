@@ -218,7 +218,7 @@ def test_every_question_is_answered_by_its_plan_and_by_no_shorter_one():
 def test_questions_of_one_difficulty_alone():
     task = build_workspace(6, 4, difficulty=3)
     assert {row["kind"] for row in [*task.train, *task.held_out]} == {"manager_salary", "slack_salary"}
-    with pytest.raises(ValueError, match="difficulty 4; there are those of 1, 2, 3 calls"):
+    with pytest.raises(ValueError, match="difficulty 4, but there are only those of difficulty 1, 2, 3"):
         build_workspace(1, 1, difficulty=4)
 
 

@@ -125,7 +125,7 @@ def config(path, **changes) -> ToolGRPOConfig:
 
 @contextmanager
 def full_disk(trainer, room):
-    """Limit the size of files while the checkpoint of a step is written, as a full disk does: `room` maps steps to bytes."""
+    """Limit the size of files while a checkpoint is written, as a full disk does; `room` maps steps to bytes."""
     save = type(trainer)._write_checkpoint
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 

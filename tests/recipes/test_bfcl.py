@@ -1,4 +1,4 @@
-"""The leaderboard task: schemas, rewards, and the check of answers against worked cases and the leaderboard's checker."""
+"""The leaderboard task: schemas, rewards, and the check of answers, also compared with the leaderboard's own."""
 
 import importlib
 import json

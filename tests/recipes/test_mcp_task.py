@@ -37,7 +37,7 @@ class Servers:
 
 
 def play(conversation, servers):
-    """Make the calls of a demonstration, check the answers of the servers, and return the messages after the prompt."""
+    """Make the calls of a demonstration, check the answers, and return the messages after the prompt."""
     for message, answer in itertools.pairwise(conversation):
         for call in message.get("tool_calls", ()):
             function = call["function"]

@@ -5,8 +5,8 @@
 
 Prints the processor or card and the dtype, and for each case tokens per second of both and of a plain lockstep loop.
 In that loop the prompts are prefilled once, and each token of all rows takes one forward pass, without tool calls.
-Sides take turns; figures are medians. `--growth` adds the time by number of turns, and `--picture` writes both as an SVG.
-Both sides sample with transformers, or with vLLM (`--vllm`; not in the ragged case, whose text is dictated).
+Sides take turns; figures are medians. `--growth` adds the time by number of turns, and `--picture` writes both as an
+SVG. Both sides sample with transformers, or with vLLM (`--vllm`; not in the ragged case, whose text is dictated).
 """
 
 import argparse

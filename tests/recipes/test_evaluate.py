@@ -131,8 +131,8 @@ def as_arguments(call, world):
 
 
 def play(world, corrupt=None):
-    """Make the published calls in a world, and return whether they solve its task. `corrupt` leaves out those of the last
-    turn that has some, or changes all arguments."""
+    """Make the published calls in a world, and return whether they solve its task. `corrupt` leaves out those of the
+    last turn that has some, or changes all arguments."""
     environment = MultiTurnEnvironment({world.entry["id"]: world})
     last = max(turn for turn, calls in enumerate(world.truth) if calls)
     for turn, calls in enumerate(world.truth):

@@ -1,1 +1,1 @@
-"""Recipes: tasks, models and evaluations, which `qwen3_tools.py` puts together to train a model to call tools."""
+"""Recipes: tasks, models and evaluations, which `qwen3_tools.py` combines to train a model to call tools."""

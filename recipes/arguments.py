@@ -1,4 +1,4 @@
-"""The arguments of a recipe: from the command line, its YAML and environment variables."""
+"""The arguments of a recipe, read from the command line, its YAML and environment variables."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -17,13 +17,13 @@ DEFAULT_CONFIG = Path(__file__).with_name("tiny_cpu.yaml")
 
 
 def read_truth(text: str) -> bool:
-    """Read a truth value as people write it: 0, 1, true or false."""
+    """Read a truth value: 0, 1, true or false, in any case."""
     if text.strip().lower() not in ("0", "1", "true", "false"):
         raise ValueError("it is neither 0, 1, true nor false")
     return text.strip().lower() in ("1", "true")
 
 
-# Environment variable -> field of `ToolGRPOConfig` it sets, unless a flag or the YAML does.
+# Environment variable -> the field of `ToolGRPOConfig` that it sets unless a flag or the YAML does, and its reader
 SWITCHES: dict[str, tuple[str, Callable[[str], object]]] = {
     "PPO_RECORD_AT_SAMPLE": ("record_sample_logprobs", read_truth),
     "STRICT_TRAJ_KEYS": ("strict_trajectories", read_truth),
@@ -47,12 +47,12 @@ class RecipeArguments:
         question_seed (`int`, *optional*, defaults to `0`):
             Seed of the questions, or of the split.
         difficulty (`int`, *optional*):
-            For `workspace`: only questions that need so many calls, 1 to 3.
+            For `workspace`: ask only questions that need this number of calls, 1 to 3.
         turn_rewards (`bool`, *optional*, defaults to `False`):
-            For `workspace`: reward each of the dependent calls in the turn that makes it, for the estimators
-            `"gae"` and `"group_gae"`.
+            For `workspace`: reward each dependent call in the turn that makes it, for the estimators `"gae"` and
+            `"group_gae"`.
         dataset_name (`str`, *optional*):
-            For `bfcl`: data set on the Hub that is read when the `bfcl-eval` package is not installed.
+            For `bfcl`: data set on the Hub to read if the `bfcl-eval` package is not installed.
         sample_every (`int`, *optional*, defaults to `20`):
             Optimizer steps between two sample conversations on the console; 0 prints none.
         mcp_servers (`dict`, *optional*):
@@ -61,7 +61,7 @@ class RecipeArguments:
         server_packages (`list[str]`, *optional*):
             Packages of the servers, installed with pip in `server_folder`, an environment of their own.
         server_folder (`str`, *optional*, defaults to `"outputs/servers"`):
-            Where that is.
+            Folder of that environment.
     """
 
     task: str = field(
@@ -71,7 +71,7 @@ class RecipeArguments:
     held_out_size: int = field(default=120, metadata={"help": "Number of held-out questions."})
     question_seed: int = field(default=0, metadata={"help": "Seed of the questions, or of the split."})
     difficulty: int | None = field(
-        default=None, metadata={"help": "For workspace: only questions that need so many calls, 1 to 3."}
+        default=None, metadata={"help": "For workspace: only questions that need this number of calls, 1 to 3."}
     )
     turn_rewards: bool = field(
         default=False, metadata={"help": "For workspace: reward each dependent call in the turn that makes it."}
@@ -96,7 +96,7 @@ class RecipeArguments:
                 self.mcp_servers = json.loads(self.mcp_servers)
             except ValueError as error:
                 raise ConfigError(
-                    f"You passed `mcp_servers={self.mcp_servers!r}`, which is no JSON: {error}.",
+                    f"You passed `mcp_servers={self.mcp_servers!r}`, which is not JSON: {error}.",
                     remedy="Pass the `mcpServers` of an MCP client's configuration.",
                 ) from error
 
@@ -105,7 +105,7 @@ def parse_arguments(
     arguments: Sequence[str], environment: Mapping[str, str]
 ) -> tuple[RecipeArguments, ToolGRPOConfig, ModelConfig]:
     """
-    Read the command line: a flag wins over the YAML, the YAML over an environment variable, that over the default.
+    Read the command line. A flag takes precedence over the YAML, the YAML over an environment variable.
 
     Args:
         arguments (`Sequence[str]`):
@@ -117,8 +117,8 @@ def parse_arguments(
         `tuple[RecipeArguments, ToolGRPOConfig, ModelConfig]`: the arguments.
 
     Raises:
-        ValueError: for an environment variable that is neither true nor false.
-        ConfigError: for an unknown key or flag, a value of another type and one that is none of the choices.
+        ValueError: for an environment variable that cannot be the value of its field.
+        ConfigError: for an unknown key or flag, a value of another type, or one that is not among the choices.
     """
     parts = [text.split("=", 1) if text.startswith("--config=") else [text] for text in arguments]
     arguments = [part for pair in parts for part in pair]
@@ -131,7 +131,7 @@ def parse_arguments(
 
 def read_switches(environment: Mapping[str, str]) -> dict[str, object]:
     """
-    Return the fields that environment variables set.
+    Read the fields that environment variables set.
 
     Args:
         environment (`Mapping[str, str]`):
@@ -141,7 +141,7 @@ def read_switches(environment: Mapping[str, str]) -> dict[str, object]:
         `dict[str, object]`: value of each field that a variable sets.
 
     Raises:
-        ValueError: for a variable whose text is no value of its field.
+        ValueError: for a variable that cannot be the value of its field.
     """
     values = {}
     for variable, (name, read) in SWITCHES.items():

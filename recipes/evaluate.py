@@ -1,4 +1,4 @@
-"""Success by task and difficulty of a base model, a trained adapter or a model on the Hub, with confidence intervals.
+"""Evaluate a base model, a trained adapter or a model on the Hub: success by task and difficulty, with intervals.
 
 The rollouts are those of the trainer's own evaluation, sampled as in training. What a run was trained on and how its
 rollouts were sampled is read from its output folder.
@@ -48,12 +48,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
             The command line without the program.
 
     Returns:
-        `argparse.Namespace`: the arguments; what was left out is `None`, and is filled in from the run.
+        `argparse.Namespace`: the arguments; those left out are `None`, and are filled in from the run.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", required=True, help="Output folder, model folder, Hub id, `tiny` or `smollm2`.")
-    parser.add_argument("--task", nargs="+", choices=[*TASKS, MULTI_TURN], help="By default the one of the run.")
-    parser.add_argument("--limit", type=int, help="Questions of each task; by default those held out, or 120.")
+    parser.add_argument("--task", nargs="+", choices=[*TASKS, MULTI_TURN], help="By default that of the run.")
+    parser.add_argument("--limit", type=int, help="Questions of each task; by default as many as the run held out.")
     parser.add_argument("--question_seed", type=int, help="Seed of the questions.")
     parser.add_argument("--temperature", type=float, help="By default that of the run, or 1.")
     parser.add_argument("--max_completion_length", type=int, help="Tokens of a rollout, tool results included.")
@@ -66,7 +66,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def settings_of(given: argparse.Namespace) -> RunSettings:
-    """Return the run's own settings, with what the command line sets instead."""
+    """Return the run's settings, overridden by those of the command line."""
     run = RunSettings.load(given.model)
     names = ("question_seed", "temperature", "max_completion_length", "max_tool_calling_iterations")
     changes = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
@@ -85,7 +85,7 @@ def load_policy(
         dtype (`str`):
             Of the weights.
         run ([`RunSettings`], *optional*):
-            Says in how many bits the base model of an adapter was while the adapter was trained on it.
+            Tells how the base model of an adapter was quantized while the adapter was trained.
 
     Returns:
         `tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]`: model and tokenizer.
@@ -110,7 +110,7 @@ def build_evaluator(
     given: argparse.Namespace,
     folder: str,
 ) -> tuple[ToolGRPOTrainer, Scoreboard]:
-    """Return a trainer, of which only the evaluation is used, and the scoreboard that records it."""
+    """Build a trainer, which only evaluates, and the scoreboard that records its evaluations."""
     scoreboard = Scoreboard(task)
     on_cpu = not torch.cuda.is_available()
     args = ToolGRPOConfig(
@@ -165,7 +165,7 @@ def evaluate(
         [`TaskResult`]: the result, the same in every process.
 
     Raises:
-        ValueError: for `multi_turn_base` in several processes, since a turn goes on in the world of the one before.
+        ValueError: for `multi_turn_base` in several processes, since a turn continues in the world of the one before.
     """
     with tempfile.TemporaryDirectory() as folder:
         if name != MULTI_TURN:
@@ -185,7 +185,6 @@ def evaluate(
 def main() -> None:
     """Run the command line."""
     given = parse_arguments(sys.argv[1:])
-
     run = settings_of(given)
     output = given.output or Path(given.model if Path(given.model).is_dir() else "outputs") / "evaluation.json"
     training = ToolGRPOConfig(output_dir="outputs", use_cpu=True, bf16=False, seed=given.seed)

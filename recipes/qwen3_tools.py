@@ -31,7 +31,7 @@ from trl_toolgrpo.recipes.workspace import build_workspace
 
 
 def build_task(recipe: RecipeArguments, training: ToolGRPOConfig) -> Task:
-    """Build the task that the arguments ask for."""
+    """Build the task that the arguments name."""
     if recipe.task == "mcp":
         folder = Path(str(training.output_dir)) / "company"
         with training.main_process_first(desc="writing the company's database"):
@@ -45,9 +45,9 @@ def build_task(recipe: RecipeArguments, training: ToolGRPOConfig) -> Task:
 def build_trainer(
     task: Task, recipe: RecipeArguments, training: ToolGRPOConfig, model: ModelConfig, trial: bool = False
 ) -> tuple[ToolGRPOTrainer, Scoreboard]:
-    """Return the trainer, for a trial with an untrained tiny model, and the scoreboard that is its reward function."""
+    """Build the trainer, for a trial with an untrained tiny model, and the scoreboard that is its reward function."""
     scoreboard = Scoreboard(task)
-    # The rates before training, with the model prepared as it will be trained; a replay samples nothing
+    # For the rates before training, with the model prepared as it will be trained. A replay samples nothing.
     training.eval_on_start = training.replay is None
     training.model_init_kwargs = {
         "revision": model.model_revision,
@@ -72,13 +72,13 @@ def build_trainer(
 
 def make_trainer(arguments: Sequence[str], trial: bool = False) -> ToolGRPOTrainer:
     """
-    Return the trainer a command line asks for, which is what `python -m trl_toolgrpo.doctor` examines.
+    Build the trainer that a command line asks for. `python -m trl_toolgrpo.doctor` calls this.
 
     Args:
         arguments (`Sequence[str]`):
             The command line without the program.
         trial (`bool`, *optional*, defaults to `False`):
-            For a look at it: files go to a temporary folder, and the tiny model gets no warm start to speak of.
+            Build it for an examination: files go to a temporary folder, and the tiny model is hardly warm-started.
 
     Returns:
         [`~trl_toolgrpo.ToolGRPOTrainer`]: the trainer, ready to train.
@@ -86,7 +86,7 @@ def make_trainer(arguments: Sequence[str], trial: bool = False) -> ToolGRPOTrain
     recipe, training, model = parse_arguments(arguments, os.environ)
     if trial:
         if model.model_name_or_path == "tiny":
-            print("The tiny model gets one step of its warm start here: what its rollouts say means little.")
+            print("For this trial the tiny model gets one step of its warm start, so its rollouts mean little.")
         training.output_dir = tempfile.mkdtemp(prefix="trial-")
         atexit.register(shutil.rmtree, training.output_dir, ignore_errors=True)
     return build_trainer(build_task(recipe, training), recipe, training, model, trial)[0]
@@ -102,7 +102,7 @@ def main() -> None:
     if training.process_index == 0:
         for name, _ in SWITCHES.values():
             print(f"{name}: {getattr(training, name)}", flush=True)
-    check_output_dir(training)  # before models are loaded and tasks are made
+    check_output_dir(training)  # before models are loaded and tasks are built
     checkpoint = checkpoint_to_resume(training)
     flags = flags_that_keep_batches(checkpoint, training, sys.argv[1:])
     if flags:
@@ -110,7 +110,7 @@ def main() -> None:
     trainer, scoreboard = build_trainer(build_task(recipe, training), recipe, training, model)
     scoreboard.settings = RunSettings.of(recipe, training, model)  # for `evaluate.py`
     if checkpoint is not None and scoreboard.recall(Path(checkpoint)):
-        training.eval_on_start = False  # that was done when the run began
+        training.eval_on_start = False  # the run did that when it began
     trainer.train(resume_from_checkpoint=checkpoint)
     if scoreboard.evaluations and scoreboard.evaluations[-1].step < trainer.state.global_step:
         trainer.evaluate()

@@ -31,18 +31,18 @@ class Verdict:
 @dataclass(frozen=True)
 class Task:
     """
-    A task.
+    A task: its questions, the environment they are asked in, and the judge of the answers.
 
     Args:
         train, held_out ([`~datasets.Dataset`]):
-            Questions, with the columns `row_id`, `split` (`"train"` or `"held_out"`), `prompt`, `difficulty` and what
-            `environment_factory` and `judge` need.
+            Questions, with the columns `row_id`, `split` (`"train"` or `"held_out"`), `prompt` and `difficulty`, and
+            those that `environment_factory` and `judge` need.
         environment_factory (`Callable`, *optional*):
-            Gives a new environment; the row's columns go to its `reset`. `None` for a task whose tools are those of
+            Makes a new environment, whose `reset` gets the row's columns. `None` for a task whose tools are those of
             MCP servers.
         judge (`Callable`):
-            `judge(completion, environment, row)` gives the [`Verdict`] of a rollout: its messages after the prompt,
-            its environment (without one, its [`~trl_toolgrpo.MCPSession`]), and its row.
+            `judge(completion, environment, row)` returns the [`Verdict`] on a rollout. It gets the messages after the
+            prompt, the environment (without one, the [`~trl_toolgrpo.MCPSession`]) and the row.
     """
 
     train: Dataset

@@ -1,4 +1,4 @@
-"""Shared parts of the tests: tokenizers for every chat template, tiny models, a sampler that follows a script."""
+"""What all tests share: tokenizers for every chat template, tiny models, a sampler that follows a script."""
 
 import copy
 import itertools
@@ -35,7 +35,7 @@ from trl_toolgrpo.sampling.protocol import SampledTokens
 torch.set_num_threads(1)
 
 MAKE_SAMPLER = "trl_toolgrpo.rollout.engine.make_sampler"
-"""Where a test puts a sampler of its own."""
+"""The function that a test replaces to use a sampler of its own."""
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 
@@ -55,7 +55,7 @@ _FAMILY_STOPS = {
 
 def chat_tokenizer(template: str = "qwen3") -> PreTrainedTokenizerFast:
     """
-    A byte-level tokenizer with one of TRL's chat templates, byte for byte, and that template's control tokens.
+    Build a byte-level tokenizer with one of TRL's chat templates, byte for byte, and that template's control tokens.
 
     `tokenizer.stop_texts` lists the tokens that end a turn in the family.
     """
@@ -81,7 +81,7 @@ def chat_tokenizer(template: str = "qwen3") -> PreTrainedTokenizerFast:
 
 
 def tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes) -> Qwen3ForCausalLM:
-    """A two-layer Qwen3 with random weights over the tokenizer's vocabulary."""
+    """Build a two-layer Qwen3 with random weights for the tokenizer's vocabulary."""
     torch.manual_seed(seed)
     options = {
         "vocab_size": len(tokenizer),
@@ -100,12 +100,12 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes) -> 
 
 
 def prompts(count: int = 4, text: str = "hello") -> Dataset:
-    """Conversational prompts."""
+    """Return a data set of conversational prompts."""
     return Dataset.from_list([{"prompt": [{"role": "user", "content": f"{text} {i}"}]} for i in range(count)])
 
 
 def config(path, **changes) -> ToolGRPOConfig:
-    """A configuration for a few quick steps in float32 on the CPU."""
+    """Return a configuration for a few quick steps in float32 on the CPU."""
     options = {
         "output_dir": str(path),
         "per_device_train_batch_size": 4,
@@ -125,7 +125,7 @@ def config(path, **changes) -> ToolGRPOConfig:
 
 @contextmanager
 def full_disk(trainer, room):
-    """A disk that takes files of so many bytes while the checkpoint of a step is written; for real, by a limit."""
+    """Limit the size of files while a checkpoint is written, as a full disk does; `room` maps steps to bytes."""
     save = type(trainer)._write_checkpoint
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -158,10 +158,12 @@ class ScriptedSampler:
     A sampler that writes a given text for each turn of each row, with log-prob -0.5 for every token.
 
     Args:
-        tokenizer: encodes the texts. script (`list[list[str]]`): texts of the turns of each row. A text that does not
-        end in a stop token ends on the
-            token budget.
-        stop_ids: tokens that end a turn.
+        tokenizer (`PreTrainedTokenizerFast`):
+            Encodes the texts.
+        script (`list[list[str]]`):
+            Texts of the turns of each row. A text that does not end with a stop token ends at the token budget.
+        stop_ids (`Iterable[int]`):
+            Tokens that end a turn.
     """
 
     def __init__(self, tokenizer, script, stop_ids):
@@ -228,8 +230,10 @@ def script_trl(trainer, tokenizer, script):
     """
     Make TRL's own trainer write `script`, a text for each turn of each row, as [`ScriptedSampler`] does for ours.
 
-    Each turn is cut to `max_completion_length`, as TRL's generation cuts it. Returns the list of prompts TRL asked to
-    have continued, one entry for each generation call.
+    Each turn is cut to `max_completion_length`, as TRL's generation cuts it.
+
+    Returns:
+        `list[list[list[int]]]`: the prompts that TRL continued, one entry for each generation call.
     """
     turns, calls = [], []
 
@@ -247,7 +251,7 @@ def script_trl(trainer, tokenizer, script):
 
 
 def script_ours(monkeypatch, tokenizer, script):
-    """Make a recording trainer write `script`; returns a list of the sampler made last, which is all that is kept."""
+    """Make a recording trainer write `script`, and return a list that will hold the sampler made last."""
     made = []
 
     def make(policy, supported, stop_ids, **options):
@@ -259,13 +263,13 @@ def script_ours(monkeypatch, tokenizer, script):
 
 
 def tool_call(name, **arguments):
-    """A call as Qwen3 writes it."""
+    """Return a call as Qwen3 writes it."""
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
 @dataclass
 class Scripted:
-    """What a trainer made of a batch: its tensors, and for each row what a reward function got to see."""
+    """A trainer's batch: its tensors, and for each row what a reward function got."""
 
     trainer: Any
     batch: dict[str, torch.Tensor]
@@ -293,7 +297,7 @@ class Scripted:
 
 
 def telling_reward(seen):
-    """A reward that tells rollouts apart, and keeps in `seen` what it was given for each."""
+    """Return a reward function that gives rollouts different rewards, and keeps its arguments for each in `seen`."""
 
     def length_reward(prompts, completions, completion_ids, **kwargs):
         trajectories = kwargs.get("trajectories") or [None] * len(prompts)
@@ -325,7 +329,7 @@ def run_script(
     make_sampler=None,
     **changes,
 ):
-    """Rollouts and scores of one batch, sampled as `script` says, by our trainer or by TRL's."""
+    """Sample and score one batch as `script` says, with our trainer or with TRL's."""
     rows = rows or [{"prompt": [{"role": "user", "content": "hello"}]}] * 4
     tokenizer = tokenizer or chat_tokenizer(template)
     model = tiny_model(tokenizer, **(model_options or {}))
@@ -352,7 +356,7 @@ def run_script(
 
 
 def scripted_model_sampler(monkeypatch, tokenizer, script):
-    """The default sampler, but the tokens it draws are those of `script`, with the model's own log-probs for them."""
+    """Make the default sampler draw the tokens of `script`, with the model's own log-probs for them."""
 
     def make(policy, supported, **options):
         assert supported

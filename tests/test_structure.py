@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: imports go one way, and public names are described."""
+"""Rules that a machine can check: imports go one way, and public names have docstrings."""
 
 import ast
 from pathlib import Path
@@ -10,7 +10,7 @@ import trl_toolgrpo
 
 PACKAGE = Path(trl_toolgrpo.__file__).parent
 
-# A folder, or a module beside the folders, imports only from those before it.
+# A folder, or a module next to the folders, imports only from those before it.
 ORDER = [
     "errors",
     "types",
@@ -49,7 +49,7 @@ FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py")) if "r
 
 
 def imported(name):
-    """Modules of this package that a module imports, anywhere in it, by their name in `FILES`."""
+    """Yield the modules of this package that a module imports, anywhere in it, by their name in `FILES`."""
     path = FILES[name]
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     package = [part for part in package if part]
@@ -107,15 +107,15 @@ def test_no_modules_import_each_other():
         visit(name)
 
 
-def test_the_check_of_imports_sees_them():
+def test_the_check_finds_known_imports():
     assert {"errors", "config.fields", "tools.tool", "trainer", "rollout.trajectory", "version"} <= set(imported(""))
     assert "tools.runtime.executor" in set(imported("rollout.loop"))
     assert "tools.tool" in set(imported("tools.runtime.executor"))
 
 
-def test_few_modules_stand_beside_the_folders():
-    beside = [path.name for path in PACKAGE.glob("*.py")]
-    assert len(beside) <= 10, beside
+def test_few_modules_are_outside_the_folders():
+    outside = [path.name for path in PACKAGE.glob("*.py")]
+    assert len(outside) <= 10, outside
 
 
 def test_only_the_trainer_wires_the_parts_together():
@@ -126,8 +126,9 @@ def test_only_the_trainer_wires_the_parts_together():
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_modules_say_what_they_are_for(name):
+def test_modules_have_docstrings(name):
     assert ast.get_docstring(ast.parse(FILES[name].read_text(encoding="utf-8"))), f"{FILES[name]} has no docstring."
+
 
 @pytest.mark.parametrize("name", sorted(set(trl_toolgrpo.__all__) - {"__version__"}))
 def test_public_names_are_described(name):
@@ -156,5 +157,5 @@ def test_public_names_are_sorted_and_complete():
 
 
 @pytest.mark.parametrize("word", ["utils", "helpers", "manager", "misc", "common"])
-def test_no_module_is_a_drawer(word):
+def test_no_module_has_a_name_without_a_subject(word):
     assert not [name for name in FILES if word in name.split(".")[-1]]

@@ -1,13 +1,12 @@
-"""Whether a call answers a question of the Berkeley Function Calling Leaderboard, by its published answers.
+"""Check calls against the published answers of the Berkeley Function Calling Leaderboard.
 
 The rules are those of the leaderboard's own AST checker for Python
 (https://gorilla.cs.berkeley.edu/blogs/8_berkeley_function_calling_leaderboard.html).
 
-A published answer lists for each parameter the values that are accepted; an empty string among them says that the
-parameter may be left out. A float takes an integer too, an integer no float. Strings are compared without case, spaces
-and most punctuation. Lists are compared element by element. The fields of a dict have lists of accepted values of
-their own. A value of the accepted values' type passes for the declared type, since some answers are names of
-variables.
+A published answer lists the accepted values of each parameter. An empty string among them means that the parameter may
+be left out. A float parameter accepts integers, an integer parameter no floats. Strings are compared without case,
+spaces and most punctuation, lists element by element. The fields of a dict have accepted values of their own. A value
+may also have the type of the accepted values instead of the declared one, since some answers are names of variables.
 """
 
 import re
@@ -31,7 +30,7 @@ _IGNORED = re.compile(r"[ ,./\-_*^]")
 
 def matches(arguments: JSONObject, accepted: dict[str, list], parameters: JSONObject) -> bool:
     """
-    Whether the arguments of a call are right.
+    Return whether the arguments of a call are right.
 
     Args:
         arguments (`dict`):
@@ -42,7 +41,7 @@ def matches(arguments: JSONObject, accepted: dict[str, list], parameters: JSONOb
             Schema of the function as the leaderboard writes it.
 
     Returns:
-        `bool`: whether every argument is accepted, and none is missing that has to be there.
+        `bool`: whether every argument is accepted, and no required one is missing.
     """
     if any(name not in arguments for name in parameters.get("required", [])):
         return False
@@ -53,7 +52,7 @@ def matches(arguments: JSONObject, accepted: dict[str, list], parameters: JSONOb
 
 def share_matched(arguments: JSONObject, accepted: dict[str, list], parameters: JSONObject) -> float:
     """
-    Share of the arguments that are right, of those given and those missing.
+    Compute the share of right arguments among those given and those missing.
 
     Args:
         arguments, accepted, parameters:
@@ -73,7 +72,7 @@ def share_matched(arguments: JSONObject, accepted: dict[str, list], parameters: 
 
 def value_matches(value: JSONValue, accepted: list, schema: JSONObject) -> bool:
     """
-    Whether an argument has one of the accepted values.
+    Return whether an argument has one of the accepted values.
 
     Args:
         value (`object`):
@@ -116,7 +115,7 @@ def _has_type(value: JSONValue, accepted: list, declared: type, inner: type | No
 
 
 def _type_of(accepted: list) -> type | None:
-    """Type of the accepted values, by the first that does not merely say "optional"."""
+    """Return the type of the first accepted value that is not the mark of an optional parameter."""
     return next((type(entry) for entry in accepted if entry != ""), None)
 
 

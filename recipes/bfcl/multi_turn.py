@@ -1,8 +1,8 @@
-"""BFCL `multi_turn_base`: 200 tasks of the Berkeley Function Calling Leaderboard that a user brings up turn by turn,
-in worlds that keep their state (a file system, a car, a stock broker, ...).
+"""BFCL `multi_turn_base`: 200 tasks of the Berkeley Function Calling Leaderboard that a user poses turn by turn, in
+worlds that keep their state (a file system, a car, a stock broker, ...).
 
 The worlds and the checker that judges a task are the leaderboard's own. Each turn of the user is a rollout that
-continues the conversation so far, in the world as it was left.
+continues the conversation so far, in the world as the last turn left it.
 """
 
 import copy
@@ -40,17 +40,17 @@ class World:
 
     Args:
         entry (`dict`):
-            The task as the leaderboard writes it.
+            The task in the leaderboard's form.
         truth (`list[list[str]]`):
-            Calls of each turn that solve it.
+            For each turn, the calls that solve it.
         tools (`list[Tool]`):
             Methods of the task's classes.
         calls (`list[list[str]]`):
-            Calls made in each turn so far, as Python.
+            Calls made in each turn so far, as Python source.
         prompt, history (`list[dict]`):
-            Messages before the rollout of the current turn, and after it.
+            Messages before and after the rollout of the current turn.
         ended (`bool`):
-            Whether a turn did not come to its end.
+            Whether the task is over, after its last turn or after a turn that did not end properly.
     """
 
     entry: JSONObject
@@ -64,7 +64,7 @@ class World:
 
 class MultiTurnEnvironment:
     """
-    A rollout of one turn, in the world of its task.
+    The environment of one turn, in the world of its task.
 
     Args:
         worlds (`dict[str, World]`):
@@ -81,7 +81,7 @@ class MultiTurnEnvironment:
 
     def reset(self, row_id: str, turn: int, **row: object) -> None:
         """
-        Take up a turn.
+        Prepare for a turn.
 
         Args:
             row_id (`str`):
@@ -89,7 +89,7 @@ class MultiTurnEnvironment:
             turn (`int`):
                 Which of its turns.
             row (`dict`):
-                The other columns of the dataset, not needed here.
+                The other columns of the data set, which are ignored.
         """
         world = self._worlds[row_id]
         del world.calls[turn:]
@@ -105,11 +105,11 @@ class MultiTurn:
         size (`int`):
             Number of tasks, at most 200.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of which ones.
+            Seed of their choice.
 
     Raises:
         ImportError: if the package `bfcl-eval` is not installed.
-        ValueError: if there are not so many tasks.
+        ValueError: if there are fewer tasks.
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
@@ -121,19 +121,19 @@ class MultiTurn:
         self.records: list[tuple[str, int, Verdict]] = []
 
     def task(self) -> Task:
-        """The first turn as a task like others."""
+        """Return the first turn as a [`Task`]."""
         first = Dataset.from_list(self._rows(0))
         return Task(first, first, partial(MultiTurnEnvironment, self.worlds), self.judge)
 
     def turns(self) -> Iterator[list[Message]]:
-        """The rows of each turn; the rollouts of one have to be judged before the next is asked for."""
+        """Yield the rows of each turn; the rollouts of one must be judged before the next is taken."""
         for turn in range(max(len(world.entry["question"]) for world in self.worlds.values())):
             rows = self._rows(turn)
             if rows:
                 yield rows
 
     def _rows(self, turn: int) -> list[Message]:
-        # A list, since a table would merge the arguments of calls of different tools
+        # A list, since a `Dataset` would merge the arguments of different tools
         rows = []
         for row_id, world in self.worlds.items():
             asked = world.entry["question"]
@@ -146,7 +146,7 @@ class MultiTurn:
 
     def judge(self, completion: list[Message], environment: MultiTurnEnvironment, row: Row) -> Verdict:
         """
-        Judge a turn: the last one of a task by the leaderboard's checker.
+        Judge a turn. The leaderboard's checker judges the last one of a task.
 
         Args:
             completion (`list[dict]`):
@@ -155,6 +155,9 @@ class MultiTurn:
                 Its environment.
             row (`dict`):
                 Its row.
+
+        Returns:
+            [`Verdict`]: a success only for the last turn of a task that was solved.
         """
         world = self.worlds[row["row_id"]]
         finished = bool(completion) and completion[-1]["role"] == "assistant" and not completion[-1].get("tool_calls")
@@ -171,13 +174,13 @@ class MultiTurn:
 
 def open_world(entry: JSONObject, truth: list[list[str]]) -> World:
     """
-    A task's world as it is at the beginning.
+    Return the world of a task in its initial state.
 
     Args:
         entry (`dict`):
-            The task as the leaderboard writes it.
+            The task in the leaderboard's form.
         truth (`list[list[str]]`):
-            Calls that solve it.
+            For each turn, the calls that solve it.
     """
     backends = importlib.import_module("bfcl_eval.constants.executable_backend_config")
     world = World(entry, truth)
@@ -194,14 +197,14 @@ def open_world(entry: JSONObject, truth: list[list[str]]) -> World:
 
 
 def check(world: World) -> bool:
-    """Whether the calls made solve the task, by the leaderboard's checker: it plays them and the right ones in fresh
-    worlds and compares states and answers after each turn."""
+    """Return whether the calls solve the task, by the leaderboard's checker. It runs them and the right ones in new
+    worlds, and compares states and answers after each turn."""
     checker = importlib.import_module(f"{CHECKER}.multi_turn_checker")
     name = f"policy_{next(_CHECKS)}"
     made = [[[call] for call in turn] for turn in world.calls]
     try:
         return bool(checker.multi_turn_checker(made, world.truth, world.entry, CATEGORY, name)["valid"])
-    finally:  # it keeps its worlds for ever
+    finally:  # the checker never removes its worlds
         played = vars(importlib.import_module(f"{CHECKER}.multi_turn_utils"))
         for variable in [key for key in played if re.match(rf"{name}(_ground_truth)?_eval_", key)]:
             del played[variable]

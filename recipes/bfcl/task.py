@@ -1,5 +1,5 @@
-"""BFCL `simple_python` and `multiple`: 400 and 200 real questions of the Berkeley Function Calling Leaderboard, each
-with a function of its own, or two to four of which one is right.
+"""BFCL `simple_python` and `multiple`: 400 and 200 questions of the Berkeley Function Calling Leaderboard. Each has a
+function of its own, or two to four functions of which one is right.
 
 The questions come from the installed `bfcl-eval` package, which is not imported, or from a data set on the Hub.
 """
@@ -25,13 +25,13 @@ QUESTIONS = "BFCL_v4_{category}.json"
 HUB_QUESTIONS = {"simple_python": "BFCL_v3_simple.json", "multiple": "BFCL_v3_multiple.json"}
 SYSTEM_PROMPT = "Answer with one call of the function you are given, with all arguments it needs."
 
-# The leaderboard writes types as Python does; `any` says nothing about a value
+# The leaderboard uses Python's names of types; `any` says nothing about a value
 TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": None}
 
 
 class BFCLEnvironment:
     """
-    A rollout of one question: its functions are the only tools, and a call of one is put on record and ends the
+    The environment of one question. Its functions are the only tools, and a call of one is recorded and ends the
     rollout.
 
     Attributes:
@@ -47,13 +47,13 @@ class BFCLEnvironment:
 
     def reset(self, function: str, **row: object) -> None:
         """
-        Take up a question.
+        Prepare for a question.
 
         Args:
             function (`str`):
-                JSON text of the function as the leaderboard writes it, or of a list of several.
+                JSON text of the function in the leaderboard's form, or of a list of several.
             row (`dict`):
-                The other columns of the dataset, not needed here.
+                The other columns of the data set, which are ignored.
         """
         self.calls, self.tools = [], []
         for name, described in functions_of(function).items():
@@ -66,7 +66,7 @@ class BFCLEnvironment:
 
 
 def functions_of(function: str) -> dict[str, JSONObject]:
-    """The functions in a row's JSON text by their names as identifiers."""
+    """Return the functions in a row's JSON text by their names as identifiers."""
     described = json.loads(function)
     return {identifier(one["name"]): one for one in (described if isinstance(described, list) else [described])}
 
@@ -87,17 +87,17 @@ def build_bfcl(
         seed (`int`, *optional*, defaults to `0`):
             Seed of the split.
         dataset_name (`str`, *optional*):
-            The leaderboard's data set on the Hub, for when the `bfcl-eval` package is not installed.
+            The leaderboard's data set on the Hub, to read if the `bfcl-eval` package is not installed.
         category (`str`, *optional*, defaults to `"simple_python"`):
             `"simple_python"` (400 questions) or `"multiple"` (200).
 
     Returns:
-        [`Task`]: the task. Beside the columns every task has, its rows hold `function` and `answer`, both JSON text,
-        since the schemas of different rows have different shapes.
+        [`Task`]: the task. In addition to the columns of every task, its rows hold `function` and `answer`, both
+        JSON text, since the schemas of different rows have different shapes.
 
     Raises:
         ImportError: if there is neither the package nor a data set.
-        ValueError: if the splits ask for more questions than there are.
+        ValueError: if there are fewer questions than the splits need.
     """
     rows = [_row(question, answer) for question, answer in read_questions(dataset_name, category)]
     if train_size + held_out_size > len(rows):
@@ -119,11 +119,11 @@ def read_questions(
     dataset_name: str | None = None, category: str = "simple_python"
 ) -> list[tuple[JSONObject, JSONObject]]:
     """
-    The questions and their published answers, as the leaderboard writes them.
+    Read the questions and their published answers in the leaderboard's form.
 
     Args:
         dataset_name (`str`, *optional*):
-            Data set on the Hub to read when the package is not installed.
+            Data set on the Hub to read if the package is not installed.
         category (`str`, *optional*, defaults to `"simple_python"`):
             Which questions.
 
@@ -153,8 +153,8 @@ def read_questions(
 
 
 def _row(question: JSONObject, answer: JSONObject) -> JSONObject:
-    """A row of the task, without its split. Difficulty is the number of required arguments, from 1 to 3, or the number
-    of functions to choose from."""
+    """Return a row of the task, without its split. Difficulty is the number of required arguments, from 1 to 3, or the
+    number of functions to choose from."""
     functions = question["function"]
     (messages,) = question["question"]
     (truth,) = answer["ground_truth"]
@@ -169,20 +169,20 @@ def _row(question: JSONObject, answer: JSONObject) -> JSONObject:
 
 
 def identifier(name: str) -> str:
-    """A function's name as an identifier: `math.factorial` is `math_factorial`."""
+    """Return a function's name as an identifier: `math.factorial` becomes `math_factorial`."""
     return re.sub(r"\W", "_", name)
 
 
 def to_json_schema(schema: JSONObject) -> JSONObject:
     """
-    One of the leaderboard's schemas as JSON Schema, nested ones included.
+    Convert one of the leaderboard's schemas to JSON Schema, nested ones included.
 
     Args:
         schema (`dict`):
             A schema with types such as `dict`, `float`, `tuple` and `any`.
 
     Returns:
-        `dict`: the schema with the types JSON Schema has; `any` has none. The mark `optional` is left out.
+        `dict`: the schema with types of JSON Schema; `any` has none. The mark `optional` is left out.
     """
     mapped: JSONObject = {}
     for key, value in schema.items():
@@ -208,7 +208,7 @@ def judge(completion: list[Message], environment: BFCLEnvironment, row: Row) -> 
         environment ([`BFCLEnvironment`]):
             Its environment.
         row (`dict`):
-            Row of the dataset.
+            Its row.
 
     Returns:
         [`Verdict`]: a success is one call, and no other attempt, of the right function with the published arguments.

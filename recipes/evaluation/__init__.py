@@ -1,1 +1,1 @@
-"""Scores of a policy: during training, after it, and as pictures."""
+"""How a policy is scored during training and after it, and how the scores are shown."""

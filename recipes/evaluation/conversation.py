@@ -1,4 +1,4 @@
-"""A sample conversation on the console now and then, so that a person sees what the figures mean."""
+"""Sample conversations on the console, which show a person what the figures mean."""
 
 import json
 
@@ -16,11 +16,11 @@ MAX_CHARACTERS = 400
 
 class SampleConversation(TrainerCallback):
     """
-    Prints the first rollout of the last batch every so many optimizer steps, on the main process.
+    Prints the first rollout of the last batch at regular steps, on the main process.
 
     Args:
         scoreboard ([`Scoreboard`]):
-            Has the rollout.
+            Keeps the rollout.
         every (`int`):
             Optimizer steps between two prints; 0 prints none.
     """
@@ -32,7 +32,7 @@ class SampleConversation(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Print a conversation every so many steps."""
+        """Print a conversation if one is due."""
         due = self._every > 0 and (state.global_step - 1) % self._every == 0
         if due and state.is_world_process_zero and self._scoreboard.sample is not None:
             tqdm.write(f"\nSample conversation at step {state.global_step}\n{as_text(*self._scoreboard.sample)}\n")
@@ -44,9 +44,9 @@ def as_text(prompt: list[Message], completion: list[Message], verdict: Verdict) 
 
     Args:
         prompt, completion (`list[dict]`):
-            Its messages.
+            Its messages before and after the start of the rollout.
         verdict ([`Verdict`]):
-            How it was judged.
+            The verdict on it.
 
     Returns:
         `str`: the text, without a newline at the end.

@@ -1,4 +1,4 @@
-"""Curves of one or several runs as a picture, from the log each run leaves in its output folder.
+"""Draw curves of one or several runs from the logs in their output folders.
 
     python -m trl_toolgrpo.recipes.evaluation.curves assisted=outputs/one alone=outputs/other --out curves.svg
 
@@ -25,11 +25,11 @@ LABELS = {
 
 def read_curve(log: Sequence[JSONObject], metric: str) -> tuple[list[int], list[float]]:
     """
-    Read one metric of one run.
+    Return the curve of one metric of one run.
 
     Args:
         log (`Sequence[dict]`):
-            Logged figures of a run; `None` for one that was not finite.
+            Logged figures of a run; `None` stands for one that was not finite.
         metric (`str`):
             Name of a metric; with the prefix `eval_` that of the evaluations.
 
@@ -41,13 +41,13 @@ def read_curve(log: Sequence[JSONObject], metric: str) -> tuple[list[int], list[
 
 
 def smooth(values: Sequence[float], width: int) -> list[float]:
-    """Mean of each value and those before it, `width` in all."""
+    """Return the mean of each value and those before it, `width` in all."""
     windows = (values[max(0, end - width) : end] for end in range(1, len(values) + 1))
     return [sum(window) / len(window) for window in windows]
 
 
 def steps_to(values: Sequence[float], level: float, width: int) -> int | None:
-    """First step (from 1) at which the mean of the last `width` values reaches a level; `None` if none does."""
+    """Return the first step (from 1) where the mean of the last `width` values reaches a level, or `None`."""
     means = smooth(values, width)
     return next((step for step, mean in enumerate(means, start=1) if step >= width and mean >= level), None)
 
@@ -60,9 +60,9 @@ def draw(runs: dict[str, list[Path]], metrics: Sequence[str], out: Path, width: 
         runs (`dict[str, list[Path]]`):
             Output folders of the runs of each label.
         metrics (`Sequence[str]`):
-            Metrics of training; where the evaluations have them too, these are marked by points.
+            Metrics of training; points mark those of evaluations.
         out (`Path`):
-            File to write; its ending says in which format.
+            File to write; its ending gives the format.
         width (`int`, *optional*, defaults to `5`):
             Steps the lines are averaged over; the steps themselves are drawn faintly.
 
@@ -87,7 +87,7 @@ def draw(runs: dict[str, list[Path]], metrics: Sequence[str], out: Path, width: 
     matplotlib.use("svg" if out.suffix == ".svg" else "agg")
     from matplotlib import pyplot
 
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "curves"})  # small, and the same each time
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "curves"})  # a small and reproducible file
     figure, axes = pyplot.subplots(1, len(metrics), figsize=(5.2 * len(metrics), 3.4), squeeze=False)
     for axis, metric in zip(axes[0], metrics, strict=True):
         for number, (label, found) in enumerate(logs.items()):
@@ -109,9 +109,9 @@ def draw(runs: dict[str, list[Path]], metrics: Sequence[str], out: Path, width: 
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", help="label=folder; the same label again adds a seed to it.")
+    parser.add_argument("runs", nargs="+", help="label=folder; a label that occurs again adds a seed to it.")
     parser.add_argument("--metrics", nargs="+", default=["success"], help="Metrics of the training log.")
     parser.add_argument("--out", type=Path, required=True, help="Picture to write, .svg or .png.")
     arguments = parser.parse_args()

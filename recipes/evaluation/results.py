@@ -1,4 +1,4 @@
-"""What an evaluation found, as rates with confidence intervals, and the settings of the run that it evaluates."""
+"""The results of an evaluation, as rates with confidence intervals, and the settings of the evaluated run."""
 
 import json
 import math
@@ -23,7 +23,7 @@ class RunSettings:
 
     Args:
         task (`str`, *optional*):
-            Task of the recipe.
+            The task.
         held_out_size, question_seed, difficulty (`int`, *optional*):
             Its held-out questions.
         temperature, max_completion_length, max_tool_calling_iterations, chat_template_kwargs (*optional*):
@@ -115,13 +115,13 @@ def wilson(successes: int, questions: int, z: float = 1.959964) -> tuple[float, 
 @dataclass(frozen=True)
 class TaskResult:
     """
-    What was found on one task.
+    The result of an evaluation on one task.
 
     Args:
         task (`str`):
             Its name.
         success, valid_calls ([`Rate`]):
-            Questions that succeeded, and those with a call that matches its tool's schema.
+            Share of the questions that succeeded, and of those with a call that matches its tool's schema.
         by_difficulty (`dict[int, Rate]`):
             Success for each difficulty.
         outcomes (`dict[str, bool]`):
@@ -191,11 +191,11 @@ def write_json(file: Path, model: str, settings: JSONObject, results: Sequence[T
 
     Args:
         file (`Path`):
-            Where to.
+            File to write.
         model (`str`):
             What was evaluated.
         settings (`dict`):
-            How.
+            How it was evaluated.
         results (`Sequence[TaskResult]`):
             The results.
     """

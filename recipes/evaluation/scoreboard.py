@@ -1,8 +1,8 @@
-"""How often the policy succeeds: the reward function of a recipe, and its held-out rates.
+"""The reward function of a recipe, and the record of its held-out success rates.
 
-A held-out evaluation is the trainer's own (`trainer.evaluate()`), so its rollouts are sampled exactly as in training,
-at the training temperature, once per question. The rates are also kept in the output folder, for a run that is resumed
-from one of its checkpoints.
+A held-out evaluation is the trainer's own (`trainer.evaluate()`). So its rollouts are sampled exactly as in training,
+at the training temperature, once for each question. The rates are also kept in the output folder, for a run that is
+resumed from one of its checkpoints.
 """
 
 import json
@@ -43,7 +43,7 @@ class Rates:
         by_difficulty (`dict[int, float]`):
             The same for each difficulty.
         valid_calls (`float`):
-            Share of the questions to which a call was made that matches its tool's schema.
+            Share of the questions with a call that matches its tool's schema.
         step (`int`):
             Optimizer steps taken before the evaluation.
     """
@@ -62,13 +62,13 @@ class Scoreboard(TrainerCallback):
 
     Args:
         task ([`Task`]):
-            Gives the judge.
+            Its judge gives the rewards.
 
     Attributes:
         settings ([`RunSettings`], *optional*):
-            Kept in the output folder, too.
+            Settings of the run, saved in the output folder.
         evaluations (`list[Rates]`):
-            Rates of every evaluation so far, the same in every process.
+            Rates of each evaluation so far, the same in every process.
         sample (`tuple`, *optional*):
             Prompt, completion and verdict of the first rollout of the last training batch of this process.
     """
@@ -91,7 +91,7 @@ class Scoreboard(TrainerCallback):
         mcp_sessions: list | None = None,
         **columns: object,
     ) -> list[float]:
-        """Return the rewards of a batch of rollouts, and put held-out ones on record."""
+        """Return the rewards of a batch of rollouts, and record the held-out ones."""
         size = len(completions)
         worlds = environments or mcp_sessions or [None] * size
         lists = {name: values for name, values in columns.items() if isinstance(values, list) and len(values) == size}
@@ -112,13 +112,13 @@ class Scoreboard(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Begin the record in the output folder, without anything of an earlier run."""
+        """Start the record in the output folder, without entries of an earlier run."""
         self._keep(args, state, new=state.global_step == 0)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Evaluate where an assisted warm-up ends, except in a replay, which samples nothing."""
+        """Evaluate at the end of an assisted warm-up, except in a replay, which samples nothing."""
         if state.global_step == args.assist_warmup_steps and args.replay is None:
             control.should_evaluate = True
 
@@ -143,25 +143,26 @@ class Scoreboard(TrainerCallback):
                 self.settings.save(file.parent)
             unfinished = file.with_suffix(".unfinished")
             unfinished.write_text(json.dumps([asdict(rates) for rates in self.evaluations]), encoding="utf-8")
-            os.replace(unfinished, file)  # at once: a kill leaves no half of it
+            os.replace(unfinished, file)  # in one step, so that a kill leaves no half-written file
         except OSError as error:
             logger.warning(
-                "The rates of the evaluations so far could not be kept in %s: %s. The run goes on; one that is "
-                "resumed may not know them.",
+                "The rates of the evaluations so far could not be saved in %s: %s. The run continues; after a "
+                "resume they may be missing.",
                 file,
                 error,
             )
 
     def recall(self, checkpoint: Path) -> bool:
         """
-        Read what the run of a checkpoint had on record by then. The main process reads it; all have to call this.
+        Read the evaluations that the run of a checkpoint had made by then. The main process reads them; every process
+        must call this.
 
         Args:
             checkpoint (`Path`):
                 Checkpoint folder in the output folder of its run.
 
         Returns:
-            `bool`: whether there was an evaluation, the same in every process.
+            `bool`: whether there was one, the same in every process.
         """
         (self.evaluations,) = broadcast_object_list([_read(checkpoint) if PartialState().is_main_process else None])
         return bool(self.evaluations)
@@ -179,7 +180,7 @@ def _read(checkpoint: Path) -> list[Rates]:
         return [rates for rates in found if rates.step <= step]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning(
-            "The rates before %s are not known (%s: %s). Those at its step stand for the rates before training.",
+            "The rates before %s are not known (%s: %s). Those at its step are used as the rates before training.",
             checkpoint,
             type(error).__name__,
             error,
@@ -202,10 +203,10 @@ def success_rates(records: list[ScoredRow], step: int = 0) -> Rates:
 
     Args:
         records (`list[ScoredRow]`):
-            Row id, difficulty and verdict of each rollout. A row that several processes were given, because the last
-            batch was filled up, counts once.
+            Row id, difficulty and verdict of each rollout. A row that several processes got, because the last batch
+            was filled up, counts once.
         step (`int`, *optional*, defaults to `0`):
-            Optimizer steps taken before.
+            Optimizer steps taken before the evaluation.
 
     Returns:
         [`Rates`]: the rates.
@@ -219,8 +220,8 @@ def comparison(before: Rates, after: Rates, assisted: Rates | None = None) -> st
     """
     Return the last lines of a run: the rates by difficulty, then overall.
 
-    For a run with an assisted warm-up, they also give the rate of valid calls and the accuracy before it, after it and
-    at the end.
+    For a run with an assisted warm-up, they also give the valid-call rate and the accuracy before it, after it and at
+    the end.
 
     Args:
         before, after ([`Rates`]):

@@ -1,4 +1,4 @@
-"""Questions about a company and the time of day that two MCP servers answer."""
+"""The MCP task: questions about a company and about the time of day, which two MCP servers answer."""
 
 from .task import build_mcp
 

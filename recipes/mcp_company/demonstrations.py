@@ -32,15 +32,16 @@ TOOLS = [
     ),
 ]
 
+
 def demonstrate(row: Row, slip_rate: float, seed: int = 0) -> list[Message]:
     """
-    Answer a question as the servers would, but carelessly.
+    Answer a question with the servers' tools, but carelessly.
 
     Args:
         row (`dict`):
             The question.
         slip_rate (`float`):
-            Probability to leave out the change that was asked for.
+            Probability of leaving out the change that was asked for.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the slips, together with the row's id.
 
@@ -63,7 +64,7 @@ def demonstrate(row: Row, slip_rate: float, seed: int = 0) -> list[Message]:
 
 
 def converted(source_timezone: str, time: str, target_timezone: str) -> str:
-    """What `convert_time` answers."""
+    """Return the answer of `convert_time`."""
     hours, minutes = map(int, time.split(":"))
     source = datetime.now(ZoneInfo(source_timezone)).replace(hour=hours, minute=minutes, second=0, microsecond=0)
     target = source.astimezone(ZoneInfo(target_timezone))
@@ -73,7 +74,7 @@ def converted(source_timezone: str, time: str, target_timezone: str) -> str:
 
 
 def demonstration_tools() -> list[Message]:
-    """The servers' tools as the servers describe them."""
+    """Return the servers' tools as the servers describe them."""
     return [
         {
             "type": "function",

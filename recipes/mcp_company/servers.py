@@ -1,7 +1,7 @@
 """A virtual environment for the MCP servers of a recipe.
 
-It holds nothing but the servers, since the SDK they are written with need not be the one the trainer uses.
-(`mcp-server-sqlite` needs an `mcp` below 2.) This installs the servers of `mcp.yaml`:
+It contains only the servers, since they may need another version of the SDK than the trainer
+(`mcp-server-sqlite` needs an `mcp` below 2). This installs the servers of `mcp.yaml`:
 
     python -m trl_toolgrpo.recipes.mcp_company.servers
 """
@@ -26,19 +26,19 @@ FOLDER = "outputs/servers"
 
 def make_environment(folder: str | Path, packages: Sequence[str]) -> Path:
     """
-    Install packages in a virtual environment, unless it was already made for the same packages.
+    Install packages in a virtual environment, unless it already has these packages.
 
     Args:
         folder (`str` or `Path`):
-            Where to.
+            Folder of the environment.
         packages (`Sequence[str]`):
-            What to install, as pip takes it.
+            Requirements as pip takes them.
 
     Returns:
         `Path`: the folder of the programs.
 
     Raises:
-        RuntimeError: if a package cannot be installed, with pip's words.
+        RuntimeError: if a package cannot be installed; it quotes pip.
     """
     folder = Path(folder).absolute()
     record, wanted = folder / "packages.txt", "\n".join(packages)
@@ -64,13 +64,13 @@ def resolve_servers(
 
     Args:
         servers (`dict`, *optional*):
-            The servers by name; `{output_dir}` in it stands for the output folder.
+            The servers by name; `{output_dir}` in their settings stands for the output folder.
         packages (`Sequence[str]`, *optional*):
-            What to install for them.
+            Packages to install for them.
         folder (`str` or `Path`):
-            Where to.
+            Folder of their environment.
         training ([`ToolGRPOConfig`]):
-            Gives the output folder.
+            Configuration of the run, for the output folder.
 
     Returns:
         `dict`, *optional*: the servers by name.

@@ -1,7 +1,7 @@
 """The MCP task: questions that two real MCP servers answer, `mcp-server-sqlite` and `mcp-server-time`.
 
-Each rollout has an SQLite server of its own, which starts with the company's database. A rollout is judged by what the
-servers answer afterwards.
+Each rollout has an SQLite server of its own, which starts with the company's database. After the rollout, the judge
+asks its servers.
 """
 
 import ast
@@ -36,12 +36,12 @@ QUESTIONS = {
 
 FAILURES = ('{"error"', "Database error", "Error")
 
-# The share of the people that only held-out questions are about
+# Share of the people that only held-out questions are about
 HELD_OUT_SHARE = 0.3
 
 
 def people() -> dict[str, int]:
-    """Everybody in the company with their salary, in random order and always the same."""
+    """Return everybody in the company with their salary, in a random order that is always the same."""
     randomness = random.Random("company")
     names = [f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES]
     salaries = randomness.sample(range(2000, 10_000), len(names))
@@ -50,11 +50,11 @@ def people() -> dict[str, int]:
 
 def make_company(folder: str | Path) -> Path:
     """
-    Write the folder that each SQLite server starts with, `company.db` in it.
+    Write the folder that each SQLite server starts with, which holds `company.db`.
 
     Args:
         folder (`str` or `Path`):
-            Where to.
+            Folder to write.
 
     Returns:
         `Path`: the folder.
@@ -71,7 +71,7 @@ def make_company(folder: str | Path) -> Path:
 
 def build_mcp(train_size: int, held_out_size: int, seed: int, folder: str | Path) -> Task:
     """
-    The task.
+    Build the task.
 
     Args:
         train_size, held_out_size (`int`):
@@ -79,7 +79,7 @@ def build_mcp(train_size: int, held_out_size: int, seed: int, folder: str | Path
         seed (`int`):
             Seed of the questions.
         folder (`str` or `Path`):
-            Where to write the company's database.
+            Folder to write the company's database to.
 
     Returns:
         [`Task`]: the task; its judge asks the servers of the rollout it judges.
@@ -95,16 +95,16 @@ def build_mcp(train_size: int, held_out_size: int, seed: int, folder: str | Path
 
 def make_row(row_id: str, seed: int) -> JSONObject:
     """
-    One question.
+    Return the row of one question.
 
     Args:
         row_id (`str`):
             Split and number, joined by a hyphen.
         seed (`int`):
-            Seed, together with the row's id.
+            Seed of the question, together with the row's id.
 
     Returns:
-        `dict`: `row_id`, `split`, `prompt`, `difficulty` and `kind`, and what the question is about.
+        `dict`: `row_id`, `split`, `prompt`, `difficulty`, `kind`, and the subjects of the question.
     """
     split = row_id.partition("-")[0]
     randomness = random.Random(f"{row_id} {seed}")
@@ -125,7 +125,7 @@ def make_row(row_id: str, seed: int) -> JSONObject:
 
 def judge(completion: list[Message], servers: MCPSession, row: Row) -> Verdict:
     """
-    Judge a rollout by its answer and by what its servers say now.
+    Judge a rollout by its answer and by the state of its servers.
 
     Args:
         completion (`list[dict]`):
@@ -154,7 +154,7 @@ def judge(completion: list[Message], servers: MCPSession, row: Row) -> Verdict:
 
 
 def people_in(text: str) -> dict[str, int]:
-    """The people in an answer of the SQLite server, which writes rows as Python does; none if it is an error."""
+    """Return the people in an answer of the SQLite server, which writes Python literals; none if it is an error."""
     try:
         return {row["name"]: row["salary"] for row in ast.literal_eval(text)}
     except (ValueError, SyntaxError, TypeError, KeyError):
@@ -162,7 +162,7 @@ def people_in(text: str) -> dict[str, int]:
 
 
 def time_arguments(row: Row) -> dict[str, str]:
-    """Arguments of `convert_time` for a question."""
+    """Return the arguments of `convert_time` for a question."""
     return {
         "source_timezone": ZONES[row["city"]],
         "time": row["time"],
@@ -171,6 +171,6 @@ def time_arguments(row: Row) -> dict[str, str]:
 
 
 def time_there(answer: JSONValue) -> str | None:
-    """Hours and minutes at the target in an answer of `convert_time`."""
+    """Return hours and minutes at the target in an answer of `convert_time`; `None` if it has none."""
     answer = json.loads(answer) if isinstance(answer, str) and answer.startswith("{") else answer
     return answer["target"]["datetime"][11:16] if isinstance(answer, dict) and "target" in answer else None

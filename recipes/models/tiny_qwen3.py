@@ -1,4 +1,4 @@
-"""The tiny Qwen3 of the CPU recipes: built, given a tokenizer of the task's own text, and saved as an ordinary folder.
+"""The tiny Qwen3 of the CPU recipes, with a tokenizer of the task's own text, saved as an ordinary folder.
 
 Its weights come from the warm start in `warm_start.py`.
 """
@@ -26,8 +26,8 @@ from .warm_start import WarmStart, train_on_demonstrations
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MARKUP_TOKENS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
 
-# What every prompt repeats: the words of Qwen3's chat template about tools, and the skeleton of their JSON schemas. A
-# large vocabulary spends few tokens on it, and so does this one, since most of a step is spent on the prompt.
+# Text that every prompt repeats: the words of Qwen3's chat template about tools, and the skeleton of their JSON
+# schemas. As in a large vocabulary, it takes few tokens here, since most of a step is spent on the prompt.
 SKELETON = [
     "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
     "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n",
@@ -44,31 +44,31 @@ SKELETON = [
     '\n{"name": <function-name>, "arguments": <args-json-object>}\n',
 ]
 
-# The skeleton; runs of lower-case words; capitalized words without the space before them, so that a name is the same
-# tokens after a space and after a quote; digits in pairs, so that a number to copy is two or three tokens; the rest.
+# In order: the skeleton; runs of lower-case words; capitalized words without the space before them, so that a name has
+# the same tokens after a space and after a quote; digits in pairs, so that a number is two or three tokens; the rest.
 REST = r" ?[\p{Ll}_]+(?: [\p{Ll}_]+)*|\p{Lu}\p{Ll}*|\p{N}{1,2}|[.?]|[^\p{L}\p{N}]+"
 WORDS = Regex("|".join([*map(re.escape, SKELETON), REST]))
 
-# What a layer adds to the stream at the start, as a share of what it would: with less, attention forms sooner.
+# Scale of what a layer adds to the residual stream at the start: with less, attention forms sooner.
 RESIDUAL_SCALE = 0.3
 
 
 @dataclass(frozen=True)
 class TinyModel:
     """
-    What the tiny model is made of.
+    The settings of the tiny model.
 
     Args:
         hidden_size, num_hidden_layers, num_attention_heads, head_dim (`int`, *optional*):
             As in [`~transformers.Qwen3Config`].
         vocab_size (`int`, *optional*, defaults to `1200`):
-            Upper bound of the vocabulary.
+            Largest size of the vocabulary.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the weights, the demonstrations and their order.
         warm_start ([`WarmStart`], *optional*):
             Supervised training before the model is saved.
         task (`str`, *optional*, defaults to `"workspace"`):
-            What it is warm-started on, `"workspace"` or `"mcp"`.
+            Task that it is warm-started on, `"workspace"` or `"mcp"`.
     """
 
     hidden_size: int = 96
@@ -83,7 +83,7 @@ class TinyModel:
 
 def chat_template(name: str) -> str:
     """
-    A chat template as TRL ships it, byte for byte, which is how TRL recognizes it.
+    Return a chat template as TRL ships it, byte for byte, so that TRL recognizes it.
 
     Args:
         name (`str`):
@@ -97,13 +97,13 @@ def chat_template(name: str) -> str:
 
 def build_tiny_model(folder: str | Path, settings: TinyModel | None = None) -> Path:
     """
-    Build the model, warm-start it and save it; a folder already built with the same settings is kept.
+    Build the model, warm-start it and save it, unless the folder was already built with the same settings.
 
     Args:
         folder (`str` or `Path`):
-            Where to.
+            Folder to write.
         settings ([`TinyModel`], *optional*):
-            What to build.
+            Settings of the model.
 
     Returns:
         `Path`: the folder.
@@ -126,7 +126,7 @@ def build_tiny_model(folder: str | Path, settings: TinyModel | None = None) -> P
 
 
 def lessons(settings: TinyModel) -> tuple[list[list[dict]], list]:
-    """The conversations the model is warm-started on, and the tools that are described in them."""
+    """Return the conversations that the model is warm-started on, and the tools described in them."""
     start, seed = settings.warm_start, settings.seed
     if settings.task == "mcp":
         questions = [make_row(f"train-{index}", seed) for index in range(start.demonstrations)]
@@ -137,7 +137,7 @@ def lessons(settings: TinyModel) -> tuple[list[list[dict]], list]:
 
 
 def workspace_tools() -> list:
-    """The workspace's tools in the order the trainer renders them."""
+    """Return the workspace's tools in the order in which the trainer renders them."""
     environment = WorkspaceEnvironment()
     return [
         environment.find_employee,
@@ -153,11 +153,11 @@ def build_tokenizer(conversations: list[list[dict]], tools: list, vocab_size: in
 
     Args:
         conversations (`list[list[dict]]`):
-            Conversations to learn the words of.
+            Conversations whose words it learns.
         tools (`list`):
             Tools to render.
         vocab_size (`int`):
-            Upper bound of the vocabulary.
+            Largest size of the vocabulary.
 
     Returns:
         [`~transformers.PreTrainedTokenizerFast`]: the tokenizer.
@@ -193,7 +193,7 @@ def build_tokenizer(conversations: list[list[dict]], tools: list, vocab_size: in
 
 
 def _training_text(tokenizer: PreTrainedTokenizerFast, conversations: list[list[dict]], tools: list) -> Iterable[str]:
-    # Every name and every pair of digits, also those that occur in the held-out split alone.
+    # Every name and every pair of digits, including those that only the held-out split contains
     parts = [*FIRST_NAMES, *LAST_NAMES, *(f"{pair:02}" for pair in range(100))]
     yield from [part for part in parts for _ in range(20)]
     control = re.compile("|".join(map(re.escape, [*SPECIAL_TOKENS, *MARKUP_TOKENS])))
@@ -203,7 +203,7 @@ def _training_text(tokenizer: PreTrainedTokenizerFast, conversations: list[list[
 
 def build_model(settings: TinyModel, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     """
-    A randomly initialized Qwen3 for the tokenizer.
+    Build a randomly initialized Qwen3 for the tokenizer.
 
     Args:
         settings ([`TinyModel`]):
@@ -226,7 +226,7 @@ def build_model(settings: TinyModel, tokenizer: PreTrainedTokenizerFast) -> Qwen
         max_position_embeddings=2048,
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
         tie_word_embeddings=True,
-        # 0.02 suits a width of thousands; at a width of 96 attention would take several times as long to form.
+        # 0.02 suits a width of thousands. At a width of 96, attention would take several times as long to form.
         initializer_range=0.08,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -235,8 +235,8 @@ def build_model(settings: TinyModel, tokenizer: PreTrainedTokenizerFast) -> Qwen
     model = Qwen3ForCausalLM(config)
     with torch.no_grad():
         for layer in model.model.layers:
-            # Attention starts out as faint copying: what it reads it adds to the stream as it is, and the tied head
-            # reads that back as the token it was. What is left to learn is where to look.
+            # Attention starts as faint copying: it adds what it reads to the stream unchanged, and the tied head maps
+            # that back to the same token. What remains to be learned is where to look.
             torch.nn.init.orthogonal_(layer.self_attn.v_proj.weight)
             layer.self_attn.o_proj.weight.copy_(0.3 * layer.self_attn.v_proj.weight.T)
             layer.mlp.down_proj.weight.mul_(0.3)

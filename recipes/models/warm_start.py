@@ -19,7 +19,7 @@ from trl_toolgrpo.types import Message
 @dataclass(frozen=True)
 class WarmStart:
     """
-    Length and quality of the warm start.
+    Settings of the warm start.
 
     Args:
         demonstrations (`int`, *optional*):
@@ -27,16 +27,16 @@ class WarmStart:
         slip_rate (`float`, *optional*):
             Share of the conversations of two calls and more in which the demonstrator stops early.
         mistype_rate (`float`, *optional*):
-            Share of the calls with an employee id in which the demonstrator mistypes it first.
+            Share of the calls with an employee id that the demonstrator first makes with a mistyped one.
         steps (`int`, *optional*):
             Optimizer steps.
         tools_every (`int`, *optional*):
-            One conversation in so many is seen as the trainer renders it. The others leave out the tool descriptions,
-            which are the same in all of them and half of their length.
+            One conversation in this number is rendered as the trainer does it. The others leave out the tool
+            descriptions, which are the same in all and half of their length.
         batch_size (`int`, *optional*):
             Conversations per step.
         learning_rate (`float`, *optional*):
-            Peak of the learning rate, which falls linearly to a tenth.
+            Peak of the learning rate, which then falls linearly to a tenth.
     """
 
     demonstrations: int = 6000
@@ -65,7 +65,7 @@ def train_on_demonstrations(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Renders the conversations, with TRL's training variant of its chat template.
         conversations (`list[list[dict]]`):
-            What to learn.
+            Conversations to learn.
         tools (`list`):
             Tools described in the prompts.
         settings ([`WarmStart`]):
@@ -105,14 +105,14 @@ def batches_by_length(
     examples: list[tuple[Tensor, Tensor]], size: int, randomness: random.Random
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """
-    Batches of examples of like length, without end: each pass over the examples cuts them into new groups of 16
-    batches, sorts each group by length and gives its batches in random order.
+    Yield batches of examples of similar length, without end. Each pass over the examples divides them into new groups
+    of 16 batches, sorts each group by length, and yields all batches in random order.
 
     Args:
         examples (`list[tuple[Tensor, Tensor]]`):
-            As `encode` returns them.
+            Examples as `encode` returns them.
         size (`int`):
-            Examples per batch; what is left over at the end of a pass is skipped.
+            Examples per batch; those left over in a group are skipped.
         randomness (`random.Random`):
             Draws the order.
 
@@ -136,7 +136,7 @@ def encode(
     tokenizer: PreTrainedTokenizerBase, conversations: list[list[Message]], tools: list | None
 ) -> list[tuple[Tensor, Tensor]]:
     """
-    Tokens and targets of conversations.
+    Return the tokens and targets of conversations.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -148,7 +148,7 @@ def encode(
 
     Returns:
         `list[tuple[Tensor, Tensor]]`: `input_ids` and `labels` of each, both `(length,)` and int64; labels are -100
-        but at the tokens of the assistant's messages that are to be imitated.
+        except at the tokens of the assistant's messages that are imitated.
     """
     if not conversations:
         return []

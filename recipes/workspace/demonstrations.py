@@ -1,8 +1,8 @@
 """Scripted conversations about the workspace, for the warm start of the tiny model.
 
-The demonstrator is careless: often it stops before the last call and answers with whatever the one before returned. A
+The demonstrator is careless: it often stops before the last call and answers with the result of the one before. A
 model that imitates it has all the skills and this bad habit, which GRPO then trains away. Now and then the
-demonstrator also mistypes an id, reads the error and tries again; a model imitates the correction, not the mistake.
+demonstrator also mistypes an id, reads the error and tries again; the model imitates the correction, not the mistake.
 """
 
 import json
@@ -14,24 +14,22 @@ from trl_toolgrpo.types import JSONObject, Message, Row
 from .environment import WorkspaceEnvironment
 
 
-def demonstrate(
-    row: Row, slip_rate: float, mistype_rate: float = 0.0, seed: int = 0
-) -> list[Message]:
+def demonstrate(row: Row, slip_rate: float, mistype_rate: float = 0.0, seed: int = 0) -> list[Message]:
     """
     Answer a question of the workspace by its plan.
 
     Args:
         row (`dict`):
-            Row of `workspace.build_workspace`.
+            Row of a task that [`build_workspace`] builds.
         slip_rate (`float`):
-            Probability to stop early, after a call chosen uniformly from all but the last.
+            Probability of stopping early, after a call chosen uniformly from all but the last.
         mistype_rate (`float`, *optional*, defaults to `0.0`):
-            Probability of a call with an employee id to be made with a wrong one first.
+            Probability that a call with an employee id is first made with a wrong one.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the slips, together with the row's id.
 
     Returns:
-        `list[dict]`: the conversation, prompt included. Messages that are not to be imitated have `imitate` False.
+        `list[dict]`: the conversation, prompt included. Messages that must not be imitated have `imitate` False.
     """
     randomness = random.Random(zlib.crc32(f"{row['row_id']} {seed}".encode()))
     environment = WorkspaceEnvironment()
@@ -52,7 +50,7 @@ def demonstrate(
 
 
 def mistyped(employee_id: int, employee_ids: list[int], randomness: random.Random) -> int:
-    """Return an id with one of its two pairs of digits wrong, which is nobody's."""
+    """Return an id with one of its two pairs of digits changed, which belongs to nobody."""
     while True:
         high, low = divmod(employee_id, 100)
         wrong = randomness.choice([100 * randomness.randint(10, 99) + low, 100 * high + randomness.randint(0, 99)])

@@ -1,4 +1,4 @@
-"""The environment of the workspace task: a company in an SQLite database, and four tools to ask and use it."""
+"""The environment of the workspace task: a company in an SQLite database, with four tools."""
 
 import json
 import sqlite3
@@ -8,24 +8,24 @@ from trl_toolgrpo.types import JSONObject, JSONValue
 
 class WorkspaceEnvironment:
     """
-    A company of a few people in an SQLite database, opened anew for each rollout.
+    A company of a few people in an SQLite database, which is opened for each rollout.
 
-    The connection is used in the environment's own methods only, which all run on the rollout's thread. What a reward
-    needs is left in plain attributes.
+    Only the environment's own methods use the connection; they all run on the rollout's thread. What a reward function
+    needs is in plain attributes.
 
     Args:
         turn_rewards (`bool`, *optional*, defaults to `False`):
-            Reward each of the dependent calls in the turn that makes it.
+            Reward each dependent call in the turn that makes it.
 
     Attributes:
         calls (`list[tuple[str, dict]]`):
             Name and arguments of every call that succeeded, in order.
         rewarded (`float`):
-            What the turns so far have earned.
+            Sum of the rewards of the turns so far.
         turn_reward (`float`, *optional*):
-            What the current turn has earned; the trainer takes it.
+            Reward of the current turn; the trainer reads and resets it.
         outbox (`list[tuple[str, str]]`):
-            Recipient and text of every Slack message, read back from the database after each one sent.
+            Recipient and text of every Slack message, read back from the database after each one is sent.
     """
 
     def __init__(self, turn_rewards: bool = False) -> None:
@@ -47,7 +47,7 @@ class WorkspaceEnvironment:
             plan (`str`, *optional*):
                 JSON text of the dependent calls, in order, for rewards of turns.
             row (`dict`):
-                The other columns of the data set, not needed here.
+                The other columns of the data set, which are ignored.
         """
         self.calls, self.outbox = [], []
         self.rewarded, self.turn_reward = 0.0, None
@@ -81,7 +81,7 @@ class WorkspaceEnvironment:
         return row
 
     def _record(self, name: str, /, **arguments: JSONValue) -> None:
-        """Put a call that succeeded on record."""
+        """Record a call that succeeded, and reward it if it is the next dependent call."""
         self.calls.append((name, arguments))
         earned = progress(self.calls, self._plan) - self.rewarded if self._turn_rewards and self._plan else 0.0
         if earned:

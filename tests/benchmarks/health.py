@@ -1,4 +1,4 @@
-"""False alarms: whole runs of healthy recipes, and what the health rules have to say about each.
+"""False alarms: whole runs of healthy recipes, and what the health rules report about each.
 
     python tests/benchmarks/health.py
     python tests/benchmarks/health.py --recipes mcp --steps 30
@@ -27,7 +27,7 @@ RUNS = {
 
 
 def main() -> None:
-    """Run one after the other, and print what was found."""
+    """Run the recipes, and print what was found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipes", nargs="+", choices=RUNS, default=list(RUNS)[:3])
     parser.add_argument("--steps", type=int, help="optimizer steps, instead of those of the recipe")

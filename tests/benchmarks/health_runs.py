@@ -1,9 +1,9 @@
-"""Health rules over runs that are kept, over output folders, over simulated runs, and over planted faults.
+"""Health rules on stored runs, output folders, simulated runs, and planted faults.
 
     python tests/benchmarks/health_runs.py                        stored runs and planted faults
     python tests/benchmarks/health_runs.py outputs/a outputs/b    these output folders instead of the stored runs
-    python tests/benchmarks/health_runs.py --simulate 5           and simulated runs of 1,000 steps, 5 of each kind
-    python tests/benchmarks/health_runs.py --record               make the stored runs anew
+    python tests/benchmarks/health_runs.py --simulate 5           also simulated runs of 1,000 steps, 5 of each kind
+    python tests/benchmarks/health_runs.py --record               record the stored runs again
     python tests/benchmarks/health_runs.py --keep outputs/a       store the runs of these output folders as well
 
 `health.py` runs whole recipes instead.
@@ -79,12 +79,12 @@ KINDS = {
 
 
 def question(a, b):
-    """A prompt."""
+    """Return a prompt."""
     return [{"role": "user", "content": f"{a}+{b}"}]
 
 
 def warm_policy(tokenizer, steps=400):
-    """A tiny model that has learned to call the tool and to answer, and often takes the wrong numbers."""
+    """Train a tiny model to call the tool and to answer, often with the wrong numbers."""
     texts = []
     for a in range(5):
         for b in range(5):
@@ -117,7 +117,7 @@ def warm_policy(tokenizer, steps=400):
 
 
 def score(completions, sums, **kwargs):
-    """Partial credit for a call that succeeds, and for the answer."""
+    """Return partial credit for a call that succeeds, and for the answer."""
     found = []
     for messages, expected in zip(completions, sums, strict=True):
         results = [message["content"] for message in messages if message["role"] == "tool"]
@@ -127,7 +127,7 @@ def score(completions, sums, **kwargs):
 
 
 def record(name, seed, tokenizer, weights):
-    """Make a run, and return it as it is kept."""
+    """Make a run, and return its stored form."""
     changes = dict(KINDS[name])
     dtype, peft = changes.pop("dtype", torch.float32), changes.pop("peft", False)
     options = {
@@ -140,7 +140,7 @@ def record(name, seed, tokenizer, weights):
     model.load_state_dict(weights)
     folder = tempfile.mkdtemp()
     model.to(dtype).save_pretrained(folder)
-    model.config._name_or_path = folder  # where a reference is loaded from
+    model.config._name_or_path = folder  # from which a reference is loaded
     trainer = ToolGRPOTrainer(
         model, score, config(tempfile.mkdtemp(), **options), Dataset.from_list(rows), tools=[add],
         processing_class=tokenizer,
@@ -151,7 +151,7 @@ def record(name, seed, tokenizer, weights):
 
 
 def record_all(seeds):
-    """Make every kind of run with each seed, and store those that stay sound."""
+    """Make every kind of run with each seed, and store those that stay healthy."""
     tokenizer = chat_tokenizer("qwen3_instruct_2507")
     torch.manual_seed(0)
     weights, loss = warm_policy(tokenizer)
@@ -165,7 +165,7 @@ def record_all(seeds):
                 keep([run])
 
 
-# What the rules say
+# Findings of the rules
 
 
 def show_runs(runs):
@@ -181,7 +181,7 @@ def show_runs(runs):
 
 
 def show_faults(seeds):
-    """Print the weakest strength of each fault that is caught with every seed; return how many faults are missed."""
+    """Print the weakest strength of each fault that every seed reports; return how many faults are missed."""
     missed = 0
     print(f"\n{'fault':42} {'rule':18} {'weakest caught':>14}  of")
     for name, fault in FAULTS.items():
@@ -193,7 +193,7 @@ def show_faults(seeds):
 
 
 def main():
-    """Show the runs to the rules and print the tables; exit with 1 for an alarm or a fault that is missed."""
+    """Apply the rules to the runs and print the tables; exit with 1 for an alarm or a missed fault."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--record", action="store_true", help=f"write {STORED.name}")

@@ -1,6 +1,6 @@
-"""Two hundred pieces of hostile Python code under bubblewrap: what gets through, and how long they take.
+"""Two hundred hostile Python programs under bubblewrap: which are not contained, and how long they take.
 
-Resource limits alone are left out: some of the code would end the processes of whoever runs it.
+`sandbox="limits"` is left out: some of the programs would end the user's processes.
 
     python tests/benchmarks/hostile_python.py
 """
@@ -21,7 +21,7 @@ from trl_toolgrpo.tools.python_sandbox.sandbox import Limits, find_sandbox
 
 
 def main() -> None:
-    """Run every snippet, and print what went wrong with it and a summary."""
+    """Run every program, and print its faults and a summary."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=0.5, help="Time limit of a snippet.")
     parser.add_argument("--memory-mb", type=int, default=256)

@@ -1,11 +1,11 @@
 """
-One run, killed again and again: `python tests/benchmarks/kills.py --kills 30`.
+A run that is killed many times compared with an undisturbed one: `python tests/benchmarks/kills.py --kills 30`.
 
 A run with LoRA, a value head, a merged reference that is synced, tools that take a random time and rollout batches
 that feed four optimizer steps each saves a checkpoint at every step. It is killed with SIGKILL at random moments of
-its rollouts, updates, syncs and saves, resumed each time, and compared with a run that was left alone: weights, value
-head, reference, every logged figure but times, and which rollouts fed which step. Imports are not counted in the
-times: the processes are forked from one that has done them.
+its rollouts, updates, syncs and saves, resumed each time, and compared with an undisturbed run: weights, value head,
+reference, every logged figure except times, and which rollouts fed which step. Imports are not counted in the times,
+since the processes are forked from one that has done them.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from trl_toolgrpo import ToolGRPOTrainer, find_checkpoint
 
 
 PHASES = ("rollout", "update", "sync", "save")
-# Figures of the clock and of what the process itself has seen; all others have to agree to the last bit.
+# Figures of the clock and of the process itself. All others must agree to the last bit.
 TIMES = ("time", "seconds", "latency", "per_second", "wait", "runtime", "train_loss", "total_flos", "max_abs_diff")
 
 
@@ -51,12 +51,12 @@ def add(a: int, b: int) -> int:
 
 
 def reward(completion_ids: list, **kwargs) -> list[float]:
-    """Differs within a group, and asks nothing of the model."""
+    """Return rewards that differ within a group, whatever the model writes."""
     return [float((7 * len(ids) + sum(ids)) % 11) for ids in completion_ids]
 
 
 class Run(ToolGRPOTrainer):
-    """Tells of each phase as it begins, and logs which rollouts fed each step."""
+    """Marks each phase when it begins, and logs which rollouts fed each step."""
 
     def __init__(self, tell, folder, steps):
         self.tell, self.used = tell, []
@@ -109,7 +109,7 @@ class _Step(TrainerCallback):
 
 
 def live(pipe, folder: str, steps: int) -> None:
-    """The life of one process: from its last checkpoint to the end of the run, unless it is killed."""
+    """Run one process, from its last checkpoint to the end of the run, unless it is killed."""
     log = os.open(f"{folder}.log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -125,7 +125,7 @@ def live(pipe, folder: str, steps: int) -> None:
 
 
 def follow(context, folder: str, steps: int, stop) -> list[tuple[str, float]]:
-    """Start a process and watch it until it ends, or `stop(marks)` says after how many seconds to kill it."""
+    """Start a process and watch it until it ends; `stop(marks)` may return after how many seconds to kill it."""
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=live, args=(sender, folder, steps))
     process.start()
@@ -149,14 +149,14 @@ def follow(context, folder: str, steps: int, stop) -> list[tuple[str, float]]:
 
 
 def durations(marks: list[tuple[str, float]]) -> dict[str, float]:
-    """How long each phase takes, about: to the next mark."""
+    """Return about how long each phase takes, up to the next mark."""
     pairs = list(itertools.pairwise(marks))
     found = {phase: [after - at for (name, at), (_, after) in pairs if name == phase] for phase in PHASES}
     return {phase: sum(times) / len(times) for phase, times in found.items()}
 
 
 def compare(one: Path, other: Path) -> dict[str, int]:
-    """What differs between the ends of two runs, and how much was compared."""
+    """Return what differs between the results of two runs, and how much was compared."""
     tensors = [load_file(f"{folder}.safetensors") for folder in (one, other)]
     logs = [json.loads(Path(f"{folder}.json").read_text()) for folder in (one, other)]
     assert tensors[0].keys() == tensors[1].keys()
@@ -176,7 +176,7 @@ def compare(one: Path, other: Path) -> dict[str, int]:
 
 
 def measure(folder: Path, kills: int, steps: int, seed: int) -> dict:
-    """Run it undisturbed and killed, and compare."""
+    """Run it undisturbed and killed, and compare the results."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["conftest", "trl_toolgrpo", "peft", "llguidance"])
     draw = random.Random(seed)

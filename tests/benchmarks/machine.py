@@ -1,6 +1,6 @@
-"""What a figure was measured on: processor or card, their flags, memory, versions and the state of the source.
+"""Describe the machine of a measurement: processor or card, flags, memory, versions and the state of the source.
 
-Also the two things that are measured in the same way everywhere: the clock after a device is done, and peak memory.
+Also the clock after a device is done, and peak memory, which every benchmark measures in the same way.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
-# Flags of a processor that decide how fast a product of matrices is
+# Flags of a processor that decide the speed of matrix products
 PROCESSOR_FLAGS = (
     "avx2",
     "avx512f",
@@ -36,7 +36,7 @@ PACKAGES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "t
 
 
 def describe_machine() -> dict[str, Any]:
-    """The processor, its cores and flags, and the card with its driver (`None` where there is none)."""
+    """Return the processor, its cores and flags, and the card with its driver (`None` where there is none)."""
     processor, flags = platform.processor() or platform.machine(), set()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
@@ -56,7 +56,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_card() -> dict[str, str] | None:
-    """What the driver's own program says of the first card; `None` where there is no such program or card."""
+    """Return what the driver's program reports about the first card; `None` without such a program or card."""
     command = ["nvidia-smi", f"--query-gpu={','.join(CARD_FIELDS)}", "--format=csv,noheader"]
     try:
         output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
@@ -67,21 +67,21 @@ def describe_card() -> dict[str, str] | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that matter; `None` for one that is not installed."""
+    """Return the versions of Python and of relevant packages; `None` for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
-    # The one beside this file, which need not be installed
+    # The one next to this file, which need not be installed
     line = (ROOT / "trl_toolgrpo" / "version.py").read_text(encoding="utf-8").splitlines()[-1]
     found["trl_toolgrpo"] = line.partition("=")[2].strip().strip('"')
     return found
 
 
 def source_state() -> dict[str, str | None]:
-    """The commit (with a `+` where files differ from it), and a digest of the package, for a copy without history."""
+    """Return the commit (with a `+` if files differ), and a digest of the package for copies without history."""
     digest = hashlib.sha256()
     for path in sorted((ROOT / "trl_toolgrpo").rglob("*.py")):
         digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
@@ -97,7 +97,7 @@ def source_state() -> dict[str, str | None]:
 
 
 def machine_line(dtype: str) -> str:
-    """One line for the head of a table: card or processor, flags, dtype."""
+    """Return one line for the head of a table: card or processor, flags, dtype."""
     found = describe_machine()
     card, flags = found["card"], ", ".join(flag.upper() for flag in found["flags"]) or "no known flags"
     processor = f"{found['processor']}, {found['cores']} cores, {flags}"
@@ -107,7 +107,7 @@ def machine_line(dtype: str) -> str:
 
 
 def now() -> float:
-    """Seconds on a clock, read after the device has done what it was given."""
+    """Return seconds on a clock, read after the device has finished its work."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.accelerator.is_available():
         torch.accelerator.synchronize()
@@ -120,29 +120,29 @@ def _cuda() -> Any:
 
 
 def free_memory() -> None:
-    """Give back what nothing refers to any more, so that it is not in the peak of what comes next."""
+    """Free unreferenced memory, so that the next peak does not include it."""
     gc.collect()
     if _cuda() is not None:
         _cuda().empty_cache()
 
 
 def leave_room() -> None:
-    """Give back what a card's allocator keeps for later, where that leaves too little for another process."""
+    """Release what a card's allocator caches, where that leaves too little for another process."""
     if _cuda() is not None and _cuda().memory_reserved() > 0.3 * _cuda().mem_get_info()[1]:
         free_memory()
 
 
 def reset_peak() -> None:
-    """Begin anew to look for the peak: what a device's allocator holds, else what the process holds in memory."""
+    """Reset the peak, of a device's allocator or else of the process's memory."""
     if _cuda() is not None:
         _cuda().reset_peak_memory_stats()
     else:
-        with contextlib.suppress(OSError):  # where it cannot be reset the peak is that of the process so far
+        with contextlib.suppress(OSError):  # if it cannot be reset, the peak is that of the process so far
             Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_mib() -> float:
-    """Peak memory in MiB since `reset_peak`, or since the process began."""
+    """Return the peak memory in MiB since `reset_peak`, or since the process began."""
     if _cuda() is not None:
         return _cuda().max_memory_allocated() / 2**20
     with contextlib.suppress(OSError):

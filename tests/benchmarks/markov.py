@@ -1,12 +1,12 @@
-"""What the benchmarks against TRL share: a policy of known text at its true cost, and a process for each side.
+"""Shared parts of the benchmarks against TRL: a policy with known text at its true cost, and a process for each side.
 
-The policy is a known Markov chain at the true cost of its shape: every block's `o_proj` and `down_proj` are zero, so
-that the residual stream carries the current token alone, and the LM head is the transition table. Both trainers
+The policy is a known Markov chain at the true cost of its shape. Every block's `o_proj` and `down_proj` are zero, so
+that the residual stream carries only the current token, and the LM head is the transition table. Both trainers
 therefore write the same text, and the log-prob of every token is known.
 
-The LM head is not tied to the embedding, as it is in the small Qwen3 models: a tied one would make every token the
-likeliest to follow itself. A decoding step and an update multiply by the same matrices either way; what an untied head
-adds is the memory of one more matrix, and its gradient and optimizer state where all weights are trained.
+The LM head is not tied to the embedding, unlike in the small Qwen3 models: a tied one would make every token its own
+likeliest successor. A decoding step and an update multiply by the same matrices either way. An untied head adds the
+memory of one matrix, with its gradient and optimizer state where all weights are trained.
 """
 
 import contextlib
@@ -35,11 +35,11 @@ CALL = ["<tool_call>", '\n{"name": "ping", "arguments": {}}\n', "</tool_call>", 
 
 def chain_text(tokens: int = 20, alternative: int = 0) -> list[str]:
     """
-    The turn the policy writes: words and a tool call, no two of its tokens alike.
+    Return the turn that the policy writes: words and a tool call, without a repeated token.
 
     Args:
         tokens (`int`, *optional*, defaults to 20):
-            Number of them, at least 5.
+            Number of tokens, at least 5.
         alternative (`int`, *optional*, defaults to 0):
             Other words in the same places, for a policy that has a choice.
 
@@ -51,7 +51,7 @@ def chain_text(tokens: int = 20, alternative: int = 0) -> list[str]:
 
 
 def build_tokenizer(turn_tokens: int = 20, alternatives: int = 1) -> Any:
-    """A byte-level tokenizer with Qwen3's chat template, where each piece of each turn is one token."""
+    """Build a byte-level tokenizer with Qwen3's chat template, in which each piece of each turn is one token."""
     import trl
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from tokenizers.trainers import BpeTrainer
@@ -81,7 +81,7 @@ def build_model(
     leak: float = 0.0,
 ) -> Any:
     """
-    A Qwen3 that writes `chain_text` after every newline that ends a prompt.
+    Build a Qwen3 that writes `chain_text` after every newline that ends a prompt.
 
     Args:
         tokenizer (`PreTrainedTokenizerFast`):
@@ -91,15 +91,15 @@ def build_model(
         turn_tokens (`int`, *optional*, defaults to 20):
             Tokens of a turn.
         dtype (`str`, *optional*, defaults to `"float32"`):
-            Key of `DTYPES`: of the weights.
+            Key of `DTYPES`, for the weights.
         alternatives (`int`, *optional*, defaults to 1):
             Words to choose from at each place; with more than one the text is drawn, and log-probs are not 0.
         leak (`float`, *optional*, defaults to 0):
-            What is left of each block's `o_proj` and `down_proj`: above 0, log-probs depend on all that came before,
-            and on every rounding on the way.
+            Scale of each block's `o_proj` and `down_proj`. Above 0, log-probs depend on the whole history and on every
+            rounding on the way.
 
     Returns:
-        `Qwen3ForCausalLM`: the model, on the device that it will be trained on.
+        `Qwen3ForCausalLM`: the model, on the device of training.
     """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -111,7 +111,7 @@ def build_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.device(device()):  # random numbers are drawn much faster on an accelerator
+    with torch.device(device()):  # an accelerator draws random numbers much faster
         model = Qwen3ForCausalLM(config)
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
     texts = [chain_text(turn_tokens, alternative) for alternative in range(alternatives)]
@@ -122,7 +122,7 @@ def build_model(
             layer.mlp.down_proj.weight.mul_(leak)
         head = model.lm_head.weight.zero_()
         for current, following in itertools.pairwise(places):
-            if len(following) > 1:  # which of them is likelier depends on the state, by a standard deviation of 1
+            if len(following) > 1:  # the state decides which is likelier, with a standard deviation of 1
                 head[following] = torch.randn(len(following), config.hidden_size).to(head) / config.hidden_size**0.5
             for token in current:
                 state = model.model.norm(model.model.embed_tokens.weight[token])
@@ -132,7 +132,7 @@ def build_model(
 
 
 def conversations(tokenizer: Any, prompts: int, tokens: int) -> list[list[dict[str, str]]]:
-    """Prompts of about `tokens` tokens, no two alike."""
+    """Return different prompts of about `tokens` tokens."""
     empty = tokenizer.apply_chat_template([{"role": "user", "content": ""}], tools=[ping], tokenize=True)
     overhead = len(empty["input_ids"])
     words = max(tokens - overhead, 1)
@@ -144,15 +144,15 @@ def conversations(tokenizer: Any, prompts: int, tokens: int) -> list[list[dict[s
 
 def trainer_options(model: Any, tokenizer: Any, dtype: str, vllm: bool = False) -> dict[str, Any]:
     """
-    Options of either trainer for this machine.
+    Return options of either trainer for this machine.
 
     Args:
         model (`PreTrainedModel`), tokenizer (`PreTrainedTokenizerFast`):
-            The policy, saved where vLLM is to load it from.
+            The policy, which is saved for vLLM to load.
         dtype (`str`):
             Key of `DTYPES`.
         vllm (`bool`, *optional*, defaults to `False`):
-            Whether both sides sample with vLLM, in the process of the trainer; else with transformers.
+            Whether both sides sample with vLLM in the trainer's process, instead of transformers.
 
     Returns:
         `dict[str, Any]`: arguments of `GRPOConfig` and of `ToolGRPOConfig`.
@@ -177,19 +177,20 @@ TOOL_SECONDS = 0.0
 
 
 class WorkerError(RuntimeError):
-    """A side of a comparison that could not do its round."""
+    """A side of a comparison that failed in its round."""
 
 
 class Worker:
     """
-    One side of a comparison: a benchmark script, run again in a process of its own, that works when it is told to.
-    Sides take turns, so that whatever else the machine does meets all of them.
+    One side of a comparison: the benchmark script in a process of its own, which works on request.
+
+    Sides take turns, so that other load on the machine affects all of them.
 
     Args:
         script (`str`):
             Path of the benchmark.
         name (`str`):
-            What the script gets as `--worker`.
+            Value of `--worker` for the script.
         flags (`list[str]`):
             Its other arguments.
     """
@@ -199,7 +200,7 @@ class Worker:
         environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONWARNINGS": "ignore"}
         command = [sys.executable, script, *flags, "--worker", name]
         pipe = subprocess.PIPE
-        # Not a pipe: one that nobody reads would fill up
+        # Not a pipe, which would fill up unread
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True, env=environment
@@ -208,15 +209,15 @@ class Worker:
 
     def work(self) -> dict[str, Any]:
         """
-        Have one round done.
+        Run one round.
 
         Returns:
-            `dict[str, Any]`: what the worker tells of it, which is also kept in `found`.
+            `dict[str, Any]`: the worker's result, which is also kept in `found`.
 
         Raises:
             WorkerError: if the round failed, with the worker's traceback, or if the process ended.
         """
-        with contextlib.suppress(OSError):  # where it has ended, why is read below
+        with contextlib.suppress(OSError):  # if it has ended, the reason is read below
             self._say("go")
         while not (line := self.process.stdout.readline()).startswith(MARK):
             if not line:
@@ -229,13 +230,13 @@ class Worker:
         return told
 
     def move_on(self) -> None:
-        """Have the worker leave its case for the next one; what it told of this one is forgotten."""
+        """Move the worker to its next case, and drop the results of this one."""
         self.found = []
         with contextlib.suppress(OSError):
             self._say("next")
 
     def end(self) -> None:
-        """Let the process go."""
+        """End the process."""
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         self.process.stdout.read()
@@ -247,7 +248,7 @@ class Worker:
 
 
 class Warnings(logging.Handler):
-    """What this package warns of, such as a sampler that falls back: it belongs to the figures. Each line once."""
+    """Collects this package's warnings, such as a sampler that falls back, for the results; each line once."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -261,7 +262,7 @@ class Warnings(logging.Handler):
             self.lines.append(line)
 
     def take(self) -> list[str]:
-        """The warnings since the last time."""
+        """Return the warnings since the last call."""
         taken, self.lines = self.lines, []
         return taken
 
@@ -269,17 +270,17 @@ class Warnings(logging.Handler):
 WARNINGS = Warnings()
 
 MARK = "benchmark: "
-_asked_for = [False]  # whether a round was asked for and is not answered yet
+_asked_for = [False]  # whether a requested round is not answered yet
 
 
 def told() -> bool:
-    """In a worker: wait to be told to do a round; `False` when there will be none, or none of this case."""
+    """Wait in a worker for the request of a round; `False` if there will be none, or none of this case."""
     _asked_for[0] = sys.stdin.readline().strip() == "go"
     return _asked_for[0]
 
 
 def tell(**found: Any) -> None:
-    """In a worker: say what came of a round, with the peak memory so far, and what was warned of."""
+    """Send the result of a round from a worker, with the peak memory so far and the warnings."""
     warned = {"warnings": WARNINGS.lines} if WARNINGS.lines else {}
     leave_room()  # the other side is next
     print(f"{MARK}{json.dumps({**found, 'peak_mib': peak_mib(), **warned})}", flush=True)
@@ -287,12 +288,12 @@ def tell(**found: Any) -> None:
 
 
 def tell_failure(error: str) -> None:
-    """In a worker: say that this case has failed, in answer to the round that was asked for and to any other."""
+    """Answer the requested round of this case, and any other, with its failure, in a worker."""
     while _asked_for[0] or told():
         tell(error=error)
 
 
 def serve(work: Callable[[], dict[str, Any]]) -> None:
-    """In a worker: do rounds for as long as they are asked for."""
+    """Run rounds in a worker as long as they are requested."""
     while told():
         tell(**work())

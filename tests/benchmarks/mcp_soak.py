@@ -1,9 +1,9 @@
-"""What long trainings with MCP servers leave behind: threads, processes, file descriptors and memory.
+"""What long trainings with MCP servers leave: threads, processes, file descriptors and memory.
 
     python tests/benchmarks/mcp_soak.py --kills 20 --batches 200
 
 First a training in which the server is killed at every step, then one of many batches with a server for each rollout.
-Prints what was counted, and ends with an error if a call went uncounted or anything was left.
+Prints the counts, and ends with an error if a call was not counted or anything is left.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def quietly(trainer):
 
 
 def kill_at_every_step(steps: int) -> None:
-    """A server killed from outside before each step, while the training goes on."""
+    """Kill the server before each step of a training."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         script = [[call("pid"), call("note", text="x"), f"done{END}"]]
         killed = []
@@ -59,7 +59,7 @@ def kill_at_every_step(steps: int) -> None:
 
 
 def many_batches(batches: int) -> None:
-    """Batches with a server of its own for each rollout, reset by a tool, and a shared one that crashes in each."""
+    """Train with a server for each rollout, reset by a tool, and a shared one that crashes in each batch."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         script = [[call("own_note", text="x"), call("plain_pid"), f"done{END}"]]
         script += [[call("own_notes"), call("plain_note", text="x"), call("crash"), f"done{END}"], *script]
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=200, help="Batches of the training that is watched.")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
-    kill_at_every_step(1)  # what libraries start once for a process is started now
+    kill_at_every_step(1)  # start now what libraries start once for a process
     gc.collect()
     time.sleep(2.0)
     before = belongings()

@@ -1,4 +1,4 @@
-"""One picture of a comparison: bars of how many times faster, and curves of how the time grows with turns."""
+"""A picture of a comparison: bars of how many times faster, and curves of time by number of turns."""
 
 SIDES = {"trl": ("TRL", "#b0b0b0"), "trl_toolgrpo": ("trl_toolgrpo", "#2a6fbb")}
 

@@ -1,7 +1,7 @@
-"""Files that are too large to travel in one go: cut into pieces with checksums, and joined again.
+"""Files that are too large to transfer at once, cut into pieces with checksums and joined again.
 
-Beside the pieces of a file lies `<name>.pieces.json`, which says how large the file is, its SHA-256 and that of each
-piece. Pieces may arrive in any order and in several folders.
+Next to the pieces of a file is `<name>.pieces.json` with the size of the file, its SHA-256 and that of each piece.
+Pieces may arrive in any order and in several folders.
 """
 
 import hashlib
@@ -17,11 +17,11 @@ BLOCK = 2**20
 
 
 class PieceError(ValueError):
-    """A piece that is missing, or that is not what was cut."""
+    """A piece that is missing or was changed."""
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Compute the SHA-256 of a file, in hexadecimal."""
     found = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(BLOCK):
@@ -37,12 +37,12 @@ def cut(path: Path, folder: Path, limit: int) -> list[Path]:
         path (`Path`):
             The file.
         folder (`Path`):
-            Where the pieces and their index go.
+            Folder for the pieces and their index.
         limit (`int`):
-            Bytes of a piece at most.
+            Largest number of bytes of a piece.
 
     Returns:
-        `list[Path]`: the pieces, and last their index.
+        `list[Path]`: the pieces, followed by their index.
     """
     if limit < 1:
         raise ValueError(f"You asked for pieces of {limit} bytes. A piece has at least one: raise the limit.")
@@ -66,20 +66,20 @@ def cut(path: Path, folder: Path, limit: int) -> list[Path]:
 
 def join(folders: list[Path], target: Path) -> list[Path]:
     """
-    Put whole files into a folder: those that lie in the given folders as they are, and those that lie there in pieces.
+    Put whole files into a folder: those that are whole in the given folders, and those that are there in pieces.
 
     Args:
         folders (`list[Path]`):
-            Where files and pieces are, also in folders below. Of two files of one name, the first counts.
+            Folders of files and pieces, with their subfolders. Of two files with one name, the first is used.
         target (`Path`):
-            Where whole files go; ones that lie whole in `folders` are linked, not copied, where that works.
+            Folder for whole files. Those that are whole in `folders` are linked, not copied, where that works.
 
     Returns:
         `list[Path]`: the files in `target`, by name.
 
     Raises:
-        FileNotFoundError: for a folder that is not there.
-        PieceError: for a piece that is missing or not what was cut, by its name.
+        FileNotFoundError: for a folder that does not exist.
+        PieceError: for a piece that is missing or was changed, by its name.
     """
     found: dict[str, Path] = {}
     for folder in folders:
@@ -111,7 +111,7 @@ def _link(path: Path, target: Path) -> None:
 
 
 def _join_one(whole: dict[str, Any], found: dict[str, Path], target: Path) -> None:
-    """Write a file from its pieces under another name first, so that what has its name is whole."""
+    """Write a file from its pieces, under another name first, so that a file with its name is whole."""
     missing = [piece["name"] for piece in whole["pieces"] if piece["name"] not in found]
     if missing:
         raise PieceError(

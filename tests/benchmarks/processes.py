@@ -1,9 +1,10 @@
-"""Throughput of rollouts in two processes on two cores, against one process pinned to one of them.
+"""Throughput of rollouts in two processes on two cores, compared with one process pinned to one of them.
 
     python tests/benchmarks/processes.py
 
 Each process samples and trains on as many rollouts per batch as the single one does, with a real SQLite tool, so that
-two make twice as much. Runs of one and of two alternate; medians of the tokens per second of all processes together.
+two make twice as much. Runs of one and of two alternate. Figures are medians of the tokens per second of all
+processes.
 """
 
 import argparse
@@ -24,7 +25,7 @@ WORKER = "--worker"
 
 
 def worker(folder: str, steps: int, rollouts: int) -> None:
-    """One process of a run, on a core of its own; the first prints the figures of each step but the first."""
+    """Run one process on a core of its own; the first process prints the figures of each step after the first."""
     rank = int(os.environ.get("RANK", "0"))
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
@@ -59,7 +60,7 @@ def worker(folder: str, steps: int, rollouts: int) -> None:
 
 
 def run(processes: int, steps: int, rollouts: int) -> list[float]:
-    """Tokens per second of all processes together, for each step."""
+    """Return the tokens per second of all processes together, for each step."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -73,7 +74,7 @@ def run(processes: int, steps: int, rollouts: int) -> list[float]:
 
 
 def main() -> None:
-    """Alternate one and two processes, and print the ratio of the medians."""
+    """Alternate one and two processes, and print the ratio of their medians."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5)

@@ -19,7 +19,7 @@ METHODS = {"LoRA": [], "QLoRA": ["--load_in_4bit", "true"]}
 
 
 def measure(model: str, steps: int, flags: list[str], threads: int) -> tuple[float, float, list[dict]]:
-    """Peak memory in MiB, seconds and the log of a run."""
+    """Return peak memory in MiB, seconds and the log of a run."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "recipes" / "qwen3_tools.py"), "--config", "recipes/bfcl.yaml"]
@@ -38,7 +38,7 @@ def measure(model: str, steps: int, flags: list[str], threads: int) -> tuple[flo
 
 
 def main() -> None:
-    """Run both and print what they took."""
+    """Run both and print memory and time."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="Folder or Hub id of the model.")
     parser.add_argument("--steps", type=int, default=5)

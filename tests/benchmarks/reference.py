@@ -1,5 +1,7 @@
-"""What a verified sync of the reference costs: a rank-16 adapter on all linear layers of SmolLM2-135M, in both modes.
-Then what a reference that is synced costs the steps between, against TRL's reference of a LoRA run, which never moves.
+"""The cost of a verified sync of the reference: a rank-16 adapter on all linear layers of SmolLM2-135M, in both modes.
+
+Then the cost of a synced reference for the steps between, compared with TRL's reference of a LoRA run, which never
+moves.
 
     python -m trl_toolgrpo.recipes.models.smollm2 --output smollm2 && python tests/benchmarks/reference.py smollm2
 """
@@ -17,7 +19,7 @@ from trl_toolgrpo.reference.merged import MergedReference
 
 
 def main() -> None:
-    """Sync again and again with a policy that moves in between, and print the median time."""
+    """Sync repeatedly with a policy that moves in between, and print the median time."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="Folder or Hub id of the model.")
     parser.add_argument("--rank", type=int, default=16)

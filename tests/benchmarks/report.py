@@ -1,9 +1,9 @@
-"""What a report of many rollouts costs: size, time to build, first paint and time until it can be used in Chromium.
+"""The cost of a report of many rollouts: size, time to build, first paint and time until it can be used in Chromium.
 
     python tests/benchmarks/report.py [--rollouts 10000]
 
-The rollouts are made up (see `synthetic_run.py`), with as little to compress as figures of real ones have: random
-log-probs, ratios, advantages and values for each token.
+The rollouts are synthetic (see `synthetic_run.py`) and as hard to compress as real ones: random log-probs, ratios,
+advantages and values for each token.
 """
 
 import argparse
@@ -26,7 +26,7 @@ MARKS = "['listed', 'opened'].map((name) => performance.getEntriesByName(name)[0
 
 
 def measure_browser(path, repeats):
-    """Milliseconds to the first paint, until the list is there, and until the first rollout is open; medians."""
+    """Return median milliseconds until the first paint, the list, and the first open rollout."""
     found = []
     with chromium() as page:
         page.show()

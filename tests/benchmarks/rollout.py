@@ -1,12 +1,12 @@
-"""Rollouts of this package against TRL's: the same model, prompts, tools and text, each in a process of its own.
+"""Rollouts of this package compared with TRL's: the same model, prompts, tools and text, each in its own process.
 
     python tests/benchmarks/rollout.py --vs trl
     python tests/benchmarks/rollout.py --vs trl --cases 600 --dtype bfloat16 --repeats 1
 
-Prints the processor or card and the dtype, and for each case tokens per second of both, and of a plain lockstep loop:
-the prompts prefilled once, then one forward pass for each token of all rows, without a tool call. Sides take turns;
-figures are medians. `--growth` adds how the time grows with the number of turns, and `--picture` writes both as an
-SVG. Both sides sample with transformers, or with vLLM (`--vllm`; but for the ragged case, whose text is dictated).
+Prints the processor or card and the dtype, and for each case tokens per second of both and of a plain lockstep loop.
+In that loop the prompts are prefilled once, and each token of all rows takes one forward pass, without tool calls.
+Sides take turns; figures are medians. `--growth` adds the time by number of turns, and `--picture` writes both as an
+SVG. Both sides sample with transformers, or with vLLM (`--vllm`; not in the ragged case, whose text is dictated).
 """
 
 import argparse
@@ -40,7 +40,7 @@ GROWTH = (1, 2, 4, 8)
 
 
 def script_of(rows: int, turns: int, tokenizer: Any) -> list[list[list[int]]]:
-    """Turns of each row for the ragged case: how many, and how long, is drawn once and for all."""
+    """Return the turns of each row for the ragged case; their number and length are the same in every run."""
     draw_one = random.Random(0)
     words = [tokenizer.convert_tokens_to_ids(f" w{i}") for i in range(100)]
     call = tokenizer.convert_tokens_to_ids(chain_text()[-4:])
@@ -54,7 +54,7 @@ def script_of(rows: int, turns: int, tokenizer: Any) -> list[list[list[int]]]:
 
 
 def follow(trainer: Any, backend: str, script: list[list[list[int]]], pad_id: int) -> None:
-    """Make both sides write `script`: they draw as ever, at the full cost, and what they drew is replaced."""
+    """Make both sides write `script`: they sample at the full cost, and the samples are replaced."""
     import torch
 
     place: dict[str, Any] = {}
@@ -106,7 +106,7 @@ def follow(trainer: Any, backend: str, script: list[list[list[int]]], pad_id: in
 
 
 def build_trainer(backend: str, case: Case, dtype: str, vllm: bool = False) -> tuple[Any, list]:
-    """A trainer of TRL's or of this package's, and the prompts of one rollout batch."""
+    """Build a trainer of TRL's or of this package's, and the prompts of one rollout batch."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -145,7 +145,7 @@ def _reward(completions: list, **kwargs: Any) -> list[float]:
 
 
 def rollouts(backend: str, trainer: Any, rows: list) -> Callable[[], dict[str, Any]]:
-    """What makes one rollout batch of `rows`, and tells its seconds, sampled tokens and a digest of its text."""
+    """Return a function that makes one rollout batch of `rows`, and returns seconds, sampled tokens and a digest."""
 
     def work() -> dict[str, Any]:
         if backend == "trl":
@@ -162,7 +162,7 @@ def rollouts(backend: str, trainer: Any, rows: list) -> Callable[[], dict[str, A
 
 
 def lockstep(case: Case, dtype: str) -> Callable[[], dict[str, Any]]:
-    """The plain loop, over as many tokens a row as the rollouts have on average."""
+    """Run the plain loop, over as many tokens a row as the rollouts have on average."""
     import torch
     from transformers import DynamicCache
 
@@ -194,7 +194,7 @@ def lockstep(case: Case, dtype: str) -> Callable[[], dict[str, Any]]:
 
 
 def compare(arguments: argparse.Namespace, sides: list[str], flags: list[str]) -> dict[str, dict[str, float]]:
-    """Speed in tokens per second, seconds and peak memory in MiB of each side, in rounds that alternate."""
+    """Return tokens per second, seconds and peak memory in MiB of each side, in alternating rounds."""
     workers = [Worker(__file__, side, flags) for side in sides]
     for _ in range(arguments.repeats + 1):  # the first round is a warm-up
         for worker in workers:
@@ -216,7 +216,7 @@ def compare(arguments: argparse.Namespace, sides: list[str], flags: list[str]) -
 
 
 def report(name: str, results: dict[str, dict[str, float]]) -> float | None:
-    """Print the row of a case; returns the ratio to TRL."""
+    """Print the row of a case, and return the ratio to TRL."""
     ours, plain, theirs = (results.get(side) for side in ("trl_toolgrpo", "lockstep", "trl"))
     line = f"{name:<50} {ours['speed']:8.1f} {plain['speed']:9.1f} {ours['speed'] / plain['speed']:7.0%}"
     ratio = None
@@ -228,7 +228,7 @@ def report(name: str, results: dict[str, dict[str, float]]) -> float | None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vs", choices=["trl", "none"], default="trl")
     parser.add_argument("--cases", nargs="+", choices=[*CASES, "custom"], default=list(CASES))
@@ -249,7 +249,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def work_for(arguments: argparse.Namespace) -> None:
-    """One side, in a process of its own."""
+    """Run one side in a process of its own."""
     import torch
 
     torch.set_num_threads(arguments.threads)

@@ -1,10 +1,11 @@
-"""What a run's account of itself costs: the rollout log, and all diagnostics and logging together, as a share of step
-time, measured inside one run of the tiny recipe.
+"""The cost of logging: the rollout log, and all diagnostics and logging together, as shares of step time.
+
+Both are measured inside one run of the tiny recipe.
 
     python tests/benchmarks/run_log.py
 
-Work on the training thread counts by the clock; work of the background writer by the processor time it takes, since
-on a busy machine it takes that from training.
+Work on the training thread is measured by the clock, work of the background writer by its processor time, since on a
+busy machine it takes that from training.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from typing import Any
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 class Meter:
-    """Adds up the time of calls by kind, without the calls of the same kind inside them."""
+    """Sums up the time of calls by kind, without calls of the same kind inside them."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)

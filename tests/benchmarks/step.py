@@ -1,9 +1,9 @@
-"""Training steps of this package against TRL's: the same model, prompts, tools and text, each in a process of its own.
+"""Training steps of this package compared with TRL's: same model, prompts, tools and text, each in its own process.
 
     python tests/benchmarks/step.py --vs trl
 
 Prints the time of the update (scoring, loss and gradients), of the whole step, rollouts included, and the peak memory.
-Groups of rollouts are divided over micro-batches, one group's worth in each. Sides take turns; figures are medians.
+Each micro-batch has the size of one group of rollouts. Sides take turns; figures are medians.
 The first line names the processor or card and the dtype.
 """
 
@@ -24,14 +24,14 @@ FIGURES = ("rollouts", "update", "step")
 
 
 class EnoughRounds(Exception):
-    """No further step is asked for."""
+    """Raised when no further step is requested."""
 
 
 def train(
     backend: str, case: Case, dtype: str, rounds: int, vllm: bool = False, kept: dict[str, Any] | None = None
 ) -> None:
     """
-    Worker: one optimizer step for each round that is asked for.
+    Make one optimizer step for each requested round, in a worker.
 
     Args:
         backend (`str`):
@@ -41,12 +41,12 @@ def train(
         dtype (`str`):
             Key of `DTYPES`.
         rounds (`int`):
-            The most rounds.
+            Largest number of rounds.
         vllm (`bool`, *optional*, defaults to `False`):
             Whether vLLM samples.
         kept (`dict`, *optional*):
-            Where the first rollout batch is kept, for all later rounds and cases to update on; by default each round
-            samples its own.
+            Keeps the first rollout batch, on which all later rounds and cases update; by default each round samples
+            its own.
     """
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -91,7 +91,7 @@ def train(
     trainer._generate = generate
 
     class Rounds(TrainerCallback):
-        """Steps begin when they are asked for."""
+        """Starts a step when it is requested."""
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             if not told():
@@ -112,7 +112,7 @@ def train(
 
 
 def keep_rollouts(trainer: Any, backend: str, kept: dict[str, Any]) -> None:
-    """Have a trainer make the rollout batch that is in `kept`, or put its first one there."""
+    """Make a trainer use the rollout batch in `kept`, or store its first one there."""
     name = "_generate" if backend == "trl" else "_roll_out"
     make = getattr(trainer, name)
 
@@ -126,7 +126,7 @@ def keep_rollouts(trainer: Any, backend: str, kept: dict[str, Any]) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vs", choices=["trl", "none"], default="trl")
     add_case_flags(parser, STEP)
@@ -140,7 +140,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run both, one step of each at a time, and print the ratios."""
+    """Run both sides, one step of each in turn, and print the ratios."""
     arguments = parse_arguments()
     case = given_case(arguments, gradient_checkpointing=arguments.gradient_checkpointing)
     if arguments.worker:

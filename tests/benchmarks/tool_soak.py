@@ -1,4 +1,4 @@
-"""What is left of two hundred batches of a real training with tools that work, fail, hang, crash and run code.
+"""What two hundred batches of a training leave, with tools that work, fail, hang, crash and run code.
 
     python tests/benchmarks/tool_soak.py
 """
@@ -53,7 +53,7 @@ class Notebook:
 
 
 class Watch(TrainerCallback):
-    """Takes the measure every so many steps."""
+    """Measures the process at regular steps."""
 
     def __init__(self, warm_up: int, every: int):
         self.warm_up, self.every, self.first, self.last = warm_up, every, None, None
@@ -67,7 +67,7 @@ class Watch(TrainerCallback):
 
 
 def main() -> None:
-    """Train, and print the measure before and after."""
+    """Train, and print the measurements before and after."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, default=200)
     parser.add_argument("--warm-up", type=int, default=20)

@@ -1,5 +1,6 @@
-"""What an option of training costs: step time and peak memory of a run with it against the same run without, each in a
-process of its own, over the same text. Used by the benchmarks of the value head and of the reference.
+"""The cost of an option of training: step time and peak memory of a run with it, compared with the run without it.
+
+Each has a process of its own and the same text. The benchmarks of the value head and of the reference use it.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from markov import build_model, build_tokenizer, conversations, ping
 
 
 def measure(changes: dict[str, Any], arguments: argparse.Namespace) -> dict[str, float]:
-    """Train for some steps; gives the median step time in seconds and the peak memory in MiB."""
+    """Train for some steps, and return the median step time in seconds and the peak memory in MiB."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -61,7 +62,7 @@ def measure(changes: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
 
 
 def compare(without: dict[str, Any], given: dict[str, Any], what: str, arguments: argparse.Namespace) -> None:
-    """Train without something and with it, one after the other, again and again; print the ratios of the medians."""
+    """Train without the option and with it in turn, several times, and print the ratios of the medians."""
     found: list[list[dict[str, float]]] = [[], []]
     for _ in range(arguments.repeats):
         for changes, results in zip((without, given), found, strict=True):
@@ -79,7 +80,7 @@ def compare(without: dict[str, Any], given: dict[str, Any], what: str, arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The size of the runs that are compared."""
+    """Add the sizes of the compared runs to a command line."""
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--prompt_tokens", type=int, default=300)

@@ -1,4 +1,4 @@
-"""What a value head costs in step time and peak memory.
+"""The cost of a value head in step time and peak memory.
 
     python tests/benchmarks/value.py
 """
@@ -9,7 +9,7 @@ from training_cost import add_arguments, compare
 
 
 def main() -> None:
-    """Compare runs with and without one, and print the ratios."""
+    """Compare runs with and without a value head, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
     parser.add_argument("--value_epochs", type=int, default=32)

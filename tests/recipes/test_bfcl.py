@@ -1,4 +1,4 @@
-"""The leaderboard task: schemas, the answer check against worked cases and the leaderboard's own checker, rewards."""
+"""The leaderboard task: schemas, rewards, and the check of answers, also compared with the leaderboard's own."""
 
 import importlib
 import json
@@ -28,7 +28,7 @@ def questions():
 
 
 def plain(accepted):
-    """A published answer as the value of an argument: in a dict, the first accepted value of each field."""
+    """Return a published answer as the value of an argument; in a dict, the first accepted value of each field."""
     if isinstance(accepted, dict):
         return {name: plain(values[0]) for name, values in accepted.items() if values[0] != ""}
     if isinstance(accepted, list):
@@ -37,7 +37,7 @@ def plain(accepted):
 
 
 def published_call(question, answer):
-    """Arguments of a right call: of each parameter's accepted values, the first that fits the schema."""
+    """Return the arguments of a right call: for each parameter the first accepted value that fits the schema."""
     properties = to_json_schema(question["function"][0]["parameters"])["properties"]
     required = question["function"][0]["parameters"].get("required", [])
     ((_, accepted),) = answer["ground_truth"][0].items()
@@ -147,7 +147,7 @@ def test_arguments_check_by_hand():
     accepted = {"x": [4], "y": [5], "unit": ["cm", ""]}
     assert matches({"x": 4, "y": 5}, accepted, parameters)
     assert matches({"x": 4, "y": 5, "unit": "CM"}, accepted, parameters)
-    assert not matches({"x": 4}, accepted, parameters)  # y has to be there, though the schema does not say so
+    assert not matches({"x": 4}, accepted, parameters)  # y is required, though the schema does not say so
     assert not matches({"y": 5}, accepted, parameters)
     assert not matches({"x": 4, "y": 5, "z": 1}, accepted, parameters)
     assert share_matched({"x": 4}, accepted, parameters) == 1 / 2
@@ -156,7 +156,7 @@ def test_arguments_check_by_hand():
 
 
 def leaderboard_checker(monkeypatch):
-    """The leaderboard's own checker; what it imports for other languages and for model names is not needed."""
+    """Return the leaderboard's own checker, without what it imports for other languages and for names of models."""
     pytest.importorskip("bfcl_eval")
     root = "bfcl_eval.eval_checker.ast_eval.type_convertor"
     for name, attributes in {
@@ -174,7 +174,7 @@ def leaderboard_checker(monkeypatch):
 
 
 def variations(arguments, randomness):
-    """The call itself and calls that differ from it in one argument."""
+    """Yield the call itself and calls that differ from it in one argument."""
     yield dict(arguments)
     for name, value in arguments.items():
         yield {key: entry for key, entry in arguments.items() if key != name}
@@ -207,7 +207,7 @@ def test_answer_check_agrees_with_the_leaderboards_own(questions, monkeypatch):
 
 
 def rollout(environment, row, *calls):
-    """Judge a rollout that makes these calls, the way the trainer runs them: only what fits the schema is run."""
+    """Judge a rollout that makes these calls; as in the trainer, only those that fit the schema run."""
     environment.reset(**row)
     (tool,) = environment.tools
     for arguments in calls:

@@ -1,4 +1,4 @@
-"""What cannot be read of a recipe's YAML, flags and environment variables is refused in a line that says where."""
+"""A YAML, flag or environment variable that cannot be read is refused in one line that says where it is."""
 
 import ast
 import subprocess
@@ -56,7 +56,7 @@ def test_a_choice_is_checked_in_a_file_and_on_the_command_line(tmp_path, name, v
         parse_arguments([f"--{name}", str(value), *ON_THIS_MACHINE], {})
 
 
-def test_a_key_or_flag_that_does_not_exist_says_what_was_meant_and_where_it_stands(tmp_path):
+def test_an_unknown_key_or_flag_is_refused_with_its_place_and_the_closest_name(tmp_path):
     words = r"run\.yaml: there is no argument `learning_rat`. Did you mean learning_rate"
     with pytest.raises(ConfigError, match=words):
         from_file(tmp_path, learning_rat=1e-4)
@@ -87,10 +87,10 @@ def test_a_key_or_flag_that_does_not_exist_says_what_was_meant_and_where_it_stan
         ("accelerator_config", {"split_batchs": True}, "AcceleratorConfig.* 'split_batchs'"),
         ("train_size", None, "`train_size` is None. Write a whole number"),
         ("force_rate", None, "`force_rate` is None. Write a number"),
-        ("mcp_servers", "{bad", "mcp_servers='{bad'`, which is no JSON"),
+        ("mcp_servers", "{bad", "mcp_servers='{bad'`, which is not JSON"),
     ],
 )
-def test_a_value_of_another_type_is_refused_in_a_line(tmp_path, name, value, words):
+def test_a_value_of_another_type_is_refused_with_one_line(tmp_path, name, value, words):
     with pytest.raises(ConfigError, match=words) as caught:
         from_file(tmp_path, **{name: value})
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
@@ -99,7 +99,7 @@ def test_a_value_of_another_type_is_refused_in_a_line(tmp_path, name, value, wor
             parse_arguments([f"--{name}", str(value), *ON_THIS_MACHINE], {})
 
 
-def test_what_could_be_read_before_is_read(tmp_path):
+def test_what_trls_parser_accepts_is_accepted(tmp_path):
     changes = {"lora_target_modules": "all-linear", "server_packages": "one", "max_steps": 3.0, "use_cpu": "yes"}
     recipe, training, model = from_file(tmp_path, **changes, sampler_correction=None, learning_rate="1e-4")
     assert model.lora_target_modules in ("all-linear", ["all-linear"]) and recipe.server_packages == ["one"]
@@ -111,7 +111,7 @@ def test_what_could_be_read_before_is_read(tmp_path):
     assert (training.learning_rate, training.force_rate) == (0.5, 0.5)
 
 
-def test_files_that_are_no_yaml_are_named(tmp_path):
+def test_a_broken_yaml_is_refused_by_name(tmp_path):
     for text, words in (
         ("a: [1", "is no YAML"),
         ("- a", "must contain a YAML mapping"),
@@ -149,13 +149,13 @@ def test_files_that_are_no_yaml_are_named(tmp_path):
         ({"chat_template_kwargs": "enable_thinking"}, "Pass a mapping"),
     ],
 )
-def test_a_configuration_in_python_is_checked_alike(tmp_path, value, words):
+def test_a_configuration_in_python_is_checked_in_the_same_way(tmp_path, value, words):
     options = {"per_device_train_batch_size": 8, "num_generations": 4, "use_cpu": True, "bf16": False, **value}
     with pytest.raises(ConfigError, match=words):
         ToolGRPOConfig(str(tmp_path), **options)
 
 
-def test_values_that_are_as_good_pass(tmp_path):
+def test_equivalent_values_are_accepted(tmp_path):
     import numpy
 
     config = ToolGRPOConfig(
@@ -168,7 +168,7 @@ def test_values_that_are_as_good_pass(tmp_path):
     assert whole == [4, 16, 1, 3] and {type(value) for value in [*whole, config.generation_batch_size]} == {int}
 
 
-def test_the_choices_of_trl_are_all_of_them():
+def test_the_list_of_trls_choices_is_complete():
     import inspect
 
     tree = ast.parse(inspect.getsource(inspect.getmodule(GRPOTrainer)))
@@ -199,7 +199,7 @@ def test_an_abbreviation_is_refused(capsys):
     assert evaluate.parse_arguments(["--model", "tiny", "--temperature", "0.5"]).temperature == 0.5
 
 
-def test_the_program_ends_with_one_line():
+def test_the_program_reports_a_wrong_flag_in_one_line():
     command = [sys.executable, "recipes/qwen3_tools.py", "--learning_rate", "fast"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     said = [line for line in ended.stderr.splitlines() if "learning_rate" in line]

@@ -1,5 +1,4 @@
-"""Everything the README and the pages of recipes/ tell a user to type: each command is run here, or names files, flags
-and extras that exist, and the test that runs it."""
+"""The commands on the pages: each names files, flags and extras that exist, and is run here or by a named test."""
 
 import ast
 import configparser
@@ -32,7 +31,7 @@ PAGES = [
 ]
 ON_THIS_MACHINE = ["--bf16", "false", "--use_cpu", "true"]
 
-# Programs that are too long for a test of commands: the file, and in it the test that runs what they run
+# Programs that take too long for these tests, each with the file and the test that run the same code
 RUN_BY = {
     "tests/benchmarks/rollout.py": ("test_benchmarks.py", "test_a_benchmark_measures_both_sides"),
     "tests/benchmarks/step.py": ("test_benchmarks.py", "test_a_benchmark_measures_both_sides"),
@@ -44,7 +43,7 @@ RUN_BY = {
     "tests/benchmarks/report.py": ("test_commands.py", "test_the_benchmark_of_the_report_runs"),
     "recipes/evaluate.py": ("test_evaluate.py", "test_the_command_line"),
     "recipes/mcp_company/servers.py": (
-        "test_mcp_task.py", "test_an_environment_that_cannot_be_made_is_an_error_in_pips_words",
+        "test_mcp_task.py", "test_a_failed_install_is_an_error_that_quotes_pip",
     ),
     "recipes/models/smollm2.py": (
         "test_real_model.py", "test_twenty_steps_at_trls_defaults_end_without_an_error_a_fallback_or_an_alarm",
@@ -53,7 +52,7 @@ RUN_BY = {
 
 
 def runs(script, file, test):
-    """Whether a test, with the fixtures and helpers that it names, uses a script: by import, or by its file's name."""
+    """Return whether a test, with its fixtures and helpers, uses a script: by import, or by its file's name."""
     (path,) = (ROOT / "tests").rglob(file)
     tree = ast.parse(path.read_text(encoding="utf-8"))
     stem = Path(script).stem
@@ -73,19 +72,19 @@ def runs(script, file, test):
 
 
 def import_path(node, alias):
-    """The dotted name of what an `import` or a `from ... import` names."""
+    """Return the dotted name that an `import` or a `from ... import` binds."""
     return alias.name if isinstance(node, ast.Import) else f"{node.module}.{alias.name}"
 
 
 def defined_as(tree, name):
-    """What a module defines by a name."""
+    """Return the definitions of a name in a module."""
     found = [node for node in tree.body if getattr(node, "name", None) == name]
     assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
     return found + [node for node in assigned if name in {getattr(target, "id", None) for target in node.targets}]
 
 
 def uses(node):
-    """Names that a piece of code mentions, those of its arguments, and those of files in its texts."""
+    """Yield the names in a piece of code, those of its arguments, and those of files in its strings."""
     for part in ast.walk(node):
         if isinstance(part, ast.Constant) and isinstance(part.value, str):
             yield Path(part.value).name
@@ -99,7 +98,7 @@ def test_a_long_program_is_run_by_the_test_that_is_named(script):
     assert runs(script, *RUN_BY[script]), f"{RUN_BY[script]} does not run {script}."
 
 
-def test_a_test_that_runs_something_else_is_told_apart():
+def test_a_test_of_another_program_is_not_accepted():
     assert not runs("tests/benchmarks/report.py", "test_report_browser.py", "test_verdict_curves_and_tools_are_there")
     assert not runs("recipes/models/smollm2.py", "test_bfcl.py", "test_commands_are_found")
     assert not runs("tests/benchmarks/kills.py", "test_resume.py", "test_no_such_test")
@@ -110,7 +109,7 @@ def blocks(page, language):
 
 
 def typed():
-    """Every command of a bash block, and those between backticks, each with its page."""
+    """Yield every command of a page in a bash block or between backticks."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         lines = [line for block in blocks(page, "bash") for line in block.splitlines() if line.strip()]
@@ -134,7 +133,7 @@ def test_commands_are_found():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_names_what_exists(command, tmp_path):
     words = shlex.split(command.replace("<output_dir>", str(tmp_path)))
-    words = [word for word in words if not re.fullmatch(r"[A-Z_]+=\S*", word)]  # variables that are set for it
+    words = [word for word in words if not re.fullmatch(r"[A-Z_]+=\S*", word)]  # environment variables of the command
     words[0] = re.sub(r"^\.venv(-vllm)?/bin/", "", words[0]).replace("python3", "python")
     if words[0].startswith("--"):
         assert qwen3_tools.parse_arguments([*words, *ON_THIS_MACHINE], {})
@@ -159,7 +158,7 @@ def test_a_command_names_what_exists(command, tmp_path):
 
 
 def check_module(name, words):
-    """A program of a package takes these words."""
+    """Check that a program of the package accepts these arguments."""
     if name == "trl_toolgrpo.report":
         assert report.parse_arguments(words)
     elif name == "trl_toolgrpo.doctor":
@@ -178,7 +177,7 @@ def check_module(name, words):
 
 
 def check_install(words):
-    """Extras that are asked for exist; packages have names."""
+    """Check that requirement files and extras exist."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     assert words[1] == "install" or words[1:] == ["uninstall", "-y", "triton"]
@@ -189,7 +188,7 @@ def check_install(words):
 
 
 def check_script(words):
-    """The script exists, has each flag, and is run by a test: in `RUN_BY`, or in this file."""
+    """Check that a script exists, has each flag, and is run by a test in `RUN_BY` or in this file."""
     text = (ROOT / words[1]).read_text(encoding="utf-8")
     for flag in (word for word in words[2:] if word.startswith("--")):
         assert f'"{flag}"' in text
@@ -197,7 +196,7 @@ def check_script(words):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_that_is_shown_can_be_read_and_names_what_exists(page):
+def test_python_examples_parse_and_name_what_exists(page):
     import inspect
 
     fields = set(inspect.signature(trl_toolgrpo.ToolGRPOConfig).parameters)
@@ -218,7 +217,7 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.slow
-def test_a_recipe_is_run_and_its_report_and_its_curve_are_made(tmp_path, monkeypatch, capsys):
+def test_a_recipe_runs_and_gives_a_report_and_a_curve(tmp_path, monkeypatch, capsys):
     untrained = tiny_model.TinyModel(warm_start=WarmStart(demonstrations=60, steps=1))
     model = tiny_model.build_tiny_model(tmp_path / "tiny", untrained)
     out = tmp_path / "out"
@@ -241,7 +240,7 @@ def test_a_recipe_is_run_and_its_report_and_its_curve_are_made(tmp_path, monkeyp
 
 
 def test_the_trial_of_hostile_code_runs(monkeypatch, capsys):
-    """On a few of its snippets, and one that nothing contains."""
+    """It runs a few of its snippets, and one that is reported as not contained."""
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
     import hostile_python
 

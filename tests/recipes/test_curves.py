@@ -1,4 +1,4 @@
-"""The curves of a run: what is read from its log, what is counted, and that a picture comes of it."""
+"""The curves of a run: reading its log, smoothing, and the picture."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def test_smoothing_and_steps_by_hand():
     assert smooth([1.0, 2.0, 6.0, 4.0], 3) == [1.0, 1.5, 3.0, 4.0]
     assert steps_to([1.0, 1.0, 0.0, 1.0, 1.0], 0.9, 2) == 2
     assert steps_to([1.0, 0.0, 0.0, 1.0, 1.0], 0.9, 2) == 5
-    assert steps_to([1.0], 0.9, 2) is None  # too short to tell
+    assert steps_to([1.0], 0.9, 2) is None  # fewer values than the width
 
 
 def test_a_picture_shows_every_label(tmp_path, monkeypatch):
@@ -45,7 +45,7 @@ def test_a_picture_shows_every_label(tmp_path, monkeypatch):
     assert (tmp_path / "b.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_metric_that_no_run_has_logged_is_an_error_that_names_those_there_are(tmp_path, monkeypatch, capsys):
+def test_an_unlogged_metric_is_an_error_that_lists_the_logged_ones(tmp_path, monkeypatch, capsys):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in LOG))
     for metric, words in (("nope", "logged the metric 'nope'."), ("sucess", "did you mean 'success'?")):
         out = tmp_path / f"{metric}.svg"

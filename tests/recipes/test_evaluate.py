@@ -1,4 +1,4 @@
-"""Evaluation: intervals by hand, the command line on real rollouts, and the leaderboard's multi-turn tasks."""
+"""Evaluation: intervals by hand, the command line on real rollouts, and the leaderboard's tasks of several turns."""
 
 import ast
 import json
@@ -20,7 +20,7 @@ from trl_toolgrpo.recipes.task import Verdict
 
 @pytest.fixture(scope="module")
 def tasks():
-    """All tasks of `multi_turn_base`, with their calls."""
+    """Return all tasks of `multi_turn_base`, with their calls."""
     pytest.importorskip("bfcl_eval")
     return bfcl_multi_turn.read_questions(None, "multi_turn_base")
 
@@ -33,7 +33,7 @@ def tasks():
     ],
 )  # fmt: skip
 def test_intervals(successes, questions, low, high):
-    """The last one is the worked example of Newcombe (1998), to its four digits."""
+    """The last case is the worked example of Newcombe (1998), to its four digits."""
     assert wilson(successes, questions) == pytest.approx((low, high), abs=5e-5)
 
 
@@ -60,7 +60,7 @@ def test_settings_of_a_run_are_kept(tmp_path):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A base model and an adapter for it."""
+    """Save a base model and an adapter for it."""
     folder, tokenizer = tmp_path_factory.mktemp("models"), chat_tokenizer()
     model = tiny_model(tokenizer, max_position_embeddings=2**18)  # a token is a byte or two
     model.save_pretrained(folder / "base")
@@ -89,7 +89,7 @@ def test_the_command_line(folders, tmp_path, monkeypatch, capsys, kind, tasks):
     assert tasks[-1] in text and "0.000 [0.000, 0.561]" in text
 
 
-def test_a_run_on_another_task_is_not_taken_for_the_workspace(folders, tmp_path, monkeypatch):
+def test_a_run_on_a_task_without_evaluation_is_refused(folders, tmp_path, monkeypatch):
     RunSettings(task="mcp").save(tmp_path)
     for file in (folders / "base").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -98,7 +98,7 @@ def test_a_run_on_another_task_is_not_taken_for_the_workspace(folders, tmp_path,
         evaluate.main()
 
 
-def test_multiple_wants_the_right_function():
+def test_multiple_requires_the_right_function():
     pytest.importorskip("bfcl_eval")
     task = build_bfcl(0, 200, category="multiple")
     assert set(task.held_out["difficulty"]) == {2, 3, 4}
@@ -122,7 +122,7 @@ def test_multiple_wants_the_right_function():
 
 
 def as_arguments(call, world):
-    """A published call as name and keyword arguments, which is how a policy makes it."""
+    """Return a published call as a tool and keyword arguments, as a policy makes it."""
     (node,) = ast.parse(call).body
     tool = next(tool for tool in world.tools if tool.name == node.value.func.id)
     names = list(tool.parameters["properties"])
@@ -131,8 +131,8 @@ def as_arguments(call, world):
 
 
 def play(world, corrupt=None):
-    """Make the published calls in a world; `corrupt` leaves out those of the last turn that has some, or changes all
-    arguments."""
+    """Make the published calls in a world, and return whether they solve its task. `corrupt` leaves out those of the
+    last turn that has some, or changes all arguments."""
     environment = MultiTurnEnvironment({world.entry["id"]: world})
     last = max(turn for turn, calls in enumerate(world.truth) if calls)
     for turn, calls in enumerate(world.truth):
@@ -145,7 +145,7 @@ def play(world, corrupt=None):
                 arguments = {name: _other(value) for name, value in arguments.items()}
             try:
                 tool.function(**arguments)
-            except Exception as error:  # some published calls fail in their world, and are to fail
+            except Exception as error:  # some published calls fail in their world, and must fail
                 assert not isinstance(error, (NameError, AttributeError)), call
     return check(world)
 
@@ -162,12 +162,12 @@ def test_published_calls_solve_every_task(tasks):
 
 @pytest.mark.parametrize(("corrupt", "solved"), [("missing", []), ("wrong", ["multi_turn_base_139"])])
 def test_corrupted_calls_solve_none(tasks, corrupt, solved):
-    """But for a task whose published call fails in its world, as any other does."""
+    """The exception is a task whose published call fails in its world, as any other call does."""
     worlds = [open_world(entry, answer["ground_truth"]) for entry, answer in tasks]
     assert [world.entry["id"] for world in worlds if play(world, corrupt)] == solved
 
 
-def test_the_checker_keeps_nothing(tasks):
+def test_no_world_of_the_checker_is_kept(tasks):
     from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_utils
 
     entry, answer = tasks[0]
@@ -177,7 +177,7 @@ def test_the_checker_keeps_nothing(tasks):
 
 
 class Player(ScriptedSampler):
-    """Writes the published calls of the turn that each prompt ends with, one call a message; or all but the last."""
+    """Writes the published calls of the turn that each prompt ends with, one call a message, or all but the last."""
 
     def __init__(self, tokenizer, worlds, right, stop_ids):
         super().__init__(tokenizer, [], stop_ids)
@@ -201,8 +201,8 @@ class Player(ScriptedSampler):
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_a_policy_that_plays_the_published_calls(tasks, folders, monkeypatch, right):
-    """Rollouts of the trainer, turn by turn, each on the conversation before: every task is solved, or none."""
+def test_rollouts_of_turns_are_judged_by_their_calls(tasks, folders, monkeypatch, right):
+    """The trainer makes a rollout for each turn, on the conversation so far. Every task is solved, or none."""
 
     def unscored(self, model, input_ids, attention_mask, width, *args, **kwargs):
         return torch.zeros(len(input_ids), width), torch.zeros(len(input_ids), width), None
@@ -220,6 +220,6 @@ def test_a_policy_that_plays_the_published_calls(tasks, folders, monkeypatch, ri
     result = evaluate.evaluate("multi_turn_base", policy, tokenizer, settings, given)
     assert result.success.questions == 3 and result.success.rate == float(right)
     assert set(result.by_difficulty) == {len(world.entry["question"]) for world in run.worlds.values()}
-    for world in run.worlds.values():  # the whole conversation was held
+    for world in run.worlds.values():  # every turn was asked
         users = [message["content"] for message in world.history if message["role"] == "user"]
         assert users == [messages[-1]["content"] for messages in world.entry["question"]]

@@ -1,4 +1,4 @@
-"""The MCP recipe: its questions, its judgement, and its demonstrations against the real servers."""
+"""The MCP recipe: its questions, its judge, and its demonstrations compared with the real servers."""
 
 import itertools
 import sqlite3
@@ -37,7 +37,7 @@ class Servers:
 
 
 def play(conversation, servers):
-    """Make the calls of a demonstration and check what the servers answer; its messages after the prompt."""
+    """Make the calls of a demonstration, check the answers, and return the messages after the prompt."""
     for message, answer in itertools.pairwise(conversation):
         for call in message.get("tool_calls", ()):
             function = call["function"]
@@ -61,7 +61,7 @@ def test_a_demonstration_without_a_slip_succeeds(tmp_path, kind):
         assert (verdict.success, verdict.reward, verdict.valid_call) == (True, 1.0, True)
 
 
-def test_short_of_a_success_there_is_part_of_the_reward(tmp_path):
+def test_partial_success_earns_part_of_the_reward(tmp_path):
     row = rows("change")[0]
     servers = Servers(mcp_task.make_company(tmp_path))
     slip = mcp_task.judge(play(demonstrations.demonstrate(row, 1.0), servers), servers, row)
@@ -72,7 +72,7 @@ def test_short_of_a_success_there_is_part_of_the_reward(tmp_path):
     assert mcp_task.judge([{"role": "assistant", "content": "1"}], servers, rows("time")[0]).reward == 0.0
 
 
-def test_a_database_that_changed_for_no_reason_is_no_success(tmp_path):
+def test_an_unrequested_change_of_the_database_is_no_success(tmp_path):
     row = rows("salary")[0]
     servers = Servers(mcp_task.make_company(tmp_path))
     servers.database.execute("UPDATE employees SET salary = 1 WHERE name != ?", [row["name"]])
@@ -86,7 +86,7 @@ def test_held_out_questions_are_about_people_of_their_own(tmp_path):
     assert task.train[0] == mcp_task.build_mcp(1, 1, 0, tmp_path).train[0]
 
 
-def test_the_output_folder_is_filled_in(tmp_path):
+def test_the_output_folder_is_inserted_into_server_settings(tmp_path):
     arguments = ["--config", str(RECIPES / "mcp.yaml"), "--output_dir", str(tmp_path / 'a "b"')]
     recipe, training, _ = parse_arguments(arguments, {})
     assert recipe.server_packages == RECIPE["server_packages"]
@@ -95,7 +95,7 @@ def test_the_output_folder_is_filled_in(tmp_path):
     assert sqlite.files == str(tmp_path / 'a "b"' / "company") and sqlite.per_rollout and not clock.per_rollout
 
 
-def test_an_environment_that_cannot_be_made_is_an_error_in_pips_words(tmp_path, monkeypatch):
+def test_a_failed_install_is_an_error_that_quotes_pip(tmp_path, monkeypatch):
     monkeypatch.setattr("venv.create", lambda folder, with_pip: _python(folder))
     with pytest.raises(RuntimeError, match=r"pip could not install a\[:\n.*nvalid"):
         make_environment(tmp_path / "servers", ["a["])
@@ -110,7 +110,7 @@ def _python(folder):
 
 
 def real_servers(tmp_path, monkeypatch, command):
-    """The recipe's servers, from the environment it makes."""
+    """Return the recipe's servers, from the environment that it makes."""
     if (SERVERS / "packages.txt").is_file():
         monkeypatch.setenv("PATH", str(SERVERS / "bin"), prepend=":")
     elif command == "mcp-server-sqlite":

@@ -1,4 +1,4 @@
-"""The recipes: every shipped configuration is read as a user's would be, and the tiny model is what it says."""
+"""The recipes: every shipped configuration can be read, runs are resumed, and the tiny model is reproducible."""
 
 import json
 import logging
@@ -26,6 +26,7 @@ from trl_toolgrpo.recipes.models.warm_start import WarmStart
 from trl_toolgrpo.recipes.resuming import checkpoint_to_resume, flags_that_keep_batches
 from trl_toolgrpo.recipes.task import Verdict
 from trl_toolgrpo.recipes.workspace.task import build_workspace
+from trl_toolgrpo.run_folder import storage_failures
 from trl_toolgrpo.run_folder.lock import take_lock
 
 
@@ -90,7 +91,7 @@ def test_environment_variables_set_fields_and_flags_win(tmp_path):
 
 
 @pytest.mark.parametrize("variable", ["PPO_RECORD_AT_SAMPLE", "FORCE_RATE", "ASSIST_WARMUP"])
-def test_an_environment_variable_without_sense_is_refused(variable):
+def test_an_environment_variable_of_another_type_is_refused(variable):
     with pytest.raises(ValueError, match=f"{variable} is 'perhaps'"):
         read_switches({variable: "perhaps"})
 
@@ -121,7 +122,7 @@ def board():
 
 
 def evaluate(scoreboard, folder, step, *right, main_process=True):
-    """An evaluation of as many questions, of difficulty 1, 2 and so on."""
+    """Record an evaluation of one question for each value of `right`, of difficulty 1, 2 and so on."""
     scoreboard._held_out = [(f"q{n}", n, Verdict(good, float(good), True)) for n, good in enumerate(right, 1)]
     state = TrainerState(global_step=step, is_world_process_zero=main_process)
     scoreboard.on_evaluate(SimpleNamespace(output_dir=folder), state, None)
@@ -147,7 +148,7 @@ def test_a_resumed_run_knows_the_rates_up_to_its_checkpoint(tmp_path):
     assert not list((tmp_path / "checkpoint-6").glob("*.unfinished"))
 
 
-def test_a_kill_while_the_rates_are_written_leaves_those_before(tmp_path, monkeypatch):
+def test_a_kill_while_writing_the_rates_keeps_the_previous_ones(tmp_path, monkeypatch):
     first, resumed = board(), board()
     evaluate(first, tmp_path, 0, True)
 
@@ -163,7 +164,7 @@ def test_a_kill_while_the_rates_are_written_leaves_those_before(tmp_path, monkey
 
 
 @pytest.mark.parametrize("text", [None, '[{"overall": 0.5, "by_diff', "null", "[3]", '[{"overall": 0.5}]'])
-def test_rates_that_are_missing_or_torn_are_done_without(tmp_path, caplog, text):
+def test_missing_or_torn_rates_are_ignored_with_a_warning(tmp_path, caplog, text):
     if text is not None:
         (tmp_path / scoreboard.EVALUATIONS).write_text(text)
     resumed = board()
@@ -171,7 +172,7 @@ def test_rates_that_are_missing_or_torn_are_done_without(tmp_path, caplog, text)
     assert f"The rates before {tmp_path / 'checkpoint-4'} are not known" in caplog.text
 
 
-def test_a_full_disk_costs_the_record_and_not_the_run(tmp_path, monkeypatch, caplog):
+def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch, caplog):
     def refuse(*args, **kwargs):
         raise OSError(28, "No space left")
 
@@ -180,8 +181,9 @@ def test_a_full_disk_costs_the_record_and_not_the_run(tmp_path, monkeypatch, cap
         patch.setattr(Path, "write_text", refuse)
         evaluate(first, tmp_path, 0, True)
     (warning,) = caplog.records
-    assert warning.levelno == logging.WARNING and "could not be kept" in caplog.text and "No space left" in caplog.text
-    evaluate(first, tmp_path, 4, True)  # there is room again
+    assert warning.levelno == logging.WARNING
+    assert "could not be saved" in caplog.text and "No space left" in caplog.text
+    evaluate(first, tmp_path, 4, True)  # the disk has room again
     assert resumed.recall(tmp_path / "checkpoint-4") and resumed.evaluations == first.evaluations
     evaluate(board(), tmp_path / "other", 0, True, main_process=False)
     assert not (tmp_path / "other").exists() and len(caplog.records) == 1
@@ -189,10 +191,10 @@ def test_a_full_disk_costs_the_record_and_not_the_run(tmp_path, monkeypatch, cap
     begin(resumed, tmp_path, step=4)
     assert board().recall(tmp_path / "checkpoint-4")
     begin(board(), tmp_path)
-    assert not board().recall(tmp_path / "checkpoint-4")  # they are not the new run's
+    assert not board().recall(tmp_path / "checkpoint-4")  # the new run has none
 
 
-def test_a_new_run_leaves_the_rates_of_an_earlier_one_to_its_checkpoints(tmp_path):
+def test_rates_of_an_earlier_run_stay_with_its_checkpoints(tmp_path):
     for number, right in ((1, True), (2, False)):
         evaluate(board(), tmp_path, 0, right)
         (tmp_path / f"earlier-run-{number}").mkdir()  # as the trainer does when the next run begins
@@ -208,7 +210,7 @@ def test_a_new_run_leaves_the_rates_of_an_earlier_one_to_its_checkpoints(tmp_pat
         assert [rates.overall for rates in earlier.evaluations] == [rate]
 
 
-def test_the_main_process_reads_the_rates_for_all(tmp_path, monkeypatch):
+def test_the_main_process_reads_the_rates_for_all_processes(tmp_path, monkeypatch):
     known = [Rates(0.5, {1: 0.5}, 1.0)]
     monkeypatch.setattr(scoreboard, "PartialState", lambda: SimpleNamespace(is_main_process=False))
     monkeypatch.setattr(scoreboard, "broadcast_object_list", lambda found: [known] if found == [None] else found)
@@ -217,7 +219,7 @@ def test_the_main_process_reads_the_rates_for_all(tmp_path, monkeypatch):
     assert resumed.recall(tmp_path / "checkpoint-4") and resumed.evaluations == known
 
 
-def test_the_recipe_says_at_once_that_its_folder_cannot_be_written_to(tmp_path, monkeypatch):
+def test_an_unwritable_output_folder_is_refused_before_anything_is_built(tmp_path, monkeypatch):
     (tmp_path / "taken").write_text("a file")
     monkeypatch.setattr(qwen3_tools, "build_task", lambda *_: pytest.fail("the run has begun"))
     monkeypatch.setattr(sys, "argv", ["qwen3_tools.py", "--output_dir", str(tmp_path / "taken"), *ON_THIS_MACHINE])
@@ -225,12 +227,12 @@ def test_the_recipe_says_at_once_that_its_folder_cannot_be_written_to(tmp_path, 
     with pytest.raises(CheckpointSaveError, match=words):
         qwen3_tools.main()
     assert checkpoint.why_not_writable(tmp_path / "new") is None and list((tmp_path / "new").iterdir()) == []
-    monkeypatch.setattr(checkpoint, "gather_object", lambda found: [("Read-only", ""), *found])
-    with pytest.raises(CheckpointSaveError, match=r"^Read-only$"):  # what the main process has met with
-        checkpoint.same_error(None)
+    monkeypatch.setattr(storage_failures, "gather_object", lambda found: [("Read-only", ""), *found])
+    with pytest.raises(CheckpointSaveError, match=r"^Read-only$"):  # the error of the main process
+        storage_failures.same_error(None)
 
 
-def test_the_recipe_says_at_once_that_another_run_is_under_way_in_its_folder(tmp_path, monkeypatch):
+def test_an_output_folder_in_use_is_refused_before_anything_is_built(tmp_path, monkeypatch):
     monkeypatch.setattr(qwen3_tools, "build_task", lambda *_: pytest.fail("the run has begun"))
     monkeypatch.setattr(sys, "argv", ["qwen3_tools.py", "--output_dir", str(tmp_path), *ON_THIS_MACHINE])
     with take_lock(tmp_path), pytest.raises(OutputFolderInUseError, match=r"Wait for it to end, or end it"):
@@ -238,7 +240,7 @@ def test_the_recipe_says_at_once_that_another_run_is_under_way_in_its_folder(tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_settings_of_an_earlier_run_go_with_its_files(tmp_path):
+def test_settings_of_an_earlier_run_move_with_its_files(tmp_path):
     for number, task in ((1, "mcp"), (2, "bfcl")):
         current = board()
         current.settings = RunSettings(task=task)
@@ -250,21 +252,21 @@ def test_the_settings_of_an_earlier_run_go_with_its_files(tmp_path):
     assert found == ["mcp", "bfcl"]
 
 
-def test_a_run_of_two_processes_is_gone_on_from_with_one(tmp_path, capsys):
+def test_a_run_of_two_processes_is_resumed_with_one(tmp_path, capsys):
     _, training, _ = parse(tmp_path)
     stored = {"batch": {"generation_batch_size": 2 * training.generation_batch_size}, "layout": {
         "processes": 2, "steps_per_generation": 1, "gradient_accumulation_steps": 1,
     }}  # fmt: skip
     (tmp_path / "run_identity.json").write_text(json.dumps(stored))
     flags = flags_that_keep_batches(str(tmp_path), training)
-    assert f"Rollout batches stay as they are in {tmp_path}: {' '.join(flags)}" in capsys.readouterr().out
+    assert f"These flags keep the rollout batches of {tmp_path}: {' '.join(flags)}" in capsys.readouterr().out
     _, changed, _ = parse(tmp_path, *flags)
     assert changed.generation_batch_size == 2 * training.generation_batch_size
     assert changed.gradient_accumulation_steps == changed.steps_per_generation == 2
     assert flags_that_keep_batches(str(tmp_path), changed) == flags_that_keep_batches(None, training) == []
     assert flags_that_keep_batches(str(tmp_path), training, ["--per_device_train_batch_size=64"]) == []  # a flag wins
     (tmp_path / "run_identity.json").write_text('{"batch"')
-    assert flags_that_keep_batches(str(tmp_path), training) == []  # torn, which is said when it is resumed
+    assert flags_that_keep_batches(str(tmp_path), training) == []  # torn, which the trainer reports when it resumes
 
 
 def test_the_main_process_looks_for_the_checkpoint_to_resume(monkeypatch):
@@ -274,7 +276,7 @@ def test_the_main_process_looks_for_the_checkpoint_to_resume(monkeypatch):
     assert checkpoint_to_resume(training) == "checkpoint-7"
 
 
-def test_the_tiny_model_is_built_alike_and_kept(tmp_path):
+def test_the_tiny_model_is_reproducible_and_kept(tmp_path):
     settings = TinyModel(warm_start=WarmStart(demonstrations=40, steps=2, tools_every=2, batch_size=4))
     first, second = (build_tiny_model(tmp_path / name, settings) for name in ("a", "b"))
     assert (first / "tokenizer.json").read_text() == (second / "tokenizer.json").read_text()

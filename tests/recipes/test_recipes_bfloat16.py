@@ -1,4 +1,4 @@
-"""The recipes of pretrained models in bfloat16, as they are launched, for three steps."""
+"""The recipes of pretrained models in bfloat16, launched for three steps."""
 
 import importlib.util
 import os
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def launch(folder, config, *flags):
-    """Standard output and errors of a recipe that ran to its end."""
+    """Run a recipe to its end, and return its standard output and errors."""
     command = [sys.executable, ROOT / "recipes" / "qwen3_tools.py", "--config", ROOT / "recipes" / config]
     given = {"output_dir": folder / "run", "max_steps": 3, "use_cpu": True, "bf16": True, "held_out_size": 4}
     given |= dict(flags)
@@ -48,7 +48,7 @@ def test_smollm2_trains_in_bfloat16(tmp_path):
 
 
 def test_the_recipe_of_qwen3_trains_in_bfloat16(tmp_path):
-    """With a tiny model of Qwen3's kind, in bfloat16 weights and under an adapter, as the recipe has it."""
+    """It runs a tiny Qwen3 with bfloat16 weights and an adapter, as in the recipe."""
     tokenizer = chat_tokenizer("qwen3")
     tiny_model(tokenizer).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

@@ -1,5 +1,4 @@
-"""The workspace task: the database behind the tools, the questions, the judgement, each with answers worked by
-hand."""
+"""The workspace task: its database, its questions and its judge, with answers worked out by hand."""
 
 import json
 import random
@@ -52,7 +51,7 @@ def workspace():
 
 
 def verdict(environment, row, answer):
-    """Judge a rollout that ends on this answer; None ends it on a tool message."""
+    """Judge a rollout that ends with this answer, or for None with a tool message."""
     last = {"role": "tool", "content": "x"} if answer is None else {"role": "assistant", "content": answer}
     return judge([last], environment, {**row, "plan": json.dumps(row["plan"])})
 
@@ -86,7 +85,7 @@ def test_sending_writes_the_database(workspace):
         ("find_employee", ["' OR 1=1 --"], "no employee is named"),
     ],
 )
-def test_what_is_not_there_is_an_error_and_no_call(workspace, call, arguments, message):
+def test_a_failed_lookup_is_an_error_and_not_recorded(workspace, call, arguments, message):
     with pytest.raises(LookupError, match=message):
         getattr(workspace, call)(*arguments)
     assert workspace.calls == [] and workspace.outbox == []
@@ -121,7 +120,7 @@ def test_a_message_to_the_wrong_person_is_a_failure(workspace):
     workspace.send_slack_message("Mira Holt", "52000")
     assert verdict(workspace, SLACK, "52000") == Verdict(False, 0.0, True)
     workspace.find_employee("Ada Chen")
-    assert verdict(workspace, ID, "101") == Verdict(False, 0.5, True)  # none was to be sent
+    assert verdict(workspace, ID, "101") == Verdict(False, 0.5, True)  # none was asked for
 
 
 def test_progress_counts_the_dependent_calls_in_order(workspace):
@@ -132,7 +131,7 @@ def test_progress_counts_the_dependent_calls_in_order(workspace):
     assert verdict(workspace, SLACK, "").reward == pytest.approx(0.5 / 3)
 
 
-def test_turns_earn_what_the_rollout_earns_less_at_its_end():
+def test_turn_rewards_and_final_reward_add_up():
     environment = WorkspaceEnvironment(turn_rewards=True)
     environment.reset(EMPLOYEES, json.dumps(SLACK["plan"]))
     earned = []
@@ -201,7 +200,7 @@ def test_questions_are_seeded_and_the_splits_share_nothing():
     }
 
 
-def test_every_question_is_answered_by_its_plan_and_by_no_shorter_one():
+def test_every_question_needs_its_whole_plan():
     for row in build_workspace(60, 0).train:
         plan = json.loads(row["plan"])
         assert len(plan) == row["difficulty"]
@@ -215,10 +214,10 @@ def test_every_question_is_answered_by_its_plan_and_by_no_shorter_one():
         assert judge([{"role": "assistant", "content": row["answer"]}], environment, row) == Verdict(True, 1.0, True)
 
 
-def test_questions_of_one_difficulty_alone():
+def test_difficulty_selects_questions():
     task = build_workspace(6, 4, difficulty=3)
     assert {row["kind"] for row in [*task.train, *task.held_out]} == {"manager_salary", "slack_salary"}
-    with pytest.raises(ValueError, match="difficulty 4; there are those of 1, 2, 3 calls"):
+    with pytest.raises(ValueError, match="difficulty 4, but there are only those of difficulty 1, 2, 3"):
         build_workspace(1, 1, difficulty=4)
 
 
@@ -242,7 +241,7 @@ def test_demonstrations_are_right_unless_they_slip():
     assert demonstrate(rows[4], 0.5, seed=1) == demonstrate(rows[4], 0.5, seed=1)
 
 
-def test_a_mistyped_id_is_nobodys_is_answered_with_an_error_and_corrected():
+def test_a_mistyped_id_belongs_to_nobody_and_is_corrected_after_the_error():
     for row in build_workspace(40, 0).train:
         messages = demonstrate(row, slip_rate=0.0, mistype_rate=1.0)
         environment = WorkspaceEnvironment()
@@ -264,8 +263,8 @@ def test_a_mistyped_id_is_nobodys_is_answered_with_an_error_and_corrected():
         assert judge(messages, environment, row).success
 
 
-def test_what_is_learned_of_a_demonstration():
-    """All that the assistant says and the end of its turns, but not the mistyped calls."""
+def test_only_imitated_tokens_are_targets():
+    """These are what the assistant writes and the end of its turns, without the mistyped calls."""
     row = next(row for row in build_workspace(20, 0).train if row["kind"] == "manager_salary")
     messages = demonstrate(row, slip_rate=0.0, mistype_rate=1.0)
     tools = workspace_tools()
@@ -285,7 +284,7 @@ def test_what_is_learned_of_a_demonstration():
     assert len(calls) == 3
 
 
-def test_batches_are_of_like_length_and_a_pass_gives_everything_once():
+def test_batches_have_similar_lengths_and_a_pass_yields_each_example_once():
     lengths = [3 * i % 41 + 1 for i in range(80)]
     examples = [(torch.zeros(length), torch.full((length,), i)) for i, length in enumerate(lengths)]
     batches = batches_by_length(examples, 4, random.Random(0))
@@ -327,7 +326,7 @@ def test_scoreboard_rewards_records_and_reports(tmp_path):
     assert logged == {"success": 0.6, "valid_calls": 1.0}
     assert scoreboard.sample[2] == Verdict(True, 1.0, True)
     scoreboard.on_evaluate(args, TrainerState(), None)
-    assert scoreboard.evaluations == []  # training rollouts are on no record
+    assert scoreboard.evaluations == []  # training rollouts are not recorded
     score(list(task.held_out), [True, False, True, True, False])
     scoreboard.on_evaluate(args, TrainerState(global_step=0), None)
     score(list(task.held_out), [True] * 5)
@@ -343,7 +342,7 @@ def test_scoreboard_rewards_records_and_reports(tmp_path):
     ]
 
 
-def test_an_assisted_run_also_tells_of_its_stages():
+def test_an_assisted_run_also_reports_its_stages():
     before, assisted, after = Rates(0.0, {1: 0.0}, 0.1), Rates(0.25, {1: 0.25}, 0.9), Rates(0.5, {1: 0.5}, 1.0)
     assert comparison(before, after, assisted).splitlines() == [
         "difficulty 1: 0.00 -> 0.50",
@@ -353,7 +352,7 @@ def test_an_assisted_run_also_tells_of_its_stages():
     ]
 
 
-def test_an_evaluation_falls_on_the_end_of_the_assisted_warm_up():
+def test_an_evaluation_ends_the_assisted_warm_up():
     scoreboard = Scoreboard(build_workspace(5, 5))
     for replay, expected in ((None, [False, False, True, False]), ("a folder", [False] * 4)):
         args, asked = SimpleNamespace(assist_warmup_steps=3, replay=replay), []

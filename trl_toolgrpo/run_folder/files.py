@@ -36,7 +36,7 @@ HEALTH = "health.jsonl"
 PUBLISHED = "hub"
 """Folder for what is pushed to the Hub."""
 CARD = "README.md"
-VERSION = 1
+RUN_VERSION = 1
 
 _IS_CARD = re.compile(r"\s*---\n(.*\n)*?(library_name|base_model):")
 """What a model card begins with, and no other page."""
@@ -173,7 +173,7 @@ def describe_start(
     versions = {library.__name__: str(library.__version__) for library in libraries}
     return redactor.data(
         {
-            "version": VERSION,
+            "version": RUN_VERSION,
             "model": model,
             "reward_funcs": list(reward_funcs),
             "tools": list(tools),
@@ -207,12 +207,12 @@ def replace_text(path: Path, text: str) -> None:
         text (`str`):
             What to write.
     """
-    with replaced(path) as part:
+    with replacement(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[Path]:
+def replacement(path: Path) -> Iterator[Path]:
     """
     Yield a path to write to, which replaces a file in the end; where the disk refuses, no part of it is left.
 

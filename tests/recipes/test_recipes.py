@@ -14,8 +14,8 @@ from transformers import TrainerState
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-from trl_toolgrpo import CheckpointSaveError, OutputFolderInUseError, ToolGRPOConfig
-from trl_toolgrpo.checkpoints import folder as checkpoint
+from trl_toolgrpo import CheckpointSaveError, OutputFolderInUseError, ToolGRPOConfig, check_output_dir
+from trl_toolgrpo.checkpoints.folder import check_writable
 from trl_toolgrpo.recipes import qwen3_tools, resuming
 from trl_toolgrpo.recipes.arguments import parse_arguments, read_switches
 from trl_toolgrpo.recipes.evaluation import scoreboard
@@ -26,6 +26,7 @@ from trl_toolgrpo.recipes.models.warm_start import WarmStart
 from trl_toolgrpo.recipes.resuming import checkpoint_to_resume, flags_that_keep_batches
 from trl_toolgrpo.recipes.task import Verdict
 from trl_toolgrpo.recipes.workspace.task import build_workspace
+from trl_toolgrpo.run_folder import storage_failures
 from trl_toolgrpo.run_folder.lock import take_lock
 
 
@@ -224,10 +225,11 @@ def test_the_recipe_says_at_once_that_its_folder_cannot_be_written_to(tmp_path, 
     words = r"Nothing can be written to .*taken\): .* Pass an `output_dir` that can be written to"
     with pytest.raises(CheckpointSaveError, match=words):
         qwen3_tools.main()
-    assert checkpoint.why_not_writable(tmp_path / "new") is None and list((tmp_path / "new").iterdir()) == []
-    monkeypatch.setattr(checkpoint, "gather_object", lambda found: [("Read-only", ""), *found])
+    check_writable(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+    monkeypatch.setattr(storage_failures, "gather_object", lambda found: [CheckpointSaveError("Read-only"), *found])
     with pytest.raises(CheckpointSaveError, match=r"^Read-only$"):  # what the main process has met with
-        checkpoint.same_error(None)
+        check_output_dir(SimpleNamespace(output_dir=tmp_path / "new", process_index=1))
 
 
 def test_the_recipe_says_at_once_that_another_run_is_under_way_in_its_folder(tmp_path, monkeypatch):

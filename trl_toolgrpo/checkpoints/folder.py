@@ -194,13 +194,16 @@ def check_whole(folder: str | Path, checksums: bool = False) -> None:
         )
 
 
-def why_not_writable(output_dir: Path) -> CheckpointSaveError | None:
+def check_writable(output_dir: Path) -> None:
     """
-    Return the error to raise before a run begins if nothing of it could be written; see [`same_error`].
+    Check before a run begins that it can be written to disk.
 
     Args:
         output_dir (`Path`):
             Output folder of the run, made if it is not there.
+
+    Raises:
+        CheckpointSaveError: if nothing can be written there.
     """
     folder = output_dir / UNFINISHED
     try:
@@ -209,14 +212,13 @@ def why_not_writable(output_dir: Path) -> CheckpointSaveError | None:
             probe.write(bytes(4096))  # a full disk still takes an empty file
             probe.flush()
     except OSError as error:
-        return CheckpointSaveError(
+        raise CheckpointSaveError(
             f"Nothing can be written to `output_dir` ({output_dir}): {error}. The run has not started, since what it "
             "makes would be lost.",
             remedy="Pass an `output_dir` that can be written to.",
-        )
+        ) from error
     with suppress(OSError):  # what a killed run has left there stays, to be named
         os.rmdir(folder)
-    return None
 
 
 def check_shared(output_dir: Path, writes: bool) -> None:
@@ -367,15 +369,12 @@ def _step(path: Path) -> int:
 
 def _measured(file: Path, checksum: bool) -> dict[str, int]:
     found = {"bytes": file.stat().st_size}
-    return {**found, "crc32": _checksum(file)} if checksum else found
-
-
-def _checksum(file: Path) -> int:
-    checksum = 0
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            checksum = zlib.crc32(chunk, checksum)
-    return checksum
+    if checksum:
+        found["crc32"] = 0
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                found["crc32"] = zlib.crc32(chunk, found["crc32"])
+    return found
 
 
 def _flush(path: Path) -> None:

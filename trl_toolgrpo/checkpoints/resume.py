@@ -1,7 +1,7 @@
 """Exact resuming: what a checkpoint holds in addition to TRL's, when it is whole, and which run it belongs to.
 
 A mixin of the trainer: the place in the rollout batch, the batch itself and the figures not yet logged. The folders
-are those of `checkpoint.py`, the description of a run is that of `identity.py`.
+are those of `folder.py`, the description of a run is that of `run_identity.py`.
 """
 
 import json
@@ -33,7 +33,7 @@ from ..config.fields import ToolGRPOConfig
 from ..errors import CheckpointError, CheckpointSaveError
 from ..reference.adapter import SyncReport
 from ..run_folder.files import RUN
-from ..run_folder.storage_failures import attempt, same_error, tolerated
+from ..run_folder.storage_failures import attempt, raised_in_every_process, tolerated
 from ..types import Batch, JSONObject
 from ..update.ratio_statistics import RatioStatistics
 from .folder import (
@@ -43,13 +43,13 @@ from .folder import (
     check_parts,
     check_shared,
     check_whole,
+    check_writable,
     checkpoints,
     clear_away,
     find_checkpoint,
     publish,
     put_back,
     set_aside,
-    why_not_writable,
 )
 from .run_identity import IDENTITY, describe_run, differences, matching_batch_sizes
 
@@ -75,9 +75,9 @@ class ExactResume(GRPOTrainer):
     _source: JSONObject | None = None  # that of the run that wrote the checkpoint
     _staging: Path | None = None
     _push_later = False
-    _rescue: Callable[[], str]  # of `hub.py`
-    _goes_on: bool  # of `hub.py`
-    _uploading: set[Path]  # of `hub.py`
+    _rescue: Callable[[], str]  # of `hub/push.py`
+    _goes_on: bool  # of `hub/push.py`
+    _uploading: set[Path]  # of `hub/push.py`
     _buffered_inputs: Any
     _train_sampler: Any = None
     _unlogged: tuple[Tensor, int] | None = None
@@ -104,9 +104,11 @@ class ExactResume(GRPOTrainer):
         self._run = describe_run(self.args, self.accelerator.unwrap_model(self.model), self.train_dataset)
         self._source = self._unlogged = None
         if self.args.save_strategy != "no":
-            same_error(why_not_writable(Path(str(self.args.output_dir))) if self.args.should_save else None)
-        if self.args.save_strategy != "no" and self.accelerator.num_processes > 1:
-            check_shared(Path(str(self.args.output_dir)), self.accelerator.is_main_process)
+            with raised_in_every_process():
+                if self.args.should_save:
+                    check_writable(Path(str(self.args.output_dir)))
+            if self.accelerator.num_processes > 1:
+                check_shared(Path(str(self.args.output_dir)), self.accelerator.is_main_process)
         if resume_from_checkpoint:
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
             self._check_same_run(Path(resume_from_checkpoint))
@@ -122,21 +124,21 @@ class ExactResume(GRPOTrainer):
     def _set_aside_earlier_run(self, resumed: bool) -> None:
         adapters = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {}).values()
         base = next((str(adapter.base_model_name_or_path) for adapter in adapters), None)
-        output_dir, folder, problem = Path(str(self.args.output_dir)), None, None
+        output_dir, folder = Path(str(self.args.output_dir)), None
         # Where a run is resumed from elsewhere, logs alone are those of its checkpoint, which it adds to
         another = not resumed or bool(checkpoints(output_dir)) or (output_dir / RUN).exists()
-        try:
-            if self.args.should_save and another:
-                folder = set_aside(output_dir, None if base is None else Path(base))
-                if self.log_completions:  # where TRL has made a folder for them
-                    (output_dir / "completions").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            problem = CheckpointSaveError(
-                f"`output_dir` ({self.args.output_dir}) has files of an earlier run, which cannot be moved out of "
-                f"the way: {error}.",
-                remedy="Pass another `output_dir`.",
-            )
-        same_error(problem)
+        with raised_in_every_process():
+            try:
+                if self.args.should_save and another:
+                    folder = set_aside(output_dir, None if base is None else Path(base))
+                    if self.log_completions:  # where TRL has made a folder for them
+                        (output_dir / "completions").mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CheckpointSaveError(
+                    f"`output_dir` ({self.args.output_dir}) has files of an earlier run, which cannot be moved out of "
+                    f"the way: {error}.",
+                    remedy="Pass another `output_dir`.",
+                ) from error
         if folder is not None:
             logger.warning(
                 "A new run begins: the files of an earlier one in `output_dir` are now in %s (%s). Remove that folder "
@@ -149,8 +151,8 @@ class ExactResume(GRPOTrainer):
 
     def _whole_checkpoint(self, wanted: str | bool) -> str:
         """Return the checkpoint to resume from; the main process looks, so that all take the same."""
-        folder, problem = None, None
-        try:
+        folder = None
+        with raised_in_every_process():
             if self.accelerator.is_main_process:
                 folder = find_checkpoint(str(self.args.output_dir)) if isinstance(wanted, bool) else wanted
                 if folder is None:
@@ -160,9 +162,6 @@ class ExactResume(GRPOTrainer):
                         remedy="Leave it out to start from the beginning.",
                     )
                 check_whole(folder)
-        except CheckpointError as error:
-            problem = error
-        same_error(problem, CheckpointError)
         return broadcast_object_list([str(folder)])[0]
 
     def _check_same_run(self, folder: Path) -> None:
@@ -191,7 +190,7 @@ class ExactResume(GRPOTrainer):
                 f"{source['layout']['processes']} processes, in {self.args.world_size}.",
                 remedy="Resume with as many, or start a new run from its weights in another `output_dir`.",
             )
-        if source.get("only_model"):
+        if source["only_model"]:
             logger.warning(
                 "%s was written with `save_only_model=True`: optimizer, learning rate schedule and random numbers "
                 "begin anew, so that the run does not go on exactly.",
@@ -375,7 +374,7 @@ class ExactResume(GRPOTrainer):
             self._step = self._step // passes * micro_batches_of(self.args)
             return
         self._metrics["train"] = defaultdict(list, record["metrics"])
-        self._forced_shares = record.get("forced_shares", [])  # earlier versions did not count them
+        self._forced_shares = record["forced_shares"]
         self._ratio.load({n.removeprefix("ratio/"): t for n, t in tensors.items() if n.startswith("ratio/")})
         self._unlogged = tensors["loss"], record["last_logged"]
         if record["batches"]:

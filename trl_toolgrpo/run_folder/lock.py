@@ -93,9 +93,9 @@ def take_lock(folder: Path) -> RunLock | None:
     except (OSError, ImportError) as error:
         if folder.absolute() not in _unlocked:
             _unlocked.add(folder.absolute())
-            problem = f"{type(error).__name__}: {error}"
             logger.warning(
-                "`output_dir` (%s) cannot be locked: %s. Make sure that no other run writes to it.", folder, problem
+                "`output_dir` (%s) cannot be locked: %s: %s. Make sure that no other run writes to it.",
+                *(folder, type(error).__name__, error),
             )
         return None
     since = datetime.now().astimezone().isoformat(" ", "seconds")

@@ -356,17 +356,14 @@ def read_table(path: str | Path) -> pa.Table:
     metadata = details(table, path)
     if metadata["version"] > LOG_VERSION:
         raise RolloutLogError(
-            f"{path} has version {metadata['version']} of the rollout log, this package reads version {LOG_VERSION} and "
-            f"older.",
+            f"{path} has version {metadata['version']} of the rollout log, this package reads version {LOG_VERSION}.",
             remedy="Install a newer trl_toolgrpo.",
         )
     missing = [name for name in SCHEMA.names if name not in table.column_names]
     if missing:
         others = {name: field_meant_by(name, missing) for name in table.column_names if name not in SCHEMA.names}
         hints = "".join(f" Is `{name}` meant to be `{meant}`?" for name, meant in others.items() if meant)
-        raise RolloutLogError(
-            f"{path} is no whole rollout log: the columns {', '.join(missing)} are missing.{hints}"
-        )
+        raise RolloutLogError(f"{path} is no whole rollout log: the columns {', '.join(missing)} are missing.{hints}")
     return table
 
 
@@ -443,7 +440,8 @@ def check_rollouts(table: pa.Table, path: str | Path, strict: bool) -> tuple[pa.
                 raise
             logger.warning("Masked out: %s", error)
             masked.add(row)
-            trajectory = Trajectory(record["prompt_ids"], record["completion_ids"], [], [], [], [], record["stop_reason"])
+            kept = {name: record[name] for name in ("prompt_ids", "completion_ids", "stop_reason")}
+            trajectory = Trajectory(**kept, logprobs=[], tool_mask=[], forced_mask=[], turns=[])
             trajectory.mask_out()
             zeros = [0.0] * len(trajectory.completion_ids)
             fixed = {**vars(trajectory), "turns": "[]", "advantages": zeros, "values": zeros if has_values else None}

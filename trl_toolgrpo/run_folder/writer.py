@@ -26,7 +26,6 @@ from trl.trainer.utils import get_config_model_id
 
 from ..config.batch_position import batch_in_use, batch_number
 from ..config.fields import ToolGRPOConfig
-from ..errors import OutputFolderInUseError
 from ..redaction import SECRET, Redactor, loggers_of, redact_logs, secret_variables
 from ..rollout.engine import RolloutBatch, RolloutEngine
 from ..tools.mcp.servers import MCPTools
@@ -37,7 +36,7 @@ from .files import HEALTH, METRICS, RUN, add_line, cut_back, describe_start, run
 from .lock import take_lock
 from .log_failures import LogFailures
 from .rollout_log import FOLDER, LoggedBatch, file_name, find_files, read_table, step_of, tabulate, with_ratios, write
-from .storage_failures import same_error
+from .storage_failures import raised_in_every_process
 
 
 logger = logging.getLogger(__name__)
@@ -196,12 +195,8 @@ class RunLog(GRPOTrainer):
         Raises:
             OutputFolderInUseError: if another run writes to `output_dir`.
         """
-        lock = problem = None
-        try:
+        with raised_in_every_process():
             lock = take_lock(Path(str(self.args.output_dir))) if self.args.should_save else None
-        except OutputFolderInUseError as error:
-            problem = error
-        same_error(problem, OutputFolderInUseError)
         self._logged = self._run_folder = self._run_file = None
         self._full, self._begun, self._started = set(), (-1, 0), time.monotonic()
         with lock or nullcontext():

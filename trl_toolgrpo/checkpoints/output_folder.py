@@ -2,18 +2,14 @@
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ..config.fields import ToolGRPOConfig
 from ..run_folder.lock import take_lock
 from ..run_folder.storage_failures import raised_in_every_process
 from .folder import EARLIER, check_writable
 
 
-if TYPE_CHECKING:
-    from ..config.fields import ToolGRPOConfig
-
-
-def check_output_dir(args: "ToolGRPOConfig") -> None:
+def check_output_dir(args: ToolGRPOConfig) -> None:
     """
     Check that a run can write to its output folder, before models are loaded. Every process has to call this.
 

@@ -18,12 +18,10 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, save_fsdp_model, save_fsdp_optimizer
 from datasets import Dataset
-from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel
 from transformers.trainer import SCHEDULER_NAME, get_fsdp_ckpt_kwargs
 from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
@@ -64,7 +62,6 @@ class ExactResume(GRPOTrainer):
     """Part of [`ToolGRPOTrainer`]: whole checkpoints, from which a run resumes as if it had not been interrupted."""
 
     args: ToolGRPOConfig
-    model: PreTrainedModel | PeftModel
     _ratio: RatioStatistics
     _carried: dict[str, float]
     _forced_shares: list[float]

@@ -77,9 +77,6 @@ class RunCard(GRPOTrainer):
 
     args: ToolGRPOConfig
     model: Any
-    hub_model_id: Any
-    chat_template_kwargs: dict[str, object]
-    _is_vlm: bool
     _toolset: ToolSet
     _log_failures: LogFailures
     _owns_folder: Callable[[], bool]  # of `run_folder/writer.py`

@@ -149,10 +149,9 @@ def rollout_metrics(counts: Sequence[RolloutCounts], with_tools: bool) -> dict[s
     found["tools/abandoned"] = total["abandoned"]
     for name, values in sorted(latencies.items()):
         found[f"tools/{name}/calls"] = len(values)
-        for kind in ("errors", "timeouts", "truncated"):
-            found[f"tools/{name}/{kind}"] = total[f"tools/{name}/{kind}"]
-        found[f"tools/{name}/latency_p50"] = float(np.percentile(values or [0.0], 50))
-        found[f"tools/{name}/latency_p95"] = float(np.percentile(values or [0.0], 95))
+        figures = [f"tools/{name}/{figure}" for figure in ("errors", "timeouts", "truncated")]
+        found |= {figure: total[figure] for figure in figures}
+        found |= {f"tools/{name}/latency_p{p}": float(np.percentile(values or [0.0], p)) for p in (50, 95)}
     return found
 
 

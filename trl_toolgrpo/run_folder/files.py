@@ -11,14 +11,9 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 
-import accelerate
-import datasets
-import peft
-import torch
-import transformers
-import trl
 from huggingface_hub import get_token
 from trl import GRPOConfig
 
@@ -169,8 +164,8 @@ def describe_start(
         redactor ([`Redactor`]):
             Keeps secrets out.
     """
-    libraries = (torch, transformers, trl, peft, accelerate, datasets)
-    versions = {library.__name__: str(library.__version__) for library in libraries}
+    libraries = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+    versions = {library: version(library) for library in libraries}
     return redactor.data(
         {
             "version": RUN_VERSION,

@@ -180,7 +180,10 @@ def _columns(batch: LoggedBatch, tensors: dict[str, Tensor]) -> dict[str, list]:
         "rollout": [first + row for row in range(count)],
         "group": [(first + row) // batch.num_generations for row in range(count)],
         "prompt": [_as_json(prompt) for prompt in batch.prompts],
-        "messages": [_as_json(_messages(completion)) for completion in batch.completions],
+        "messages": [
+            _as_json([{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion)
+            for completion in batch.completions
+        ],
         "prompt_ids": [np.array(t.prompt_ids, np.int32) for t in trajectories],
         "completion_ids": [np.array(t.completion_ids, np.int32) for t in trajectories],
         "logprobs": [np.array(t.logprobs, np.float32) for t in trajectories],
@@ -217,10 +220,6 @@ def _values(tensors: dict[str, Tensor], row: int, trajectory: Trajectory) -> np.
 
 def _as_json(value: JSONValue) -> str:
     return json.dumps(value, default=lambda o: vars(o) if hasattr(o, "__dict__") else str(o), ensure_ascii=False)
-
-
-def _messages(completion: str | list[Message]) -> list[Message]:
-    return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
 
 
 def with_ratios(table: pa.Table, ratios: Iterable[tuple[Tensor, Tensor]]) -> pa.Table:

@@ -35,9 +35,9 @@ def raised_in_every_process() -> Iterator[None]:
         yield
     except ToolGRPOError as error:
         own = error
-    for error in gather_object([own]):
-        if error is not None:
-            raise error
+    for raised in gather_object([own]):
+        if raised is not None:
+            raise raised
 
 
 def is_storage_failure(error: BaseException) -> bool:

@@ -8,7 +8,6 @@ import logging
 import os
 import time
 import traceback
-from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -132,7 +131,6 @@ class RunLog(GRPOTrainer):
     _redactor = Redactor()
     _log_failures: LogFailures
     _logs: JSONObject  # TRL's, of `log_completions`
-    _pending_extra_logs: defaultdict[str, list[object]]
     _writer: RolloutWriter | None = None
     _started = 0.0  # by the monotonic clock
     _logged: LoggedBatch | pa.Table | None = None  # the batch in use
@@ -222,8 +220,12 @@ class RunLog(GRPOTrainer):
         try:
             if self.accelerator.is_main_process:
                 folder.mkdir(parents=True, exist_ok=True)
-                if step > 0:
-                    _cut_run_files(folder, step)
+                if step > 0:  # what a resumed run will do again
+                    for path in find_files(folder / FOLDER):
+                        if step_of(path) >= step:
+                            path.unlink()
+                    for file in (METRICS, HEALTH):
+                        cut_back(folder / file, step)
                 name = get_config_model_id(self.accelerator.unwrap_model(self.model).config)
                 tools = [tool.name for tool in self._toolset.known]
                 start = describe_start(self.args, name, self.reward_func_names, tools, self._redactor)
@@ -297,7 +299,7 @@ class RunLog(GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch: Batch) -> Batch:
         before = self._buffered_inputs
-        counts = {name: len(values) for name, values in self._metrics["train"].items()}
+        counts = {name: len(values) for name, values in self._metrics["train"].items()} | {"num_tokens": 0}  # a total
         inputs = super()._prepare_inputs(generation_batch)
         if self._writer is not None and self.model.training and self._buffered_inputs is not before:
             with self._log_failures.tolerated("A rollout batch could not be kept for the log"):
@@ -313,10 +315,7 @@ class RunLog(GRPOTrainer):
         trajectories = self._batch.trajectories
         first = self.accelerator.process_index * len(trajectories)
         own = slice(first, first + len(trajectories))
-        metrics = {
-            name: values if name == "num_tokens" else values[counts.get(name, 0) :]
-            for name, values in self._metrics["train"].items()
-        }
+        metrics = {name: values[counts.get(name, 0) :] for name, values in self._metrics["train"].items()}
         self._logged_name, self._logged_ratios = name, {}
         self._logged = LoggedBatch(
             step=self.state.global_step,
@@ -331,7 +330,7 @@ class RunLog(GRPOTrainer):
             ],
             totals=_numbers(self._rewards[own].tolist()),
             batches=list(batches),
-            metrics={name: list(values) for name, values in metrics.items() if values},
+            metrics={name: values for name, values in metrics.items() if values},
             random=random_states(self.accelerator.device),
             number=batch_number(self),
         )
@@ -396,15 +395,6 @@ def _remove_torn(table: Path) -> None:
     except (OSError, pa.ArrowException):
         with suppress(OSError):
             table.unlink(missing_ok=True)
-
-
-def _cut_run_files(folder: Path, step: int) -> None:
-    """Remove what a resumed run will do again."""
-    for path in find_files(folder / FOLDER):
-        if step_of(path) >= step:
-            path.unlink()
-    for name in (METRICS, HEALTH):
-        cut_back(folder / name, step)
 
 
 def random_states(device: torch.device) -> dict[str, str]:

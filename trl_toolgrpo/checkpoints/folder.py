@@ -113,7 +113,7 @@ def put_back(output_dir: Path) -> None:
 
 def fault_of(folder: Path, checksums: bool = False) -> str | None:
     """
-    Return why a folder is no whole checkpoint; `None` if it is one.
+    Return why a folder is not a whole checkpoint; `None` if it is one.
 
     Args:
         folder (`Path`):
@@ -124,7 +124,7 @@ def fault_of(folder: Path, checksums: bool = False) -> str | None:
             `trainer_state.json`.
     """
     if not folder.is_dir():
-        return "it is no folder"
+        return "it is not a folder"
     manifest = folder / MANIFEST
     try:
         if not manifest.is_file():
@@ -174,7 +174,7 @@ def find_checkpoint(output_dir: str | Path, checksums: bool = False) -> Path | N
         fault = fault_of(path, checksums)
         if fault is None:
             return path
-        logger.warning("Skipped %s, which is no whole checkpoint: %s.", path, fault)
+        logger.warning("Skipped %s, which is not a whole checkpoint: %s.", path, fault)
     return None
 
 
@@ -189,7 +189,7 @@ def check_whole(folder: str | Path, checksums: bool = False) -> None:
     fault = fault_of(Path(folder), checksums)
     if fault is not None:
         raise CheckpointError(
-            f"You asked to resume from {folder}, which is no whole checkpoint: {fault}.",
+            f"You asked to resume from {folder}, which is not a whole checkpoint: {fault}.",
             remedy="Pass another one, or `resume_from_checkpoint=True` for the newest that is whole.",
         )
 
@@ -266,7 +266,7 @@ def check_parts(folder: Path, processes: int) -> None:
     """
     for index in range(processes):
         if not _appears(folder / PROGRESS.format(index)):
-            raise OSError(errno.EIO, f"the part of process {index} ({PROGRESS.format(index)}) is not to be seen")
+            raise OSError(errno.EIO, f"the part of process {index} ({PROGRESS.format(index)}) cannot be seen")
 
 
 def _appears(file: Path) -> bool:

@@ -54,7 +54,7 @@ from .run_identity import IDENTITY, describe_run, differences, matching_batch_si
 
 logger = logging.getLogger(__name__)
 
-# What a checkpoint restores also where the rollout batch is divided over other processes
+# What is restored even if the rollout batch is divided over another number of processes
 _ALWAYS_RESUMED = ("step", "carried", "packs", "unmoved")
 
 
@@ -70,7 +70,7 @@ class ExactResume(GRPOTrainer):
     _sync_report: SyncReport | None
     _run: JSONObject  # description of this run
     _source: JSONObject | None = None  # that of the run that wrote the checkpoint
-    _staging: Path | None = None
+    _staging: Path | None = None  # where a checkpoint is being written
     _push_later = False
     _rescue: Callable[[], str]  # of `hub/push.py`
     _goes_on: bool  # of `hub/push.py`
@@ -190,7 +190,7 @@ class ExactResume(GRPOTrainer):
         if source["only_model"]:
             logger.warning(
                 "%s was written with `save_only_model=True`: optimizer, learning rate schedule and random numbers "
-                "begin anew, so that the run does not go on exactly.",
+                "begin anew, so that the run is not resumed exactly.",
                 folder,
             )
         if found and source["in_batch"]:
@@ -385,8 +385,8 @@ class ExactResume(GRPOTrainer):
         """Run TRL's epoch, with the loss that a resumed run had not logged yet; none where no step is left."""
         if self.state.global_step >= self.state.max_steps:  # transformers would make one step more
             logger.warning(
-                "All %d steps of this run have been made: nothing is trained. Raise `max_steps` or `num_train_epochs` "
-                "to go on.",
+                "All %d steps of this run have been taken: nothing is trained. Raise `max_steps` or "
+                "`num_train_epochs` to train further.",
                 self.state.max_steps,
             )
             self.control.should_training_stop = True

@@ -2,7 +2,7 @@
 
 The adapter (or the model), the value head, the tokenizer and the model card are written to the folder `hub` in the
 output folder first; nothing that only this run needs, and nothing secret. `huggingface_hub` uploads that folder. It
-stays, so that a push that fails can be made up for.
+stays, so that a failed push can be repeated.
 """
 
 import copy

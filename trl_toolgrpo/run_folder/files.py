@@ -1,5 +1,5 @@
-"""The plain files of a run in its output folder: what it was started with (`run.json`), and the JSON lines of
-`metrics.jsonl` and `health.jsonl`, which are added while it goes on.
+"""The plain files of a run in its output folder: its settings (`run.json`), and the JSON lines of `metrics.jsonl` and
+`health.jsonl`, which are added during the run.
 """
 
 import json
@@ -34,7 +34,7 @@ CARD = "README.md"
 RUN_VERSION = 1
 
 _IS_CARD = re.compile(r"\s*---\n(.*\n)*?(library_name|base_model):")
-"""What a model card begins with, and no other page."""
+"""How a model card begins, and no other page does."""
 
 
 def add_line(path: Path, record: JSONObject) -> None:
@@ -92,7 +92,7 @@ def cut_back(path: Path, step: int) -> None:
 
 def holds_other_page(folder: Path) -> bool:
     """
-    Return whether the `README.md` of a folder is a page that is no model card, and not to be written over.
+    Return whether the `README.md` of a folder is not a model card, and must not be overwritten.
 
     Args:
         folder (`Path`):
@@ -108,7 +108,7 @@ def holds_other_page(folder: Path) -> bool:
 @contextmanager
 def other_page_aside(folder: Path) -> Iterator[None]:
     """
-    Rename a `README.md` that is no model card to `.README.md.kept` while open.
+    Rename a `README.md` that is not a model card to `.README.md.kept` while open.
 
     Args:
         folder (`Path`):
@@ -209,7 +209,7 @@ def replace_text(path: Path, text: str) -> None:
 @contextmanager
 def replacement(path: Path) -> Iterator[Path]:
     """
-    Yield a path to write to, which replaces a file in the end; where the disk refuses, no part of it is left.
+    Yield a path to write to, which replaces a file at the end; if the disk refuses, no part of it is left.
 
     Args:
         path (`Path`):

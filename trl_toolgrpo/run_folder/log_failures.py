@@ -51,7 +51,7 @@ class LogFailures:
 
         Args:
             what (`str`):
-                What has failed then, in a sentence.
+                What failed if it does, in a sentence.
         """
         try:
             yield
@@ -117,11 +117,10 @@ class LogFailures:
             setattr(callback, event, self._tolerant(callback, event, muted))
 
     def _tolerant(self, callback: TrainerCallback, event: str, muted: set[str]) -> Callable[..., object]:
-        own = vars(callback).get(event)
+        method = getattr(callback, event)
 
-        @functools.wraps(getattr(callback, event))
+        @functools.wraps(method)
         def tolerant(*args: Any, **kwargs: Any) -> object:
-            method = own or functools.partial(getattr(type(callback), event), callback)
             if event == "on_train_begin":
                 muted.clear()
             if muted:

@@ -301,7 +301,7 @@ def log_files(folder: str | Path) -> list[Path]:
     folder = inner if inner.is_dir() else folder
     found = find_files(folder)
     if not found:
-        reason = "it has no file <step>-<process>.parquet" if folder.is_dir() else "it is no folder"
+        reason = "it has no file <step>-<process>.parquet" if folder.is_dir() else "it is not a folder"
         raise RolloutLogError(
             f"There is no rollout log in {folder}: {reason}.",
             remedy="Pass the `output_dir` of a run that was made with `rollout_log_limit` above 0.",
@@ -348,8 +348,8 @@ def read_table(path: str | Path) -> pa.Table:
         raise RolloutLogError(f"There is no {path}.") from error
     except (OSError, pa.ArrowException) as error:
         raise RolloutLogError(
-            f"{path} cannot be read, it is torn or no parquet file: {error}. The other files of the log do not depend "
-            f"on it.",
+            f"{path} cannot be read, it is torn or not a parquet file: {error}. The other files of the log do not "
+            f"depend on it.",
             remedy="Delete this one, or copy it again from where it was written.",
         ) from error
     metadata = details(table, path)
@@ -362,7 +362,9 @@ def read_table(path: str | Path) -> pa.Table:
     if missing:
         others = {name: field_meant_by(name, missing) for name in table.column_names if name not in SCHEMA.names}
         hints = "".join(f" Is `{name}` meant to be `{meant}`?" for name, meant in others.items() if meant)
-        raise RolloutLogError(f"{path} is no whole rollout log: the columns {', '.join(missing)} are missing.{hints}")
+        raise RolloutLogError(
+            f"{path} is not a whole rollout log: columns {', '.join(missing)} are missing.{hints}"
+        )
     return table
 
 

@@ -1,4 +1,4 @@
-"""Errors of a full or broken disk: told from others, recorded where a process has to go on, and raised in all."""
+"""Errors of a full or broken disk: recognized, recorded where a process must continue, and raised in all."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 # Rust's writers (safetensors, tokenizers) and torch's have no errno: they quote it, quote its text, or say that fewer
 # bytes were written than were given
 _STORAGE_TEXT = re.compile(
-    "|".join([*(rf"\(os error {number}\)|{re.escape(os.strerror(number))}" for number in _STORAGE)])
+    "|".join(rf"\(os error {number}\)|{re.escape(os.strerror(number))}" for number in _STORAGE)
     + r"|inline_container\.cc.*unexpected pos|PytorchStreamWriter failed.*file write failed|iostream\S* error"
 )
 
@@ -27,8 +27,8 @@ _STORAGE_TEXT = re.compile(
 @contextmanager
 def raised_in_every_process() -> Iterator[None]:
     """
-    Raise in every process the [`ToolGRPOError`] that one of them raises within, so that none waits for the others in
-    vain. Every process has to enter this.
+    Raise in every process the [`ToolGRPOError`] that one of them raises within, so that no process waits
+    for one that has failed. Every process must enter this.
     """
     own = None
     try:

@@ -281,7 +281,7 @@ class RunLog(GRPOTrainer):
             add_line(self._run_folder / name, record)
         except OSError as error:
             self._full.add(name)
-            logger.warning("Nothing is added to %s any more, which could not be written to: %s.", name, error)
+            logger.warning("Nothing more is added to %s, which could not be written to: %s.", name, error)
         except Exception as error:
             self._log_failures.warn(f"A line could not be added to {name}", error)
 

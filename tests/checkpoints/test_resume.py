@@ -131,7 +131,7 @@ def test_a_run_that_has_ended_trains_no_further(runs, tmp_path, caplog):
     resumed.train(resume_from_checkpoint=checkpoint)
     assert_same(runs("full"), resumed)
     assert resumed.state.global_step == 10 and not hasattr(resumed, "used")
-    assert "All 10 steps of this run have been made: nothing is trained." in caplog.text
+    assert "All 10 steps of this run have been taken: nothing is trained." in caplog.text
     resumed.args.max_steps = 11
     resumed.train(resume_from_checkpoint=checkpoint)
     assert resumed.state.global_step == 11 and len(resumed.used) == 1

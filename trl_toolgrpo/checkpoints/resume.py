@@ -100,18 +100,19 @@ class ExactResume(GRPOTrainer):
         """
         self._run = describe_run(self.args, self.accelerator.unwrap_model(self.model), self.train_dataset)
         self._source = self._unlogged = None
+        output_dir = Path(str(self.args.output_dir))
         if self.args.save_strategy != "no":
             with raised_in_every_process():
                 if self.args.should_save:
-                    check_writable(Path(str(self.args.output_dir)))
+                    check_writable(output_dir)
             if self.accelerator.num_processes > 1:
-                check_shared(Path(str(self.args.output_dir)), self.accelerator.is_main_process)
+                check_shared(output_dir, self.accelerator.is_main_process)
         if resume_from_checkpoint:
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
             self._check_same_run(Path(resume_from_checkpoint))
-            output_dir, folder = Path(str(self.args.output_dir)).resolve(), Path(resume_from_checkpoint)
+            folder = Path(resume_from_checkpoint)
             # A checkpoint may be a link to another disk, or be given by one
-            self._goes_on = output_dir in (folder.parent.resolve(), folder.resolve().parent)
+            self._goes_on = output_dir.resolve() in (folder.parent.resolve(), folder.resolve().parent)
         else:  # a new run begins with a rollout batch, also where this trainer has trained before
             self._step, self._buffered_inputs, self._goes_on = 0, None, False
         if not self._goes_on:

@@ -149,8 +149,8 @@ def rollout_metrics(counts: Sequence[RolloutCounts], with_tools: bool) -> dict[s
     found["tools/abandoned"] = total["abandoned"]
     for name, values in sorted(latencies.items()):
         found[f"tools/{name}/calls"] = len(values)
-        figures = [f"tools/{name}/{figure}" for figure in ("errors", "timeouts", "truncated")]
-        found |= {figure: total[figure] for figure in figures}
+        for kind in ("errors", "timeouts", "truncated"):
+            found[f"tools/{name}/{kind}"] = total[f"tools/{name}/{kind}"]
         found |= {f"tools/{name}/latency_p{p}": float(np.percentile(values or [0.0], p)) for p in (50, 95)}
     return found
 

@@ -174,16 +174,14 @@ def tabulate(batch: LoggedBatch, redactor: Redactor) -> pa.Table:
 def _columns(batch: LoggedBatch, tensors: dict[str, Tensor]) -> dict[str, list]:
     trajectories, count = batch.trajectories, len(batch.trajectories)
     first = batch.process * count
+    messages = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in batch.completions]
     return {
         "step": [batch.step] * count,
         "batch": [batch.number] * count,
         "rollout": [first + row for row in range(count)],
         "group": [(first + row) // batch.num_generations for row in range(count)],
         "prompt": [_as_json(prompt) for prompt in batch.prompts],
-        "messages": [
-            _as_json([{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion)
-            for completion in batch.completions
-        ],
+        "messages": [_as_json(completion) for completion in messages],
         "prompt_ids": [np.array(t.prompt_ids, np.int32) for t in trajectories],
         "completion_ids": [np.array(t.completion_ids, np.int32) for t in trajectories],
         "logprobs": [np.array(t.logprobs, np.float32) for t in trajectories],
@@ -362,9 +360,7 @@ def read_table(path: str | Path) -> pa.Table:
     if missing:
         others = {name: field_meant_by(name, missing) for name in table.column_names if name not in SCHEMA.names}
         hints = "".join(f" Is `{name}` meant to be `{meant}`?" for name, meant in others.items() if meant)
-        raise RolloutLogError(
-            f"{path} is not a whole rollout log: columns {', '.join(missing)} are missing.{hints}"
-        )
+        raise RolloutLogError(f"{path} is not a whole rollout log: columns {', '.join(missing)} are missing.{hints}")
     return table
 
 

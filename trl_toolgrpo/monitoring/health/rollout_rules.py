@@ -248,8 +248,7 @@ def _shortcut(window: Window, facts: RunFacts) -> HealthFinding | None:
     trends = {"length": ("completions/mean_length", "tokens"), "calls": ("tools/call_frequency", "calls")}
     steps = batches(trained(window, facts))
     for kind, metric in SHORTCUTS.items():
-        found = [entry.get(metric) for entry in steps[-_IN_A_ROW:]]
-        last = [value for value in found if value is not None and value > 0.97]
+        last = [entry[metric] for entry in steps[-_IN_A_ROW:] if (entry.get(metric) or 0.0) > 0.97]
         if len(last) < _IN_A_ROW:
             continue
         what, how, remedy = words[kind]

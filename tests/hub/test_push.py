@@ -123,7 +123,7 @@ def test_a_pushed_run_loads_anywhere(server, base, tmp_path, monkeypatch):
     for key, tensor in trainer._value_head.state_dict().items():
         assert torch.equal(head.state_dict()[key], tensor)
     assert bool(head.output.weight.any())
-    with pytest.raises(ValueHeadError, match="could not be had"):
+    with pytest.raises(ValueHeadError, match="could not be downloaded"):
         ValueHead.from_pretrained(f"{USER}/another")
     tokenizer = AutoTokenizer.from_pretrained(name)
     assert tokenizer.chat_template == trainer.processing_class.chat_template

@@ -165,7 +165,7 @@ class RunLog(GRPOTrainer):
     def _update_redactor(self) -> None:
         """Find the secrets of the run as they are now, and keep them out of the lines that this package logs."""
         self._redactor = self._current_redactor()
-        redact_logs(loggers_of(__package__), self._redactor)
+        redact_logs(loggers_of(__name__.partition(".")[0]), self._redactor)
 
     def _redacted(self, text: str) -> str:
         """Return a text without the secrets of the run as they are now."""

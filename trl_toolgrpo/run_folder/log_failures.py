@@ -117,10 +117,12 @@ class LogFailures:
             setattr(callback, event, self._tolerant(callback, event, muted))
 
     def _tolerant(self, callback: TrainerCallback, event: str, muted: set[str]) -> Callable[..., object]:
-        method = getattr(callback, event)
+        own = vars(callback).get(event)
 
-        @functools.wraps(method)
+        @functools.wraps(getattr(callback, event))
         def tolerant(*args: Any, **kwargs: Any) -> object:
+            # Looked up at each call, since a tracker may change its class after it was added
+            method = own or functools.partial(getattr(type(callback), event), callback)
             if event == "on_train_begin":
                 muted.clear()
             if muted:

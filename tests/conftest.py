@@ -358,7 +358,7 @@ def run_script(
 def scripted_model_sampler(monkeypatch, tokenizer, script):
     """Make the default sampler draw the tokens of `script`, with the model's own log-probs for them."""
 
-    def make(policy, supported, **options):
+    def make(policy, supported, pads, **options):
         assert supported
         texts = ["".join(turns) for turns in script]
         streams = [iter(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]

@@ -82,4 +82,4 @@ dist.all_gather_object(output, found)
 if dist.get_rank() == 0:
     print("\n".join(map(json.dumps, output)), flush=True)
 dist.barrier()
-os._exit(0)  # past the interpreter's end, where threads of torch that are still about may abort the process
+os._exit(0)  # without the interpreter's shutdown, in which remaining threads of torch may abort the process

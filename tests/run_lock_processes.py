@@ -1,4 +1,4 @@
-"""A run in a process of its own, for `test_run_lock.py`: trains in a folder, and says so when it is under way."""
+"""A run in a process of its own, for `test_run_lock.py`: trains in a folder, and prints when it has begun."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ from trl_toolgrpo import ToolGRPOTrainer
 
 
 class Wait(TrainerCallback):
-    """Holds the run in its second step while there is a file `wait` beside its folder."""
+    """Holds the run in its second step while there is a file `wait` next to its folder."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2:

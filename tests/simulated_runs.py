@@ -21,7 +21,7 @@ ONSET = 25
 @dataclass(frozen=True)
 class Kind:
     """
-    What a sound run is like; nothing of it changes from step to step but by chance, unless it `learns`.
+    What a sound run is like; from step to step it changes only by chance, unless it `learns`.
 
     `rewards`: "binary", "graded" (five values, more for longer answers, as tasks of several calls give) or "real".
     """
@@ -61,7 +61,7 @@ def grown(step, entry):
 
 
 def facts_of(kind):
-    """What the rules are told of such a run."""
+    """What the rules know of such a run."""
     tolerance = 0.03 if kind.dtype == "bfloat16" else 1e-3
     return RunFacts(
         rollouts=kind.rollouts, generations=kind.generations, dtype=kind.dtype, logprob_tolerance=tolerance,
@@ -70,7 +70,7 @@ def facts_of(kind):
 
 
 def rewards_of(random, kind, lengths):
-    """Rewards of a batch, which do not depend on lengths but where a task is "graded"."""
+    """Rewards of a batch; they depend on lengths only if they are "graded"."""
     if kind.rewards == "real":
         return random.normal(size=kind.rollouts)
     count = kind.rollouts // kind.generations
@@ -176,8 +176,8 @@ SOUND = [
 @dataclass(frozen=True)
 class Fault:
     """
-    A fault that can be planted: which rule is to name it, in what its strength is measured, strengths from weak to
-    strong, and how it changes a run. `within` is the number of steps from its begin after which it is to be named.
+    A fault that can be planted: which rule has to name it, what its strength is measured in, strengths from weak to
+    strong, and how it changes a run. `within` is the number of steps from its start after which it is to be named.
     """
 
     rule: str
@@ -347,7 +347,7 @@ FAULTS = {
 
 
 def caught(fault, strength, seed):
-    """Steps from its begin until a fault of this strength is named; `None` if it is not in time."""
+    """Steps from its start until a fault of this strength is named; `None` if it is not in time."""
     begin = 1 if fault.from_start or fault.score else ONSET
 
     def change(step, entry, random):

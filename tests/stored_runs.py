@@ -1,4 +1,4 @@
-"""Metrics of real runs, kept in one small file or read from output folders, and shown to the health rules again."""
+"""Metrics of real runs, kept in one small file or read from output folders, for the health rules to judge."""
 
 import gzip
 import json
@@ -39,7 +39,7 @@ def _short(value):
 
 
 def stored(name, entries, facts):
-    """A run as it is kept: of each metric that rules read the value of each step."""
+    """A run as it is kept: for each metric that rules read, its value in each step."""
     steps = [entry for entry in entries if "loss" in entry]
     names = sorted({name for entry in steps for name in entry if _is_read(name)})
     missing = {name: [place for place, entry in enumerate(steps) if name not in entry] for name in names}

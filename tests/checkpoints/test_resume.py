@@ -1,4 +1,4 @@
-"""Resuming exactly: what a checkpoint holds, when it is whole, whom it belongs to, and runs that are killed."""
+"""Resuming exactly: what a checkpoint holds, when it is whole, which run it belongs to, and runs that are killed."""
 
 import json
 import logging
@@ -131,14 +131,14 @@ def test_a_run_that_has_ended_trains_no_further(runs, tmp_path, caplog):
     resumed.train(resume_from_checkpoint=checkpoint)
     assert_same(runs("full"), resumed)
     assert resumed.state.global_step == 10 and not hasattr(resumed, "used")
-    assert "All 10 steps of this run have been made: nothing is trained." in caplog.text
+    assert "All 10 steps of this run have been taken: nothing is trained." in caplog.text
     resumed.args.max_steps = 11
     resumed.train(resume_from_checkpoint=checkpoint)
     assert resumed.state.global_step == 11 and len(resumed.used) == 1
 
 
 def test_the_same_trainer_resumes_where_it_was(runs, tmp_path):
-    """A trainer that has trained before takes nothing of that along."""
+    """A trainer that has trained before carries nothing over."""
     whole = runs("full")
     used = start(tmp_path, max_steps=3, **SETTINGS["full"][1])
     used.train()
@@ -195,7 +195,7 @@ def test_a_torn_checkpoint_is_named_and_skipped(run_dir, caplog, fault):
     DAMAGE[fault](torn)
     assert find_checkpoint(run_dir) == run_dir / "checkpoint-2"
     assert f"Skipped {torn}" in caplog.text and fault in caplog.text
-    with pytest.raises(CheckpointError, match=rf"{torn}, which is no whole checkpoint: .*{fault}"):
+    with pytest.raises(CheckpointError, match=rf"{torn}, which is not a whole checkpoint: .*{fault}"):
         start(run_dir).train(resume_from_checkpoint=str(torn))
 
 
@@ -210,7 +210,7 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(run_dir, tmp_path
         start(run_dir).train(resume_from_checkpoint=True)
 
 
-def test_true_takes_the_newest_whole_checkpoint(runs, run_dir):
+def test_resume_from_true_takes_the_newest_whole_checkpoint(runs, run_dir):
     DAMAGE["is missing"](run_dir / "checkpoint-10")
     resumed = start(run_dir, **SETTINGS["full"][1])
     resumed.train(resume_from_checkpoint=True)
@@ -333,8 +333,8 @@ def test_checksums_are_written_and_read_on_request_alone(run_dir, monkeypatch, c
         checkpoint.add_checksums(newest)
 
 
-def test_a_checkpoint_with_the_checksums_of_earlier_versions_is_found(runs, run_dir):
-    """They listed `bytes` and `crc32` of each file."""
+def test_a_checkpoint_with_checksums_is_found_and_resumed(runs, run_dir):
+    """The manifest lists `bytes` and `crc32` of each file."""
     folder = run_dir / "checkpoint-2"
     files = [file for file in folder.rglob("*") if file.is_file() and file.name != "manifest.json"]
     listed = {
@@ -379,7 +379,7 @@ def test_torn_checkpoints_are_cleared_away_first(run_dir):
 
 
 def test_a_limit_keeps_the_last_and_the_best(tmp_path):
-    """The best one is known by where it stays, not by where it was written."""
+    """The best one is identified by its final place, not by where it was written."""
     trainer = start(
         tmp_path, max_steps=3, save_total_limit=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
         metric_for_best_model="eval_loss", greater_is_better=True, per_device_eval_batch_size=4,
@@ -641,7 +641,7 @@ def test_a_checkpoint_without_the_part_of_a_process_is_not_published(tmp_path, m
     monkeypatch.setattr(checkpoint, "_PROBE_SECONDS", 0.2)
     (tmp_path / "progress_0.safetensors").touch()
     checkpoint.check_parts(tmp_path, 1)
-    with pytest.raises(OSError, match=r"the part of process 1 \(progress_1\.safetensors\) is not to be seen"):
+    with pytest.raises(OSError, match=r"the part of process 1 \(progress_1\.safetensors\) cannot be seen"):
         checkpoint.check_parts(tmp_path, 2)
 
 
@@ -671,7 +671,7 @@ def test_a_run_whose_last_checkpoint_fails_leaves_its_model_elsewhere(tmp_path, 
     assert kept.is_relative_to(tmp_path / "elsewhere") and (kept / "model.safetensors").is_file()
 
 
-def test_a_fault_of_ours_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+def test_a_bug_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
     trainer = start(tmp_path, max_steps=1)
     monkeypatch.setattr(trainer, "_progress", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -1,4 +1,4 @@
-"""Full, read-only and broken disks under each writer of a run; and errors that are none of the disk's."""
+"""Full, read-only and broken disks under each writer of a run; and errors that are not the disk's."""
 
 import errno
 import os
@@ -206,7 +206,7 @@ def test_nested_attempts_report_their_own_refusals():
 
 
 def test_folders_are_not_flushed_where_the_platform_cannot(tmp_path, monkeypatch):
-    """Windows opens none, some file systems flush none; files are flushed, and a disk that fails is told of."""
+    """Windows opens none, some file systems flush none; files are flushed, and an error of the disk is raised."""
     opened, real_open, real_fsync = [], os.open, os.fsync
 
     def open_as_windows_does(path, *args, **kwargs):
@@ -247,7 +247,7 @@ def test_folders_are_not_flushed_where_the_platform_cannot(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "health.jsonl", "run.json", "README.md", "rollouts"])
 def test_a_log_that_cannot_be_written_costs_no_checkpoint(tmp_path, name, caplog):
-    """Something else has its name: no error of the disk, and still none that ends a run."""
+    """A folder has its name: not an error of the disk, and still not one that ends a run."""
     trainer = start(tmp_path, max_steps=2)
 
     def block():

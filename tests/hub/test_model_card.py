@@ -157,7 +157,7 @@ def test_the_code_of_a_card_of_plain_prompts_runs(base, tmp_path):
 
 
 @pytest.mark.parametrize("relative", [False, True])
-def test_a_card_names_the_folder_it_lies_in(base, tmp_path, monkeypatch, relative):
+def test_a_card_names_the_folder_it_is_in(base, tmp_path, monkeypatch, relative):
     monkeypatch.chdir(tmp_path)
     trainer = start(base, "runs/out" if relative else tmp_path / "runs" / "out", tools=[find])
     trainer.train()

@@ -123,7 +123,7 @@ def test_a_pushed_run_loads_anywhere(server, base, tmp_path, monkeypatch):
     for key, tensor in trainer._value_head.state_dict().items():
         assert torch.equal(head.state_dict()[key], tensor)
     assert bool(head.output.weight.any())
-    with pytest.raises(ValueHeadError, match="could not be had"):
+    with pytest.raises(ValueHeadError, match="could not be downloaded"):
         ValueHead.from_pretrained(f"{USER}/another")
     tokenizer = AutoTokenizer.from_pretrained(name)
     assert tokenizer.chat_template == trainer.processing_class.chat_template
@@ -202,7 +202,7 @@ def test_every_save_is_pushed_in_the_background(server, base, tmp_path):
 
 
 def hold(monkeypatch):
-    """Keep each upload from its begin until an event is set."""
+    """Keep each upload from its start until an event is set."""
     route, event = _Handler._route, threading.Event()
 
     def held(self, path, body):
@@ -243,7 +243,7 @@ def test_checkpoints_that_are_being_uploaded_are_known(server, base, tmp_path, s
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
 def test_save_total_limit_waits_for_uploads(server, base, tmp_path, strategy, monkeypatch, caplog):
-    """The first is uploaded still when the second and third are saved, and the limit would remove it."""
+    """The first is still being uploaded when the second and third are saved and the limit would remove it."""
     arrived = hold(monkeypatch)
     options = {"save_total_limit": 1, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
     trainer = start(base, tmp_path / NAME, hub_strategy=strategy, **options)
@@ -255,7 +255,7 @@ def test_save_total_limit_waits_for_uploads(server, base, tmp_path, strategy, mo
     assert f"{place}/manifest.json" in server.repos[f"{USER}/{NAME}"]
 
 
-def test_training_ends_when_the_upload_has(server, base, tmp_path, monkeypatch):
+def test_training_ends_after_the_upload(server, base, tmp_path, monkeypatch):
     """The checkpoints that TRL then removes, all but the best, are on the Hub."""
     arrived, seen = hold(monkeypatch), []
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "hub_strategy": "checkpoint"}

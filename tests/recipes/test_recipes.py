@@ -14,8 +14,8 @@ from transformers import TrainerState
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-from trl_toolgrpo import CheckpointSaveError, OutputFolderInUseError, ToolGRPOConfig
-from trl_toolgrpo.checkpoints import folder as checkpoint
+from trl_toolgrpo import CheckpointSaveError, OutputFolderInUseError, ToolGRPOConfig, check_output_dir
+from trl_toolgrpo.checkpoints.folder import check_writable
 from trl_toolgrpo.recipes import qwen3_tools, resuming
 from trl_toolgrpo.recipes.arguments import parse_arguments, read_switches
 from trl_toolgrpo.recipes.evaluation import scoreboard
@@ -226,10 +226,11 @@ def test_an_unwritable_output_folder_is_refused_before_anything_is_built(tmp_pat
     words = r"Nothing can be written to .*taken\): .* Pass an `output_dir` that can be written to"
     with pytest.raises(CheckpointSaveError, match=words):
         qwen3_tools.main()
-    assert checkpoint.why_not_writable(tmp_path / "new") is None and list((tmp_path / "new").iterdir()) == []
-    monkeypatch.setattr(storage_failures, "gather_object", lambda found: [("Read-only", ""), *found])
-    with pytest.raises(CheckpointSaveError, match=r"^Read-only$"):  # the error of the main process
-        storage_failures.same_error(None)
+    check_writable(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+    monkeypatch.setattr(storage_failures, "gather_object", lambda found: [CheckpointSaveError("Read-only"), *found])
+    with pytest.raises(CheckpointSaveError, match=r"^Read-only$"):  # what the main process has met with
+        check_output_dir(SimpleNamespace(output_dir=tmp_path / "new", process_index=1))
 
 
 def test_an_output_folder_in_use_is_refused_before_anything_is_built(tmp_path, monkeypatch):

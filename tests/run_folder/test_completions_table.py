@@ -1,4 +1,4 @@
-"""`log_completions`: the table holds whatever a policy, a data set or a reward function says, and never ends a run."""
+"""`log_completions`: the table holds whatever a policy, a data set or a reward function says; it never ends a run."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What only tells of a run does not end it (logs, trackers, the terminal, the model card); a failure is said once."""
+"""Logs, trackers, the terminal and the model card only report on a run: a failure is logged once, and ends nothing."""
 
 import io
 import json

@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import add, chat_tokenizer, config, prompts, tiny_model
@@ -117,40 +116,6 @@ def test_folders_without_a_log_are_refused_at_construction(logged, tmp_path):
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(RolloutLogError, match=r"000002-000.parquet cannot be read, it is torn"):
         start(tmp_path / "out", replay=str(torn)).train()
-
-
-def without_numbers(folder):
-    """A log as earlier versions wrote it: without the number of the rollout batch."""
-    for path in log_files(folder):
-        table = pq.read_table(path)
-        pq.write_table(table.drop_columns(["batch"]), path)
-    return folder
-
-
-def test_logs_of_earlier_versions_are_replayed(logged, tmp_path):
-    old = without_numbers(Path(shutil.copytree(logged, tmp_path / "old")))
-    assert {row["batch"] for row in read_rollouts(old)} == {None}
-    again = start(tmp_path / "again", never, replay=str(old), max_steps=4)
-    again.train()
-    expected = start(tmp_path / "numbered", never, replay=str(logged), max_steps=4)
-    expected.train()
-    for found, weight in zip(again.model.parameters(), expected.model.parameters(), strict=True):
-        assert torch.equal(found, weight)
-
-
-def test_logs_of_earlier_versions_that_lack_batches_are_refused(tmp_path):
-    changes = {"gradient_accumulation_steps": 4, "max_steps": 2, "save_strategy": "no"}
-    start(tmp_path / "first", **changes).train()
-    files = log_files(tmp_path / "first")
-    assert [path.name for path in files] == [
-        "000000-000.parquet", "000000.1-000.parquet", "000001-000.parquet", "000001.1-000.parquet"
-    ]  # fmt: skip
-    for first, second in (files[:2], files[2:]):  # which took the name of the first
-        second.replace(first)
-    without_numbers(tmp_path / "first")
-    again = start(tmp_path / "again", never, replay=str(tmp_path / "first"), **changes)
-    with pytest.raises(RolloutLogError, match=r"kept only the last rollout batch of an optimizer step; .* takes 2 in"):
-        again.train()
 
 
 def test_training_again_after_replay_writes_its_own_log(tmp_path):

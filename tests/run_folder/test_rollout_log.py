@@ -333,7 +333,7 @@ def test_a_full_disk_ends_the_json_lines_but_not_the_run(tmp_path, monkeypatch, 
     assert sorted(written) == ["health.jsonl", "metrics.jsonl", "metrics.jsonl"]
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1]
     for name in ("metrics.jsonl", "health.jsonl"):
-        said = [r.message for r in caplog.records if f"Nothing is added to {name} any more" in r.message]
+        said = [r.message for r in caplog.records if f"Nothing more is added to {name}" in r.message]
         assert len(said) == 1 and "No space left on device" in said[0]
 
 
@@ -360,13 +360,13 @@ def test_a_refusing_disk_ends_the_rollout_log_but_not_the_run(tmp_path, monkeypa
 
 def test_unreadable_logs_raise_rollout_log_error(run, tmp_path):
     good = read_table(log_files(run.args.output_dir)[0])
-    with pytest.raises(RolloutLogError, match="it is no folder"):
+    with pytest.raises(RolloutLogError, match="it is not a folder"):
         log_files(tmp_path / "nowhere")
     with pytest.raises(RolloutLogError, match=r"no file <step>-<process>\.parquet"):
         log_files(tmp_path)
     torn = tmp_path / "000000-000.parquet"
     torn.write_bytes(log_files(run.args.output_dir)[0].read_bytes()[:-200])
-    with pytest.raises(RolloutLogError, match="cannot be read, it is torn or no parquet file"):
+    with pytest.raises(RolloutLogError, match="cannot be read, it is torn or not a parquet file"):
         next(read_rollouts(tmp_path))
     newer = good.replace_schema_metadata({KEY: json.dumps({**details(good), "version": 2})})
     pq.write_table(newer, torn)
@@ -376,7 +376,7 @@ def test_unreadable_logs_raise_rollout_log_error(run, tmp_path):
     with pytest.raises(RolloutLogError, match="parquet file of something else"):
         read_table(torn)
     pq.write_table(good.drop_columns(["turns"]), torn)
-    with pytest.raises(RolloutLogError, match="the columns turns are missing"):
+    with pytest.raises(RolloutLogError, match="columns turns are missing"):
         read_table(torn)
 
 

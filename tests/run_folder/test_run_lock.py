@@ -1,4 +1,4 @@
-"""One output folder, one run: who holds it, and what becomes of what an earlier run has left there."""
+"""One output folder, one run: who holds it, and what happens to the files of an earlier run there."""
 
 import errno
 import fcntl
@@ -108,7 +108,7 @@ def test_the_folder_of_a_run_that_was_killed_is_free_at_once(tmp_path, live_run)
 
 
 def test_a_forked_process_does_not_hold_the_lock(tmp_path):
-    """As data loaders and tools are, which may live on where their run was killed."""
+    """Data loaders and tools are forked, and may outlive a run that is killed."""
     lock = take_lock(tmp_path)
     ready, done = os.pipe(), os.pipe()
     child = os.fork()
@@ -182,7 +182,7 @@ def test_a_platform_without_locks_is_logged_once(tmp_path, monkeypatch, caplog):
 
 
 def test_a_lock_file_removed_before_locking_is_created_anew(tmp_path, monkeypatch):
-    """Between the opening and the locking of its file, its holder has removed it."""
+    """Its holder has removed the file between its being opened and locked."""
     holder, flock, taken = take_lock(tmp_path), fcntl.flock, []
 
     def late(*args):
@@ -216,7 +216,7 @@ def test_job_id_of_each_launcher(variables, expected):
 
 
 def test_a_lock_of_the_same_job_on_another_machine_is_accepted(tmp_path, monkeypatch):
-    """It was begun there before, and the file system has not seen yet that its machine is gone."""
+    """The job began on that machine, and the file system has not noticed yet that the machine is gone."""
     monkeypatch.setenv("SLURM_JOB_ID", "3")
     lock = take_lock(tmp_path)
     with pytest.raises(OutputFolderInUseError, match=f"process {os.getpid()} on"):
@@ -240,7 +240,7 @@ def test_an_empty_lock_file_is_held_by_another_process(tmp_path):
 # What an earlier run has left
 
 
-def test_everything_of_an_earlier_run_moves_and_is_as_it_was(tmp_path, caplog):
+def test_all_files_of_an_earlier_run_move_unchanged(tmp_path, caplog):
     first = start(tmp_path, log_completions=False)
     first.train()
     first.save_model()
@@ -354,7 +354,7 @@ def test_files_written_after_an_interrupted_move_are_kept_apart(tmp_path):
 
 
 @pytest.mark.parametrize("asked_for", ["True", "checkpoint-2", "latest"])
-def test_a_checkpoint_that_is_a_link_is_of_its_folder(tmp_path, asked_for):
+def test_a_linked_checkpoint_belongs_to_the_folder_of_its_link(tmp_path, asked_for):
     folder = tmp_path / "run"
     start(folder).train()
     (tmp_path / "disk").mkdir()

@@ -113,7 +113,7 @@ def put_back(output_dir: Path) -> None:
 
 def fault_of(folder: Path, checksums: bool = False) -> str | None:
     """
-    Return why a folder is no whole checkpoint; `None` if it is one.
+    Return why a folder is not a whole checkpoint; `None` if it is one.
 
     Args:
         folder (`Path`):
@@ -124,7 +124,7 @@ def fault_of(folder: Path, checksums: bool = False) -> str | None:
             `trainer_state.json`.
     """
     if not folder.is_dir():
-        return "it is no folder"
+        return "it is not a folder"
     manifest = folder / MANIFEST
     try:
         if not manifest.is_file():
@@ -174,7 +174,7 @@ def find_checkpoint(output_dir: str | Path, checksums: bool = False) -> Path | N
         fault = fault_of(path, checksums)
         if fault is None:
             return path
-        logger.warning("Skipped %s, which is no whole checkpoint: %s.", path, fault)
+        logger.warning("Skipped %s, which is not a whole checkpoint: %s.", path, fault)
     return None
 
 
@@ -189,18 +189,21 @@ def check_whole(folder: str | Path, checksums: bool = False) -> None:
     fault = fault_of(Path(folder), checksums)
     if fault is not None:
         raise CheckpointError(
-            f"You asked to resume from {folder}, which is no whole checkpoint: {fault}.",
+            f"You asked to resume from {folder}, which is not a whole checkpoint: {fault}.",
             remedy="Pass another one, or `resume_from_checkpoint=True` for the newest that is whole.",
         )
 
 
-def why_not_writable(output_dir: Path) -> CheckpointSaveError | None:
+def check_writable(output_dir: Path) -> None:
     """
-    Return the error to raise before a run begins if nothing of it could be written; see [`same_error`].
+    Check before a run begins that it can be written to disk.
 
     Args:
         output_dir (`Path`):
             Output folder of the run, made if it is not there.
+
+    Raises:
+        CheckpointSaveError: if nothing can be written there.
     """
     folder = output_dir / UNFINISHED
     try:
@@ -209,14 +212,13 @@ def why_not_writable(output_dir: Path) -> CheckpointSaveError | None:
             probe.write(bytes(4096))  # a full disk still takes an empty file
             probe.flush()
     except OSError as error:
-        return CheckpointSaveError(
+        raise CheckpointSaveError(
             f"Nothing can be written to `output_dir` ({output_dir}): {error}. The run has not started, since what it "
             "makes would be lost.",
             remedy="Pass an `output_dir` that can be written to.",
-        )
+        ) from error
     with suppress(OSError):  # what a killed run has left there stays, to be named
         os.rmdir(folder)
-    return None
 
 
 def check_shared(output_dir: Path, writes: bool) -> None:
@@ -264,7 +266,7 @@ def check_parts(folder: Path, processes: int) -> None:
     """
     for index in range(processes):
         if not _appears(folder / PROGRESS.format(index)):
-            raise OSError(errno.EIO, f"the part of process {index} ({PROGRESS.format(index)}) is not to be seen")
+            raise OSError(errno.EIO, f"the part of process {index} ({PROGRESS.format(index)}) cannot be seen")
 
 
 def _appears(file: Path) -> bool:
@@ -367,15 +369,12 @@ def _step(path: Path) -> int:
 
 def _measured(file: Path, checksum: bool) -> dict[str, int]:
     found = {"bytes": file.stat().st_size}
-    return {**found, "crc32": _checksum(file)} if checksum else found
-
-
-def _checksum(file: Path) -> int:
-    checksum = 0
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            checksum = zlib.crc32(chunk, checksum)
-    return checksum
+    if checksum:
+        found["crc32"] = 0
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                found["crc32"] = zlib.crc32(chunk, found["crc32"])
+    return found
 
 
 def _flush(path: Path) -> None:

@@ -2,19 +2,14 @@
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ..errors import OutputFolderInUseError
+from ..config.fields import ToolGRPOConfig
 from ..run_folder.lock import take_lock
-from ..run_folder.storage_failures import same_error
-from .folder import EARLIER, why_not_writable
+from ..run_folder.storage_failures import raised_in_every_process
+from .folder import EARLIER, check_writable
 
 
-if TYPE_CHECKING:
-    from ..config.fields import ToolGRPOConfig
-
-
-def check_output_dir(args: "ToolGRPOConfig") -> None:
+def check_output_dir(args: ToolGRPOConfig) -> None:
     """
     Check that a run can write to its output folder, before models are loaded. Every process has to call this.
 
@@ -27,15 +22,10 @@ def check_output_dir(args: "ToolGRPOConfig") -> None:
         CheckpointSaveError: if it cannot be written to.
     """
     folder = Path(str(args.output_dir))
-    in_use = problem = None
-    if args.process_index == 0:
-        try:
+    with raised_in_every_process():
+        if args.process_index == 0:
             with take_lock(folder) or nullcontext():
-                problem = why_not_writable(folder)
-        except OutputFolderInUseError as error:
-            in_use = error
-    same_error(in_use, OutputFolderInUseError)
-    same_error(problem)
+                check_writable(folder)
 
 
 def earlier_runs(output_dir: str | Path) -> list[Path]:

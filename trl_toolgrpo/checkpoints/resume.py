@@ -1,7 +1,7 @@
 """Exact resuming: what a checkpoint holds in addition to TRL's, when it is whole, and which run it belongs to.
 
 A mixin of the trainer: the place in the rollout batch, the batch itself and the figures not yet logged. The folders
-are those of `checkpoint.py`, the description of a run is that of `identity.py`.
+are those of `folder.py`, the description of a run is that of `run_identity.py`.
 """
 
 import json
@@ -18,12 +18,10 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, save_fsdp_model, save_fsdp_optimizer
 from datasets import Dataset
-from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel
 from transformers.trainer import SCHEDULER_NAME, get_fsdp_ckpt_kwargs
 from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
@@ -33,7 +31,7 @@ from ..config.fields import ToolGRPOConfig
 from ..errors import CheckpointError, CheckpointSaveError
 from ..reference.adapter import SyncReport
 from ..run_folder.files import RUN
-from ..run_folder.storage_failures import attempt, same_error, tolerated
+from ..run_folder.storage_failures import attempt, raised_in_every_process, tolerated
 from ..types import Batch, JSONObject
 from ..update.ratio_statistics import RatioStatistics
 from .folder import (
@@ -43,20 +41,20 @@ from .folder import (
     check_parts,
     check_shared,
     check_whole,
+    check_writable,
     checkpoints,
     clear_away,
     find_checkpoint,
     publish,
     put_back,
     set_aside,
-    why_not_writable,
 )
 from .run_identity import IDENTITY, describe_run, differences, matching_batch_sizes
 
 
 logger = logging.getLogger(__name__)
 
-# What a checkpoint restores also where the rollout batch is divided over other processes
+# What is restored even if the rollout batch is divided over another number of processes
 _ALWAYS_RESUMED = ("step", "carried", "packs", "unmoved")
 
 
@@ -64,7 +62,6 @@ class ExactResume(GRPOTrainer):
     """Part of [`ToolGRPOTrainer`]: whole checkpoints, from which a run resumes as if it had not been interrupted."""
 
     args: ToolGRPOConfig
-    model: PreTrainedModel | PeftModel
     _ratio: RatioStatistics
     _carried: dict[str, float]
     _forced_shares: list[float]
@@ -73,11 +70,11 @@ class ExactResume(GRPOTrainer):
     _sync_report: SyncReport | None
     _run: JSONObject  # description of this run
     _source: JSONObject | None = None  # that of the run that wrote the checkpoint
-    _staging: Path | None = None
+    _staging: Path | None = None  # where a checkpoint is being written
     _push_later = False
-    _rescue: Callable[[], str]  # of `hub.py`
-    _goes_on: bool  # of `hub.py`
-    _uploading: set[Path]  # of `hub.py`
+    _rescue: Callable[[], str]  # of `hub/push.py`
+    _goes_on: bool  # of `hub/push.py`
+    _uploading: set[Path]  # of `hub/push.py`
     _buffered_inputs: Any
     _train_sampler: Any = None
     _unlogged: tuple[Tensor, int] | None = None
@@ -103,16 +100,19 @@ class ExactResume(GRPOTrainer):
         """
         self._run = describe_run(self.args, self.accelerator.unwrap_model(self.model), self.train_dataset)
         self._source = self._unlogged = None
+        output_dir = Path(str(self.args.output_dir))
         if self.args.save_strategy != "no":
-            same_error(why_not_writable(Path(str(self.args.output_dir))) if self.args.should_save else None)
-        if self.args.save_strategy != "no" and self.accelerator.num_processes > 1:
-            check_shared(Path(str(self.args.output_dir)), self.accelerator.is_main_process)
+            with raised_in_every_process():
+                if self.args.should_save:
+                    check_writable(output_dir)
+            if self.accelerator.num_processes > 1:
+                check_shared(output_dir, self.accelerator.is_main_process)
         if resume_from_checkpoint:
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
             self._check_same_run(Path(resume_from_checkpoint))
-            output_dir, folder = Path(str(self.args.output_dir)).resolve(), Path(resume_from_checkpoint)
+            folder = Path(resume_from_checkpoint)
             # A checkpoint may be a link to another disk, or be given by one
-            self._goes_on = output_dir in (folder.parent.resolve(), folder.resolve().parent)
+            self._goes_on = output_dir.resolve() in (folder.parent.resolve(), folder.resolve().parent)
         else:  # a new run begins with a rollout batch, also where this trainer has trained before
             self._step, self._buffered_inputs, self._goes_on = 0, None, False
         if not self._goes_on:
@@ -122,21 +122,21 @@ class ExactResume(GRPOTrainer):
     def _set_aside_earlier_run(self, resumed: bool) -> None:
         adapters = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {}).values()
         base = next((str(adapter.base_model_name_or_path) for adapter in adapters), None)
-        output_dir, folder, problem = Path(str(self.args.output_dir)), None, None
+        output_dir, folder = Path(str(self.args.output_dir)), None
         # Where a run is resumed from elsewhere, logs alone are those of its checkpoint, which it adds to
         another = not resumed or bool(checkpoints(output_dir)) or (output_dir / RUN).exists()
-        try:
-            if self.args.should_save and another:
-                folder = set_aside(output_dir, None if base is None else Path(base))
-                if self.log_completions:  # where TRL has made a folder for them
-                    (output_dir / "completions").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            problem = CheckpointSaveError(
-                f"`output_dir` ({self.args.output_dir}) has files of an earlier run, which cannot be moved out of "
-                f"the way: {error}.",
-                remedy="Pass another `output_dir`.",
-            )
-        same_error(problem)
+        with raised_in_every_process():
+            try:
+                if self.args.should_save and another:
+                    folder = set_aside(output_dir, None if base is None else Path(base))
+                    if self.log_completions:  # where TRL has made a folder for them
+                        (output_dir / "completions").mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CheckpointSaveError(
+                    f"`output_dir` ({self.args.output_dir}) has files of an earlier run, which cannot be moved out of "
+                    f"the way: {error}.",
+                    remedy="Pass another `output_dir`.",
+                ) from error
         if folder is not None:
             logger.warning(
                 "A new run begins: the files of an earlier one in `output_dir` are now in %s (%s). Remove that folder "
@@ -149,8 +149,8 @@ class ExactResume(GRPOTrainer):
 
     def _whole_checkpoint(self, wanted: str | bool) -> str:
         """Return the checkpoint to resume from; the main process looks, so that all take the same."""
-        folder, problem = None, None
-        try:
+        folder = None
+        with raised_in_every_process():
             if self.accelerator.is_main_process:
                 folder = find_checkpoint(str(self.args.output_dir)) if isinstance(wanted, bool) else wanted
                 if folder is None:
@@ -160,9 +160,6 @@ class ExactResume(GRPOTrainer):
                         remedy="Leave it out to start from the beginning.",
                     )
                 check_whole(folder)
-        except CheckpointError as error:
-            problem = error
-        same_error(problem, CheckpointError)
         return broadcast_object_list([str(folder)])[0]
 
     def _check_same_run(self, folder: Path) -> None:
@@ -191,10 +188,10 @@ class ExactResume(GRPOTrainer):
                 f"{source['layout']['processes']} processes, in {self.args.world_size}.",
                 remedy="Resume with as many, or start a new run from its weights in another `output_dir`.",
             )
-        if source.get("only_model"):
+        if source["only_model"]:
             logger.warning(
                 "%s was written with `save_only_model=True`: optimizer, learning rate schedule and random numbers "
-                "begin anew, so that the run does not go on exactly.",
+                "begin anew, so that the run is not resumed exactly.",
                 folder,
             )
         if found and source["in_batch"]:
@@ -375,7 +372,7 @@ class ExactResume(GRPOTrainer):
             self._step = self._step // passes * micro_batches_of(self.args)
             return
         self._metrics["train"] = defaultdict(list, record["metrics"])
-        self._forced_shares = record.get("forced_shares", [])  # earlier versions did not count them
+        self._forced_shares = record["forced_shares"]
         self._ratio.load({n.removeprefix("ratio/"): t for n, t in tensors.items() if n.startswith("ratio/")})
         self._unlogged = tensors["loss"], record["last_logged"]
         if record["batches"]:
@@ -389,8 +386,8 @@ class ExactResume(GRPOTrainer):
         """Run TRL's epoch, with the loss that a resumed run had not logged yet; none where no step is left."""
         if self.state.global_step >= self.state.max_steps:  # transformers would make one step more
             logger.warning(
-                "All %d steps of this run have been made: nothing is trained. Raise `max_steps` or `num_train_epochs` "
-                "to go on.",
+                "All %d steps of this run have been taken: nothing is trained. Raise `max_steps` or "
+                "`num_train_epochs` to train further.",
                 self.state.max_steps,
             )
             self.control.should_training_stop = True

@@ -77,13 +77,10 @@ class RunCard(GRPOTrainer):
 
     args: ToolGRPOConfig
     model: Any
-    hub_model_id: Any
-    chat_template_kwargs: dict[str, object]
-    _is_vlm: bool
     _toolset: ToolSet
     _log_failures: LogFailures
-    _owns_folder: Callable[[], bool]  # of `run_log.py`
-    _redacted: Callable[[str], str]  # of `run_log.py`
+    _owns_folder: Callable[[], bool]  # of `run_folder/writer.py`
+    _redacted: Callable[[str], str]  # of `run_folder/writer.py`
     _value_head: ValueHead | None
     _home: str | None = None  # the output folder, while another one stands in for it
     _publishing = False  # what is written goes to the Hub

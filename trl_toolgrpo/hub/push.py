@@ -2,7 +2,7 @@
 
 The adapter (or the model), the value head, the tokenizer and the model card are written to the folder `hub` in the
 output folder first; nothing that only this run needs, and nothing secret. `huggingface_hub` uploads that folder. It
-stays, so that a push that fails can be made up for.
+stays, so that a failed push can be repeated.
 """
 
 import copy
@@ -32,7 +32,8 @@ from ..checkpoints.folder import find_checkpoint, move_aside
 from ..errors import CheckpointSaveError, HubPushError
 from ..redaction import masked
 from ..run_folder.files import CARD, PUBLISHED, other_page_aside
-from ..run_folder.storage_failures import attempt, is_storage_failure, tolerated
+from ..run_folder.storage_failures import attempt, is_storage_failure, raised_in_every_process, tolerated
+from ..sampling.protocol import replaced
 from ..types import JSONObject
 from .model_card import RunCard
 
@@ -101,24 +102,22 @@ class HubPush(RunCard):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self._finish_current_push()  # it reads the folder that is written anew
         folder = self._publish(kwargs)
-        found = problem = None
-        try:
-            if self.hub_model_id is None:
-                super().init_hf_repo(token, private)
-            if self.is_world_process_zero():
-                found = self._start_upload(folder, ".", commit_message, blocking, token, revision)
-        except Exception as error:
-            if not _is_refusal(error):
-                raise
-            problem = self._redacted(_error_text(error))
-        (problem,) = broadcast_object_list([problem])
-        if problem is not None:
-            raise HubPushError(
-                f"The Hub did not take {self._repo_name}: {problem}. Nothing is lost: what was to be pushed is in "
-                f"{folder}.",
-                remedy=f"To push it later, log in with `hf auth login`, or set HF_TOKEN to a token that may write, "
-                f"and run `{self._push_command(folder)}`.",
-            )
+        found = None
+        with raised_in_every_process():
+            try:
+                if self.hub_model_id is None:
+                    super().init_hf_repo(token, private)
+                if self.is_world_process_zero():
+                    found = self._start_upload(folder, ".", commit_message, blocking, token, revision)
+            except Exception as error:
+                if not _is_refusal(error):
+                    raise
+                raise HubPushError(
+                    f"The Hub did not take {self._repo_name}: {self._redacted(_error_text(error))}. Nothing is lost: "
+                    f"what was to be pushed is in {folder}.",
+                    remedy=f"To push it later, log in with `hf auth login`, or set HF_TOKEN to a token that may "
+                    f"write, and run `{self._push_command(folder)}`.",
+                ) from None  # its text may have secrets
         if isinstance(found, Future):
             self.push_in_progress = PushInProgress([found])  # type: ignore[arg-type]  # a list is meant there
         return found
@@ -308,15 +307,11 @@ class HubPush(RunCard):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save as TRL does; the arguments that are pickled next to the model hold no secrets."""
-        given = self.args
-        self.args = copy.copy(given)
-        values = {name: masked(value, name) for name, value in vars(given).items()} | {"hub_token": None}
-        vars(self.args).update({name: value for name, value in values.items() if value != vars(given)[name]})
-        try:
-            with tolerated():
-                super()._save(output_dir, state_dict)
-        finally:
-            self.args = given
+        given, args = vars(self.args), copy.copy(self.args)
+        values = {name: masked(value, name) for name, value in given.items()} | {"hub_token": None}
+        vars(args).update({name: value for name, value in values.items() if value != given[name]})
+        with replaced(self, "args", args), tolerated():
+            super()._save(output_dir, state_dict)
 
 
 def _is_refusal(error: Exception) -> bool:

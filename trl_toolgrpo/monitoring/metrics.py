@@ -151,8 +151,7 @@ def rollout_metrics(counts: Sequence[RolloutCounts], with_tools: bool) -> dict[s
         found[f"tools/{name}/calls"] = len(values)
         for kind in ("errors", "timeouts", "truncated"):
             found[f"tools/{name}/{kind}"] = total[f"tools/{name}/{kind}"]
-        found[f"tools/{name}/latency_p50"] = float(np.percentile(values or [0.0], 50))
-        found[f"tools/{name}/latency_p95"] = float(np.percentile(values or [0.0], 95))
+        found |= {f"tools/{name}/latency_p{p}": float(np.percentile(values or [0.0], p)) for p in (50, 95)}
     return found
 
 

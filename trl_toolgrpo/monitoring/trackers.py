@@ -21,7 +21,7 @@ from .health.watch import HealthWatch
 from .progress_bar import RolloutProgress, on_a_terminal
 
 
-SHOWN = 4
+CONVERSATIONS = 4
 """Conversations of a logged step that trackers get."""
 
 
@@ -59,7 +59,8 @@ class Live(HealthWatch):
 
     def _calculate_rewards(self, inputs: list[Row], *args: list) -> Tensor:
         scores = super()._calculate_rewards(inputs, *args)
-        if self.model.training and self._recording and self._batch is not None and self._shows_conversations:
+        shown = self.accelerator.is_main_process and {"trackio", "tensorboard"} & {*(self.args.report_to or ())}
+        if shown and self.model.training and self._recording and self._batch is not None:
             trajectories = self._batch.trajectories
             first = self.accelerator.process_index * len(trajectories)
             rewards = self._rewards[first : first + len(trajectories)].tolist()
@@ -68,10 +69,6 @@ class Live(HealthWatch):
                     self._conversation(row, trajectories[row], rewards[row]) for row in extreme_rows(rewards)
                 ]
         return scores
-
-    @property
-    def _shows_conversations(self) -> bool:
-        return self.accelerator.is_main_process and bool({"trackio", "tensorboard"} & {*(self.args.report_to or ())})
 
     def _conversation(self, row: int, trajectory: Trajectory, reward: float) -> JSONObject:
         prompt, completion = self._texts[0][row], self._texts[1][row]
@@ -121,7 +118,8 @@ class Live(HealthWatch):
 def extreme_rows(rewards: Sequence[float]) -> list[int]:
     """Return the rows of the worst and the best rollouts, worst first; unscored ones (NaN) are worst."""
     order = sorted(range(len(rewards)), key=lambda row: (rewards[row] == rewards[row], rewards[row]))
-    return order if len(order) <= SHOWN else order[: SHOWN // 2] + order[-SHOWN // 2 :]
+    half = CONVERSATIONS // 2
+    return order if len(order) <= CONVERSATIONS else order[:half] + order[-half:]
 
 
 def _tracker(name: str) -> Any:

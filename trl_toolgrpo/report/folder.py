@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from ..errors import ReportError
-from ..run_folder.files import HEALTH, METRICS, RUN
-from ..run_folder.files import VERSION as RUN_VERSION
+from ..run_folder.files import HEALTH, METRICS, RUN, RUN_VERSION
 from ..types import JSONObject, JSONValue
 from .rollouts import find_rollout_files
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from ..errors import RolloutLogError
-from ..run_folder.rollout_log import FOLDER, VERSION, details, place_in_log
+from ..run_folder.rollout_log import FOLDER, LOG_VERSION, details, place_in_log
 from ..types import JSONValue, Row
 
 
@@ -50,9 +50,9 @@ def find_rollout_files(folder: Path, problems: list[str]) -> dict[Path, int]:
         try:
             meta = parquet.read_metadata(path)
             version = details(meta.schema.to_arrow_schema().empty_table(), "it")["version"]
-            if version > VERSION:
+            if version > LOG_VERSION:
                 raise RolloutLogError(
-                    f"its format has version {version}, and this version of trl_toolgrpo reads up to {VERSION}.",
+                    f"its format has version {version}, and this version of trl_toolgrpo reads up to {LOG_VERSION}.",
                     remedy="Upgrade trl_toolgrpo.",
                 )
         except (*_UNREADABLE, RecursionError) as error:

@@ -1,5 +1,5 @@
-"""The plain files of a run in its output folder: what it was started with (`run.json`), and the JSON lines of
-`metrics.jsonl` and `health.jsonl`, which are added while it goes on.
+"""The plain files of a run in its output folder: its settings (`run.json`), and the JSON lines of `metrics.jsonl` and
+`health.jsonl`, which are added during the run.
 """
 
 import json
@@ -11,14 +11,9 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 
-import accelerate
-import datasets
-import peft
-import torch
-import transformers
-import trl
 from huggingface_hub import get_token
 from trl import GRPOConfig
 
@@ -36,10 +31,10 @@ HEALTH = "health.jsonl"
 PUBLISHED = "hub"
 """Folder for what is pushed to the Hub."""
 CARD = "README.md"
-VERSION = 1
+RUN_VERSION = 1
 
 _IS_CARD = re.compile(r"\s*---\n(.*\n)*?(library_name|base_model):")
-"""What a model card begins with, and no other page."""
+"""How a model card begins, and no other page does."""
 
 
 def add_line(path: Path, record: JSONObject) -> None:
@@ -97,7 +92,7 @@ def cut_back(path: Path, step: int) -> None:
 
 def holds_other_page(folder: Path) -> bool:
     """
-    Return whether the `README.md` of a folder is a page that is no model card, and not to be written over.
+    Return whether the `README.md` of a folder is not a model card, and must not be overwritten.
 
     Args:
         folder (`Path`):
@@ -113,7 +108,7 @@ def holds_other_page(folder: Path) -> bool:
 @contextmanager
 def other_page_aside(folder: Path) -> Iterator[None]:
     """
-    Rename a `README.md` that is no model card to `.README.md.kept` while open.
+    Rename a `README.md` that is not a model card to `.README.md.kept` while open.
 
     Args:
         folder (`Path`):
@@ -169,11 +164,11 @@ def describe_start(
         redactor ([`Redactor`]):
             Keeps secrets out.
     """
-    libraries = (torch, transformers, trl, peft, accelerate, datasets)
-    versions = {library.__name__: str(library.__version__) for library in libraries}
+    libraries = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+    versions = {library: version(library) for library in libraries}
     return redactor.data(
         {
-            "version": VERSION,
+            "version": RUN_VERSION,
             "model": model,
             "reward_funcs": list(reward_funcs),
             "tools": list(tools),
@@ -207,14 +202,14 @@ def replace_text(path: Path, text: str) -> None:
         text (`str`):
             What to write.
     """
-    with replaced(path) as part:
+    with replacement(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[Path]:
+def replacement(path: Path) -> Iterator[Path]:
     """
-    Yield a path to write to, which replaces a file in the end; where the disk refuses, no part of it is left.
+    Yield a path to write to, which replaces a file at the end; if the disk refuses, no part of it is left.
 
     Args:
         path (`Path`):

@@ -6,7 +6,7 @@ import os
 import socket
 import weakref
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -22,15 +22,12 @@ _held: "weakref.WeakSet[RunLock]" = weakref.WeakSet()
 _unlocked: set[Path] = set()  # folders that could not be locked, which was logged
 
 
-class RunLock:
+class RunLock(AbstractContextManager["RunLock"]):
     """A lock that is held until it is released, or its process dies. Processes that are forked do not hold it."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path, self._descriptor = path, descriptor
         _held.add(self)
-
-    def __enter__(self) -> "RunLock":
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.release()
@@ -93,9 +90,9 @@ def take_lock(folder: Path) -> RunLock | None:
     except (OSError, ImportError) as error:
         if folder.absolute() not in _unlocked:
             _unlocked.add(folder.absolute())
-            problem = f"{type(error).__name__}: {error}"
             logger.warning(
-                "`output_dir` (%s) cannot be locked: %s. Make sure that no other run writes to it.", folder, problem
+                "`output_dir` (%s) cannot be locked: %s: %s. Make sure that no other run writes to it.",
+                *(folder, type(error).__name__, error),
             )
         return None
     since = datetime.now().astimezone().isoformat(" ", "seconds")

@@ -12,8 +12,11 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from trl.extras import profiling
 from trl.trainer.callbacks import LogCompletionsCallback, RichProgressCallback, WeaveCallback
 
+from ..sampling.protocol import replaced
+
 
 logger = logging.getLogger(__name__)
+
 
 class Reporter(TrainerCallback):
     """A callback that only reports on a run, whose failures end nothing."""
@@ -48,7 +51,7 @@ class LogFailures:
 
         Args:
             what (`str`):
-                What has failed then, in a sentence.
+                What failed if it does, in a sentence.
         """
         try:
             yield
@@ -87,19 +90,14 @@ class LogFailures:
     @contextmanager
     def of_profiling(self) -> Iterator[None]:
         """Tolerate failures of TRL's profiler while open, which sends each duration to trackers by itself."""
-        failures, module = self, vars(profiling)
-        kind: Any = profiling.ProfilingContext
+        log_metrics = profiling.ProfilingContext._log_metrics
 
-        class Tolerant(kind):
-            def _log_metrics(self, duration: float) -> None:
-                with failures.tolerated("The duration of a part of a step could not be sent to a tracker"):
-                    super()._log_metrics(duration)
+        def tolerant(context: profiling.ProfilingContext, duration: float) -> None:
+            with self.tolerated("The duration of a part of a step could not be sent to a tracker"):
+                log_metrics(context, duration)
 
-        module["ProfilingContext"] = Tolerant
-        try:
+        with replaced(profiling.ProfilingContext, "_log_metrics", tolerant):
             yield
-        finally:
-            module["ProfilingContext"] = kind
 
     def guard(self, callback: TrainerCallback) -> None:
         """
@@ -123,6 +121,7 @@ class LogFailures:
 
         @functools.wraps(getattr(callback, event))
         def tolerant(*args: Any, **kwargs: Any) -> object:
+            # Looked up at each call, since a tracker may change its class after it was added
             method = own or functools.partial(getattr(type(callback), event), callback)
             if event == "on_train_begin":
                 muted.clear()

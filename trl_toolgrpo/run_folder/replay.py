@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ..config.batch_position import batch_is_due, batch_number, micro_batches_of
+from ..config.batch_position import batch_is_due, batch_number
 from ..errors import ConfigError, RolloutLogError
 from ..types import Batch
 from .rollout_log import batch_files, check_rollouts, details, log_files, read_table, rows_of, step_of, tensors_of
@@ -62,11 +62,13 @@ class Replay(RunLog):
         self._log_again(table)
         self._sampled_at, self._unevaluated, self._unmoved = self.state.global_step, False, False
         place = torch.tensor(table["place"].to_pylist())
-        count = self.args.steps_per_generation or 1
         tensors = tensors_of(table, path)
         if not self.args.strict_trajectories:
             self._mask_invalid(tensors, torch.tensor(invalid))
-        batches = replayed_micro_batches(tensors, place, count, self.accelerator.device)
+        batches, to = [], self.accelerator.device
+        for rows in place.argsort().chunk(self.args.steps_per_generation or 1):
+            batch = {name: (tensor if tensor.ndim == 0 else tensor[rows]).to(to) for name, tensor in tensors.items()}
+            batches.append({**batch, "rollout": rows.to(to)})
         for device, state in details(table)["random"].items():
             found = torch.frombuffer(bytearray(bytes.fromhex(state)), dtype=torch.uint8)
             if device == "cpu":
@@ -97,27 +99,16 @@ class Replay(RunLog):
 
     def _file_of_batch(self) -> Path:
         """Return the file of the rollout batch that begins now, by its number."""
-        path = log_files(str(self.args.replay))[0].with_name(self._name_of_batch())
+        files = log_files(str(self.args.replay))
+        path = files[0].with_name(self._name_of_batch())
         if self._numbered is None:
             self._numbered = batch_files(path.parent, self.accelerator.process_index)
-        found = self._numbered.get(batch_number(self))
-        if found is not None:
+        if (found := self._numbered.get(batch_number(self))) is not None:
             return found
-        if not path.is_file() or path in self._numbered.values():
-            raise self._missing_batch(path)
-        # Of a version that did not count rollout batches and named them by their steps alone
-        in_a_step = self.args.gradient_accumulation_steps // micro_batches_of(self.args)
-        if in_a_step > 1:
-            raise RolloutLogError(
-                f"{path} was written by an earlier version, which kept only the last rollout batch of an optimizer "
-                f"step; this run takes {in_a_step} in each. The others are lost.",
-                remedy="Replay a log of this version.",
-            )
-        return path
-
-    def _missing_batch(self, path: Path) -> RolloutLogError:
-        steps = sorted({step_of(found) for found in log_files(path.parent)})
-        return RolloutLogError(
+        if path in files and path not in self._numbered.values():
+            return path  # which cannot be read, and reading it says why
+        steps = [step_of(file) for file in files]
+        raise RolloutLogError(
             f"The rollout log in {path.parent} has no {path.name}, the batch of step {self.state.global_step}; it "
             f"holds the steps {steps[0]} to {steps[-1]}.",
             remedy="A log loses its oldest batches beyond `rollout_log_limit`; else set `max_steps`, "
@@ -164,26 +155,3 @@ class Replay(RunLog):
             for name in self.reward_func_names:
                 reward = row["rewards"].get(name)
                 logs["rewards"][name].append(math.nan if reward is None else reward)
-
-
-def replayed_micro_batches(
-    tensors: dict[str, Tensor], place: Tensor, count: int, device: torch.device
-) -> list[Batch]:
-    """
-    Divide a rollout batch into the micro-batches it was trained in.
-
-    Args:
-        tensors (`dict[str, Tensor]`):
-            Of the batch, in order of the rollouts; of any dtype, shape (N, ...) or ().
-        place (`Tensor`):
-            Place of each rollout in the micro-batches, int64, shape (N,).
-        count (`int`):
-            Number of micro-batches.
-        device (`torch.device`):
-            Where they go.
-    """
-    batches: list[Batch] = []
-    for rows in place.argsort().chunk(count):
-        batch = {name: tensor if tensor.ndim == 0 else tensor[rows] for name, tensor in tensors.items()}
-        batches.append({name: tensor.to(device) for name, tensor in {**batch, "rollout": rows}.items()})
-    return batches

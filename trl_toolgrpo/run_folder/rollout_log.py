@@ -1,8 +1,8 @@
 """The rollout log: every rollout batch of a run, a parquet file for each process, to look at and to train from again.
 
-Files are `rollouts/<step>-<process>.parquet` in the output folder,
-`<step>.1-<process>.parquet` and so on for further rollout batches of the same optimizer step; the column `batch`
-counts the rollout batches of the run. `datasets.load_dataset("parquet", ...)` opens them too.
+Files are `rollouts/<step>-<process>.parquet` in the output folder, `<step>.1-<process>.parquet` and so on for further
+rollout batches of the same optimizer step; the column `batch` counts the rollout batches of the run.
+`datasets.load_dataset("parquet", ...)` opens them too.
 """
 
 import json
@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +25,13 @@ from ..rollout.trajectory import Trajectory
 from ..sampling.record_faults import field_meant_by
 from ..tools.results import encodable
 from ..types import Batch, JSONObject, JSONValue, Message
-from .files import replaced
+from .files import replacement
 from .rollout_tensors import keep, restore
 
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+LOG_VERSION = 1
 FOLDER = "rollouts"
 KEY = b"trl_toolgrpo.run_folder.rollout_log"
 """Key of the schema metadata that makes a parquet file a rollout log."""
@@ -69,8 +69,7 @@ SCHEMA = pa.schema(
         ("tensors", _TENSORS),
     ]
 )
-"""Columns of a file; one row is one rollout. Training again needs `place` and `tensors` in addition to the rest. In
-logs of earlier versions `batch` is null."""
+"""Columns of a file; one row is one rollout. Training again needs `place` and `tensors` in addition to the rest."""
 
 
 @dataclass
@@ -95,11 +94,11 @@ class LoggedBatch:
             For each rollout the weighted sum; `None` if it was not scored.
         batches (`list[dict]`):
             The micro-batches it was divided into; their tensor `rollout` says which rows those are.
-        metrics (`dict[str, list[float]]`, *optional*):
+        metrics (`dict[str, list[float]]`):
             Metrics that were logged with it.
-        random (`dict[str, str]`, *optional*):
+        random (`dict[str, str]`):
             State of the random number generators when it was ready, by device, in hexadecimal.
-        number (`int`, *optional*):
+        number (`int`):
             Number of the rollout batch in the run, counted from 0.
     """
 
@@ -113,9 +112,9 @@ class LoggedBatch:
     rewards: list[dict[str, float | None]]
     totals: list[float | None]
     batches: list[Batch]
-    metrics: dict[str, list[float]] = field(default_factory=dict)
-    random: dict[str, str] = field(default_factory=dict)
-    number: int | None = None
+    metrics: dict[str, list[float]]
+    random: dict[str, str]
+    number: int
 
 
 def file_name(step: int, process: int, nth: int = 0) -> str:
@@ -136,17 +135,16 @@ def file_name(step: int, process: int, nth: int = 0) -> str:
 # Writing
 
 
-def tabulate(batch: LoggedBatch, redactor: Redactor | None = None) -> pa.Table:
+def tabulate(batch: LoggedBatch, redactor: Redactor) -> pa.Table:
     """
     Return the table of a batch as it is written, without ratios yet.
 
     Args:
         batch ([`LoggedBatch`]):
             The batch.
-        redactor ([`Redactor`], *optional*):
+        redactor ([`Redactor`]):
             Keeps secrets out of the texts.
     """
-    count = len(batch.trajectories)
     order = torch.cat([part["rollout"] for part in batch.batches]).cpu()  # rows by their place in the micro-batches
     place = order.argsort()
     names = {name for part in batch.batches for name, value in part.items() if isinstance(value, Tensor)}
@@ -155,14 +153,13 @@ def tabulate(batch: LoggedBatch, redactor: Redactor | None = None) -> pa.Table:
         parts = [part[name].detach().cpu() for part in batch.batches]
         tensors[name] = parts[0] if parts[0].ndim == 0 else torch.cat(parts)[place]
     columns = _columns(batch, tensors)
-    redactor = redactor or Redactor()
     for name in _JSON:
         columns[name] = [_storable(redactor.json(text)) for text in columns[name]]
     columns["tools"] = [[encodable(redactor.text(tool)) for tool in tools] for tools in columns["tools"]]
-    rows: list[list[JSONObject]] = [[] for _ in range(count)]
+    rows: list[list[JSONObject]] = [[] for _ in batch.trajectories]
     kept = {name: keep(name, tensor, columns, rows) for name, tensor in tensors.items()}
     metadata = {
-        "version": VERSION,
+        "version": LOG_VERSION,
         "processes": batch.processes,
         "micro_batches": len(batch.batches),
         "tensors": kept,
@@ -177,13 +174,14 @@ def tabulate(batch: LoggedBatch, redactor: Redactor | None = None) -> pa.Table:
 def _columns(batch: LoggedBatch, tensors: dict[str, Tensor]) -> dict[str, list]:
     trajectories, count = batch.trajectories, len(batch.trajectories)
     first = batch.process * count
+    messages = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in batch.completions]
     return {
         "step": [batch.step] * count,
         "batch": [batch.number] * count,
         "rollout": [first + row for row in range(count)],
         "group": [(first + row) // batch.num_generations for row in range(count)],
         "prompt": [_as_json(prompt) for prompt in batch.prompts],
-        "messages": [_as_json(_messages(completion)) for completion in batch.completions],
+        "messages": [_as_json(completion) for completion in messages],
         "prompt_ids": [np.array(t.prompt_ids, np.int32) for t in trajectories],
         "completion_ids": [np.array(t.completion_ids, np.int32) for t in trajectories],
         "logprobs": [np.array(t.logprobs, np.float32) for t in trajectories],
@@ -222,10 +220,6 @@ def _as_json(value: JSONValue) -> str:
     return json.dumps(value, default=lambda o: vars(o) if hasattr(o, "__dict__") else str(o), ensure_ascii=False)
 
 
-def _messages(completion: str | list[Message]) -> list[Message]:
-    return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-
-
 def with_ratios(table: pa.Table, ratios: Iterable[tuple[Tensor, Tensor]]) -> pa.Table:
     """
     Return a table with the ratios of an update.
@@ -260,7 +254,7 @@ def write(table: pa.Table, path: Path) -> int:
         `int`: its size in bytes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replaced(path) as part:
+    with replacement(path) as part:
         pq.write_table(table, part, compression="zstd", use_dictionary=False, write_statistics=False)
     return path.stat().st_size
 
@@ -305,7 +299,7 @@ def log_files(folder: str | Path) -> list[Path]:
     folder = inner if inner.is_dir() else folder
     found = find_files(folder)
     if not found:
-        reason = "it has no file <step>-<process>.parquet" if folder.is_dir() else "it is no folder"
+        reason = "it has no file <step>-<process>.parquet" if folder.is_dir() else "it is not a folder"
         raise RolloutLogError(
             f"There is no rollout log in {folder}: {reason}.",
             remedy="Pass the `output_dir` of a run that was made with `rollout_log_limit` above 0.",
@@ -320,8 +314,7 @@ def step_of(path: Path) -> int:
 
 def batch_files(folder: Path, process: int) -> dict[int, Path]:
     """
-    Return the files of one process by the number of their rollout batch. Files without such a number, or that cannot
-    be read, are left out.
+    Return the files of one process by the number of their rollout batch. Files that cannot be read are left out.
 
     Args:
         folder (`Path`):
@@ -331,10 +324,8 @@ def batch_files(folder: Path, process: int) -> dict[int, Path]:
     """
     found = {}
     for path in find_files(folder, process):
-        with suppress(OSError, pa.ArrowException, KeyError):
-            numbers = pq.read_table(path, columns=["batch"])["batch"]
-            if len(numbers) and numbers[0].is_valid:
-                found[numbers[0].as_py()] = path
+        with suppress(OSError, pa.ArrowException, KeyError, IndexError):
+            found[pq.read_table(path, columns=["batch"])["batch"][0].as_py()] = path
     return found
 
 
@@ -355,26 +346,21 @@ def read_table(path: str | Path) -> pa.Table:
         raise RolloutLogError(f"There is no {path}.") from error
     except (OSError, pa.ArrowException) as error:
         raise RolloutLogError(
-            f"{path} cannot be read, it is torn or no parquet file: {error}. The other files of the log do not depend "
-            f"on it.",
+            f"{path} cannot be read, it is torn or not a parquet file: {error}. The other files of the log do not "
+            f"depend on it.",
             remedy="Delete this one, or copy it again from where it was written.",
         ) from error
     metadata = details(table, path)
-    if metadata["version"] > VERSION:
+    if metadata["version"] > LOG_VERSION:
         raise RolloutLogError(
-            f"{path} has version {metadata['version']} of the rollout log, this package reads version {VERSION} and "
-            f"older.",
+            f"{path} has version {metadata['version']} of the rollout log, this package reads version {LOG_VERSION}.",
             remedy="Install a newer trl_toolgrpo.",
         )
-    if "batch" not in table.column_names:
-        table = table.append_column(SCHEMA.field("batch"), pa.nulls(table.num_rows, pa.int64()))
     missing = [name for name in SCHEMA.names if name not in table.column_names]
     if missing:
         others = {name: field_meant_by(name, missing) for name in table.column_names if name not in SCHEMA.names}
         hints = "".join(f" Is `{name}` meant to be `{meant}`?" for name, meant in others.items() if meant)
-        raise RolloutLogError(
-            f"{path} is no whole rollout log: the columns {', '.join(missing)} are missing.{hints}"
-        )
+        raise RolloutLogError(f"{path} is not a whole rollout log: columns {', '.join(missing)} are missing.{hints}")
     return table
 
 
@@ -439,7 +425,8 @@ def check_rollouts(table: pa.Table, path: str | Path, strict: bool) -> tuple[pa.
         TrajectoryError: for a rollout with a missing, short or non-finite field, if `strict`.
     """
     columns = table.select([*_TRAJECTORY, "rollout", "advantages"]).to_pydict()
-    masked: dict[int, Trajectory] = {}
+    has_values = any(values is not None for values in columns["values"])
+    masked = set()
     for row, number in enumerate(columns["rollout"]):
         name = f"{number} of {path}"
         record = {column: columns[column][row] for column in _TRAJECTORY}
@@ -449,15 +436,14 @@ def check_rollouts(table: pa.Table, path: str | Path, strict: bool) -> tuple[pa.
             if strict:
                 raise
             logger.warning("Masked out: %s", error)
-            ids = record["prompt_ids"], record["completion_ids"]
-            masked[row] = Trajectory(*ids, [], [], [], [], stop_reason=record["stop_reason"])
-            masked[row].mask_out()
-    has_values = any(values is not None for values in columns["values"])
-    for row, trajectory in masked.items():
-        zeros = [0.0] * len(trajectory.completion_ids)
-        fields = {**vars(trajectory), "turns": "[]", "advantages": zeros, "values": zeros if has_values else None}
-        for column in columns:
-            columns[column][row] = fields.get(column, columns[column][row])
+            masked.add(row)
+            kept = {name: record[name] for name in ("prompt_ids", "completion_ids", "stop_reason")}
+            trajectory = Trajectory(**kept, logprobs=[], tool_mask=[], forced_mask=[], turns=[])
+            trajectory.mask_out()
+            zeros = [0.0] * len(trajectory.completion_ids)
+            fixed = {**vars(trajectory), "turns": "[]", "advantages": zeros, "values": zeros if has_values else None}
+            for column, value in fixed.items():
+                columns[column][row] = value
     if masked:
         for column in (*_TRAJECTORY, "advantages"):
             place, kind = table.column_names.index(column), SCHEMA.field(column)

@@ -1,4 +1,4 @@
-"""Errors of a full or broken disk: told from others, recorded where a process has to go on, and raised in all."""
+"""Errors of a full or broken disk: recognized, recorded where a process must continue, and raised in all."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from accelerate.utils import gather_object
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..errors import CheckpointSaveError, ToolGRPOError
+from ..errors import ToolGRPOError
 
 
 # What says that the disk does not take what is written. The last is a limit on the size of a file
@@ -19,25 +19,25 @@ _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 # Rust's writers (safetensors, tokenizers) and torch's have no errno: they quote it, quote its text, or say that fewer
 # bytes were written than were given
 _STORAGE_TEXT = re.compile(
-    "|".join([*(rf"\(os error {number}\)|{re.escape(os.strerror(number))}" for number in _STORAGE)])
+    "|".join(rf"\(os error {number}\)|{re.escape(os.strerror(number))}" for number in _STORAGE)
     + r"|inline_container\.cc.*unexpected pos|PytorchStreamWriter failed.*file write failed|iostream\S* error"
 )
 
-def same_error(error: Exception | None, kind: type[ToolGRPOError] = CheckpointSaveError) -> None:
-    """
-    Raise in every process what went wrong in one; all have to call this.
 
-    Args:
-        error (`Exception`, *optional*):
-            What went wrong in this process.
-        kind (`type[ToolGRPOError]`, *optional*):
-            What to raise, by default [`CheckpointSaveError`].
+@contextmanager
+def raised_in_every_process() -> Iterator[None]:
     """
-    own = None if error is None else (getattr(error, "message", str(error)), getattr(error, "remedy", ""))
-    problems = [problem for problem in gather_object([own]) if problem is not None]
-    if problems:
-        message, remedy = problems[0]
-        raise kind(message, remedy=remedy) from error
+    Raise in every process the [`ToolGRPOError`] that one of them raises within, so that no process waits
+    for one that has failed. Every process must enter this.
+    """
+    own = None
+    try:
+        yield
+    except ToolGRPOError as error:
+        own = error
+    for raised in gather_object([own]):
+        if raised is not None:
+            raise raised
 
 
 def is_storage_failure(error: BaseException) -> bool:
@@ -50,6 +50,7 @@ def is_storage_failure(error: BaseException) -> bool:
 
 
 _refused: ContextVar[list[str] | None] = ContextVar("refused", default=None)  # in the attempt under way
+
 
 def attempt(work: Callable[[], None]) -> list[str]:
     """

@@ -8,7 +8,6 @@ import logging
 import os
 import time
 import traceback
-from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -26,7 +25,6 @@ from trl.trainer.utils import get_config_model_id
 
 from ..config.batch_position import batch_in_use, batch_number
 from ..config.fields import ToolGRPOConfig
-from ..errors import OutputFolderInUseError
 from ..redaction import SECRET, Redactor, loggers_of, redact_logs, secret_variables
 from ..rollout.engine import RolloutBatch, RolloutEngine
 from ..tools.mcp.servers import MCPTools
@@ -37,7 +35,7 @@ from .files import HEALTH, METRICS, RUN, add_line, cut_back, describe_start, run
 from .lock import take_lock
 from .log_failures import LogFailures
 from .rollout_log import FOLDER, LoggedBatch, file_name, find_files, read_table, step_of, tabulate, with_ratios, write
-from .storage_failures import same_error
+from .storage_failures import raised_in_every_process
 
 
 logger = logging.getLogger(__name__)
@@ -133,7 +131,6 @@ class RunLog(GRPOTrainer):
     _redactor = Redactor()
     _log_failures: LogFailures
     _logs: JSONObject  # TRL's, of `log_completions`
-    _pending_extra_logs: defaultdict[str, list[object]]
     _writer: RolloutWriter | None = None
     _started = 0.0  # by the monotonic clock
     _logged: LoggedBatch | pa.Table | None = None  # the batch in use
@@ -168,7 +165,7 @@ class RunLog(GRPOTrainer):
     def _update_redactor(self) -> None:
         """Find the secrets of the run as they are now, and keep them out of the lines that this package logs."""
         self._redactor = self._current_redactor()
-        redact_logs(loggers_of(__package__), self._redactor)
+        redact_logs(loggers_of(__name__.partition(".")[0]), self._redactor)
 
     def _redacted(self, text: str) -> str:
         """Return a text without the secrets of the run as they are now."""
@@ -196,12 +193,8 @@ class RunLog(GRPOTrainer):
         Raises:
             OutputFolderInUseError: if another run writes to `output_dir`.
         """
-        lock = problem = None
-        try:
+        with raised_in_every_process():
             lock = take_lock(Path(str(self.args.output_dir))) if self.args.should_save else None
-        except OutputFolderInUseError as error:
-            problem = error
-        same_error(problem, OutputFolderInUseError)
         self._logged = self._run_folder = self._run_file = None
         self._full, self._begun, self._started = set(), (-1, 0), time.monotonic()
         with lock or nullcontext():
@@ -227,8 +220,12 @@ class RunLog(GRPOTrainer):
         try:
             if self.accelerator.is_main_process:
                 folder.mkdir(parents=True, exist_ok=True)
-                if step > 0:
-                    _cut_run_files(folder, step)
+                if step > 0:  # what a resumed run will do again
+                    for path in find_files(folder / FOLDER):
+                        if step_of(path) >= step:
+                            path.unlink()
+                    for file in (METRICS, HEALTH):
+                        cut_back(folder / file, step)
                 name = get_config_model_id(self.accelerator.unwrap_model(self.model).config)
                 tools = [tool.name for tool in self._toolset.known]
                 start = describe_start(self.args, name, self.reward_func_names, tools, self._redactor)
@@ -284,7 +281,7 @@ class RunLog(GRPOTrainer):
             add_line(self._run_folder / name, record)
         except OSError as error:
             self._full.add(name)
-            logger.warning("Nothing is added to %s any more, which could not be written to: %s.", name, error)
+            logger.warning("Nothing more is added to %s, which could not be written to: %s.", name, error)
         except Exception as error:
             self._log_failures.warn(f"A line could not be added to {name}", error)
 
@@ -302,7 +299,7 @@ class RunLog(GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch: Batch) -> Batch:
         before = self._buffered_inputs
-        counts = {name: len(values) for name, values in self._metrics["train"].items()}
+        counts = {name: len(values) for name, values in self._metrics["train"].items()} | {"num_tokens": 0}  # a total
         inputs = super()._prepare_inputs(generation_batch)
         if self._writer is not None and self.model.training and self._buffered_inputs is not before:
             with self._log_failures.tolerated("A rollout batch could not be kept for the log"):
@@ -318,10 +315,7 @@ class RunLog(GRPOTrainer):
         trajectories = self._batch.trajectories
         first = self.accelerator.process_index * len(trajectories)
         own = slice(first, first + len(trajectories))
-        metrics = {
-            name: values if name == "num_tokens" else values[counts.get(name, 0) :]
-            for name, values in self._metrics["train"].items()
-        }
+        metrics = {name: values[counts.get(name, 0) :] for name, values in self._metrics["train"].items()}
         self._logged_name, self._logged_ratios = name, {}
         self._logged = LoggedBatch(
             step=self.state.global_step,
@@ -336,7 +330,7 @@ class RunLog(GRPOTrainer):
             ],
             totals=_numbers(self._rewards[own].tolist()),
             batches=list(batches),
-            metrics={name: list(values) for name, values in metrics.items() if values},
+            metrics={name: values for name, values in metrics.items() if values},
             random=random_states(self.accelerator.device),
             number=batch_number(self),
         )
@@ -401,15 +395,6 @@ def _remove_torn(table: Path) -> None:
     except (OSError, pa.ArrowException):
         with suppress(OSError):
             table.unlink(missing_ok=True)
-
-
-def _cut_run_files(folder: Path, step: int) -> None:
-    """Remove what a resumed run will do again."""
-    for path in find_files(folder / FOLDER):
-        if step_of(path) >= step:
-            path.unlink()
-    for name in (METRICS, HEALTH):
-        cut_back(folder / name, step)
 
 
 def random_states(device: torch.device) -> dict[str, str]:

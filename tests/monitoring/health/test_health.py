@@ -146,7 +146,7 @@ def entropy_that_collapses(trainer, monkeypatch):
 
 
 def sharp_policy(trainer, monkeypatch):
-    """One that has opinions, as a trained one has; a random one is near uniform, and so is whatever comes of it."""
+    """A policy with sharp predictions, as a trained one has; those of a random one are near uniform."""
     trainer.model.get_base_model().lm_head.weight.data.mul_(30)
 
 

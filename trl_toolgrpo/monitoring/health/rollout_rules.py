@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from statistics import median
 
 from ...rollout.trajectory import Trajectory
-from ...tools.tool import ToolCall
 from ...types import JSONObject
 from .monitor import (
     CHANCE,
@@ -36,7 +35,6 @@ DISTINCT = {"length": 4, "calls": 3}
 answer that lacks a step is shorter and worth less, without a shortcut; a call made twice is part of no answer."""
 
 _IN_A_ROW = 4
-_TRENDS = {"length": ("completions/mean_length", "tokens"), "calls": ("tools/call_frequency", "calls")}
 
 _REMEDIES = {
     "length": "the token budget ended them: raise `max_completion_length`",
@@ -247,14 +245,14 @@ def _shortcut(window: Window, facts: RunFacts) -> HealthFinding | None:
         "length": ("the length of its turns", "longer", "cap what length can earn, or score the final answer alone"),
         "calls": ("how often it repeats a call", "more repetitive", "reward what calls find, not their number"),
     }
+    trends = {"length": ("completions/mean_length", "tokens"), "calls": ("tools/call_frequency", "calls")}
     steps = batches(trained(window, facts))
     for kind, metric in SHORTCUTS.items():
-        found = [entry.get(metric) for entry in steps[-_IN_A_ROW:]]
-        last = [value for value in found if value is not None and value > 0.97]
+        last = [entry[metric] for entry in steps[-_IN_A_ROW:] if (entry.get(metric) or 0.0) > 0.97]
         if len(last) < _IN_A_ROW:
             continue
         what, how, remedy = words[kind]
-        name, unit = _TRENDS[kind]
+        name, unit = trends[kind]
         before, now = mean(earliest(steps, name, _IN_A_ROW)), mean(latest(steps, name, _IN_A_ROW))
         if now >= 0.9 * before:
             return HealthFinding(
@@ -283,12 +281,9 @@ ROLLOUT_RULES = (
 
 def costs(trajectory: Trajectory) -> list[float]:
     """Return the assistant tokens a turn of a rollout, and how many calls repeat one with the same arguments."""
-    calls = [_identity(call) for turn in trajectory.turns for call in turn.tool_calls if call.error is None]
-    return [sum(trajectory.tool_mask) / max(len(trajectory.turns), 1), float(len(calls) - len(set(calls)))]
-
-
-def _identity(call: ToolCall) -> str:
-    return f"{call.name} {json.dumps(call.arguments, sort_keys=True, default=str)}"
+    calls = [call for turn in trajectory.turns for call in turn.tool_calls if call.error is None]
+    distinct = {(call.name, json.dumps(call.arguments, sort_keys=True, default=str)) for call in calls}
+    return [sum(trajectory.tool_mask) / max(len(trajectory.turns), 1), float(len(calls) - len(distinct))]
 
 
 def correlation_within_groups(

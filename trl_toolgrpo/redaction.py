@@ -5,7 +5,7 @@ what its MCP servers say. Scanners of source code look for the formats of known 
 was given as one.
 """
 
-import collections
+import contextlib
 import json
 import logging
 import re
@@ -282,9 +282,9 @@ def redact_logs(loggers: Iterable[str], redactor: Redactor) -> None:
         redactor ([`Redactor`]):
             Knows the secrets.
     """
+    _record_filter.redactors.add(redactor)
     for name in loggers:
-        _filters[name].redactors.add(redactor)
-        logging.getLogger(name).addFilter(_filters[name])  # does nothing where it has been added
+        logging.getLogger(name).addFilter(_record_filter)  # does nothing where it has been added
 
 
 def loggers_of(package: str) -> list[str]:
@@ -293,7 +293,7 @@ def loggers_of(package: str) -> list[str]:
 
 
 class _RecordFilter(logging.Filter):
-    """Takes the secrets out of the messages and tracebacks of one logger."""
+    """Takes the secrets of all redactors that live out of messages and tracebacks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -313,7 +313,7 @@ class _RecordFilter(logging.Filter):
         return True
 
 
-_filters: collections.defaultdict[str, _RecordFilter] = collections.defaultdict(_RecordFilter)
+_record_filter = _RecordFilter()
 
 
 def _worth_hiding(values: Iterable[str]) -> list[str]:
@@ -330,14 +330,11 @@ def _leaves(value: JSONValue) -> Iterable[str]:
 
 def _masked_text(text: str, found: list[str]) -> str:
     if text.lstrip().startswith(("{", "[")):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             data = json.loads(text)
-        except (ValueError, RecursionError):
-            data = None
-        if (shown := masked(data, found=found)) != data:
-            return _encoded(shown)
-    header = _HEADER.fullmatch(text)
-    if header is not None:
+            if (shown := masked(data, found=found)) != data:
+                return _encoded(shown)
+    if (header := _HEADER.fullmatch(text)) is not None:
         return _masked_part(header, found)
     return _URL_OR_ASSIGNED.sub(lambda part: _masked_part(part, found), text)
 

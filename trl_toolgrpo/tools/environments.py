@@ -357,12 +357,11 @@ def _factory(factory: Factory, access: _Access) -> Factory:
         access.failures.succeeded("constructor")
         made_before = True
         kind = type(environment)
-        if kind in access.classes.values():  # a factory that hands out the same instance again
-            return environment
-        if kind not in access.classes:
-            access.classes[kind] = _threaded_class(kind, access)
-        # A class may have a `__setattr__` of its own
-        object.__setattr__(environment, "__class__", access.classes[kind])
+        if kind not in access.classes.values():  # else the factory has handed out the same instance again
+            if kind not in access.classes:
+                access.classes[kind] = _threaded_class(kind, access)
+            # A class may have a `__setattr__` of its own
+            object.__setattr__(environment, "__class__", access.classes[kind])
         return environment
 
     return functools.update_wrapper(make, factory) if inspect.isroutine(factory) else make

@@ -246,7 +246,8 @@ def _plain(value: Any) -> JSONValue:
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value).decode("utf-8", "replace")
     if type(value).__module__.partition(".")[0] in ("numpy", "torch") and callable(getattr(value, "tolist", None)):
-        return _plain_array(value)
+        listed = value.tolist()  # numpy's wide floats stay what they are
+        return _safe_str(value) if type(listed) is type(value) else _plain(listed)
     if isinstance(value, Set):
         return sorted(map(_plain, value), key=_json_text)
     if isinstance(value, (Sequence, ValuesView)):
@@ -273,11 +274,6 @@ def _json_text(value: JSONValue) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _plain_array(value: Any) -> JSONValue:
-    plain = value.tolist()
-    return _safe_str(value) if type(plain) is type(value) else _plain(plain)  # numpy's wide floats stay what they are
-
-
 def _plain_object(value: object) -> str:
     text = _safe_str(value)
     iterates = isinstance(value, (Iterator, AsyncIterator, Awaitable))
@@ -301,10 +297,8 @@ def _plain_text(content: JSONValue) -> str:
 
 
 def _is_text_block(block: object) -> bool:
-    match block:
-        case {"type": "text", "text": str(), **rest}:
-            return not rest
-    return False
+    is_bare = isinstance(block, dict) and block.keys() == {"type", "text"}
+    return is_bare and block["type"] == "text" and isinstance(block["text"], str)
 
 
 def _safe_str(value: object) -> str:

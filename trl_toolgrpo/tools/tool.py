@@ -13,9 +13,7 @@ from ..types import JSONObject, JSONSchema
 from .schema_forms import inline_references
 
 
-ISOLATIONS = ("thread", "process")
-
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]*")
+_TOOL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]*")
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Tool:
     isolation: str = "thread"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+        if not isinstance(self.name, str) or not _TOOL_NAME.fullmatch(self.name):
             raise ToolSchemaError(
                 f"You passed a tool named {self.name!r}. A tool name starts with a letter or underscore and holds "
                 f"only letters, digits, '_', '-' and '.'.",
@@ -85,7 +83,7 @@ class Tool:
                 f"You passed `timeout={self.timeout}` for the tool {self.name!r}, and a time limit is positive.",
                 remedy="Pass a number of seconds, or None for the limit of the configuration.",
             )
-        if self.isolation not in ISOLATIONS:
+        if self.isolation not in ("thread", "process"):
             raise ToolSchemaError(
                 f"You passed `isolation={self.isolation!r}` for the tool {self.name!r}.",
                 remedy="Pass 'thread' or 'process'.",

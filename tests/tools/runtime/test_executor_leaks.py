@@ -105,7 +105,7 @@ def test_nothing_is_left_of_twenty_batches():
     after = footprint(before)
     executor.shutdown()
     assert after.grown(before) == [], f"before: {before}; after: {after}"
-    assert executor.abandoned >= 45 and executor.stuck == 0
+    assert executor.abandoned >= 45 and not executor.stuck
 
 
 LEAVE_SOMETHING = """

@@ -127,8 +127,8 @@ class MCPTools:
             ToolNameError: if no server has the tool.
         """
         if name not in self._callable:
-            tools = ", ".join(self._callable)
-            raise ToolNameError(f"No MCP server has a tool {name!r}. The tools are: {tools}.")
+            remedy = f"The tools are: {', '.join(self._callable)}."
+            raise ToolNameError(f"No MCP server has a tool {name!r}.", remedy=remedy)
         limit = self.servers[self._callable[name].server].timeout or _REWARD_TIMEOUT
         try:
             return self._submit(asyncio.wait_for(self.answer(name, arguments, session), limit)).result()

@@ -17,9 +17,7 @@ from functools import partial
 from typing import TypeVar, cast
 
 from ...errors import ConfigError, ToolRuntimeError
-from ...types import JSONObject
 from ..arguments import refusal as refusal_of
-from ..results import result_text as result_text
 from ..results import unknown_tool
 from ..tool import Tool, ToolCall, ToolResult
 from .environment_threads import Lane, Owners, Worker
@@ -82,6 +80,8 @@ class ToolExecutor:
         self.environment_timeout = environment_timeout
         self.retries = retries
         self.max_abandoned = max_abandoned
+        self.abandoned = 0  # calls given up so far because they ignored their time limit
+        self.stuck: set[Job] = set()  # those of them that still run
         self._owners = Owners()
         self._processes = ProcessPool(warm, max_concurrent)
         self._loop = LoopThread()
@@ -89,23 +89,11 @@ class ToolExecutor:
         self._dispatcher.get()  # a thread cannot be started when the interpreter exits, and a loop is ended there
         self._lock = threading.Lock()
         self._closed = False
-        # What follows is changed on the dispatcher's thread alone.
+        # What follows, and the two attributes above, are changed on the dispatcher's thread alone.
         self._slots = asyncio.Semaphore(max_concurrent)
         self._jobs: dict[asyncio.Task[None], Job] = {}
         self._idle: list[Worker] = []
         self._exclusive: defaultdict[str, Lane] = defaultdict(Lane)
-        self._stuck: set[Job] = set()
-        self._abandoned = 0
-
-    @property
-    def abandoned(self) -> int:
-        """How many calls have been given up so far because they ignored their time limit."""
-        return self._abandoned
-
-    @property
-    def stuck(self) -> int:
-        """How many of the tool calls that were given up still run."""
-        return len(self._stuck)
 
     def submit(
         self, call: ToolCall, tool: Tool | None, owner: object | None = None, *, available: Collection[str] = ()
@@ -138,7 +126,9 @@ class ToolExecutor:
             answered: Future[ToolResult] = Future()
             answered.set_result(refusal or unknown_tool(call, available))
             return answered
-        job = Job(partial(_call_with_copy, tool, call.arguments), tool, owner, limit=tool.timeout or self.timeout)
+        # A copy, so that a tool can change neither the record of the call nor the next attempt.
+        job = Job(lambda: tool.function(**copy.deepcopy(call.arguments)), tool, owner)
+        job.limit = tool.timeout or self.timeout
         job.owner = None if owner is None else self._owners.lane(owner)
         if tool.isolation == "process":
             job.function = partial(self._processes.run, tool, call.arguments, job.begin_in_process)
@@ -239,7 +229,7 @@ class ToolExecutor:
                 The environment instance.
         """
         self._owners.lane(owner).abandoned = True
-        self._after_submitted(self._drop_lost)
+        self._after_submitted(self._drop_waiting)
 
     def release(self, owner: object) -> None:
         """
@@ -264,7 +254,7 @@ class ToolExecutor:
         self._processes.close()
 
     def _check_stuck(self) -> None:
-        names = [job.tool.name for job in list(self._stuck) if job.tool is not None]
+        names = [job.tool.name for job in list(self.stuck) if job.tool is not None]
         if len(names) > self.max_abandoned:
             raise ToolRuntimeError(
                 f"{len(names)} tool calls are stuck past their time limit, more than "
@@ -351,46 +341,44 @@ class ToolExecutor:
         if job.cancellable is None and not is_coroutine:
             self._count_stuck(job)
         job.answer_late()
-        self._drop_lost()
+        self._drop_waiting()
 
     async def _end_expired(self, job: Job, ended: "asyncio.Future[Outcome]") -> None:
-        if job not in self._stuck:
+        if job not in self.stuck:
             if job.cancellable is not None:
                 job.cancellable.cancel()
             await asyncio.wait([ended], timeout=_GRACE)
             if not ended.done():
                 self._count_stuck(job)
-                self._drop_lost()
+                self._drop_waiting()
                 if isinstance(job.cancellable, LoopRun) and not job.cancellable.responded:
                     self._loop.replace(job.cancellable.loop)
         await ended
-        self._stuck.discard(job)
+        self.stuck.discard(job)
         if job.exclusive is not None:
             job.exclusive.abandoned = False
 
     def _count_stuck(self, job: Job) -> None:
         if job.tool is not None:
-            self._stuck.add(job)
-            self._abandoned += 1
+            self.stuck.add(job)
+            self.abandoned += 1
         if job.exclusive is not None:
             job.exclusive.abandoned = True
 
-    def _drop_lost(self) -> None:
-        self._drop(lambda job: job.is_lost)
-
-    def _drop(self, affected: Callable[[Job], bool], reason: str | None = None) -> None:
+    def _drop_waiting(self, reason: str | None = None, all_jobs: bool = False) -> None:
+        """Answer the jobs that wait for something lost, or all that wait."""
         for task, job in list(self._jobs.items()):
-            if job.waits and affected(job):
+            if job.waits and (all_jobs or job.is_lost):
                 job.answer_unrun(reason)
                 task.cancel()
 
     def _end_lane(self, lane: Lane) -> None:
-        self._drop(lambda job: job.owner is lane, "The environment was released before the call ran.")
-        lane.abandoned = True  # for calls that another thread submits at the same time
+        lane.abandoned = True  # also for calls that another thread submits at the same time
+        self._drop_waiting("The environment was released before the call ran.")
         lane.stop()
 
     def _wind_down(self) -> None:
-        self._drop(lambda job: True, "The tool runtime was shut down before the call ran.")
+        self._drop_waiting("The tool runtime was shut down before the call ran.", all_jobs=True)
         for worker in self._idle:
             worker.stop()
         self._idle.clear()
@@ -403,6 +391,3 @@ async def _boxed(awaitable: Awaitable[object]) -> list[object]:
     return [await awaitable]
 
 
-def _call_with_copy(tool: Tool, arguments: JSONObject) -> object:
-    """Call a tool with arguments of its own: it can change neither the record of the call nor the next attempt."""
-    return tool.function(**copy.deepcopy(arguments))

@@ -14,7 +14,7 @@ import urllib.parse
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 
-from .types import JSONValue
+from .types import JSONValue, map_texts
 
 
 SECRET = "[secret]"
@@ -108,15 +108,7 @@ class Redactor:
             value (`object`):
                 Strings, dicts, lists and tuples (which become lists) are searched; anything else stays as it is.
         """
-        if self._pattern is None:
-            return value
-        if isinstance(value, str):
-            return self.text(value)
-        if isinstance(value, dict):
-            return {self.data(key): self.data(inner) for key, inner in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [self.data(inner) for inner in value]
-        return value
+        return value if self._pattern is None else map_texts(self.text, value)
 
 
 def secret_values(env: Mapping[str, str], headers: Mapping[str, str], url: str | None) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import TransientToolError
 from ..redaction import Redactor
-from ..types import JSONValue
+from ..types import JSONValue, map_texts
 from .tool import ToolCall, ToolResult
 
 
@@ -82,17 +82,19 @@ def as_result(value: object) -> ToolResult:
     return ToolResult(content, failed, kind, reward, bool(given.transient), bool(given.truncated))
 
 
-def refused(error_type: str, message: str) -> ToolResult:
+def failure(error_type: str, message: str, transient: bool = False) -> ToolResult:
     """
-    Return the result of a call that was not run, or not to its end.
+    Return the result of a call that failed, or was not run.
 
     Args:
         error_type (`str`):
             One of the types of [`ToolResult`].
         message (`str`):
             Why, and what to do.
+        transient (`bool`, *optional*, defaults to `False`):
+            Whether the same call may work if it is tried again.
     """
-    return ToolResult({"error": message}, is_error=True, error_type=error_type)
+    return ToolResult({"error": message}, is_error=True, error_type=error_type, transient=transient)
 
 
 def raised(error: BaseException) -> ToolResult:
@@ -103,9 +105,7 @@ def raised(error: BaseException) -> ToolResult:
         error (`BaseException`):
             What it raised.
     """
-    message = _error_text(error)
-    transient = isinstance(error, TransientToolError)
-    return ToolResult({"error": message}, is_error=True, error_type="error", transient=transient)
+    return failure("error", _error_text(error), transient=isinstance(error, TransientToolError))
 
 
 def _error_text(error: BaseException) -> str:
@@ -121,11 +121,10 @@ def _error_text(error: BaseException) -> str:
 
 def _is_literal(text: str) -> bool:
     """Return whether a text is a number, a quoted text or another plain value of Python."""
-    try:
+    with contextlib.suppress(Exception):
         ast.literal_eval(text if len(text) <= 1000 else "")
-    except Exception:
-        return False
-    return True
+        return True
+    return False
 
 
 def unknown_tool(call: ToolCall, available: Collection[str]) -> ToolResult:
@@ -140,7 +139,7 @@ def unknown_tool(call: ToolCall, available: Collection[str]) -> ToolResult:
     """
     names = ", ".join(f"`{name}`" for name in available)
     ending = f" Available tools: {names}." if names else ""
-    return refused("unknown_tool", f"Tool `{call.name}` does not exist.{ending}")
+    return failure("unknown_tool", f"Tool `{call.name}` does not exist.{ending}")
 
 
 def malformed(call: ToolCall) -> ToolResult:
@@ -152,7 +151,7 @@ def malformed(call: ToolCall) -> ToolResult:
             The call, with its `error`.
     """
     reason = (call.error or "").strip().rstrip(".")
-    return refused(
+    return failure(
         "malformed",
         f"The tool call could not be read: {reason}. Nothing was run. Write the call again in the format given for "
         f"tool calls, with the tool's name and a JSON object of arguments.",
@@ -166,23 +165,13 @@ def encodable(value: JSONValue) -> JSONValue:
 
     Args:
         value (`Any`):
-            JSON data; anything but strings, dicts and lists is returned as it is.
+            JSON data.
 
     Raises:
         RecursionError: if it is nested too deep.
     """
-    if isinstance(value, dict):
-        return {encodable(key): encodable(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [encodable(inner) for inner in value]
-    if not isinstance(value, str):
-        return value
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        # A surrogate pair is one character; a lone surrogate is none.
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return value
+    # A surrogate pair is one character; a lone surrogate is none.
+    return map_texts(lambda text: text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), value)
 
 
 def plain_reward(reward: Any, giver: str) -> float | None:
@@ -296,7 +285,7 @@ def _plain_text(content: JSONValue) -> str:
     return _safe_str(content)
 
 
-def _is_text_block(block: object) -> bool:
+def _is_text_block(block: JSONValue) -> bool:
     is_bare = isinstance(block, dict) and block.keys() == {"type", "text"}
     return is_bare and block["type"] == "text" and isinstance(block["text"], str)
 

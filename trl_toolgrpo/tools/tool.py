@@ -65,9 +65,8 @@ class Tool:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _TOOL_NAME.fullmatch(self.name):
             raise ToolSchemaError(
-                f"You passed a tool named {self.name!r}. A tool name starts with a letter or underscore and holds "
-                f"only letters, digits, '_', '-' and '.'.",
-                remedy="Rename the tool.",
+                f"You passed a tool named {self.name!r}, which is not a valid tool name.",
+                remedy="Begin it with a letter or an underscore, and use only letters, digits, '_', '-' and '.'.",
             )
         if not isinstance(self.parameters, dict) or self.parameters.get("type", "object") != "object":
             raise ToolSchemaError(

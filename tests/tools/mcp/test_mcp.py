@@ -449,7 +449,7 @@ def test_a_tool_of_a_rollouts_server_needs_a_rollout(run):
 # Ends
 
 
-def test_nothing_is_left_behind():
+def test_a_closed_run_leaves_no_process_file_or_folder():
     before = belongings()
     run = Run(plain(), plain(name="own", per_rollout=True))
     call, session = run.rollout()
@@ -524,7 +524,7 @@ def test_a_server_over_http_is_called_and_connected_to_again(run):
 # The SDK
 
 
-def test_what_we_rely_on_in_the_sdk():
+def test_the_sdk_has_what_is_used_of_it():
     from mcp.client import streamable_http
 
     assert mcp_connection._SESSION_LOST in Path(streamable_http.__file__).read_text()

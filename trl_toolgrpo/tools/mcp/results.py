@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from ...redaction import Redactor
 from ...types import JSONObject, JSONValue
+from ..results import failure
 from ..tool import ToolResult
 
 
@@ -45,7 +46,7 @@ def failed(message: str, redactor: Redactor) -> ToolResult:
         redactor ([`Redactor`]):
             Knows the server's secrets.
     """
-    return ToolResult({"error": redactor.text(message)}, is_error=True, error_type="error")
+    return failure("error", redactor.text(message))
 
 
 def innermost(error: BaseException) -> BaseException:

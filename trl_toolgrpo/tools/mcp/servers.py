@@ -19,7 +19,7 @@ from ...errors import ToolNameError, ToolRuntimeError, ToolSchemaError
 from ...redaction import redact_logs
 from ...types import JSONObject
 from ..arguments import check_schema
-from ..results import refused
+from ..results import failure
 from ..runtime.event_loop import LoopThread
 from ..tool import Tool, ToolResult
 from .config import MCPServer
@@ -109,7 +109,7 @@ class MCPTools:
         """
         own = {name for name, origin in self._origins.items() if origin.server in self._pools}.intersection(tools)
         bound = {name: replace(tools[name], function=self._function(name, session)) for name in own}
-        return {name: bound.get(name, tool) for name, tool in tools.items()}, frozenset(own)
+        return {**tools, **bound}, frozenset(own)
 
     def call(self, name: str, arguments: JSONObject, session: MCPSession) -> ToolResult:
         """
@@ -133,7 +133,7 @@ class MCPTools:
         try:
             return self._submit(asyncio.wait_for(self.answer(name, arguments, session), limit)).result()
         except TimeoutError:
-            return refused("timeout", f"Tool `{name}` did not return within {limit:g} seconds.")
+            return failure("timeout", f"Tool `{name}` did not return within {limit:g} seconds.")
 
     def take_back(self, sessions: Sequence[MCPSession]) -> None:
         """

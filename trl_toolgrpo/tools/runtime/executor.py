@@ -11,14 +11,13 @@ import inspect
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from functools import partial
 from typing import TypeVar, cast
 
 from ...errors import ConfigError, ToolRuntimeError
 from ..arguments import refusal as refusal_of
-from ..results import unknown_tool
 from ..tool import Tool, ToolCall, ToolResult
 from .environment_threads import Lane, Owners, Worker
 from .event_loop import LoopRun, LoopThread, Outcome, Work, outcome_of
@@ -73,8 +72,7 @@ class ToolExecutor:
             raise ConfigError(
                 f"You passed max_concurrent={max_concurrent}, timeout={timeout}, retries={retries}, "
                 f"max_abandoned={max_abandoned}.",
-                remedy="Calls need at least one slot and a positive time limit (or None), and the counts cannot be "
-                "negative.",
+                remedy="Pass at least one slot, a positive time limit or None, and counts that are not negative.",
             )
         self.timeout = timeout
         self.environment_timeout = environment_timeout
@@ -124,10 +122,10 @@ class ToolExecutor:
         refusal = refusal_of(call, tool, available)
         if tool is None or refusal is not None:
             answered: Future[ToolResult] = Future()
-            answered.set_result(refusal or unknown_tool(call, available))
+            answered.set_result(cast(ToolResult, refusal))  # there is one if there is no tool
             return answered
         # A copy, so that a tool can change neither the record of the call nor the next attempt.
-        job = Job(lambda: tool.function(**copy.deepcopy(call.arguments)), tool, owner)
+        job = Job(lambda: tool.function(**copy.deepcopy(call.arguments)), tool, owner, f"Tool `{tool.name}`")
         job.limit = tool.timeout or self.timeout
         job.owner = None if owner is None else self._owners.lane(owner)
         if tool.isolation == "process":
@@ -156,7 +154,8 @@ class ToolExecutor:
         Returns:
             `Future`: Has what it returns or raises, an [`EnvironmentTimeoutError`] at the limit.
         """
-        job = Job(work, None, owner, name, limit, owner=None if on_other_thread else self._owners.lane(owner))
+        job = Job(work, None, owner, f"`{name}` of the environment {type(owner).__name__}", limit)
+        job.owner = None if on_other_thread else self._owners.lane(owner)
         if job.owner is not None and job.owner.is_current:
             job.answer(outcome_of(partial(self._run, job)))
         else:
@@ -179,15 +178,11 @@ class ToolExecutor:
             EnvironmentTimeoutError: if it takes longer than `environment_timeout`.
         """
 
-        def make() -> object:
-            made: object = factory()
-            return _boxed(made) if inspect.iscoroutine(made) else [made]
-
         lane = Lane(Worker("tool-owner"))
-        job = Job(make, limit=self.environment_timeout, owner=lane)
+        job = Job(factory, limit=self.environment_timeout, owner=lane)
         try:
             self._enqueue(job)
-            [owner] = cast("list[T]", job.future.result())
+            owner = cast("T", job.future.result())
         except BaseException:
             lane.stop()
             raise
@@ -384,10 +379,3 @@ class ToolExecutor:
         self._idle.clear()
         self._owners.clear()
         self._loop.stop()
-
-
-async def _boxed(awaitable: Awaitable[object]) -> list[object]:
-    """Return what an awaitable makes in a list, so that it is not awaited in turn if it can be."""
-    return [await awaitable]
-
-

@@ -1,8 +1,8 @@
-"""What of a run is a secret, by its name or by where it was given, and how texts are kept free of it.
+"""The secrets of a run, found by their names or by where they were given, and kept out of texts.
 
-This is the one rule for every file and text that a run leaves: its logs, its model card, what its tools answer and
-what its MCP servers say. Scanners of source code look for the formats of known keys; here a secret is whatever the run
-was given as one.
+This is the one rule for every file and text that a run leaves: its logs, its model card, and the results of its tools
+and MCP servers. Scanners of source code look for the formats of known keys; here a secret is whatever the run was given
+as one.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from .types import JSONValue, map_texts
 SECRET = "[secret]"
 
 _SHORTEST = 6
-# Values that are words of configuration, and variables that hold paths, languages and switches, not secrets
+# Values that are words of a configuration, and variables that hold paths, languages and switches: no secrets.
 _TRIVIAL = re.compile(
     "always|bearer|changeme|default|development|disabled|enabled|example|localhost|not-needed|passwd|password|postgres|"
     "production|secret|staging|testing|unused|verbose|warning|application/json|text/event-stream",
@@ -34,8 +34,8 @@ _PUBLIC = re.compile(
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')  # of JSON
 _SCHEMES = re.compile(r"(?:basic|bearer|token)\s+", re.IGNORECASE)
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of a name: API_KEY_2, apiKey, X-Api-Key
-# The rest reads those words, in lower case with a space between them. What a name ends with that only tells of a
-# secret: where it lies, what it is called, how long it is
+# The patterns below match the words of a name, in lower case and with spaces between them. These endings say that the
+# name describes a secret (its place, its name, its length) and does not hold it.
 _ABOUT = re.compile(
     r"\b(?:at|budget|columns?|count|dir|directory|expiration|expires|expiry|field|file|folder|format|heads|ids|index|"
     r"length|level|limit|mask|name|parallelism|path|prefix|rate|ratio|size|suffix|timeout|ttl|types?)$"
@@ -47,7 +47,7 @@ _SECRET_WORDS = re.compile(
 )
 _KEY = r"token\b|(?:access|account|api|auth|encryption|master|private|secret|signing|ssh)keys?\b"
 _SECRET_KEY = re.compile(rf"{_KEY}|\bkey\b")
-# What a vocabulary or a table calls a token or a key
+# Tokens of a vocabulary and keys of a table.
 _OTHER_KEY = re.compile(
     r"\btoken id\b|"
     rf"\b(?:bos|eos|eot|pad|unk|sep|cls|mask|start|stop|image|video|audio|special|per|num|max|min) [a-z]*(?:{_KEY})|"
@@ -65,7 +65,7 @@ _SEVERAL = re.compile(r"(?:key|token|secret|password|credential)s$", re.IGNORECA
 
 class Redactor:
     """
-    What replaces the secrets in texts and data.
+    Replaces secrets in texts and data by `"[secret]"`.
 
     Args:
         secrets (`Iterable[str]`, *optional*):
@@ -113,7 +113,7 @@ class Redactor:
 
 def secret_values(env: Mapping[str, str], headers: Mapping[str, str], url: str | None) -> list[str]:
     """
-    Return what of a server's configuration is secret.
+    Return the secrets of a server's configuration.
 
     Args:
         env (`Mapping[str, str]`):
@@ -125,16 +125,15 @@ def secret_values(env: Mapping[str, str], headers: Mapping[str, str], url: str |
     """
     given = [value for name, value in env.items() if not (_PUBLIC.fullmatch(name.upper()) or name.startswith("LC_"))]
     found = [part for value in (*given, *headers.values()) for part in dict.fromkeys(_leaves(value))]
-    if url is not None:
-        parts = urllib.parse.urlsplit(url)
-        found += [part for part in (parts.username, parts.password) if part]
-        found += [value for _, value in urllib.parse.parse_qsl(parts.query)]
+    parts = urllib.parse.urlsplit(url or "")
+    found += [part for part in (parts.username, parts.password) if part]
+    found += [value for _, value in urllib.parse.parse_qsl(parts.query)]
     return _worth_hiding(found)
 
 
 def config_secrets(value: JSONValue) -> list[str]:
     """
-    Return what of a configuration is secret: see [`masked`].
+    Return the secrets of a configuration: see [`masked`].
 
     Args:
         value (`object`):
@@ -147,7 +146,7 @@ def config_secrets(value: JSONValue) -> list[str]:
 
 def argument_secrets(arguments: Sequence[str]) -> list[str]:
     """
-    Return what of a command line is secret: see [`masked_arguments`].
+    Return the secrets of a command line: see [`masked_arguments`].
 
     Args:
         arguments (`Sequence[str]`):

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 from ..errors import ConfigError, EnvironmentTimeoutError, ToolRuntimeError, TransientToolError
 from .runtime.event_loop import Work
 from .runtime.executor import ToolExecutor
-from .tool import is_async_callable
+from .tool import is_async_callable, refuse_generator
 
 
 logger = logging.getLogger(__name__)
@@ -321,8 +321,7 @@ class _Access:
 def _check_observation(observation: object, owner: object) -> None:
     if observation is not None and not isinstance(observation, (str, list)):
         raise ToolRuntimeError(
-            f"`reset` of the environment {type(owner).__name__} returned {observation!r:.200}, of type "
-            f"{type(observation).__name__}.",
+            f"`reset` of {type(owner).__name__} returned {type(observation).__name__}: {observation!r:.200}.",
             remedy="Return what is added to the prompt, as text or as a list of content blocks, or None.",
         )
 
@@ -369,7 +368,9 @@ def _factory(factory: Factory, access: _Access) -> Factory:
 
 def _threaded_class(kind: Any, access: _Access) -> type:
     """Return a subclass whose attributes are read on the thread of each instance."""
-    _refuse_generators(kind)
+    for name in _FORGIVEN:
+        function = inspect.unwrap(getattr(kind, name, None) or _nothing)
+        refuse_generator(f"`{name}` of the environment {kind.__name__}", function, ConfigError)
     read, missing, shown = kind.__getattribute__, getattr(kind, "__getattr__", None), kind.__repr__
 
     def look_up(self: object, name: str) -> object:
@@ -391,17 +392,6 @@ def _threaded_class(kind: Any, access: _Access) -> type:
     if missing is not None:
         members["__getattr__"] = look_up_missing
     return type(kind.__name__, (kind,), {**members, "__doc__": kind.__doc__, "__module__": kind.__module__})
-
-
-def _refuse_generators(kind: type) -> None:
-    for name in _FORGIVEN:
-        function = inspect.unwrap(getattr(kind, name, None) or _nothing)
-        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-            raise ConfigError(
-                f"`{name}` of the environment {kind.__name__} is a generator function (it has a `yield`): a call "
-                f"gives a generator, and nothing of its body runs.",
-                remedy="Return what it yields.",
-            )
 
 
 class _ThreadBound:

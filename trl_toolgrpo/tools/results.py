@@ -1,7 +1,7 @@
 """Results of tools: as plain data, and as the text that the policy reads.
 
-`json` writes little of what tools return: it knows neither arrays nor dataclasses nor keys that are no strings, and a
-result has to be read again from logs, by templates and in other processes.
+Logs, templates and other processes read results as JSON, and `json` does not write much of what tools return: neither
+arrays nor dataclasses, nor keys other than strings.
 """
 
 import ast
@@ -105,14 +105,14 @@ def raised(error: BaseException) -> ToolResult:
         error (`BaseException`):
             What it raised.
     """
-    return failure("error", _error_text(error), transient=isinstance(error, TransientToolError))
+    return failure("error", _exception_text(error), transient=isinstance(error, TransientToolError))
 
 
-def _error_text(error: BaseException) -> str:
+def _exception_text(error: BaseException) -> str:
     """Return what an exception says, with its type where that is a mere value: a KeyError's key, an exit code."""
     kind, text = type(error).__name__, _safe_str(error)
     if isinstance(error, BaseExceptionGroup):  # a task group of a tool: its own text only counts them
-        return "; ".join([f"{kind}: {text}", *map(_error_text, error.exceptions)])
+        return "; ".join([f"{kind}: {text}", *map(_exception_text, error.exceptions)])
     if not text.strip():
         return kind
     is_value = type(error).__str__ is KeyError.__str__ or (len(error.args) == 1 and not isinstance(error.args[0], str))

@@ -97,8 +97,8 @@ def inline_references(schema: JSONSchema) -> JSONSchema:
     if not _has_reference(schema):
         return schema
     try:
-        inlined = _inlined(schema, schema, (), [_MOST_SCHEMAS])
-    except OverflowError:
+        inlined = _inlined(schema, schema, (), iter(range(_MOST_SCHEMAS)))
+    except StopIteration:  # it would be larger
         return schema
     body = {keyword: value for keyword, value in inlined.items() if keyword not in _DEFINITIONS}
     return inlined if _has_reference(body) else body
@@ -185,25 +185,24 @@ def _has_reference(schema: JSONValue) -> bool:
     return isinstance(schema, dict) and ("$ref" in schema or any(_has_reference(inner) for _, inner in places(schema)))
 
 
-def _inlined(schema: JSONValue, root: JSONSchema, seen: tuple[str, ...], left: list[int]) -> JSONValue:
+def _inlined(schema: JSONValue, root: JSONSchema, seen: tuple[str, ...], budget: Iterator[int]) -> JSONValue:
+    """Return a schema with its references followed; each schema within takes one from the budget."""
     if not isinstance(schema, dict):
         return schema
-    left[0] -= 1
-    if left[0] < 0:
-        raise OverflowError
+    next(budget)
     reference = schema.get("$ref")
     if isinstance(reference, str):
         target = _target(root, reference)
         if not isinstance(target, dict) or reference in seen:
             return schema
-        inlined = _inlined(target, root, (*seen, reference), left)
+        inlined = _inlined(target, root, (*seen, reference), budget)
         others = {key: value for key, value in schema.items() if key != "$ref"}
-        merged = _merged(_inlined(others, root, seen, left), inlined) if others else inlined
+        merged = _merged(_inlined(others, root, seen, budget), inlined) if others else inlined
         return schema if merged is None else merged
     copied = schema
     for path, inner in places(schema):
         if path[0] not in _DEFINITIONS:
-            copied = replaced_at(copied, path, _inlined(inner, root, seen, left))
+            copied = replaced_at(copied, path, _inlined(inner, root, seen, budget))
     return copied
 
 

@@ -229,7 +229,7 @@ def test_a_server_that_cannot_be_started_again_is_tried_at_growing_intervals(run
 
 def test_a_server_that_hangs_is_started_again(run, monkeypatch):
     monkeypatch.setattr(mcp_connection, "_PROBE_TIMEOUT", 0.3)
-    monkeypatch.setattr(mcp_stdio, "_GRACE", 0.1)
+    monkeypatch.setattr(mcp_stdio, "_SHUTDOWN_SECONDS", 0.1)
     run = run(plain(), timeout=0.5)
     first = run.call("pid").content
     assert run.call("hang").error_type == "timeout"
@@ -255,7 +255,7 @@ def test_reward_functions_call_tools_the_policy_does_not_get(run, per_rollout):
 def test_a_server_is_ended_without_being_polled(run, monkeypatch, caplog):
     """`Popen` polls before it signals, and takes the return code that asyncio's watcher waits for."""
     monkeypatch.setattr(mcp_connection, "_PROBE_TIMEOUT", 0.3)
-    monkeypatch.setattr(mcp_stdio, "_GRACE", 0.1)
+    monkeypatch.setattr(mcp_stdio, "_SHUTDOWN_SECONDS", 0.1)
     polled, poll = [], subprocess.Popen.poll
     monkeypatch.setattr(subprocess.Popen, "poll", lambda self: polled.append(self.pid) or poll(self))
     run = run(plain(), timeout=0.5)

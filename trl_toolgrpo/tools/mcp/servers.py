@@ -196,8 +196,8 @@ class MCPTools:
             return await shared.call(origin.tool, arguments)
         if session is None:
             raise ToolRuntimeError(
-                f"You called the tool {name!r} outside of a rollout, and each rollout has an MCP server "
-                f"{origin.server!r} of its own."
+                f"You called {name!r} outside of a rollout, and each rollout has its own server {origin.server!r}.",
+                remedy="Call it from a rollout or a reward function.",
             )
         return await session.call_own(self._pools[origin.server], origin.tool, arguments)
 

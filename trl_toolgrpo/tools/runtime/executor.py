@@ -35,9 +35,9 @@ class ToolExecutor:
     """
     Runs tool calls concurrently and resolves each to a [`ToolResult`].
 
-    A call waits until the environment or the tool that takes one call at a time is free, then for a slot, and runs on
-    the environment's thread or another one, which waits for what runs on the event loop of tools or in a process. All
-    of that is decided on one event loop on which no tool runs, so it needs no locks: see `_serve`.
+    A call waits for its environment, or for a tool that is not thread-safe, and then for a slot. It runs on the thread
+    of its environment or on an idle one; that thread waits for what runs on the event loop of tools or in a process.
+    `_serve` decides this on an event loop of its own, on which no tool runs, so it needs no locks.
 
     Args:
         max_concurrent (`int`, *optional*, defaults to `64`):

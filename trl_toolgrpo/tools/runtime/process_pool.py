@@ -109,7 +109,7 @@ class ToolProcess:
         self._process.wait()
 
     def _send(self, message: JSONObject) -> None:
-        with suppress(OSError):  # what has become of the process is seen when its answer is read
+        with suppress(OSError):  # a process that has ended is noticed when its answer is read
             self._connection.send(message)
 
     def _receive(self) -> JSONObject | None:

@@ -1,4 +1,4 @@
-"""One call on its way through the runtime: its attempts, where whatever a tool raises becomes data, and its answer."""
+"""One call of the runtime: its attempts, its time limit and its answer. Whatever a tool raises becomes data here."""
 
 import time
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from .process_pool import ProcessCall
 @dataclass(eq=False)
 class Job:
     """
-    One call of a tool, or with `tool=None` something else that is asked of an environment.
+    One call of a tool, or, with `tool=None`, another piece of work on an environment's thread.
 
     Args:
         function (`Callable`):
@@ -24,7 +24,7 @@ class Job:
         tool (`Tool`, *optional*):
             The tool that is called.
         environment (`object`, *optional*):
-            The environment it is asked of, kept alive as long as the job is.
+            The environment that the work belongs to, kept alive as long as the job is.
         title (`str`, *optional*, defaults to `"It"`):
             What runs, for messages.
         limit (`float`, *optional*):
@@ -66,7 +66,7 @@ class Job:
             part.cancel()
 
     def begin_in_process(self, call: ProcessCall) -> None:
-        """Note that the process is ready, from which on the time counts, also that of later attempts."""
+        """Note that the process is ready: the time limit starts now, and covers later attempts too."""
         self.begin(call)
         if not self.ready.done():
             self.started = time.monotonic()
@@ -109,7 +109,7 @@ class Job:
         self._answer_failure("timeout", f"{self.title} did not return within {self.limit:g} seconds{option}.")
 
     def answer_unrun(self, reason: str | None = None) -> None:
-        """Resolve the future of a job that will not run, by default because what it waits for is lost."""
+        """Resolve the future of a job that will not run, by default because what it waits for is abandoned."""
         self.waits = False
         busy = "environment" if self.owner is not None and self.owner.abandoned else "tool"
         self._answer_failure("abandoned", reason or f"The {busy} is still busy with an earlier call.")

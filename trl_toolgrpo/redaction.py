@@ -1,8 +1,8 @@
 """The secrets of a run, found by their names or by where they were given, and kept out of texts.
 
 This is the one rule for every file and text that a run leaves: its logs, its model card, and the results of its tools
-and MCP servers. Scanners of source code look for the formats of known keys; here a secret is whatever the run was given
-as one.
+and MCP servers. Scanners of source code look for the formats of known keys; here a secret is whatever the run was
+given as one.
 """
 
 import contextlib
@@ -21,15 +21,15 @@ SECRET = "[secret]"
 
 _SHORTEST = 6
 # Values that are words of a configuration, and variables that hold paths, languages and switches: no secrets.
-_TRIVIAL = re.compile(
+_PLAIN_WORDS = re.compile(
     "always|bearer|changeme|default|development|disabled|enabled|example|localhost|not-needed|passwd|password|postgres|"
     "production|secret|staging|testing|unused|verbose|warning|application/json|text/event-stream",
     re.IGNORECASE,
 )
-_PUBLIC = re.compile(
-    "COLORTERM|DEBUG|DISPLAY|EDITOR|FORCE_COLOR|HOME|HOSTNAME|LANG|LANGUAGE|LOGLEVEL|LOGNAME|LOG_LEVEL|NODE_ENV|NO_COLOR|"
-    "OLDPWD|PATH|PWD|PYTHONHASHSEED|PYTHONIOENCODING|PYTHONPATH|PYTHONUNBUFFERED|PYTHONUTF8|SHELL|TEMP|TERM|TMP|TMPDIR|"
-    "TZ|USER|USERNAME|VIRTUAL_ENV"
+_HARMLESS = re.compile(
+    "COLORTERM|DEBUG|DISPLAY|EDITOR|FORCE_COLOR|HOME|HOSTNAME|LANG|LANGUAGE|LOGLEVEL|LOGNAME|LOG_LEVEL|NODE_ENV|"
+    "NO_COLOR|OLDPWD|PATH|PWD|PYTHONHASHSEED|PYTHONIOENCODING|PYTHONPATH|PYTHONUNBUFFERED|PYTHONUTF8|SHELL|TEMP|TERM|TMP|"
+    "TMPDIR|TZ|USER|USERNAME|VIRTUAL_ENV"
 )
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')  # of JSON
 _SCHEMES = re.compile(r"(?:basic|bearer|token)\s+", re.IGNORECASE)
@@ -123,7 +123,7 @@ def secret_values(env: Mapping[str, str], headers: Mapping[str, str], url: str |
         url (`str`, *optional*):
             Its user, password and query values are secret.
     """
-    given = [value for name, value in env.items() if not (_PUBLIC.fullmatch(name.upper()) or name.startswith("LC_"))]
+    given = [value for name, value in env.items() if not (_HARMLESS.fullmatch(name.upper()) or name.startswith("LC_"))]
     found = [part for value in (*given, *headers.values()) for part in dict.fromkeys(_leaves(value))]
     parts = urllib.parse.urlsplit(url or "")
     found += [part for part in (parts.username, parts.password) if part]
@@ -171,7 +171,7 @@ def is_secret_name(name: str) -> bool:
             The name.
     """
     words = " ".join(_WORDS.findall(name)).lower()
-    if _PUBLIC.fullmatch(name.upper()) or _ABOUT.search(words):
+    if _HARMLESS.fullmatch(name.upper()) or _ABOUT.search(words):
         return False
     return bool(_SECRET_WORDS.search(words) or _SECRET_KEY.search(_OTHER_KEY.sub("", words)))
 
@@ -185,7 +185,7 @@ def secret_variables(variables: Mapping[str, str]) -> list[str]:
             Such as `os.environ`.
     """
     return sorted(
-        name for name, value in variables.items() if not _PUBLIC.fullmatch(name) and config_secrets({name: value})
+        name for name, value in variables.items() if not _HARMLESS.fullmatch(name) and config_secrets({name: value})
     )
 
 
@@ -308,7 +308,7 @@ _record_filter = _RecordFilter()
 
 
 def _worth_hiding(values: Iterable[str]) -> list[str]:
-    return [value for value in values if len(value) >= _SHORTEST and not _TRIVIAL.fullmatch(value)]
+    return [value for value in values if len(value) >= _SHORTEST and not _PLAIN_WORDS.fullmatch(value)]
 
 
 def _leaves(value: JSONValue) -> Iterable[str]:

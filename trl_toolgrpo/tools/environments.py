@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 Factory: TypeAlias = Callable[[], object]
 
 _THREAD_BOUND = (sqlite3.Connection, sqlite3.Cursor)
-_FAILURES = (TimeoutError, TransientToolError)  # of an environment that fails as data; other errors end the run
+_DATA_ERRORS = (TimeoutError, TransientToolError)  # of an environment that fails as data; other errors end the run
 _FORGIVEN = ("reset", "get_reward")  # methods whose failure costs the rollout, and is not raised
 _SCORING: ContextVar[bool] = ContextVar("scoring", default=False)  # whether a reward function runs, on any thread
 
@@ -310,7 +310,7 @@ class _Access:
             self.failures.add(owner, name, error)
             if not forgiven:
                 raise
-        except _FAILURES as error:
+        except _DATA_ERRORS as error:
             if not forgiven:
                 raise
             self.executor.give_up(owner)
@@ -345,7 +345,7 @@ def _factory(factory: Factory, access: _Access) -> Factory:
         nonlocal made_before
         try:
             environment = access.executor.construct_on_own_thread(factory)
-        except _FAILURES as error:
+        except _DATA_ERRORS as error:
             name = getattr(factory, "__name__", None) or type(factory).__name__
             failure = EnvironmentTimeoutError(f"The constructor of the environment {name} did not succeed: {error}")
             if not made_before:  # the one that TRL reads the tools from

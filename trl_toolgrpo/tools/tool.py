@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import ConfigError, ToolSchemaError
+from ..errors import ToolGRPOError, ToolSchemaError
 from ..types import JSONObject, JSONSchema
 from .schema_forms import inline_references
 
@@ -132,9 +132,7 @@ def is_async_callable(function: object) -> bool:
     return _is_or_calls(function, inspect.iscoroutinefunction)
 
 
-def refuse_generator(
-    what: str, function: object, error: type[ConfigError] | type[ToolSchemaError] = ToolSchemaError
-) -> None:
+def refuse_generator(what: str, function: object, error: type[ToolGRPOError] = ToolSchemaError) -> None:
     """
     Refuse a function whose calls give a generator, asynchronous or not.
 

@@ -108,7 +108,7 @@ class Pool:
         task.add_done_callback(self._drop_failed)
 
     def _drop_failed(self, task: "asyncio.Task[Connection]") -> None:
-        """Lend no instance that did not start: whoever waits for it gets the error, and the next call starts another."""
+        """Lend no instance that did not start: whoever waits for it gets the error; the next call starts another."""
         if (task.cancelled() or task.exception() is not None) and task in self._ready:
             self._ready.remove(task)
 

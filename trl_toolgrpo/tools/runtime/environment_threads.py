@@ -87,7 +87,7 @@ class Lane:
 
 
 class Owners:
-    """The lanes of environments, by identity. They keep an environment alive only if it cannot be referred to weakly."""
+    """The lanes of environments, by identity. An environment is kept alive only if it has no weak references."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

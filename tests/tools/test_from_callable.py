@@ -405,7 +405,7 @@ def test_an_environment_of_plain_methods_is_not_warned_of(caplog):
 def test_tools_are_indexed_by_name_and_duplicates_refused():
     assert list(index_tools([add, find])) == ["add", "find"]
     other = Tool("add", "d", {"type": "object", "properties": {}}, Shelf.reset)
-    with pytest.raises(ToolNameError, match=r"'add': \S*test_from_callable\.add and \S*test_from_callable\.Shelf\.reset"):
+    with pytest.raises(ToolNameError, match=r"'add': \S*callable\.add and \S*callable\.Shelf\.reset"):
         index_tools([add, other])
 
 

@@ -330,11 +330,11 @@ def test_an_environment_whose_call_times_out_is_abandoned(make, kind):
     tool = tool_of(gate.wait) if kind == "sync" else tool_of(lambda: asyncio.sleep(60))
     assert not executor.is_abandoned(environment)
     first = executor.submit(call(), tool, environment)
-    behind = executor.submit(call(), tool_of(lambda: 1), environment)
+    queued = executor.submit(call(), tool_of(lambda: 1), environment)
     assert first.result(timeout=1).error_type == "timeout"
     assert executor.is_abandoned(environment)
     later = executor.submit(call(), tool_of(lambda: 1), environment)
-    for future in (behind, later):
+    for future in (queued, later):
         assert future.result(timeout=1).error_type == "abandoned"
         assert "still busy with an earlier call" in future.result().content["error"]
     with pytest.raises(ToolTimeoutError):
@@ -488,9 +488,9 @@ def test_a_hung_tool_that_is_not_thread_safe_is_abandoned_until_it_returns(make)
     executor = make(timeout=0.05)
     gate = threading.Event()
     tool = tool_of(gate.wait, thread_safe=False)
-    first, behind = executor.submit(call(), tool), executor.submit(call(), tool)
+    first, queued = executor.submit(call(), tool), executor.submit(call(), tool)
     assert first.result(timeout=1).error_type == "timeout"
-    assert behind.result(timeout=1).error_type == "abandoned"
+    assert queued.result(timeout=1).error_type == "abandoned"
     gate.set()
     deadline = time.monotonic() + 1
     while executor.stuck and time.monotonic() < deadline:

@@ -273,7 +273,7 @@ def test_processes_end_with_a_run_that_is_killed(tmp_path):
     wait_until(lambda: not any(map(alive, processes)))
 
 
-# What cannot be
+# Refusals
 
 
 def inner():

@@ -106,8 +106,9 @@ class MCPServer:
             entries = [*value, *value.values()] if isinstance(value, dict) else value
             fits = isinstance(value, kind) and all(isinstance(entry, str) for entry in entries)
             if value is not None and not fits:
-                reason = f"It has to be a {'string' if kind is str else f'{kind.__name__} of strings'}; quote numbers."
-                yield f"`{option}` of type {type(value).__name__}", reason, ""  # the value itself may be a secret
+                form = "string" if kind is str else f"{kind.__name__} of strings"
+                given = f"`{option}` of type {type(value).__name__}"  # the value itself may be a secret
+                yield given, f"It has to be a {form}.", "Quote numbers."
 
     def _transport_problems(self) -> Iterator[tuple[str, str, str]]:
         needed, other, transport = "command", "url", "stdio"

@@ -321,7 +321,8 @@ class _Access:
 def _check_observation(observation: object, owner: object) -> None:
     if observation is not None and not isinstance(observation, (str, list)):
         raise ToolRuntimeError(
-            f"`reset` of {type(owner).__name__} returned {type(observation).__name__}: {observation!r:.200}.",
+            f"`reset` of the environment {type(owner).__name__} returned {observation!r:.200}, of type "
+            f"{type(observation).__name__}.",
             remedy="Return what is added to the prompt, as text or as a list of content blocks, or None.",
         )
 

@@ -83,7 +83,7 @@ def _refuse_what_has_no_name(name: str, signature: inspect.Signature) -> None:
             )
         if parameter.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL):
             raise ToolSchemaError(
-                f"The argument {parameter.name!r} of tool {name!r} cannot be given by keyword, as tools are called.",
+                f"The argument {parameter.name!r} of tool {name!r} can only be given by position; calls use keywords.",
                 remedy="Make it a plain argument.",
             )
 

@@ -3,11 +3,11 @@
 import contextlib
 import ctypes
 import gc
-import os
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
+
+import psutil
 
 
 @dataclass(frozen=True)
@@ -39,29 +39,14 @@ def footprint(settled: Footprint | None = None, patience: float = 5.0) -> Footpr
         settled: what it should fall back to; abandoned calls may take a moment to end.
         patience: how many seconds to wait for that.
     """
+    process = psutil.Process()
     deadline = time.monotonic() + patience
     while True:
         gc.collect()
         with contextlib.suppress(AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
-        found = Footprint(threading.active_count(), len(_below()), len(os.listdir("/proc/self/fd")), _resident())
+        below, memory = process.children(recursive=True), process.memory_info().rss
+        found = Footprint(threading.active_count(), len(below), process.num_fds(), memory)
         if settled is None or not found.grown(settled) or time.monotonic() > deadline:
             return found
         time.sleep(0.05)
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-
-
-def _below() -> list[int]:
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").iterdir():
-        if path.name.isdigit():
-            with contextlib.suppress(OSError):
-                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(path.name))
-    found = list(children.get(os.getpid(), ()))
-    for process in found:
-        found += children.get(process, ())
-    return found

@@ -43,7 +43,7 @@ def test_the_longest_secret_goes_first():
     assert Redactor(["abcdef", "abcdefghij"]).text("abcdefghij abcdef") == f"{SECRET} {SECRET}"
 
 
-def test_data_is_searched_to_its_depths():
+def test_nested_data_is_redacted_keys_included():
     found = Redactor(["sesame-open"]).data({"a": ["sesame-open", 1, None, {"x sesame-open": 2.5}], "b": True})
     assert found == {"a": [SECRET, 1, None, {f"x {SECRET}": 2.5}], "b": True}
 
@@ -53,7 +53,7 @@ def test_without_secrets_nothing_changes():
     assert Redactor().text("a b") == "a b" and Redactor().data(data) is data
 
 
-def test_which_values_of_a_server_are_secret():
+def test_secret_values_of_a_server_configuration():
     env = {"API_KEY": "k-123456", "TZ": "Europe/Paris", "PATH": "/usr/local/bin", "LC_ALL": "de_DE.UTF-8"}
     env |= {"SHORT": "12345", "MODE": "Production", "path": "/usr/local/bin"}
     assert secret_values(env, {}, None) == ["k-123456"]
@@ -134,7 +134,7 @@ def test_no_option_of_the_configuration_is_taken_for_a_secret():
     assert named == {"hub_token"}
 
 
-def test_a_secret_may_stand_in_another_value():
+def test_secrets_within_values_of_variables_are_found():
     """Plain words, and a user without a password, are none: what tools return is searched for secrets."""
     assert secret_variables({"URL": "postgres://postgres@localhost/db", "DB_PASSWORD": "postgres"}) == []
     assert secret_variables({"URL": "https://ghp-0123456@github.com/x", "A": '{"apiKey": "abc-1234"}'}) == ["A", "URL"]
@@ -161,7 +161,7 @@ def test_secrets_of_a_command_line():
     ],
 )
 @pytest.mark.parametrize("place", ["argument", "variable", "configuration"])
-def test_a_secret_within_a_text(argument, shown, place):
+def test_a_secret_within_a_text_is_masked(argument, shown, place):
     if place == "argument":
         assert masked_arguments(["train.py", "--to", argument]) == ["train.py", "--to", shown]
         assert "abc-123456" in argument_secrets(["train.py", argument])
@@ -176,7 +176,7 @@ def test_a_secret_within_a_text(argument, shown, place):
     "text",
     ["key=abc-123456", "a=b", "max_tokens=123456", "Say the password: please. Then go.", "rs=0:di=01;34", "x" * 10**6],
 )
-def test_a_text_without_a_secret_stays(text):
+def test_a_text_without_a_secret_is_unchanged(text):
     assert masked({"text": text}) == {"text": text} and config_secrets({"text": text}) == []
 
 

@@ -1,11 +1,11 @@
-"""What of a run is a secret, by its name or by where it was given, and how texts are kept free of it.
+"""The secrets of a run, found by their names or by where they were given, and kept out of texts.
 
-This is the one rule for every file and text that a run leaves: its logs, its model card, what its tools answer and
-what its MCP servers say. Scanners of source code look for the formats of known keys; here a secret is whatever the run
-was given as one.
+This is the one rule for every file and text that a run leaves: its logs, its model card, and the results of its tools
+and MCP servers. Scanners of source code look for the formats of known keys; here a secret is whatever the run was
+given as one.
 """
 
-import collections
+import contextlib
 import json
 import logging
 import re
@@ -14,28 +14,28 @@ import urllib.parse
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 
-from .types import JSONValue
+from .types import JSONValue, map_texts
 
 
 SECRET = "[secret]"
 
 _SHORTEST = 6
-# Values that are words of configuration, and variables that hold paths, languages and switches, not secrets
-_TRIVIAL = re.compile(
+# Values that are words of a configuration, and variables that hold paths, languages and switches: no secrets.
+_PLAIN_WORDS = re.compile(
     "always|bearer|changeme|default|development|disabled|enabled|example|localhost|not-needed|passwd|password|postgres|"
     "production|secret|staging|testing|unused|verbose|warning|application/json|text/event-stream",
     re.IGNORECASE,
 )
-_PUBLIC = re.compile(
-    "COLORTERM|DEBUG|DISPLAY|EDITOR|FORCE_COLOR|HOME|HOSTNAME|LANG|LANGUAGE|LOGLEVEL|LOGNAME|LOG_LEVEL|NODE_ENV|NO_COLOR|"
-    "OLDPWD|PATH|PWD|PYTHONHASHSEED|PYTHONIOENCODING|PYTHONPATH|PYTHONUNBUFFERED|PYTHONUTF8|SHELL|TEMP|TERM|TMP|TMPDIR|"
-    "TZ|USER|USERNAME|VIRTUAL_ENV"
+_HARMLESS = re.compile(
+    "COLORTERM|DEBUG|DISPLAY|EDITOR|FORCE_COLOR|HOME|HOSTNAME|LANG|LANGUAGE|LOGLEVEL|LOGNAME|LOG_LEVEL|NODE_ENV|"
+    "NO_COLOR|OLDPWD|PATH|PWD|PYTHONHASHSEED|PYTHONIOENCODING|PYTHONPATH|PYTHONUNBUFFERED|PYTHONUTF8|SHELL|TEMP|TERM|TMP|"
+    "TMPDIR|TZ|USER|USERNAME|VIRTUAL_ENV"
 )
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')  # of JSON
 _SCHEMES = re.compile(r"(?:basic|bearer|token)\s+", re.IGNORECASE)
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of a name: API_KEY_2, apiKey, X-Api-Key
-# The rest reads those words, in lower case with a space between them. What a name ends with that only tells of a
-# secret: where it lies, what it is called, how long it is
+# The patterns below match the words of a name, in lower case and with spaces between them. These endings say that the
+# name describes a secret (its place, its name, its length) and does not hold it.
 _ABOUT = re.compile(
     r"\b(?:at|budget|columns?|count|dir|directory|expiration|expires|expiry|field|file|folder|format|heads|ids|index|"
     r"length|level|limit|mask|name|parallelism|path|prefix|rate|ratio|size|suffix|timeout|ttl|types?)$"
@@ -47,7 +47,7 @@ _SECRET_WORDS = re.compile(
 )
 _KEY = r"token\b|(?:access|account|api|auth|encryption|master|private|secret|signing|ssh)keys?\b"
 _SECRET_KEY = re.compile(rf"{_KEY}|\bkey\b")
-# What a vocabulary or a table calls a token or a key
+# Tokens of a vocabulary and keys of a table.
 _OTHER_KEY = re.compile(
     r"\btoken id\b|"
     rf"\b(?:bos|eos|eot|pad|unk|sep|cls|mask|start|stop|image|video|audio|special|per|num|max|min) [a-z]*(?:{_KEY})|"
@@ -65,7 +65,7 @@ _SEVERAL = re.compile(r"(?:key|token|secret|password|credential)s$", re.IGNORECA
 
 class Redactor:
     """
-    What replaces the secrets in texts and data.
+    Replaces secrets in texts and data by `"[secret]"`.
 
     Args:
         secrets (`Iterable[str]`, *optional*):
@@ -108,20 +108,12 @@ class Redactor:
             value (`object`):
                 Strings, dicts, lists and tuples (which become lists) are searched; anything else stays as it is.
         """
-        if self._pattern is None:
-            return value
-        if isinstance(value, str):
-            return self.text(value)
-        if isinstance(value, dict):
-            return {self.data(key): self.data(inner) for key, inner in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [self.data(inner) for inner in value]
-        return value
+        return value if self._pattern is None else map_texts(self.text, value)
 
 
 def secret_values(env: Mapping[str, str], headers: Mapping[str, str], url: str | None) -> list[str]:
     """
-    Return what of a server's configuration is secret.
+    Return the secrets of a server's configuration.
 
     Args:
         env (`Mapping[str, str]`):
@@ -131,18 +123,17 @@ def secret_values(env: Mapping[str, str], headers: Mapping[str, str], url: str |
         url (`str`, *optional*):
             Its user, password and query values are secret.
     """
-    given = [value for name, value in env.items() if not (_PUBLIC.fullmatch(name.upper()) or name.startswith("LC_"))]
+    given = [value for name, value in env.items() if not (_HARMLESS.fullmatch(name.upper()) or name.startswith("LC_"))]
     found = [part for value in (*given, *headers.values()) for part in dict.fromkeys(_leaves(value))]
-    if url is not None:
-        parts = urllib.parse.urlsplit(url)
-        found += [part for part in (parts.username, parts.password) if part]
-        found += [value for _, value in urllib.parse.parse_qsl(parts.query)]
+    parts = urllib.parse.urlsplit(url or "")
+    found += [part for part in (parts.username, parts.password) if part]
+    found += [value for _, value in urllib.parse.parse_qsl(parts.query)]
     return _worth_hiding(found)
 
 
 def config_secrets(value: JSONValue) -> list[str]:
     """
-    Return what of a configuration is secret: see [`masked`].
+    Return the secrets of a configuration: see [`masked`].
 
     Args:
         value (`object`):
@@ -155,7 +146,7 @@ def config_secrets(value: JSONValue) -> list[str]:
 
 def argument_secrets(arguments: Sequence[str]) -> list[str]:
     """
-    Return what of a command line is secret: see [`masked_arguments`].
+    Return the secrets of a command line: see [`masked_arguments`].
 
     Args:
         arguments (`Sequence[str]`):
@@ -180,7 +171,7 @@ def is_secret_name(name: str) -> bool:
             The name.
     """
     words = " ".join(_WORDS.findall(name)).lower()
-    if _PUBLIC.fullmatch(name.upper()) or _ABOUT.search(words):
+    if _HARMLESS.fullmatch(name.upper()) or _ABOUT.search(words):
         return False
     return bool(_SECRET_WORDS.search(words) or _SECRET_KEY.search(_OTHER_KEY.sub("", words)))
 
@@ -194,7 +185,7 @@ def secret_variables(variables: Mapping[str, str]) -> list[str]:
             Such as `os.environ`.
     """
     return sorted(
-        name for name, value in variables.items() if not _PUBLIC.fullmatch(name) and config_secrets({name: value})
+        name for name, value in variables.items() if not _HARMLESS.fullmatch(name) and config_secrets({name: value})
     )
 
 
@@ -282,9 +273,9 @@ def redact_logs(loggers: Iterable[str], redactor: Redactor) -> None:
         redactor ([`Redactor`]):
             Knows the secrets.
     """
+    _record_filter.redactors.add(redactor)
     for name in loggers:
-        _filters[name].redactors.add(redactor)
-        logging.getLogger(name).addFilter(_filters[name])  # does nothing where it has been added
+        logging.getLogger(name).addFilter(_record_filter)  # does nothing where it has been added
 
 
 def loggers_of(package: str) -> list[str]:
@@ -293,7 +284,7 @@ def loggers_of(package: str) -> list[str]:
 
 
 class _RecordFilter(logging.Filter):
-    """Takes the secrets out of the messages and tracebacks of one logger."""
+    """Takes the secrets of all redactors that live out of messages and tracebacks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -313,11 +304,11 @@ class _RecordFilter(logging.Filter):
         return True
 
 
-_filters: collections.defaultdict[str, _RecordFilter] = collections.defaultdict(_RecordFilter)
+_record_filter = _RecordFilter()
 
 
 def _worth_hiding(values: Iterable[str]) -> list[str]:
-    return [value for value in values if len(value) >= _SHORTEST and not _TRIVIAL.fullmatch(value)]
+    return [value for value in values if len(value) >= _SHORTEST and not _PLAIN_WORDS.fullmatch(value)]
 
 
 def _leaves(value: JSONValue) -> Iterable[str]:
@@ -330,14 +321,11 @@ def _leaves(value: JSONValue) -> Iterable[str]:
 
 def _masked_text(text: str, found: list[str]) -> str:
     if text.lstrip().startswith(("{", "[")):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             data = json.loads(text)
-        except (ValueError, RecursionError):
-            data = None
-        if (shown := masked(data, found=found)) != data:
-            return _encoded(shown)
-    header = _HEADER.fullmatch(text)
-    if header is not None:
+            if (shown := masked(data, found=found)) != data:
+                return _encoded(shown)
+    if (header := _HEADER.fullmatch(text)) is not None:
         return _masked_part(header, found)
     return _URL_OR_ASSIGNED.sub(lambda part: _masked_part(part, found), text)
 

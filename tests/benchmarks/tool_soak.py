@@ -102,7 +102,7 @@ def main() -> None:
         scripted_model_sampler(patch, tokenizer, script)
         trainer.train()
         executor = trainer._executor
-        print(f"calls given up: {executor.abandoned}, of which still running: {executor.stuck}")
+        print(f"calls given up: {executor.abandoned}, of which still running: {len(executor.stuck)}")
     grown = watch.last.grown(watch.first)
     print(f"first: {watch.first}\nlast:  {watch.last}\nmemory: {watch.last.memory / watch.first.memory - 1:+.2%}")
     print(f"grown: {', '.join(grown) or 'nothing'}")

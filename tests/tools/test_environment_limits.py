@@ -234,7 +234,7 @@ def test_a_property_that_hangs_in_a_reward_function_costs_its_rollout_alone(
 
 @pytest.mark.parametrize("recording", PATHS)
 @pytest.mark.parametrize("which", ["reset", "get_reward"])
-def test_many_failures_in_a_row_stop_the_run_by_name(tmp_path, monkeypatch, recording, which):
+def test_many_failures_in_a_row_stop_the_run(tmp_path, monkeypatch, recording, which):
     def never(self, **row):
         hang()
 

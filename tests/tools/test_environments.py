@@ -52,7 +52,7 @@ def deposit(executor, environment, amount):
     return executor.submit(ToolCall("call", "deposit", {"amount": amount}), tool, owner=environment)
 
 
-def test_everything_of_an_environment_happens_on_one_thread():
+def test_an_environment_is_made_called_and_read_on_one_thread():
     executor = ToolExecutor()
     environment = on_own_thread(Ledger, executor)()
     environment.reset(start=5)
@@ -105,7 +105,7 @@ def test_a_dict_of_factories_is_wrapped_by_name():
     assert isinstance(made["a"](), Ledger)
 
 
-def test_an_environment_that_hangs_earns_nothing_and_is_not_handed_out_again(tmp_path, monkeypatch):
+def test_a_hung_environment_is_unscored_and_not_reused(tmp_path, monkeypatch):
     class Stuck(Ledger):
         def deposit(self, amount: int) -> int:
             """

@@ -260,7 +260,7 @@ def test_unusable_callables_are_refused(thing, words):
         as_tool(thing)
 
 
-def test_environment_tools_are_those_of_trl():
+def test_an_environment_has_the_tools_that_trl_gives_it():
     shelf = Shelf()
     tools = environment_tools(shelf)
     assert [tool.name for tool in tools] == ["put"]
@@ -268,7 +268,7 @@ def test_environment_tools_are_those_of_trl():
     assert shelf.items == ["book"]
 
 
-def test_environment_may_bring_tools_of_its_own():
+def test_an_environment_may_list_tools_of_its_own():
     shelf = Shelf(own=[add, Tool("look", "Looks.", {"type": "object", "properties": {}}, ping)])
     shelf.tools.append(shelf.put)  # already a tool
     shelf.tools.append(functools.wraps(shelf.put)(lambda item: shelf.put(item)))
@@ -402,10 +402,10 @@ def test_an_environment_of_plain_methods_is_not_warned_of(caplog):
     assert not caplog.records
 
 
-def test_index_by_name_and_duplicates():
+def test_tools_are_indexed_by_name_and_duplicates_refused():
     assert list(index_tools([add, find])) == ["add", "find"]
     other = Tool("add", "d", {"type": "object", "properties": {}}, Shelf.reset)
-    with pytest.raises(ToolNameError, match=r"'add': \S*test_from_callable\.add and \S*test_from_callable\.Shelf\.reset"):
+    with pytest.raises(ToolNameError, match=r"'add': \S*callable\.add and \S*callable\.Shelf\.reset"):
         index_tools([add, other])
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from ..tools.schema_forms import places, replaced
+from ..tools.schema_forms import places, replaced_at
 from ..types import JSONSchema, JSONValue, Message
 
 
@@ -64,7 +64,7 @@ def hidden_parts(schema: JSONSchema, render: Render) -> list[Part]:
     hidden = []
     for part, path, other in _changes(schema):
         try:
-            changed = render(replaced(schema, path, other)) != text
+            changed = render(replaced_at(schema, path, other)) != text
         except Exception:  # the template has read the part, and does not know the other value
             changed = True
         if not changed and part not in hidden:

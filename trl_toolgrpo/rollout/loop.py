@@ -16,8 +16,8 @@ from ..chat.tool_chat import ToolChat, tool_message
 from ..errors import EnvironmentTimeoutError, ToolRuntimeError, TrajectoryError
 from ..redaction import Redactor
 from ..sampling.protocol import SampledTokens, SamplerSession, turn_fault
-from ..tools.results import plain_reward, without_secrets
-from ..tools.runtime.executor import ToolExecutor, result_text
+from ..tools.results import plain_reward, result_text, without_secrets
+from ..tools.runtime.executor import ToolExecutor
 from ..tools.tool import Tool, ToolCall, ToolResult
 from ..types import Message
 from .forcing import ForcedStart, Forcing

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Collection
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError, ValidationError, best_match
@@ -13,13 +12,9 @@ from referencing.jsonschema import DRAFT202012
 
 from ..errors import ToolSchemaError
 from ..types import JSONSchema, JSONValue
-from .results import malformed, refused, unknown_tool
+from .results import failure, malformed, unknown_tool
 from .schema_forms import mapped, places
 from .tool import Tool, ToolCall, ToolResult
-
-
-if TYPE_CHECKING:
-    from referencing._core import Resolver
 
 
 # With one of these, adding "null" to `type` would not let null through.
@@ -112,7 +107,7 @@ def refusal(call: ToolCall, tool: Tool | None, available: Collection[str]) -> To
     problem = validate_arguments(tool, call.arguments)
     if problem is None:
         return None
-    return refused("invalid_arguments", f"Invalid arguments for tool `{tool.name}`: {problem}.")
+    return failure("invalid_arguments", f"Invalid arguments for tool `{tool.name}`: {problem}.")
 
 
 def _validator(tool: Tool) -> Draft202012Validator:
@@ -139,19 +134,18 @@ def _compiled(text: str) -> Draft202012Validator:
     schema.pop("nullable", None)
     Draft202012Validator.check_schema(schema)
     registry: Registry[JSONSchema] = Registry()
-    _resolve_references(schema, registry.resolver_with_root(DRAFT202012.create_resource(schema)))
+    _resolve_references(schema, registry)
     return Draft202012Validator(_without_nullable(schema), registry=registry)
 
 
-def _resolve_references(schema: JSONValue, resolver: "Resolver[JSONSchema]") -> None:
-    if not isinstance(schema, dict):
-        return
-    resolver = resolver.in_subresource(DRAFT202012.create_resource(schema))
-    for keyword in ("$ref", "$dynamicRef"):
-        if keyword in schema:
-            resolver.lookup(schema[keyword])
-    for _, inner in places(schema):
-        _resolve_references(inner, resolver)
+def _resolve_references(schema: JSONSchema, registry: "Registry[JSONSchema]") -> None:
+    """Look up every reference of a schema, which raises `Unresolvable` for what the schema does not hold."""
+    found = [(schema, registry.resolver_with_root(DRAFT202012.create_resource(schema)))]
+    for part, outer in found:
+        resolver = outer.in_subresource(DRAFT202012.create_resource(part))
+        for keyword in part.keys() & {"$ref", "$dynamicRef"}:
+            resolver.lookup(part[keyword])
+        found += [(inner, resolver) for _, inner in places(part) if isinstance(inner, dict)]
 
 
 def _without_nullable(schema: JSONSchema) -> JSONSchema:

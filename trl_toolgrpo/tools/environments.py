@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 from ..errors import ConfigError, EnvironmentTimeoutError, ToolRuntimeError, TransientToolError
 from .runtime.event_loop import Work
 from .runtime.executor import ToolExecutor
-from .tool import is_async_callable
+from .tool import is_async_callable, refuse_generator
 
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 Factory: TypeAlias = Callable[[], object]
 
 _THREAD_BOUND = (sqlite3.Connection, sqlite3.Cursor)
-_FAILURES = (TimeoutError, TransientToolError)  # of an environment that fails as data; other errors end the run
+_DATA_ERRORS = (TimeoutError, TransientToolError)  # of an environment that fails as data; other errors end the run
 _FORGIVEN = ("reset", "get_reward")  # methods whose failure costs the rollout, and is not raised
 _SCORING: ContextVar[bool] = ContextVar("scoring", default=False)  # whether a reward function runs, on any thread
 
@@ -310,7 +310,7 @@ class _Access:
             self.failures.add(owner, name, error)
             if not forgiven:
                 raise
-        except _FAILURES as error:
+        except _DATA_ERRORS as error:
             if not forgiven:
                 raise
             self.executor.give_up(owner)
@@ -346,7 +346,7 @@ def _factory(factory: Factory, access: _Access) -> Factory:
         nonlocal made_before
         try:
             environment = access.executor.construct_on_own_thread(factory)
-        except _FAILURES as error:
+        except _DATA_ERRORS as error:
             name = getattr(factory, "__name__", None) or type(factory).__name__
             failure = EnvironmentTimeoutError(f"The constructor of the environment {name} did not succeed: {error}")
             if not made_before:  # the one that TRL reads the tools from
@@ -357,12 +357,11 @@ def _factory(factory: Factory, access: _Access) -> Factory:
         access.failures.succeeded("constructor")
         made_before = True
         kind = type(environment)
-        if kind in access.classes.values():  # a factory that hands out the same instance again
-            return environment
-        if kind not in access.classes:
-            access.classes[kind] = _threaded_class(kind, access)
-        # A class may have a `__setattr__` of its own
-        object.__setattr__(environment, "__class__", access.classes[kind])
+        if kind not in access.classes.values():  # else the factory has handed out the same instance again
+            if kind not in access.classes:
+                access.classes[kind] = _threaded_class(kind, access)
+            # A class may have a `__setattr__` of its own
+            object.__setattr__(environment, "__class__", access.classes[kind])
         return environment
 
     return functools.update_wrapper(make, factory) if inspect.isroutine(factory) else make
@@ -370,7 +369,9 @@ def _factory(factory: Factory, access: _Access) -> Factory:
 
 def _threaded_class(kind: Any, access: _Access) -> type:
     """Return a subclass whose attributes are read on the thread of each instance."""
-    _refuse_generators(kind)
+    for name in _FORGIVEN:
+        function = inspect.unwrap(getattr(kind, name, None) or _nothing)
+        refuse_generator(f"`{name}` of the environment {kind.__name__}", function, ConfigError)
     read, missing, shown = kind.__getattribute__, getattr(kind, "__getattr__", None), kind.__repr__
 
     def look_up(self: object, name: str) -> object:
@@ -392,17 +393,6 @@ def _threaded_class(kind: Any, access: _Access) -> type:
     if missing is not None:
         members["__getattr__"] = look_up_missing
     return type(kind.__name__, (kind,), {**members, "__doc__": kind.__doc__, "__module__": kind.__module__})
-
-
-def _refuse_generators(kind: type) -> None:
-    for name in _FORGIVEN:
-        function = inspect.unwrap(getattr(kind, name, None) or _nothing)
-        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-            raise ConfigError(
-                f"`{name}` of the environment {kind.__name__} is a generator function (it has a `yield`): a call "
-                f"gives a generator, and nothing of its body runs.",
-                remedy="Return what it yields.",
-            )
 
 
 class _ThreadBound:

@@ -44,7 +44,7 @@ def as_tool(function_or_tool: Callable[..., object] | Tool) -> Tool:
             remedy="Pass a function, a method, a callable object or a `Tool`.",
         )
     name = _name(function_or_tool)
-    refuse_generator(name, function_or_tool)
+    refuse_generator(f"The function of tool {name!r}", function_or_tool)
     try:
         readable = _readable(function_or_tool)
         _refuse_what_has_no_name(name, inspect.signature(readable))
@@ -54,10 +54,8 @@ def as_tool(function_or_tool: Callable[..., object] | Tool) -> Tool:
     except Exception as error:
         raise ToolSchemaError(
             f"The tool {name!r} cannot be described to the policy: {error}",
-            remedy=(
-                "Add type hints and a Google-style docstring with an `Args:` section that names every argument, or "
-                "pass Tool(name=..., description=..., parameters=..., function=...)."
-            ),
+            remedy="Add type hints and a Google-style docstring with an `Args:` section that names every argument, or "
+            "pass Tool(name=..., description=..., parameters=..., function=...).",
         ) from error
     function = function_or_tool
     if isinstance(function, functools.partial):
@@ -79,17 +77,13 @@ def _refuse_what_has_no_name(name: str, signature: inspect.Signature) -> None:
     for parameter in signature.parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             raise ToolSchemaError(
-                f"The tool {name!r} takes any keyword (`**{parameter.name}`), which its schema would show as one "
-                f"argument of that name.",
-                remedy=(
-                    "Name its arguments, give it one argument of type dict, or pass Tool(name=..., description=..., "
-                    "parameters={..., 'additionalProperties': ...}, function=...)."
-                ),
+                f"The tool {name!r} takes any keyword (`**{parameter.name}`), which its schema cannot show.",
+                remedy="Name its arguments, give it one argument of type dict, or pass Tool(name=..., "
+                "description=..., parameters={..., 'additionalProperties': ...}, function=...).",
             )
         if parameter.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL):
             raise ToolSchemaError(
-                f"The argument {parameter.name!r} of tool {name!r} can only be given by position, and tools are "
-                f"called by keyword.",
+                f"The argument {parameter.name!r} of tool {name!r} can only be given by position; calls use keywords.",
                 remedy="Make it a plain argument.",
             )
 
@@ -195,9 +189,8 @@ def index_tools(tools: Iterable[Callable[..., object] | Tool]) -> dict[str, Tool
         tool = as_tool(entry)
         if tool.name in index:
             raise ToolNameError(
-                f"Two tools are named {tool.name!r}: {_origin(index[tool.name])} and {_origin(tool)}. The policy "
-                f"cannot tell them apart.",
-                remedy="Rename or remove one.",
+                f"Two tools are named {tool.name!r}: {_origin(index[tool.name])} and {_origin(tool)}.",
+                remedy="Rename or remove one, so that the policy can tell them apart.",
             )
         index[tool.name] = tool
     return index

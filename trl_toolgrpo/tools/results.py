@@ -1,7 +1,7 @@
 """Results of tools: as plain data, and as the text that the policy reads.
 
-`json` writes little of what tools return: it knows neither arrays nor dataclasses nor keys that are no strings, and a
-result has to be read again from logs, by templates and in other processes.
+Logs, templates and other processes read results as JSON, and `json` does not write much of what tools return: neither
+arrays nor dataclasses, nor keys other than strings.
 """
 
 import ast
@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import TransientToolError
 from ..redaction import Redactor
-from ..types import JSONValue
+from ..types import JSONValue, map_texts
 from .tool import ToolCall, ToolResult
 
 
@@ -82,17 +82,19 @@ def as_result(value: object) -> ToolResult:
     return ToolResult(content, failed, kind, reward, bool(given.transient), bool(given.truncated))
 
 
-def refused(error_type: str, message: str) -> ToolResult:
+def failure(error_type: str, message: str, transient: bool = False) -> ToolResult:
     """
-    Return the result of a call that was not run, or not to its end.
+    Return the result of a call that failed, or was not run.
 
     Args:
         error_type (`str`):
             One of the types of [`ToolResult`].
         message (`str`):
             Why, and what to do.
+        transient (`bool`, *optional*, defaults to `False`):
+            Whether the same call may work if it is tried again.
     """
-    return ToolResult({"error": message}, is_error=True, error_type=error_type)
+    return ToolResult({"error": message}, is_error=True, error_type=error_type, transient=transient)
 
 
 def raised(error: BaseException) -> ToolResult:
@@ -103,16 +105,14 @@ def raised(error: BaseException) -> ToolResult:
         error (`BaseException`):
             What it raised.
     """
-    message = _error_text(error)
-    transient = isinstance(error, TransientToolError)
-    return ToolResult({"error": message}, is_error=True, error_type="error", transient=transient)
+    return failure("error", _exception_text(error), transient=isinstance(error, TransientToolError))
 
 
-def _error_text(error: BaseException) -> str:
+def _exception_text(error: BaseException) -> str:
     """Return what an exception says, with its type where that is a mere value: a KeyError's key, an exit code."""
     kind, text = type(error).__name__, _safe_str(error)
     if isinstance(error, BaseExceptionGroup):  # a task group of a tool: its own text only counts them
-        return "; ".join([f"{kind}: {text}", *map(_error_text, error.exceptions)])
+        return "; ".join([f"{kind}: {text}", *map(_exception_text, error.exceptions)])
     if not text.strip():
         return kind
     is_value = type(error).__str__ is KeyError.__str__ or (len(error.args) == 1 and not isinstance(error.args[0], str))
@@ -121,11 +121,10 @@ def _error_text(error: BaseException) -> str:
 
 def _is_literal(text: str) -> bool:
     """Return whether a text is a number, a quoted text or another plain value of Python."""
-    try:
+    with contextlib.suppress(Exception):
         ast.literal_eval(text if len(text) <= 1000 else "")
-    except Exception:
-        return False
-    return True
+        return True
+    return False
 
 
 def unknown_tool(call: ToolCall, available: Collection[str]) -> ToolResult:
@@ -140,7 +139,7 @@ def unknown_tool(call: ToolCall, available: Collection[str]) -> ToolResult:
     """
     names = ", ".join(f"`{name}`" for name in available)
     ending = f" Available tools: {names}." if names else ""
-    return refused("unknown_tool", f"Tool `{call.name}` does not exist.{ending}")
+    return failure("unknown_tool", f"Tool `{call.name}` does not exist.{ending}")
 
 
 def malformed(call: ToolCall) -> ToolResult:
@@ -152,7 +151,7 @@ def malformed(call: ToolCall) -> ToolResult:
             The call, with its `error`.
     """
     reason = (call.error or "").strip().rstrip(".")
-    return refused(
+    return failure(
         "malformed",
         f"The tool call could not be read: {reason}. Nothing was run. Write the call again in the format given for "
         f"tool calls, with the tool's name and a JSON object of arguments.",
@@ -166,23 +165,13 @@ def encodable(value: JSONValue) -> JSONValue:
 
     Args:
         value (`Any`):
-            JSON data; anything but strings, dicts and lists is returned as it is.
+            JSON data.
 
     Raises:
         RecursionError: if it is nested too deep.
     """
-    if isinstance(value, dict):
-        return {encodable(key): encodable(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [encodable(inner) for inner in value]
-    if not isinstance(value, str):
-        return value
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        # A surrogate pair is one character; a lone surrogate is none.
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return value
+    # A surrogate pair is one character; a lone surrogate is none.
+    return map_texts(lambda text: text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), value)
 
 
 def plain_reward(reward: Any, giver: str) -> float | None:
@@ -246,7 +235,8 @@ def _plain(value: Any) -> JSONValue:
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value).decode("utf-8", "replace")
     if type(value).__module__.partition(".")[0] in ("numpy", "torch") and callable(getattr(value, "tolist", None)):
-        return _plain_array(value)
+        listed = value.tolist()  # numpy's wide floats stay what they are
+        return _safe_str(value) if type(listed) is type(value) else _plain(listed)
     if isinstance(value, Set):
         return sorted(map(_plain, value), key=_json_text)
     if isinstance(value, (Sequence, ValuesView)):
@@ -273,11 +263,6 @@ def _json_text(value: JSONValue) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _plain_array(value: Any) -> JSONValue:
-    plain = value.tolist()
-    return _safe_str(value) if type(plain) is type(value) else _plain(plain)  # numpy's wide floats stay what they are
-
-
 def _plain_object(value: object) -> str:
     text = _safe_str(value)
     iterates = isinstance(value, (Iterator, AsyncIterator, Awaitable))
@@ -300,11 +285,9 @@ def _plain_text(content: JSONValue) -> str:
     return _safe_str(content)
 
 
-def _is_text_block(block: object) -> bool:
-    match block:
-        case {"type": "text", "text": str(), **rest}:
-            return not rest
-    return False
+def _is_text_block(block: JSONValue) -> bool:
+    is_bare = isinstance(block, dict) and block.keys() == {"type", "text"}
+    return is_bare and block["type"] == "text" and isinstance(block["text"], str)
 
 
 def _safe_str(value: object) -> str:

@@ -45,7 +45,7 @@ def places(schema: JSONSchema) -> Iterator[tuple[tuple[str | int, ...], JSONValu
             yield from (((keyword, name), inner) for name, inner in value.items())
 
 
-def replaced(schema: JSONValue, path: tuple[str | int, ...], value: JSONValue) -> JSONValue:
+def replaced_at(schema: JSONValue, path: tuple[str | int, ...], value: JSONValue) -> JSONValue:
     """
     Return a copy of nested dicts and lists with another value at a path; what is not on the path is shared.
 
@@ -60,7 +60,7 @@ def replaced(schema: JSONValue, path: tuple[str | int, ...], value: JSONValue) -
     if not path:
         return value
     copied = schema.copy()
-    copied[path[0]] = replaced(schema[path[0]], path[1:], value)
+    copied[path[0]] = replaced_at(schema[path[0]], path[1:], value)
     return copied
 
 
@@ -76,7 +76,7 @@ def mapped(schema: JSONSchema, change: Callable[[JSONSchema], JSONSchema]) -> JS
     """
     for path, inner in places(schema):
         if isinstance(inner, dict):
-            schema = replaced(schema, path, change(inner))
+            schema = replaced_at(schema, path, change(inner))
     return dict(schema)
 
 
@@ -94,14 +94,14 @@ def inline_references(schema: JSONSchema) -> JSONSchema:
     Returns:
         `dict`: the same object where nothing refers to anything.
     """
-    if not any("$ref" in inner for inner in _walk(schema)):
+    if not _has_reference(schema):
         return schema
     try:
-        inlined = _inlined(schema, schema, (), [_MOST_SCHEMAS])
-    except OverflowError:
+        inlined = _inlined(schema, schema, (), iter(range(_MOST_SCHEMAS)))
+    except StopIteration:  # it would be larger
         return schema
     body = {keyword: value for keyword, value in inlined.items() if keyword not in _DEFINITIONS}
-    return inlined if any("$ref" in inner for inner in _walk(body)) else body
+    return inlined if _has_reference(body) else body
 
 
 def plain_form(schema: JSONSchema) -> JSONSchema:
@@ -181,32 +181,28 @@ def type_names(schema: JSONValue, root: JSONSchema) -> list[str]:
     return [name for name in dict.fromkeys(names) if isinstance(name, str)]
 
 
-def _walk(schema: JSONValue) -> Iterator[JSONSchema]:
-    if isinstance(schema, dict):
-        yield schema
-        for _, inner in places(schema):
-            yield from _walk(inner)
+def _has_reference(schema: JSONValue) -> bool:
+    return isinstance(schema, dict) and ("$ref" in schema or any(_has_reference(inner) for _, inner in places(schema)))
 
 
-def _inlined(schema: JSONValue, root: JSONSchema, seen: tuple[str, ...], left: list[int]) -> JSONValue:
+def _inlined(schema: JSONValue, root: JSONSchema, seen: tuple[str, ...], budget: Iterator[int]) -> JSONValue:
+    """Return a schema with its references followed; each schema within takes one from the budget."""
     if not isinstance(schema, dict):
         return schema
-    left[0] -= 1
-    if left[0] < 0:
-        raise OverflowError
+    next(budget)
     reference = schema.get("$ref")
     if isinstance(reference, str):
         target = _target(root, reference)
         if not isinstance(target, dict) or reference in seen:
             return schema
-        inlined = _inlined(target, root, (*seen, reference), left)
+        inlined = _inlined(target, root, (*seen, reference), budget)
         others = {key: value for key, value in schema.items() if key != "$ref"}
-        merged = _merged(_inlined(others, root, seen, left), inlined) if others else inlined
+        merged = _merged(_inlined(others, root, seen, budget), inlined) if others else inlined
         return schema if merged is None else merged
     copied = schema
     for path, inner in places(schema):
         if path[0] not in _DEFINITIONS:
-            copied = replaced(copied, path, _inlined(inner, root, seen, left))
+            copied = replaced_at(copied, path, _inlined(inner, root, seen, budget))
     return copied
 
 

@@ -8,14 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import ToolSchemaError
+from ..errors import ToolGRPOError, ToolSchemaError
 from ..types import JSONObject, JSONSchema
 from .schema_forms import inline_references
 
 
-ISOLATIONS = ("thread", "process")
-
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]*")
+_TOOL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]*")
 
 
 @dataclass(frozen=True)
@@ -65,27 +63,25 @@ class Tool:
     isolation: str = "thread"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+        if not isinstance(self.name, str) or not _TOOL_NAME.fullmatch(self.name):
             raise ToolSchemaError(
-                f"You passed a tool named {self.name!r}. A tool name starts with a letter or underscore and holds "
-                f"only letters, digits, '_', '-' and '.'.",
-                remedy="Rename the tool.",
+                f"You passed a tool named {self.name!r}, which is not a valid tool name.",
+                remedy="Begin it with a letter or an underscore, and use only letters, digits, '_', '-' and '.'.",
             )
         if not isinstance(self.parameters, dict) or self.parameters.get("type", "object") != "object":
             raise ToolSchemaError(
-                f"The parameters of tool {self.name!r} are {self.parameters!r}, which is not a JSON schema of type "
-                f"'object'.",
+                f"The parameters of tool {self.name!r} are no JSON schema of type 'object': {self.parameters!r}.",
                 remedy="Pass a schema such as {'type': 'object', 'properties': {...}, 'required': [...]}.",
             )
         if not callable(self.function):
             raise ToolSchemaError(f"The function of tool {self.name!r} is {self.function!r}, which cannot be called.")
-        refuse_generator(self.name, self.function)
+        refuse_generator(f"The function of tool {self.name!r}", self.function)
         if self.timeout is not None and not self.timeout > 0:
             raise ToolSchemaError(
                 f"You passed `timeout={self.timeout}` for the tool {self.name!r}, and a time limit is positive.",
                 remedy="Pass a number of seconds, or None for the limit of the configuration.",
             )
-        if self.isolation not in ISOLATIONS:
+        if self.isolation not in ("thread", "process"):
             raise ToolSchemaError(
                 f"You passed `isolation={self.isolation!r}` for the tool {self.name!r}.",
                 remedy="Pass 'thread' or 'process'.",
@@ -103,10 +99,8 @@ class Tool:
         if reason is not None:
             raise ToolSchemaError(
                 f"The function of tool {self.name!r} cannot run with isolation='process': {reason}.",
-                remedy=(
-                    "Define it at the top level of a module that can be imported (no lambda, no inner function, not "
-                    "the script that is run), or use isolation='thread'."
-                ),
+                remedy="Define it at the top level of a module that can be imported (no lambda, no inner function, "
+                "not the script that is run), or use isolation='thread'.",
             )
 
     @property
@@ -138,24 +132,22 @@ def is_async_callable(function: object) -> bool:
     return _is_or_calls(function, inspect.iscoroutinefunction)
 
 
-def refuse_generator(name: str, function: object) -> None:
+def refuse_generator(what: str, function: object, error: type[ToolGRPOError] = ToolSchemaError) -> None:
     """
     Refuse a function whose calls give a generator, asynchronous or not.
 
     Args:
-        name (`str`):
-            Name of the tool.
+        what (`str`):
+            The function, as the message names it.
         function (`Callable`):
             Function, method, `functools.partial` or an object with `__call__`.
-
-    Raises:
-        ToolSchemaError: if it is a generator function.
+        error (`type`, *optional*, defaults to [`ToolSchemaError`]):
+            What is raised for a generator function.
     """
     if _is_or_calls(function, inspect.isgeneratorfunction) or _is_or_calls(function, inspect.isasyncgenfunction):
-        raise ToolSchemaError(
-            f"The function of tool {name!r} is a generator function (it has a `yield`): a call gives a generator, and "
-            f"nothing of its body runs.",
-            remedy="Return what it yields, as a list or as text.",
+        raise error(
+            f"{what} is a generator function (it has a `yield`): a call gives a generator, and its body does not run.",
+            remedy="Return what it yields.",
         )
 
 

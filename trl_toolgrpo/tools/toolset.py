@@ -48,14 +48,11 @@ class ToolSet:
 
     def prompt_tools(self, environment: object | None = None) -> list[PromptTool]:
         """Return what the prompt of a rollout is rendered with."""
-        brought = [] if environment is None else environment_tools(environment)
-        return [PromptTool(self.shown(tool)) for tool in (*self.own, *brought)]
+        return [PromptTool(self.shown(tool)) for tool in self.of_rollout(environment)[0].values()]
 
     def of_rollout(self, environment: object | None = None) -> tuple[dict[str, Tool], frozenset[str]]:
         """Return the tools of a rollout by name, and the names of those that belong to its environment."""
-        if environment is None:
-            return index_tools(self.own), frozenset()
-        owned = environment_tools(environment)
+        owned = [] if environment is None else environment_tools(environment)
         return index_tools([*self.own, *owned]), frozenset(tool.name for tool in owned)
 
     def add_environments(self, probes: Mapping[Hashable, object]) -> dict[Hashable, list[PromptTool]]:
@@ -74,7 +71,7 @@ class ToolSet:
             tools, owned = self.of_rollout(environment)
             for tool in tools.values():
                 check_schema(tool)
-            self.of_environments += [tools[owned_name] for owned_name in tools if owned_name in owned]
+            self.of_environments += [tool for tool in tools.values() if tool.name in owned]
             self.decided_at_reset |= hasattr(environment, "tools")
             left_out = left_out_of_tools(environment)
             if left_out:

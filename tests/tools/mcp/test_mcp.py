@@ -185,12 +185,10 @@ def test_without_the_sdk_the_extra_is_named(monkeypatch):
         MCPTools([plain()])
 
 
-def test_the_package_needs_the_sdk_for_nothing_else():
-    needs_it = {"mcp_connection.py", "mcp_stdio.py"}  # imported once a server is configured
-    paths = [path for path in (PACKAGE / "tools").glob("*.py") if path.name not in needs_it]
-    source = "\n".join(path.read_text() for path in paths)
-    imports = [line for line in source.splitlines() if re.match(r"(from|import) (mcp|mcp_types|anyio|httpx2)\b", line)]
-    assert not imports, "imported where used, not with the package"
+def test_the_sdk_is_imported_by_two_modules_alone():
+    imports = re.compile(r"^(from|import) (mcp|mcp_types|anyio|httpx2)\b", re.MULTILINE)
+    found = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if imports.search(path.read_text())}
+    assert found == {"tools/mcp/connection.py", "tools/mcp/stdio.py"}, "imported once a server is configured"
 
 
 # Faults
@@ -229,7 +227,7 @@ def test_a_server_that_cannot_be_started_again_is_tried_at_growing_intervals(run
 
 def test_a_server_that_hangs_is_started_again(run, monkeypatch):
     monkeypatch.setattr(mcp_connection, "_PROBE_TIMEOUT", 0.3)
-    monkeypatch.setattr(mcp_stdio, "_GRACE", 0.1)
+    monkeypatch.setattr(mcp_stdio, "_SHUTDOWN_SECONDS", 0.1)
     run = run(plain(), timeout=0.5)
     first = run.call("pid").content
     assert run.call("hang").error_type == "timeout"
@@ -255,7 +253,7 @@ def test_reward_functions_call_tools_the_policy_does_not_get(run, per_rollout):
 def test_a_server_is_ended_without_being_polled(run, monkeypatch, caplog):
     """`Popen` polls before it signals, and takes the return code that asyncio's watcher waits for."""
     monkeypatch.setattr(mcp_connection, "_PROBE_TIMEOUT", 0.3)
-    monkeypatch.setattr(mcp_stdio, "_GRACE", 0.1)
+    monkeypatch.setattr(mcp_stdio, "_SHUTDOWN_SECONDS", 0.1)
     polled, poll = [], subprocess.Popen.poll
     monkeypatch.setattr(subprocess.Popen, "poll", lambda self: polled.append(self.pid) or poll(self))
     run = run(plain(), timeout=0.5)
@@ -449,7 +447,7 @@ def test_a_tool_of_a_rollouts_server_needs_a_rollout(run):
 # Ends
 
 
-def test_nothing_is_left_behind():
+def test_a_closed_run_leaves_no_process_file_or_folder():
     before = belongings()
     run = Run(plain(), plain(name="own", per_rollout=True))
     call, session = run.rollout()
@@ -524,7 +522,7 @@ def test_a_server_over_http_is_called_and_connected_to_again(run):
 # The SDK
 
 
-def test_what_we_rely_on_in_the_sdk():
+def test_the_sdk_has_what_is_used_of_it():
     from mcp.client import streamable_http
 
     assert mcp_connection._SESSION_LOST in Path(streamable_http.__file__).read_text()

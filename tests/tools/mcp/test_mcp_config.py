@@ -61,7 +61,7 @@ def test_the_transport_goes_by_several_names(transport):
         ({"command": "x", "per_rollout": True, "files": "tests", "cwd": "/"}, "`files` and `cwd`"),
         ({"command": ["x", "y"]}, "has to be a string"),
         ({"command": "x", "args": "y"}, "`args` of type str. It has to be a list of strings"),
-        ({"command": "x", "env": {"PORT": 8000}}, "`env` of type dict. It has to be a dict of strings; quote numbers"),
+        ({"command": "x", "env": {"PORT": 8000}}, "`env` of type dict. It has to be a dict of strings. Quote numbers"),
         ({"command": "x", "timeout": 0}, "`timeout=0`. It has to be a positive number"),
         ({"command": "x", "start_timeout": -1}, "`start_timeout=-1`"),
         ({"command": "x", "per_rolout": True}, "key `per_rolout`, which does not exist. Did you mean `per_rollout`"),

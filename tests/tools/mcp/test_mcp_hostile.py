@@ -29,7 +29,7 @@ def server(*args, **options):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(mcp_stdio, "_GRACE", 0.2)
+    monkeypatch.setattr(mcp_stdio, "_SHUTDOWN_SECONDS", 0.2)
     monkeypatch.setattr(mcp_connection, "_PROBE_TIMEOUT", 1.0)
     monkeypatch.setattr(mcp_stdio, "LONGEST_MESSAGE", 8 * 2**20)
 

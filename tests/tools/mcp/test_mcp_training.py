@@ -59,7 +59,7 @@ def test_a_server_that_crashes_at_every_step(tmp_path, monkeypatch):
 
 def test_a_server_that_hangs_lies_and_changes_its_tools(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(mcp_connection, "_PROBE_TIMEOUT", 0.3)
-    monkeypatch.setattr(mcp_stdio, "_GRACE", 0.1)
+    monkeypatch.setattr(mcp_stdio, "_SHUTDOWN_SECONDS", 0.1)
     turns = [call("garble"), call("forget"), call("pid"), call("hang"), call("pause"), call("notes"), f"x{END}"]
     changes = {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 900}
     script = [turns, [call("notes"), f"done{END}"]]

@@ -84,7 +84,7 @@ def test_hostile_code_is_contained(machine, name):
     assert machine.damage(sandbox, report, seconds) == []
 
 
-def test_there_are_two_hundred_snippets_of_forty_ideas():
+def test_there_are_200_hostile_snippets_of_40_kinds():
     found = snippets()
     assert len(set(found.values())) == len(found) >= 200
     assert len({name.rpartition("-")[0] for name in found}) >= 40
@@ -140,7 +140,7 @@ def test_the_check_finds_attacks_that_succeed(name, fault):
             "ended", 1, 'beforeTraceback (most recent call last):\n  File "<code>", line 1, in <module>\n')),
     ],
 )  # fmt: skip
-def test_the_report_of_honest_code(mode, code, report):
+def test_reports_of_honest_code(mode, code, report):
     found = Sandbox(mode, LIMITS).run(code)
     shown = found.output
     if report.code == 1:
@@ -202,7 +202,7 @@ def test_the_code_is_nobody_and_sees_no_environment(mode, monkeypatch):
         ({"output": 20_000}, "print('x' * 15_000)", "x" * 15_000 + "\n"),
     ],
 )
-def test_each_limit_acts(changed, code, status):
+def test_each_limit_is_enforced(changed, code, status):
     given = {**vars(LIMITS), "seconds": 0.3 if "seconds" in changed else 5.0}
     strict, loose = Sandbox(WORKING, Limits(**given)), Sandbox(WORKING, Limits(**{**given, **changed}))
     assert loose.run(code).output == status
@@ -225,7 +225,7 @@ RUN = """
 
 
 @pytest.mark.parametrize("mode", EVERY)
-def test_code_ends_with_the_run_also_after_sigkill(mode, tmp_path):
+def test_code_ends_with_a_run_that_is_killed(mode, tmp_path):
     mark = f"mark-{tmp_path}"
     command = [sys.executable, "-c", textwrap.dedent(RUN), mode, MISSING[mode][1] or "", mark]
     run = subprocess.Popen(command, cwd=Path(__file__).parents[3])
@@ -341,7 +341,7 @@ def test_the_text_that_the_policy_reads(tool, code, error, text):
 
 @pytest.mark.parametrize("mode", EVERY)
 @pytest.mark.parametrize("data", ["bytearray(90 * 2**20)", "mmap.mmap(-1, 90 * 2**20); x.write(bytes(90 * 2**20))"])
-def test_memory_of_all_processes_counts_together(mode, data):
+def test_memory_is_the_sum_over_all_processes(mode, data):
     # Time enough to be seen on a machine under load
     tool = python_tool(sandbox=mode, seconds=10, memory_mb=256, processes=16)
     code = f"import mmap, os, time\n[os.fork() for _ in range(3)]\nx = {data}\ntime.sleep(9)"
@@ -479,7 +479,7 @@ AS_NOBODY = """
 @bubblewrap
 @pytest.mark.skipif(os.getuid() != 0 or not os.path.exists(SYSTEM), reason="needs root and the system's Python")
 @pytest.mark.parametrize("way", ["with rules", "without rules"])
-def test_a_run_that_does_not_belong_to_root_is_bounded_too(way):
+def test_the_limits_hold_for_a_run_that_does_not_belong_to_root(way):
     files = "import os\nn = 0\nwhile True:\n    os.close(os.open(str(n), os.O_CREAT)); n += 1"
     blind = "import os, resource, time\nresource.prlimit(1, resource.RLIMIT_NOFILE, (0, 0))\ntime.sleep(9)"
     namespaces = _USERNS.format(numbers=False, clone=0)

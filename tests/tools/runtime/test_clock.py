@@ -21,7 +21,7 @@ def wait() -> str:
 
 
 @pytest.mark.parametrize("jump", [-86_400.0, 86_400.0], ids=["backwards", "forwards"])
-def test_a_clock_that_jumps_by_a_day_in_each_step_changes_no_duration(tmp_path, monkeypatch, jump):
+def test_durations_do_not_follow_a_clock_that_jumps_by_a_day(tmp_path, monkeypatch, jump):
     tokenizer, jumps, real = chat_tokenizer(), [], time.time
     sampler = ScriptedSampler(tokenizer, [[CALL, "done<|im_end|>"]], [tokenizer.eos_token_id])
     monkeypatch.setattr(engine, "make_sampler", lambda *args, **kwargs: sampler)

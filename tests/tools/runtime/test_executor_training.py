@@ -149,12 +149,12 @@ def training(tmp_path_factory):
         return Training(patch, tmp_path_factory.mktemp("faults"), TOOLS, script, tokenizer, **changes).run()
 
 
-def test_ten_families_are_there():
+def test_there_are_ten_families_of_chat_templates():
     assert len(TEN) == 10 and all(len(names) > 3 for names in VOCABULARIES.values())
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids="-".join)
-def test_training_survives_a_tool_that_does(training, fault):
+def test_training_survives_each_fault_of_a_tool(training, fault):
     text, kind = FAULTS[fault]
     row = next(row for row, faults in enumerate(ROWS) if fault in faults)
     place = (0, 2, 3)[list(ROWS[row]).index(fault)]
@@ -180,7 +180,7 @@ def test_training_survives_a_tool_that_does(training, fault):
         assert 0.1 <= result.seconds < 3.0 if kind == "timeout" else result.seconds < 5.0
 
 
-def test_a_training_with_every_fault_is_right_as_a_whole(training):
+def test_trajectories_and_metrics_of_a_training_with_every_fault(training):
     added = set(training.trainer._tokenizer.get_added_vocab().values())
     between = set()
     for trajectory in training.trajectories:
@@ -211,7 +211,7 @@ def test_a_training_with_every_fault_is_right_as_a_whole(training):
     assert sum(log["tools/abandoned"] for log in training.logs) == 2, "a function on a thread cannot be ended"
 
 
-def test_retries_of_the_configuration_reach_the_tool(monkeypatch, tmp_path):
+def test_tool_retries_of_the_configuration_are_used(monkeypatch, tmp_path):
     seen = []
 
     def flaky():
@@ -227,7 +227,7 @@ def test_retries_of_the_configuration_reach_the_tool(monkeypatch, tmp_path):
     assert training.logs[0]["tools/t/errors"] == 0
 
 
-def test_latencies_of_a_run_are_those_of_its_calls(monkeypatch, tmp_path):
+def test_latency_metrics_are_quantiles_of_the_call_times(monkeypatch, tmp_path):
     naps = iter([0.02, 0.02, 0.02, 0.2])
     tool = Tool("t", "d", ANY, lambda: time.sleep(next(naps)))
     script = [[tool_call("t") + END, f"ok{END}"]] * 4

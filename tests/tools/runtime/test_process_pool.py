@@ -63,7 +63,7 @@ def wait_until(condition, seconds=10.0):
 # Where calls run
 
 
-def test_calls_run_elsewhere_and_one_process_serves_them_in_turn(executor):
+def test_calls_in_turn_share_one_other_process(executor):
     tool = tool_of(process_tools.where)
     served = [submit(executor, tool).result(timeout=30).content for _ in range(3)]
     assert [count for _, count in served] == [1, 2, 3]
@@ -81,13 +81,13 @@ def test_two_tools_do_not_share_a_process(executor):
     assert first[0] != second[0] and first[1] == second[1] == 1
 
 
-def test_one_call_at_a_time_where_the_tool_asks_for_it(executor):
+def test_a_tool_that_is_not_thread_safe_runs_in_one_process(executor):
     tool = tool_of(process_tools.where, thread_safe=False)
     futures = [submit(executor, tool, seconds=0.02) for _ in range(3)]
     assert [future.result(timeout=30).content[1] for future in futures] == [1, 2, 3]
 
 
-def test_a_process_loads_no_more_than_it_needs(executor):
+def test_a_tool_process_imports_neither_torch_nor_trl(executor):
     assert call(executor, process_tools.loaded).content == []
     assert call(executor, process_tools.fail, how="transient").transient
     tool = Tool("t", "d", ANY, process_tools.fail, isolation="process")
@@ -99,18 +99,18 @@ def test_a_process_loads_no_more_than_it_needs(executor):
 
 
 @pytest.mark.parametrize("name", [name for name in process_tools.VALUES if not name.startswith("large")])
-def test_content_is_that_of_a_thread(executor, name):
+def test_results_are_the_same_as_on_a_thread(executor, name):
     got, expected = call(executor, process_tools.echo, value=name).content, plain_content(process_tools.VALUES[name])
     assert got == expected or (math.isnan(got) and math.isnan(expected))
 
 
-def test_arguments_arrive_as_they_are(executor):
+def test_arguments_arrive_unchanged(executor):
     given = {"a": [1, 2.5, None, True, "é \ud800"], "b": {"c": math.inf}}
     assert call(executor, process_tools.echo, value=given).content == given
 
 
 @pytest.mark.parametrize("name", ["large", "large structure"])
-def test_fifty_megabytes_are_cut(executor, name):
+def test_a_result_of_fifty_megabytes_is_cut_in_its_middle(executor, name):
     result = call(executor, process_tools.echo, value=name)
     whole = process_tools.VALUES[name]
     text = whole if isinstance(whole, str) else json.dumps(whole)
@@ -130,7 +130,7 @@ def test_fifty_megabytes_are_cut(executor, name):
         ("nonsense", "The process of tool `fail`"),
     ],
 )
-def test_a_failure_is_an_answer_and_the_next_call_runs(executor, how, text):
+def test_a_crash_is_an_error_result_and_the_next_call_runs(executor, how, text):
     result = call(executor, process_tools.fail, how=how)
     assert (result.is_error, result.error_type) == (True, "error")
     assert result.content["error"].startswith(text)
@@ -141,7 +141,7 @@ def test_a_failure_is_an_answer_and_the_next_call_runs(executor, how, text):
 @pytest.mark.parametrize(
     ("how", "again"), [("type", True), ("thread", False), ("SystemExit", False), ("MemoryError", False)]
 )
-def test_a_process_is_used_again_only_where_that_is_safe(executor, how, again):
+def test_a_process_is_reused_only_after_ordinary_exceptions(executor, how, again):
     tool = tool_of(process_tools.fail)
     submit(executor, tool, how=how).result(timeout=30)
     assert len(executor._processes._idle) == again
@@ -157,12 +157,12 @@ def test_a_process_that_died_between_calls_is_replaced(executor):
     assert not second.is_error and second.content == [second.content[0], 1] != [first, 1]
 
 
-def test_a_reward_that_is_no_number_is_an_error_of_the_tool(executor):
+def test_a_reward_that_is_not_a_number_fails_the_call(executor):
     result = call(executor, process_tools.overpay)
     assert result.is_error and result.content["error"].startswith("The tool gave the reward 'much'")
 
 
-def test_a_process_that_starts_for_a_second_attempt_past_the_limit_ends():
+def test_a_process_started_for_a_retry_after_the_limit_ends():
     executor = ToolExecutor(timeout=0.3, retries=1)
     taken, take = [], executor._processes._take
 
@@ -176,11 +176,11 @@ def test_a_process_that_starts_for_a_second_attempt_past_the_limit_ends():
     result = submit(executor, tool_of(process_tools.busy_then_hang))
     assert result.result(timeout=30).error_type == "timeout"
     wait_until(lambda: len(taken) == 2 and not taken[1].alive)
-    wait_until(lambda: executor.stuck == 0)
+    wait_until(lambda: not executor.stuck)
     executor.shutdown()
 
 
-def test_transient_failures_are_tried_again():
+def test_transient_failures_are_retried():
     executor = ToolExecutor(retries=2)
     result = call(executor, process_tools.fail, how="transient")
     executor.shutdown()
@@ -190,7 +190,7 @@ def test_transient_failures_are_tried_again():
 # Time limits
 
 
-def test_a_call_past_its_limit_is_killed_with_all_it_started(executor, tmp_path):
+def test_a_call_past_its_limit_is_killed_with_its_descendants(executor, tmp_path):
     path = tmp_path / "ids"
     tool = tool_of(process_tools.hang, timeout=1.0)
     result = submit(executor, tool, path=str(path)).result(timeout=30)
@@ -199,10 +199,10 @@ def test_a_call_past_its_limit_is_killed_with_all_it_started(executor, tmp_path)
     processes = [int(word) for word in path.read_text().split()]
     wait_until(lambda: not any(map(alive, processes)))
     wait_until(lambda: not executor._processes._all)
-    assert (executor.abandoned, executor.stuck) == (0, 0), "its thread is free again"
+    assert (executor.abandoned, len(executor.stuck)) == (0, 0), "its thread is free again"
 
 
-def test_a_late_limit_does_not_kill_the_next_call(executor):
+def test_the_limit_of_an_earlier_call_does_not_kill_the_next(executor):
     """The process of a call that returned in time may serve another when the first one's limit comes."""
     tool = tool_of(process_tools.where, timeout=0.6)
     first = submit(executor, tool, seconds=0.3)
@@ -210,7 +210,7 @@ def test_a_late_limit_does_not_kill_the_next_call(executor):
     assert submit(executor, tool, seconds=0.45).result(timeout=30).content[1] == 2
 
 
-def test_starting_a_process_is_not_part_of_the_limit(executor, monkeypatch):
+def test_the_limit_does_not_count_the_start_of_a_process(executor, monkeypatch):
     start = executor._processes._take
 
     def slow(tool):
@@ -225,7 +225,7 @@ def test_starting_a_process_is_not_part_of_the_limit(executor, monkeypatch):
 # Ends
 
 
-def test_shutdown_ends_every_process_busy_or_idle(tmp_path):
+def test_shutdown_ends_busy_and_idle_processes(tmp_path):
     executor = ToolExecutor()
     idle = call(executor, process_tools.where).content[0]
     path = tmp_path / "ids"
@@ -261,7 +261,7 @@ RUN = """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux finds what has left its process group")
-def test_processes_end_with_the_run_also_after_sigkill(tmp_path):
+def test_processes_end_with_a_run_that_is_killed(tmp_path):
     here, path = Path(__file__).parents[2], tmp_path / "ids"
     command = [sys.executable, "-c", textwrap.dedent(RUN), str(here), str(path)]
     with subprocess.Popen(command, cwd=here.parent, stdout=subprocess.PIPE) as run:
@@ -273,7 +273,7 @@ def test_processes_end_with_the_run_also_after_sigkill(tmp_path):
     wait_until(lambda: not any(map(alive, processes)))
 
 
-# What cannot be
+# Refusals
 
 
 def inner():
@@ -286,7 +286,7 @@ def inner():
 @pytest.mark.parametrize(
     ("function", "reason"), [(lambda: 1, "lambda"), (inner(), "local"), (process_tools.Unsendable(), "lock")]
 )
-def test_a_function_that_cannot_be_sent_is_refused(function, reason):
+def test_a_function_that_cannot_be_pickled_is_refused(function, reason):
     with pytest.raises(ToolSchemaError, match=rf"'t' cannot run with isolation='process': .*{reason}.*top level"):
         Tool("t", "d", ANY, function, isolation="process")
 
@@ -302,7 +302,7 @@ def test_a_function_of_the_main_script_is_refused(monkeypatch):
     assert Tool("t", "d", ANY, function).isolation == "thread"
 
 
-def test_an_isolation_that_does_not_exist_is_refused():
+def test_an_unknown_isolation_is_refused():
     with pytest.raises(ToolSchemaError, match="isolation='container'"):
         Tool("t", "d", ANY, print, isolation="container")
 
@@ -315,7 +315,7 @@ def test_a_function_that_cannot_be_loaded_is_found_at_construction(tmp_path, tok
         )
 
 
-def test_tools_of_an_environment_stay_on_its_thread():
+def test_process_isolation_is_refused_for_tools_of_an_environment():
     class Environment:
         tools = [Tool("t", "d", ANY, process_tools.where, isolation="process")]  # noqa: RUF012
 
@@ -323,7 +323,7 @@ def test_tools_of_an_environment_stay_on_its_thread():
         environment_tools(Environment())
 
 
-def test_no_thread_is_left_behind(executor):
+def test_calls_in_processes_leave_no_thread(executor):
     before = threading.active_count()
     call(executor, process_tools.fail, how="segfault")
     call(executor, process_tools.where)
@@ -336,7 +336,7 @@ def many(count):
     return [Tool(f"tool_{i}", "d", schema, f, isolation="process") for i, f in enumerate(functions)]
 
 
-def test_two_hundred_and_fifty_tools_have_few_processes():
+def test_250_tools_start_at_most_eight_processes():
     tools = many(250)
     executor = ToolExecutor(max_concurrent=4, warm=tools)
     try:
@@ -356,7 +356,7 @@ def test_one_of_many_tools_that_cannot_be_loaded_is_named(monkeypatch):
         ToolExecutor(warm=tools).shutdown()
 
 
-def test_many_calls_that_crash_at_the_same_time_are_all_answered(executor):
+def test_concurrent_crashes_are_all_answered(executor):
     tool = tool_of(process_tools.fail)
     futures = [submit(executor, tool, how=how) for how in ["segfault", "_exit"] * 6]
     texts = [future.result(timeout=60).content["error"] for future in futures]

@@ -142,7 +142,7 @@ def test_broken_pipes_end_the_command_as_in_a_shell():
 
 @on_linux
 @pytest.mark.parametrize("victim", ["run", "stub", "keeper"])
-def test_everything_ends_with_the_run_whoever_is_killed(tmp_path, victim):
+def test_all_processes_end_when_run_stub_or_keeper_is_killed(tmp_path, victim):
     pids, folder = tmp_path / "pids", Path(sys.modules[guarded.__module__].__file__).parent
     run = subprocess.Popen(python(RUN, folder, textwrap.dedent(FAMILY), pids, 60), stdout=subprocess.PIPE)
     try:
@@ -159,7 +159,7 @@ def test_everything_ends_with_the_run_whoever_is_killed(tmp_path, victim):
 
 
 @on_linux
-def test_what_a_command_leaves_behind_ends_with_it(tmp_path):
+def test_descendants_end_with_the_command(tmp_path):
     pids = tmp_path / "pids"
     process = subprocess.Popen(guarded(python(FAMILY, pids, 0.5)))
     members = family(pids)
@@ -179,7 +179,7 @@ def test_a_command_survives_the_thread_that_started_it():
 
 
 @on_linux
-def test_nothing_starts_for_a_run_that_has_ended():
+def test_no_command_runs_for_a_run_that_has_ended():
     """A launcher whose parent is no longer the run starts nothing that stays."""
     command = guarded(python("import time; time.sleep(60)"))
     command[3] = str(2**22 + 1)  # no process has this id

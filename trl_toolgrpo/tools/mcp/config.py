@@ -23,6 +23,7 @@ _TRANSPORTS = {
 }
 _KEYS = {"type": "transport", "perRollout": "per_rollout", "startTimeout": "start_timeout", "resetTool": "reset_tool"}
 _TEXTS = ("command", "url", "cwd", "name", "files", "reset_tool")
+_COLLECTIONS = {"args": list, "tools": list, "env": dict, "headers": dict}  # of strings
 
 
 @dataclass
@@ -100,16 +101,14 @@ class MCPServer:
 
     def _type_problems(self) -> Iterator[tuple[str, str, str]]:
         """Yield what cannot work: what was given, why it cannot work, and the remedy. Each relies on those before."""
-        for option, kind in (("args", list), ("tools", list), ("env", dict), ("headers", dict)):
+        for option, kind in {**dict.fromkeys(_TEXTS, str), **_COLLECTIONS}.items():
             value = getattr(self, option)
             entries = [*value, *value.values()] if isinstance(value, dict) else value
             fits = isinstance(value, kind) and all(isinstance(entry, str) for entry in entries)
             if value is not None and not fits:
-                reason = f"It has to be a {kind.__name__} of strings; quote numbers."
-                yield f"`{option}` of type {type(value).__name__}", reason, ""  # the value itself may be a secret
-        for option in _TEXTS:
-            if not isinstance(getattr(self, option), str | None):
-                yield f"`{option}={getattr(self, option)!r}`", "It has to be a string.", ""
+                form = "string" if kind is str else f"{kind.__name__} of strings"
+                given = f"`{option}` of type {type(value).__name__}"  # the value itself may be a secret
+                yield given, f"It has to be a {form}.", "Quote numbers."
 
     def _transport_problems(self) -> Iterator[tuple[str, str, str]]:
         needed, other, transport = "command", "url", "stdio"

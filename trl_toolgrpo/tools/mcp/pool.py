@@ -1,4 +1,4 @@
-"""MCP servers of rollouts: one for each rollout, from a pool, without a trace of the rollout before."""
+"""MCP servers for single rollouts: each rollout gets one from a pool, in its first state."""
 
 import asyncio
 import contextlib
@@ -70,7 +70,7 @@ class Pool:
         return await asyncio.shield(self._ready[0])
 
     def acquire(self) -> "asyncio.Task[Connection]":
-        """Lend an instance that nobody has used since its start or reset, which may still go on, and may fail."""
+        """Lend an instance that is unused since its start or reset, which may still be under way and may fail."""
         if not self._ready:
             self._begin(self._start())
         task = next((task for task in self._ready if task.done()), self._ready[0])
@@ -108,7 +108,7 @@ class Pool:
         task.add_done_callback(self._drop_failed)
 
     def _drop_failed(self, task: "asyncio.Task[Connection]") -> None:
-        """Lend no instance that did not start; who waits for it is told why, and the next one tries again."""
+        """Lend no instance that did not start: whoever waits for it gets the error; the next call starts another."""
         if (task.cancelled() or task.exception() is not None) and task in self._ready:
             self._ready.remove(task)
 

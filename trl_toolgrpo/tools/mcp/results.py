@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from ...redaction import Redactor
 from ...types import JSONObject, JSONValue
+from ..results import failure
 from ..tool import ToolResult
 
 
@@ -30,9 +31,8 @@ def tool_result(result: "CallToolResult", redactor: Redactor) -> ToolResult:
     content: JSONValue = text
     if structured is not None and not result.is_error and (not result.content or _is_json_of(text, structured)):
         content = structured
-    return ToolResult(
-        redactor.data(content), is_error=bool(result.is_error), error_type="error" if result.is_error else None
-    )
+    is_error = bool(result.is_error)
+    return ToolResult(redactor.data(content), is_error, error_type="error" if is_error else None)
 
 
 def failed(message: str, redactor: Redactor) -> ToolResult:
@@ -45,7 +45,7 @@ def failed(message: str, redactor: Redactor) -> ToolResult:
         redactor ([`Redactor`]):
             Knows the server's secrets.
     """
-    return ToolResult({"error": redactor.text(message)}, is_error=True, error_type="error")
+    return failure("error", redactor.text(message))
 
 
 def innermost(error: BaseException) -> BaseException:
@@ -67,15 +67,15 @@ def _block_text(block: "ContentBlock") -> str:
     if block.type == "image" or block.type == "audio":
         return f"[{block.type}: {block.mime_type}, {_size(block.data)}]"
     if block.type == "resource_link":
-        return f"[resource: {_joined(block.title or block.name, str(block.uri), block.mime_type)}]"
+        return f"[resource: {_comma_separated(block.title or block.name, str(block.uri), block.mime_type)}]"
     resource = block.resource
     blob = getattr(resource, "blob", None)
     if blob is None:
         return getattr(resource, "text", "")
-    return f"[resource: {_joined(str(resource.uri), resource.mime_type, _size(blob))}]"
+    return f"[resource: {_comma_separated(str(resource.uri), resource.mime_type, _size(blob))}]"
 
 
-def _joined(*parts: str | None) -> str:
+def _comma_separated(*parts: str | None) -> str:
     return ", ".join(part for part in parts if part)
 
 

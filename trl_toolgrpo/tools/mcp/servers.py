@@ -19,7 +19,7 @@ from ...errors import ToolNameError, ToolRuntimeError, ToolSchemaError
 from ...redaction import redact_logs
 from ...types import JSONObject
 from ..arguments import check_schema
-from ..results import refused
+from ..results import failure
 from ..runtime.event_loop import LoopThread
 from ..tool import Tool, ToolResult
 from .config import MCPServer
@@ -109,7 +109,7 @@ class MCPTools:
         """
         own = {name for name, origin in self._origins.items() if origin.server in self._pools}.intersection(tools)
         bound = {name: replace(tools[name], function=self._function(name, session)) for name in own}
-        return {name: bound.get(name, tool) for name, tool in tools.items()}, frozenset(own)
+        return {**tools, **bound}, frozenset(own)
 
     def call(self, name: str, arguments: JSONObject, session: MCPSession) -> ToolResult:
         """
@@ -127,13 +127,13 @@ class MCPTools:
             ToolNameError: if no server has the tool.
         """
         if name not in self._callable:
-            tools = ", ".join(self._callable)
-            raise ToolNameError(f"No MCP server has a tool {name!r}. The tools are: {tools}.")
+            remedy = f"The tools are: {', '.join(self._callable)}."
+            raise ToolNameError(f"No MCP server has a tool {name!r}.", remedy=remedy)
         limit = self.servers[self._callable[name].server].timeout or _REWARD_TIMEOUT
         try:
             return self._submit(asyncio.wait_for(self.answer(name, arguments, session), limit)).result()
         except TimeoutError:
-            return refused("timeout", f"Tool `{name}` did not return within {limit:g} seconds.")
+            return failure("timeout", f"Tool `{name}` did not return within {limit:g} seconds.")
 
     def take_back(self, sessions: Sequence[MCPSession]) -> None:
         """
@@ -196,8 +196,8 @@ class MCPTools:
             return await shared.call(origin.tool, arguments)
         if session is None:
             raise ToolRuntimeError(
-                f"You called the tool {name!r} outside of a rollout, and each rollout has an MCP server "
-                f"{origin.server!r} of its own."
+                f"You called {name!r} outside of a rollout, and each rollout has its own server {origin.server!r}.",
+                remedy="Call it from a rollout or a reward function.",
             )
         return await session.call_own(self._pools[origin.server], origin.tool, arguments)
 

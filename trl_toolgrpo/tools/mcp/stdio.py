@@ -37,8 +37,8 @@ LONGEST_MESSAGE = 64 * 2**20
 _STDERR_KEPT = 64 * 2**10
 _STDERR_SHOWN = 2000
 # Seconds a server may take to end after its input is closed, and after each signal.
-_GRACE = 2.0
-_TERMINATION = 1.0
+_SHUTDOWN_SECONDS = 2.0
+_SIGNAL_SECONDS = 1.0
 
 
 class ServerProcess(ObjectReceiveStream[SessionMessage], ObjectSendStream[SessionMessage]):
@@ -150,7 +150,11 @@ class ServerProcess(ObjectReceiveStream[SessionMessage], ObjectSendStream[Sessio
         """Close the server's input, then ask it to end, then end it."""
         process, ended_by_itself = self._process, self._output_ended
         process.stdin.close()
-        for seconds, number in ((_GRACE, signal.SIGTERM), (_TERMINATION, signal.SIGKILL), (_TERMINATION, 0)):
+        for seconds, number in (
+            (_SHUTDOWN_SECONDS, signal.SIGTERM),
+            (_SIGNAL_SECONDS, signal.SIGKILL),
+            (_SIGNAL_SECONDS, 0),
+        ):
             with anyio.move_on_after(seconds):
                 # Not `process.wait()`, which also waits for pipes that a descendant may hold open.
                 while process.returncode is None:

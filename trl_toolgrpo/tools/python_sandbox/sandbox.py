@@ -40,7 +40,7 @@ NOT_STOPPED = {
 }
 
 _LIMITS_ALONE = "Or pass `sandbox='limits'` for resource limits alone, which contain accidents and not attacks."
-_REMEDIES = {
+_MODE_REMEDIES = {
     "bubblewrap": (
         "It needs bubblewrap 0.8 or newer and user namespaces: set `user.max_user_namespaces` above 0 with `sysctl`, "
         "on Debian `kernel.unprivileged_userns_clone=1`, on Ubuntu `kernel.apparmor_restrict_unprivileged_userns=0`; "
@@ -318,7 +318,7 @@ def find_sandbox(mode: str, limits: Limits, last_expression: bool = True) -> San
         )
     reason = _trial_failure(Sandbox(mode, Limits()))
     if reason is not None:
-        raise ConfigError(f"`sandbox={mode!r}` does not work here ({reason}).", remedy=_REMEDIES[mode])
+        raise ConfigError(f"`sandbox={mode!r}` does not work here ({reason}).", remedy=_MODE_REMEDIES[mode])
     sandbox = Sandbox(mode, limits, last_expression)
     report = sandbox.run("")
     if report.status in ("memory", "lost") or report.code != 0:

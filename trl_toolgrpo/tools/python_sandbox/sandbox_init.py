@@ -27,8 +27,8 @@ _INODE, _SET = 1280, 512
 # Bytes for each unit of a column of /proc/sysvipc: of shared memory, a semaphore, text of messages, a message
 _IPC = (("shm", 14, 1), ("sem", 3, 64), ("msg", 3, 1), ("msg", 4, 64))
 
-_POLL = {"bubblewrap": 0.02, "limits": 0.1}
-_NAME = "<code>"
+_WATCH_INTERVAL = {"bubblewrap": 0.02, "limits": 0.1}
+_SOURCE_NAME = "<code>"
 # What reading about a process can raise because it has ended or is not ours. Any other error, such as a limit on open
 # files that the code has set for this process, must end the run: it would blind the watch.
 _GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
@@ -51,7 +51,7 @@ def main(mode: str) -> None:
     child = os.fork()
     if child == 0:
         _give_up_privileges(given, writable)
-        _run(given.code, given.last_expression)
+        _run_code(given.code, given.last_expression)
         return
     print(json.dumps(_watch(child, readable, mode, given)), flush=True)
     os._exit(0)
@@ -79,17 +79,17 @@ def _give_up_privileges(given: SimpleNamespace, output: int) -> None:
         file.write("1000")  # if memory runs out for the whole machine, this goes first
 
 
-def _run(code: str, last_expression: bool) -> None:
+def _run_code(code: str, last_expression: bool) -> None:
     """Run the code as `__main__`, and show the value of its last line as an interactive session would."""
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    linecache.cache[_NAME] = (len(code), None, code.splitlines(keepends=True), _NAME)
+    linecache.cache[_SOURCE_NAME] = (len(code), None, code.splitlines(keepends=True), _SOURCE_NAME)
     names: dict[str, object] = {"__name__": "__main__", "__builtins__": __builtins__}
     try:
-        tree = ast.parse(code, _NAME)
+        tree = ast.parse(code, _SOURCE_NAME)
         last = tree.body.pop() if last_expression and tree.body and isinstance(tree.body[-1], ast.Expr) else None
-        exec(compile(tree, _NAME, "exec"), names)
+        exec(compile(tree, _SOURCE_NAME, "exec"), names)
         if last is not None:
-            exec(compile(ast.Interactive([last]), _NAME, "single"), names)
+            exec(compile(ast.Interactive([last]), _SOURCE_NAME, "single"), names)
     except SystemExit:
         raise
     except BaseException as error:
@@ -97,7 +97,7 @@ def _run(code: str, last_expression: bool) -> None:
             sys.stdout.flush()
         # Frames of this file are of no interest to the author of the code.
         frames = error.__traceback__
-        while frames is not None and frames.tb_frame.f_code.co_filename != _NAME:
+        while frames is not None and frames.tb_frame.f_code.co_filename != _SOURCE_NAME:
             frames = frames.tb_next
         traceback.print_exception(type(error), error, frames)
         raise SystemExit(1) from None
@@ -116,11 +116,11 @@ def _watch(child: int, output: int, mode: str, given: SimpleNamespace) -> dict[s
     while not end:
         now = time.monotonic()
         if now >= next_look:
-            next_look = now + _POLL[mode]
+            next_look = now + _WATCH_INTERVAL[mode]
             end = "memory" if _memory(mode) > given.memory else ""
         status = _reap(child)
         end = end or ("ended" if status is not None else "timeout" if now >= deadline else "")
-        if select.select([output], [], [], 0 if end else min(_POLL[mode], deadline - now))[0]:
+        if select.select([output], [], [], 0 if end else min(_WATCH_INTERVAL[mode], deadline - now))[0]:
             # As much as the pipe holds, so that what the code leaves behind cannot write for ever
             with contextlib.suppress(BlockingIOError):
                 kept += os.read(output, _LARGEST_PIPE)

@@ -1,7 +1,7 @@
 """The threads of the tool runtime, and which of them belongs to which environment.
 
-All threads are daemons, so that a hung tool never delays the interpreter's exit; the interpreter joins those of a
-`ThreadPoolExecutor` there, and `anyio.to_thread` keeps no environment on one thread.
+All threads are daemons, so that a hung tool never delays the interpreter's exit. `ThreadPoolExecutor` does not do: its
+threads are joined at exit. Nor does `anyio.to_thread`, which does not keep an environment on one thread.
 """
 
 import asyncio
@@ -87,7 +87,7 @@ class Lane:
 
 
 class Owners:
-    """The lanes of environments. An environment is known by identity, and is not kept alive where that can be."""
+    """The lanes of environments, by identity. An environment is kept alive only if it has no weak references."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -95,13 +95,13 @@ class Owners:
 
     def lane(self, owner: object, lane: Lane | None = None) -> Lane:
         """
-        Return the lane of an environment, made at first sight.
+        Return the lane of an environment, and make one if it has none.
 
         Args:
             owner (`object`):
                 The environment.
             lane ([`Lane`], *optional*):
-                The one it was constructed on; by default a new thread is started.
+                The lane it was constructed on; by default a new thread is started.
         """
         with self._lock:
             found = self._lanes.get(id(owner))

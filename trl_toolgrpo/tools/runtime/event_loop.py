@@ -46,7 +46,7 @@ class LoopThread:
         with self._lock:
             if self._loop is None:
                 loop = asyncio.new_event_loop()
-                threading.Thread(target=_run, args=(loop,), name=self._name, daemon=True).start()
+                threading.Thread(target=_run_forever, args=(loop,), name=self._name, daemon=True).start()
                 self._loop = loop
             return self._loop
 
@@ -123,7 +123,7 @@ class LoopRun:
             self.loop.call_soon_threadsafe(self._cancel)
 
     def _start(self) -> None:
-        self._task = self.loop.create_task(_outcome(self._awaitable))
+        self._task = self.loop.create_task(_awaited_outcome(self._awaitable))
         self._task.add_done_callback(self._finish)
 
     def _cancel(self) -> None:
@@ -137,7 +137,7 @@ class LoopRun:
         self.outcome.set_result((None, asyncio.CancelledError()) if task.cancelled() else task.result())
 
 
-def _run(loop: asyncio.AbstractEventLoop) -> None:
+def _run_forever(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
     stopped = False
     while not stopped:
@@ -158,7 +158,7 @@ async def _end(loop: asyncio.AbstractEventLoop, cancel: bool) -> None:
     loop.stop()
 
 
-async def _outcome(awaitable: Awaitable[object]) -> Outcome:
+async def _awaited_outcome(awaitable: Awaitable[object]) -> Outcome:
     try:
         return await awaitable, None
     except BaseException as error:

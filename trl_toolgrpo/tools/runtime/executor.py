@@ -11,16 +11,13 @@ import inspect
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from functools import partial
 from typing import TypeVar, cast
 
 from ...errors import ConfigError, ToolRuntimeError
-from ...types import JSONObject
 from ..arguments import refusal as refusal_of
-from ..results import result_text as result_text
-from ..results import unknown_tool
 from ..tool import Tool, ToolCall, ToolResult
 from .environment_threads import Lane, Owners, Worker
 from .event_loop import LoopRun, LoopThread, Outcome, Work, outcome_of
@@ -38,9 +35,9 @@ class ToolExecutor:
     """
     Runs tool calls concurrently and resolves each to a [`ToolResult`].
 
-    A call waits until the environment or the tool that takes one call at a time is free, then for a slot, and runs on
-    the environment's thread or another one, which waits for what runs on the event loop of tools or in a process. All
-    of that is decided on one event loop on which no tool runs, so it needs no locks: see `_serve`.
+    A call waits for its environment, or for a tool that is not thread-safe, and then for a slot. It runs on the thread
+    of its environment or on an idle one; that thread waits for what runs on the event loop of tools or in a process.
+    `_serve` decides this on an event loop of its own, on which no tool runs, so it needs no locks.
 
     Args:
         max_concurrent (`int`, *optional*, defaults to `64`):
@@ -75,13 +72,14 @@ class ToolExecutor:
             raise ConfigError(
                 f"You passed max_concurrent={max_concurrent}, timeout={timeout}, retries={retries}, "
                 f"max_abandoned={max_abandoned}.",
-                remedy="Calls need at least one slot and a positive time limit (or None), and the counts cannot be "
-                "negative.",
+                remedy="Pass at least one slot, a positive time limit or None, and counts that are not negative.",
             )
         self.timeout = timeout
         self.environment_timeout = environment_timeout
         self.retries = retries
         self.max_abandoned = max_abandoned
+        self.abandoned = 0  # calls given up so far because they ignored their time limit
+        self.stuck: set[Job] = set()  # those of them that still run
         self._owners = Owners()
         self._processes = ProcessPool(warm, max_concurrent)
         self._loop = LoopThread()
@@ -89,23 +87,11 @@ class ToolExecutor:
         self._dispatcher.get()  # a thread cannot be started when the interpreter exits, and a loop is ended there
         self._lock = threading.Lock()
         self._closed = False
-        # What follows is changed on the dispatcher's thread alone.
+        # What follows, and the two attributes above, are changed on the dispatcher's thread alone.
         self._slots = asyncio.Semaphore(max_concurrent)
         self._jobs: dict[asyncio.Task[None], Job] = {}
         self._idle: list[Worker] = []
         self._exclusive: defaultdict[str, Lane] = defaultdict(Lane)
-        self._stuck: set[Job] = set()
-        self._abandoned = 0
-
-    @property
-    def abandoned(self) -> int:
-        """How many calls have been given up so far because they ignored their time limit."""
-        return self._abandoned
-
-    @property
-    def stuck(self) -> int:
-        """How many of the tool calls that were given up still run."""
-        return len(self._stuck)
 
     def submit(
         self, call: ToolCall, tool: Tool | None, owner: object | None = None, *, available: Collection[str] = ()
@@ -136,9 +122,11 @@ class ToolExecutor:
         refusal = refusal_of(call, tool, available)
         if tool is None or refusal is not None:
             answered: Future[ToolResult] = Future()
-            answered.set_result(refusal or unknown_tool(call, available))
+            answered.set_result(cast(ToolResult, refusal))  # there is one if there is no tool
             return answered
-        job = Job(partial(_call_with_copy, tool, call.arguments), tool, owner, limit=tool.timeout or self.timeout)
+        # A copy, so that a tool can change neither the record of the call nor the next attempt.
+        job = Job(lambda: tool.function(**copy.deepcopy(call.arguments)), tool, owner, f"Tool `{tool.name}`")
+        job.limit = tool.timeout or self.timeout
         job.owner = None if owner is None else self._owners.lane(owner)
         if tool.isolation == "process":
             job.function = partial(self._processes.run, tool, call.arguments, job.begin_in_process)
@@ -166,7 +154,8 @@ class ToolExecutor:
         Returns:
             `Future`: Has what it returns or raises, an [`EnvironmentTimeoutError`] at the limit.
         """
-        job = Job(work, None, owner, name, limit, owner=None if on_other_thread else self._owners.lane(owner))
+        job = Job(work, None, owner, f"`{name}` of the environment {type(owner).__name__}", limit)
+        job.owner = None if on_other_thread else self._owners.lane(owner)
         if job.owner is not None and job.owner.is_current:
             job.answer(outcome_of(partial(self._run, job)))
         else:
@@ -189,15 +178,11 @@ class ToolExecutor:
             EnvironmentTimeoutError: if it takes longer than `environment_timeout`.
         """
 
-        def make() -> object:
-            made: object = factory()
-            return _boxed(made) if inspect.iscoroutine(made) else [made]
-
         lane = Lane(Worker("tool-owner"))
-        job = Job(make, limit=self.environment_timeout, owner=lane)
+        job = Job(factory, limit=self.environment_timeout, owner=lane)
         try:
             self._enqueue(job)
-            [owner] = cast("list[T]", job.future.result())
+            owner = cast("T", job.future.result())
         except BaseException:
             lane.stop()
             raise
@@ -239,7 +224,7 @@ class ToolExecutor:
                 The environment instance.
         """
         self._owners.lane(owner).abandoned = True
-        self._after_submitted(self._drop_lost)
+        self._after_submitted(self._drop_waiting)
 
     def release(self, owner: object) -> None:
         """
@@ -264,7 +249,7 @@ class ToolExecutor:
         self._processes.close()
 
     def _check_stuck(self) -> None:
-        names = [job.tool.name for job in list(self._stuck) if job.tool is not None]
+        names = [job.tool.name for job in list(self.stuck) if job.tool is not None]
         if len(names) > self.max_abandoned:
             raise ToolRuntimeError(
                 f"{len(names)} tool calls are stuck past their time limit, more than "
@@ -351,58 +336,46 @@ class ToolExecutor:
         if job.cancellable is None and not is_coroutine:
             self._count_stuck(job)
         job.answer_late()
-        self._drop_lost()
+        self._drop_waiting()
 
     async def _end_expired(self, job: Job, ended: "asyncio.Future[Outcome]") -> None:
-        if job not in self._stuck:
+        if job not in self.stuck:
             if job.cancellable is not None:
                 job.cancellable.cancel()
             await asyncio.wait([ended], timeout=_GRACE)
             if not ended.done():
                 self._count_stuck(job)
-                self._drop_lost()
+                self._drop_waiting()
                 if isinstance(job.cancellable, LoopRun) and not job.cancellable.responded:
                     self._loop.replace(job.cancellable.loop)
         await ended
-        self._stuck.discard(job)
+        self.stuck.discard(job)
         if job.exclusive is not None:
             job.exclusive.abandoned = False
 
     def _count_stuck(self, job: Job) -> None:
         if job.tool is not None:
-            self._stuck.add(job)
-            self._abandoned += 1
+            self.stuck.add(job)
+            self.abandoned += 1
         if job.exclusive is not None:
             job.exclusive.abandoned = True
 
-    def _drop_lost(self) -> None:
-        self._drop(lambda job: job.is_lost)
-
-    def _drop(self, affected: Callable[[Job], bool], reason: str | None = None) -> None:
+    def _drop_waiting(self, reason: str | None = None, all_jobs: bool = False) -> None:
+        """Answer the jobs that wait for something lost, or all that wait."""
         for task, job in list(self._jobs.items()):
-            if job.waits and affected(job):
+            if job.waits and (all_jobs or job.is_lost):
                 job.answer_unrun(reason)
                 task.cancel()
 
     def _end_lane(self, lane: Lane) -> None:
-        self._drop(lambda job: job.owner is lane, "The environment was released before the call ran.")
-        lane.abandoned = True  # for calls that another thread submits at the same time
+        lane.abandoned = True  # also for calls that another thread submits at the same time
+        self._drop_waiting("The environment was released before the call ran.")
         lane.stop()
 
     def _wind_down(self) -> None:
-        self._drop(lambda job: True, "The tool runtime was shut down before the call ran.")
+        self._drop_waiting("The tool runtime was shut down before the call ran.", all_jobs=True)
         for worker in self._idle:
             worker.stop()
         self._idle.clear()
         self._owners.clear()
         self._loop.stop()
-
-
-async def _boxed(awaitable: Awaitable[object]) -> list[object]:
-    """Return what an awaitable makes in a list, so that it is not awaited in turn if it can be."""
-    return [await awaitable]
-
-
-def _call_with_copy(tool: Tool, arguments: JSONObject) -> object:
-    """Call a tool with arguments of its own: it can change neither the record of the call nor the next attempt."""
-    return tool.function(**copy.deepcopy(arguments))

@@ -55,7 +55,7 @@ def _call(function: "Callable[..., object]", arguments: "JSONObject", limit: int
     reusable = True
     try:
         value = function(**arguments)
-        result = as_result(asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value)
+        result = as_result(asyncio.run(_result_of(value)) if inspect.isawaitable(value) else value)
         content = _bounded(result.content, limit)
     except BaseException as error:
         result = raised(error)
@@ -64,7 +64,7 @@ def _call(function: "Callable[..., object]", arguments: "JSONObject", limit: int
     return {**vars(result), "content": content, "reusable": reusable}
 
 
-async def _awaited(value: "Awaitable[object]") -> object:
+async def _result_of(value: "Awaitable[object]") -> object:
     return await value
 
 

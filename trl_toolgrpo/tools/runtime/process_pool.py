@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ...errors import ToolRuntimeError, ToolSchemaError
 from ...types import JSONObject
+from ..results import failure
 from ..tool import Tool, ToolResult
 from .supervisor import guarded
 
@@ -93,7 +94,7 @@ class ToolProcess:
         reply = self._receive()
         if reply is None:
             message = f"The process of tool `{self.tool.name}` {self._end_description()}."
-            return ToolResult({"error": message}, is_error=True, error_type="error"), False
+            return failure("error", message), False
         reusable = reply.pop("reusable")
         return ToolResult(**reply), reusable
 
@@ -108,7 +109,7 @@ class ToolProcess:
         self._process.wait()
 
     def _send(self, message: JSONObject) -> None:
-        with suppress(OSError):  # what has become of the process is seen when its answer is read
+        with suppress(OSError):  # a process that has ended is noticed when its answer is read
             self._connection.send(message)
 
     def _receive(self) -> JSONObject | None:

@@ -1,4 +1,4 @@
-"""One call on its way through the runtime: its attempts, where whatever a tool raises becomes data, and its answer."""
+"""One call of the runtime: its attempts, its time limit and its answer. Whatever a tool raises becomes data here."""
 
 import time
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from ...errors import EnvironmentTimeoutError
-from ..results import as_result, raised, refused
+from ..results import as_result, failure, raised
 from ..tool import Tool, ToolResult
 from .environment_threads import Lane, Worker
 from .event_loop import LoopRun, Outcome, Work
@@ -16,7 +16,7 @@ from .process_pool import ProcessCall
 @dataclass(eq=False)
 class Job:
     """
-    One call of a tool, or with `tool=None` something else that is asked of an environment.
+    One call of a tool, or, with `tool=None`, another piece of work on an environment's thread.
 
     Args:
         function (`Callable`):
@@ -24,9 +24,9 @@ class Job:
         tool (`Tool`, *optional*):
             The tool that is called.
         environment (`object`, *optional*):
-            The environment it is asked of, kept alive as long as the job is.
-        name (`str`, *optional*, defaults to `""`):
-            What is asked of the environment, for messages.
+            The environment that the work belongs to, kept alive as long as the job is.
+        title (`str`, *optional*, defaults to `"It"`):
+            What runs, for messages.
         limit (`float`, *optional*):
             Seconds the job has once it runs; `None` for no limit.
     """
@@ -34,7 +34,7 @@ class Job:
     function: Work
     tool: Tool | None = None
     environment: object = None
-    name: str = ""
+    title: str = "It"
     limit: float | None = None
     future: "Future[object]" = field(default_factory=Future)
     owner: Lane | None = None
@@ -66,7 +66,7 @@ class Job:
             part.cancel()
 
     def begin_in_process(self, call: ProcessCall) -> None:
-        """Note that the process is ready, from which on the time counts, also that of later attempts."""
+        """Note that the process is ready: the time limit starts now, and covers later attempts too."""
         self.begin(call)
         if not self.ready.done():
             self.started = time.monotonic()
@@ -105,17 +105,11 @@ class Job:
 
     def answer_late(self) -> None:
         """Resolve the future of a job that did not return within its limit."""
-        limit = f"{self.limit:g} seconds"
-        if self.tool is not None:
-            self._answer_failure("timeout", f"Tool `{self.tool.name}` did not return within {limit}.")
-        elif self.environment is None:  # a constructor
-            self._answer_failure("timeout", f"It did not return within {limit}.")
-        else:
-            asked = f"`{self.name}` of the environment {type(self.environment).__name__}"
-            self._answer_failure("timeout", f"{asked} did not return within {limit} (`environment_timeout`).")
+        option = " (`environment_timeout`)" if self.tool is None else ""
+        self._answer_failure("timeout", f"{self.title} did not return within {self.limit:g} seconds{option}.")
 
     def answer_unrun(self, reason: str | None = None) -> None:
-        """Resolve the future of a job that will not run, by default because what it waits for is lost."""
+        """Resolve the future of a job that will not run, by default because what it waits for is abandoned."""
         self.waits = False
         busy = "environment" if self.owner is not None and self.owner.abandoned else "tool"
         self._answer_failure("abandoned", reason or f"The {busy} is still busy with an earlier call.")
@@ -124,4 +118,4 @@ class Job:
         if self.tool is None:
             self.answer((None, EnvironmentTimeoutError(message, self.environment)))
         else:
-            self.answer((refused(kind, message), None))
+            self.answer((failure(kind, message), None))

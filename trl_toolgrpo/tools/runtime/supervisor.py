@@ -137,15 +137,11 @@ def _reap(process: int) -> int | None:
 def _kill_descendants() -> None:
     """Kill whatever is below this process until nothing is left; on Linux only."""
     deadline = time.monotonic() + _GIVE_UP
-    while sys.platform == "linux" and time.monotonic() < deadline:
-        for process in _descendants():
+    while sys.platform == "linux" and (found := _descendants()) and time.monotonic() < deadline:
+        for process in found:
             with contextlib.suppress(OSError):
                 os.kill(process, signal.SIGKILL)
         _reap(0)
-        try:
-            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
-            return
         time.sleep(0.002)
 
 

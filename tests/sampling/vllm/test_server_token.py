@@ -12,8 +12,8 @@ from peft import LoraConfig
 from rollout_server import ServerProcess
 
 from trl_toolgrpo import ConfigError, RolloutServerError, ToolGRPOTrainer
-from trl_toolgrpo import serve as server
-from trl_toolgrpo.sampling.vllm import server_token
+from trl_toolgrpo import serve as command
+from trl_toolgrpo.sampling.vllm import server, server_token
 from trl_toolgrpo.sampling.vllm.client import ServedEngine, model_shape
 from trl_toolgrpo.sampling.vllm.policy_weights import PolicyFile, write_policy
 from trl_toolgrpo.sampling.vllm.sampler import TokenRequest
@@ -153,7 +153,7 @@ def test_a_server_for_other_machines_needs_a_token(host, monkeypatch):
         server.serve(start, {}, host, 0)
     monkeypatch.setattr(sys, "argv", ["serve", "--model", "m", "--host", host])
     with pytest.raises(ConfigError, match="no token"):
-        server.main()
+        command.main()
     assert not began
     server.check_address(host, TOKEN)
 

@@ -7,7 +7,7 @@ and results without a name. What they mean is clear, and few templates read them
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from ..errors import DatasetError
 from ..tools.arguments import allows_null
@@ -129,10 +129,12 @@ class PromptMessages:
 
     def _object(self, value: JSONObject, schema: JSONSchema, tool: Tool, place: str) -> JSONObject:
         """Return an object within arguments, see [`PromptMessages._fitting_value`]."""
+        known, more = _properties(schema), schema.get("additionalProperties")
+        other = more if isinstance(more, dict) and more else False  # for a key that the schema does not mention
         return {
-            key: self._fitting_value(inner, expected, tool, f"{place}.{key}")
-            for key, inner, expected in _expected(value, schema)
-            if inner is not None or allows_null(expected, tool)
+            key: self._fitting_value(inner, known.get(key, other), tool, f"{place}.{key}")
+            for key, inner in value.items()
+            if inner is not None or allows_null(known.get(key, other), tool)
         }
 
     def _fitting_value(self, value: JSONValue, schema: JSONValue, tool: Tool, place: str) -> JSONValue:
@@ -192,12 +194,3 @@ def _properties(schema: JSONSchema) -> JSONObject:
         for name, inner in (part or {}).items():
             found[name] = {"anyOf": [found[name], inner]} if name in found and found[name] != inner else inner
     return found
-
-
-def _expected(value: JSONObject, schema: JSONSchema) -> Iterator[tuple[str, JSONValue, JSONValue]]:
-    """Yield keys and values of an object with the schema of each; `False` for a key that the schema does not
-    mention."""
-    known, more = _properties(schema), schema.get("additionalProperties")
-    other = more if isinstance(more, dict) and more else False
-    for key, inner in value.items():
-        yield key, inner, known.get(key, other)

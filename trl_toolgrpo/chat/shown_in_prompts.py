@@ -108,14 +108,14 @@ def _schema_changes(
     properties = schema["properties"] if isinstance(schema.get("properties"), dict) else {}
     for key in properties:
         renamed = {(_other_value(k) if k == key else k): value for k, value in properties.items()}
-        yield Part(f"the property {_joined(name, key)!r}", True), (*path, "properties"), renamed
+        yield Part(f"the property {_property_path(name, key)!r}", True), (*path, "properties"), renamed
     for step, inner in places(schema):
         if step[0] not in ("$defs", "definitions"):
-            inner_name = _joined(name, str(step[1])) if step[0] == "properties" else name
+            inner_name = _property_path(name, str(step[1])) if step[0] == "properties" else name
             yield from _schema_changes(inner, (*path, *step), inner_name, needed and step[0] not in _REFINES)
 
 
-def _joined(name: str, key: str) -> str:
+def _property_path(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
 
 

@@ -19,7 +19,7 @@ from ..tools.tool import ToolCall
 from ..types import JSONObject, JSONSchema, Message
 from .control_tokens import ControlTokens
 from .parsing import ParsedTurn, parse_turn
-from .response_templates import RAW_TEXT, mended, rendered_call
+from .response_templates import RAW_TEXT, corrected_template, rendered_call
 
 
 TRUNCATION_MARKER = "\n[... truncated: the output was longer than {limit} tokens ...]\n"
@@ -105,7 +105,7 @@ class ToolChat:
             rendered = self.render_call("tool", {"argument": RAW_TEXT})
         except Exception:  # of a template that renders no call, which is refused where one is needed
             return template
-        return mended(template, rendered)
+        return corrected_template(template, rendered)
 
     @functools.cached_property
     def _call_stop_ids(self) -> frozenset[int]:
@@ -253,14 +253,13 @@ class ToolChat:
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """Return the text of a conversation under the template and its arguments."""
-        rendered: str = self.tokenizer.apply_chat_template(
+        return self.tokenizer.apply_chat_template(
             list(messages),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             chat_template=self.chat_template,
             **self.template_kwargs,
         )
-        return rendered
 
     def _keeps_whitespace(self) -> bool:
         """Return whether the template keeps white space around a tool result; this also proves that it renders one."""

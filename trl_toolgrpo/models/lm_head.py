@@ -7,7 +7,7 @@ recomputed log-probs differ by. TRL scores such a head outside autocast; the hea
 import functools
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -20,10 +20,10 @@ from trl.trainer.utils import add_fused_lm_head
 
 from ..config.fields import ToolGRPOConfig
 from ..errors import ConfigError
+from .temporary_attribute import temporary_attribute
 
 
-@contextmanager
-def without_trls_cast(args: ToolGRPOConfig, recording: bool) -> Iterator[None]:
+def without_trls_cast(args: ToolGRPOConfig, recording: bool) -> AbstractContextManager[None]:
     """
     Keep TRL's constructor from casting the LM head, which it can do for few models: it casts no head that is tied
     under an adapter, and its cast head returns bfloat16 under autocast. [`cast_heads`] takes its place.
@@ -34,12 +34,7 @@ def without_trls_cast(args: ToolGRPOConfig, recording: bool) -> Iterator[None]:
         recording (`bool`):
             Whether rollouts are this package's own; otherwise TRL's cast is left to TRL.
     """
-    wanted = args.cast_lm_head_to_fp32
-    args.cast_lm_head_to_fp32 = wanted and not recording
-    try:
-        yield
-    finally:
-        args.cast_lm_head_to_fp32 = wanted
+    return temporary_attribute(args, "cast_lm_head_to_fp32", args.cast_lm_head_to_fp32 and not recording)
 
 
 def cast_heads(model: nn.Module, temperature: float, outputs: tuple[str, ...] = ("log_probs", "entropy")) -> None:

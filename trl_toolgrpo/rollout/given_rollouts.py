@@ -52,7 +52,8 @@ def checked_rollouts(
                     f"The `rollout_func` returned {len(rows)} entries in `{name}` for {len(prompts)} prompts.",
                     remedy="Return one for each prompt, in order.",
                 )
-        plain = {name: [_as_list(row) for row in rows] for name, rows in lists.items()}
+        # Lists in place of tensors and arrays
+        plain = {n: [row.tolist() if hasattr(row, "tolist") else row for row in rows] for n, rows in lists.items()}
         if fault is not None:
             logger.warning("Masked out of the update, all of the batch: %s", fault)
             output.setdefault("logprobs", None)
@@ -111,8 +112,3 @@ def _mask_out(output: Batch, lists: Lists, rows: Sequence[int], pad_id: int) -> 
         if "logprobs" in lists:
             lists["logprobs"][row] = [0.0] * len(ids)
     output |= lists
-
-
-def _as_list(values: object) -> object:
-    """Return a list in place of a tensor or an array."""
-    return values.tolist() if hasattr(values, "tolist") else values

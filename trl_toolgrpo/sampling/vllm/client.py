@@ -1,7 +1,7 @@
-"""A served engine for the vLLM sampler: the client of `serve.py`.
+"""A served engine for the vLLM sampler: the client of `server.py`.
 
-A turn that was being sampled when the server went away is requested again once the server is back and has been sent
-the weights. The client has the turns before it, so no rollout is lost and none is begun twice.
+A turn that was being sampled when the server was lost is requested again once the server is back and has been sent the
+weights. The client has the turns before it, so no rollout is lost and none is started twice.
 """
 
 import asyncio
@@ -71,7 +71,7 @@ def model_shape(config: PreTrainedConfig) -> JSONObject:
 
 class ServedEngine:
     """
-    An engine behind a server; see [`TokenEngine`].
+    An engine on a server; see [`TokenEngine`].
 
     Args:
         url (`str`):

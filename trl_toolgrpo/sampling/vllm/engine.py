@@ -1,6 +1,6 @@
-"""vLLM's asynchronous engine, set up for training: in the training process, or in that of `serve.py`.
+"""vLLM's asynchronous engine, set up for training: in the training process, or in that of `server.py`.
 
-New weights get into it as an adapter under a new name, or as a checkpoint of all weights. vLLM is imported where it is
+New weights are loaded as an adapter under a new name, or as a checkpoint of all weights. vLLM is imported where it is
 used.
 """
 

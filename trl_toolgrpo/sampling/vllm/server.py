@@ -15,7 +15,6 @@ import shutil
 import signal
 import tempfile
 import uuid
-from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from ...errors import ConfigError, EngineLostError, SamplerError
 from ...types import JSONObject
 from .client import HEADER_BYTES, PROTOCOL
 from .policy_weights import ADAPTER_CONFIG, PolicyFile, claim_folder
-from .sampler import TokenEngine, TokenRequest
+from .sampler import EngineStart, TokenEngine, TokenRequest
 from .server_token import HOW_TO_SET, is_loopback, is_shown, server_token
 
 
@@ -139,13 +138,7 @@ class RolloutServer:
         self._remove_folder()
 
 
-def serve(
-    start: Callable[[], Awaitable[TokenEngine]],
-    about: JSONObject,
-    host: str,
-    port: int,
-    token: str | None = None,
-) -> None:
+def serve(start: EngineStart, about: JSONObject, host: str, port: int, token: str | None = None) -> None:
     """
     Serve until the process is told to stop.
 

@@ -91,7 +91,7 @@ def test_a_call_with_a_forced_name_is_parsed(template):
 def test_a_template_without_an_opening_is_refused():
     chat = chat_of("qwen3_instruct_2507")
     chat.tokenizer.response_template = {**chat.tokenizer.response_template, "fields": {"content": {}}}
-    with pytest.raises(ChatTemplateError, match="cannot be read off the chat template"):
+    with pytest.raises(ChatTemplateError, match="do not show how a tool call opens"):
         CallPrefixes(chat)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import regex
 
 from ..errors import ChatTemplateError, ToolSchemaError
-from ..tools.schema_forms import places, replaced
+from ..tools.schema_forms import constants, places, replaced
 from ..tools.tool import Tool
 from ..types import JSONObject, JSONSchema, JSONValue
 from .tool_chat import ToolChat
@@ -35,7 +35,7 @@ class CallGrammar:
             Chat handling of the tokenizer and template.
 
     Raises:
-        ChatTemplateError: if it cannot be read off the template how arguments are written.
+        ChatTemplateError: if the template does not show how it writes arguments.
     """
 
     def __init__(self, chat: ToolChat):
@@ -99,7 +99,7 @@ class _WrittenOneByOne:
     """
     Arguments with text around each, such as `<parameter=city>\nRome\n</parameter>`.
 
-    Everything is read off rendered examples: the text before the first key, between a key and its value, between an
+    Everything is read from rendered examples: the text before the first key, between a key and its value, between an
     argument and the next one, after the last one; what surrounds a string; how the template writes constants.
     """
 
@@ -119,8 +119,8 @@ class _WrittenOneByOne:
                 raise ValueError("arguments are not written independently of each other")
         except ValueError as error:
             raise ChatTemplateError(
-                f"You passed `force_level='schema'`, but it cannot be read off the chat template how arguments are "
-                f"written: {error}.",
+                f"You passed `force_level='schema'`, but the chat template does not show how it writes arguments: "
+                f"{error}.",
                 remedy="Use `force_level='name'`, or a chat template TRL ships.",
             ) from error
         reverse = zone({other: _NUMBER, key: _NUMBER})
@@ -152,12 +152,11 @@ class _WrittenOneByOne:
     def _value(self, schema: JSONValue, where: str) -> str:
         """Return the expression of the values a schema allows, as the template writes them."""
         schema = schema if isinstance(schema, dict) else {}
-        for key in ("enum", "const"):
-            if key in schema:
-                constants = schema[key] if key == "enum" else [schema[key]]
-                if not constants:
-                    raise ToolSchemaError(f"{where} allows no value that this chat template can write")
-                return _either(self._constant(value, where) for value in constants)
+        if "enum" in schema or "const" in schema:
+            values = constants(schema)
+            if not values:
+                raise ToolSchemaError(f"{where} allows no value that this chat template can write")
+            return _either(self._constant(value, where) for value in values)
         for key in ("anyOf", "oneOf"):
             if key in schema:
                 return _either(self._value(choice, where) for choice in schema[key])
@@ -174,7 +173,7 @@ class _WrittenOneByOne:
         if kind == "string":
             unknown = sorted(set(schema) - _TEXT_KEYS)
             if unknown:
-                raise ToolSchemaError(f"{where} constrains a text by {unknown}, which this chat template cannot carry")
+                raise ToolSchemaError(f"{where} constrains a text by {unknown}, which this chat template cannot write")
             opening, closing = map(self._literal, self.quotes)
             return _join(opening, self._text(schema), closing)
         if (kind in ("array", "object") and not self.nested) or "$ref" in json.dumps(schema):

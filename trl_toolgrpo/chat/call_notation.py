@@ -53,7 +53,7 @@ def end_of_call(field: ResponseTemplateField, text: str, start: int, first: rege
         text (`str`):
             The turn.
         start (`int`):
-            Place in `text` just after the opening of the call.
+            Index in `text` just after the opening of the call.
         first (`regex.Match`):
             The first closing marker after `start`, which ends a call whose arguments cannot be read.
     """

@@ -2,7 +2,7 @@
 
 `datasets` gives the structs of a column one set of keys, fills the keys a row does not have with nulls, and turns
 integers into floats where another row has a float under the same key; OpenAI's messages have arguments as JSON text
-and results without a name. What they mean is clear, and few templates read them.
+and results without a name. Their meaning is clear, but few templates can read them.
 """
 
 import contextlib
@@ -58,10 +58,7 @@ class PromptMessages:
         if not isinstance(prompt, list):
             return prompt
         names: dict[str, str] = {}  # of the calls so far, by id; without one, of the only call of the latest turn
-        return [
-            message if _is_plain(message) else self._message(message, tools, names)
-            for message in prompt
-        ]
+        return [message if _is_plain(message) else self._message(message, tools, names) for message in prompt]
 
     def _message(self, message: Message, tools: Mapping[str, Tool], names: dict[str, str]) -> Message:
         """Return a message rewritten; `names` of calls are read and updated."""

@@ -1,7 +1,7 @@
 """Response templates: how a family of chat templates writes thoughts, calls and text.
 
-TRL knows them by the bytes of the chat template. Here they are known by what the chat template renders, and TRL's that
-read calls differently from how they are written are replaced. All of them are valid for transformers' own parser.
+TRL identifies them by the bytes of the chat template. Here they are identified by what the chat template renders, and
+those of TRL's that do not match how calls are written are replaced. All are valid for transformers' own parser.
 """
 
 import contextlib
@@ -226,7 +226,7 @@ def response_template_of(tokenizer: PreTrainedTokenizerBase) -> JSONObject | Non
 
 def corrected_template(template: JSONObject, rendered_text: str) -> JSONObject:
     """
-    Return the response template to read calls with: `template`, unless it is one of TRL's that is wrong.
+    Return the response template to read calls with: `template`, unless it is one of TRL's that reads calls wrongly.
 
     Args:
         template (`dict`):

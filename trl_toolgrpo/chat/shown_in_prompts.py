@@ -1,6 +1,6 @@
 """Whether a chat template shows what it is given: each tool with its schema, each kind of message with its content.
 
-A part is shown if the prompt changes when the part does. That needs to know nothing of how a template writes it.
+A part is shown if the prompt changes when the part does. This works however a template writes it.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The LM head in float32, while the rest of the policy computes in bfloat16 or float16 (`cast_lm_head_to_fp32`).
 
-Rounded to bfloat16, a logit between 16 and 32 is off by up to 0.06, which is about half of what recorded and
-recomputed log-probs differ by. TRL scores such a head outside autocast; the head that samples has to do the same.
+Rounded to bfloat16, a logit between 16 and 32 is off by up to 0.06, which is about half of the difference between
+recorded and recomputed log-probs. TRL scores such a head outside autocast; the head that samples has to do the same.
 """
 
 import functools
@@ -156,7 +156,7 @@ def score_adapted_head(model: nn.Module) -> None:
         model (`PreTrainedModel` or `PeftModel`):
             The policy, with TRL's fused LM head.
     """
-    if not has_adapted_head(model):
+    if not isinstance(model, PeftModel) or not isinstance(model.get_output_embeddings(), LoraLayer):
         return
     base = base_model(model)
     original = base.forward
@@ -169,11 +169,6 @@ def score_adapted_head(model: nn.Module) -> None:
             return original(*args, fused_lm_head=True, **kwargs)
 
     base.forward = types.MethodType(forward, base)
-
-
-def has_adapted_head(model: nn.Module) -> bool:
-    """Return whether the LM head of a model carries a LoRA adapter."""
-    return isinstance(model, PeftModel) and isinstance(model.get_output_embeddings(), LoraLayer)
 
 
 def _effective_head(head: nn.Module | None) -> nn.Module | _EffectiveHead | None:

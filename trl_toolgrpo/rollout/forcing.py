@@ -34,7 +34,7 @@ class CallPrefixes:
             Chat handling of the tokenizer and template.
 
     Raises:
-        ChatTemplateError: if the opening cannot be read off the template.
+        ChatTemplateError: if the template does not show it.
     """
 
     def __init__(self, chat: ToolChat):
@@ -58,8 +58,8 @@ class CallPrefixes:
         starts = [match.start() for match in regex.finditer(pattern, rendered, regex.DOTALL) if match.start() < end]
         if not pattern or end < 0 or not starts:
             raise ChatTemplateError(
-                "You passed `force_rate` above 0, but the opening of a tool call cannot be read off the chat template "
-                "and its response template.",
+                "You passed `force_rate` above 0, but the chat template and its response template do not show how a "
+                "tool call opens.",
                 remedy="Use a chat template TRL ships, or leave `force_rate` at 0.",
             )
         return rendered[starts[-1] : end]

@@ -1,6 +1,6 @@
 """The tools of a run and of each rollout: those passed, those of environments, and those of MCP servers.
 
-A mixin of the trainer: how MCP servers join the tools of a run, are lent to rollouts and shown to reward functions,
+A mixin for the trainer: how MCP servers join the tools of a run, are lent to rollouts and shown to reward functions,
 and how environments are read. The servers themselves are in `tools/mcp/`.
 """
 
@@ -17,11 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from trl import GRPOTrainer
-from trl.chat_template_utils import (
-    add_response_schema,
-    get_training_chat_template,
-    is_chat_template_prefix_preserving,
-)
+from trl.chat_template_utils import add_response_schema, get_training_chat_template, is_chat_template_prefix_preserving
 
 from ..chat.control_tokens import ControlTokens
 from ..chat.inert_prompts import InertPrompts, with_observation
@@ -188,8 +184,8 @@ class RolloutTools(GRPOTrainer):
 
     def _make_chat(self) -> ToolChat:
         """
-        Make what turns a conversation into tokens. A prompt is not tool output: what a server says of its tools is
-        rendered as it is, so it must be harmless.
+        Make what turns a conversation into tokens. A prompt is not tool output: what a server says about its tools
+        is rendered as it is, so it must be harmless.
         """
         kwargs: Any = self.chat_template_kwargs
         chat = ToolChat(self._tokenizer, self.eos_token_ids, self.chat_template, kwargs)

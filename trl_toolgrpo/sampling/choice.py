@@ -4,7 +4,7 @@ forward pass.
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -55,7 +55,8 @@ def unsupported_reason(
     others = layers_beside_attention(base)
     if others:
         return f"it has {', '.join(others)} layers"
-    with _without_autocast(base):
+    bare = base.__dict__.get("_original_forward")  # from before accelerate put autocast around it
+    with nullcontext() if bare is None else temporary_attribute(base, "forward", bare):  # to try float32 exactly
         reason = _trial(base, list(token_ids))
     with autocast():
         low_precision = torch.is_autocast_enabled(next(base.parameters()).device.type)
@@ -67,12 +68,6 @@ def unsupported_reason(
 def _is_exact(model: nn.Module) -> bool:
     """Return whether a model computes in float32 or better, outside autocast."""
     return all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point())
-
-
-def _without_autocast(model: nn.Module) -> AbstractContextManager[None]:
-    """Restore the forward pass from before accelerate put autocast around it, so that float32 is tried exactly."""
-    bare = model.__dict__.get("_original_forward")
-    return nullcontext() if bare is None else temporary_attribute(model, "forward", bare)
 
 
 def layers_beside_attention(model: PreTrainedModel) -> list[str]:

@@ -19,7 +19,7 @@ from .policy_weights import PolicyFile
 
 
 STEP_SECONDS = 0.01
-"""Longest time a step waits for a turn to end, before the loop looks after tools."""
+"""Longest time a step waits for a turn to end, before the loop attends to tools."""
 Result = TypeVar("Result")
 
 
@@ -199,8 +199,8 @@ class VLLMSession:
         room = self.sampler.max_length - len(history)
         if room < 1:
             raise SamplerError(
-                f"Rollout {row} has {len(history)} tokens to begin with, and vLLM takes {self.sampler.max_length} in "
-                f"total.",
+                f"Rollout {row} has {len(history)} tokens to begin with, and vLLM is configured for "
+                f"{self.sampler.max_length} in total.",
                 remedy="Raise `vllm_max_model_length` (of a server: `--max-model-len`), or shorten the prompts.",
             )
         budget, sampler, ended = min(max_new_tokens, room), self.sampler, self._ended

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from trl_toolgrpo.errors import EngineLostError
 from trl_toolgrpo.sampling.vllm.client import model_shape
 from trl_toolgrpo.sampling.vllm.sampler import TokenReply
-from trl_toolgrpo.serve import serve
+from trl_toolgrpo.sampling.vllm.server import serve
 
 
 class TinyEngine:

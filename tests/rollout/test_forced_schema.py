@@ -185,7 +185,7 @@ def test_a_template_whose_arguments_cannot_be_read_is_refused():
     chat = chat_of("qwen3_5_nothink")
     render = chat.render
     chat.render = lambda *args, **kwargs: render(*args, **kwargs).replace("key_5b0d", "argument")
-    with pytest.raises(ChatTemplateError, match=r"cannot be read off.*force_level='name'"):
+    with pytest.raises(ChatTemplateError, match=r"does not show how it writes arguments.*force_level='name'"):
         CallGrammar(chat)
 
 

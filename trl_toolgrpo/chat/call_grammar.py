@@ -1,7 +1,7 @@
 """The grammar of a tool call's body: everything a template writes after the tool's name, to the end of the turn.
 
 A chat template shows how it writes arguments: as one JSON object, or one by one with text between them. The grammars
-are Lark grammars as llguidance reads them; `constraint.py` compiles them.
+are Lark grammars as llguidance reads them; `sampling/constraint.py` compiles them.
 """
 
 import json
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 import regex
 
 from ..errors import ChatTemplateError, ToolSchemaError
+from ..tools.schema_forms import constants, places, replaced
 from ..tools.tool import Tool
 from ..types import JSONObject, JSONSchema, JSONValue
 from .tool_chat import ToolChat
@@ -20,6 +21,7 @@ _NAME, _KEYS, _VALUES = "grammar_name_7c1e", ("key_5b0d", "key_9e2f"), ("text_41
 _NUMBER, _NESTED = 70017, [True, {"key_5b0d": "text_41aa"}]
 _SPACING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 _PLAIN_NUMBER = r"/-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,9})?/"
+_CLOSABLE = {"properties", "$defs", "definitions", "anyOf", "oneOf", "prefixItems", "items", "additionalProperties"}
 _NUMBER_KEYS = {"type", "title", "description", "default", "examples"}
 _TEXT_KEYS = {*_NUMBER_KEYS, "minLength", "maxLength"}
 
@@ -33,7 +35,7 @@ class CallGrammar:
             Chat handling of the tokenizer and template.
 
     Raises:
-        ChatTemplateError: if it cannot be read off the template how arguments are written.
+        ChatTemplateError: if the template does not show how it writes arguments.
     """
 
     def __init__(self, chat: ToolChat):
@@ -42,7 +44,7 @@ class CallGrammar:
         zone = self._zone({_KEYS[0]: _VALUES[0]})
         found = json_object.search(zone)
         self._around = (zone[: found.start()], zone[found.end() :]) if found else None
-        self._arguments = None if found else _WrittenOneByOne(self._zone)
+        self._arguments = None if found else _WrittenOneByOne(self._zone, self._literal)
 
     def of(self, tool: Tool) -> str:
         """
@@ -59,36 +61,31 @@ class CallGrammar:
             ToolSchemaError: if the template has no known way to write the arguments.
         """
         if self._arguments is not None:
-            start, rules = self._arguments.grammar(tool, self._literal)
-            return "\n".join([f"start: {start}", *rules])
+            return self._arguments.grammar(tool)
         before, after = self._around or ("", "")
         body = {**_closed(tool.parameters), "x-guidance": _SPACING}
-        parts = [self._literal(before), "arguments", self._literal(after)]
-        return f"start: {' '.join(filter(None, parts))}\narguments: %json {json.dumps(body)}"
+        start = _join(self._literal(before), "arguments", self._literal(after))
+        return f"start: {start}\narguments: %json {json.dumps(body)}"
 
     def _zone(self, arguments: JSONObject) -> str:
         """Return what the template writes after the name, through the first token that ends a turn."""
         rendered = self._chat.render_call(_NAME, arguments)
         zone = rendered[rendered.rindex(_NAME) + len(_NAME) :]
-        end = self._first_stop(zone)
-        if end is not None:
-            return zone[:end]
+        stop = self._chat.first_stop(zone)
+        if stop is not None:
+            return zone[: stop.end()]
         # The turn ends with what opens the result: GLM writes `<|observation|>` there, and `<|user|>` stops a turn too
         result = {"role": "tool", "name": "tool", "content": "x", "tool_call_id": "call_0_0"}
         answered = self._chat.render_call(_NAME, arguments, [result])
         after = answered[len(rendered) :]
-        end = self._first_stop(after)
-        if not answered.startswith(rendered) or end is None:
+        stop = self._chat.first_stop(after)
+        if not answered.startswith(rendered) or stop is None:
             raise ChatTemplateError(
                 "You passed `force_level='schema'`, but the chat template does not show which token ends a turn that "
                 "calls a tool.",
                 remedy="Use `force_level='name'`, or a chat template TRL ships.",
             )
-        return zone + after[:end]
-
-    def _first_stop(self, text: str) -> int | None:
-        """Return the end of the first token that ends a turn; `None` if there is none."""
-        return min((text.index(stop) + len(stop) for stop in self._chat.stop_texts if stop in text), default=None)
+        return zone + after[: stop.end()]
 
     def _literal(self, text: str) -> str:
         """Return the expression of fixed text: control tokens by their ids, since no text may become one, and the rest
@@ -102,12 +99,12 @@ class _WrittenOneByOne:
     """
     Arguments with text around each, such as `<parameter=city>\nRome\n</parameter>`.
 
-    Everything is read off rendered examples: the text before the first key, between a key and its value, between an
+    Everything is read from rendered examples: the text before the first key, between a key and its value, between an
     argument and the next one, after the last one; what surrounds a string; how the template writes constants.
     """
 
-    def __init__(self, zone: Callable[[JSONObject], str]):
-        self._zone = zone
+    def __init__(self, zone: Callable[[JSONObject], str], literal: Callable[[str], str]):
+        self._zone, self._literal = zone, literal
         key, other = _KEYS
         self.nothing = zone({})
         one, two = zone({key: _NUMBER}), zone({key: _NUMBER, other: _NUMBER})
@@ -122,8 +119,8 @@ class _WrittenOneByOne:
                 raise ValueError("arguments are not written independently of each other")
         except ValueError as error:
             raise ChatTemplateError(
-                f"You passed `force_level='schema'`, but it cannot be read off the chat template how arguments are "
-                f"written: {error}.",
+                f"You passed `force_level='schema'`, but the chat template does not show how it writes arguments: "
+                f"{error}.",
                 remedy="Use `force_level='name'`, or a chat template TRL ships.",
             ) from error
         reverse = zone({other: _NUMBER, key: _NUMBER})
@@ -131,14 +128,15 @@ class _WrittenOneByOne:
         nested = zone({key: _NESTED})
         self.nested = nested == f"{self.before}{key}{self.middle}{json.dumps(_NESTED)}{self.after}"
 
-    def grammar(self, tool: Tool, literal: Callable[[str], str]) -> tuple[str, list[str]]:
-        """Return the start expression and the rules of the arguments of `tool`."""
+    def grammar(self, tool: Tool) -> str:
+        """Return the grammar of the arguments of `tool`."""
+        literal = self._literal
         properties: JSONObject = tool.parameters.get("properties") or {}
         names = sorted(properties) if self.sorts else list(properties)
         required = [name in (tool.parameters.get("required") or ()) for name in names]
         rules = []
         for index, name in enumerate(names):
-            value = self._value(properties[name], f"property `{name}` of the tool `{tool.name}`", literal)
+            value = self._value(properties[name], f"property `{name}` of the tool `{tool.name}`")
             rules.append(f"argument_{index}: {_join(literal(name + self.middle), value)}")
         later = [_join(literal(self.between), f"argument_{index}") for index in range(len(names))]
         later = [item if must else f"({item})?" for item, must in zip(later, required, strict=True)]
@@ -148,35 +146,36 @@ class _WrittenOneByOne:
             sequences.append(_join(*parts))
         if not any(required):
             sequences.append(literal(self.nothing))
-        return " | ".join(f"({sequence})" for sequence in sequences), rules
+        start = " | ".join(f"({sequence})" for sequence in sequences)
+        return "\n".join([f"start: {start}", *rules])
 
-    def _value(self, schema: JSONValue, where: str, literal: Callable[[str], str]) -> str:
+    def _value(self, schema: JSONValue, where: str) -> str:
         """Return the expression of the values a schema allows, as the template writes them."""
         schema = schema if isinstance(schema, dict) else {}
-        for key in ("enum", "const"):
-            if key in schema:
-                constants = schema[key] if key == "enum" else [schema[key]]
-                if not constants:
-                    raise ToolSchemaError(f"{where} allows no value that this chat template can write")
-                return _either(literal(self._constant(value, where)) for value in constants)
+        if "enum" in schema or "const" in schema:
+            values = constants(schema)
+            if not values:
+                raise ToolSchemaError(f"{where} allows no value that this chat template can write")
+            return _either(self._constant(value, where) for value in values)
         for key in ("anyOf", "oneOf"):
             if key in schema:
-                return _either(self._value(choice, where, literal) for choice in schema[key])
+                return _either(self._value(choice, where) for choice in schema[key])
         kinds = schema.get("type", "string")
         kinds = kinds if isinstance(kinds, list) else [kinds]
-        return _either(self._value_of(kind, schema, where, literal) for kind in kinds)
+        return _either(self._value_of(kind, schema, where) for kind in kinds)
 
-    def _value_of(self, kind: str, schema: JSONSchema, where: str, literal: Callable[[str], str]) -> str:
+    def _value_of(self, kind: str, schema: JSONSchema, where: str) -> str:
         """Return the expression of the values of one type."""
         if kind == "boolean":
-            return _either(literal(self._constant(value, where)) for value in (True, False))
+            return _either(self._constant(value, where) for value in (True, False))
         if kind == "null":
-            return literal(self._constant(None, where))
+            return self._constant(None, where)
         if kind == "string":
             unknown = sorted(set(schema) - _TEXT_KEYS)
             if unknown:
-                raise ToolSchemaError(f"{where} constrains a text by {unknown}, which this chat template cannot carry")
-            return _join(literal(self.quotes[0]), self._text(schema), literal(self.quotes[1]))
+                raise ToolSchemaError(f"{where} constrains a text by {unknown}, which this chat template cannot write")
+            opening, closing = map(self._literal, self.quotes)
+            return _join(opening, self._text(schema), closing)
         if (kind in ("array", "object") and not self.nested) or "$ref" in json.dumps(schema):
             raise ToolSchemaError(f"{where} is of type {kind}, which this chat template does not write as JSON")
         if kind == "number" and not set(schema) - _NUMBER_KEYS:
@@ -184,12 +183,12 @@ class _WrittenOneByOne:
         return f"%json {json.dumps({**_closed(schema), 'type': kind, 'x-guidance': _SPACING})}"
 
     def _constant(self, value: JSONValue, where: str) -> str:
-        """Return a constant as the template writes it."""
+        """Return the expression of a constant, as the template writes it."""
         if isinstance(value, str):
             if not value or regex.search(self._forbidden(), value):
                 raise ToolSchemaError(f"{where} allows {value!r}, which this template cannot tell from its markup")
-            return value.join(self.quotes)
-        return _cut(self._zone({_KEYS[0]: value}), _KEYS[0] + self.middle, self.after, last=True)[1]
+            return self._literal(value.join(self.quotes))
+        return self._literal(_cut(self._zone({_KEYS[0]: value}), _KEYS[0] + self.middle, self.after, last=True)[1])
 
     def _forbidden(self) -> str:
         """Return the class of the characters no text may hold: the first one of what follows it, and escapes."""
@@ -220,15 +219,9 @@ def _closed(schema: JSONValue) -> JSONValue:
     if not isinstance(schema, dict):
         return schema
     closed = dict(schema)
-    for key in ("properties", "$defs", "definitions"):
-        if isinstance(schema.get(key), dict):
-            closed[key] = {name: _closed(inner) for name, inner in schema[key].items()}
-    for key in ("anyOf", "oneOf", "prefixItems"):
-        if isinstance(schema.get(key), list):
-            closed[key] = [_closed(inner) for inner in schema[key]]
-    for key in ("items", "additionalProperties"):
-        if key in schema:
-            closed[key] = _closed(schema[key])
+    for path, inner in places(schema):
+        if path[0] in _CLOSABLE:
+            closed = replaced(closed, path, _closed(inner))
     if "properties" in schema and "allOf" not in schema and "patternProperties" not in schema:
         closed.setdefault("additionalProperties", False)
     return closed

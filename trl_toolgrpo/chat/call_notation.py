@@ -21,17 +21,17 @@ from ..types import JSONObject, JSONSchema, JSONValue
 _SPACE = regex.compile(r"\s*")
 _NOTHING = regex.compile("")
 _JSON = json.JSONDecoder()
-_NAME = r"[\w.\-]+"
+_NAME_PATTERN = r"[\w.\-]+"
 _QUOTED = r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\""""
 _PYTHON_TEXT = regex.compile(_QUOTED, regex.DOTALL)
 # An argument whose text is not escaped between single quotes: it ends at the quote after which the list goes on
 _RAW_ARGUMENT = regex.compile(
-    rf"""=\s*(?:'(?P<text>.*?)'(?=\s*(?:,\s*{_NAME}=|\)\s*(?:,\s*{_NAME}\(|\]\s*(?:<\|tool_call_end\|>|\Z))))"""
+    rf"""=\s*(?:'(?P<text>.*?)'(?=\s*(?:,\s*{_NAME_PATTERN}=|\)\s*(?:,\s*{_NAME_PATTERN}\(|\]\s*(?:<\|tool_call_end\|>|\Z))))"""
     rf"""|(?P<nested>(?P<inner>[\[{{](?:[^\[\]{{}}'"]|{_QUOTED}|(?&inner))*+[\]}}]))|"(?:[^"\\]|\\.)*+")""",
     regex.DOTALL,
 )
 _NO_CALL = regex.compile(r"\s*\[\s*\]\s*")
-_LIST_START = regex.compile(rf"\[\s*{_NAME}\(")
+_LIST_START = regex.compile(rf"\[\s*{_NAME_PATTERN}\(")
 _BARE_KEY = regex.compile(r'"(?:\\.|[^"\\])*"|(?<=[{,])(\s*)([^\s"{}\[\],:](?:[^"{}\[\],:]*[^\s"{}\[\],:])?)(\s*):')
 _PYTHON_NONE = regex.compile(r'"(?:\\.|[^"\\])*"|(?<=[:\[,])(\s*)None(?=\s*[,\]}])')
 
@@ -53,7 +53,7 @@ def end_of_call(field: ResponseTemplateField, text: str, start: int, first: rege
         text (`str`):
             The turn.
         start (`int`):
-            Place in `text` just after the opening of the call.
+            Index in `text` just after the opening of the call.
         first (`regex.Match`):
             The first closing marker after `start`, which ends a call whose arguments cannot be read.
     """
@@ -247,12 +247,8 @@ def _after_space(text: str, place: int) -> int:
 def _as_json(body: str, delimiters: list[list[str]]) -> str:
     """Return the JSON of a notation with keys that may have no quotes, marked texts, and Python's `None`."""
     marks = "|".join(rf"{regex.escape(opening)}(.*?){regex.escape(closing)}" for opening, closing in delimiters)
-    pieces, place = [], 0
-    for marked in regex.finditer(marks, body, regex.DOTALL):
-        text = next(group for group in marked.groups() if group is not None)
-        pieces += [body[place : marked.start()], json.dumps(text)]
-        place = marked.end()
-    written = "".join([*pieces, body[place:]])
+    marked = regex.compile(marks, regex.DOTALL)
+    written = marked.sub(lambda found: json.dumps(next(text for text in found.groups() if text is not None)), body)
     written = _BARE_KEY.sub(
         lambda found: found[0] if found[2] is None else f"{found[1]}{json.dumps(found[2])}{found[3]}:", written
     )

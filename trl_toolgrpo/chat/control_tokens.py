@@ -30,7 +30,7 @@ class ControlTokens:
         self.ids = frozenset(id for text, id in added.items() if text.strip()) | frozenset(stop_ids)
         self._names = {text: id for text, id in added.items() if id in self.ids and text}
         names = sorted(self._names, key=len, reverse=True)
-        self._pattern = regex.compile("|".join(regex.escape(name) for name in names)) if names else None
+        self._pattern = regex.compile(f"({'|'.join(map(regex.escape, names)) or '(?!)'})")
         # Words that were added to a vocabulary are not pieced together from two texts
         signs = [name for name in names if not (name[0].isalnum() or name[-1].isalnum())]
         self._begins = {name[:end] for name in signs for end in range(1, len(name))}
@@ -39,16 +39,11 @@ class ControlTokens:
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """Return where control tokens are written in a text, overlapping ones included."""
-        return [match.span() for match in self._pattern.finditer(text, overlapped=True)] if self._pattern else []
+        return [match.span() for match in self._pattern.finditer(text, overlapped=True)]
 
     def pieces(self, text: str) -> list[str | int]:
         """Return a text in order: control tokens as their ids, the text between them unchanged."""
-        found: list[str | int] = []
-        place = 0
-        for match in self._pattern.finditer(text) if self._pattern else ():
-            found += [text[place : match.start()], self._names[match.group()]]
-            place = match.end()
-        return [piece for piece in (*found, text[place:]) if piece != ""]
+        return [self._names.get(piece, piece) for piece in self._pattern.split(text) if piece]
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text, control tokens included."""
@@ -73,7 +68,7 @@ class ControlTokens:
             if self.ids.isdisjoint(encoded):
                 yield part, encoded
                 continue
-            matches = self._pattern.finditer(part) if self._pattern else ()
+            matches = self._pattern.finditer(part)
             cuts = [0, *(match.start() + 1 for match in matches if match.end() - match.start() > 1), len(part)]
             if len(cuts) > 2:  # a control token cut in two is no control token
                 todo += [part[start:stop] for start, stop in itertools.pairwise(cuts)][::-1]

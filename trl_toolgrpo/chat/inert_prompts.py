@@ -1,5 +1,6 @@
 """Prompts in which what tools and environments say stays text, whatever it says."""
 
+import functools
 import json
 import secrets
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ class InertPrompts:
     """
     Encodes prompts so that neither the tools they show nor what an environment's `reset` said becomes a control token.
 
-    The messages of a data set are the user's own, and control tokens in them stay what they are.
+    The messages of a data set are the user's own, so control tokens in them stay control tokens.
 
     Args:
         control ([`ControlTokens`]):
@@ -31,7 +32,8 @@ class InertPrompts:
         self._control = control
         self._renderer = renderer
         self._mark = f"x{secrets.token_hex(8)}"
-        self._marked: dict[str, JSONSchema] = {}  # schemas by their JSON
+        # Schemas by their JSON, since prompt after prompt shows the same ones
+        self._marked = functools.lru_cache(KEPT)(lambda schema: _mapped(json.loads(schema), self.mark))
 
     def mark(self, text: str) -> str:
         """Return a text with marks for [`InertPrompts.encode`] where it has to be cut."""
@@ -45,15 +47,7 @@ class InertPrompts:
             tools (`Sequence[dict]`):
                 The schemas; they are not changed.
         """
-        found = []
-        for tool in tools:
-            key = json.dumps(tool, default=str)
-            if key not in self._marked:
-                if len(self._marked) >= KEPT:
-                    self._marked.clear()
-                self._marked[key] = _mapped(tool, self.mark)
-            found.append(self._marked[key])
-        return found
+        return [self._marked(json.dumps(tool, default=str)) for tool in tools]
 
     def encode(self, prompt: list[Message], schemas: Sequence[JSONSchema]) -> list[int] | None:
         """

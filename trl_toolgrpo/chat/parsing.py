@@ -29,12 +29,9 @@ def add_missing_response_template(tokenizer: Any) -> None:
     """Give `tokenizer`, or the tokenizer of a processor, a response template if it has none and its chat template
     renders like one that TRL ships."""
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
-    if tokenizer is None or not isinstance(tokenizer.chat_template, str):
-        return
-    if getattr(tokenizer, "response_template", None) is None:
-        template = response_template_of(tokenizer)
-        if template is not None:
-            tokenizer.response_template = template
+    has_template = getattr(tokenizer, "response_template", None) is not None
+    if not has_template and isinstance(getattr(tokenizer, "chat_template", None), str):
+        tokenizer.response_template = response_template_of(tokenizer)
 
 
 @dataclass

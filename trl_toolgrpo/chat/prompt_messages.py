@@ -2,12 +2,12 @@
 
 `datasets` gives the structs of a column one set of keys, fills the keys a row does not have with nulls, and turns
 integers into floats where another row has a float under the same key; OpenAI's messages have arguments as JSON text
-and results without a name. What they mean is clear, and few templates read them.
+and results without a name. Their meaning is clear, but few templates can read them.
 """
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from ..errors import DatasetError
 from ..tools.arguments import allows_null
@@ -58,12 +58,7 @@ class PromptMessages:
         if not isinstance(prompt, list):
             return prompt
         names: dict[str, str] = {}  # of the calls so far, by id; without one, of the only call of the latest turn
-        rewritten = []
-        for message in prompt:
-            plain = isinstance(message, dict) and message.keys() == _PLAIN and isinstance(message["content"], str)
-            rewrite = isinstance(message, dict) and not plain
-            rewritten.append(self._message(message, tools, names) if rewrite else message)
-        return rewritten
+        return [message if _is_plain(message) else self._message(message, tools, names) for message in prompt]
 
     def _message(self, message: Message, tools: Mapping[str, Tool], names: dict[str, str]) -> Message:
         """Return a message rewritten; `names` of calls are read and updated."""
@@ -112,30 +107,31 @@ class PromptMessages:
         """Return the arguments of a call of the tool `name` as an object that fits its schema."""
         if arguments is None or arguments == "":
             return {}
-        if isinstance(arguments, str) and arguments.strip():
-            found = None
+        if isinstance(arguments, str):
             with contextlib.suppress(ValueError):
                 found = json.loads(arguments)
-            if isinstance(found, dict):
-                return found
+                if isinstance(found, dict):
+                    return found
         if not isinstance(arguments, dict):
-            text = isinstance(arguments, str) and arguments.strip()
+            text = isinstance(arguments, str)
             what = "which are text that is no JSON object" if text else f"of type {type(arguments).__name__}"
             raise DatasetError(
                 f"a message calls the tool {name!r} with the arguments {str(arguments)[:200]!r}, {what}.",
                 remedy="Write an object, {'argument': value}, or its JSON text",
             )
         tool = tools.get(name) if isinstance(name, str) else None
-        if tool is None or not (_holds(arguments, type(None)) or _holds(arguments, float)):
+        if tool is None or not _holds(arguments, type(None), float):
             return arguments
         return self._object(arguments, plain_form(tool.schema["function"]["parameters"]), tool, tool.name)
 
     def _object(self, value: JSONObject, schema: JSONSchema, tool: Tool, place: str) -> JSONObject:
         """Return an object within arguments, see [`PromptMessages._fitting_value`]."""
+        known, more = _properties(schema), schema.get("additionalProperties")
+        other = more if isinstance(more, dict) and more else False  # for a key that the schema does not mention
         return {
-            key: self._fitting_value(inner, expected, tool, f"{place}.{key}")
-            for key, inner, expected in _expected(value, schema)
-            if inner is not None or allows_null(expected, tool)
+            key: self._fitting_value(inner, known.get(key, other), tool, f"{place}.{key}")
+            for key, inner in value.items()
+            if inner is not None or allows_null(known.get(key, other), tool)
         }
 
     def _fitting_value(self, value: JSONValue, schema: JSONValue, tool: Tool, place: str) -> JSONValue:
@@ -155,18 +151,22 @@ class PromptMessages:
         return self._object(value, schema, tool, place)
 
 
-_PLAIN = frozenset({"role", "content"})
+def _is_plain(message: JSONValue) -> bool:
+    """Return whether nothing of a message has to be rewritten."""
+    if not isinstance(message, dict):
+        return True
+    return message.keys() == {"role", "content"} and isinstance(message["content"], str)
 
 
 def _without_nulls(value: JSONObject) -> JSONObject:
     return {key: inner for key, inner in value.items() if inner is not None}
 
 
-def _holds(value: JSONValue, kind: type) -> bool:
-    """Return whether a value of a type is among nested dicts and lists."""
+def _holds(value: JSONValue, *kinds: type) -> bool:
+    """Return whether a value of one of some types is among nested dicts and lists."""
     if isinstance(value, dict | list):
-        return any(_holds(inner, kind) for inner in (value.values() if isinstance(value, dict) else value))
-    return isinstance(value, kind)
+        return any(_holds(inner, *kinds) for inner in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, kinds)
 
 
 def _takes_only_integers(schema: JSONValue) -> bool:
@@ -191,12 +191,3 @@ def _properties(schema: JSONSchema) -> JSONObject:
         for name, inner in (part or {}).items():
             found[name] = {"anyOf": [found[name], inner]} if name in found and found[name] != inner else inner
     return found
-
-
-def _expected(value: JSONObject, schema: JSONSchema) -> Iterator[tuple[str, JSONValue, JSONValue]]:
-    """Yield keys and values of an object with the schema of each; `False` for a key that the schema does not
-    mention."""
-    known, more = _properties(schema), schema.get("additionalProperties")
-    other = more if isinstance(more, dict) and more else False
-    for key, inner in value.items():
-        yield key, inner, known.get(key, other)

@@ -13,6 +13,7 @@ Prompt: TypeAlias = str | list[Message]
 
 Processor: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
 
+
 class PromptRenderer:
     """
     Renders prompts as the trainer does.
@@ -81,17 +82,17 @@ class PromptRenderer:
 
     def takes_arguments_as_text(self) -> bool:
         """Return whether the template needs the arguments of a call as JSON text (as DeepSeek-V3's does)."""
-        answers = []
-        for arguments in ({"key": "value"}, '{"key": "value"}'):
+
+        def renders(arguments: JSONObject | str) -> bool:
             call = {"type": "function", "id": "call_0_0", "function": {"name": "tool", "arguments": arguments}}
             message = {"role": "assistant", "content": "", "tool_calls": [call]}
             result = {"role": "tool", "name": "tool", "tool_call_id": "call_0_0", "content": "result"}
             try:
-                self.text([{"role": "user", "content": "Hello."}, message, result])
-                answers.append(True)
+                return bool(self.text([{"role": "user", "content": "Hello."}, message, result]))
             except Exception:  # whatever a template raises
-                answers.append(False)
-        return answers == [False, True]
+                return False
+
+        return not renders({"key": "value"}) and renders('{"key": "value"}')
 
 
 def message_texts(message: Message) -> list[str]:

@@ -1,14 +1,14 @@
 """Response templates: how a family of chat templates writes thoughts, calls and text.
 
-TRL knows them by the bytes of the chat template. Here they are known by what the chat template renders, and TRL's that
-read calls differently from how they are written are replaced. All of them are valid for transformers' own parser.
+TRL identifies them by the bytes of the chat template. Here they are identified by what the chat template renders, and
+those of TRL's that do not match how calls are written are replaced. All are valid for transformers' own parser.
 """
 
 import contextlib
 import copy
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +16,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from trl import chat_template_utils as trl_templates
 
+from ..models.temporary_attribute import temporary_attribute
 from ..types import JSONObject, Message
 
 
@@ -25,7 +26,7 @@ RAW_TEXT = "it's"
 _FUNCTION = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
 
 
-def _mended(template: JSONObject, **fields: JSONObject) -> JSONObject:
+def _with_fields(template: JSONObject, **fields: JSONObject) -> JSONObject:
     """Return `template` with other fields."""
     return {**template, "fields": {**template["fields"], **fields}}
 
@@ -106,7 +107,7 @@ _MUSE_GLIMMER = {
 # Harmony: the recipient stands before or after the channel, and the type of the content is a constraint or a word
 _HARMONY_TYPE = r"\s*(?:<\|constrain\|>)?\s*\w*\s*<\|message\|>"
 _HARMONY_END = r"<\|end\|>\s*(?:<\|start\|>assistant)?"
-_GPTOSS = _mended(
+_GPTOSS = _with_fields(
     trl_templates.gptoss_template,
     thinking=_text(rf"<\|channel\|>analysis{_HARMONY_TYPE}", _HARMONY_END),
     content=_text(rf"<\|channel\|>(?:final|commentary){_HARMONY_TYPE}", rf"<\|return\|>\s*|{_HARMONY_END}"),
@@ -117,7 +118,7 @@ _GPTOSS = _mended(
 )
 
 # The call is opened by its own JSON, which also ends it
-_LLAMA3 = _mended(
+_LLAMA3 = _with_fields(
     trl_templates.llama3_template,
     tool_calls=_json_calls(
         r'(?=\{\s*"name":\s*"[^"]+",\s*"(?:parameters|arguments)":)',
@@ -127,7 +128,7 @@ _LLAMA3 = _mended(
 )
 
 _TRLS_GEMMA4: JSONObject = trl_templates.gemma4_template
-_GEMMA4 = _mended(
+_GEMMA4 = _with_fields(
     _TRLS_GEMMA4,
     tool_calls={
         **_TRLS_GEMMA4["fields"]["tool_calls"],
@@ -135,7 +136,7 @@ _GEMMA4 = _mended(
     },
 )
 
-_LFM2 = _mended(
+_LFM2 = _with_fields(
     trl_templates.lfm2_2_5_template,
     tool_calls={
         "open": "<|tool_call_start|>",
@@ -146,12 +147,12 @@ _LFM2 = _mended(
     },
 )
 # Texts are not escaped between single quotes, even if they hold a quote
-_LFM2_RAW = _mended(_LFM2, tool_calls={**_LFM2["fields"]["tool_calls"], "content_args": {"strings": "raw"}})
+_LFM2_RAW = _with_fields(_LFM2, tool_calls={**_LFM2["fields"]["tool_calls"], "content_args": {"strings": "raw"}})
 
 # The prompt opens every thought, and closes those that are not wanted. A thought begins where the turn does: to look
 # ahead from every place takes minutes for a long turn. What the prompt closed, no `</think>` in a text opens again.
 _NEMOTRON = {
-    **_mended(
+    **_with_fields(
         trl_templates.nemotron_3_template,
         reasoning_content=_text(r"\A(?=.*?</think>)", r"</think>\s*"),
         tool_calls=_QWEN_CALLS,
@@ -164,10 +165,10 @@ _MISSING = {
     "diffusion_gemma": trl_templates.gemma4_template,
     "muse_glimmer": _MUSE_GLIMMER,
 }
-_MENDED = (
-    (trl_templates.qwen3_5_template, _mended(trl_templates.qwen3_5_template, tool_calls=_QWEN_CALLS)),
+_CORRECTED = (
+    (trl_templates.qwen3_5_template, _with_fields(trl_templates.qwen3_5_template, tool_calls=_QWEN_CALLS)),
     (trl_templates.nemotron_3_template, _NEMOTRON),
-    (trl_templates.glm4moe_template, _mended(trl_templates.glm4moe_template, tool_calls=_GLM_CALLS)),
+    (trl_templates.glm4moe_template, _with_fields(trl_templates.glm4moe_template, tool_calls=_GLM_CALLS)),
     (trl_templates.gptoss_template, _GPTOSS),
     (trl_templates.llama3_template, _LLAMA3),
     (trl_templates.gemma4_template, _GEMMA4),
@@ -216,17 +217,16 @@ def response_template_of(tokenizer: PreTrainedTokenizerBase) -> JSONObject | Non
         `dict` or `None`: TRL's response template, or one of ours where TRL has none; `None` if no template that TRL
         ships renders the same.
     """
-    found = _shipped().get(tokenizer.chat_template)
-    if found is None:
-        turns = _turns(tokenizer, tokenizer.chat_template)
-        shipped = _shipped().items() if turns is not None else ()
-        found = next((answer for text, answer in shipped if _begin_with(turns, _turns(tokenizer, text))), None)
+    shipped = _shipped()
+    found = shipped.get(tokenizer.chat_template)
+    if found is None and (turns := _turns(tokenizer, tokenizer.chat_template)):
+        found = next((answer for text, answer in shipped.items() if _begin_with(turns, _turns(tokenizer, text))), None)
     return copy.deepcopy(found)
 
 
-def mended(template: JSONObject, rendered_text: str) -> JSONObject:
+def corrected_template(template: JSONObject, rendered_text: str) -> JSONObject:
     """
-    Return the response template to read calls with: `template`, unless it is one of TRL's that is wrong.
+    Return the response template to read calls with: `template`, unless it is one of TRL's that reads calls wrongly.
 
     Args:
         template (`dict`):
@@ -236,11 +236,10 @@ def mended(template: JSONObject, rendered_text: str) -> JSONObject:
     """
     if template == trl_templates.lfm2_2_5_template:
         return _LFM2_RAW if f"'{RAW_TEXT}'" in rendered_text else _LFM2
-    return next((ours for theirs, ours in _MENDED if theirs == template), template)
+    return next((ours for theirs, ours in _CORRECTED if theirs == template), template)
 
 
-@contextlib.contextmanager
-def without_comments(processing_class: Any) -> Iterator[None]:
+def without_comments(processing_class: Any) -> contextlib.AbstractContextManager[None]:
     """
     Let TRL, which knows its chat templates by their bytes, recognize one that differs from them only in comments.
 
@@ -251,14 +250,9 @@ def without_comments(processing_class: Any) -> Iterator[None]:
     own = getattr(processing_class, "chat_template", None)
     wanted = _without_comments(own) if isinstance(own, str) else None
     shipped = next((text for text in _chat_templates().values() if wanted and _without_comments(text) == wanted), None)
-    if shipped is None or processing_class is None:
-        yield
-        return
-    processing_class.chat_template = shipped
-    try:
-        yield
-    finally:
-        processing_class.chat_template = own
+    if shipped is None:
+        return contextlib.nullcontext()
+    return temporary_attribute(processing_class, "chat_template", shipped)
 
 
 def _chat_templates() -> dict[str, str]:
@@ -296,9 +290,9 @@ def _turns(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> tuple[str,
     return tuple(text.removeprefix(start) for text in texts) if "look_up" in called else None
 
 
-def _begin_with(turns: tuple[str, ...] | None, others: tuple[str, ...] | None) -> bool:
+def _begin_with(turns: tuple[str, ...], others: tuple[str, ...] | None) -> bool:
     """Return whether turns are those others, except for the end of a turn, which the templates for training add."""
-    if turns is None or others is None:
+    if others is None:
         return False
     *written, prompt = zip(turns, others, strict=True)
     return prompt[0] == prompt[1] and all(turn.startswith(other.rstrip()) for turn, other in written)

@@ -1,6 +1,6 @@
 """Whether a chat template shows what it is given: each tool with its schema, each kind of message with its content.
 
-A part is shown if the prompt changes when the part does. That needs to know nothing of how a template writes it.
+A part is shown if the prompt changes when the part does. This works however a template writes it.
 """
 
 import json
@@ -89,7 +89,7 @@ def _changes(schema: JSONSchema) -> Iterator[tuple[Part, SchemaPath, JSONValue]]
 
 
 def _schema_changes(
-    schema: JSONValue, path: SchemaPath, name: str, told: bool
+    schema: JSONValue, path: SchemaPath, name: str, needed: bool
 ) -> Iterator[tuple[Part, SchemaPath, JSONValue]]:
     """Yield the same for a schema and all within it, definitions aside; `name` is the property it belongs to."""
     if not isinstance(schema, dict):
@@ -103,19 +103,19 @@ def _schema_changes(
             label = f"the types {value}"
         elif keyword in _NEEDED:
             label += f" {_short(value) if keyword in ('enum', 'const') else repr(value)}"
-        part = Part(f"{label} of {name!r}" if name else label, told and keyword in _NEEDED)
+        part = Part(f"{label} of {name!r}" if name else label, needed and keyword in _NEEDED)
         yield part, (*path, keyword), _other_type(value) if keyword == "type" else _other_value(value)
     properties = schema["properties"] if isinstance(schema.get("properties"), dict) else {}
     for key in properties:
         renamed = {(_other_value(k) if k == key else k): value for k, value in properties.items()}
-        yield Part(f"the property {_joined(name, key)!r}", True), (*path, "properties"), renamed
+        yield Part(f"the property {_property_path(name, key)!r}", True), (*path, "properties"), renamed
     for step, inner in places(schema):
         if step[0] not in ("$defs", "definitions"):
-            inner_name = _joined(name, str(step[1])) if step[0] == "properties" else name
-            yield from _schema_changes(inner, (*path, *step), inner_name, told and step[0] not in _REFINES)
+            inner_name = _property_path(name, str(step[1])) if step[0] == "properties" else name
+            yield from _schema_changes(inner, (*path, *step), inner_name, needed and step[0] not in _REFINES)
 
 
-def _joined(name: str, key: str) -> str:
+def _property_path(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
 
 

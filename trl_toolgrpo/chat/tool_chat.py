@@ -19,7 +19,7 @@ from ..tools.tool import ToolCall
 from ..types import JSONObject, JSONSchema, Message
 from .control_tokens import ControlTokens
 from .parsing import ParsedTurn, parse_turn
-from .response_templates import RAW_TEXT, mended, rendered_call
+from .response_templates import RAW_TEXT, corrected_template, rendered_call
 
 
 TRUNCATION_MARKER = "\n[... truncated: the output was longer than {limit} tokens ...]\n"
@@ -105,7 +105,7 @@ class ToolChat:
             rendered = self.render_call("tool", {"argument": RAW_TEXT})
         except Exception:  # of a template that renders no call, which is refused where one is needed
             return template
-        return mended(template, rendered)
+        return corrected_template(template, rendered)
 
     @functools.cached_property
     def _call_stop_ids(self) -> frozenset[int]:
@@ -115,20 +115,12 @@ class ToolChat:
             said = f"{self._mark}s"
             user = {"role": "user", "content": "dummy"}
             plain = self.render([user, {"role": "assistant", "content": said}, user])
-            stops = [self._first_stop(called, f"{self._mark}v"), self._first_stop(plain, said)]
+            after_call = self.first_stop(called[called.rindex(f"{self._mark}v") :])
+            after_text = self.first_stop(plain[plain.rindex(said) :])
         except Exception:  # of a template that renders no such conversation
             return frozenset()
-        return frozenset(stop for stop in stops[:1] if stop is not None and stop != stops[1])
-
-    def _first_stop(self, rendered: str, before: str) -> int | None:
-        """Return the first token after `before` that ends a turn; `None` if there is none."""
-        zone = rendered[rendered.rindex(before) + len(before) :]
-        places = {
-            zone.index(text): id
-            for id, text in zip(sorted(self.stop_ids), self.stop_texts, strict=True)
-            if text in zone
-        }
-        return places[min(places)] if places else None
+        stop, other = (found and found.group() for found in (after_call, after_text))
+        return frozenset(id for id in self.stop_ids if stop != other and self.tokenizer.decode([id]) == stop)
 
     # Writing what follows it
 
@@ -182,9 +174,9 @@ class ToolChat:
         stop = self.tokenizer.decode([last_id])
         if last_id in self.stop_ids and stop in zone:
             return zone[zone.index(stop) + len(stop) :], stop
-        ends = [zone.index(text) for text in self.stop_texts if text in zone]
-        if ends:
-            return zone[min(ends) :], ""
+        first = self.first_stop(zone)
+        if first is not None:
+            return zone[first.start() :], ""
         closing = self._call_close.search(zone)
         return (zone[closing.end() :], "") if closing else (zone, "")
 
@@ -192,6 +184,15 @@ class ToolChat:
     def stop_texts(self) -> list[str]:
         """Text of the tokens that end a turn."""
         return [self.tokenizer.decode([id]) for id in sorted(self.stop_ids)]
+
+    def first_stop(self, text: str) -> regex.Match[str] | None:
+        """Return where the first token that ends a turn is written in a text; `None` if there is none."""
+        return self._stop.search(text)
+
+    @functools.cached_property
+    def _stop(self) -> regex.Pattern[str]:
+        """Pattern of the tokens that end a turn."""
+        return regex.compile("|".join(map(regex.escape, self.stop_texts)) or r"(?!)")
 
     @functools.cached_property
     def _call_close(self) -> regex.Pattern[str]:
@@ -252,14 +253,13 @@ class ToolChat:
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """Return the text of a conversation under the template and its arguments."""
-        rendered: str = self.tokenizer.apply_chat_template(
+        return self.tokenizer.apply_chat_template(
             list(messages),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             chat_template=self.chat_template,
             **self.template_kwargs,
         )
-        return rendered
 
     def _keeps_whitespace(self) -> bool:
         """Return whether the template keeps white space around a tool result; this also proves that it renders one."""

@@ -1,13 +1,13 @@
 """The LM head in float32, while the rest of the policy computes in bfloat16 or float16 (`cast_lm_head_to_fp32`).
 
-Rounded to bfloat16, a logit between 16 and 32 is off by up to 0.06, which is about half of what recorded and
-recomputed log-probs differ by. TRL scores such a head outside autocast; the head that samples has to do the same.
+Rounded to bfloat16, a logit between 16 and 32 is off by up to 0.06, which is about half of the difference between
+recorded and recomputed log-probs. TRL scores such a head outside autocast; the head that samples has to do the same.
 """
 
 import functools
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -20,10 +20,10 @@ from trl.trainer.utils import add_fused_lm_head
 
 from ..config.fields import ToolGRPOConfig
 from ..errors import ConfigError
+from .temporary_attribute import temporary_attribute
 
 
-@contextmanager
-def without_trls_cast(args: ToolGRPOConfig, recording: bool) -> Iterator[None]:
+def without_trls_cast(args: ToolGRPOConfig, recording: bool) -> AbstractContextManager[None]:
     """
     Keep TRL's constructor from casting the LM head, which it can do for few models: it casts no head that is tied
     under an adapter, and its cast head returns bfloat16 under autocast. [`cast_heads`] takes its place.
@@ -34,12 +34,7 @@ def without_trls_cast(args: ToolGRPOConfig, recording: bool) -> Iterator[None]:
         recording (`bool`):
             Whether rollouts are this package's own; otherwise TRL's cast is left to TRL.
     """
-    wanted = args.cast_lm_head_to_fp32
-    args.cast_lm_head_to_fp32 = wanted and not recording
-    try:
-        yield
-    finally:
-        args.cast_lm_head_to_fp32 = wanted
+    return temporary_attribute(args, "cast_lm_head_to_fp32", args.cast_lm_head_to_fp32 and not recording)
 
 
 def cast_heads(model: nn.Module, temperature: float, outputs: tuple[str, ...] = ("log_probs", "entropy")) -> None:
@@ -161,7 +156,7 @@ def score_adapted_head(model: nn.Module) -> None:
         model (`PreTrainedModel` or `PeftModel`):
             The policy, with TRL's fused LM head.
     """
-    if not has_adapted_head(model):
+    if not isinstance(model, PeftModel) or not isinstance(model.get_output_embeddings(), LoraLayer):
         return
     base = base_model(model)
     original = base.forward
@@ -174,11 +169,6 @@ def score_adapted_head(model: nn.Module) -> None:
             return original(*args, fused_lm_head=True, **kwargs)
 
     base.forward = types.MethodType(forward, base)
-
-
-def has_adapted_head(model: nn.Module) -> bool:
-    """Return whether the LM head of a model carries a LoRA adapter."""
-    return isinstance(model, PeftModel) and isinstance(model.get_output_embeddings(), LoraLayer)
 
 
 def _effective_head(head: nn.Module | None) -> nn.Module | _EffectiveHead | None:

@@ -27,8 +27,9 @@ def model_setting(config: PretrainedConfig, name: str, default: JSONValue = None
         value = getattr(config, name, default)
     except RuntimeError:  # AmbiguousGlobalPerLayerAttributeError
         value = default
-    layers = _own_configs(config)
-    return [getattr(layer, name, default) for layer in layers] if _varies(layers, name, value) else value
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else ()
+    varies = any(getattr(layer, name, value) != value for layer in layers)
+    return [getattr(layer, name, default) for layer in layers] if varies else value
 
 
 def layer_settings(config: PretrainedConfig, name: str, default: JSONValue = None) -> list[JSONValue]:
@@ -63,25 +64,13 @@ def stored_values(config: PretrainedConfig) -> int:
     return total
 
 
-_ATTENTION = ("attention", "hybrid")
-
-
 def _keeps_tokens(config: PretrainedConfig, layer: int) -> bool:
     """Return whether a layer keeps keys and values of its own."""
     kinds = model_setting(config, "layer_types") or model_setting(config, "layers_block_type")
     sharing = model_setting(config, "kv_sharing_modes")
-    kind = str(kinds[layer]) if kinds else _ATTENTION[0]
-    attends = any(word in kind for word in _ATTENTION) and "linear" not in kind
+    kind = str(kinds[layer]) if kinds else "attention"
+    attends = ("attention" in kind or "hybrid" in kind) and "linear" not in kind
     return attends and not (sharing and sharing[layer] == "reuse")
-
-
-def _own_configs(config: PretrainedConfig) -> list[PretrainedConfig]:
-    """Return the configurations of the layers where they are not all the same."""
-    return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else []
-
-
-def _varies(layers: list[PretrainedConfig], name: str, value: JSONValue) -> bool:
-    return any(getattr(layer, name, value) != value for layer in layers)
 
 
 _CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
@@ -99,8 +88,5 @@ def context_length(config: PretrainedConfig) -> int | None:
         `int` or `None`: `None` for a model without a limit, such as a state-space model.
     """
     text_config = config.get_text_config()
-    for name in _CONTEXT_LENGTHS:
-        value = model_setting(text_config, name)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
+    values = (model_setting(text_config, name) for name in _CONTEXT_LENGTHS)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)

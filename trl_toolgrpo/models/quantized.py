@@ -1,4 +1,4 @@
-"""4-bit base weights that stay fit for training, although sampling and loading a checkpoint would change them."""
+"""Keep a model with 4-bit base weights trainable, although sampling and loading a checkpoint would change it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +39,7 @@ def same_parameters(model: nn.Module) -> Iterator[None]:
     Keep the trained parameters of a model the same tensors while values are loaded into it.
 
     PEFT replaces them when it loads the adapter of a 4-bit model, in float32 where TRL trains it in bfloat16: a
-    resumed run would continue with other arithmetic, and an optimizer would still hold the old tensors.
+    resumed run would continue with different arithmetic, and an optimizer would still hold the old tensors.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):

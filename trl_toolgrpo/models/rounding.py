@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .lm_head import base_model
+
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -259,8 +261,7 @@ def score(
     width = completions.shape[1]
     prompt = torch.tensor([list(prompt_ids)] * len(completions), device=completions.device)
     ids = torch.cat([prompt, completions], dim=1)
-    bare = getattr(model, "get_base_model", lambda: model)()
-    takes = "logits_to_keep" in inspect.signature(bare.forward).parameters
+    takes = "logits_to_keep" in inspect.signature(base_model(model).forward).parameters
     with autocast():
         logits = model(input_ids=ids, use_cache=False, **({"logits_to_keep": width + 1} if takes else {})).logits
     scores = torch.log_softmax(logits[:, -width - 1 : -1].float() / temperature, dim=-1)

@@ -21,7 +21,7 @@ from .trajectory import Trajectory
 
 ForcePolicy = Callable[[Trajectory, list[Tool]], str]
 
-_NAME = "forced_name_7c1e"
+_FORCED_NAME = "forced_name_7c1e"
 _MARKUP = regex.compile(r"\s*(?:<\|[^|>]+\|>|<[^\s<>]+>|<\|[^|>\s]+>)")
 
 
@@ -34,37 +34,32 @@ class CallPrefixes:
             Chat handling of the tokenizer and template.
 
     Raises:
-        ChatTemplateError: if the opening cannot be read off the template.
+        ChatTemplateError: if the template does not show it.
     """
 
     def __init__(self, chat: ToolChat):
         self._chat = chat
         start = chat.render([{"role": "user", "content": "dummy"}], add_generation_prompt=True)
-        rendered = chat.render_call(_NAME, {})
-        opening = self._opening(rendered)
-        self._until_name = self._closing_of_thought(start, rendered) + opening
+        rendered = chat.render_call(_FORCED_NAME, {})
+        thought_end, opening = self._closing_of_thought(start, rendered), self._opening(rendered)
         markup = _MARKUP.match(opening)
-        self._marker = self._until_name[: len(self._until_name) - len(opening)] + (
-            markup.group() if markup else opening.rstrip('" \n')
-        )
-        self._tokens: dict[str | None, list[int]] = {}
+        self._marker = thought_end + (markup.group() if markup else opening.rstrip('" \n'))
+        self._until_name = thought_end + opening
 
     def tokens(self, name: str | None = None) -> list[int]:
         """Return the tokens of the call-opening marker, or of everything through the tool's `name`."""
-        if name not in self._tokens:
-            self._tokens[name] = self._chat.encode(self._marker if name is None else self._until_name + name)
-        return self._tokens[name]
+        return self._chat.encode(self._marker if name is None else self._until_name + name)
 
     def _opening(self, rendered: str) -> str:
         """Return the text from the start of the call to its name."""
         calls = self._chat.response_template.get("fields", {}).get("tool_calls", {})
         pattern = calls.get("open_pattern") or regex.escape(calls.get("open") or "")
-        end = rendered.rfind(_NAME)
+        end = rendered.rfind(_FORCED_NAME)
         starts = [match.start() for match in regex.finditer(pattern, rendered, regex.DOTALL) if match.start() < end]
         if not pattern or end < 0 or not starts:
             raise ChatTemplateError(
-                "You passed `force_rate` above 0, but the opening of a tool call cannot be read off the chat template "
-                "and its response template.",
+                "You passed `force_rate` above 0, but the chat template and its response template do not show how a "
+                "tool call opens.",
                 remedy="Use a chat template TRL ships, or leave `force_rate` at 0.",
             )
         return rendered[starts[-1] : end]
@@ -147,7 +142,7 @@ class Forcing:
         if not tools or draws.random() >= self.rate:
             return ForcedStart([])
         if self.level == "call":
-            return ForcedStart(list(self.prefixes.tokens()))
+            return ForcedStart(self.prefixes.tokens())
         name = draws.choice(sorted(tools))
         if self.policy is not None:
             name = self.policy(trajectory, list(tools.values()))
@@ -157,4 +152,4 @@ class Forcing:
                     remedy=f"Return one of {', '.join(sorted(tools))}.",
                 )
         constraint = self.constraints.begin(tools[name]) if self.constraints is not None else None
-        return ForcedStart(list(self.prefixes.tokens(name)), constraint)
+        return ForcedStart(self.prefixes.tokens(name), constraint)

@@ -31,9 +31,9 @@ def checked_rollouts(
         strict (`bool`):
             Raise for a rollout that breaks its contract; else mask it out by its `env_mask`.
         count_invalid (`Callable`):
-            Is told how many rollouts were masked out.
+            Called with the number of rollouts that were masked out.
         pad_id (`int`):
-            Token that stands for a completion that cannot be read.
+            Token that takes the place of a prompt or completion that cannot be read.
 
     Raises:
         TrajectoryError: when it is called, for missing or misnamed fields, and for lists of other lengths than there
@@ -52,7 +52,8 @@ def checked_rollouts(
                     f"The `rollout_func` returned {len(rows)} entries in `{name}` for {len(prompts)} prompts.",
                     remedy="Return one for each prompt, in order.",
                 )
-        plain = {name: [_as_list(row) for row in rows] for name, rows in lists.items()}
+        # Lists in place of tensors and arrays
+        plain = {n: [row.tolist() if hasattr(row, "tolist") else row for row in rows] for n, rows in lists.items()}
         if fault is not None:
             logger.warning("Masked out of the update, all of the batch: %s", fault)
             output.setdefault("logprobs", None)
@@ -91,7 +92,7 @@ def _is_invalid(lists: Lists, row: int, strict: bool) -> bool:
         Trajectory(record["prompt_ids"], ids, logprobs, mask, [0] * count, [], "stop").validate(row)
     except TrajectoryError as error:
         if strict:
-            raise TrajectoryError(f"{error.message} It is of your `rollout_func`.", remedy=error.remedy) from error
+            raise TrajectoryError(f"{error.message} Your `rollout_func` returned it.", remedy=error.remedy) from error
         logger.warning("Masked out of the update: %s", error)
         return True
     return False
@@ -111,8 +112,3 @@ def _mask_out(output: Batch, lists: Lists, rows: Sequence[int], pad_id: int) -> 
         if "logprobs" in lists:
             lists["logprobs"][row] = [0.0] * len(ids)
     output |= lists
-
-
-def _as_list(values: object) -> object:
-    """Return a list in place of a tensor or an array."""
-    return values.tolist() if hasattr(values, "tolist") else values

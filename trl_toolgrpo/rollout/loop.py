@@ -129,8 +129,6 @@ class _State:
         self.opening = opening
         self.futures: list[Future[ToolResult]] = []
         self.called = 0
-        self.answered = 0
-        self.malformed = 0
         self.start = ForcedStart([])
         self.since = time.perf_counter()
         self.fault: str | None = None
@@ -284,17 +282,16 @@ class RolloutLoop:
         turn.tool_calls = parsed.calls
         if not sampled.stopped:
             return self._finish(sampled.row, "length")
-        state.malformed += sum(call.error is not None for call in parsed.calls)
+        malformed = sum(call.error is not None for turn in trajectory.turns for call in turn.tool_calls)
         if not parsed.calls:
             self._finish(sampled.row, "stop")
-        elif state.malformed > self.limits.parse_error_budget:
+        elif malformed > self.limits.parse_error_budget:
             self._finish(sampled.row, "parse_errors")
-        elif state.answered >= self.limits.max_tool_calling_iterations:
+        elif number >= self.limits.max_tool_calling_iterations:
             self._finish(sampled.row, "tool_limit")
         else:
             state.since = now
             state.called = self.steps
-            state.answered += 1
             state.futures = [self._submit(state, call) for call in parsed.calls]
 
     def _submit(self, state: _State, call: ToolCall) -> Future[ToolResult]:

@@ -1,7 +1,7 @@
 """The tools of a run and of each rollout: those passed, those of environments, and those of MCP servers.
 
-A mixin of the trainer: how MCP servers join the tools of a run, are lent to rollouts and shown to reward functions,
-and how environments are read. The servers themselves are in `tools/mcp.py`.
+A mixin for the trainer: how MCP servers join the tools of a run, are lent to rollouts and shown to reward functions,
+and how environments are read. The servers themselves are in `tools/mcp/`.
 """
 
 import contextlib
@@ -17,11 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from trl import GRPOTrainer
-from trl.chat_template_utils import (
-    add_response_schema,
-    get_training_chat_template,
-    is_chat_template_prefix_preserving,
-)
+from trl.chat_template_utils import add_response_schema, get_training_chat_template, is_chat_template_prefix_preserving
 
 from ..chat.control_tokens import ControlTokens
 from ..chat.inert_prompts import InertPrompts, with_observation
@@ -100,12 +96,8 @@ class RolloutTools(GRPOTrainer):
     def _check_prompts(self, train_dataset: object, eval_dataset: object) -> None:
         """Check that prompts show the tools and their own messages, name only tools that exist, and fit the model."""
         self._refuse_own_servers(self._mcp.servers.values() if self._mcp is not None else ())
-        kwargs: Any = self.chat_template_kwargs
-        template = self.chat_template
-        self._show_tools(template, kwargs)
-        shown = [self._toolset.shown(tool) for tool in self._toolset.known]
-        renderer = PromptRenderer(self.processing_class, [tool.schema for tool in shown], template, kwargs)
-        self._renderer = renderer
+        self._show_tools()
+        renderer = self._renderer = self._renderer_of([self._toolset.shown(tool) for tool in self._toolset.known])
         if self._recording:
             self._inert = InertPrompts(ControlTokens(self._tokenizer, self.eos_token_ids), renderer)
         self._messages = PromptMessages(renderer.takes_arguments_as_text(), joins_text=not renderer.is_processor)
@@ -122,10 +114,15 @@ class RolloutTools(GRPOTrainer):
         if self.accelerator.is_main_process:
             warn_of_mentions(suspicious)
 
-    def _show_tools(self, template: str | None, kwargs: dict | None) -> None:
+    def _renderer_of(self, tools: Iterable[Tool]) -> PromptRenderer:
+        """Return what renders prompts with some tools."""
+        kwargs: Any = self.chat_template_kwargs
+        return PromptRenderer(self.processing_class, [tool.schema for tool in tools], self.chat_template, kwargs)
+
+    def _show_tools(self) -> None:
         """Check that the template shows each tool, and reword a schema that it cannot show as it is."""
         found: dict[str, Tool] = {}
-        renderer = PromptRenderer(self.processing_class, (), template, kwargs)
+        renderer = self._renderer_of(())
 
         def shown(tool: Tool) -> Tool:
             key = json.dumps(tool.schema)
@@ -187,8 +184,8 @@ class RolloutTools(GRPOTrainer):
 
     def _make_chat(self) -> ToolChat:
         """
-        Make what turns a conversation into tokens. A prompt is not tool output: what a server says of its tools is
-        rendered as it is, so it must be harmless.
+        Make what turns a conversation into tokens. A prompt is not tool output: what a server says about its tools
+        is rendered as it is, so it must be harmless.
         """
         kwargs: Any = self.chat_template_kwargs
         chat = ToolChat(self._tokenizer, self.eos_token_ids, self.chat_template, kwargs)

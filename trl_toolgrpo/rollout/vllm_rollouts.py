@@ -8,7 +8,6 @@ import os
 import shutil
 import uuid
 import weakref
-from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -25,17 +24,17 @@ from ..config.checks import refuse_unrecorded
 from ..config.fields import ToolGRPOConfig
 from ..errors import ConfigError
 from ..models.rounding import compute_dtype
-from ..sampling.protocol import replaced
+from ..models.temporary_attribute import temporary_attribute
 from ..sampling.vllm.client import ServedEngine, model_shape
 from ..sampling.vllm.engine import VLLMEngine, check_installed, engine_options
 from ..sampling.vllm.policy_weights import PolicyFile, adapter_problem, claim_folder, policy_folder, write_policy
-from ..sampling.vllm.sampler import TokenEngine, VLLMSampler
+from ..sampling.vllm.sampler import EngineStart, TokenEngine, VLLMSampler
 from .engine import RolloutEngine
 
 
 def without_trls_vllm(args: ToolGRPOConfig, recording: bool) -> AbstractContextManager[None]:
     """Keep TRL's constructor from making its own vLLM engine, as `use_vllm` has it do, for rollouts that are ours."""
-    return replaced(args, "use_vllm", args.use_vllm and not recording)
+    return temporary_attribute(args, "use_vllm", args.use_vllm and not recording)
 
 
 def refuse_multimodal(args: ToolGRPOConfig) -> None:
@@ -83,16 +82,14 @@ class VLLMRollouts(GRPOTrainer):
         if self.accelerator.is_local_main_process:
             weakref.finalize(self, claim_folder(self._run_key)[1])
 
-    def _served(self) -> Callable[[], Awaitable[TokenEngine]]:
+    def _served(self) -> EngineStart:
         """Return what connects to the engine of a server."""
         args = self.args
         url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
         base, shape = _model_name(self.model), model_shape(self.model.config)
         return lambda: ServedEngine.start(url, args.vllm_server_timeout, base, shape)
 
-    def _in_process(
-        self, policy: PreTrainedModel, adapter: PeftConfig | None
-    ) -> Callable[[], Awaitable[TokenEngine]]:
+    def _in_process(self, policy: PreTrainedModel, adapter: PeftConfig | None) -> EngineStart:
         """Return what starts an engine in this process."""
         check_installed()
         args = self.args

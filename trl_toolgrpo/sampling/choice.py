@@ -4,7 +4,7 @@ forward pass.
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -12,11 +12,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
+from ..models.lm_head import base_model
 from ..models.model_settings import model_setting
 from ..models.rounding import Accepted, Exact, Rounding, measure_rounding, widest
+from ..models.temporary_attribute import temporary_attribute
 from .generate_sampler import GenerateSampler, without_generation_settings
 from .model_sampler import ModelSampler
-from .protocol import Autocast, at_least_float32, base_model, replaced, scoring_mode
+from .protocol import Autocast, at_least_float32, scoring_mode
 
 
 logger = logging.getLogger(__name__)
@@ -24,8 +26,8 @@ logger = logging.getLogger(__name__)
 TOKENS, PADDING = 12, 9
 """Tokens of the trial of padding, and padding tokens before them."""
 
-_ATTENTION = {"attention", "full_attention", "sliding_attention"}
-_WITHOUT_CONTEXT = {"dense", "mlp", "moe", "sparse"}
+_PLAIN_LAYERS = {"attention", "full_attention", "sliding_attention", "dense", "mlp", "moe", "sparse"}
+"""Kinds of layers in which a token depends on others through attention alone, or on no others."""
 
 
 def unsupported_reason(
@@ -53,7 +55,8 @@ def unsupported_reason(
     others = layers_beside_attention(base)
     if others:
         return f"it has {', '.join(others)} layers"
-    with _without_autocast(base):
+    bare = base.__dict__.get("_original_forward")  # from before accelerate put autocast around it
+    with nullcontext() if bare is None else temporary_attribute(base, "forward", bare):  # to try float32 exactly
         reason = _trial(base, list(token_ids))
     with autocast():
         low_precision = torch.is_autocast_enabled(next(base.parameters()).device.type)
@@ -65,12 +68,6 @@ def unsupported_reason(
 def _is_exact(model: nn.Module) -> bool:
     """Return whether a model computes in float32 or better, outside autocast."""
     return all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point())
-
-
-def _without_autocast(model: nn.Module) -> AbstractContextManager[None]:
-    """Restore the forward pass from before accelerate put autocast around it, so that float32 is tried exactly."""
-    bare = model.__dict__.get("_original_forward")
-    return nullcontext() if bare is None else replaced(model, "forward", bare)
 
 
 def layers_beside_attention(model: PreTrainedModel) -> list[str]:
@@ -85,7 +82,7 @@ def layers_beside_attention(model: PreTrainedModel) -> list[str]:
     base = base_model(model)
     config = base.config.get_text_config()
     declared = {*(model_setting(config, "layer_types") or ()), *(model_setting(config, "layers_block_type") or ())}
-    found = {str(kind) for kind in declared} - _ATTENTION - _WITHOUT_CONTEXT
+    found = {str(kind) for kind in declared} - _PLAIN_LAYERS
     if not found and any(isinstance(module, nn.modules.conv._ConvNd) for module in base.modules()):
         found.add("convolution")
     stateful = getattr(base, "_is_stateful", False) or any(isinstance(m, nn.RNNBase) for m in base.modules())

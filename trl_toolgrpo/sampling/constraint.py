@@ -5,7 +5,6 @@ Every token sampled under a constraint counts as forced: it was not sampled from
 
 import json
 import logging
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,11 +67,18 @@ class CallConstraints:
 
     Raises:
         ImportError: if llguidance is not installed.
-        ChatTemplateError: if it cannot be read off the template how it writes arguments.
+        ChatTemplateError: if the template does not show how it writes arguments.
     """
 
     def __init__(self, chat: ToolChat):
-        self._llguidance = import_llguidance()
+        try:
+            import llguidance
+        except ImportError as error:
+            raise ImportError(
+                "You passed `force_level='schema'`, which constrains a call to its tool's schema with llguidance, "
+                "which is not installed. Run `pip install 'trl_toolgrpo[schema]'`, or use `force_level='name'`."
+            ) from error
+        self._llguidance = llguidance
         self._grammar = CallGrammar(chat)
         self._tokenizer = self._read_tokenizer(chat)
         self._matchers: dict[str, LLMatcher | None] = {}
@@ -113,20 +119,3 @@ class CallConstraints:
             token["special"] = token["id"] in chat.control_ids
         eos = sorted(chat.stop_ids)
         return self._llguidance.LLTokenizer(json.dumps(description), eos_token=eos)
-
-
-def import_llguidance() -> ModuleType:
-    """
-    Import llguidance.
-
-    Raises:
-        ImportError: if it is not installed.
-    """
-    try:
-        import llguidance
-    except ImportError as error:
-        raise ImportError(
-            "You passed `force_level='schema'`, which constrains a call to its tool's schema with llguidance, "
-            "which is not installed. Run `pip install 'trl_toolgrpo[schema]'`, or use `force_level='name'`."
-        ) from error
-    return llguidance

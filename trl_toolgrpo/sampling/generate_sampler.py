@@ -23,19 +23,11 @@ from transformers import (
 )
 
 from ..errors import SamplerError
-from ..models.lm_head import held_head
+from ..models.lm_head import base_model, held_head
 from ..models.rotary import RowFrequencies
+from ..models.temporary_attribute import temporary_attribute
 from .model_sampler import sample_tokens
-from .protocol import (
-    PolicySampler,
-    RowNoise,
-    SampledTokens,
-    TokenConstraint,
-    base_model,
-    constrain,
-    replaced,
-    scoring_mode,
-)
+from .protocol import PolicySampler, RowNoise, SampledTokens, TokenConstraint, constrain, scoring_mode
 
 
 @dataclass
@@ -89,7 +81,7 @@ def without_generation_settings(model: PreTrainedModel) -> AbstractContextManage
     Take away a model's own generation settings while this is open. `generate` falls back on them, and many chat models
     have a repetition penalty, which would reshape the distribution the trainer scores.
     """
-    return replaced(base_model(model), "generation_config", GenerationConfig())
+    return temporary_attribute(base_model(model), "generation_config", GenerationConfig())
 
 
 @dataclass(eq=False)

@@ -17,19 +17,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..errors import SamplerError
-from ..models.lm_head import held_head
+from ..models.lm_head import base_model, held_head
 from ..models.rotary import RowFrequencies
 from .noise import race
 from .packed_linear import packed_linears
-from .protocol import (
-    PolicySampler,
-    SampledTokens,
-    TokenConstraint,
-    at_least_float32,
-    base_model,
-    constrain,
-    scoring_mode,
-)
+from .protocol import PolicySampler, SampledTokens, TokenConstraint, at_least_float32, constrain, scoring_mode
 from .shared_prefix import KeyValueStore, Layout, PromptCache, RowCache, Span, shared_prefix_attention
 
 

@@ -6,10 +6,9 @@ A sampler knows tokens only: no chat, no tools.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, cast
+from typing import Protocol, TypeAlias
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,11 +19,6 @@ Autocast: TypeAlias = Callable[[], AbstractContextManager[object]]
 """Makes the autocast context that the trainer scores under."""
 RowNoise: TypeAlias = Callable[[list[int]], Tensor]
 """Gives one uniform number, float32, or one key, int64, for each of the given rows; shape (B,)."""
-
-
-def base_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model under an adapter; the model itself without one."""
-    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
 @dataclass(eq=False)
@@ -54,17 +48,6 @@ class PolicySampler:
     temperature: float = 1.0
     autocast: Autocast = nullcontext
     noise: RowNoise | None = None
-
-
-@contextmanager
-def replaced(owner: object, name: str, value: object) -> Iterator[None]:
-    """Give an attribute another value while this is open."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 @contextmanager
@@ -129,10 +112,10 @@ def turn_fault(sampled: object, constrained: bool = False) -> str | None:
         constrained (`bool`, *optional*, defaults to `False`):
             Whether it was sampled under a constraint, where log-probs are meaningless.
     """
-    return next(_turn_faults(sampled, constrained), None)
+    return next(_sampled_faults(sampled, constrained), None)
 
 
-def _turn_faults(sampled: object, constrained: bool) -> Iterator[str]:
+def _sampled_faults(sampled: object, constrained: bool) -> Iterator[str]:
     """Yield what is wrong with a record; later checks rely on the earlier ones having found nothing."""
     required = {name: getattr(sampled, name, None) for name in ("token_ids", "logprobs")}
     for name, value in required.items():

@@ -36,13 +36,13 @@ def is_count(value: object) -> bool:
 
 
 def list_faults(name: str, value: object) -> Iterator[str]:
-    """Yield a fault if a field is no list; `name` is the field as the message calls it."""
+    """Yield a fault if a field is not a list; `name` is the field as the message calls it."""
     if not isinstance(value, (list, tuple)):
         yield f"field {name} expected a list, got {type(value).__name__}."
 
 
 def length_faults(name: str, values: Sequence[object], count: int, per: str) -> Iterator[str]:
-    """Yield a fault if a list has not `count` values, one for each `per`."""
+    """Yield a fault if a list does not have `count` values, one for each `per`."""
     if len(values) != count:
         yield f"field {name} has {len(values)} values, expected {count}, one per {per}."
 

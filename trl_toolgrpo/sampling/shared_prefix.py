@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..models.temporary_attribute import temporary_attribute
 from .protocol import score_dtype
 
 
@@ -292,13 +293,11 @@ def exchanged_attention(
         variable (`ContextVar`), given:
             Where the function looks for what it needs, and what that is.
     """
-    before = config._attn_implementation
     token = variable.set(given)
-    config._attn_implementation = name
     try:
-        yield
+        with temporary_attribute(config, "_attn_implementation", name):
+            yield
     finally:
-        config._attn_implementation = before
         variable.reset(token)
 
 

@@ -12,8 +12,8 @@ from peft import LoraConfig
 from rollout_server import ServerProcess
 
 from trl_toolgrpo import ConfigError, RolloutServerError, ToolGRPOTrainer
-from trl_toolgrpo import serve as server
-from trl_toolgrpo.sampling.vllm import server_token
+from trl_toolgrpo import serve as command
+from trl_toolgrpo.sampling.vllm import server, server_token
 from trl_toolgrpo.sampling.vllm.client import ServedEngine, model_shape
 from trl_toolgrpo.sampling.vllm.policy_weights import PolicyFile, write_policy
 from trl_toolgrpo.sampling.vllm.sampler import TokenRequest
@@ -95,9 +95,9 @@ def connect(url, token=None):
 
 def test_a_run_without_the_servers_token_ends_at_once_and_says_what_to_do(guarded, monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
-    with pytest.raises(RolloutServerError, match=f"wants a token, and this run has none. Set .*{VARIABLE}"):
+    with pytest.raises(RolloutServerError, match=f"requires a token, and this run has none. Set .*{VARIABLE}"):
         connect(guarded.url)
-    with pytest.raises(RolloutServerError, match="wants another token than this run's") as caught:
+    with pytest.raises(RolloutServerError, match="requires a different token from this run's") as caught:
         connect(guarded.url, "not-the-token")
     assert "not-the-token" not in str(caught.value) and TOKEN not in str(caught.value)
     connect(guarded.url, TOKEN)
@@ -127,7 +127,7 @@ def test_a_server_that_comes_back_with_another_token_is_not_waited_for(tmp_path,
 
     with ServerProcess(token=TOKEN) as running:
         running.about()
-        with pytest.raises(RolloutServerError, match="wants another token than this run's"):
+        with pytest.raises(RolloutServerError, match="requires a different token from this run's"):
             asyncio.run(asyncio.wait_for(run(running), 120))
 
 
@@ -153,7 +153,7 @@ def test_a_server_for_other_machines_needs_a_token(host, monkeypatch):
         server.serve(start, {}, host, 0)
     monkeypatch.setattr(sys, "argv", ["serve", "--model", "m", "--host", host])
     with pytest.raises(ConfigError, match="no token"):
-        server.main()
+        command.main()
     assert not began
     server.check_address(host, TOKEN)
 

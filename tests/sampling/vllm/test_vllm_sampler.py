@@ -159,7 +159,7 @@ def test_failures_of_the_engine_are_raised_by_step(over):
 def test_requests_that_cannot_be_sampled_are_refused(over):
     engine = Engine(lambda request: [5])
     with over(engine).open([[1] * 2000, [1] * 1990], 50) as session:
-        with pytest.raises(SamplerError, match=r"Rollout 0 has 2000 tokens .* takes 2000 .*vllm_max_model_length"):
+        with pytest.raises(SamplerError, match=r"Rollout 0 has 2000 tokens .* configured for 2000 .*vllm_max_model_length"):
             session.extend(0, [], 5)
         with pytest.raises(SamplerError, match="without constraints"):
             session.extend(1, [], 5, constraint=object())
@@ -459,7 +459,7 @@ def test_options_of_the_engine():
     }
     assert "enable_lora" not in engine_options("m", None)
     assert engine_options("m", 9)["max_lora_rank"] == 16
-    with pytest.raises(ConfigError, match="rank 513, and vLLM takes 512"):
+    with pytest.raises(ConfigError, match="rank 513, and vLLM supports at most 512"):
         engine_options("m", 513)
 
 
@@ -499,7 +499,7 @@ def test_use_vllm_is_the_backend_unless_the_rollouts_are_trls(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"record_sample_logprobs": False}, "`use_vllm=True` instead"),
+        ({"record_sample_logprobs": False}, "TRL's vLLM is `use_vllm=True`"),
         ({"vllm_mode": "ray"}, "Choose one of colocate, server"),
         ({"vllm_structured_outputs_regex": "a+"}, "vllm_structured_outputs_regex"),
         ({"force_rate": 0.5, "force_level": "schema"}, "`force_level='call'` or 'name'"),
@@ -714,7 +714,7 @@ def test_unsuitable_servers_are_errors_with_a_remedy(monkeypatch):
     with pytest.raises(RolloutServerError) as caught:
         connect("http://127.0.0.1:9", timeout=0.1)
     said = str(caught.value)
-    assert "http://127.0.0.1:9 was out of reach for 0.1 s" in said and "`vllm_server_timeout`" in said
+    assert "http://127.0.0.1:9 was unreachable for 0.1 s" in said and "`vllm_server_timeout`" in said
     assert "python -m trl_toolgrpo.serve --model tiny-qwen3" in said and "`vllm_server_base_url`" in said
     assert isinstance(caught.value, ConnectionError)
     with ServerProcess() as server:
@@ -785,7 +785,7 @@ def test_a_server_that_stops_answering_is_an_error(monkeypatch):
         finally:
             await engine.close()
 
-    with pytest.raises(RolloutServerError, match=r"out of reach for 0\.1 s"):
+    with pytest.raises(RolloutServerError, match=r"unreachable for 0\.1 s"):
         asyncio.run(asyncio.wait_for(run(), 20))
 
 

@@ -1,7 +1,7 @@
-"""A served engine for the vLLM sampler: the client of `serve.py`.
+"""A served engine for the vLLM sampler: the client of `server.py`.
 
-A turn that was being sampled when the server went away is requested again once the server is back and has been sent
-the weights. The client has the turns before it, so no rollout is lost and none is begun twice.
+A turn that was being sampled when the server was lost is requested again once the server is back and has been sent the
+weights. The client has the turns before it, so no rollout is lost and none is started twice.
 """
 
 import asyncio
@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 PROTOCOL = 1
 """Version of the protocol between client and server."""
 HEADER_BYTES = 8
-"""Bytes of the number in front of weights that are sent, which is the length of their description."""
+"""Bytes of the number that precedes weights that are sent: the length of their description."""
 WATCH_SECONDS = 20.0
-"""Time between checks that the server still answers while a turn takes long: a lost machine says nothing."""
+"""Time between checks, during a long turn, that the server still answers: a lost machine sends no error."""
 RETRY_SECONDS = 0.5
 """Time between attempts to reach a server."""
 TRIES = 10
@@ -44,7 +44,7 @@ Result = TypeVar("Result")
 
 
 class _StatusError(Exception):
-    """Something answered, and not with what was requested."""
+    """Something answered, but not with what was requested."""
 
     def __init__(self, status: int):
         super().__init__(f"status {status}")
@@ -71,13 +71,13 @@ def model_shape(config: PreTrainedConfig) -> JSONObject:
 
 class ServedEngine:
     """
-    An engine behind a server; see [`TokenEngine`].
+    An engine on a server; see [`TokenEngine`].
 
     Args:
         url (`str`):
             Base URL of the server.
         timeout (`float`):
-            How long, in seconds, a server may be out of reach before the run gives up.
+            How long, in seconds, a server may be unreachable before the run gives up.
         model (`str`):
             Name of the trained model, for messages.
         shape (`dict`):
@@ -150,7 +150,7 @@ class ServedEngine:
     # One turn
 
     async def _with_recovery(self, work: Callable[[], Awaitable[Result]]) -> Result:
-        """Do work, again when the server was lost over it and has come back."""
+        """Do work, and do it again if the server was lost meanwhile and has come back."""
         for _ in range(TRIES):
             try:
                 return await work()
@@ -215,7 +215,7 @@ class ServedEngine:
             status, reply = await self._watched(self._reply(request))
             if status != 200:
                 raise SamplerError(
-                    f"The rollout server at {self.url} did not take the policy: {reply.get('error', reply)}"
+                    f"The rollout server at {self.url} did not accept the policy: {reply.get('error', reply)}"
                 )
             self._boot = about["boot"]
 
@@ -236,9 +236,9 @@ class ServedEngine:
                 break
             except _LOST as error:
                 if isinstance(error, _StatusError) and error.refused:
-                    what = "another token than this run's" if self._has_token else "a token, and this run has none"
+                    what = "a different token from this run's" if self._has_token else "a token, and this run has none"
                     raise RolloutServerError(
-                        f"The rollout server at {self.url} wants {what}.", remedy=f"{HOW_TO_SET}."
+                        f"The rollout server at {self.url} requires {what}.", remedy=f"{HOW_TO_SET}."
                     ) from error
                 if isinstance(error, _StatusError) and not error.passing:
                     raise RolloutServerError(
@@ -248,7 +248,7 @@ class ServedEngine:
                     ) from error
                 if time.monotonic() > deadline:
                     raise RolloutServerError(
-                        f"The rollout server at {self.url} was out of reach for {self.timeout:g} s "
+                        f"The rollout server at {self.url} was unreachable for {self.timeout:g} s "
                         f"(`vllm_server_timeout`): {error_text(error)}.",
                         remedy=f"Start {self._command()}, and point `vllm_server_base_url`, or `vllm_server_host` and "
                         f"`vllm_server_port`, at it.",
@@ -271,8 +271,8 @@ class ServedEngine:
             there = ", ".join(f"{name}={about['shape'].get(name)}" for name in differ)
             here = ", ".join(f"{name}={self.shape[name]}" for name in differ)
             raise RolloutServerError(
-                f"The rollout server at {self.url} has another model: it serves {about['model']!r} ({there}), and the "
-                f"run trains {self.model!r} ({here}).",
+                f"The rollout server at {self.url} has a different model: it serves {about['model']!r} ({there}), and "
+                f"the run trains {self.model!r} ({here}).",
                 remedy=f"Start {self._command()}.",
             )
 

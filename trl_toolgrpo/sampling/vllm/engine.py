@@ -1,6 +1,6 @@
-"""vLLM's asynchronous engine, set up for training: in the training process, or in that of `serve.py`.
+"""vLLM's asynchronous engine, set up for training: in the training process, or in that of `server.py`.
 
-New weights get into it as an adapter under a new name, or as a checkpoint of all weights. vLLM is imported where it is
+New weights are loaded as an adapter under a new name, or as a checkpoint of all weights. vLLM is imported where it is
 used.
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks vLLM can make room for."""
+"""LoRA ranks that vLLM can be configured for."""
 _MIX = 0x9E3779B1  # odd, so that versions have seeds of their own, far from those of other processes
 
 
@@ -77,7 +77,7 @@ def check_installed() -> None:
 
 def engine_options(model: str, max_lora_rank: int | None, **options: object) -> JSONObject:
     """
-    Return the arguments of vLLM's engine that training needs: log-probs of sampled tokens, a prefix cache.
+    Return the arguments that vLLM's engine needs for training: log-probs of sampled tokens, a prefix cache.
 
     Args:
         model (`str`):
@@ -88,7 +88,7 @@ def engine_options(model: str, max_lora_rank: int | None, **options: object) -> 
             Further arguments of `AsyncEngineArgs`; those that are `None` are left to vLLM.
 
     Raises:
-        ConfigError: for a rank vLLM has no room for.
+        ConfigError: for a rank above all of these.
     """
     found = {
         "model": model,
@@ -103,7 +103,7 @@ def engine_options(model: str, max_lora_rank: int | None, **options: object) -> 
         room = next((rank for rank in LORA_RANKS if rank >= max_lora_rank), None)
         if room is None:
             raise ConfigError(
-                f"The adapter has rank {max_lora_rank}, and vLLM takes {LORA_RANKS[-1]} at most.",
+                f"The adapter has rank {max_lora_rank}, and vLLM supports at most {LORA_RANKS[-1]}.",
                 remedy="Lower `r` of the `LoraConfig`, or use `rollout_backend='transformers'`.",
             )
         found.update(enable_lora=True, max_lora_rank=room, max_loras=1)
@@ -175,7 +175,7 @@ class VLLMEngine:
         except Exception as error:
             what = "adapter" if policy.adapter else "weights"
             said = error_text(error)
-            raise SamplerError(f"vLLM did not take the {what} of version {policy.version}: {said}") from error
+            raise SamplerError(f"vLLM did not accept the {what} of version {policy.version}: {said}") from error
         self._policy = policy
 
     async def _swap(self, policy: PolicyFile) -> None:

@@ -129,15 +129,15 @@ def adapter_problem(config: PeftConfig) -> str | None:
     """
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind != "LORA":
-        return f"it is of type {kind}, and vLLM takes LoRA alone"
+        return f"it is of type {kind}, and vLLM supports only LoRA"
     for name in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices"):
         if getattr(config, name, None):
-            return f"it has `{name}={getattr(config, name)!r}`, which vLLM does not know"
+            return f"it has `{name}={getattr(config, name)!r}`, which vLLM does not support"
     targets = getattr(config, "target_modules", None)
     targets = targets if isinstance(targets, (set, list)) else ()
     if any(target.rsplit(".", 1)[-1] == "lm_head" for target in targets):
-        return "it is on the LM head, where vLLM takes no adapter"
+        return "it is on the LM head, where vLLM supports no adapter"
     bias = getattr(config, "bias", "none")
     if bias != "none":
-        return f"it has `bias={bias!r}`, and vLLM takes no trained biases"
+        return f"it has `bias={bias!r}`, and vLLM supports no trained biases"
     return None

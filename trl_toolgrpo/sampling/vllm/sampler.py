@@ -7,11 +7,11 @@ run while the rest is sampled. The engine keeps the history of a row in its pref
 import asyncio
 import queue
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 from ...errors import SamplerError
 from ..protocol import SampledTokens, TokenConstraint
@@ -19,7 +19,7 @@ from .policy_weights import PolicyFile
 
 
 STEP_SECONDS = 0.01
-"""Longest time a step waits for a turn to end, before the loop looks after tools."""
+"""Longest time a step waits for a turn to end, before the loop attends to tools."""
 Result = TypeVar("Result")
 
 
@@ -91,6 +91,10 @@ class TokenEngine(Protocol):
         ...
 
 
+EngineStart: TypeAlias = Callable[[], Coroutine[object, object, TokenEngine]]
+"""Makes an engine, on the event loop that it will run on."""
+
+
 class VLLMSampler:
     """
     Samples with an engine outside the training model; see [`Sampler`].
@@ -107,16 +111,14 @@ class VLLMSampler:
         ToolGRPOError: raised by an engine that cannot start.
     """
 
-    def __init__(
-        self, start: Callable[[], Awaitable[TokenEngine]], stop_ids: Sequence[int], temperature: float = 1.0
-    ):
+    def __init__(self, start: EngineStart, stop_ids: Sequence[int], temperature: float = 1.0):
         self.stop_ids = list(stop_ids)
         self.temperature = temperature
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-sampler", daemon=True)
         self._thread.start()
         try:
-            self.engine = self.run(_awaited(start))
+            self.engine = self.run(start())
         except BaseException:
             self._stop()
             raise
@@ -197,8 +199,8 @@ class VLLMSession:
         room = self.sampler.max_length - len(history)
         if room < 1:
             raise SamplerError(
-                f"Rollout {row} has {len(history)} tokens to begin with, and vLLM takes {self.sampler.max_length} in "
-                f"total.",
+                f"Rollout {row} has {len(history)} tokens to begin with, and vLLM is configured for "
+                f"{self.sampler.max_length} in total.",
                 remedy="Raise `vllm_max_model_length` (of a server: `--max-model-len`), or shorten the prompts.",
             )
         budget, sampler, ended = min(max_new_tokens, room), self.sampler, self._ended
@@ -209,12 +211,10 @@ class VLLMSession:
     def step(self) -> list[SampledTokens]:
         """Return the turns that have ended, after a short wait for one; see [`SamplerSession.step`]."""
         rows = []
-        try:
+        with suppress(queue.Empty):
             rows.append(self._ended.get(timeout=STEP_SECONDS))
             while True:
                 rows.append(self._ended.get_nowait())
-        except queue.Empty:
-            pass
         return [self._read(row, self._running.pop(row).result()) for row in rows]
 
     def finish(self, row: int) -> None:
@@ -237,7 +237,3 @@ class VLLMSession:
         stopped = reply.token_ids[-1] in self.sampler.stop_ids
         logprobs = [min(value, 0.0) for value in reply.logprobs]  # rounding alone can pass 0
         return SampledTokens(row, reply.token_ids, logprobs, stopped, policy_version=reply.version)
-
-
-async def _awaited(start: Callable[[], Awaitable[TokenEngine]]) -> TokenEngine:
-    return await start()

@@ -3,7 +3,6 @@
 import hmac
 import ipaddress
 import os
-from collections.abc import Mapping
 
 from ...errors import ConfigError
 
@@ -16,18 +15,14 @@ HOW_TO_SET = (
 )
 
 
-def server_token(environment: Mapping[str, str] | None = None) -> str | None:
+def server_token() -> str | None:
     """
-    Return the token in the environment; `None` if there is none.
-
-    Args:
-        environment (`Mapping[str, str]`, *optional*):
-            Environment variables; by default those of the process.
+    Return the token in the environment variable; `None` if there is none.
 
     Raises:
         ConfigError: for a value that cannot be sent in a header.
     """
-    token = (os.environ if environment is None else environment).get(VARIABLE, "").strip()
+    token = os.environ.get(VARIABLE, "").strip()
     if not token:
         return None
     if not token.isascii() or not token.isprintable() or " " in token:

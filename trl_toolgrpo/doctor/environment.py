@@ -9,7 +9,7 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
-from .findings import FAULT, NOTE, OK, CheckResult
+from .result import FAULT, NOTE, OK, CheckResult
 
 
 SHOWN = ("torch", "transformers", "trl", "peft")

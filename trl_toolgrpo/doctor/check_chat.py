@@ -9,7 +9,7 @@ from itertools import takewhile
 from ..chat.tool_chat import ToolChat, tool_message
 from ..tools.tool import Tool, ToolCall
 from ..types import JSONObject, JSONSchema
-from .findings import FAULT, NOTE, OK, CheckResult
+from .result import FAULT, NOTE, OK, CheckResult
 
 
 REMEDY = "Use a template TRL ships (trl/chat_templates), whose calls are known to be read."

@@ -60,10 +60,9 @@ def check_columns(
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return
     columns = column_names(dataset)
+    available = {*columns, *set(GIVEN).difference(absent)}.difference(_NOT_GIVEN)
     for function, function_name in zip(reward_funcs, names, strict=True):
-        missing = _missing_arguments(
-            function, {*columns, *(g for g in GIVEN if g not in absent)}.difference(_NOT_GIVEN)
-        )
+        missing = _missing_arguments(function, available)
         if missing:
             raise _missing_columns(ConfigError, function_name, missing, f"`{name}`", columns)
         refused = _refusal(function, {*columns, *_ALWAYS_GIVEN}.difference(_NOT_GIVEN))

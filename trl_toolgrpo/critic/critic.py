@@ -31,7 +31,14 @@ from ..run_folder.storage_failures import tolerated
 from ..types import Batch
 from ..update.losses import value_loss
 from ..update.scoring import SharedPromptScoring
-from .value_head import FILE, ValueHead, attach_value_head, load_value_head, save_value_head, without_value_head
+from .value_head import (
+    VALUE_HEAD_FILE,
+    ValueHead,
+    attach_value_head,
+    load_value_head,
+    save_value_head,
+    without_value_head,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -82,7 +89,7 @@ class Critic(SharedPromptScoring):
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self._value_head = head.to(weight.device, dtype)
         folder = Path(str(getattr(self.model.config, "_name_or_path", "")))
-        if (folder / FILE).is_file():
+        if (folder / VALUE_HEAD_FILE).is_file():
             load_value_head(self._value_head, folder)
         attach_value_head(self.model, self._value_head)
         self._passing = _PassingGradient(self._value_head) if self.is_deepspeed_enabled else None
@@ -316,7 +323,8 @@ class Critic(SharedPromptScoring):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load as TRL does, also from a checkpoint without a value head: the head's group then starts anew."""
         optimizer = self.optimizer
-        if optimizer is None or checkpoint is None or (Path(checkpoint) / FILE).is_file() or self._value_head is None:
+        missing = checkpoint is not None and not (Path(checkpoint) / VALUE_HEAD_FILE).is_file()
+        if optimizer is None or self._value_head is None or not missing:
             return super()._load_optimizer_and_scheduler(checkpoint)
         group = optimizer.param_groups.pop()
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -328,7 +336,7 @@ class Critic(SharedPromptScoring):
     def _load_head(self, folder: str) -> None:
         if self._value_head is None:
             return
-        if self.args.value_warmup_steps > 0 and not (Path(folder) / FILE).is_file():
+        if self.args.value_warmup_steps > 0 and not (Path(folder) / VALUE_HEAD_FILE).is_file():
             return  # a new head, which is warmed up first
         load_value_head(self._value_head, folder)
 

@@ -156,5 +156,5 @@ def test_public_names_are_sorted_and_complete():
 
 
 @pytest.mark.parametrize("word", ["utils", "helpers", "manager", "misc", "common"])
-def test_no_module_is_a_drawer(word):
+def test_no_module_has_a_name_that_says_nothing(word):
     assert not [name for name in FILES if word in name.split(".")[-1]]

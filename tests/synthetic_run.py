@@ -129,7 +129,8 @@ def write_run(folder, rollouts=64, vocabulary=500, turns=4, per_file=64, prompt=
     for number in range(rollouts):
         if number % GROUP == 0:
             question = [*head, *random.integers(0, vocabulary, 10).tolist()]
-        place = {"step": number // per_file, "rollout": number % per_file, "group": number % per_file // GROUP}
+        place = dict.fromkeys(("step", "batch"), number // per_file)
+        place |= {"rollout": number % per_file, "group": number % per_file // GROUP}
         length = int(random.integers(1, turns + 1))
         rows.append(rollout(random, vocabulary, question, place, length, with_values))
         if len(rows) == per_file or number == rollouts - 1:

@@ -74,57 +74,83 @@ SIGNATURES = {
     "_compute_loss": (["self", "model", "inputs"], "trainer.ToolGRPOTrainer._compute_loss takes the ratio from it"),
     "log": (["self", "logs", "start_time"], "trainer.ToolGRPOTrainer.log adds metrics"),
     # those of transformers' Trainer
-    "create_optimizer": (["self", "model"], "critic.Critic.create_optimizer gives the value head a group of its own"),
-    "training_step": (["self", "model", "inputs", "num_items_in_batch"], "critic.Critic.training_step"),
-    "save_model": (["self", "output_dir", "_internal_call"], "critic.Critic.save_model writes the value head as well"),
-    "_save": (["self", "output_dir", "state_dict"], "critic.Critic._save keeps the value head out of the policy"),
+    "create_optimizer": (
+        ["self", "model"],
+        "critic.critic.Critic.create_optimizer gives the value head a group of its own",
+    ),
+    "training_step": (["self", "model", "inputs", "num_items_in_batch"], "critic.critic.Critic.training_step"),
+    "save_model": (
+        ["self", "output_dir", "_internal_call"],
+        "critic.critic.Critic.save_model writes the value head as well",
+    ),
+    "_save": (
+        ["self", "output_dir", "state_dict"],
+        "critic.critic.Critic._save keeps the value head out of the policy",
+    ),
     "_load_from_checkpoint": (
         ["self", "resume_from_checkpoint", "model"],
-        "critic.Critic._load_from_checkpoint reads the value head",
+        "critic.critic.Critic._load_from_checkpoint reads the value head",
     ),
     "_load_optimizer_and_scheduler": (
         ["self", "checkpoint"],
-        "critic.Critic._load_optimizer_and_scheduler resumes a run that had no value head",
+        "critic.critic.Critic._load_optimizer_and_scheduler resumes a run that had no value head",
     ),
-    "_load_best_model": (["self"], "critic.Critic._load_best_model reads the value head"),
-    "_prepare_inputs": (["self", "generation_batch"], "grouping.GroupedUpdates._prepare_inputs splits it anew"),
-    "_get_train_sampler": (["self", "dataset"], "resume.ExactResume._get_train_sampler keeps it"),
-    "_save_checkpoint": (["self", "model", "trial"], "resume.ExactResume._save_checkpoint publishes what it wrote"),
+    "_load_best_model": (["self"], "critic.critic.Critic._load_best_model reads the value head"),
+    "_prepare_inputs": (
+        ["self", "generation_batch"],
+        "update.micro_batches.GroupedUpdates._prepare_inputs splits it anew",
+    ),
+    "_get_train_sampler": (["self", "dataset"], "checkpoints.resume.ExactResume._get_train_sampler keeps it"),
+    "_save_checkpoint": (
+        ["self", "model", "trial"],
+        "checkpoints.resume.ExactResume._save_checkpoint publishes what it wrote",
+    ),
     "_save_optimizer_and_scheduler": (
         ["self", "output_dir"],
-        "resume.ExactResume._save_optimizer_and_scheduler tolerates a full disk; for FSDP it replaces the method",
+        "checkpoints.resume.ExactResume._save_optimizer_and_scheduler tolerates a full disk; for FSDP it replaces the "
+        "method",
     ),
-    "_save_scaler": (["self", "output_dir"], "resume.ExactResume._save_scaler tolerates a full disk"),
-    "_save_rng_state": (["self", "output_dir"], "resume.ExactResume._save_rng_state tolerates a full disk"),
-    "_get_output_dir": (["self", "trial"], "resume.ExactResume._get_output_dir has checkpoints written elsewhere"),
+    "_save_scaler": (["self", "output_dir"], "checkpoints.resume.ExactResume._save_scaler tolerates a full disk"),
+    "_save_rng_state": (
+        ["self", "output_dir"],
+        "checkpoints.resume.ExactResume._save_rng_state tolerates a full disk",
+    ),
+    "_get_output_dir": (
+        ["self", "trial"],
+        "checkpoints.resume.ExactResume._get_output_dir has checkpoints written elsewhere",
+    ),
     "_push_from_checkpoint": (
         ["self", "checkpoint_folder"],
-        "resume.ExactResume._push_from_checkpoint waits; hub.HubPush._push_from_checkpoint replaces it",
+        "checkpoints.resume.ExactResume._push_from_checkpoint waits; hub.push.HubPush._push_from_checkpoint replaces "
+        "it",
     ),
     "_finalize_training": (
         ["self", "trial", "num_train_samples", "start_time"],
-        "hub.HubPush._finalize_training waits for uploads before checkpoints are removed, and "
-        "run_log.RunLog._finalize_training gives it a start by the monotonic clock",
+        "hub.push.HubPush._finalize_training waits for uploads before checkpoints are removed, and "
+        "run_folder.writer.RunLog._finalize_training gives it a start by the monotonic clock",
     ),
-    "init_hf_repo": (["self", "token", "private"], "hub.HubPush.init_hf_repo continues without the Hub"),
+    "init_hf_repo": (["self", "token", "private"], "hub.push.HubPush.init_hf_repo continues without the Hub"),
     "push_to_hub": (
         ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"],
-        "hub.HubPush.push_to_hub pushes a folder of its own",
+        "hub.push.HubPush.push_to_hub pushes a folder of its own",
     ),
     "create_model_card": (
         ["self", "model_name", "dataset_name", "tags"],
-        "model_card.RunCard.create_model_card adds to it",
+        "hub.model_card.RunCard.create_model_card adds to it",
     ),
-    "_finish_current_push": (["self"], "hub.HubPush._push_from_checkpoint waits for the one before"),
+    "_finish_current_push": (["self"], "hub.push.HubPush._push_from_checkpoint waits for the one before"),
     "_init_training_state": (
         ["self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"],
-        "resume.ExactResume._init_training_state brings the sampler to the epoch",
+        "checkpoints.resume.ExactResume._init_training_state brings the sampler to the epoch",
     ),
     "train": (
         ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
-        "resume.ExactResume.train looks for the checkpoint",
+        "checkpoints.resume.ExactResume.train looks for the checkpoint",
     ),
-    "set_initial_training_values": (["self", "args", "dataloader"], "template_checks.training_steps counts so"),
+    "set_initial_training_values": (
+        ["self", "args", "dataloader"],
+        "validation.chat_templates.training_steps counts so",
+    ),
 }
 
 
@@ -144,9 +170,10 @@ WRITTEN = {
             "split_tensor_dict(generation_batch, self.args.steps_per_generation)",
             "self._buffered_inputs[self._step % self.args.steps_per_generation]",
         ),
-        "resume.ExactResume stores `_step` and `_buffered_inputs`; grouping.GroupedUpdates splits them anew",
+        "checkpoints.resume.ExactResume stores `_step` and `_buffered_inputs`; update.micro_batches.GroupedUpdates "
+        "splits them anew",
     ),
-    "_save_checkpoint": (("self._get_output_dir(trial=trial)",), "resume.ExactResume redirects it"),
+    "_save_checkpoint": (("self._get_output_dir(trial=trial)",), "checkpoints.resume.ExactResume redirects it"),
     "_save_optimizer_and_scheduler": (
         (
             "elif self.is_fsdp_enabled:",
@@ -154,19 +181,20 @@ WRITTEN = {
             "self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir",
             "torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))",
         ),
-        "resume.ExactResume._save_optimizer_and_scheduler makes these calls for FSDP and tolerates failures",
+        "checkpoints.resume.ExactResume._save_optimizer_and_scheduler makes these calls for FSDP and tolerates "
+        "failures",
     ),
     "_inner_training_loop": (
         ("self._tr_loss = torch.tensor(0.0", "self._globalstep_last_logged = ", "self._run_epoch("),
-        "resume.ExactResume._run_epoch takes up the loss not logged yet",
+        "checkpoints.resume.ExactResume._run_epoch takes up the loss not logged yet",
     ),
     "_run_epoch": (
         ("skip_first_batches(train_dataloader, steps_trained_in_current_epoch)", "self._load_rng_state("),
-        "resume.ExactResume leaves the position within an epoch and the random numbers to it",
+        "checkpoints.resume.ExactResume leaves the position within an epoch and the random numbers to it",
     ),
     "_prepare_for_training": (
         ("self._load_optimizer_and_scheduler(resume_from_checkpoint)",),
-        "resume.ExactResume loads its own part there",
+        "checkpoints.resume.ExactResume loads its own part there",
     ),
 }
 
@@ -180,25 +208,28 @@ LOGGED = {
             'dict(self._logs["extra"])',
             "self.state.log_history.append(output)\n    self.control = self.callback_handler.on_log(",
         ),
-        "run_log.RunLog.log gives another `_logs`, tells its failures from those of the table, removes a torn one",
+        "run_folder.writer.RunLog.log gives another `_logs`, tells its failures from those of the table, removes a "
+        "torn one",
     ),
     "_log_completion_extra": (
         ("self._pending_extra_logs[column].extend(values)",),
-        "run_log.RunLog._calculate_rewards aligns them",
+        "run_folder.writer.RunLog._calculate_rewards aligns them",
     ),
     "_calculate_rewards": (
         ('reward_kwargs["log_extra"] = self._log_completion_extra', 'reward_kwargs["log_metric"] = self._log_metric'),
-        "reward_checks gives reward functions its own in their place",
+        "validation.rewards gives reward functions its own in their place",
     ),
     "_generate_and_score_completions": (
         ("observation = environment.reset(", '"content": content + observation}'),
-        "inert_prompts.with_observation finds what `reset` said at the end of the last message",
+        "chat.inert_prompts.with_observation finds what `reset` said at the end of the last message",
     ),
 }
 
 
 def test_the_profiler_is_looked_up_when_it_begins():
-    assert "ProfilingContext(" in source(profiling.profiling_context), "log_failures.of_profiling replaces it"
+    assert "ProfilingContext(" in source(profiling.profiling_context), (
+        "run_folder.log_failures.of_profiling replaces it"
+    )
     assert parameters(profiling.ProfilingContext._log_metrics) == ["self", "duration"]
 
 
@@ -210,28 +241,30 @@ PUSHED = {
             "revision = self.args.hub_revision",
             "return hf_api().upload_folder(",
         ),
-        "hub.HubPush.push_to_hub does the same with a folder of its own",
+        "hub.push.HubPush.push_to_hub does the same with a folder of its own",
     ),
     "save_model": (
         ("if self.args.push_to_hub and not _internal_call:",),
-        "hub.HubPush.save_model pushes by itself",
+        "hub.push.HubPush.save_model pushes by itself",
     ),
     "create_model_card": (
         ('model_card.save(os.path.join(self.args.output_dir, "README.md"))',),
-        "model_card.RunCard.create_model_card reads it there",
+        "hub.model_card.RunCard.create_model_card reads it there",
     ),
-    "_save": (("torch.save(self.args, ",), "hub.HubPush._save keeps the Hub token out of them"),
+    "_save": (("torch.save(self.args, ",), "hub.push.HubPush._save keeps the Hub token out of them"),
 }
 
 
 def test_the_model_card_has_its_headings():
     template = (resources.files("trl") / "templates" / "lm_model_card.md").read_text(encoding="utf-8")
     for heading in (model_card.PROCEDURE, model_card.VERSIONS):
-        assert heading in template, f"TRL's model card has no {heading!r}; `model_card.RunCard` keeps what follows it."
+        assert heading in template, (
+            f"TRL's model card has no {heading!r}; `hub.model_card.RunCard` keeps what follows it."
+        )
     assert len(model_card.METHOD.findall(template)) == 1, (
-        "TRL's model card has another sentence on the method; `model_card.RunCard` puts its own in place of it."
+        "TRL's model card has another sentence on the method; `hub.model_card.RunCard` puts its own in place of it."
     )
-    assert HfHubHTTPError.__bases__[0].__name__ == "HTTPError", "hub.py catches what all HTTP failures are"
+    assert HfHubHTTPError.__bases__[0].__name__ == "HTTPError", "hub/push.py catches what all HTTP failures are"
 
 
 @pytest.mark.parametrize("name", [*WRITTEN, *LOGGED, *PUSHED])
@@ -250,12 +283,13 @@ def test_the_sampler_draws_an_order_for_each_epoch():
     for _ in range(2):
         torch.randperm(again.num_samples, generator=again.generator)
     assert list(again) == orders[2] != orders[0], (
-        "TRL's RepeatSampler draws its order otherwise; resume.ExactResume._init_training_state skips orders."
+        "TRL's RepeatSampler draws its order otherwise; checkpoints.resume.ExactResume._init_training_state skips "
+        "orders."
     )
 
 
 def test_the_fused_head_scores_the_positions_it_is_given():
-    """scoring.py passes shifted labels, and has the backbone return fewer positions than it was given."""
+    """`update/scoring.py` passes shifted labels, and has the backbone return fewer positions than it was given."""
     body = source(add_fused_lm_head)
     for expression in (
         "getattr(self, backbone_attr)(*args, **kwargs)",
@@ -264,8 +298,8 @@ def test_the_fused_head_scores_the_positions_it_is_given():
         'backbone_attr = "base_model"',
     ):
         assert expression in body, (
-            f"add_fused_lm_head of TRL {trl.__version__} no longer holds `{expression}`; scoring.only_at and "
-            f"value.attach_value_head hook the backbone, and scoring passes `shift_labels`."
+            f"add_fused_lm_head of TRL {trl.__version__} no longer holds `{expression}`; update.scoring.only_at and "
+            f"critic.value_head.attach_value_head hook the backbone, and update/scoring.py passes `shift_labels`."
         )
 
 
@@ -273,7 +307,9 @@ def test_four_dimensional_masks_reach_attention_as_they_are():
     mask = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
     model = tiny_model(chat_tokenizer())
     made = create_causal_mask(model.config, torch.zeros(1, 3, 8), mask, past_key_values=None)
-    assert made is mask, "transformers changes a mask of four dimensions; scoring.py passes those of packed rollouts."
+    assert made is mask, (
+        "transformers changes a mask of four dimensions; update/scoring.py passes those of packed rollouts."
+    )
 
 
 def test_signature_of_the_scoring_pass():
@@ -281,7 +317,7 @@ def test_signature_of_the_scoring_pass():
     expected = ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
     assert found[:6] == expected, (
         f"GRPOTrainer._get_per_token_logps_and_entropies starts with {found[:6]}, no longer {expected}; "
-        f"trainer.ToolGRPOTrainer._get_per_token_logps_and_entropies and scoring._score_rollouts pass these."
+        f"trainer.ToolGRPOTrainer._get_per_token_logps_and_entropies and update.scoring._score_rollouts pass these."
     )
 
 
@@ -357,7 +393,7 @@ READ_IN = {
     ),
     'output["sampling_per_token_logps"] = sampling_per_token_logps': (
         "_generate_and_score_completions",
-        "sync.ReferenceSync._log_divergence compares the reference with them",
+        "reference.sync.ReferenceSync._log_divergence compares the reference with them",
     ),
     'output["tool_mask"] = tool_mask': (
         "_generate_and_score_completions",
@@ -373,15 +409,15 @@ READ_IN = {
     ),
     "self._environment_pool[name]": (
         "_generate_and_score_completions",
-        "rollout_tools._drop_lost_environments takes environments out of the pool",
+        "rollout.tools_of_rollouts._drop_lost_environments takes environments out of the pool",
     ),
     "pool.append(self.environment_factories[name]())": (
         "_generate_and_score_completions",
-        "tools/environments.on_own_thread wraps the factory, so that new environments get a thread",
+        "tools.environments.on_own_thread wraps the factory, so that new environments get a thread",
     ),
     "observation = environment.reset(": (
         "_generate_and_score_completions",
-        "tools/environments runs `reset` on the environment's thread",
+        "tools.environments runs `reset` on the environment's thread",
     ),
     "self._env_tools[name]": (
         "_tokenize_prompts",
@@ -399,16 +435,17 @@ READ_IN = {
     'inputs.get("old_per_token_logps")': ("_compute_loss", "the recorded log-probs are the old ones of the ratio"),
     'adapter_name="ref" if "ref" in model.peft_config else None': (
         "_generate_and_score_completions",
-        "reference.AdapterReference is found by that name; merged.MergedReference is scored with the adapter off",
+        "reference.adapter.AdapterReference is found by that name; reference.merged.MergedReference is scored with "
+        "the adapter off",
     ),
-    "if args.sync_ref_model:": ("__init__", "sync.synced_by_us keeps TRL from it"),
+    "if args.sync_ref_model:": ("__init__", "reference.sync.synced_by_us keeps TRL from it"),
     "def get_reward(environments, _env_type=env_type, **kwargs)": (
         "__init__",
-        "environments.scoring_without_failed knows it by its default, and passes another class",
+        "tools.environments.scoring_without_failed knows it by its default, and passes another class",
     ),
-    "type(e) is _env_type": ("__init__", "environments.scoring_without_failed passes another class"),
-    "self._step += 1": ("training_step", "batch_position.batch_number counts rollout batches by it"),
-    "if self._step % generate_every == 0": ("_prepare_inputs", "batch_position.batch_is_due repeats it"),
+    "type(e) is _env_type": ("__init__", "tools.environments.scoring_without_failed passes another class"),
+    "self._step += 1": ("training_step", "config.batch_position.batch_number counts rollout batches by it"),
+    "if self._step % generate_every == 0": ("_prepare_inputs", "config.batch_position.batch_is_due repeats it"),
     "self._get_per_token_logps_and_entropies(": (
         "_compute_loss",
         "trainer._compute_loss takes the policy's log-probs from this call",
@@ -425,7 +462,7 @@ def test_source_we_rely_on(expression):
 
 
 def test_the_loss_reads_its_inputs_after_the_scoring_pass():
-    """correction.SamplerCorrection changes them in that pass."""
+    """`update/sampler_correction.py` changes them in that pass."""
     text = source(GRPOTrainer._compute_loss)
     scored = text.index("self._get_per_token_logps_and_entropies(")
     for name in ('inputs["advantages"]', 'inputs.get("old_per_token_logps")'):
@@ -449,32 +486,37 @@ def test_scoring_passes_come_in_the_order_we_assume():
 ATTRIBUTES = {
     "_tokenizer": "trainer._prepare_recording and ._generate_single_turn",
     "_is_vlm": "trainer._prepare_recording leaves multimodal models to TRL",
-    "_logs": "critic._estimate_advantages replaces the logged advantages",
-    "aux_loss_enabled": "critic._prepare_critic refuses a router loss, grouping._may_be_split_anew keeps its split",
-    "_entropy_bonus_enabled": "grouping._may_be_split_anew keeps the split that the entropy bonus is taken over",
-    "top_entropy_quantile": "grouping._may_be_split_anew keeps the split that the quantile is taken over",
-    "reward_func_names": "assist._calculate_rewards names the reward function",
+    "_logs": "critic.critic._estimate_advantages replaces the logged advantages",
+    "aux_loss_enabled": (
+        "critic.critic._prepare_critic refuses a router loss, update.micro_batches._may_be_split_anew keeps "
+        "its split"
+    ),
+    "_entropy_bonus_enabled": (
+        "update.micro_batches._may_be_split_anew keeps the split that the entropy bonus is taken over"
+    ),
+    "top_entropy_quantile": "update.micro_batches._may_be_split_anew keeps the split that the quantile is taken over",
+    "reward_func_names": "update.assisted_warmup._calculate_rewards names the reward function",
     "_metrics": "trainer._log_rollouts and .log",
-    "_dist": "rollout/engine.unwrapped_policy gathers parameters",
+    "_dist": "rollout.engine.unwrapped_policy gathers parameters",
     "_standalone_tools": "trainer._prepare_recording",
-    "_environment_pool": "rollout_tools._read_environments and ._drop_lost_environments",
-    "_env_tools": "rollout_tools._read_environments and trainer._tokenize_prompts",
+    "_environment_pool": "rollout.tools_of_rollouts._read_environments and ._drop_lost_environments",
+    "_env_tools": "rollout.tools_of_rollouts._read_environments and trainer._tokenize_prompts",
     "environments": "trainer._roll_out",
     "environment_factories": "trainer._prepare_recording",
     "tools": "trainer._prepare_recording and ._roll_out",
-    "chat_template": "rollout_tools._make_chat",
-    "chat_template_kwargs": "rollout_tools._make_chat",
+    "chat_template": "rollout.tools_of_rollouts._make_chat",
+    "chat_template_kwargs": "rollout.tools_of_rollouts._make_chat",
     "eos_token_ids": "trainer._prepare_recording: rollout/engine.py stops there",
     "mask_truncated_completions": "trainer._correct_masks",
-    "num_iterations": "batch_position.micro_batches_of, by its name in the configuration,",
-    "_step": "batch_position counts micro-batches by it",
-    "_buffered_inputs": "batch_position.batch_is_due",
-    "ref_model": "sync._prepare_reference",
-    "is_fsdp_enabled": "sync._prepare_reference refuses merged weights",
-    "is_deepspeed_enabled": "sync._prepare_reference refuses merged weights",
-    "model_wrapped": "rollout/engine.unwrapped_policy",
-    "use_vllm": "correction._correct has TRL's loss multiplied by the importance sampling weight",
-    "vllm_importance_sampling_correction": "correction._correct",
+    "num_iterations": "config.batch_position.micro_batches_of, by its name in the configuration,",
+    "_step": "config.batch_position counts micro-batches by it",
+    "_buffered_inputs": "config.batch_position.batch_is_due",
+    "ref_model": "reference.sync._prepare_reference",
+    "is_fsdp_enabled": "reference.sync._prepare_reference refuses merged weights",
+    "is_deepspeed_enabled": "reference.sync._prepare_reference refuses merged weights",
+    "model_wrapped": "rollout.engine.unwrapped_policy",
+    "use_vllm": "update.sampler_correction._correct has TRL's loss multiplied by the importance sampling weight",
+    "vllm_importance_sampling_correction": "update.sampler_correction._correct",
 }
 
 
@@ -537,16 +579,16 @@ def test_shapes_of_those_attributes(trl_trainer):
     assert set(trl_trainer._metrics) == {"train", "eval"}, "GRPOTrainer._metrics changed; see trainer._log_rollouts."
     assert list(trl_trainer._environment_pool) == [None] and isinstance(trl_trainer._environment_pool[None], list), (
         "GRPOTrainer._environment_pool is no longer {name: [instances]} with None for a single environment; see "
-        "rollout_tools._read_environments."
+        "rollout.tools_of_rollouts._read_environments."
     )
     assert isinstance(trl_trainer._environment_pool[None][0], Box), (
-        "GRPOTrainer no longer makes a first environment at construction; rollout_tools._read_environments reads its "
-        "methods."
+        "GRPOTrainer no longer makes a first environment at construction; "
+        "rollout.tools_of_rollouts._read_environments reads its methods."
     )
     names = [tool.__name__ for tool in trl_trainer._env_tools[None]]
     assert names == ["fetch", "open"], (
         f"GRPOTrainer._env_tools holds {names} for an environment, not the functions and then its methods; see "
-        f"rollout_tools._read_environments."
+        f"rollout.tools_of_rollouts._read_environments."
     )
     assert [tool.__name__ for tool in trl_trainer._standalone_tools] == ["fetch"], (
         "GRPOTrainer._standalone_tools is no longer the functions alone; trainer._prepare_recording empties it."
@@ -602,39 +644,42 @@ def test_context_managers_for_generation(trl_trainer):
     found = parameters(unwrap_model_for_generation)
     assert found[:3] == ["model", "accelerator", "gather_deepspeed3_params"] and (
         "gradient_checkpointing_kwargs" in found
-    ), f"trl.models.unwrap_model_for_generation takes {found}; rollout/engine.unwrapped_policy calls it."
+    ), f"trl.models.unwrap_model_for_generation takes {found}; rollout.engine.unwrapped_policy calls it."
     assert parameters(disable_gradient_checkpointing) == ["model", "gradient_checkpointing_kwargs"], (
-        "trl.models.utils.disable_gradient_checkpointing has other parameters; scoring._score_rollouts calls it."
+        "trl.models.utils.disable_gradient_checkpointing has other parameters; update.scoring._scoring_mode calls it."
     )
     with (
         unwrap_model_for_generation(trl_trainer.model_wrapped, trl_trainer.accelerator) as policy,
         trl_trainer._dist.summon_full_params(trl_trainer.model_wrapped, recurse=False),
     ):
         assert policy is trl_trainer.model, (
-            "unwrap_model_for_generation gives no policy; see rollout/engine.unwrapped_policy."
+            "unwrap_model_for_generation gives no policy; see rollout.engine.unwrapped_policy."
         )
 
 
 def test_what_logs_and_replays_ask_of_trl(trl_trainer):
     generate = source(GRPOTrainer._generate)
     assert "return prompt_ids, completion_ids, tool_mask, completions," in generate, (
-        "GRPOTrainer._generate returns something else; run_log.RunLog takes the completions from the fourth place."
+        "GRPOTrainer._generate returns something else; run_folder.writer.RunLog takes the completions from the fourth "
+        "place."
     )
     assert 'self._metrics[mode]["num_tokens"] = [self.state.num_input_tokens_seen]' in generate, (
-        "GRPOTrainer._generate no longer replaces `num_tokens`; run_log.RunLog and replay.Replay treat it so."
+        "GRPOTrainer._generate no longer replaces `num_tokens`; run_folder.writer.RunLog and run_folder.replay.Replay "
+        "treat it so."
     )
     assert {"prompt", "completion", "rewards", "advantages"} <= set(trl_trainer._logs), (
-        f"GRPOTrainer._logs holds {sorted(trl_trainer._logs)}; replay.Replay fills it."
+        f"GRPOTrainer._logs holds {sorted(trl_trainer._logs)}; run_folder.replay.Replay fills it."
     )
     assert parameters(GRPOTrainer._save_checkpoint) == ["self", "model", "trial"], (
-        "GRPOTrainer._save_checkpoint has other parameters; health_watch.HealthWatch calls it."
+        "GRPOTrainer._save_checkpoint has other parameters; monitoring.health.watch.HealthWatch calls it."
     )
     logged = source(transformers.Trainer.log)
     assert "self.state.log_history.append(output)" in logged and "self.callback_handler.on_log(" in logged, (
-        "Trainer.log no longer ends with the log history and the callbacks; run_log.RunLog reads the last entry."
+        "Trainer.log no longer ends with the log history and the callbacks; run_folder.writer.RunLog reads the last "
+        "entry."
     )
     assert "tb_writer" in source(transformers.integrations.TensorBoardCallback.__init__), (
-        "TensorBoardCallback has no `tb_writer`; live.Live writes texts with it."
+        "TensorBoardCallback has no `tb_writer`; monitoring.trackers.Live writes texts with it."
     )
 
 
@@ -642,13 +687,15 @@ def test_what_references_ask_of_peft():
     config = peft.LoraConfig(target_modules=["q_proj"], use_dora=True)
     policy = peft.get_peft_model(tiny_model(chat_tokenizer()), config)
     layer = policy.get_base_model().model.layers[0].self_attn.q_proj
-    use = f"PEFT {peft.__version__}; merged.py reads it."
+    use = f"PEFT {peft.__version__}; reference/merged.py reads it."
     for name in ("get_delta_weight", "get_base_layer", "lora_variant", "lora_bias", "disable_adapters", "_caches"):
         assert hasattr(layer, name), f"LoRA layers have no `{name}` in {use}"
     assert parameters(layer.merge) == ["safe_merge", "adapter_names"], f"`merge` changed in {use}"
     variant = layer.lora_variant["default"]
     assert parameters(variant.merge_safe) == ["module", "active_adapter", "orig_weight"], f"DoRA changed in {use}"
-    assert "selected_adapters" in parameters(policy.save_pretrained), f"sync._save leaves out the reference; {use}"
+    assert "selected_adapters" in parameters(policy.save_pretrained), (
+        f"reference.sync._save leaves out the reference; {use}"
+    )
 
 
 def test_what_else_the_trainer_imports():
@@ -657,9 +704,9 @@ def test_what_else_the_trainer_imports():
     from trl.trainer.utils import get_config_model_id
 
     for function, expected, use in (
-        (add_response_schema, "processing_class", "rollout_tools._read_environments"),
-        (get_training_chat_template, "processing_class", "rollout_tools._read_environments"),
-        (is_chat_template_prefix_preserving, "processing_class", "rollout_tools._read_environments"),
+        (add_response_schema, "processing_class", "rollout.tools_of_rollouts._read_environments"),
+        (get_training_chat_template, "processing_class", "rollout.tools_of_rollouts._read_environments"),
+        (is_chat_template_prefix_preserving, "processing_class", "rollout.tools_of_rollouts._read_environments"),
         (get_config_model_id, "config", "trainer.__init__"),
         (profiling_context, "trainer", "trainer._roll_out"),
     ):
@@ -701,12 +748,12 @@ def test_config_is_derived_as_we_assume():
         "vllm_tensor_parallel_size",
     ):
         assert name in names, (
-            f"GRPOConfig has no `{name}` any more; config.py, trainer.py or rollout/engine.py reads it."
+            f"GRPOConfig has no `{name}` any more; config/checks.py, trainer.py or rollout/engine.py reads it."
         )
 
 
 def test_trl_says_which_versions_of_vllm_it_supports():
-    assert str(supported_versions()), "TRL's metadata names no vLLM; rollout/vllm_engine.py reads the versions there."
+    assert str(supported_versions()), "TRL's metadata names no vLLM; sampling/vllm/engine.py reads the versions there."
 
 
 def test_trls_loss_takes_an_importance_sampling_weight():
@@ -714,20 +761,25 @@ def test_trls_loss_takes_an_importance_sampling_weight():
     condition = 'self.use_vllm and self.vllm_importance_sampling_correction and self.loss_type != "vespo"'
     assert condition in loss and 'per_token_loss * inputs["importance_sampling_ratio"]' in loss, (
         "GRPOTrainer._compute_loss multiplies by the importance sampling weight under another condition; "
-        "correction._correct sets `use_vllm` for it."
+        "update.sampler_correction._correct sets `use_vllm` for it."
     )
     assert 'importance_sampling_ratio=inputs.get("importance_sampling_ratio")' in loss, (
-        "VESPO takes its importance sampling weight from elsewhere; correction._correct puts it into the inputs."
+        "VESPO takes its importance sampling weight from elsewhere; update.sampler_correction._correct puts it into "
+        "the inputs."
     )
     assert 'old_per_token_logps = inputs.get("old_per_token_logps")' in loss.split(
         "_get_per_token_logps_and_entropies("
-    )[1], "GRPOTrainer._compute_loss reads old log-probs before it scores; correction._correct replaces them then."
+    )[1], (
+        "GRPOTrainer._compute_loss reads old log-probs before it scores; "
+        "update.sampler_correction._correct replaces them then."
+    )
 
 
 def test_trl_makes_its_vllm_engine_by_an_option_and_a_name():
     source = inspect.getsource(GRPOTrainer.__init__)
     assert "if self.use_vllm:" in source and "VLLMGeneration(" in source, (
-        "GRPOTrainer.__init__ makes its vLLM engine in another way than vllm_rollouts.without_trls_vllm relies on."
+        "GRPOTrainer.__init__ makes its vLLM engine in another way than rollout.vllm_rollouts.without_trls_vllm "
+        "relies on."
     )
 
 
@@ -747,44 +799,44 @@ def test_response_parser_can_be_made_tolerant():
         found = parameters(getattr(ResponseParser, name, lambda: None))
         assert found == expected, (
             f"transformers {transformers.__version__}: ResponseParser.{name} takes {found}; "
-            f"rollout/parsing._TolerantParser overrides or calls it with {expected}."
+            f"chat.parsing._TolerantParser overrides or calls it with {expected}."
         )
     template = add_response_schema(chat_tokenizer()).response_template
     parser = ResponseParser(template, prefix="", tools=[])
     for name in ("_body", "_buffer", "_current", "_opened", "_output", "_spec"):
-        assert hasattr(parser, name), f"ResponseParser has no `{name}`; rollout/parsing._TolerantParser reads it."
+        assert hasattr(parser, name), f"ResponseParser has no `{name}`; chat.parsing._TolerantParser reads it."
     parser.feed('<tool_call>\n{"name": "a"')
     assert parser._current == "tool_calls" and parser._body.strip() == '{"name": "a"', (
         f"While in a call ResponseParser has _current={parser._current!r}, _body={parser._body!r}; "
-        f"rollout/parsing._TolerantParser takes the text of an unreadable call from there."
+        f"chat.parsing._TolerantParser takes the text of an unreadable call from there."
     )
     with pytest.raises((ValueError, TypeError, KeyError)):
         parser.finalize()
     parser = ResponseParser(template, prefix="", tools=[])
     parser._buffer += "text</tool_call>"
     assert parser.finalize()[0]["content"] == "text</tool_call>", (
-        "ResponseParser.finalize no longer reads what is in `_buffer`; rollout/parsing._TolerantParser.read puts the "
+        "ResponseParser.finalize no longer reads what is in `_buffer`; chat.parsing._TolerantParser.read puts the "
         "whole turn there."
     )
     parser = ResponseParser(template, prefix="", tools=[])
     parser._buffer = "<tool_call>"
     (kind, field, match), _ = parser._scan(parser._watchlist(), True)
     assert (kind, field.name, match.group()) == ("open", "tool_calls", "<tool_call>"), (
-        "ResponseParser._scan gives something else; rollout/parsing._TolerantParser._scan replaces the match it found."
+        "ResponseParser._scan gives something else; chat.parsing._TolerantParser._scan replaces the match it found."
     )
 
 
-def test_texts_are_cast_as_rollout_call_notation_relies_on():
+def test_texts_are_cast_as_call_notation_relies_on():
     from transformers.utils.chat_parsing import content_parsers, response_parser
 
     assert parameters(response_parser._coerce) == ["raw", "types"] and parameters(content_parsers.parse_content) == [
         "text",
         "name",
         "args",
-    ], "transformers casts or parses arguments by other parameters; rollout/call_notation.py calls both."
+    ], "transformers casts or parses arguments by other parameters; chat/call_notation.py calls both."
     text = "no number"
     assert response_parser._coerce(text, ("integer",)) is text, (
-        "response_parser._coerce no longer gives back a text it cannot cast; rollout/call_notation._cast relies on it."
+        "response_parser._coerce no longer gives back a text it cannot cast; chat.call_notation._cast relies on it."
     )
     assert response_parser._coerce("null", ("null",)) is None and response_parser._coerce("7", ("integer",)) == 7
 
@@ -799,12 +851,12 @@ MISREAD = {
     "qwen3_5_think": (
         "</think><tool_call>\n<function=f>\n<parameter=a>\n x\n</parameter>\n</function>\n</tool_call><|im_end|>",
         [{"a": " x"}],
-        "_XML_CALLS",
+        "_QWEN_CALLS",
     ),
     "nemotron_3_nano": (
         "</think><tool_call>\n<function=f>\n<parameter=a>\n x\n</parameter>\n</function>\n</tool_call><|im_end|>",
         [{"a": " x"}],
-        "_XML_CALLS",
+        "_NEMOTRON",
     ),
     "glm4moe": (
         "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value> x</arg_value>\n</tool_call><|observation|>",
@@ -834,7 +886,7 @@ def test_trl_still_misreads_what_our_response_templates_read(name):
         found = []
     assert [call["function"]["arguments"] for call in found] != expected, (
         f"TRL {trl.__version__} reads {text!r} rightly with the template {name}. See whether "
-        f"rollout/response_templates.{ours} is still needed."
+        f"chat.response_templates.{ours} is still needed."
     )
 
 
@@ -843,7 +895,7 @@ def test_reset_to_implicit_leaves_the_current_call():
     parser.feed("<tool_call>\nnothing")
     parser._reset_to_implicit()
     assert parser._current != "tool_calls" and not parser._body, (
-        "ResponseParser._reset_to_implicit no longer drops the current call; rollout/parsing.py relies on it."
+        "ResponseParser._reset_to_implicit no longer drops the current call; chat/parsing.py relies on it."
     )
 
 
@@ -851,10 +903,10 @@ def test_attention_functions_can_be_registered():
     from trl_toolgrpo.sampling.shared_prefix import ATTENTION_NAME
 
     assert callable(getattr(ALL_ATTENTION_FUNCTIONS, "register", None)), (
-        "ALL_ATTENTION_FUNCTIONS of transformers has no `register`; rollout/shared_prefix.py registers with it."
+        "ALL_ATTENTION_FUNCTIONS of transformers has no `register`; sampling/shared_prefix.py registers with it."
     )
     assert ATTENTION_NAME in ALL_ATTENTION_FUNCTIONS.valid_keys(), (
-        "The attention function of rollout/shared_prefix.py is not among the registered ones."
+        "The attention function of sampling/shared_prefix.py is not among the registered ones."
     )
 
 
@@ -876,20 +928,20 @@ def test_attention_is_chosen_by_the_configuration_at_each_call():
     model.config._attn_implementation = before
     assert len(calls) == 2, (
         "A model no longer looks up `config._attn_implementation` in ALL_ATTENTION_FUNCTIONS at each call; "
-        "rollout/shared_prefix.shared_prefix_attention switches it there."
+        "sampling.shared_prefix.shared_prefix_attention switches it there."
     )
     mask, layer, query, key, scaling = calls[1]
     assert (layer, query, key, scaling) == (1, (1, 4, 3, 8), (1, 2, 3, 8), pytest.approx(8**-0.5)), (
-        "Attention functions are called with other shapes; see rollout/shared_prefix._attention."
+        "Attention functions are called with other shapes; see sampling.shared_prefix._attention."
     )
     assert mask is None, (
         "transformers makes an attention mask for a registered attention function that has no mask function; "
-        "rollout/shared_prefix.py has masks of its own."
+        "sampling/shared_prefix.py has masks of its own."
     )
 
 
 def test_packed_products():
-    """packed_linear.py calls both by name."""
+    """`sampling/packed_linear.py` calls both by name."""
     weight, rows = torch.randn(8, 4), torch.randn(2, 3, 4)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
     found = torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
@@ -899,28 +951,29 @@ def test_packed_products():
 def test_cache_update():
     found = parameters(DynamicCache.update)
     assert found[:4] == ["self", "key_states", "value_states", "layer_idx"], (
-        f"DynamicCache.update takes {found}; rollout/shared_prefix.PromptCache and RowCache override it."
+        f"DynamicCache.update takes {found}; sampling.shared_prefix.PromptCache and RowCache override it."
     )
     assert "layer_idx" in parameters(DynamicCache.get_seq_length), (
-        "DynamicCache.get_seq_length has other parameters; rollout/shared_prefix.PromptCache and RowCache override it."
+        "DynamicCache.get_seq_length has other parameters; sampling.shared_prefix.PromptCache and RowCache override "
+        "it."
     )
 
 
 def test_models_have_what_the_default_sampler_asks_for():
     model = tiny_model(chat_tokenizer())
     assert model._supports_attention_backend is True, (
-        "Models no longer have `_supports_attention_backend`; rollout/backends.unsupported_reason reads it."
+        "Models no longer have `_supports_attention_backend`; sampling.choice.unsupported_reason reads it."
     )
     assert list(model.config.layer_types) == ["full_attention"] * 2, (
-        "transformers names layer types otherwise; rollout/backends.unsupported_reason knows two."
+        "transformers names layer types otherwise; sampling.choice.unsupported_reason knows two."
     )
     assert "logits_to_keep" in parameters(model.forward), (
-        "Models no longer take `logits_to_keep`; rollout/model_sampler.ModelSession._forward passes it."
+        "Models no longer take `logits_to_keep`; sampling.model_sampler.ModelSession._forward passes it."
     )
 
 
 def test_rotary_embeddings_say_when_their_frequencies_change():
-    """rollout/rotary.RowFrequencies finds them by these names and calls them row by row."""
+    """`models/rotary.py` finds them by these names and calls them row by row."""
     by_layer = {"sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}
     long = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     by_layer["full_attention"] = {**long, "factor": 4.0, "original_max_position_embeddings": 60}
@@ -935,10 +988,10 @@ def test_rotary_embeddings_say_when_their_frequencies_change():
         model = transformers.AutoModelForCausalLM.from_config(settings)
         assert RowFrequencies(model).border == border, (
             "Rotary embeddings no longer have `rope_type`, `original_max_seq_len` and `config.rope_parameters`; "
-            "rollout/rotary.py reads them."
+            "models/rotary.py reads them."
         )
         assert list(parameters(model.model.rotary_emb.forward))[:2] == ["x", "position_ids"], (
-            "Rotary embeddings take other arguments; rollout/rotary.RowFrequencies passes on `x` and `position_ids`."
+            "Rotary embeddings take other arguments; models.rotary.RowFrequencies passes on `x` and `position_ids`."
         )
 
 
@@ -948,18 +1001,18 @@ def test_templates_that_get_a_response_template():
     names = ("qwen3_5", "nemotron_3", "glm4moe", "gptoss", "llama3", "gemma4", "lfm2_2_5")
     for name in [f"{name}_template" for name in names]:
         assert isinstance(getattr(templates, name, None), dict), (
-            f"trl.chat_template_utils has no `{name}`; rollout/response_templates.py replaces it."
+            f"trl.chat_template_utils has no `{name}`; chat/response_templates.py replaces it."
         )
     for name in ("deepseekv3", "diffusion_gemma", "muse_glimmer"):
         text = getattr(templates, f"{name}_chat_template", None)
         assert isinstance(text, str), (
-            f"trl.chat_template_utils has no `{name}_chat_template`; rollout/response_templates.py goes by such names."
+            f"trl.chat_template_utils has no `{name}_chat_template`; chat/response_templates.py goes by such names."
         )
         with pytest.raises(ValueError, match="Unrecognized chat template"):  # else ours can go
             templates.add_response_schema(SimpleNamespace(chat_template=text))
     known = SimpleNamespace(chat_template=templates.qwen3_chat_template)
     assert templates.add_response_schema(known).response_template == templates.qwen3_template, (
-        "add_response_schema needs more than a chat template; rollout/response_templates._shipped calls it so."
+        "add_response_schema needs more than a chat template; chat.response_templates._shipped calls it so."
     )
 
 
@@ -970,7 +1023,7 @@ def test_fsdp_finds_its_root_in_the_first_pass():
     assert "_is_root = None" in inspect.getsource(FSDPState.__init__).replace(": bool | None", "").replace(
         ": Optional[bool]", ""
     ) and parameters(FSDPState._lazy_init) == ["self"], (
-        "torch's FSDP2 no longer has `_is_root` and `_lazy_init`; rollout/engine.gathered_parameters calls it before "
+        "torch's FSDP2 no longer has `_is_root` and `_lazy_init`; rollout.engine.gathered_parameters calls it before "
         "the first pass of a policy with an adapter."
     )
     assert hasattr(FSDPModule, "_get_fsdp_state"), "FSDPModule has no `_get_fsdp_state`; rollout/engine.py calls it."
@@ -979,7 +1032,8 @@ def test_fsdp_finds_its_root_in_the_first_pass():
 def test_what_deepspeed_writes_between_two_collectives():
     engine = pytest.importorskip("deepspeed.runtime.engine")
     assert "save_latest" in parameters(engine.DeepSpeedEngine.save_checkpoint), (
-        "DeepSpeed's save_checkpoint has no `save_latest`; resume.ExactResume._deepspeed_tolerated passes it."
+        "DeepSpeed's save_checkpoint has no `save_latest`; checkpoints.resume.ExactResume._deepspeed_tolerated passes "
+        "it."
     )
     held = {
         "save_checkpoint": ("from shutil import copytree", 'tag = f"global_step{self.global_steps}"', "fd.write(tag)"),
@@ -989,8 +1043,9 @@ def test_what_deepspeed_writes_between_two_collectives():
         source = inspect.getsource(getattr(engine.DeepSpeedEngine, name))
         missing = [text for text in texts if text not in source]
         assert not missing, (
-            f"DeepSpeedEngine.{name} is written otherwise, without {missing}; checkpoint.attempt and "
-            f"resume.ExactResume._deepspeed_tolerated keep a full disk there from stopping the other processes."
+            f"DeepSpeedEngine.{name} is written otherwise, without {missing}; run_folder.storage_failures.attempt and "
+            f"checkpoints.resume.ExactResume._deepspeed_tolerated keep a full disk there from stopping the other "
+            f"processes."
         )
 
 
@@ -1004,11 +1059,13 @@ def test_version_is_the_one_this_was_written_for():
 def test_fields_of_mappings_and_callables_of_coroutines():
     names = set(GRPOConfig._VALID_DICT_FIELDS)
     assert {"chat_template_kwargs", "generation_kwargs", "model_init_kwargs", "lr_scheduler_kwargs"} <= names, (
-        "TRL names the fields that it reads from JSON text otherwise; `config_checks.py` checks them"
+        "TRL names the fields that it reads from JSON text otherwise; `config/checks.py` checks them"
     )
     from trl.trainer.utils import is_async_callable
 
     async def reward(**kwargs):
         return []
 
-    assert is_async_callable(reward) and not is_async_callable(print), "used by `reward_checks.py`"
+    assert is_async_callable(reward) and not is_async_callable(print), (
+        "TRL knows reward functions that are coroutine functions otherwise; see validation.rewards.checked."
+    )

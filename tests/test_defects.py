@@ -112,7 +112,7 @@ def sleeping(kind, spans, seconds=0.2):
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
-def test_1_calls_of_a_batch_run_together(ours, trl, kind):
+def test_calls_of_a_batch_run_together(ours, trl, kind):
     seconds = {}
     for name, run in (("ours", ours), ("trl", trl)):
         spans = []
@@ -127,7 +127,7 @@ def test_1_calls_of_a_batch_run_together(ours, trl, kind):
 # 2: time limits and what a tool may raise
 
 
-def test_2_a_hanging_tool_is_answered(ours, trl):
+def test_a_hanging_tool_is_answered(ours, trl):
     release = threading.Event()
 
     def hang(key: str) -> str:
@@ -174,7 +174,7 @@ def raising(error):
     return leave, leave_sync
 
 
-def test_2_system_exit_in_an_async_tool(ours, trl):
+def test_system_exit_in_an_async_tool(ours, trl):
     leave, _ = raising(SystemExit("bye"))
     script = [[tool_call("leave", key="a") + END, f"still here{END}"]]
     found = ours(script, tools=[leave])
@@ -184,7 +184,7 @@ def test_2_system_exit_in_an_async_tool(ours, trl):
     assert not ends_within(1.0, lambda: trl(script, tools=[leave]))
 
 
-def test_2_system_exit_in_a_sync_tool(ours, trl):
+def test_system_exit_in_a_sync_tool(ours, trl):
     _, leave_sync = raising(SystemExit("bye"))
     script = [[tool_call("leave_sync", key="a") + END, f"still here{END}"]]
     found = ours(script, tools=[leave_sync])
@@ -193,7 +193,7 @@ def test_2_system_exit_in_a_sync_tool(ours, trl):
         trl(script, tools=[leave_sync])
 
 
-def test_2_cancellation_is_a_failure(ours, trl):
+def test_cancellation_is_a_failure(ours, trl):
     leave, _ = raising(asyncio.CancelledError())
     script = [[tool_call("leave", key="a") + END, f"hm{END}"]]
     found = ours(script, tools=[leave])
@@ -207,7 +207,7 @@ def test_2_cancellation_is_a_failure(ours, trl):
 # 3: order
 
 
-def test_3_results_are_in_call_order_and_say_which_call(ours, trl):
+def test_results_are_in_call_order_and_say_which_call(ours, trl):
     async def later(key: str) -> str:
         """
         Answer later.
@@ -243,7 +243,7 @@ INJECTIONS = [
 
 
 @pytest.mark.parametrize("text", INJECTIONS)
-def test_4_tool_output_never_becomes_a_control_token(ours, trl, text):
+def test_tool_output_never_becomes_a_control_token(ours, trl, text):
     def fetch(key: str) -> str:
         """
         Fetch a page.
@@ -270,7 +270,7 @@ def test_4_tool_output_never_becomes_a_control_token(ours, trl, text):
 # 5: rollouts that were cut off
 
 
-def test_5_an_unanswered_call_is_truncated(ours, trl):
+def test_an_unanswered_call_is_truncated(ours, trl):
     script = [[LOOKUP + END, LOOKUP + END], [LOOKUP + END, f"done{END}"]]
     options = {"tools": [lookup], "max_tool_calling_iterations": 1, "mask_truncated_completions": True}
     found, theirs = ours(script, **options), trl(script, **options)
@@ -298,7 +298,7 @@ def verbose(key: str) -> str:
     return "blah " * 2000
 
 
-def test_5_an_overlong_result_is_cut_and_shown(ours, trl):
+def test_an_overlong_result_is_cut_and_shown(ours, trl):
     script = [[tool_call("verbose", key="a") + END, f"done{END}"]]
     options = {"tools": [verbose], "mask_truncated_completions": True}
     found = ours(script, max_tool_output_tokens=100, **options)
@@ -313,7 +313,7 @@ def test_5_an_overlong_result_is_cut_and_shown(ours, trl):
     assert theirs.metric("tools/call_frequency") == 1.0  # the tool ran
 
 
-def test_5_a_result_without_room_is_truncation(ours, trl):
+def test_a_result_without_room_is_truncation(ours, trl):
     script = [[tool_call("verbose", key="a") + END, f"done{END}"], [f"done{END}"]]
     options = {"tools": [verbose], "mask_truncated_completions": True, "max_completion_length": 200}
     found, theirs = ours(script, **options), trl(script, **options)
@@ -325,7 +325,7 @@ def test_5_a_result_without_room_is_truncation(ours, trl):
     assert theirs.metric("completions/clipped_ratio") == 0.0
 
 
-def test_5_a_call_at_the_token_budget_is_not_run(ours, trl):
+def test_a_call_at_the_token_budget_is_not_run(ours, trl):
     """A turn that ends on its budget has a complete call: TRL runs the tool, and drops the result."""
     ran = []
 
@@ -374,7 +374,7 @@ def report(key: str) -> str:
         ("numbers", "[1, 2]"),
     ],
 )
-def test_6_structured_results_are_json(ours, trl, key, text):
+def test_structured_results_are_json(ours, trl, key, text):
     script = [[tool_call("report", key=key) + END, f"done{END}"]]
     found = ours(script, tools=[report])
     assert results(found)[0]["content"] == text
@@ -387,7 +387,7 @@ def test_6_structured_results_are_json(ours, trl, key, text):
 # 7: malformed calls
 
 
-def test_7_a_malformed_call_does_not_silence_its_neighbours(ours, trl):
+def test_a_malformed_call_does_not_silence_its_neighbours(ours, trl):
     broken = '<tool_call>\n{"name": "lookup", "arguments": {"key": }\n</tool_call>'
     script = [[f"{tool_call('lookup', key='a')}\n{broken}\n{tool_call('lookup', key='b')}{END}", f"done{END}"]]
     found = ours(script, tools=[lookup])
@@ -405,7 +405,7 @@ def test_7_a_malformed_call_does_not_silence_its_neighbours(ours, trl):
     assert theirs.metric("tools/call_frequency") == 0.0
 
 
-def test_7_malformed_calls_have_a_budget(ours, trl):
+def test_malformed_calls_have_a_budget(ours, trl):
     broken = "<tool_call>\nnot json\n</tool_call>"
     script = [[broken + END] * 3]
     found = ours(script, tools=[lookup], parse_error_budget=2)
@@ -421,7 +421,7 @@ def test_7_malformed_calls_have_a_budget(ours, trl):
 # 8: input that crashes TRL
 
 
-def test_8_a_call_without_type(ours, trl):
+def test_a_call_without_type(ours, trl):
     """Response templates need not give their calls a `type`."""
 
     def tokenizer():
@@ -464,7 +464,7 @@ class Silent:
 
 @pytest.mark.parametrize("stopped", [True, False])
 @pytest.mark.parametrize("tools", [None, [lookup]])
-def test_8_an_empty_completion(monkeypatch, ours, tmp_path, tools, stopped):
+def test_an_empty_completion(monkeypatch, ours, tmp_path, tools, stopped):
     """A backend that gives no token for a row costs that row, not the run."""
     eos = chat_tokenizer().eos_token_id
     found = ours([[END]], tools=tools, make_sampler=lambda *args, **options: Silent(eos, stopped))
@@ -488,7 +488,7 @@ def test_8_an_empty_completion(monkeypatch, ours, tmp_path, tools, stopped):
 
 
 @pytest.mark.parametrize("which", ["train_dataset", "eval_dataset"])
-def test_8_string_prompts_with_tools(tmp_path, trl, which):
+def test_string_prompts_with_tools(tmp_path, trl, which):
     text = Dataset.from_list([{"prompt": "hello"}] * 4)
     tokenizer = chat_tokenizer()
     datasets = {"train_dataset": prompts(), "eval_dataset": prompts(), which: text}
@@ -508,7 +508,7 @@ def test_8_string_prompts_with_tools(tmp_path, trl, which):
 # 9: turns that end with another stop token
 
 
-def test_9_a_turn_gets_the_end_its_template_writes(ours, trl):
+def test_a_turn_gets_the_end_its_template_writes(ours, trl):
     script = [[LOOKUP + "<|endoftext|>", f"done{END}"], [LOOKUP + END, f"done{END}"]]
     eos = [END, "<|endoftext|>"]
     found = ours(script, tools=[lookup], eos=eos)
@@ -524,7 +524,7 @@ def test_9_a_turn_gets_the_end_its_template_writes(ours, trl):
 # 10: names
 
 
-def test_10_two_tools_of_one_name(ours, trl):
+def test_two_tools_of_one_name(ours, trl):
     def again(key: str) -> str:
         """
         Look up another value.
@@ -543,7 +543,7 @@ def test_10_two_tools_of_one_name(ours, trl):
     assert results(theirs)[0]["content"] == "the other"
 
 
-def test_10_a_function_and_an_environment_method_of_one_name(ours, trl):
+def test_a_function_and_an_environment_method_of_one_name(ours, trl):
     class Shelf:
         def reset(self, **kwargs):
             pass
@@ -595,7 +595,7 @@ class Joiner:
 @pytest.mark.parametrize(
     ("tool", "name", "expected"), [(functools.partial(scaled, 3), "scaled", "aaa"), (Joiner(), "joiner", "-a-")]
 )
-def test_11_partials_and_callable_objects(ours, trl, tool, name, expected):
+def test_partials_and_callable_objects(ours, trl, tool, name, expected):
     script = [[tool_call(name, key="a") + END, f"done{END}"]]
     found = ours(script, tools=[tool])
     assert results(found)[0]["content"] == expected
@@ -640,7 +640,7 @@ class Ledger:
         return float(self.connection.execute("select coalesce(sum(n), 0) from entry").fetchone()[0])
 
 
-def test_11b_environments_live_on_threads_of_their_own(ours, trl):
+def test_environments_live_on_threads_of_their_own(ours, trl):
     calls = "\n".join(tool_call("book", n=n) for n in (1, 2, 3))
     script = [[calls + END, tool_call("book", n=10) + END, f"done{END}"], [f"no{END}"]]
     threads = {}
@@ -658,7 +658,7 @@ def test_11b_environments_live_on_threads_of_their_own(ours, trl):
     assert threads["trl"] == [{threading.get_ident()}, set(), {threading.get_ident()}, set()]
 
 
-def test_11b_rewards_may_use_the_connection(ours, trl):
+def test_rewards_may_use_the_connection(ours, trl):
     """What works in TRL because everything runs on one thread still works."""
 
     def balance(environments, **kwargs):
@@ -678,7 +678,7 @@ def test_11b_rewards_may_use_the_connection(ours, trl):
 
 
 @pytest.mark.parametrize("thread_safe", [True, False])
-def test_11b_a_tool_that_is_not_thread_safe_runs_alone(ours, thread_safe):
+def test_a_tool_that_is_not_thread_safe_runs_alone(ours, thread_safe):
     inside, most = [], []
 
     def touch(key):
@@ -698,7 +698,7 @@ def test_11b_a_tool_that_is_not_thread_safe_runs_alone(ours, thread_safe):
 # 12: several processes
 
 
-def test_12_collectives_do_not_depend_on_the_rollouts(monkeypatch, ours, trl):
+def test_collectives_do_not_depend_on_the_rollouts(monkeypatch, ours, trl):
     """Processes whose rollouts call tools more or less often must still take part in the same collectives."""
     collectives = []
 
@@ -746,7 +746,7 @@ def test_12_collectives_do_not_depend_on_the_rollouts(monkeypatch, ours, trl):
 # 13: work
 
 
-def test_13_history_is_read_once(monkeypatch, tmp_path):
+def test_history_is_read_once(monkeypatch, tmp_path):
     """The prompt of a group is read once and every other token once, but the last, which nothing reads."""
     script = [[LOOKUP + END, LOOKUP + END, f"done{END}"]] * 4
     fed = {}

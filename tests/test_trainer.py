@@ -136,7 +136,7 @@ def test_a_tools_column_without_tools_is_warned_of(tmp_path, caplog):
 
 
 def test_tools_that_are_no_list_are_refused(tmp_path):
-    with pytest.raises(ToolSchemaError, match=r"is no list.*tools=\[\.\.\.\]"):
+    with pytest.raises(ToolSchemaError, match=r"is not a list.*tools=\[\.\.\.\]"):
         make(tmp_path, tools=send_slack_message)
 
 
@@ -175,7 +175,7 @@ def test_a_template_that_cannot_call_tools_is_refused(tmp_path):
         ({"rollout_backend": "sglang"}, r"rollout_backend='sglang'.*transformers"),
         ({"num_generations": 1}, "at least 2 generations"),
         ({"max_concurrent_tools": 0}, "at least 1"),
-        ({"max_tool_calling_iterations": -1}, "max_tool_calling_iterations=-1.*0 or more"),
+        ({"max_tool_calling_iterations": -1}, "max_tool_calling_iterations=-1.*at least 0"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(tmp_path, changes, words):
@@ -345,7 +345,7 @@ def broken(monkeypatch, kind, tokenizer, script):
 def test_a_broken_record_stops_training_by_name(tmp_path, monkeypatch):
     tokenizer = chat_tokenizer()
     broken(monkeypatch, BrokenSampler, tokenizer, [["one<|im_end|>"], ["two<|im_end|>"]])
-    with pytest.raises(TrajectoryError, match=r"Rollout 0: field `logprobs` has \d+ values, expected \d+"):
+    with pytest.raises(TrajectoryError, match=r"Rollout 0: field `logprobs` of a turn has \d+ values, expected \d+"):
         make(tmp_path, tokenizer, logprob_check="off").train()
 
 

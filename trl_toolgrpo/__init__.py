@@ -56,7 +56,7 @@ if typing.TYPE_CHECKING:
 else:  # type checkers know the names from above
     _NAMES = {
         "checkpoints.folder": ["find_checkpoint"],
-        "config": ["ToolGRPOConfig"],
+        "config.fields": ["ToolGRPOConfig"],
         "config.parser": ["ToolGRPOParser"],
         "checkpoints.run_identity": ["keep_batch_size"],
         "memory": ["MemoryEstimate", "ModelShape", "estimate_memory"],

@@ -72,19 +72,19 @@ LIKE_TRL = {
 
 # What a test of its own shows
 SHOWN = {
-    "use_vllm": "test_vllm_sampler.py::test_use_vllm_is_the_backend_unless_the_rollouts_are_trls",
-    "beta": "test_trl_equality.py::test_reference_of_a_lora_run",
-    "use_bias_correction_kl": "test_vllm_correction.py::test_the_kl_term_is_trls",
-    "sync_ref_model": "test_reference.py",
-    "ref_model_mixup_alpha": "test_reference.py",
-    "ref_model_sync_steps": "test_reference.py",
-    "ds3_gather_for_generation": "test_generate_sampler.py",
-    "gradient_checkpointing": "test_scoring.py",
-    "bf16": "test_cache_budget.py",
+    "use_vllm": "sampling/vllm/test_vllm_sampler.py::test_use_vllm_is_the_backend_unless_the_rollouts_are_trls",
+    "beta": "test_trl_equality.py::test_reference_log_probs_of_a_lora_run_are_trls",
+    "use_bias_correction_kl": "sampling/vllm/test_vllm_correction.py::test_the_kl_term_is_trls",
+    "sync_ref_model": "reference/test_reference.py",
+    "ref_model_mixup_alpha": "reference/test_reference.py",
+    "ref_model_sync_steps": "reference/test_reference.py",
+    "ds3_gather_for_generation": "sampling/test_generate_sampler.py",
+    "gradient_checkpointing": "update/test_scoring.py",
+    "bf16": "rollout/test_cache_budget.py",
     "max_tool_calling_iterations": "test_trl_equality.py::test_last_allowed_call_is_answered",
-    "disable_dropout": "test_fields.py::test_dropout_is_disabled",
-    "cast_lm_head_to_fp32": "test_fields.py::test_the_lm_head_is_cast_to_float32",
-    "model_init_kwargs": "test_fields.py::test_a_model_is_loaded_as_trl_loads_it",
+    "disable_dropout": "config/test_fields.py::test_dropout_is_disabled",
+    "cast_lm_head_to_fp32": "config/test_fields.py::test_the_lm_head_is_cast_to_float32",
+    "model_init_kwargs": "config/test_fields.py::test_a_model_is_loaded_as_trl_loads_it",
 }
 
 # TRL's constructor, or transformers', reads it and nobody else; this package calls both as they are

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from trl_toolgrpo import ConfigError, RewardError, Tool, ToolGRPOTrainer, ToolResult, ValueHeadError
-from trl_toolgrpo.critic.value_head import FILE
+from trl_toolgrpo.critic.value_head import HEAD_FILE
 from trl_toolgrpo.sampling.generate_sampler import GenerateSampler
 
 
@@ -297,10 +297,10 @@ def test_the_head_is_saved_in_its_own_file(tmp_path, lora):
     weights = "adapter_model.safetensors" if lora else "model.safetensors"
     for folder in (tmp_path / "checkpoint-1", tmp_path / "checkpoint-2", tmp_path):
         assert not any("value_head" in name for name in load_file(folder / weights))
-        assert len(load_file(folder / FILE)) == 4
-    last = load_file(tmp_path / FILE)
+        assert len(load_file(folder / HEAD_FILE)) == 4
+    last = load_file(tmp_path / HEAD_FILE)
     assert all(torch.equal(p, last[name]) for name, p in trainer._value_head.named_parameters())
-    first = load_file(tmp_path / "checkpoint-1" / FILE)
+    first = load_file(tmp_path / "checkpoint-1" / HEAD_FILE)
     assert any(not torch.equal(first[name], last[name]) for name in last)
 
 
@@ -318,7 +318,7 @@ def test_a_checkpoint_without_a_head_needs_a_value_warmup(tmp_path):
     plain, _ = make(tmp_path, **saving(False, advantage_estimator="group", max_steps=2))
     plain.train()
     checkpoint = str(tmp_path / "checkpoint-1")
-    with pytest.raises(ValueHeadError, match=rf"checkpoint-1/{FILE}"):
+    with pytest.raises(ValueHeadError, match=rf"checkpoint-1/{HEAD_FILE}"):
         make(tmp_path, **saving(False, max_steps=2))[0].train(resume_from_checkpoint=checkpoint)
     options = saving(False, max_steps=4, value_warmup_steps=2, lr_scheduler_type="constant")
     resumed, _ = make(tmp_path, **options)

@@ -9,7 +9,7 @@ from torch import nn
 
 from trl_toolgrpo import ValueHeadError
 from trl_toolgrpo.critic.value_head import (
-    FILE,
+    HEAD_FILE,
     ValueHead,
     attach_value_head,
     load_value_head,
@@ -79,7 +79,7 @@ def test_generation_is_unchanged():
 
 def test_a_saved_head_is_loaded_unchanged(tmp_path):
     head = random_head(6, width=5)
-    assert head.save_pretrained(tmp_path) == tmp_path / FILE
+    assert head.save_pretrained(tmp_path) == tmp_path / HEAD_FILE
     again = ValueHead.from_pretrained(tmp_path, detach=False)
     hidden = torch.randn(3, 6)
     assert torch.equal(again(hidden), head(hidden)) and not again.detach
@@ -91,12 +91,12 @@ def test_a_saved_head_is_loaded_unchanged(tmp_path):
 
 
 def test_unsuitable_files_are_named(tmp_path):
-    with pytest.raises(ValueHeadError, match=rf"no .*{FILE}.*value_warmup_steps"):
+    with pytest.raises(ValueHeadError, match=rf"no .*{HEAD_FILE}.*value_warmup_steps"):
         ValueHead.from_pretrained(tmp_path)
     random_head(6).save_pretrained(tmp_path)
     with pytest.raises(ValueHeadError, match=r"layer.weight.*\(6, 6\), expected \(8, 8\)"):
         load_value_head(ValueHead(8), tmp_path)
-    save_file({"weight": torch.zeros(1)}, tmp_path / FILE)
+    save_file({"weight": torch.zeros(1)}, tmp_path / HEAD_FILE)
     with pytest.raises(ValueHeadError, match=r"holds \['weight'\]"):
         ValueHead.from_pretrained(tmp_path)
 
@@ -111,7 +111,7 @@ def test_the_policys_state_excludes_the_head():
 
 def test_files_hold_float32(tmp_path):
     random_head(4).to(torch.bfloat16).save_pretrained(tmp_path)
-    assert {value.dtype for value in load_file(tmp_path / FILE).values()} == {torch.float32}
+    assert {value.dtype for value in load_file(tmp_path / HEAD_FILE).values()} == {torch.float32}
 
 
 def test_the_value_loss_by_hand():

@@ -11,9 +11,9 @@ from trl_toolgrpo import DoctorError
 from trl_toolgrpo.chat.tool_chat import ToolChat
 from trl_toolgrpo.doctor import examine
 from trl_toolgrpo.doctor.__main__ import main
-from trl_toolgrpo.doctor.chat_questions import check_chat, example_arguments
-from trl_toolgrpo.doctor.script import find_script, output_folder
-from trl_toolgrpo.doctor.surroundings import check_versions
+from trl_toolgrpo.doctor.check_chat import check_chat, example_arguments
+from trl_toolgrpo.doctor.environment import check_versions
+from trl_toolgrpo.doctor.load_script import find_script, output_folder
 from trl_toolgrpo.doctor.trial import describe
 from trl_toolgrpo.rollout.trajectory import Trajectory, Turn
 from trl_toolgrpo.tools.from_callable import as_tool
@@ -234,7 +234,7 @@ def test_arguments_fit_their_schema():
 
 def test_a_version_that_does_not_fit_is_a_fault(monkeypatch):
     assert check_versions().state != "fault"
-    needed = "trl_toolgrpo.doctor.surroundings.metadata.requires"
+    needed = "trl_toolgrpo.doctor.environment.metadata.requires"
     monkeypatch.setattr(needed, lambda name: ["torch>=99", "no-such-package", "pytest; extra == 'test'"])
     result = check_versions()
     assert (

@@ -335,7 +335,7 @@ def test_a_resumed_run_has_the_same_reference(tmp_path, tokenizer, alpha, full):
     checkpoint = tmp_path / "whole" / "checkpoint-3"
     assert (checkpoint / "reference.safetensors").is_file() and not (checkpoint / "ref").exists()
     resumed = start(tmp_path / "resumed")
-    resumed._load_reference(checkpoint / "reference.safetensors")
+    resumed._load_reference(resumed._reference, checkpoint / "reference.safetensors")
     stored = load_file(checkpoint / "reference.safetensors")
     assert all(torch.equal(tensor, stored[name]) for name, tensor in resumed._reference.state().items())
     resumed = start(tmp_path / "resumed")

@@ -436,7 +436,7 @@ def test_the_command_line_takes_one_folder_or_two_to_compare(arguments):
 
 def test_rollouts_of_some_runs_have_no_values_and_some_no_reward(tmp_path):
     random = np.random.default_rng(0)
-    place = {"step": 0, "rollout": 0, "group": 0}
+    place = dict.fromkeys(("step", "batch", "rollout", "group"), 0)
     rows = [rollout(random, 50, [1, 2], place, 2, with_values) for with_values in (True, False)]
     rows[1] |= {"reward": None, "rewards": '{"made_up": NaN}', "ratios": None}
     write_rollouts(tmp_path / "rollouts" / "000000-000.parquet", rows)
@@ -447,7 +447,7 @@ def test_rollouts_of_some_runs_have_no_values_and_some_no_reward(tmp_path):
 
 
 def test_figures_that_are_not_finite_are_null(tmp_path):
-    place = {"step": 0, "rollout": 0, "group": 0}
+    place = dict.fromkeys(("step", "batch", "rollout", "group"), 0)
     row = rollout(np.random.default_rng(0), 50, [1, 2], place, 2, True)
     row["logprobs"] = [math.nan, -math.inf, *row["logprobs"][2:]]
     row |= {"reward": math.nan, "rewards": '{"made_up": 1e999}'}

@@ -372,7 +372,7 @@ def test_the_largest_difference_is_that_of_all_processes():
     found = []
     together = [Comparison(lambda own: found.append(own) or own) for _ in shares]
     for one, share in zip(together, shares, strict=True):
-        one._names, one._found = share._names, share._found
+        one._found = share._found
         one.report()
     every = torch.cat(found)
     for share in shares:

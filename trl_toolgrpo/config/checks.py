@@ -41,13 +41,13 @@ TRL_CHOICES = {
     "scale_rewards": ("group", "batch", "none"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
 }
-_VLLM_MODES = ("colocate", "server")
 _VLLM_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 _LEAST = {
     **dict.fromkeys(("max_concurrent_tools", "max_tool_output_tokens", "value_epochs"), 1),
     **dict.fromkeys(("tool_retries", "parse_error_budget", "value_loss_coef", "value_warmup_steps"), 0),
-    **dict.fromkeys(("assist_warmup_steps", "forced_loss_coef"), 0),
+    **dict.fromkeys(("assist_warmup_steps", "forced_loss_coef", "max_tool_calling_iterations"), 0),
+    "rollout_log_limit": 0,
 }
 _POSITIVE = (
     *("tool_timeout", "environment_timeout", "logprob_check_tolerance", "rollout_cache_gib"),
@@ -65,6 +65,7 @@ _OWN_ROLLOUTS: dict[str, tuple[object, str, str]] = {
     "force_rate": (0, "which do not know which tokens were forced", ""),
     "assist_warmup_steps": (0, "which do not know which tokens were forced", ""),
     "rollout_backend": ("transformers", "which this package does not sample", " TRL's vLLM is `use_vllm=True`."),
+    "replay": (None, "which are in no rollout log", ""),
 }
 
 # Values at which a sampling option leaves the full softmax of logits / temperature as it is
@@ -230,15 +231,7 @@ def check_fields(config: Config, defaults: dict[str, object]) -> None:
         # Assisted steps are refused by the trainer, as a configuration may have them for another run
         names = [name for name in _OWN_ROLLOUTS if name != "assist_warmup_steps"]
         refuse_unrecorded(config, "`record_sample_logprobs=False`", names)
-    iterations = config.max_tool_calling_iterations
-    if iterations is not None and iterations < 0:
-        raise ConfigError(
-            f"You passed `max_tool_calling_iterations={iterations}`; it is the number of turns whose calls are "
-            "answered.",
-            remedy="Pass 0 or more, or None for no limit.",
-        )
     _check_correction(config, defaults)
-    _check_log(config)
     _check_saving(config)
     _check_forcing(config)
     _check_critic(config, defaults)
@@ -250,7 +243,7 @@ def check_fields(config: Config, defaults: dict[str, object]) -> None:
 
 def _check_ranges(config: Config) -> None:
     """Check each field by itself."""
-    for name, choices in (CHOICES | TRL_CHOICES | {"vllm_mode": _VLLM_MODES}).items():
+    for name, choices in (CHOICES | TRL_CHOICES | {"vllm_mode": ("colocate", "server")}).items():
         if name != "sampler_correction" or config.sampler_correction is not None:
             _check_choice(config, name, choices)
     _check_least(config, _LEAST)
@@ -261,20 +254,6 @@ def _check_ranges(config: Config) -> None:
     for name in ("force_rate", "gae_gamma", "gae_lambda"):
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"You passed `{name}={getattr(config, name)}`; it must be between 0 and 1.")
-
-
-def _check_log(config: Config) -> None:
-    """Check what a run logs of its rollouts, and what it replays."""
-    if not config.rollout_log_limit >= 0:
-        raise ConfigError(
-            f"You passed `rollout_log_limit={config.rollout_log_limit}`; it is a size in MiB, and 0 logs no rollouts."
-        )
-    if config.replay is not None and not config.record_sample_logprobs:
-        raise ConfigError(
-            f"You passed `replay={config.replay!r}` with rollouts of TRL's own (`record_sample_logprobs=False`), "
-            "which are in no rollout log.",
-            remedy="Leave one of them out.",
-        )
 
 
 def refuse_unrecorded(config: Config, whose: str, names: Iterable[str] = tuple(_OWN_ROLLOUTS)) -> None:

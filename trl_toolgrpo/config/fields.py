@@ -1,6 +1,6 @@
 """`ToolGRPOConfig`: TRL's `GRPOConfig` and the fields that recording, the tool runtime and the checks add to it.
 
-Each option is checked when the configuration is made, by `config_checks.py`.
+Each option is checked when the configuration is made, by `checks.py`.
 """
 
 import copy
@@ -204,7 +204,7 @@ class ToolGRPOConfig(GRPOConfig):
         try:
             super().__post_init__()
         except (ValueError, TypeError) as error:  # the latter for a key that a nested configuration does not know
-            raise ConfigError(self._uneven_groups() or str(error)) from error
+            raise self._uneven_groups() or ConfigError(str(error)) from error
         check_fields(self, own_defaults)
         # No fields: they are in no dump of the configuration
         self._passed = passed
@@ -217,19 +217,19 @@ class ToolGRPOConfig(GRPOConfig):
         """
         return masked(super().to_dict())
 
-    def _uneven_groups(self) -> str | None:
-        """Return what is wrong with a rollout batch that does not hold whole groups."""
+    def _uneven_groups(self) -> ConfigError | None:
+        """Return the error for a rollout batch that does not hold whole groups."""
         size, count = self.generation_batch_size, int(self.num_generations or 0)
         if not size or not count or size % count == 0 or self.steps_per_generation is None:
             return None
         divisors = ", ".join(str(number) for number in range(2, size + 1) if size % number == 0)
-        return (
+        return ConfigError(
             f"You passed `num_generations={count}`, but a rollout batch has {size} rollouts "
             f"(`per_device_train_batch_size={self.per_device_train_batch_size}` times "
             f"`steps_per_generation={self.steps_per_generation}` times {self.world_size}, the number of processes), "
-            f"which are no whole groups of {count}. Set "
-            f"`num_generations` to one of {divisors or 'none'}, or `per_device_train_batch_size` to a multiple of "
-            f"{count}."
+            f"which are no whole groups of {count}.",
+            remedy=f"Set `num_generations` to one of {divisors or 'none'}, or `per_device_train_batch_size` to a "
+            f"multiple of {count}.",
         )
 
     @classmethod

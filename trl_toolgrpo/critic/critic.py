@@ -31,7 +31,7 @@ from ..run_folder.storage_failures import tolerated
 from ..types import Batch
 from ..update.losses import value_loss
 from ..update.scoring import SharedPromptScoring
-from .value_head import FILE, ValueHead, attach_value_head, load_value_head, save_value_head, without_value_head
+from .value_head import HEAD_FILE, ValueHead, attach_value_head, load_value_head, save_value_head, without_value_head
 
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Critic(SharedPromptScoring):
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self._value_head = head.to(weight.device, dtype)
         folder = Path(str(getattr(self.model.config, "_name_or_path", "")))
-        if (folder / FILE).is_file():
+        if (folder / HEAD_FILE).is_file():
             load_value_head(self._value_head, folder)
         attach_value_head(self.model, self._value_head)
         self._passing = _PassingGradient(self._value_head) if self.is_deepspeed_enabled else None
@@ -242,9 +242,7 @@ class Critic(SharedPromptScoring):
             return loss
         return loss + 0.0 * sum(parameter.sum() for parameter in self._value_head.parameters())
 
-    def training_step(
-        self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         if self._passing is not None:
             self._passing.scale = float(getattr(getattr(model, "optimizer", None), "loss_scale", 1.0))
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -316,7 +314,8 @@ class Critic(SharedPromptScoring):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load as TRL does, also from a checkpoint without a value head: the head's group then starts anew."""
         optimizer = self.optimizer
-        if optimizer is None or checkpoint is None or (Path(checkpoint) / FILE).is_file() or self._value_head is None:
+        missing = checkpoint is not None and not (Path(checkpoint) / HEAD_FILE).is_file()
+        if optimizer is None or self._value_head is None or not missing:
             return super()._load_optimizer_and_scheduler(checkpoint)
         group = optimizer.param_groups.pop()
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -328,7 +327,7 @@ class Critic(SharedPromptScoring):
     def _load_head(self, folder: str) -> None:
         if self._value_head is None:
             return
-        if self.args.value_warmup_steps > 0 and not (Path(folder) / FILE).is_file():
+        if self.args.value_warmup_steps > 0 and not (Path(folder) / HEAD_FILE).is_file():
             return  # a new head, which is warmed up first
         load_value_head(self._value_head, folder)
 

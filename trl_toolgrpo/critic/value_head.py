@@ -22,7 +22,7 @@ from ..errors import ValueHeadError
 from ..models.sharding import assign_all, whole_copies
 
 
-FILE = "value_head.safetensors"
+HEAD_FILE = "value_head.safetensors"
 
 _Value = TypeVar("_Value")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -90,10 +90,10 @@ class ValueHead(nn.Module):
         """
         if not Path(folder).exists() and _HUB_ID.fullmatch(str(folder)):
             try:
-                folder = Path(hf_hub_download(str(folder), FILE, revision=revision)).parent
+                folder = Path(hf_hub_download(str(folder), HEAD_FILE, revision=revision)).parent
             except OSError as error:
                 raise ValueHeadError(
-                    f"There is no folder {folder}, and {FILE} could not be downloaded from the Hub: {error}"
+                    f"There is no folder {folder}, and {HEAD_FILE} could not be downloaded from the Hub: {error}"
                 ) from error
         state = read_state(folder)
         width, hidden_size = state["layer.weight"].shape
@@ -164,7 +164,7 @@ def save_value_head(head: ValueHead, folder: str | Path, write: bool = True) -> 
         `Path`: the file.
     """
     state = {name: tensor.float() for name, tensor in whole_copies(head.named_parameters()).items()}
-    file = Path(folder) / FILE
+    file = Path(folder) / HEAD_FILE
     if write:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(state, file)
@@ -189,8 +189,8 @@ def load_value_head(head: ValueHead, folder: str | Path) -> None:
         shape = getattr(parameter, "ds_shape", parameter.shape)  # of the whole, where ZeRO-3 has partitioned it
         if state[name].shape != shape:
             raise ValueHeadError(
-                f"{Path(folder) / FILE} holds `{name}` of shape {tuple(state[name].shape)}, expected {tuple(shape)}. "
-                f"It belongs to another model."
+                f"{Path(folder) / HEAD_FILE} holds `{name}` of shape {tuple(state[name].shape)}, expected "
+                f"{tuple(shape)}. It belongs to another model."
             )
     assign_all(head.named_parameters(), state)
 
@@ -202,7 +202,7 @@ def read_state(folder: str | Path) -> dict[str, Tensor]:
     Raises:
         ValueHeadError: if the file is missing or holds something else.
     """
-    file = Path(folder) / FILE
+    file = Path(folder) / HEAD_FILE
     if not file.is_file():
         raise ValueHeadError(
             f"There is no {file}, but `advantage_estimator` asks for a value head. The checkpoint was written without "

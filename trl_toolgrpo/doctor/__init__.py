@@ -4,8 +4,8 @@ The script that would train builds the trainer. Here it is looked at, generates 
 against itself; each fault comes with a remedy.
 """
 
-from .examination import Examination, examine
-from .findings import CheckResult
+from .examine import Examination, examine
+from .result import CheckResult
 
 
 __all__ = ["CheckResult", "Examination", "examine"]

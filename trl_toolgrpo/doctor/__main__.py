@@ -15,9 +15,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..errors import DoctorError
-from .examination import Examination, examine
-from .findings import NOTE
-from .script import find_script
+from .examine import Examination, examine
+from .load_script import find_script
+from .result import NOTE
 
 
 COLORS = {"ok": "green", "note": "yellow", "fault": "bold red"}

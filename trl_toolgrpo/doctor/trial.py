@@ -15,7 +15,7 @@ import torch
 from ..errors import LogprobMismatchError
 from ..rollout.trajectory import Trajectory
 from ..types import Batch
-from .findings import FAULT, NOTE, OK, CheckResult, ToolTrainer
+from .result import FAULT, NOTE, OK, CheckResult, ToolTrainer
 
 
 def try_run(trainer: ToolTrainer) -> Iterator[CheckResult]:

@@ -53,25 +53,21 @@ class Comparison:
 
     def __init__(self, gather: Callable[[Tensor], Tensor] | None = None) -> None:
         self._gather = gather or (lambda tensor: tensor)
-        self._names: list[str] = []
-        self._found: list[Tensor] = []
+        self._found: dict[str, Tensor] = {}
         self._start = time.perf_counter()
 
     def add(self, name: str, found: Tensor, expected: Tensor, tolerance: float = 0.0) -> None:
         """Compare two tensors; NaN differs from everything."""
         difference = (found - expected).abs().max() if found.numel() else found.new_zeros(())
         differs = ~(difference <= tolerance)
-        self._names.append(name)
-        self._found.append(torch.stack([differs, difference]).to(widest(found.device)))
+        self._found[name] = torch.stack([differs, difference]).to(widest(found.device))
 
     def report(self) -> SyncReport:
         """Return the result, the same in every process."""
-        if not self._found:
-            return SyncReport(0, (), 0.0, time.perf_counter() - self._start)
-        shares = self._gather(torch.stack(self._found)[None])  # (processes, tensors, 2)
+        shares = self._gather(torch.stack(list(self._found.values()))[None])  # (processes, tensors, 2)
         differs, differences = shares.amax(dim=0).unbind(dim=1)
-        names = tuple(name for name, found in zip(self._names, differs.tolist(), strict=True) if found)
-        return SyncReport(len(self._names), names, float(differences.max()), time.perf_counter() - self._start)
+        names = tuple(name for name, found in zip(self._found, differs.tolist(), strict=True) if found)
+        return SyncReport(len(self._found), names, float(differences.max()), time.perf_counter() - self._start)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -30,7 +30,8 @@ from .checks import check_reference, reference_mode
 from .merged import MergedReference, ModelReference
 
 
-FILE = "reference.safetensors"
+REFERENCE_FILE = "reference.safetensors"
+Reference: TypeAlias = AdapterReference | MergedReference | ModelReference
 
 
 class ReferenceSync(GRPOTrainer):
@@ -38,7 +39,7 @@ class ReferenceSync(GRPOTrainer):
 
     args: ToolGRPOConfig
     model: PreTrainedModel
-    _reference: AdapterReference | MergedReference | ModelReference | None = None  # one that is synced
+    _reference: Reference | None = None  # one that is synced
     _start: AdapterReference | None = None  # the policy as it began, if TRL's own would not be
     _syncs = 0
     _sync_pending = False  # one is due, but the rollout batch in use was scored with the present reference
@@ -173,7 +174,7 @@ class ReferenceSync(GRPOTrainer):
             record = {"mode": self._reference.mode, "syncs": self._syncs, "pending": self._sync_pending}
             with tolerated():
                 Path(output_dir).mkdir(parents=True, exist_ok=True)
-                save_file(state, Path(output_dir) / FILE, {"reference": json.dumps(record)})
+                save_file(state, Path(output_dir) / REFERENCE_FILE, {"reference": json.dumps(record)})
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self._saving_checkpoint and self._reference is None:
@@ -189,18 +190,15 @@ class ReferenceSync(GRPOTrainer):
         if adapter is not None:
             _check_same_adapter(resume_from_checkpoint, policy.peft_config[adapter])
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_reference(Path(resume_from_checkpoint) / FILE)
+        self._load_reference(self._reference, Path(resume_from_checkpoint) / REFERENCE_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load as TRL does, and the reference if DeepSpeed has bypassed `_load_from_checkpoint`."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self._reference is not None and self.is_deepspeed_enabled:
-            self._load_reference(Path(checkpoint) / FILE)
+            self._load_reference(self._reference, Path(checkpoint) / REFERENCE_FILE)
 
-    def _load_reference(self, file: Path) -> None:
-        reference = self._reference
-        if reference is None:
-            return
+    def _load_reference(self, reference: Reference, file: Path) -> None:
         if not file.is_file():
             raise ReferenceSyncError(
                 f"There is no {file}, so the reference cannot be restored. The checkpoint was written without "

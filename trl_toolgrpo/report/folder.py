@@ -146,8 +146,6 @@ def _read_object(path: Path, folder: Path, problems: list[str]) -> JSONObject:
 def _read_settings(folder: Path, problems: list[str]) -> JSONObject:
     settings = _read_object(folder / RUN, folder, problems)
     version = settings.get("version")
-    if "layout" in settings:  # of a checkpoint, whose file of that name says what must match to resume from it
-        return {}
     if isinstance(version, int) and version > RUN_VERSION:
         problems.append(
             f"{RUN} is of version {version}, and this version of trl_toolgrpo knows {RUN_VERSION}. Settings are "

@@ -14,7 +14,7 @@ from .verdict import judge
 from .vocabulary import Vocabulary, load_tokenizer
 
 
-MAX_MEGABYTES = 6.0
+MAX_MEGABYTES = 30.0
 MARGIN = 0.98
 """Share of the size that is filled, since the table of tools is not known before."""
 
@@ -46,7 +46,7 @@ def build_report(folders: Sequence[str | Path], max_megabytes: float = MAX_MEGAB
     Args:
         folders (`Sequence[str | Path]`):
             Output folders.
-        max_megabytes (`float`, *optional*, defaults to `6.0`):
+        max_megabytes (`float`, *optional*, defaults to `30.0`):
             Size of the page. If the rollouts do not fit, the page lists them and holds the tokens of some, spread
             evenly over the run, and says so.
 

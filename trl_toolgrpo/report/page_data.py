@@ -106,7 +106,7 @@ def _add_tokens(data: RunData, rollout: Row, room: int) -> tuple[JSONObject | No
         return None, 0
     texts = data.vocabulary.new_texts([*prompt, *ids])
     masks = zip(rollout["tool_mask"], rollout["forced_mask"], strict=True)
-    figures = {name: rollout[column] for name, column in FIGURES.items() if len(rollout[column]) == len(ids) > 0}
+    figures = {name: rollout[column] for name, column in FIGURES.items() if len(rollout[column] or ()) == len(ids) > 0}
     whole = {
         "prompt": data.prompts.get(prompt, len(data.prompts)),
         "tokens": ids,

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from ..errors import RolloutLogError
-from ..run_folder.rollout_log import FOLDER, LOG_VERSION, details, place_in_log
+from ..run_folder.rollout_log import FOLDER, LOG_VERSION, SCHEMA, details, place_in_log
 from ..types import JSONValue, Row
 
 
@@ -20,15 +20,7 @@ FIGURES = {"logprob": "logprobs", "ratio": "ratios", "advantage": "advantages", 
 """Figures of each completion token, and the columns that hold them."""
 
 _LISTS = ("completion_ids", "logprobs", "tool_mask", "forced_mask")
-_DEFAULTS = {
-    **dict.fromkeys(("step", "batch", "rollout", "group"), -1),
-    **dict.fromkeys(("tools", "prompt_ids", *FIGURES.values()), ()),
-    **dict.fromkeys(("prompt", "messages", "turns", "rewards"), ""),
-    "stop_reason": "unknown",
-    "reward": None,
-    "assisted": False,
-}
-"""What a rollout has where the log says nothing."""
+_COLUMNS = [name for name in SCHEMA.names if name not in ("place", "tensors")]
 
 # Not all errors of pyarrow are ValueErrors
 _UNREADABLE = (OSError, ValueError, pa.ArrowException)
@@ -74,8 +66,7 @@ def read_rollout_file(path: Path, problems: list[str]) -> list[Row]:
     """
     name = f"{FOLDER}/{path.name}"
     try:
-        columns = [column for column in parquet.read_schema(path).names if column in {*_LISTS, *_DEFAULTS}]
-        rows = parquet.read_table(path, columns=columns).to_pylist()
+        rows = parquet.read_table(path, columns=_COLUMNS).select(_COLUMNS).to_pylist()
         rollouts = [_rollout(row) for row in rows if _is_whole(row)]
     except (*_UNREADABLE, AttributeError, KeyError, TypeError) as error:
         problems.append(f"{name} is left out: {_one_line(error)}")
@@ -89,13 +80,12 @@ def read_rollout_file(path: Path, problems: list[str]) -> list[Row]:
 
 
 def _is_whole(row: Row) -> bool:
-    lists = [row[name] for name in _LISTS if isinstance(row.get(name), list)]
+    lists = [row[name] for name in _LISTS if isinstance(row[name], list)]
     return len(lists) == len(_LISTS) and len(set(map(len, lists))) == 1
 
 
 def _rollout(row: Row) -> Row:
-    rollout = _DEFAULTS | {name: value for name, value in row.items() if value is not None}
-    rollout["reward"] = short_number(rollout["reward"])
+    rollout = row | {"reward": short_number(row["reward"])}
     rollout["rewards"] = _decoded(rollout["rewards"], {})
     rollout["turns"] = [turn for turn in _decoded(rollout["turns"], []) if isinstance(turn, dict)]
     for turn in rollout["turns"]:

@@ -49,9 +49,7 @@ def check_logprobs(
         )
 
 
-def _mismatch(
-    recomputed: Tensor, trajectories: Sequence[Trajectory], accepted: Accepted, source: str
-) -> str | None:
+def _mismatch(recomputed: Tensor, trajectories: Sequence[Trajectory], accepted: Accepted, source: str) -> str | None:
     """Return what is wrong with the log-probs of this process; `None` if nothing is."""
     parts: list[tuple[Tensor, Tensor, Tensor]] = []  # of each rollout: gap, doubt, whether a turn begins
     places: list[tuple[int, int]] = []

@@ -74,9 +74,7 @@ class BoundedRatio(NamedTuple):
     log_ratio: Tensor
 
 
-def bounded_ratio(
-    log_ratio: Tensor, mask: Tensor, mode: str, low: float | None, high: float | None
-) -> BoundedRatio:
+def bounded_ratio(log_ratio: Tensor, mask: Tensor, mode: str, low: float | None, high: float | None) -> BoundedRatio:
     """
     Truncate or mask importance sampling ratios by token or by rollout, as TRL's `vllm_importance_sampling_mode` does
     (truncation: arXiv 1802.01561).

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..sampling.shared_prefix import exchanged_attention
 
 
-ATTENTION_NAME = "toolgrpo_packed_prompt"
+PACKED_ATTENTION = "toolgrpo_packed_prompt"
 Piece: TypeAlias = tuple[int, Sequence[int]]
 """Number of tokens of a sequence's prompt, and of each segment after it."""
 _CURRENT: ContextVar[Sequence[tuple[int, Sequence[tuple[int, Tensor]]]]] = ContextVar("toolgrpo_packed_pieces")
@@ -43,7 +43,7 @@ def packed_attention(
             Where the model is.
     """
     masks = [(start, [(count, _visible(start, count, device)) for count in counts]) for start, counts in pieces]
-    return exchanged_attention(model.config.get_text_config(), ATTENTION_NAME, _CURRENT, masks)
+    return exchanged_attention(model.config.get_text_config(), PACKED_ATTENTION, _CURRENT, masks)
 
 
 def dense_mask(pieces: Sequence[Piece], length: int) -> Tensor:
@@ -111,4 +111,4 @@ def _attention(
     return torch.cat(sequences), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attention)
+ALL_ATTENTION_FUNCTIONS.register(PACKED_ATTENTION, _attention)

@@ -30,11 +30,6 @@ class RatioStatistics:
         """Continue from a state."""
         self._state = state
 
-    @property
-    def filled(self) -> bool:
-        """Whether anything was added since the last reset."""
-        return bool(self._state)
-
     def add(self, logps: Tensor, recorded: Tensor, mask: Tensor, fresh: bool) -> None:
         """
         Add a micro-batch.

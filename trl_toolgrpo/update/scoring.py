@@ -208,9 +208,7 @@ def _fill(
     return PackedBatch(*tensors, place.to(device), scored.to(device), pieces)
 
 
-def lay_out(
-    input_ids: Tensor, attention_mask: Tensor, completion_length: int, aligned: bool = False
-) -> PackedBatch:
+def lay_out(input_ids: Tensor, attention_mask: Tensor, completion_length: int, aligned: bool = False) -> PackedBatch:
     """
     Return the same record for rollouts that stay as they are, one a row.
 

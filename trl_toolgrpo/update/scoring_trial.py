@@ -1,6 +1,5 @@
 """A trial of TRL's scoring pass at construction, so that a model it cannot score is refused by name."""
 
-
 from typing import TYPE_CHECKING
 
 import torch

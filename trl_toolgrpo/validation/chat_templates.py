@@ -1,6 +1,6 @@
 """Checks of the chat template and of forcing: tools are shown, and calls that are to be forced can be.
 
-They need the tokenizer, the tools or the data, in addition to the options that `config_checks.py` checks alone.
+They need the tokenizer, the tools or the data, in addition to the options that `config/checks.py` checks alone.
 """
 
 import json
@@ -144,11 +144,10 @@ def warn_of_hidden_tools(renderer: PromptRenderer, tools: Sequence[Tool], rows: 
     messages = prompt if isinstance(prompt, list) else []
     said = " ".join(text for message in messages for text in message_texts(message))
     if not all(re.search(rf"(?<!\w){re.escape(tool.name)}(?!\w)", said) for tool in tools):
-        names = ", ".join(tool.name for tool in tools[:8])
         logger.warning(
             "The chat template does not show tools: no prompt tells the policy of %s, or how to call it. Describe the "
             "tools in a system message, or use a template that shows them (trl/chat_templates has some).",
-            names,
+            ", ".join(tool.name for tool in tools[:8]),
         )
 
 

@@ -60,10 +60,9 @@ def check_columns(
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return
     columns = column_names(dataset)
+    available = {*columns, *set(GIVEN).difference(absent)}.difference(_NOT_GIVEN)
     for function, function_name in zip(reward_funcs, names, strict=True):
-        missing = _missing_arguments(
-            function, {*columns, *(g for g in GIVEN if g not in absent)}.difference(_NOT_GIVEN)
-        )
+        missing = _missing_arguments(function, available)
         if missing:
             raise _missing_columns(ConfigError, function_name, missing, f"`{name}`", columns)
         refused = _refusal(function, {*columns, *_ALWAYS_GIVEN}.difference(_NOT_GIVEN))
@@ -149,7 +148,7 @@ def _loggers(function: str, kwargs: Mapping[str, object], warn_once: WarnOnce) -
                 f"metric {metric}",
                 "The reward function `%s` logs %s as the metric `%s`, which is no number: it is left out. Pass one "
                 "number to `log_metric`.",
-                *(function, _short(value), metric),
+                *(function, _excerpt(value), metric),
             )
 
     def log_extra(column: object, values: object) -> None:
@@ -160,7 +159,7 @@ def _loggers(function: str, kwargs: Mapping[str, object], warn_once: WarnOnce) -
             f"column {column}",
             "The reward function `%s` logs %s in the column `%s`, which is no list: it is left out. Pass one "
             "value for each completion to `log_extra`.",
-            *(function, _short(values), column),
+            *(function, _excerpt(values), column),
         )
 
     own: dict[str, Callable[..., None]] = {"log_metric": log_metric, "log_extra": log_extra}
@@ -218,7 +217,7 @@ def _rewards(name: str, result: object, count: int) -> list[float | None]:
     values = None if isinstance(result, Set) else _items(result)
     if values is None:
         raise RewardError(
-            f"The reward function `{name}` returned {_short(result)} instead of a list of {count} rewards, one for "
+            f"The reward function `{name}` returned {_excerpt(result)} instead of a list of {count} rewards, one for "
             "each completion.",
             remedy="Return a list of numbers, with None for a rollout that it cannot score.",
         )
@@ -233,13 +232,13 @@ def _rewards(name: str, result: object, count: int) -> list[float | None]:
             rewards.append(None if value is None else _number(value))
         except (TypeError, ValueError, OverflowError) as error:
             raise RewardError(
-                f"The reward function `{name}` returned {_short(value)} for rollout {rollout}, which is no number.",
+                f"The reward function `{name}` returned {_excerpt(value)} for rollout {rollout}, which is no number.",
                 remedy="Return a number for each completion, or None for a rollout that it cannot score.",
             ) from error
     return rewards
 
 
-def _short(value: object) -> str:
+def _excerpt(value: object) -> str:
     if value is None:
         return "None"
     text = repr(value)

@@ -31,9 +31,8 @@ function closeRollout(why) {
 }
 
 function drawFacts(entry) {
-  const facts = [["step", entry.step]];
-  if (entry.batch >= 0) facts.push(["rollout batch", entry.batch]);
-  facts.push(["group", entry.group], ["rollout", entry.rollout], ["reward", entry.reward]);
+  const facts = [["step", entry.step], ["rollout batch", entry.batch], ["group", entry.group], ["rollout", entry.rollout]];
+  facts.push(["reward", entry.reward]);
   const parts = Object.entries(rollout.rewards);
   if (parts.length > 1 || (parts.length && parts[0][1] !== entry.reward)) facts.push(...parts);
   facts.push(["stop", entry.stop], ["turns", rollout.turns.length]);

@@ -9,10 +9,10 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
-from .findings import FAULT, NOTE, OK, CheckResult
+from .result import FAULT, NOTE, OK, CheckResult
 
 
-SHOWN = ("torch", "transformers", "trl", "peft")
+NAMED = ("torch", "transformers", "trl", "peft")
 LEAST_DISK = 2e9
 """Bytes below which a checkpoint may not find room."""
 
@@ -32,7 +32,7 @@ def check_versions() -> CheckResult:
             wrong[f"'{needed}'"] = f"{requirement.name} is {version or 'not installed'}, and {needed} is needed"
     if wrong:
         return CheckResult("versions", FAULT, f"{'; '.join(wrong.values())}.", f"Run `pip install {' '.join(wrong)}`.")
-    versions = ", ".join(f"{name} {_installed_version(name)}" for name in SHOWN)
+    versions = ", ".join(f"{name} {_installed_version(name)}" for name in NAMED)
     if not required:
         versions += "; trl_toolgrpo is not installed, so its requirements are unknown"
     return CheckResult("versions", OK if required else NOTE, f"{versions}.")

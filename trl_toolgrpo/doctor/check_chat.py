@@ -9,7 +9,7 @@ from itertools import takewhile
 from ..chat.tool_chat import ToolChat, tool_message
 from ..tools.tool import Tool, ToolCall
 from ..types import JSONObject, JSONSchema
-from .findings import FAULT, NOTE, OK, CheckResult
+from .result import FAULT, NOTE, OK, CheckResult
 
 
 REMEDY = "Use a template TRL ships (trl/chat_templates), whose calls are known to be read."
@@ -43,7 +43,7 @@ def _check_calls(chat: ToolChat, tools: list[Tool]) -> CheckResult:
     subject = "template: calls"
     for tool in tools:
         given = example_arguments(tool.parameters)
-        ids, opening = _turn(chat, tool.name, given)
+        ids, opening = _calling_turn(chat, tool.name, given)
         calls = chat.parse(ids, opening, [tool.schema], 0).calls
         if len(calls) != 1 or calls[0].error is not None or calls[0].name != tool.name or calls[0].arguments != given:
             read = "no call" if not calls else calls[0].error or f"{calls[0].name}({calls[0].arguments})"
@@ -53,7 +53,7 @@ def _check_calls(chat: ToolChat, tools: list[Tool]) -> CheckResult:
     return CheckResult(subject, OK, f"Calls of {count} are read as the template writes them.")
 
 
-def _turn(chat: ToolChat, name: str, arguments: JSONObject) -> tuple[list[int], str]:
+def _calling_turn(chat: ToolChat, name: str, arguments: JSONObject) -> tuple[list[int], str]:
     """Tokens of an assistant turn that makes a call, and the text before it."""
     opening = chat.encode(chat.render([{"role": "user", "content": "dummy"}], add_generation_prompt=True))
     ids = chat.encode(chat.render_call(name, arguments))

@@ -21,7 +21,7 @@ from transformers import Trainer
 from .. import errors
 from ..errors import DoctorError, ToolGRPOError
 from ..validation.trainable_parameters import check_policy_is_trained
-from .findings import FAULT, CheckResult, ToolTrainer
+from .result import FAULT, CheckResult, ToolTrainer
 
 
 MAKER = "make_trainer"

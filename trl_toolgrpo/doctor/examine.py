@@ -10,11 +10,11 @@ from pathlib import Path
 
 from ..redaction import Redactor, argument_secrets
 from ..run_folder.files import process_secrets
-from .chat_questions import check_chat, check_tools
-from .data_questions import check_data
-from .findings import FAULT, NOTE, OK, CheckResult
-from .script import construct, output_folder
-from .surroundings import check_hardware, check_versions
+from .check_chat import check_chat, check_tools
+from .check_data import check_data
+from .environment import check_hardware, check_versions
+from .load_script import construct, output_folder
+from .result import FAULT, NOTE, OK, CheckResult
 from .trial import check_memory, try_run
 
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from ..models.model_settings import context_length
 from ..validation.data import named_datasets
-from .findings import FAULT, NOTE, OK, CheckResult, ToolTrainer
+from .result import FAULT, NOTE, OK, CheckResult, ToolTrainer
 
 
 ROWS = 256

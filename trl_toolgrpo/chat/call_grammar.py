@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import regex
 
 from ..errors import ChatTemplateError, ToolSchemaError
-from ..tools.schema_forms import constants, places, replaced
+from ..tools.schema_forms import constants, places, replaced_at
 from ..tools.tool import Tool
 from ..types import JSONObject, JSONSchema, JSONValue
 from .tool_chat import ToolChat
@@ -221,7 +221,7 @@ def _closed(schema: JSONValue) -> JSONValue:
     closed = dict(schema)
     for path, inner in places(schema):
         if path[0] in _CLOSABLE:
-            closed = replaced(closed, path, _closed(inner))
+            closed = replaced_at(closed, path, _closed(inner))
     if "properties" in schema and "allOf" not in schema and "patternProperties" not in schema:
         closed.setdefault("additionalProperties", False)
     return closed

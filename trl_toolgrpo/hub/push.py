@@ -30,10 +30,10 @@ from transformers.utils.hub import hf_api
 
 from ..checkpoints.folder import find_checkpoint, move_aside
 from ..errors import CheckpointSaveError, HubPushError
+from ..models.temporary_attribute import temporary_attribute
 from ..redaction import masked
 from ..run_folder.files import CARD, PUBLISHED, other_page_aside
 from ..run_folder.storage_failures import attempt, is_storage_failure, raised_in_every_process, tolerated
-from ..sampling.protocol import replaced
 from ..types import JSONObject
 from .model_card import RunCard
 
@@ -310,7 +310,7 @@ class HubPush(RunCard):
         given, args = vars(self.args), copy.copy(self.args)
         values = {name: masked(value, name) for name, value in given.items()} | {"hub_token": None}
         vars(args).update({name: value for name, value in values.items() if value != given[name]})
-        with replaced(self, "args", args), tolerated():
+        with temporary_attribute(self, "args", args), tolerated():
             super()._save(output_dir, state_dict)
 
 

@@ -12,7 +12,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from trl.extras import profiling
 from trl.trainer.callbacks import LogCompletionsCallback, RichProgressCallback, WeaveCallback
 
-from ..sampling.protocol import replaced
+from ..models.temporary_attribute import temporary_attribute
 
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class LogFailures:
             with self.tolerated("The duration of a part of a step could not be sent to a tracker"):
                 log_metrics(context, duration)
 
-        with replaced(profiling.ProfilingContext, "_log_metrics", tolerant):
+        with temporary_attribute(profiling.ProfilingContext, "_log_metrics", tolerant):
             yield
 
     def guard(self, callback: TrainerCallback) -> None:

@@ -62,7 +62,8 @@ class ToolGRPOParser(TrlParser):
         names = [key.value for key in keys]
         for key in keys:
             if names.count(key.value) > 1:
-                raise ConfigError(f"{self.source}: `{key.value}` occurs {names.count(key.value)} times.")
+                message = f"{self.source}: `{key.value}` occurs {names.count(key.value)} times."
+                raise ConfigError(message, remedy="Keep one of them.")
             if not key.tag.endswith((":str", ":merge")):
                 raise ConfigError(
                     f"{self.source}: there is no argument `{key.value}`.", remedy="Write names of arguments."

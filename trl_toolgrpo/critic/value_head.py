@@ -93,7 +93,8 @@ class ValueHead(nn.Module):
                 folder = Path(hf_hub_download(str(folder), HEAD_FILE, revision=revision)).parent
             except OSError as error:
                 raise ValueHeadError(
-                    f"There is no folder {folder}, and {HEAD_FILE} could not be downloaded from the Hub: {error}"
+                    f"There is no folder {folder}, and {HEAD_FILE} could not be downloaded from the Hub: {error}",
+                    remedy="Check the repository and its revision, or pass a folder.",
                 ) from error
         state = read_state(folder)
         width, hidden_size = state["layer.weight"].shape
@@ -190,7 +191,8 @@ def load_value_head(head: ValueHead, folder: str | Path) -> None:
         if state[name].shape != shape:
             raise ValueHeadError(
                 f"{Path(folder) / HEAD_FILE} holds `{name}` of shape {tuple(state[name].shape)}, expected "
-                f"{tuple(shape)}. It belongs to another model."
+                f"{tuple(shape)}. It belongs to another model.",
+                remedy="Pass a folder that this model's value head was saved in.",
             )
     assign_all(head.named_parameters(), state)
 
@@ -212,5 +214,6 @@ def read_state(folder: str | Path) -> dict[str, Tensor]:
     state = load_file(file)
     expected = {"layer.weight", "layer.bias", "output.weight", "output.bias"}
     if set(state) != expected:
-        raise ValueHeadError(f"{file} holds {sorted(state)}, expected {sorted(expected)}.")
+        message = f"{file} holds {sorted(state)}, expected {sorted(expected)}."
+        raise ValueHeadError(message, remedy="Pass a file that `ValueHead.save_pretrained` or a checkpoint wrote.")
     return state

@@ -308,8 +308,7 @@ def check_has_values(args: ToolGRPOConfig, model: object, reward_funcs: object) 
     Raises:
         ConfigError: naming the first such tensor.
     """
-    given = args.model_init_kwargs
-    place = given.get("device_map") if isinstance(given, dict) else None
+    place = (args.model_init_kwargs or {}).get("device_map")
     places = place.values() if isinstance(place, dict) else [place]
     if any(str(found) == "meta" for found in places):
         raise ConfigError(

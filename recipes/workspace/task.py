@@ -53,7 +53,7 @@ COMPANY_SIZE = 6
 
 def judge(completion: list[Message], environment: WorkspaceEnvironment, row: Row) -> Verdict:
     """
-    Judge a rollout by its final answer and by the state it left behind.
+    Judge a rollout by its final answer and by the state it left.
 
     Args:
         completion (`list[dict]`):

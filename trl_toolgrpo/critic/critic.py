@@ -213,7 +213,7 @@ class Critic(SharedPromptScoring):
         """
         Train the head alone, after an optimizer step, on what it read in that step: `value_epochs` less one passes.
 
-        A critic that takes one gradient step for a rollout batch lags behind the policy; phasic policy gradient (arXiv
+        A critic that takes one gradient step for a rollout batch trails the policy; phasic policy gradient (arXiv
         2009.04416) trains it for several epochs, too. The hidden states are those of the step itself, so that no pass
         of the policy is needed.
         """

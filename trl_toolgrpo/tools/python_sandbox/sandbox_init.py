@@ -121,7 +121,7 @@ def _watch(child: int, output: int, mode: str, given: SimpleNamespace) -> dict[s
         status = _reap(child)
         end = end or ("ended" if status is not None else "timeout" if now >= deadline else "")
         if select.select([output], [], [], 0 if end else min(_WATCH_INTERVAL[mode], deadline - now))[0]:
-            # As much as the pipe holds, so that what the code leaves behind cannot write for ever
+            # As much as the pipe holds, so that what the code leaves running cannot write for ever
             with contextlib.suppress(BlockingIOError):
                 kept += os.read(output, _LARGEST_PIPE)
             excess = max(0, len(kept) - given.output)

@@ -61,7 +61,7 @@ class Lane:
 
     Args:
         worker ([`Worker`], *optional*):
-            The thread that owns an environment; `None` for a tool.
+            The thread of an environment; `None` for a tool.
     """
 
     def __init__(self, worker: Worker | None = None) -> None:

@@ -40,7 +40,7 @@ def main(connection: "Connection") -> None:
     threads = threading.active_count()
     while True:
         reply = _call(function, connection.recv(), setup["limit"])
-        # A thread that is left behind, or an interpreter short of memory, is no place for the next call.
+        # A thread that is left over, or an interpreter short of memory, is no place for the next call.
         reply["reusable"] &= threading.active_count() <= threads
         _send(connection, reply)
 

@@ -1,8 +1,8 @@
 """Processes for the tools that run in one of their own: started when needed, used again, killed at a time limit.
 
-A pool such as `pebble.ProcessPool` or `anyio.to_process` does less than is needed here: its workers import the main
-script, and so torch; a worker that it kills leaves its children behind, and a run that is killed leaves its workers
-behind; and it unpickles in the run whatever a tool's process sends. What runs in the process is `process_main.py`.
+A pool such as `pebble.ProcessPool` or `anyio.to_process` does less than is needed here. Its workers import the main
+script, and so torch. The children of a worker outlive it when it is killed, and workers outlive a run that is killed.
+And it unpickles in the run whatever a tool's process sends. What runs in the process is `process_main.py`.
 """
 
 import functools

@@ -34,7 +34,7 @@ def guarded(command: list[str]) -> list[str]:
 
     The process that calls this must be the one that starts the command, from any of its threads. Standard streams,
     other inherited file descriptors, environment and working directory pass straight through; SIGTERM, SIGINT and
-    SIGHUP are passed on; the exit code is the command's. What the command leaves behind ends with it.
+    SIGHUP are passed on; the exit code is the command's. Whatever the command leaves running ends with it.
 
     Args:
         command (`list[str]`):

@@ -586,6 +586,19 @@ def test_shutdown_answers_queued_calls_and_refuses_new_ones(make):
         executor.submit(call(), tool_of(gate.wait))
 
 
+def test_a_release_during_shutdown_ends_the_thread_of_the_environment(make):
+    executor = make()
+    environment = executor.construct_on_own_thread(Environment)
+    [thread] = [thread for thread in threading.enumerate() if thread.ident in environment.threads]
+    gate = threading.Event()
+    executor._dispatcher.get().call_soon_threadsafe(gate.wait, 5)  # the shutdown has begun and not ended
+    executor.shutdown()
+    executor.release(environment)
+    gate.set()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
 async def _hang():
     await asyncio.sleep(9)
 

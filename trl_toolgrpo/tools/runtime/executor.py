@@ -85,7 +85,7 @@ class ToolExecutor:
         self._loop = LoopThread()
         self._dispatcher = LoopThread("tool-dispatch")
         self._dispatcher.get()  # a thread cannot be started when the interpreter exits, and a loop is ended there
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._closed = False
         # What follows, and the two attributes above, are changed on the dispatcher's thread alone.
         self._slots = asyncio.Semaphore(max_concurrent)
@@ -235,8 +235,8 @@ class ToolExecutor:
                 The environment instance.
         """
         lane = self._owners.remove(owner)
-        if lane is not None:
-            self._after_submitted(self._end_lane, lane)
+        if lane is not None and not self._after_submitted(self._end_lane, lane):
+            lane.stop()
 
     def shutdown(self) -> None:
         """End idle threads and the event loops, and answer calls that wait as abandoned; wait for nothing."""
@@ -264,12 +264,17 @@ class ToolExecutor:
                 raise ToolRuntimeError("You used a `ToolExecutor` after its `shutdown`.", remedy="Make a new one.")
             self._dispatcher.get().call_soon_threadsafe(self._accept, job)
 
-    def _after_submitted(self, function: Callable[..., object], *args: object) -> None:
-        """Call something on the dispatcher's thread when the jobs submitted before have started, if they can."""
-        if not self._closed:
-            loop = self._dispatcher.get()
-            # The task of a job takes its first step one turn of the loop after it is made.
-            loop.call_soon_threadsafe(loop.call_soon, function, *args)
+    def _after_submitted(self, function: Callable[..., object], *args: object) -> bool:
+        """
+        Call something on the dispatcher's thread when the jobs submitted before have started, if they can; return
+        whether it will be called, which it is not after `shutdown`.
+        """
+        with self._lock:
+            if not self._closed:
+                loop = self._dispatcher.get()
+                # The task of a job takes its first step one turn of the loop after it is made.
+                loop.call_soon_threadsafe(loop.call_soon, function, *args)
+            return not self._closed
 
     # What follows runs on the dispatcher's thread, except for `_run`.
 

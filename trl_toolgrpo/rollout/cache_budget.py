@@ -1,6 +1,9 @@
 """How many rollouts fit into a bound on memory, and the division of a rollout batch into parts that do."""
 
 from collections.abc import Sequence
+from typing import cast
+
+from torch import nn
 
 from transformers import PreTrainedModel
 
@@ -19,7 +22,8 @@ def bytes_per_token(args: ToolGRPOConfig, model: PreTrainedModel) -> int:
         model (`PreTrainedModel` or `PeftModel`):
             The policy.
     """
-    item = 2 if args.bf16 or args.fp16 else model.get_input_embeddings().get_parameter("weight").element_size()
+    embeddings = cast(nn.Embedding, model.get_input_embeddings())
+    item = 2 if args.bf16 or args.fp16 else embeddings.weight.element_size()
     return stored_values(model.config.get_text_config()) * item
 
 

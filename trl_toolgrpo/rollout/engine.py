@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from trl.models import unwrap_model_for_generation
@@ -367,7 +367,7 @@ class RolloutEngine:
     def _is_supported(self, policy: PreTrainedModel, autocast: Autocast = nullcontext) -> bool:
         """Return whether the default sampler can handle the policy; the answer is found once."""
         if self._supported is None:
-            size = policy.get_input_embeddings().get_parameter("weight").shape[0]
+            size = cast(nn.Embedding, policy.get_input_embeddings()).weight.shape[0]
             reason = unsupported_reason(policy, [(index * 7 + 3) % size for index in range(8)], autocast)
             self._supported = reason is None
             if reason is not None:

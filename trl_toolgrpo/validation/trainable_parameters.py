@@ -308,7 +308,8 @@ def check_has_values(args: ToolGRPOConfig, model: object, reward_funcs: object) 
     Raises:
         ConfigError: naming the first such tensor.
     """
-    place = args.model_init_kwargs.get("device_map") if isinstance(args.model_init_kwargs, dict) else None
+    given = args.model_init_kwargs
+    place = given.get("device_map") if isinstance(given, dict) else None
     places = place.values() if isinstance(place, dict) else [place]
     if any(str(found) == "meta" for found in places):
         raise ConfigError(

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import cast
 
 from torch import nn
-
 from transformers import PreTrainedModel
 
 from ..config.fields import ToolGRPOConfig

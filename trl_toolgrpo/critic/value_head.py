@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..errors import ValueHeadError
+from ..models.lm_head import base_model
 from ..models.sharding import assign_all, whole_copies
 
 
@@ -116,7 +117,7 @@ def attach_value_head(model: PreTrainedModel, head: ValueHead) -> None:
         head ([`ValueHead`]):
             The head; a submodule of the model from now on.
     """
-    base = getattr(model, "get_base_model", lambda: model)()
+    base = base_model(model)
     base.value_head = head.requires_grad_(True)
     original = base.forward
 

@@ -16,6 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..models.lm_head import base_model
 from ..sampling.shared_prefix import exchanged_attention
 
 
@@ -73,7 +74,7 @@ def dense_mask(pieces: Sequence[Piece], length: int) -> Tensor:
 
 def suits(model: PreTrainedModel) -> bool:
     """Return whether a model's attention can be exchanged, and its forward pass runs only once."""
-    bare = getattr(model, "get_base_model", lambda: model)()
+    bare = base_model(model)
     for module in bare.modules():  # a second pass would run after this attention is put back
         if getattr(module, "gradient_checkpointing", False) or isinstance(module, CheckpointWrapper):
             return False

@@ -25,6 +25,7 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from ..config.fields import ToolGRPOConfig
+from ..models.lm_head import base_model
 from ..models.model_settings import model_setting
 from ..models.rotary import RowFrequencies
 from ..models.rounding import (
@@ -254,7 +255,7 @@ def only_at(model: PreTrainedModel, kept: Tensor) -> Iterator[None]:
         output.last_hidden_state = hidden.reshape(-1, hidden.shape[-1])[kept][None]
         return output
 
-    base = getattr(model, "get_base_model", lambda: model)()
+    base = base_model(model)
     hook = base.base_model.register_forward_hook(select)
     try:
         yield

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..errors import ConfigError
+from ..models.lm_head import base_model
 from ..models.rounding import compute_dtype
 from ..sampling.choice import differs, trial_rows
 from ..sampling.protocol import scoring_mode
@@ -34,7 +35,7 @@ def check_scoring(trainer: "SharedPromptScoring") -> None:
         ConfigError: if the pass fails or gives other log-probs; naming the family.
     """
     model = trainer.model
-    bare = getattr(model, "get_base_model", lambda: model)()
+    bare = base_model(model)
     name, config = type(bare).__name__, bare.config.get_text_config()
     device = next(model.parameters()).device
     if config._attn_implementation == "flex_attention" and device.type == "cpu":

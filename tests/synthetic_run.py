@@ -4,6 +4,7 @@ Nothing in it was trained or sampled, and `run.json` says so.
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -137,3 +138,13 @@ def write_run(folder, rollouts=64, vocabulary=500, turns=4, per_file=64, prompt=
             write_rollouts(folder / "rollouts" / f"{place['step']:06d}-000.parquet", rows)
             rows = []
     return folder
+
+
+def data_of(html):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html)[1])
+
+
+def rollouts_of(html, run=0):
+    """The rows of a run's list, by the names of their values."""
+    data = data_of(html)
+    return [dict(zip(data["fields"], row, strict=True)) for row in data["runs"][run]["rows"]]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
-from synthetic_run import rollout, write_rollouts, write_run
+from synthetic_run import data_of, rollout, rollouts_of, write_rollouts, write_run
 
 from trl_toolgrpo import ReportError
 from trl_toolgrpo.report import build_report
@@ -22,16 +22,6 @@ from trl_toolgrpo.report.tools import Call, count_calls, from_metrics
 from trl_toolgrpo.report.verdict import judge, rule_histories
 from trl_toolgrpo.report.vocabulary import Vocabulary
 from trl_toolgrpo.run_folder.rollout_log import KEY
-
-
-def data_of(html):
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html)[1])
-
-
-def rollouts_of(html, run=0):
-    """The rows of a run's list, by the names of their values."""
-    data = data_of(html)
-    return [dict(zip(data["fields"], row, strict=True)) for row in data["runs"][run]["rows"]]
 
 
 def test_every_token_comes_back_with_its_figures(tmp_path):

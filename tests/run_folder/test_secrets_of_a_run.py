@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import chat_tokenizer, prompts, scripted_model_sampler, tiny_model, tool_call
-from test_report import rollouts_of
+from synthetic_run import rollouts_of
 from trl import TrlParser
 
 from trl_toolgrpo import ToolGRPOConfig, ToolGRPOTrainer, ToolResult

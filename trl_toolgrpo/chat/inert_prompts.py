@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable, Sequence
 
 from ..errors import ToolSchemaError
-from ..types import JSONSchema, JSONValue, Message
+from ..types import JSONSchema, Message, map_texts
 from .control_tokens import ControlTokens
 from .prompt_renderer import Prompt, PromptRenderer
 
@@ -33,7 +33,7 @@ class InertPrompts:
         self._renderer = renderer
         self._mark = f"x{secrets.token_hex(8)}"
         # Schemas by their JSON, since prompt after prompt shows the same ones
-        self._marked = functools.lru_cache(KEPT)(lambda schema: _mapped(json.loads(schema), self.mark))
+        self._marked = functools.lru_cache(KEPT)(lambda schema: map_texts(self.mark, json.loads(schema)))
 
     def mark(self, text: str) -> str:
         """Return a text with marks for [`InertPrompts.encode`] where it has to be cut."""
@@ -65,7 +65,7 @@ class InertPrompts:
         Raises:
             ToolSchemaError: if the chat template does not repeat texts as they are, so that the marks are lost.
         """
-        plain_prompt, plain_schemas = _mapped(prompt, self._unmarked), _mapped(list(schemas), self._unmarked)
+        plain_prompt, plain_schemas = map_texts(self._unmarked, prompt), map_texts(self._unmarked, list(schemas))
         if plain_prompt == prompt and plain_schemas == list(schemas):
             return None
         text = self._renderer.text(prompt, schemas)
@@ -106,12 +106,3 @@ def with_observation(given: Prompt | None, prompt: Prompt, change: Callable[[str
         said = [{**part, "text": change(part["text"])} if "text" in part else part for part in now[count:]]
         content = [*now[:count], *said]
     return [*prompt[:-1], {**prompt[-1], "content": content}]
-
-
-def _mapped(value: JSONValue, change: Callable[[str], str]) -> JSONValue:
-    """Return data with each of its texts changed, keys included."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {_mapped(key, change): _mapped(inner, change) for key, inner in value.items()}
-    return [_mapped(inner, change) for inner in value] if isinstance(value, (list, tuple)) else value

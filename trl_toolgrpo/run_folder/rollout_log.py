@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 LOG_VERSION = 1
 FOLDER = "rollouts"
-KEY = b"trl_toolgrpo.run_folder.rollout_log"
+KEY = b"trl_toolgrpo.rollout_log"
 """Key of the schema metadata that makes a parquet file a rollout log."""
 
 _NAME = re.compile(r"(?P<step>\d{6,})(?:\.(?P<nth>\d+))?-(?P<process>\d{3,})\.parquet")

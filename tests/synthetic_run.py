@@ -89,7 +89,7 @@ def write_rollouts(path, rows, version=1):
     note = json.dumps({"version": version})
     path.parent.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(
-        table.replace_schema_metadata({"trl_toolgrpo.run_folder.rollout_log": note}), path, compression="zstd"
+        table.replace_schema_metadata({"trl_toolgrpo.rollout_log": note}), path, compression="zstd"
     )
 
 

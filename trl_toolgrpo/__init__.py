@@ -39,7 +39,7 @@ from .version import __version__
 
 
 if typing.TYPE_CHECKING:
-    from .checkpoints.folder import find_checkpoint
+    from .checkpoints.folder import add_checksums, find_checkpoint
     from .checkpoints.output_folder import check_output_dir, earlier_runs
     from .checkpoints.run_identity import keep_batch_size
     from .config.fields import ToolGRPOConfig
@@ -55,7 +55,7 @@ if typing.TYPE_CHECKING:
     from .trainer import ToolGRPOTrainer
 else:  # type checkers know the names from above
     _NAMES = {
-        "checkpoints.folder": ["find_checkpoint"],
+        "checkpoints.folder": ["add_checksums", "find_checkpoint"],
         "config.fields": ["ToolGRPOConfig"],
         "config.parser": ["ToolGRPOParser"],
         "checkpoints.run_identity": ["keep_batch_size"],
@@ -123,6 +123,7 @@ __all__ = [
     "ValueHead",
     "ValueHeadError",
     "__version__",
+    "add_checksums",
     "check_output_dir",
     "earlier_runs",
     "estimate_memory",

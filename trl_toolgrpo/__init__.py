@@ -42,8 +42,7 @@ if typing.TYPE_CHECKING:
     from .checkpoints.folder import add_checksums, find_checkpoint
     from .checkpoints.output_folder import check_output_dir, earlier_runs
     from .checkpoints.run_identity import keep_batch_size
-    from .config.fields import ToolGRPOConfig
-    from .config.parser import ToolGRPOParser
+    from .config import ToolGRPOConfig, ToolGRPOParser
     from .critic.value_head import ValueHead
     from .memory import MemoryEstimate, ModelShape, estimate_memory
     from .rollout.trajectory import Trajectory, Turn
@@ -56,8 +55,7 @@ if typing.TYPE_CHECKING:
 else:  # type checkers know the names from above
     _NAMES = {
         "checkpoints.folder": ["add_checksums", "find_checkpoint"],
-        "config.fields": ["ToolGRPOConfig"],
-        "config.parser": ["ToolGRPOParser"],
+        "config": ["ToolGRPOConfig", "ToolGRPOParser"],
         "checkpoints.run_identity": ["keep_batch_size"],
         "memory": ["MemoryEstimate", "ModelShape", "estimate_memory"],
         "checkpoints.output_folder": ["check_output_dir", "earlier_runs"],

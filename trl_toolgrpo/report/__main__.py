@@ -33,7 +33,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     runs.add_argument("output_dir", nargs="?", type=Path, help="output folder of a run")
     runs.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="output folders of two runs")
     parser.add_argument("--out", type=Path, help="file to write; in the folder: report.html; for two runs, here")
-    parser.add_argument("--max_size", type=float, default=MAX_MEGABYTES, help=f"largest size in MB (default {MAX_MEGABYTES:g})")
+    size = f"largest size in MB (default {MAX_MEGABYTES:g})"
+    parser.add_argument("--max_size", type=float, default=MAX_MEGABYTES, help=size)
     return parser.parse_args(arguments)
 
 

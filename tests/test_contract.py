@@ -417,7 +417,7 @@ READ_IN = {
     ),
     "observation = environment.reset(": (
         "_generate_and_score_completions",
-        "tools.environments runs `reset` on the environment's thread",
+        "tools.runtime.environments runs `reset` on the environment's thread",
     ),
     "self._env_tools[name]": (
         "_tokenize_prompts",

@@ -66,6 +66,23 @@ def test_what_importing_the_trainer_imports_is_required(setup):
             assert distribution_of(module) & required, f"{path}: {module} is imported and not required"
 
 
+def test_every_folder_of_the_package_is_installed_with_its_files(setup):
+    listed = set(setup["options"]["packages"].split())
+    roots = {"trl_toolgrpo": ROOT / "trl_toolgrpo", "trl_toolgrpo.recipes": ROOT / "recipes"}
+    folders = {}
+    for name, root in roots.items():
+        for path in root.rglob("__init__.py"):
+            if root.name == "recipes" or "recipes" not in path.parts:
+                folders[".".join([name, *path.relative_to(root).parts[:-1]])] = path.parent
+    assert listed == set(folders)
+    shipped = {name: patterns.split(", ") for name, patterns in setup["options.package_data"].items()}
+    for name, folder in folders.items():
+        for path in folder.rglob("*") if name == "trl_toolgrpo.report" else folder.iterdir():
+            if path.suffix in (".yaml", ".jinja", ".html", ".css", ".js", ".typed"):
+                patterns = shipped.get(name, ())
+                assert any(path.relative_to(folder).match(pattern) for pattern in patterns), path
+
+
 def test_python_is_what_trl_and_transformers_need(setup):
     declared = Requirement(f"python{setup['options']['python_requires']}").specifier
     for name in ("trl", "transformers", "peft", "accelerate", "datasets", "torch"):

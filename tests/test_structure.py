@@ -76,6 +76,11 @@ def folder(name):
     return name.split(".")[0]
 
 
+def subfolder(name):
+    """The folder that a module is in, by its whole path; a package is in itself."""
+    return name if FILES[name].name == "__init__.py" else name.rpartition(".")[0]
+
+
 def test_every_folder_has_a_place():
     assert sorted(ORDER) == sorted({folder(name) for name in FILES}), "Give the folder a place in ORDER."
 
@@ -88,6 +93,15 @@ def test_imports_go_one_way(name):
         assert inside or ORDER.index(folder(other)) < ORDER.index(folder(name)), (
             f"`{name or '__init__'}` imports `{other}`, whose folder comes after its own."
         )
+
+
+def test_folders_within_a_folder_import_one_way():
+    arrows = set()
+    for name in FILES:
+        for other in imported(name):
+            if "." in name and folder(name) == folder(other):
+                arrows.add((subfolder(name), subfolder(other)))
+    assert not {(a, b) for a, b in arrows if a != b and (b, a) in arrows}
 
 
 def test_no_modules_import_each_other():

@@ -43,8 +43,8 @@ from .rollout.loop import RolloutRequest
 from .rollout.tools_of_rollouts import RolloutTools
 from .rollout.vllm_rollouts import VLLMRollouts, refuse_multimodal, without_trls_vllm
 from .run_folder.replay import Replay
-from .tools.environments import EnvironmentFailures, on_own_thread
 from .tools.prompt_tool import PromptTool
+from .tools.runtime.environments import EnvironmentFailures, on_own_thread
 from .tools.runtime.executor import ToolExecutor
 from .tools.tool import Tool
 from .tools.toolset import ToolSet

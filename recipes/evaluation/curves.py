@@ -46,12 +46,6 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def steps_to(values: Sequence[float], level: float, width: int) -> int | None:
-    """Return the first step (from 1) where the mean of the last `width` values reaches a level, or `None`."""
-    means = smooth(values, width)
-    return next((step for step, mean in enumerate(means, start=1) if step >= width and mean >= level), None)
-
-
 def draw(runs: dict[str, list[Path]], metrics: Sequence[str], out: Path, width: int = 5) -> None:
     """
     Draw one panel for each metric, with a line for each run and a color for each label.

@@ -466,6 +466,20 @@ def test_another_number_of_processes_is_accepted_between_rollout_batches(runs, t
     assert "Resumed with another layout" in caplog.text and resumed._step == 10
 
 
+def test_a_checkpoint_of_version_0_1_0_is_resumed_exactly(runs, tmp_path, caplog):
+    """There, the description of the run is called `run.json`."""
+    folder = tmp_path / "checkpoint-5"
+    shutil.copytree(Path(runs("full").args.output_dir) / folder.name, folder)
+    (folder / "run_identity.json").rename(folder / "run.json")
+    (folder / "manifest.json").unlink()
+    publish(shutil.move(folder, tmp_path / UNFINISHED / folder.name), folder)
+    resumed = start(tmp_path, **SETTINGS["full"][1])
+    resumed.train(resume_from_checkpoint=str(folder))
+    assert "was not written by this trainer" not in caplog.text
+    expected = runs("full").model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.model.state_dict().items())
+
+
 def test_another_number_of_processes_is_refused_with_deepspeed(runs, tmp_path):
     folder = tmp_path / "checkpoint-4"
     shutil.copytree(Path(runs("full").args.output_dir) / folder.name, folder)

@@ -12,8 +12,8 @@ from trl_toolgrpo.chat.tool_chat import ToolChat
 from trl_toolgrpo.doctor import examine
 from trl_toolgrpo.doctor.__main__ import main
 from trl_toolgrpo.doctor.check_chat import check_chat, example_arguments
-from trl_toolgrpo.doctor.environment import check_versions
 from trl_toolgrpo.doctor.load_script import find_script, output_folder
+from trl_toolgrpo.doctor.machine import check_versions
 from trl_toolgrpo.doctor.trial import describe
 from trl_toolgrpo.rollout.trajectory import Trajectory, Turn
 from trl_toolgrpo.tools.from_callable import as_tool
@@ -98,7 +98,7 @@ def test_a_healthy_recipe_is_a_go(tmp_path, capsys):
     assert said.strip().splitlines()[-1].startswith("go (")
     for words in ("versions", "hardware", "tools", "data: train_dataset", "self-check", "update", "memory"):
         assert words in said
-    assert "means little" in said
+    assert "mean little" in said
     assert "fault" not in said and "find_employee, get_manager" in said
     assert not (tmp_path / "out").exists() and set(RECIPES.parent.iterdir()) == before
 
@@ -234,7 +234,7 @@ def test_arguments_fit_their_schema():
 
 def test_a_version_that_does_not_fit_is_a_fault(monkeypatch):
     assert check_versions().state != "fault"
-    needed = "trl_toolgrpo.doctor.environment.metadata.requires"
+    needed = "trl_toolgrpo.doctor.machine.metadata.requires"
     monkeypatch.setattr(needed, lambda name: ["torch>=99", "no-such-package", "pytest; extra == 'test'"])
     result = check_versions()
     assert (

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from trl_toolgrpo.recipes.evaluation.curves import draw, main, read_curve, smooth, steps_to
+from trl_toolgrpo.recipes.evaluation.curves import draw, main, read_curve, smooth
 
 
 LOG = [
@@ -25,11 +25,8 @@ def test_a_curve_is_read_by_its_name():
     assert math.isnan(read_curve([{"step": 1, "loss": None}], "loss")[1][0])
 
 
-def test_smoothing_and_steps_by_hand():
+def test_smoothing_by_hand():
     assert smooth([1.0, 2.0, 6.0, 4.0], 3) == [1.0, 1.5, 3.0, 4.0]
-    assert steps_to([1.0, 1.0, 0.0, 1.0, 1.0], 0.9, 2) == 2
-    assert steps_to([1.0, 0.0, 0.0, 1.0, 1.0], 0.9, 2) == 5
-    assert steps_to([1.0], 0.9, 2) is None  # fewer values than the width
 
 
 def test_a_picture_shows_every_label(tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ from .folder import (
     put_back,
     set_aside,
 )
-from .run_identity import IDENTITY, describe_run, differences, matching_batch_sizes
+from .run_identity import IDENTITY, describe_run, differences, identity_file, matching_batch_sizes
 
 
 logger = logging.getLogger(__name__)
@@ -163,13 +163,13 @@ class ExactResume(GRPOTrainer):
         return broadcast_object_list([str(folder)])[0]
 
     def _check_same_run(self, folder: Path) -> None:
-        if not (folder / IDENTITY).is_file():
+        if not identity_file(folder).is_file():
             logger.warning(
                 "%s was not written by this trainer: the rollout batch it was in the middle of, if any, is lost.",
                 folder,
             )
             return
-        source = self._source = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
+        source = self._source = json.loads(identity_file(folder).read_text(encoding="utf-8"))
         sections = ("model", "adapter", "dataset", "batch")
         pairs = ((section, source[section], self._run[section]) for section in sections)
         found = [f"{section}: {text}" for section, theirs, ours in pairs for text in differences(theirs, ours)]

@@ -20,11 +20,18 @@ from ..types import JSONObject, JSONValue
 
 IDENTITY = "run_identity.json"
 """File of a checkpoint that describes the run it belongs to."""
+_EARLIER_IDENTITY = "run.json"  # as checkpoints of version 0.1.0 call it
 
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "vocab_size")
 _BATCH = ("seed", "shuffle_dataset", "num_generations", "generation_batch_size", "num_iterations")
 _WEIGHTS = "frozen weights"
 _SAMPLED = 64  # rows of the data set, and values of each frozen weight, that stand for all
+
+
+def identity_file(checkpoint: Path) -> Path:
+    """Return the file of a checkpoint that describes its run, which may be absent."""
+    earlier = checkpoint / _EARLIER_IDENTITY
+    return earlier if earlier.is_file() else checkpoint / IDENTITY
 
 
 def describe_run(args: GRPOConfig, model: nn.Module, dataset: object) -> JSONObject:
@@ -80,7 +87,7 @@ def keep_batch_size(checkpoint: str | Path, args: GRPOConfig) -> dict[str, int]:
         checkpoint does not say.
     """
     try:
-        return matching_batch_sizes(json.loads((Path(checkpoint) / IDENTITY).read_text(encoding="utf-8")), args)
+        return matching_batch_sizes(json.loads(identity_file(Path(checkpoint)).read_text(encoding="utf-8")), args)
     except (OSError, ValueError, KeyError, TypeError):  # of another trainer, or torn, which is said when it is resumed
         return {}
 

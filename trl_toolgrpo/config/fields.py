@@ -261,7 +261,8 @@ def _describe_fields(kind: type[GRPOConfig]) -> None:
     """Give each field that a class documents what the command line shows: that text, and its choices."""
     documented = re.findall(r"^ {4}(\w+) \(`.*:\n((?: {8}.*\n?)+)", inspect.getdoc(kind) or "", re.MULTILINE)
     for name, text in documented:
-        shown: dict[str, object] = {"help": " ".join(text.split()).replace("%", "%%")}
+        plain = re.sub(r"\[`(\w+)`\]", r"`\1`", " ".join(text.split()))
+        shown: dict[str, object] = {"help": plain.replace("%", "%%")}
         shown |= {"choices": list(CHOICES[name])} if name in CHOICES else {}
         kind.__dataclass_fields__[name].metadata = MappingProxyType(shown)
 

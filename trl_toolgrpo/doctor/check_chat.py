@@ -54,7 +54,7 @@ def _check_calls(chat: ToolChat, tools: list[Tool]) -> CheckResult:
 
 
 def _calling_turn(chat: ToolChat, name: str, arguments: JSONObject) -> tuple[list[int], str]:
-    """Tokens of an assistant turn that makes a call, and the text before it."""
+    """Return the tokens of an assistant turn that makes a call, and the text before it."""
     opening = chat.encode(chat.render([{"role": "user", "content": "dummy"}], add_generation_prompt=True))
     ids = chat.encode(chat.render_call(name, arguments))
     start = _shared_length(opening, ids)

@@ -12,8 +12,8 @@ from ..redaction import Redactor, argument_secrets
 from ..run_folder.files import process_secrets
 from .check_chat import check_chat, check_tools
 from .check_data import check_data
-from .environment import check_hardware, check_versions
 from .load_script import construct, output_folder
+from .machine import check_hardware, check_versions
 from .result import FAULT, NOTE, OK, CheckResult
 from .trial import check_memory, try_run
 

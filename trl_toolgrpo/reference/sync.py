@@ -66,7 +66,10 @@ class ReferenceSync(GRPOTrainer):
         if separate is not None:
             self._reference = ModelReference(separate, policy, adapter)
         elif adapter is None:
-            raise ReferenceSyncError("TRL made no reference model for `sync_ref_model`; this TRL is not supported.")
+            raise ReferenceSyncError(
+                "TRL made no reference model for `sync_ref_model`; this version of TRL is not supported.",
+                remedy="Install a version of TRL that setup.cfg allows.",
+            )
         elif reference_mode(self.args) == "adapter":
             self._reference = AdapterReference(policy, adapter)
         elif self.is_fsdp_enabled or self.is_deepspeed_enabled:

@@ -163,7 +163,7 @@ def panel(metric: str, lines: Sequence[Line]) -> Panel:
 
 
 def _labels(values: Sequence[float]) -> list[str]:
-    """Numbers next to a panel, with enough digits to tell them apart unless there is no room for them."""
+    """Return numbers next to a panel, with enough digits to tell them apart if there is room for them."""
     choices = [[_number(value, digits) for value in values] for digits in range(3, 8)]
     fitting = [labels for labels in choices if max(map(len, labels)) <= _ROOM] or choices[:1]
     return next((labels for labels in fitting if len(set(labels)) == len(labels)), fitting[-1])
@@ -200,7 +200,7 @@ def _summary(line: Line) -> str:
 
 
 def _number(value: float, digits: int = 3) -> str:
-    """A number in few characters."""
+    """Write a number in few characters."""
     if not math.isfinite(value):
         return str(value)
     if value == int(value) and abs(value) < 1e5:

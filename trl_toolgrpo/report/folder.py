@@ -130,7 +130,7 @@ def read_folder(path: str | Path) -> RunFolder:
 
 
 def _read_object(path: Path, folder: Path, problems: list[str]) -> JSONObject:
-    """A file of JSON; empty, with a problem, if it is not one."""
+    """Read a file of JSON; return an empty object, and note a problem, if it is not one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -155,13 +155,13 @@ def _read_settings(folder: Path, problems: list[str]) -> JSONObject:
 
 
 def _is_watched(settings: JSONObject) -> bool:
-    """Whether the settings say that health rules were watching."""
+    """Return whether the settings say that health rules were watching."""
     config = settings.get("config")
     return bool(settings) and not (isinstance(config, dict) and config.get("health_checks") == "off")
 
 
 def _read_state(folder: Path, problems: list[str]) -> list[JSONObject]:
-    """The log in TRL's own `trainer_state.json`, of the folder itself or of its newest checkpoint."""
+    """Read the log in TRL's own `trainer_state.json`, of the folder itself or of its newest checkpoint."""
     checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
     checkpoints.sort(key=lambda path: -int(path.name.partition("-")[2]))
     for home in (folder, *checkpoints):
@@ -172,7 +172,7 @@ def _read_state(folder: Path, problems: list[str]) -> list[JSONObject]:
 
 
 def _read_lines(path: Path, problems: list[str]) -> list[JSONObject]:
-    """The objects of a file with one on each line; the lines that cannot be read are one problem."""
+    """Read a file with an object on each line; the lines that cannot be read are one problem."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:

@@ -66,7 +66,7 @@ def build_report(folders: Sequence[str | Path], max_megabytes: float = MAX_MEGAB
 
 
 def _render(runs: Sequence[RunFolder], collected: Sequence[RunData]) -> str:
-    """The page; reading rollouts may have found more problems, so that it is made after that."""
+    """Make the page, after the rollouts were read, since that may have found more problems."""
     loader = jinja2.PackageLoader(__package__, "template")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     environment.policies["json.dumps_kwargs"] = JSON_OPTIONS

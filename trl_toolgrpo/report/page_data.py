@@ -100,7 +100,7 @@ def spread_order(count: int) -> Sequence[int]:
 
 
 def _add_tokens(data: RunData, rollout: Row, room: int) -> tuple[JSONObject | None, int]:
-    """The tokens of a rollout and their size; `None` and 0 if that is more than `room`."""
+    """Return the tokens of a rollout and their size; `None` and 0 if that is more than `room`."""
     ids, prompt = rollout["completion_ids"], tuple(rollout["prompt_ids"])
     if len(ids) > room:
         return None, 0

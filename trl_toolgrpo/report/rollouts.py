@@ -96,7 +96,7 @@ def _rollout(row: Row) -> Row:
 
 
 def _decoded(text: str, default: JSONValue) -> JSONValue:
-    """A value written as JSON, with short numbers; the default unless it is of its type."""
+    """Read a value written as JSON, with short numbers; return the default unless it is of its type."""
     try:
         value = json.loads(text, parse_constant=lambda _: None, parse_float=lambda text: short_number(float(text)))
     except ValueError:

@@ -97,7 +97,7 @@ def settings_table(runs: Sequence[RunFolder]) -> Table | None:
 
 
 def _flat(settings: JSONObject) -> dict[str, str]:
-    """Settings as names and short texts, those of the configuration and the versions by their own names."""
+    """Return settings as names and short texts, those of the configuration and the versions by their own names."""
     found: dict[str, str] = {}
     for name, value in settings.items():
         if isinstance(value, dict):

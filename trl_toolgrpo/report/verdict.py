@@ -42,7 +42,7 @@ class RuleHistory:
 
 
 @dataclass
-class Verdict:
+class RunVerdict:
     """
     A verdict.
 
@@ -63,7 +63,7 @@ class Verdict:
     rules: list[RuleHistory] = field(default_factory=list)
 
 
-def judge(run: RunFolder) -> Verdict:
+def judge(run: RunFolder) -> RunVerdict:
     """
     Judge a run by what its health rules said.
 
@@ -72,7 +72,7 @@ def judge(run: RunFolder) -> Verdict:
             The run.
     """
     if run.empty:
-        return Verdict("unknown", "No verdict: nothing of a run was found.")
+        return RunVerdict("unknown", "No verdict: nothing of a run was found.")
     rules = rule_histories(run.health or [])
     standing = [rule for rule in rules if rule.recovered is None]
     levels = [rule.level for rule in standing]
@@ -89,7 +89,7 @@ def judge(run: RunFolder) -> Verdict:
         level, headline = "ok", f"Healthy at the end: {_counted(len(rules), 'rule')} spoke up and recovered."
     else:
         level, headline = "ok", "Healthy: no health rule has anything to say."
-    return Verdict(level, headline, summarize(run), rules)
+    return RunVerdict(level, headline, summarize(run), rules)
 
 
 def _counted(count: int, noun: str) -> str:
@@ -134,7 +134,7 @@ def summarize(run: RunFolder) -> list[str]:
     first, last = run.metrics[0]["step"], run.metrics[-1]["step"]
     times = [entry["time"] for entry in run.metrics if isinstance(entry.get("time"), (int, float))]
     seconds = round(times[-1] - times[0]) if times else 0
-    duration = f", over {timedelta(seconds=seconds)} hours" if seconds > 0 else ""
+    duration = f", over {timedelta(seconds=seconds)}" if seconds >= 60 else f", over {seconds} s" if seconds else ""
     sentences = [f"Steps {first} to {last} are logged{duration}."]
     sentences += _moved(run, "reward", "The mean reward of training")
     for prefix, name in run.evaluations():

@@ -77,7 +77,7 @@ def load_tokenizer(folder: Path, problems: list[str]) -> "PreTrainedTokenizerBas
 
 
 def _hexadecimal(token: str) -> str:
-    """The bytes of a token of a byte-level vocabulary, in hexadecimal; other tokens by their own name."""
+    """Write the bytes of a token of a byte-level vocabulary in hexadecimal; other tokens by their own name."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     bytes_of = {character: byte for byte, character in bytes_to_unicode().items()}

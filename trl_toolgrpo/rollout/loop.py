@@ -373,7 +373,7 @@ def _take_turn_reward(environment: Any) -> float | None:
     try:
         return plain_reward(reward, f"`turn_reward` of the environment {type(environment).__name__}")
     except ValueError as error:
-        raise ToolRuntimeError(str(error)) from None
+        raise ToolRuntimeError(str(error), remedy="Give a float, or None for no reward.") from None
 
 
 def _decoded(chat: ToolChat | None, ids: list[int], known: dict[tuple[int, ...], str]) -> str:

@@ -29,11 +29,11 @@ from ..config.fields import ToolGRPOConfig
 from ..errors import ConfigError, EnvironmentTimeoutError, ToolSchemaError
 from ..models.model_settings import context_length
 from ..redaction import Redactor
-from ..tools.environments import EnvironmentFailures, scoring_without_failed
 from ..tools.mcp.config import MCPServer, read_servers
 from ..tools.mcp.servers import MCPTools
 from ..tools.mcp.session import MCPSession
 from ..tools.prompt_tool import PromptTool
+from ..tools.runtime.environments import EnvironmentFailures, scoring_without_failed
 from ..tools.runtime.executor import ToolExecutor
 from ..tools.tool import Tool
 from ..tools.toolset import ToolSet

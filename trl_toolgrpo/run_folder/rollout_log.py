@@ -359,8 +359,10 @@ def read_table(path: str | Path) -> pa.Table:
     missing = [name for name in SCHEMA.names if name not in table.column_names]
     if missing:
         others = {name: field_meant_by(name, missing) for name in table.column_names if name not in SCHEMA.names}
-        hints = "".join(f" Is `{name}` meant to be `{meant}`?" for name, meant in others.items() if meant)
-        raise RolloutLogError(f"{path} is not a whole rollout log: columns {', '.join(missing)} are missing.{hints}")
+        hints = " ".join(f"Is `{name}` meant to be `{meant}`?" for name, meant in others.items() if meant)
+        raise RolloutLogError(
+            f"{path} is not a whole rollout log: columns {', '.join(missing)} are missing.", remedy=hints
+        )
     return table
 
 

@@ -94,7 +94,7 @@ class Span:
 
     @functools.cached_property
     def positions(self) -> Tensor:
-        """Place of each new token among its row's own tokens, int64, shape (B, T)."""
+        """Return the place of each new token among its row's own tokens, int64, shape (B, T)."""
         return self.lengths[:, None] + torch.arange(self.query_length, device=self.lengths.device)
 
 
@@ -125,7 +125,7 @@ class KeyValueStore:
 
     @property
     def running(self) -> Span:
-        """The span of the pass that runs; raises `RuntimeError` if there is none."""
+        """Return the span of the pass that runs; raise `RuntimeError` if there is none."""
         if self.span is None:
             raise RuntimeError("KeyValueStore.begin was not called before the forward pass.")
         return self.span

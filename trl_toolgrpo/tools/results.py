@@ -195,8 +195,7 @@ def plain_reward(reward: Any, giver: str) -> float | None:
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(
-            f"{giver} gave the reward {_safe_str(reward)[:200]!r}, which is not a finite number. Give a float, or "
-            f"None for no reward."
+            f"{giver} gave the reward {_safe_str(reward)[:200]!r}, which is not a finite number."
         )
     return number
 

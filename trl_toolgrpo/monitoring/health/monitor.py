@@ -83,7 +83,7 @@ class RunFacts:
         return max(self.rollouts // self.generations, 1)
 
     def at_full_rate(self, entry: JSONObject) -> bool:
-        """Whether a step has a tenth of the learning rate or more, so that its update can be expected to show."""
+        """Return whether a step has a tenth of the learning rate or more, so that its update should show."""
         rate = entry.get("learning_rate")
         return rate is None or rate >= 0.1 * self.learning_rate
 

@@ -171,7 +171,7 @@ def _logprob_gap(window: Window, facts: RunFacts) -> HealthFinding | None:
 
 
 def _forced_in_update(window: Window, facts: RunFacts) -> HealthFinding | None:
-    """A count, not a sample: one forced token is enough."""
+    """Find forced tokens in an update; one is enough, since this is a count and not a sample."""
     value = window[-1].get("forced/fraction")
     if not value or "forced/loss" in window[-1]:
         return None
@@ -186,7 +186,7 @@ def _forced_in_update(window: Window, facts: RunFacts) -> HealthFinding | None:
 
 
 def _reference_still(window: Window, facts: RunFacts) -> HealthFinding | None:
-    """A count: syncs that were due and did not come. One may wait for its rollout batch, and for the next log."""
+    """Find syncs that were due and did not come; one may wait for its rollout batch, and for the next log."""
     if facts.sync_steps is None:
         return None
     step = window[-1]["step"]

@@ -115,7 +115,7 @@ class HealthWatch(RunLog):
             self._save_checkpoint(self.model, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         except CheckpointSaveError as error:
-            remedy = str(error)
+            remedy = f"No checkpoint of it could be written: {error}"
         raise HealthError(
             f"The run was stopped in step {line['step']} by the health rule `{line['rule']}`, as "
             f"`health_checks='raise'` asks for. {line['message']}",

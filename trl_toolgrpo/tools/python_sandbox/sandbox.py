@@ -310,7 +310,10 @@ def find_sandbox(mode: str, limits: Limits, last_expression: bool = True) -> San
             remedy=f"Pass 'bubblewrap', which runs the code in namespaces of its own. {_LIMITS_ALONE}",
         )
     if sys.platform != "linux":
-        raise ConfigError(f"You asked for a sandbox for Python code on {sys.platform}, and sandboxes need Linux.")
+        raise ConfigError(
+            f"You asked for a sandbox for Python code on {sys.platform}, and sandboxes need Linux.",
+            remedy="Train on Linux, or in a container or virtual machine with it.",
+        )
     if mode == "bubblewrap" and shutil.which("bwrap") is None:
         raise ConfigError(
             "Python code is to run under bubblewrap (`sandbox='bubblewrap'`), and `bwrap` is not installed.",

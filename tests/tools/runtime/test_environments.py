@@ -11,8 +11,8 @@ from datasets import Dataset
 
 from trl_toolgrpo import ConfigError, Tool, ToolCall, ToolGRPOTrainer, ToolTimeoutError
 from trl_toolgrpo.rollout import engine
-from trl_toolgrpo.tools.environments import on_own_thread
 from trl_toolgrpo.tools.from_callable import environment_tools
+from trl_toolgrpo.tools.runtime.environments import on_own_thread
 from trl_toolgrpo.tools.runtime.executor import ToolExecutor
 
 

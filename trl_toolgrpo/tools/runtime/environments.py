@@ -19,10 +19,10 @@ from concurrent.futures import Future
 from contextvars import ContextVar
 from typing import Any, TypeAlias
 
-from ..errors import ConfigError, EnvironmentTimeoutError, ToolRuntimeError, TransientToolError
-from .runtime.event_loop import Work
-from .runtime.executor import ToolExecutor
-from .tool import is_async_callable, refuse_generator
+from ...errors import ConfigError, EnvironmentTimeoutError, ToolRuntimeError, TransientToolError
+from ..tool import is_async_callable, refuse_generator
+from .event_loop import Work
+from .executor import ToolExecutor
 
 
 logger = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ from trl_toolgrpo import (
     ToolTimeoutError,
     TransientToolError,
 )
-from trl_toolgrpo.tools.environments import on_own_thread
+from trl_toolgrpo.tools.runtime.environments import on_own_thread
 from trl_toolgrpo.tools.runtime.executor import ToolExecutor
 
 
@@ -688,7 +688,7 @@ def test_tools_of_an_environment_may_be_coroutine_functions(tmp_path, monkeypatc
 
 def test_the_example_of_the_guide_runs(tmp_path):
     """With a tiny model and two short steps in place of Qwen3's."""
-    guide = (Path(__file__).parents[2] / "recipes" / "GUIDE.md").read_text(encoding="utf-8")
+    guide = (Path(__file__).parents[3] / "recipes" / "GUIDE.md").read_text(encoding="utf-8")
     (block,) = (b for b in re.findall(r"^```python\n(.*?)^```", guide, re.M | re.S) if "environment_timeout" in b)
     tokenizer = chat_tokenizer()
     tiny_model(tokenizer).save_pretrained(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Peak memory of tiny runs in a process of their own, beside what is estimated; run by `test_memory.py`."""
+"""Peak memory of tiny runs in a process of their own, compared with the estimate; run by `test_memory.py`."""
 
 import ctypes
 import gc

@@ -1,4 +1,4 @@
-"""What scripts do to TRL's trainer beside training it: call its parts, with records they made themselves."""
+"""What scripts do to TRL's trainer in addition to training it: call its parts, with records they made themselves."""
 
 import copy
 from types import SimpleNamespace

@@ -149,7 +149,7 @@ def check_numbers(value, path=""):
 def rehearsed(tmp_path_factory):
     out = tmp_path_factory.mktemp("gpu") / "gpu.json"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # More time than it takes, for a machine that does other things beside
+    # More time than it takes, for a machine that does other things meanwhile
     done, found = run(FOLDER / "gpu.py", out, "--dry-run", "--seconds", "1800")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     found["cpu_seconds"] = sum(after[:2]) - sum(before[:2])

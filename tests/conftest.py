@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import tempfile
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,6 +261,22 @@ def script_ours(monkeypatch, tokenizer, script):
 
     monkeypatch.setattr(MAKE_SAMPLER, make)
     return made
+
+
+@pytest.fixture(autouse=True, scope="session")
+def return_freed_memory():
+    """Keep `keep_freed_memory` of recipes from the test process, in which it would hold for all tests that follow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trl_toolgrpo.trainer.keep_freed_memory", lambda: False)
+        yield
+
+
+def wait_until(condition, seconds=20.0):
+    """Wait for a condition, and fail if it does not become true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not become true in time"
+        time.sleep(0.01)
 
 
 def tool_call(name, **arguments):

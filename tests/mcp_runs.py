@@ -4,7 +4,6 @@ import contextlib
 import os
 import sys
 import threading
-import time
 from pathlib import Path
 
 from conftest import chat_tokenizer, config, prompts, script_ours, tiny_model, tool_call
@@ -49,13 +48,6 @@ class Run:
     def close(self):
         self.executor.shutdown()
         self.mcp.close()
-
-
-def wait_until(condition, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not become true in time"
-        time.sleep(0.01)
 
 
 def belongings():

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import chat_tokenizer, config, prompts, tiny_model
+from conftest import chat_tokenizer, config, prompts, tiny_model, wait_until
 from huggingface_hub import HfApi
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -83,6 +83,7 @@ def live_run(tmp_path):
 
 def test_a_second_run_in_the_folder_is_refused_and_changes_nothing(tmp_path, live_run):
     folder = tmp_path / "run"
+    wait_until((folder / "rollouts" / "000001-000.parquet").exists)  # written by a thread of that run
     before = contents(folder)
     holder = f"process {live_run.pid} on {socket.gethostname()}, since"
     said = rf"{folder}\), which a run that is under way writes to: {holder}"

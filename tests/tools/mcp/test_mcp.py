@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 import pytest
-from mcp_runs import KEY, PLAIN, SDK, Run, belongings, nothing_new, wait_until
+from conftest import wait_until
+from mcp_runs import KEY, PLAIN, SDK, Run, belongings, nothing_new
 
 import trl_toolgrpo
 from trl_toolgrpo import ConfigError, MCPServer, MCPServerError, Tool, ToolCall, ToolNameError, ToolRuntimeError

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import process_tools
 import pytest
-from conftest import config, prompts, tiny_model
+from conftest import config, prompts, tiny_model, wait_until
 
 from trl_toolgrpo import Tool, ToolCall, ToolGRPOTrainer, ToolRuntimeError, ToolSchemaError
 from trl_toolgrpo.tools.from_callable import environment_tools
@@ -51,13 +51,6 @@ def alive(process):
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-def wait_until(condition, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.01)
 
 
 # Where calls run

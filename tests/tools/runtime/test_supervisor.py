@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import wait_until
 
 from trl_toolgrpo.tools.runtime.supervisor import guarded
 
@@ -61,13 +62,6 @@ def family(path, count=3):
     """Return the ids of the processes of `FAMILY`, once all have written theirs."""
     wait_until(lambda: path.exists() and len(path.read_text().split()) == count)
     return [int(line) for line in path.read_text().split()]
-
-
-def wait_until(condition, seconds=20.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not become true in time"
-        time.sleep(0.01)
 
 
 def test_streams_arguments_environment_folder_and_exit_code_pass_through(tmp_path):

@@ -5,8 +5,8 @@ import logging
 import sys
 
 import pytest
-from conftest import chat_tokenizer, config, prompts, run_script, tiny_model
-from mcp_runs import END, KEY, PLAIN, TOOLS, belongings, call, logged, make_trainer, nothing_new, server, wait_until
+from conftest import chat_tokenizer, config, prompts, run_script, tiny_model, wait_until
+from mcp_runs import END, KEY, PLAIN, TOOLS, belongings, call, logged, make_trainer, nothing_new, server
 from trl import GRPOTrainer
 
 from trl_toolgrpo import ConfigError, MCPServer, Tool, ToolGRPOTrainer, ToolNameError, ToolSchemaError

@@ -177,7 +177,7 @@ SOUND = [
 class Fault:
     """
     A fault that can be planted: which rule has to name it, what its strength is measured in, strengths from weak to
-    strong, and how it changes a run. `within` is the number of steps from its start after which it is to be named.
+    strong, and how it changes a run. `within` is the number of steps from its start after which it must be named.
     """
 
     rule: str

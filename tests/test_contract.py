@@ -1029,7 +1029,7 @@ def test_fsdp_finds_its_root_in_the_first_pass():
     assert hasattr(FSDPModule, "_get_fsdp_state"), "FSDPModule has no `_get_fsdp_state`; rollout/engine.py calls it."
 
 
-def test_what_deepspeed_writes_between_two_collectives():
+def test_deepspeed_saves_through_the_functions_that_are_wrapped():
     engine = pytest.importorskip("deepspeed.runtime.engine")
     assert "save_latest" in parameters(engine.DeepSpeedEngine.save_checkpoint), (
         "DeepSpeed's save_checkpoint has no `save_latest`; checkpoints.resume.ExactResume._deepspeed_tolerated passes "

@@ -464,7 +464,7 @@ class Silent:
 
 @pytest.mark.parametrize("stopped", [True, False])
 @pytest.mark.parametrize("tools", [None, [lookup]])
-def test_an_empty_completion(monkeypatch, ours, tmp_path, tools, stopped):
+def test_a_row_without_a_token_costs_that_row_alone(monkeypatch, ours, tmp_path, tools, stopped):
     """A backend that gives no token for a row costs that row, not the run."""
     eos = chat_tokenizer().eos_token_id
     found = ours([[END]], tools=tools, make_sampler=lambda *args, **options: Silent(eos, stopped))

@@ -73,7 +73,7 @@ EVERYTHING = {
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_parts_work_together(tmp_path, family, dtype, head):
+def test_every_option_at_once_trains_with_both_fast_paths(tmp_path, family, dtype, head):
     trainer = trainer_of(tmp_path, family, dtype, cast_lm_head_to_fp32=head, **EVERYTHING)
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]

@@ -48,7 +48,7 @@ def test_lora_parameters_are_those_of_peft():
     assert shape.lora_parameters(5) == peft.get_nb_trainable_parameters()[0]
 
 
-def test_known_answers():
+def test_an_estimate_by_hand():
     shape = ModelShape(4, 8, 2, 2, 1, 2, 10)
     linear = 2 * (4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 8)
     assert shape.linear_parameters == linear and shape.parameters == linear + 2 * 40 + 5 * 4
@@ -87,7 +87,7 @@ def test_the_guide_has_the_table():
 
 
 @pytest.mark.long
-def test_measured_runs(tmp_path):
+def test_real_runs_stay_within_a_quarter_of_the_estimate(tmp_path):
     """Real runs on the CPU stay within a quarter of the estimate, above and below."""
     path = os.pathsep.join([str(HERE), str(HERE.parent)])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}

@@ -124,7 +124,7 @@ def test_secret_names(name):
 
 
 @pytest.mark.parametrize("name", PUBLIC_NAMES.split())
-def test_public_names(name):
+def test_names_that_tell_no_secret(name):
     assert not is_secret_name(name)
     assert secret_variables({name: "abc-123456"}) == [] == config_secrets({name: "abc-123456"})
 

@@ -180,7 +180,7 @@ class ToolGRPOTrainer(
             executor = ToolExecutor(*limits, warm=warm, environment_timeout=args.environment_timeout)
             self._executor = executor
             weakref.finalize(self, executor.shutdown)
-            environment_factory = on_own_thread(environment_factory, executor, failures, self._recording)  # type: ignore
+            environment_factory = on_own_thread(environment_factory, executor, failures, self._recording)  # type: ignore[assignment, arg-type]
         if self._recording:
             trl_tools = list(toolset.prompt_tools())
         if tools or environment_factory is not None:

@@ -32,7 +32,7 @@ def tasks():
         (81, 263, 0.2553, 0.3662),
     ],
 )  # fmt: skip
-def test_intervals(successes, questions, low, high):
+def test_wilson_intervals_by_hand(successes, questions, low, high):
     """The last case is the worked example of Newcombe (1998), to its four digits."""
     assert wilson(successes, questions) == pytest.approx((low, high), abs=5e-5)
 

@@ -41,10 +41,10 @@ class CallGrammar:
     def __init__(self, chat: ToolChat):
         self._chat = chat
         json_object = regex.compile(rf'{{\s*"{_KEYS[0]}"\s*:\s*"{_VALUES[0]}"\s*}}')
-        zone = self._zone({_KEYS[0]: _VALUES[0]})
+        zone = self._call_end({_KEYS[0]: _VALUES[0]})
         found = json_object.search(zone)
         self._around = (zone[: found.start()], zone[found.end() :]) if found else None
-        self._arguments = None if found else _WrittenOneByOne(self._zone, self._literal)
+        self._arguments = None if found else _WrittenOneByOne(self._call_end, self._literal)
 
     def of(self, tool: Tool) -> str:
         """
@@ -67,7 +67,7 @@ class CallGrammar:
         start = _join(self._literal(before), "arguments", self._literal(after))
         return f"start: {start}\narguments: %json {json.dumps(body)}"
 
-    def _zone(self, arguments: JSONObject) -> str:
+    def _call_end(self, arguments: JSONObject) -> str:
         """Return what the template writes after the name, through the first token that ends a turn."""
         rendered = self._chat.render_call(_NAME, arguments)
         zone = rendered[rendered.rindex(_NAME) + len(_NAME) :]
@@ -104,7 +104,7 @@ class _WrittenOneByOne:
     """
 
     def __init__(self, zone: Callable[[JSONObject], str], literal: Callable[[str], str]):
-        self._zone, self._literal = zone, literal
+        self._call_end, self._literal = zone, literal
         key, other = _KEYS
         self.nothing = zone({})
         one, two = zone({key: _NUMBER}), zone({key: _NUMBER, other: _NUMBER})
@@ -156,18 +156,18 @@ class _WrittenOneByOne:
             values = constants(schema)
             if not values:
                 raise ToolSchemaError(f"{where} allows no value that this chat template can write")
-            return _either(self._constant(value, where) for value in values)
+            return _alternatives(self._constant(value, where) for value in values)
         for key in ("anyOf", "oneOf"):
             if key in schema:
-                return _either(self._value(choice, where) for choice in schema[key])
+                return _alternatives(self._value(choice, where) for choice in schema[key])
         kinds = schema.get("type", "string")
         kinds = kinds if isinstance(kinds, list) else [kinds]
-        return _either(self._value_of(kind, schema, where) for kind in kinds)
+        return _alternatives(self._value_of(kind, schema, where) for kind in kinds)
 
     def _value_of(self, kind: str, schema: JSONSchema, where: str) -> str:
         """Return the expression of the values of one type."""
         if kind == "boolean":
-            return _either(self._constant(value, where) for value in (True, False))
+            return _alternatives(self._constant(value, where) for value in (True, False))
         if kind == "null":
             return self._constant(None, where)
         if kind == "string":
@@ -188,7 +188,7 @@ class _WrittenOneByOne:
             if not value or regex.search(self._forbidden(), value):
                 raise ToolSchemaError(f"{where} allows {value!r}, which this template cannot tell from its markup")
             return self._literal(value.join(self.quotes))
-        return self._literal(_cut(self._zone({_KEYS[0]: value}), _KEYS[0] + self.middle, self.after, last=True)[1])
+        return self._literal(_cut(self._call_end({_KEYS[0]: value}), _KEYS[0] + self.middle, self.after, last=True)[1])
 
     def _forbidden(self) -> str:
         """Return the class of the characters no text may hold: the first one of what follows it, and escapes."""
@@ -227,7 +227,7 @@ def _closed(schema: JSONValue) -> JSONValue:
     return closed
 
 
-def _either(choices: Iterable[str]) -> str:
+def _alternatives(choices: Iterable[str]) -> str:
     return f"({' | '.join(choices)})"
 
 

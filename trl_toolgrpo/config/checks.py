@@ -459,7 +459,7 @@ def _check_critic(config: Config, defaults: dict[str, object]) -> None:
 
 
 def _check_reference(config: Config) -> None:
-    """Check that a reference that is to be synced exists, and moves."""
+    """Check that there is a reference to sync, and that it moves."""
     if not config.sync_ref_model:
         return
     alpha, steps = config.ref_model_mixup_alpha, config.ref_model_sync_steps

@@ -49,7 +49,7 @@ class ReferenceSync(GRPOTrainer):
 
     def _prepare_reference(self, given_adapter: bool) -> None:
         """
-        Make the reference, before parameters are sharded, if it is to be synced or TRL's own would be wrong.
+        Make the reference, before parameters are sharded, if it will be synced, or if TRL's own would be wrong.
 
         Args:
             given_adapter (`bool`):

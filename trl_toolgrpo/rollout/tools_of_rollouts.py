@@ -159,7 +159,7 @@ class RolloutTools(GRPOTrainer):
         rewritten, inert = [], []
         for row, prompt in enumerate(prompts):
             if self.environments:
-                prompt = with_observation(self._given(row), prompt, self._redactor.text)
+                prompt = with_observation(self._row_prompt(row), prompt, self._redactor.text)
             tools = known
             if self.environments and self._toolset.decided_at_reset and _calls_tools(prompt):
                 tools = self._tools_of(self.environments[row], self._toolset.of_rollout)[0]
@@ -175,10 +175,10 @@ class RolloutTools(GRPOTrainer):
         schemas: Any = self.tools
         if self.environment_factories is not None:
             schemas = self._env_tools[self._batch_environments[row]]
-        marked = with_observation(self._given(row), prompt, self._inert.mark) if self.environments else prompt
+        marked = with_observation(self._row_prompt(row), prompt, self._inert.mark) if self.environments else prompt
         return self._inert.encode(self._messages.rewritten(marked, tools), self._inert.schemas(schemas or ()))
 
-    def _given(self, row: int) -> str | list[Message] | None:
+    def _row_prompt(self, row: int) -> str | list[Message] | None:
         """Return the prompt of a row of the data set, before its environment was reset."""
         return self._rows[row].get("prompt") if row < len(self._rows) else None
 

@@ -152,9 +152,9 @@ class KeyValueStore:
             # Grown by half at a time, so that the copies add up to a few times the final size at most
             self.capacity = max(needed, min(int(self.capacity * 1.5) + 32, self.max_length))
             for layer, (keys, values) in enumerate(self.own):  # one layer at a time: no second copy of all of them
-                self.own[layer] = self._grown(keys), self._grown(values)
+                self.own[layer] = self._enlarged(keys), self._enlarged(values)
 
-    def _grown(self, old: Tensor) -> Tensor:
+    def _enlarged(self, old: Tensor) -> Tensor:
         new = old.new_zeros(*old.shape[:2], self.capacity, old.shape[3])
         new[:, :, : old.shape[2]] = old
         return new

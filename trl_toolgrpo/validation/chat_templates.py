@@ -64,7 +64,7 @@ def check_rendering(renderer: PromptRenderer, tools: Sequence[Tool]) -> None:
         hidden: list[Part] = []
         try:
             text = renderer.text(GREETING, [tool.schema])
-            reason = _misprint(text, tool.parameters)
+            reason = _misprint_reason(text, tool.parameters)
             if reason is None and text != renderer.text(GREETING, []):
                 hidden = hidden_parts(tool.schema, lambda schema: renderer.text(GREETING, [schema]))
         except Exception as error:
@@ -88,13 +88,13 @@ def check_rendering(renderer: PromptRenderer, tools: Sequence[Tool]) -> None:
             )
 
 
-def _misprint(text: str, schema: JSONValue) -> str | None:
+def _misprint_reason(text: str, schema: JSONValue) -> str | None:
     """Return why a text misprints types of a schema: a template that expects one type prints a list as Python does."""
     inner = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ()
     types = schema.get("type") if isinstance(schema, dict) else None
     if isinstance(types, list) and str(types).upper() in text.upper():
         return f"it shows the types {types} as one type of that name"
-    return next((found for part in inner if (found := _misprint(text, part)) is not None), None)
+    return next((found for part in inner if (found := _misprint_reason(text, part)) is not None), None)
 
 
 def shown_tool(renderer: PromptRenderer, tool: Tool) -> Tool:

@@ -187,7 +187,7 @@ class ServedEngine:
         task = asyncio.ensure_future(work)
         try:
             while not (await asyncio.wait({task}, timeout=WATCH_SECONDS))[0]:
-                await self._about()
+                await self._description()
             return task.result()
         finally:
             task.cancel()
@@ -197,7 +197,7 @@ class ServedEngine:
     async def _send(self) -> None:
         """Send the policy, unless the server has it."""
         async with self._sending:
-            policy, about = self._policy, await self._about()
+            policy, about = self._policy, await self._description()
             if policy is None or about["policy"] == policy.key:
                 self._boot = about["boot"]
                 return
@@ -219,7 +219,7 @@ class ServedEngine:
                 )
             self._boot = about["boot"]
 
-    async def _about(self) -> JSONObject:
+    async def _description(self) -> JSONObject:
         """Return what the server says about itself."""
         limit = aiohttp.ClientTimeout(total=30)
         async with self._http.get(f"{self.url}/rollouts", timeout=limit) as response:
@@ -232,7 +232,7 @@ class ServedEngine:
         deadline = time.monotonic() + self.timeout
         while True:
             try:
-                about = await self._about()
+                about = await self._description()
                 break
             except _LOST as error:
                 if isinstance(error, _StatusError) and error.refused:

@@ -58,7 +58,7 @@ class RolloutServer:
         """Return the web application with the server's routes."""
         app = web.Application(client_max_size=2**40, middlewares=[self._admit])
         app.add_routes(
-            [web.get("/rollouts", self._about), web.post("/rollouts", self._generate), web.put("/policy", self._load)]
+            [web.get("/rollouts", self._status), web.post("/rollouts", self._generate), web.put("/policy", self._load)]
         )
         app.on_cleanup.append(self._close)
         return app
@@ -71,7 +71,7 @@ class RolloutServer:
         reply = {"error": "This rollout server only answers requests that show its token."}
         return web.json_response(reply, status=401, headers={"WWW-Authenticate": "Bearer"})
 
-    async def _about(self, request: web.Request) -> web.Response:
+    async def _status(self, request: web.Request) -> web.Response:
         """Answer with what the server is and which policy it has."""
         key, version = (self.policy.key, self.policy.version) if self.policy is not None else (None, None)
         return web.json_response({**self.about, "policy": key, "version": version, "running": self._running})

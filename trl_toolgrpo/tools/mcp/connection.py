@@ -142,7 +142,7 @@ class Connection:
             return failed(f"The server's answer is not valid: {error!s:.300}", redactor)
         except Exception as error:
             logger.debug("A call of the MCP server %r failed: %s", self.server.name, redactor.text(str(error)))
-        self._lose(client)
+        self._drop_client(client)
         return failed("The server ended before it answered. It may have run the call or not.", redactor)
 
     async def _probe(self, client: Client) -> None:
@@ -152,9 +152,9 @@ class Connection:
         except Exception as error:
             if isinstance(error, TimeoutError):
                 logger.warning("The MCP server %r does not answer any more.", self.server.name)
-            self._lose(client)
+            self._drop_client(client)
 
-    def _lose(self, client: Client | None = None) -> None:
+    def _drop_client(self, client: Client | None = None) -> None:
         """Give up the connection, if it is still that of the given client; calls then wait for the next one."""
         if client is None or client is self._client:
             self._client = None
@@ -167,7 +167,7 @@ class Connection:
             with self._scope:
                 while True:
                     self._failure = await self._live()
-                    self._lose()
+                    self._drop_client()
                     if not self._was_up:
                         break
                     self._restarts[self.server.name] += 1
@@ -189,7 +189,7 @@ class Connection:
         """Hold one connection until it is lost; return why it was."""
         server = self.server
         self._lost.clear()
-        process = ServerProcess(server, self.folder, self._lose) if server.command else None
+        process = ServerProcess(server, self.folder, self._drop_client) if server.command else None
         reason = "did not start"
         try:
             with anyio.move_on_after(server.start_timeout) as scope:

@@ -239,7 +239,7 @@ class _Access:
         abandoned = failed or self.executor.is_abandoned(owner)  # its thread hangs or is not to be trusted
         if abandoned and name in _FORGIVEN:
             is_async = name == "get_reward" and is_async_callable(getattr(type(owner), name, None))
-            return _nothing_async if is_async else _nothing
+            return _no_op_async if is_async else _no_op
         if failed:
             raise EnvironmentTimeoutError(f"The environment {type(owner).__name__} has failed before.", owner)
         value = self.run(owner, name, functools.partial(getattr, owner, name), on_other_thread=abandoned)
@@ -327,11 +327,11 @@ def _check_observation(observation: object, owner: object) -> None:
         )
 
 
-def _nothing(*args: object, **kwargs: object) -> None:
+def _no_op(*args: object, **kwargs: object) -> None:
     return None
 
 
-async def _nothing_async(*args: object, **kwargs: object) -> None:
+async def _no_op_async(*args: object, **kwargs: object) -> None:
     return None
 
 
@@ -370,7 +370,7 @@ def _factory(factory: Factory, access: _Access) -> Factory:
 def _threaded_class(kind: Any, access: _Access) -> type:
     """Return a subclass whose attributes are read on the thread of each instance."""
     for name in _FORGIVEN:
-        function = inspect.unwrap(getattr(kind, name, None) or _nothing)
+        function = inspect.unwrap(getattr(kind, name, None) or _no_op)
         refuse_generator(f"`{name}` of the environment {kind.__name__}", function, ConfigError)
     read, missing, shown = kind.__getattribute__, getattr(kind, "__getattr__", None), kind.__repr__
 

@@ -17,6 +17,7 @@ ORDER = [
     "version",
     "redaction",
     "config",
+    "trl_hooks",
     "models",
     "tools",
     "chat",

@@ -39,6 +39,7 @@ from .version import __version__
 
 
 if typing.TYPE_CHECKING:
+    from .algorithms.base import AdvantageEstimator, RolloutGroup, TokenAdvantages
     from .checkpoints.folder import add_checksums, find_checkpoint
     from .checkpoints.output_folder import check_output_dir, earlier_runs
     from .checkpoints.run_identity import keep_batch_size
@@ -47,6 +48,7 @@ if typing.TYPE_CHECKING:
     from .memory import MemoryEstimate, ModelShape, estimate_memory
     from .rollout.trajectory import Trajectory, Turn
     from .run_folder.rollout_log import read_rollouts
+    from .sampling.protocol import SampledTokens, Sampler, SamplerSession
     from .tools.mcp.config import MCPServer
     from .tools.mcp.session import MCPSession
     from .tools.python_sandbox.python_tool import python_tool
@@ -54,12 +56,14 @@ if typing.TYPE_CHECKING:
     from .trainer import ToolGRPOTrainer
 else:  # type checkers know the names from above
     _NAMES = {
+        "algorithms.base": ["AdvantageEstimator", "RolloutGroup", "TokenAdvantages"],
         "checkpoints.folder": ["add_checksums", "find_checkpoint"],
         "config": ["ToolGRPOConfig", "ToolGRPOParser"],
         "checkpoints.run_identity": ["keep_batch_size"],
         "memory": ["MemoryEstimate", "ModelShape", "estimate_memory"],
         "checkpoints.output_folder": ["check_output_dir", "earlier_runs"],
         "run_folder.rollout_log": ["read_rollouts"],
+        "sampling.protocol": ["SampledTokens", "Sampler", "SamplerSession"],
         "tools.mcp.config": ["MCPServer"],
         "tools.mcp.session": ["MCPSession"],
         "tools.python_sandbox.python_tool": ["python_tool"],
@@ -81,6 +85,7 @@ else:  # type checkers know the names from above
 
 
 __all__ = [
+    "AdvantageEstimator",
     "ChatTemplateError",
     "CheckpointError",
     "CheckpointSaveError",
@@ -100,9 +105,14 @@ __all__ = [
     "ReferenceSyncError",
     "ReportError",
     "RewardError",
+    "RolloutGroup",
     "RolloutLogError",
     "RolloutServerError",
+    "SampledTokens",
+    "Sampler",
     "SamplerError",
+    "SamplerSession",
+    "TokenAdvantages",
     "Tool",
     "ToolCall",
     "ToolGRPOConfig",

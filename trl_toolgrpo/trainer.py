@@ -1,61 +1,53 @@
 """`ToolGRPOTrainer`: TRL's `GRPOTrainer` with rollouts that are exact to the token and updates that are on-policy.
 
-TRL builds prompts, scores, computes the loss and logs. This class replaces how text is produced, keeps the log-probs
-that were recorded meanwhile, and adds metrics and checks.
+TRL builds prompts, scores, computes the loss and logs. Each of its hooks is overridden here once, in the order in
+which TRL calls them, and hands over to a typed part. What the parts see of the trainer is [`Run`].
 """
 
 import logging
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor, nn
+from torch.utils.data import Sampler as DataSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 from trl import GRPOConfig, GRPOTrainer
-from trl.extras.profiling import profiling_context
 from trl.trainer.utils import get_config_model_id
 
+from .algorithms.base import AdvantageEstimator
+from .algorithms.batch_advantages import BatchAdvantages
+from .algorithms.registry import estimator_of
 from .chat.parsing import add_missing_response_template
 from .chat.response_templates import without_comments
-from .checkpoints.resume import ExactResume
-from .config.batch_position import micro_batches_of
+from .checkpoints.resume import Checkpoints
 from .config.checks import idle_fields, refuse_unrecorded
 from .config.fields import ToolGRPOConfig, default_values
 from .critic.critic import Critic
-from .errors import LogprobMismatchError
-from .hub.push import HubPush
+from .hub.push import HubPublisher
 from .models.allocator import keep_freed_memory
 from .models.lm_head import adapted_head, cast_heads, check_adapted_head, score_adapted_head, without_trls_cast
 from .models.quantized import keep_trainable, same_parameters
-from .models.rounding import Exact
-from .monitoring.metrics import averages, console_line, length_metrics, rollout_counts, rollout_metrics
-from .monitoring.trackers import Live
-from .reference.sync import ReferenceSync, synced_by_us
+from .monitoring.records import Records
+from .reference.adapter import SyncReport, same_parameters_trained
+from .reference.sync import ReferencePolicy, synced_by_us
 from .rollout.cache_budget import check_cache
-from .rollout.engine import RolloutBatch, RolloutEngine, check_gathering, unwrapped_policy
+from .rollout.engine import check_gathering
 from .rollout.forcing import ForcePolicy
-from .rollout.given_rollouts import checked_rollouts
-from .rollout.loop import RolloutRequest
-from .rollout.tools_of_rollouts import RolloutTools
-from .rollout.vllm_rollouts import VLLMRollouts, refuse_multimodal, without_trls_vllm
+from .rollout.rollouts import Rollouts, check_sampler
+from .rollout.vllm_rollouts import refuse_multimodal, without_trls_vllm
 from .run_folder.replay import Replay
-from .tools.prompt_tool import PromptTool
-from .tools.runtime.environments import EnvironmentFailures, on_own_thread
-from .tools.runtime.executor import ToolExecutor
+from .run_folder.storage_failures import tolerated
+from .sampling.protocol import Sampler
 from .tools.tool import Tool
-from .tools.toolset import ToolSet
+from .trl_hooks import Run
 from .types import Batch, JSONObject, Message, Row
-from .update.assisted_warmup import AssistedWarmup
-from .update.deterministic import Determinism
-from .update.logprob_check import check_logprobs
-from .update.micro_batches import GroupedUpdates
-from .update.ratio_statistics import RatioStatistics
-from .update.sampler_correction import SamplerCorrection, correction_line
-from .update.scoring import Scores, SharedPromptScoring
+from .update.policy_update import PolicyUpdate
+from .update.sampler_correction import correction_line
 from .update.scoring_trial import check_scoring
 from .validation.chat_templates import check_forcing, check_template
 from .validation.data import check_best_metric, check_dataset, check_rows, named_datasets
@@ -85,10 +77,7 @@ _Data: TypeAlias = Dataset | IterableDataset
 _EvaluationData: TypeAlias = _Data | DatasetDict | IterableDatasetDict | dict[str, _Data]
 
 
-class ToolGRPOTrainer(
-    Replay, Live, ExactResume, HubPush, Determinism, AssistedWarmup, Critic, ReferenceSync, GroupedUpdates,
-    SamplerCorrection, SharedPromptScoring, RolloutTools, VLLMRollouts, GRPOTrainer,
-):  # fmt: skip
+class ToolGRPOTrainer(GRPOTrainer):
     """
     Drop-in replacement for TRL's [`~trl.GRPOTrainer`] (arXiv 2402.03300) that trains a policy to call tools.
 
@@ -113,6 +102,28 @@ class ToolGRPOTrainer(
             Servers whose tools the policy gets: [`MCPServer`]s, dicts of their arguments, or the `mcpServers` of an
             MCP client's configuration. They are started now and end with the run. Reward functions also get
             `mcp_sessions`, an [`MCPSession`] for each rollout.
+        sampler ([`Sampler`], *optional*):
+            Samples rollouts in place of the policy itself. What it records is checked by the strict trajectory rules,
+            and by the log-prob check. If it has a method `load_policy(policy, version)`, that is called before each
+            rollout batch, in every process, with the unwrapped policy and the optimizer steps it has taken.
+
+    Attributes:
+        rollouts ([`Rollouts`]):
+            Tools, prompts, sampler and loop, and the rollout batch in use.
+        update ([`PolicyUpdate`]):
+            Micro-batches, scoring, correction of the ratio, assisted warm-up.
+        advantages ([`BatchAdvantages`]):
+            Which groups take part, and their advantages.
+        critic ([`Critic`] or `None`):
+            The value head, if the estimator needs one.
+        reference ([`ReferencePolicy`]):
+            What the policy is compared with, and when that follows.
+        records ([`Records`]):
+            Files, metrics, health, trackers.
+        checkpoints ([`Checkpoints`]):
+            What a run is resumed from.
+        hub ([`HubPublisher`]):
+            Pushes and the model card.
 
     Raises:
         ConfigError, DatasetError, ToolSchemaError, ToolNameError, ChatTemplateError, MCPServerError: at
@@ -127,10 +138,8 @@ class ToolGRPOTrainer(
     args: ToolGRPOConfig
     model: PreTrainedModel
     processing_class: PreTrainedTokenizerBase | ProcessorMixin
-    _recording = _skip_scoring = _capturing = _evaluating = _unevaluated = False
-    _eval_prefix = "eval"  # of the evaluation in progress
-    _batch: RolloutBatch | None = None
-    _captured: Tensor | None = None
+    critic: Critic | None = None
+    replay: Replay | None = None
 
     def __init__(
         self,
@@ -150,50 +159,40 @@ class ToolGRPOTrainer(
         environment_factory: "EnvironmentFactory | dict[str, EnvironmentFactory] | None" = None,
         force_policy: ForcePolicy | None = None,
         mcp_servers: "list[MCPServer | JSONObject] | JSONObject | None" = None,
+        sampler: Sampler | None = None,
     ):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = ToolGRPOConfig(f"{name.split('/')[-1]}-ToolGRPO")
         args = ToolGRPOConfig.from_grpo_config(args)
-        for name, dataset in named_datasets(train_dataset, eval_dataset):
-            check_dataset(name, dataset, bool(tools or mcp_servers), environment_factory is not None)
-        check_rows(args, train_dataset)
-        check_best_metric(args, eval_dataset)
+        # Whether rollouts are sampled here; with a `rollout_func` and for multimodal models TRL samples
+        self.recording = args.record_sample_logprobs and rollout_func is None
+        has_environments = environment_factory is not None
+        _check_data(args, train_dataset, eval_dataset, bool(tools or mcp_servers), has_environments)
         check_has_values(args, model, reward_funcs)
+        check_forcing(args, bool(tools or mcp_servers) or has_environments, train_dataset)
+        if not self.recording:
+            refuse_unrecorded(args, "`record_sample_logprobs=False`" if rollout_func is None else "a `rollout_func`")
+        check_sampler(sampler, args, self.recording)
+        estimator = estimator_of(args)
         if args.keep_freed_memory:
             keep_freed_memory()
-        # Whether rollouts are sampled here; with a `rollout_func` and for multimodal models TRL samples
-        self._recording = args.record_sample_logprobs and rollout_func is None
-        check_forcing(args, bool(tools or environment_factory or mcp_servers), train_dataset)
-        if not self._recording:
-            refuse_unrecorded(args, "`record_sample_logprobs=False`" if rollout_func is None else "a `rollout_func`")
-        tools = self._start_servers(mcp_servers, tools, environment_factory)
-        toolset = self._toolset = ToolSet(tools)
-        self._executor = None
-        # More than a group, so that no single prompt can stop the run
-        failures = self._environment_failures = EnvironmentFailures(max(8, (args.num_generations or 0) + 1))
-        trl_tools = [PromptTool(tool) if isinstance(tool, Tool) else tool for tool in tools or []]
-        if self._recording or environment_factory is not None:
-            # Not on TRL's event loop: a tool that blocks it or ends its thread would stop the reward functions, too
-            warm = toolset.own if self._recording else []
-            limits = args.max_concurrent_tools, args.tool_timeout, args.tool_retries
-            executor = ToolExecutor(*limits, warm=warm, environment_timeout=args.environment_timeout)
-            self._executor = executor
-            weakref.finalize(self, executor.shutdown)
-            environment_factory = on_own_thread(environment_factory, executor, failures, self._recording)  # type: ignore[assignment, arg-type]
-        if self._recording:
-            trl_tools = list(toolset.prompt_tools())
-        if tools or environment_factory is not None:
+
+        # What TRL's constructor reads
+        self.args = args
+        self.run = Run(self, super())
+        self.rollouts = Rollouts(self.run, tools, environment_factory, mcp_servers, sampler)
+        if self.rollouts.tools.any:
             check_template(processing_class)
             add_missing_response_template(processing_class)
-        if self._recording:
+        if self.recording:
             check_adapted_head(model, peft_config)
         given_adapter = peft_config is None and hasattr(model, "peft_config")
         with (
             synced_by_us(args, model, peft_config),
-            without_trls_vllm(args, self._recording),
-            without_trls_cast(args, self._recording),
-            adapted_head(model) if self._recording else nullcontext(),
+            without_trls_vllm(args, self.recording),
+            without_trls_cast(args, self.recording),
+            adapted_head(model) if self.recording else nullcontext(),
             without_comments(processing_class),
         ):
             super().__init__(
@@ -208,228 +207,258 @@ class ToolGRPOTrainer(
                 optimizers=optimizers,
                 quantization_config=quantization_config,
                 peft_config=peft_config,
-                tools=trl_tools or None,
+                tools=self.rollouts.tools.for_trl or None,
                 rollout_func=rollout_func,
-                environment_factory=environment_factory,
+                environment_factory=self.rollouts.tools.environment_factory,
             )
         given_funcs = self.reward_funcs
-        self._score_without_failed()
-        self._prepare_recording(force_policy, given_adapter)
-        self._check_prompts(train_dataset, eval_dataset)
+        self.rollouts.tools.score_without_failed()
+
+        self._prepare_policy()
+        self.reference = ReferencePolicy(self.run, given_adapter)
+        if self.recording and self.run.is_multimodal:
+            refuse_multimodal(args)
+            self.recording = False
+            logger.warning("The model is multimodal: TRL samples its rollouts, and no log-prob is recorded.")
+        self._make_parts(estimator, force_policy)
+        self.rollouts.check_prompts(train_dataset, eval_dataset)
         if rollout_func is None:  # it may add to the columns
             self._check_columns(given_funcs, train_dataset, eval_dataset)
         functions = zip(self.reward_funcs, self.reward_func_names, strict=True)
         self.reward_funcs = [checked(function, name) for function, name in functions]
 
-    def _check_columns(
-        self, reward_funcs: "Sequence[RewardFunc]", train_dataset: _Data | None, eval_dataset: _EvaluationData | None
-    ) -> None:
-        """Check that the data and the run have what reward functions ask for."""
-        available = {
-            "trajectories": self._recording,
-            "environments": self.environment_factories is not None,
-            "mcp_sessions": self._recording and self._mcp is not None,
-        }
-        absent = [name for name, is_available in available.items() if not is_available]
-        for name, dataset in named_datasets(train_dataset, eval_dataset):
-            check_columns(name, dataset, reward_funcs, self.reward_func_names, absent)
+    def _make_parts(self, estimator: AdvantageEstimator, force_policy: ForcePolicy | None) -> None:
+        """Make the parts that need the model."""
+        run = self.run
+        self.update = PolicyUpdate(run, self.rollouts)
+        self.records = Records(run, self.rollouts, self.update, estimator.relative_to_group)
+        if self.args.replay is not None:
+            self.replay = Replay(run, self.records.log)
+        if self.recording:
+            self._check_recording()
+            if estimator.needs_values:
+                self.critic = Critic(run, self.update.scoring)
+        self.advantages = BatchAdvantages(run, estimator)
+        self.rollouts.prepare(force_policy)
+        self.checkpoints = Checkpoints(
+            run,
+            of_run={
+                "packing": self.update.scoring.packing,
+                "reference": self.reference,
+                "carried metrics": self.records.carried,
+            },
+            of_process={"ratios": self.update.ratios},
+        )
+        self.hub = HubPublisher(run, self.rollouts, self.records, self.checkpoints, estimator)
 
-    def _prepare_recording(self, force_policy: ForcePolicy | None, given_adapter: bool) -> None:
-        """Prepare everything that needs the model, which TRL's constructor has made."""
-        self._prepare_policy(given_adapter)
-        self._prepare_run_log()
-        self._ratio = RatioStatistics()
-        self._sampled_at = -1
-        self._carried: dict[str, float] = {}  # metrics of the current rollout batch, for steps that reuse it
-        self._forced_shares: list[float] = []  # `forced/fraction` of the batch of each micro-batch not yet logged
-        self._checked = self.args.logprob_check == "off"
-        if self._recording and self._is_vlm:
-            refuse_multimodal(self.args)
-            self._recording = False
-            logger.warning("The model is multimodal: TRL samples its rollouts, and no log-prob is recorded.")
-        # TRL's own pass, unchanged: which tokens are above a quantile of the entropies depends on rounding, too
-        if not self._recording or not self.args.shared_prompt_updates or self.top_entropy_quantile < 1.0:
-            self._packs = False
-        if not self._recording:
-            if self._mcp is not None:
-                self._make_chat()
-            return
-        for name, why in idle_fields(self.args, default_values()).items():
-            logger.warning(f"You set `{name}`, which has no effect here: {why}.")
-        self._print(correction_line(self.args), "The line on the correction could not be printed")
-        check_gathering(self)
-        check_cache(self.args, self.model)
-        check_adapter_is_recorded(self.model)
-        check_scoring(self)
-        warn_of_dropout(self.model)
-        self._prepare_critic()
-        if self.environment_factories is not None:
-            self._read_environments()
-        self._standalone_tools: list[Callable] = []  # the executor calls tools, not TRL's loop
-        chat = self._make_chat() if self.tools else None
-        pad_id = self._tokenizer.pad_token_id
-        self._engine = RolloutEngine(self.args, self.eos_token_ids, pad_id, chat, self._executor, force_policy)
-        self._engine.redactor = self._redactor
-        self._prepare_vllm()
-
-    def _prepare_policy(self, given_adapter: bool) -> None:
-        """Check and patch the policy, and make its reference."""
+    def _prepare_policy(self) -> None:
+        """Check and patch the policy."""
         check_optimizer(self.args)
         if self.args.beta > 0:  # without a reference, a policy that is only evaluated may be frozen
             check_policy_is_trained(self.model)
         check_head(self.model)
         check_optimizer_holds_policy(self.model, self.optimizer, self.lr_scheduler)
         keep_trainable(self.model)
-        if self._recording and self.args.cast_lm_head_to_fp32:
+        if self.recording and self.args.cast_lm_head_to_fp32:
             cast_heads(self.model, self.temperature)
             if self.ref_model is not None:
                 cast_heads(self.accelerator.unwrap_model(self.ref_model), self.temperature, ("log_probs",))
         score_adapted_head(self.model)  # wraps the fused head in use, cast or not
-        self._prepare_reference(given_adapter)
 
-    # Rollouts
+    def _check_recording(self) -> None:
+        """Check that what the policy samples is what TRL's loss is about."""
+        for name, why in idle_fields(self.args, default_values()).items():
+            logger.warning(f"You set `{name}`, which has no effect here: {why}.")
+        self.records.print(correction_line(self.args), "The line on the correction could not be printed")
+        check_gathering(self.run)
+        check_cache(self.args, self.model)
+        check_adapter_is_recorded(self.model)
+        check_scoring(self.run)
+        warn_of_dropout(self.model)
 
-    def _tokenize_prompts(self, prompts: list) -> tuple:
-        """Render prompts as TRL does, each with the tools of its own environment if environments bring some."""
-        if not self._recording or self.environments is None or not self._toolset.decided_at_reset:
-            return super()._tokenize_prompts(prompts)
-        kept = self._batch_environments, self._env_tools
-        prompt_tools = self._toolset.prompt_tools
-        self._env_tools = {row: self._tools_of(e, prompt_tools) for row, e in enumerate(self.environments)}
-        self._batch_environments = list(range(len(prompts)))
-        try:
-            return super()._tokenize_prompts(prompts)
-        finally:
-            self._batch_environments, self._env_tools = kept
+    def _check_columns(
+        self, reward_funcs: "Sequence[RewardFunc]", train_dataset: _Data | None, eval_dataset: _EvaluationData | None
+    ) -> None:
+        """Check that the data and the run have what reward functions ask for."""
+        available = {
+            "trajectories": self.recording,
+            "environments": self.environment_factories is not None,
+            "mcp_sessions": self.recording and self.rollouts.tools.mcp is not None,
+        }
+        absent = [name for name, is_available in available.items() if not is_available]
+        for name, dataset in named_datasets(train_dataset, eval_dataset):
+            check_columns(name, dataset, reward_funcs, self.reward_func_names, absent)
 
-    def _generate_single_turn(self, prompt_ids: list, images: list | None, *args: Any, **kwargs: Any) -> tuple:
-        """Sample TRL's first turn. With tools a rollout is one state machine, run as a whole in `_tool_call_loop`."""
-        if not self._recording:
-            return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
-        if self.tools:
-            return [[self._tokenizer.eos_token_id] for _ in prompt_ids], None
-        trajectories = self._roll_out(prompt_ids).trajectories
-        return [t.completion_ids for t in trajectories], [t.logprobs for t in trajectories]
+    def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
+        """
+        Add a callback as TRL does. A tracker that fails later does not end the run; a callback of a user does.
 
-    def _tool_call_loop(self, prompts: list, prompt_ids: list, *args: Any) -> tuple:
-        """Run the whole rollout in place of TRL's tool loop."""
-        if not self._recording:
-            return super()._tool_call_loop(prompts, prompt_ids, *args)
-        batch = self._roll_out(prompt_ids)
-        trajectories = batch.trajectories
-        results = [result for t in trajectories for turn in t.turns for result in turn.tool_results]
-        return (
-            [t.trainable_mask for t in trajectories],
-            [rollout.messages for rollout in batch.rollouts],
-            [t.completion_ids for t in trajectories],
-            [t.logprobs for t in trajectories],
-            len(results),
-            sum(result.is_error for result in results),
-            [[] for _ in trajectories],
-        )
+        Args:
+            callback (`type` or `TrainerCallback`):
+                A callback or its class.
+        """
+        super().add_callback(callback)
+        if "records" in vars(self):
+            self.records.failures.guard(self.callback_handler.callbacks[-1])
 
-    def _roll_out(self, prompt_ids: list[list[int]]) -> RolloutBatch:
-        """Sample every rollout of this process to its end; no step of it waits for another process."""
-        environments = self.environments or [None] * len(prompt_ids)
-        requests = []
-        for ids, environment in zip(prompt_ids, environments, strict=True):
-            tools, owned = self._tools_of(environment, self._toolset.of_rollout) if self.tools else ({}, frozenset())
-            failed = self._environment_failures.includes(environment)
-            requests.append(RolloutRequest(ids, tools, None if failed else environment, owned, failed))
-        requests = self._lend_servers(requests)
-        noise = self._rollout_noise(len(requests))
-        with profiling_context(self, "rollout"), unwrapped_policy(self) as policy:
-            self._send_policy(policy)
-            self._batch = self._engine.run(policy, requests, self.accelerator.autocast, self._may_force, noise)
-        return self._batch
+    # A training begins
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """
+        Train as TRL does. A run that is resumed continues exactly where its checkpoint was written, in the middle of a
+        rollout batch too; a new run first moves all that an earlier one has left in `output_dir` to a folder
+        `earlier-run-1` there. When training ends, in whatever way, what was logged is on disk.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                Checkpoint folder; `True` for the newest whole one in `output_dir`. Torn ones are skipped by name.
+            args, kwargs:
+                As in [`~transformers.Trainer.train`].
+
+        Raises:
+            CheckpointError: if there is no whole checkpoint, or it belongs to another model, adapter, data set or
+                batch, or to another number of processes in the middle of a rollout batch; the message says what
+                differs.
+            CheckpointSaveError: if the output folder cannot be written to, is not shared by the machines that take
+                part, or does not take the last checkpoint; if the files of an earlier run cannot be moved.
+            OutputFolderInUseError: if another run writes to `output_dir`.
+        """
+        with self.records.of_training():
+            checkpoint = self.checkpoints.begin(resume_from_checkpoint)
+            self.hub.card.on_train_begin()
+            self.rollouts.policy_was_replaced()  # steps are counted from 0 again
+            result = super().train(checkpoint, *args, **kwargs)
+            self.hub.card.on_train_end()
+        return result
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make TRL's optimizer, with the value head in a group of its own, and check that it moves the policy."""
+        given = self.optimizer is not None
+        policy = self.model if model is None else model
+        check_policy_is_trained(policy)
+        optimizer = super().create_optimizer(model)
+        if self.critic is not None:
+            self.critic.join_optimizer(optimizer)
+        if not (given and model is not None):  # FSDP1 has replaced the parameters since
+            check_optimizer_holds_policy(policy, optimizer)
+        warn_of_no_learning_rate(policy, optimizer)
+        return optimizer
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.reference.check_adapter(resume_from_checkpoint)
+        with same_parameters(self.model if model is None else model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.rollouts.policy_was_replaced()
+        self.reference.load(resume_from_checkpoint)
+        if self.critic is not None:
+            self.critic.load(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with nullcontext() if self.critic is None else self.critic.optimizer_of(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and self.is_deepspeed_enabled:  # which has bypassed `_load_from_checkpoint`
+                self.reference.load(checkpoint)
+        if checkpoint is not None:
+            self.checkpoints.load(checkpoint)
+            self.records.log.load(checkpoint)
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> DataSampler[int]:
+        return self.checkpoints.keep_sampler(super()._get_train_sampler(dataset))
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        epochs, micro_batches = super()._init_training_state(*args, **kwargs)
+        self.checkpoints.skip_epochs(epochs)
+        return epochs, micro_batches
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.checkpoints.begin_epoch():
+            super()._run_epoch(*args, **kwargs)
+
+    # A step begins: a rollout batch is made if one is due
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Take a step as TRL does; the critic learns along with the policy, and the log gets the rollout batch after
+        its last update."""
+        if self.critic is not None:
+            self.critic.before_backward(model)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.critic is not None:
+            self.critic.after_backward()
+        self.records.log.after_micro_batch()
+        return loss
+
+    def _prepare_inputs(self, generation_batch: Batch) -> Batch:
+        if self.replay is not None and self.run.training and self.run.batch_is_due:
+            self.reference.before_rollouts()
+            self.run.micro_batches = self.replay.next_batch()
+            self.update.begin_batch()
+            self.reference.on_replay()
+            return self.run.next_micro_batch
+        before, counts = self.run.micro_batches, self.records.log.counts()
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.run.micro_batches is before or self.run.micro_batches is None:
+            return inputs
+        split = self.update.split.split_anew(self.run.micro_batches)
+        if split is not None:
+            self.run.micro_batches, inputs = split, split[self.run.micro_batch_index]
+        if self.run.training:
+            self.records.log.on_batch(counts)
+        return inputs
+
+    def _generate_and_score_completions(self, inputs: list[Row]) -> Batch:
+        self.reference.before_rollouts()
+        with self.records.trackers.of_rollouts() as measure:
+            with self.rollouts.of(inputs), self.update.knowing_old_logprobs(), same_parameters_trained(self.model):
+                output = super()._generate_and_score_completions([dict(row) for row in inputs])
+            self.reference.on_rollouts(output)
+            measure(output)
+        if not self.recording:
+            return output
+        batch = self.rollouts.batch
+        if batch is None or batch.rewards is None:
+            raise RuntimeError("TRL scored completions without generating them; the installed TRL is not supported.")
+        self.update.on_rollouts(output, batch)
+        if self.update.warmup.active:
+            self.update.warmup.on_rewards(output, batch, batch.rewards)
+        elif self.run.training:
+            self.advantages.admit(output, batch, batch.rewards)
+            values = None if self.critic is None else self.critic.values(self.update.tokens_of(output, batch), batch)
+            self.advantages.estimate(output, batch, batch.rewards, values)
+        self.update.count_tokens(output)
+        return output
+
+    # Rollouts, within TRL's `_generate_and_score_completions`
 
     def _generate(self, prompts: list[list[Message]]) -> tuple:
-        given, metrics = self.rollout_func, self._metrics["train" if self.model.training else "eval"]
-        if given is not None:
-            self.rollout_func = checked_rollouts(
-                given,
-                self.args.strict_trajectories,
-                lambda invalid: metrics["rollout/invalid"].append(float(invalid)),
-                self._tokenizer.pad_token_id,
-            )
+        given = self.rollout_func
+        self.rollout_func = self.rollouts.of_rollout_func()
         try:
             output = super()._generate(prompts)
         finally:
             self.rollout_func = given
-        if not self._recording or self._batch is None:
-            return output
-        self._log_rollouts(self._batch)
-        prompt_ids, *rest, extra_fields, images, tool_images = output
-        # A prompt longer than the model has no completion to learn from, and scoring could not read it
-        prompt_ids = [
-            ids[-1:] if long else ids for ids, long in zip(prompt_ids, self._batch.without_room, strict=True)
-        ]
-        fields = {**extra_fields, "trajectories": self._batch.trajectories}
-        return (prompt_ids, *rest, fields, images, tool_images)
+        if self.rollouts.batch is not None:
+            self.records.on_rollouts(self.rollouts.batch)
+        return self.rollouts.generated(prompts, output)
 
-    def _log_rollouts(self, batch: RolloutBatch) -> None:
-        """Add this package's metrics, and correct those that TRL judges by the last token of a rollout."""
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        trajectories, stats = batch.trajectories, batch.stats
-        names = [tool.name for tool in self._toolset.known]
-        times = stats.seconds, stats.tool_wait_seconds
-        counts = rollout_counts(trajectories, *times, sum(batch.invalid), names, batch.unconstrained, stats.abandoned)
-        for name, value in rollout_metrics(gather_object([counts]), bool(self.tools)).items():
-            metrics[name].append(value)
-        found = torch.tensor([[float(sum(t.tool_mask)), t.truncated] for t in trajectories])
-        lengths, truncated = self.accelerator.gather(found.to(self.accelerator.device)).unbind(dim=1)
-        for name, value in length_metrics(lengths, truncated.bool()).items():
-            metrics[name][-1] = value
+    def _tokenize_prompts(self, prompts: list) -> tuple:
+        return self.rollouts.tokenize(prompts, super()._tokenize_prompts)
 
-    # Scoring
+    def _generate_single_turn(self, prompt_ids: list, images: list | None, *args: Any, **kwargs: Any) -> tuple:
+        if not self.recording:
+            return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
+        return self.rollouts.first_turn(prompt_ids, self.update.warmup.may_force)
 
-    def _generate_and_score_completions(self, inputs: list[Row]) -> Batch:
-        if not self._recording:
-            return super()._generate_and_score_completions(inputs)
-        self._skip_scoring = True  # TRL's pass for old log-probs, which are known
-        self._batch = None
-        try:
-            output = super()._generate_and_score_completions([dict(row) for row in inputs])
-        finally:
-            self._skip_scoring = False
-        if self._batch is None:
-            raise RuntimeError("TRL scored completions without generating them; the installed TRL is not supported.")
-        self._unevaluated = not self.model.training
-        output["old_per_token_logps"] = self._batch.logprobs(output["completion_ids"].size(1), self.accelerator.device)
-        self._correct_masks(output, self._batch)
-        if self.model.training:
-            self._sampled_at = self.state.global_step
-            self._check_recorded(output, self._batch)
-        if self._assisted:
-            self._assist(output, self._batch)
-        elif self.model.training:
-            self._estimate_advantages(output, self._batch)
-        return output
+    def _tool_call_loop(self, prompts: list, prompt_ids: list, *args: Any) -> tuple:
+        if not self.recording:
+            return super()._tool_call_loop(prompts, prompt_ids, *args)
+        return self.rollouts.whole_rollouts(prompt_ids, self.update.warmup.may_force)
 
-    def _correct_masks(self, output: Batch, batch: RolloutBatch) -> None:
-        """Mask rollouts that were cut off although their last token is a stop token, and those without a record."""
-        batch.mask_dropped(output, self.mask_truncated_completions)
-        mask = output["completion_mask"] * output.get("tool_mask", 1)
-        output["num_items_in_batch"] = self.accelerator.gather(mask.sum()).sum()
+    def _calculate_rewards(self, inputs: list[Row], *args: list) -> Tensor:
+        rewards = self.rollouts.rewarded(super()._calculate_rewards(inputs, *args), len(inputs))
+        self.records.on_rewards(self.rollouts.batch, rewards, len(inputs))
+        return rewards.scores
 
-    def _check_recorded(self, output: Batch, batch: RolloutBatch) -> None:
-        """Check the trainer's own log-probs of a batch against those that were recorded."""
-        if self._checked:
-            return
-        self._checked = self.args.logprob_check == "first"
-        tokens = self._rollout_tokens(output, batch)
-        logps = self._score_rollouts(tokens)
-        known, tolerance = self._rounding, self.args.logprob_check_tolerance
-        self._rounding = known or self._measure_rounding(self.model, *tokens)
-        accepted = self._rounding if tolerance is None else Exact(tolerance)
-        try:
-            check_logprobs(logps, batch.trajectories, accepted, self.args.rollout_backend, gather_object)
-        except LogprobMismatchError:
-            if known is None or tolerance is not None or isinstance(known, Exact):
-                raise
-            # The policy has moved since its rounding was measured; what this batch shows decides
-            self._rounding = self._measure_rounding(self.model, *tokens)
-            check_logprobs(logps, batch.trajectories, self._rounding, self.args.rollout_backend, gather_object)
+    # Scoring, of a rollout batch and of each micro-batch
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -437,81 +466,59 @@ class ToolGRPOTrainer(
         input_ids: Tensor,
         attention_mask: Tensor,
         logits_to_keep: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Scores:
-        if self._skip_scoring and self._batch is not None and model is self.model and self._scores_old_logprobs():
-            self._skip_scoring = False  # the next pass over the policy is the reference's, with its own adapter
-            return self._batch.logprobs(logits_to_keep, input_ids.device), None, None
-        if self._evaluating and self._batch is not None and self._batch.holds(input_ids, logits_to_keep):
-            # The policy is still the one that sampled: its log-probs and entropies are known
-            entropies = self._batch.entropies(logits_to_keep, input_ids.device)
-            if entropies is not None:
-                return self._batch.logprobs(logits_to_keep, input_ids.device), entropies, None
-        output = super()._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-        )
-        if self._capturing:
-            self._captured = output[0].detach()
-        return output
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **images: object,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        tokens = input_ids, attention_mask, logits_to_keep
+        with self.reference.weights_for(model):
+            scores = self.update.score(model, tokens, batch_size, compute_entropy, compute_aux_loss, images)
+        return scores.logps, scores.entropies, scores.aux_loss
 
-    def _scores_old_logprobs(self) -> bool:
-        """Return whether TRL's first pass over a batch is for old log-probs: if steps and batches are not aligned."""
-        return self.args.gradient_accumulation_steps % micro_batches_of(self.args) != 0
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with same_parameters(self.model if model is None else model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        with same_parameters(self.model):
-            super()._load_best_model()
-
-    # Updates
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make TRL's optimizer, and check that it moves the policy."""
-        given = self.optimizer is not None
-        policy = self.model if model is None else model
-        check_policy_is_trained(policy)
-        optimizer = super().create_optimizer(model)
-        if not (given and model is not None):  # FSDP1 has replaced the parameters since
-            check_optimizer_holds_policy(policy, optimizer)
-        warn_of_no_learning_rate(policy, optimizer)
-        return optimizer
+    # A micro-batch
 
     def _compute_loss(self, model: nn.Module, inputs: Batch) -> Tensor:
-        if not self._recording:
+        if not self.recording:
             return super()._compute_loss(model, inputs)
-        if self.model.training:
-            self._carry_over()
+        if self.run.training:
+            self.records.carried.before_loss()
         if "assist_mask" in inputs:
-            return self._touch_value_head(self._assisted_loss(model, inputs))
-        self._capturing, self._ask_values = True, "value_targets" in inputs
-        self._evaluating = self._unevaluated and not self.aux_loss_enabled and not torch.is_grad_enabled()
-        self._unevaluated = False  # before the next call the policy may have moved
-        try:
-            loss = super()._compute_loss(model, inputs)
-        finally:
-            self._capturing = self._ask_values = self._evaluating = False
-        if self.model.training and self._captured is not None and "old_per_token_logps" in inputs:
-            mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-            fresh = self.state.global_step == self._sampled_at
-            self._ratio.add(self._captured, inputs["old_per_token_logps"], mask, fresh)
-            self._note_ratios(inputs, self._captured, mask)
-        self._captured = None
-        return self._add_value_loss(loss, inputs) if "value_targets" in inputs else loss
+            loss = self.update.warmup.loss(model, inputs)
+            return loss if self.critic is None else self.critic.with_idle_head(loss)
+        with self.update.loss_of(inputs) as micro_batch:
+            loss = super()._compute_loss(model, micro_batch.inputs)
+        self.update.on_update(micro_batch)
+        self.records.on_update(micro_batch)
+        if self.critic is None or "value_targets" not in inputs:
+            return loss
+        return self.critic.with_value_loss(loss, micro_batch)
 
-    def _carry_over(self) -> None:
-        """Keep the metrics of a rollout batch that steps which reuse it log again."""
-        metrics = self._metrics["train"]
-        for name in ("forced/fraction", "tools/call_frequency", "tools/failure_frequency"):
-            if metrics.get(name):
-                self._carried[name] = metrics[name][-1]
-        if "forced/fraction" in self._carried:
-            self._forced_shares.append(self._carried["forced/fraction"])
+    def sync_reference(self) -> SyncReport | None:
+        """Make the reference follow the policy now; see [`ReferencePolicy.sync`]."""
+        return self.reference.sync()
 
-    # Metrics
+    # Logs and evaluations
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """
+        Log as TRL does, with the metrics of this package, and look at the health of the run.
+
+        Args:
+            logs, start_time:
+                As in TRL.
+
+        Raises:
+            HealthError: if a rule finds a fault and `health_checks="raise"`.
+        """
+        self.records.before_log(logs)
+        if self.run.training:
+            self.reference.on_log()
+            if self.recording:
+                self.update.on_log()
+        with self.records.log.of_log():
+            super().log(logs, start_time)
+        self.records.after_log(logs)
 
     def evaluate(
         self,
@@ -520,7 +527,8 @@ class ToolGRPOTrainer(
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """
-        Evaluate as TRL does. All metrics of a data set have its prefix: with several, `eval_<name>_reward`.
+        Evaluate as TRL does. All metrics of a data set have its prefix: with several, `eval_<name>_reward`. The card
+        of the run includes an evaluation that follows training.
 
         Args:
             eval_dataset, ignore_keys, metric_key_prefix:
@@ -529,32 +537,137 @@ class ToolGRPOTrainer(
         Returns:
             `dict[str, float]`: the metrics.
         """
-        before, self._eval_prefix, self._evaluated = self._eval_prefix, metric_key_prefix, 0
-        self._metrics["eval"].clear()  # of an evaluation that failed, or of `predict`
-        try:
-            with self._log_failures.of_profiling():
-                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        finally:
-            self._eval_prefix = before
+        self.rollouts.noise.begin_evaluation()
+        with self.records.of_evaluation(metric_key_prefix):
+            figures = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[arg-type]
+        self.hub.card.update()
+        return figures
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if not self.model.training and self._eval_prefix != "eval":  # TRL would write `eval_` before each of them
-            figures = averages(self._metrics["eval"])
-            logs.update({f"{self._eval_prefix}_{name}": x for name, x in figures.items()})  # type: ignore[misc]
-            self._metrics["eval"].clear()
-        training = self._recording and self.model.training
-        if training:
-            if self._forced_shares:
-                self._metrics["train"]["forced/fraction"], self._forced_shares = self._forced_shares, []
-            found = self._ratio.metrics(lambda x: self.accelerator.reduce(x, reduction="sum"), self.accelerator.gather)
-            self._metrics["train"].update({name: [value] for name, value in found.items()})
-            self._ratio.reset()
-        super().log(logs, start_time)
-        if training:
-            self._print(console_line({**self._carried, **logs}), "The line of a step could not be printed")
+    # Checkpoints
 
-    def _print(self, line: str | None, failure: str) -> None:
-        """Print a line in the main process; a terminal that is gone must not end the run."""
-        if line is not None and self.accelerator.is_main_process:
-            with self._log_failures.tolerated(failure):
-                print(line, flush=True)
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        pushed = self.checkpoints.save(
+            partial(super()._save_checkpoint, model, trial),
+            trial,
+            also=self.records.log.save,
+            keep=self.hub.uploading,
+            rescue=self.hub.rescue,
+        )
+        if pushed is not None:
+            self.hub.push_checkpoint(str(pushed))
+
+    def _get_output_dir(self, trial: object) -> str:
+        staging = self.checkpoints.staging
+        return super()._get_output_dir(trial) if staging is None else str(staging)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Save as TRL does, with the value head in a file of its own, and push under `push_to_hub`.
+
+        Raises:
+            CheckpointSaveError: if the folder does not take the model; it is then written to a temporary folder, which
+                the message names.
+        """
+        if not _internal_call:
+            return self.hub.save(output_dir)
+        with self.reference.saving(checkpoint=output_dir is not None):
+            super().save_model(output_dir, _internal_call)
+        if output_dir is not None:
+            self.reference.save(output_dir)
+        if self.critic is not None:
+            self.critic.save(output_dir or str(self.args.output_dir))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.critic is not None:
+            state_dict = self.critic.without_head(state_dict)
+        with self.hub.without_secrets(), self.reference.left_out():
+            super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        write = partial(super()._save_optimizer_and_scheduler, output_dir)
+        self.checkpoints.save_optimizer_and_scheduler(output_dir, write)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        with tolerated():
+            super()._save_scaler(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        with tolerated():
+            super()._save_rng_state(output_dir)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.checkpoints.ask_for_push():
+            self.hub.push_checkpoint(checkpoint_folder)
+
+    # A training ends
+
+    def _load_best_model(self) -> None:
+        with same_parameters(self.model):
+            super()._load_best_model()
+        self.rollouts.policy_was_replaced()
+        if self.critic is not None and self.state.best_model_checkpoint is not None:
+            self.critic.load(self.state.best_model_checkpoint)
+
+    def _finalize_training(self, trial: object, num_train_samples: object, start_time: float) -> TrainOutput:
+        self._finish_current_push()  # before TRL removes the checkpoints other than the best one
+        return super()._finalize_training(trial, num_train_samples, self.records.log.start_time())
+
+    # The Hub
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository; where the Hub refuses or cannot be reached, log it and try again at the next push."""
+        self.hub.create_repository(token, private)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Push the adapter (or model), the value head, the tokenizer and a model card to `hub_model_id`.
+
+        What is pushed is written to the folder `hub` in `output_dir` first and stays there.
+
+        Args:
+            commit_message, blocking, token, revision, private, kwargs:
+                As in [`~transformers.Trainer.push_to_hub`]; `kwargs` go to the model card.
+
+        Returns:
+            `CommitInfo`, or a `Future` of one with `blocking=False`; `None` in all processes but the first.
+
+        Raises:
+            HubPushError: if the Hub refuses or cannot be reached; says where the work is and the command that pushes
+                it later. A push that a save starts is logged instead, and the run goes on.
+        """
+        return self.hub.push(commit_message, blocking, token, revision, private, kwargs)
+
+    def create_model_card(  # type: ignore[override]  # TRL's signature, not that of transformers
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """
+        Write the model card: how the model is loaded, its task, tools, rewards and curves, the configuration, and the
+        command that reproduces it. Secrets are replaced. A `README.md` that is no model card is left alone.
+
+        Args:
+            model_name, dataset_name, tags:
+                As in TRL.
+        """
+        self.hub.card.write(model_name, dataset_name, tags)
+
+
+def _check_data(
+    args: ToolGRPOConfig,
+    train_dataset: _Data | None,
+    eval_dataset: _EvaluationData | None,
+    has_tools: bool,
+    has_environments: bool,
+) -> None:
+    """Check the data sets before TRL's constructor reads them."""
+    for name, dataset in named_datasets(train_dataset, eval_dataset):
+        check_dataset(name, dataset, has_tools, has_environments)
+    check_rows(args, train_dataset)
+    check_best_metric(args, eval_dataset)

@@ -1,39 +1,32 @@
 """Exact resuming: what a checkpoint holds in addition to TRL's, when it is whole, and which run it belongs to.
 
-A mixin of the trainer: the place in the rollout batch, the batch itself and the figures not yet logged. The folders
-are those of `folder.py`, the description of a run is that of `run_identity.py`.
+Each part that must survive a restart has `state_dict` and `load_state_dict`; nothing here knows what is in them. The
+folders are those of `folder.py`, the description of a run is that of `run_identity.py`.
 """
 
 import json
 import logging
 import shutil
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import broadcast_object_list, save_fsdp_model, save_fsdp_optimizer
-from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Sampler
 from transformers.trainer import SCHEDULER_NAME, get_fsdp_ckpt_kwargs
-from transformers.trainer_utils import TrainOutput
-from trl import GRPOTrainer
 
-from ..config.batch_position import batch_in_use, micro_batches_of
-from ..config.fields import ToolGRPOConfig
+from ..config.batch_position import micro_batches_of
 from ..errors import CheckpointError, CheckpointSaveError
-from ..reference.adapter import SyncReport
 from ..run_folder.files import RUN
 from ..run_folder.storage_failures import attempt, raised_in_every_process, tolerated
-from ..types import Batch, JSONObject
-from ..update.ratio_statistics import RatioStatistics
+from ..trl_hooks import Run
+from ..types import JSONObject
 from .folder import (
     PREFIX,
     PROGRESS,
@@ -54,87 +47,99 @@ from .run_identity import IDENTITY, describe_run, differences, identity_file, ma
 
 logger = logging.getLogger(__name__)
 
-# What is restored even if the rollout batch is divided over another number of processes
-_ALWAYS_RESUMED = ("step", "carried", "packs", "unmoved")
+
+class Stateful(Protocol):
+    """A part with a state that a checkpoint keeps: tensors and JSON data, nested in dicts and lists."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return the state."""
+        ...
+
+    def load_state_dict(self, state: Any) -> None:
+        """Continue from a state."""
+        ...
 
 
-class ExactResume(GRPOTrainer):
-    """Part of [`ToolGRPOTrainer`]: whole checkpoints, from which a run resumes as if it had not been interrupted."""
+class Checkpoints:
+    """
+    The checkpoints of a run: whole ones, from which it resumes as if it had not been interrupted.
 
-    args: ToolGRPOConfig
-    _ratio: RatioStatistics
-    _carried: dict[str, float]
-    _forced_shares: list[float]
-    _packs: bool | None
-    _unmoved: bool
-    _sync_report: SyncReport | None
-    _run: JSONObject  # description of this run
-    _source: JSONObject | None = None  # that of the run that wrote the checkpoint
-    _staging: Path | None = None  # where a checkpoint is being written
-    _push_later = False
-    _rescue: Callable[[], str]  # of `hub/push.py`
-    _goes_on: bool  # of `hub/push.py`
-    _uploading: set[Path]  # of `hub/push.py`
-    _buffered_inputs: Any
-    _train_sampler: Any = None
-    _unlogged: tuple[Tensor, int] | None = None
+    Args:
+        run ([`Run`]):
+            The run, whose place in the rollout batch is one of the states kept.
+        of_run (`Mapping[str, Stateful]`):
+            Parts whose state is the same in every process, and is restored whatever their number.
+        of_process (`Mapping[str, Stateful]`):
+            Parts whose state belongs to one process, and is restored if the rollout batch is divided in the same way.
+    """
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+    def __init__(self, run: Run, of_run: Mapping[str, Stateful], of_process: Mapping[str, Stateful]) -> None:
+        self._run, self._of_run, self._of_process = run, dict(of_run), {"place": run, **of_process}
+        self.goes_on = False  # the run was resumed from a checkpoint in this output folder
+        self._identity: JSONObject = {}  # description of this run
+        self._source: JSONObject | None = None  # that of the run that wrote the checkpoint
+        self.staging: Path | None = None  # where a checkpoint is being written
+        self._push_is_asked = False
+        self._sampler: Any = None
+
+    # The start of a training
+
+    def begin(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """
-        Train as TRL does. A run that is resumed continues exactly where its checkpoint was written, in the middle of a
-        rollout batch too; a new run first moves all that an earlier one has left in `output_dir` to a folder
-        `earlier-run-1` there.
+        Begin a training; return the checkpoint that it is resumed from.
+
+        A new run first moves all that an earlier one has left in `output_dir` to a folder `earlier-run-1` there.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 Checkpoint folder; `True` for the newest whole one in `output_dir`. Torn ones are skipped by name.
-            args, kwargs:
-                As in [`~transformers.Trainer.train`].
 
         Raises:
-            CheckpointError: if there is no whole checkpoint, or it belongs to another model, adapter, data set or
-                batch, or to another number of processes in the middle of a rollout batch; the message says what
+            CheckpointError: if there is no whole checkpoint, or it belongs to another run; the message says what
                 differs.
-            CheckpointSaveError: if the output folder cannot be written to, is not shared by the machines that take
-                part, or does not take the last checkpoint; if the files of an earlier run cannot be moved.
+            CheckpointSaveError: if the output folder cannot be written to, or is not shared by the machines that take
+                part; if the files of an earlier run cannot be moved.
         """
-        self._run = describe_run(self.args, self.accelerator.unwrap_model(self.model), self.train_dataset)
-        self._source = self._unlogged = None
-        output_dir = Path(str(self.args.output_dir))
-        if self.args.save_strategy != "no":
+        run, args = self._run, self._run.args
+        self._identity = describe_run(args, run.bare_model, run.train_dataset)
+        self._source = None
+        output_dir = Path(str(args.output_dir))
+        if args.save_strategy != "no":
             with raised_in_every_process():
-                if self.args.should_save:
+                if args.should_save:
                     check_writable(output_dir)
-            if self.accelerator.num_processes > 1:
-                check_shared(output_dir, self.accelerator.is_main_process)
+            if run.accelerator.num_processes > 1:
+                check_shared(output_dir, run.is_main_process)
+        folder = None
+        run.forget_unlogged_loss()
         if resume_from_checkpoint:
-            resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
-            self._check_same_run(Path(resume_from_checkpoint))
-            folder = Path(resume_from_checkpoint)
+            folder = self._whole_checkpoint(resume_from_checkpoint)
+            self._check_same_run(folder)
             # A checkpoint may be a link to another disk, or be given by one
-            self._goes_on = output_dir.resolve() in (folder.parent.resolve(), folder.resolve().parent)
-        else:  # a new run begins with a rollout batch, also where this trainer has trained before
-            self._step, self._buffered_inputs, self._goes_on = 0, None, False
-        if not self._goes_on:
-            self._set_aside_earlier_run(resumed=bool(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+            self.goes_on = output_dir.resolve() in (folder.parent.resolve(), folder.resolve().parent)
+        else:
+            run.forget_place()
+            self.goes_on = False
+        if not self.goes_on:
+            self._set_aside_earlier_run(resumed=folder is not None)
+        return None if folder is None else str(folder)
 
     def _set_aside_earlier_run(self, resumed: bool) -> None:
-        adapters = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {}).values()
+        adapters = getattr(self._run.bare_model, "peft_config", {}).values()
         base = next((str(adapter.base_model_name_or_path) for adapter in adapters), None)
-        output_dir, folder = Path(str(self.args.output_dir)), None
+        output_dir, folder = Path(str(self._run.args.output_dir)), None
         # Where a run is resumed from elsewhere, logs alone are those of its checkpoint, which it adds to
         another = not resumed or bool(checkpoints(output_dir)) or (output_dir / RUN).exists()
         with raised_in_every_process():
             try:
-                if self.args.should_save and another:
+                if self._run.args.should_save and another:
                     folder = set_aside(output_dir, None if base is None else Path(base))
-                    if self.log_completions:  # where TRL has made a folder for them
+                    if self._run.log_completions:  # where TRL has made a folder for them
                         (output_dir / "completions").mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise CheckpointSaveError(
-                    f"`output_dir` ({self.args.output_dir}) has files of an earlier run, which cannot be moved out of "
-                    f"the way: {error}.",
+                    f"`output_dir` ({self._run.args.output_dir}) has files of an earlier run, which cannot be moved "
+                    f"out of the way: {error}.",
                     remedy="Pass another `output_dir`.",
                 ) from error
         if folder is not None:
@@ -147,20 +152,20 @@ class ExactResume(GRPOTrainer):
 
     # Which checkpoint
 
-    def _whole_checkpoint(self, wanted: str | bool) -> str:
+    def _whole_checkpoint(self, wanted: str | bool) -> Path:
         """Return the checkpoint to resume from; the main process looks, so that all take the same."""
         folder = None
         with raised_in_every_process():
-            if self.accelerator.is_main_process:
-                folder = find_checkpoint(str(self.args.output_dir)) if isinstance(wanted, bool) else wanted
+            if self._run.is_main_process:
+                folder = find_checkpoint(str(self._run.args.output_dir)) if isinstance(wanted, bool) else wanted
                 if folder is None:
                     raise CheckpointError(
                         "You passed `resume_from_checkpoint=True`. No valid checkpoint found in output directory "
-                        f"({self.args.output_dir}).",
+                        f"({self._run.args.output_dir}).",
                         remedy="Leave it out to start from the beginning.",
                     )
                 check_whole(folder)
-        return broadcast_object_list([str(folder)])[0]
+        return Path(broadcast_object_list([str(folder)])[0])
 
     def _check_same_run(self, folder: Path) -> None:
         if not identity_file(folder).is_file():
@@ -171,21 +176,21 @@ class ExactResume(GRPOTrainer):
             return
         source = self._source = json.loads(identity_file(folder).read_text(encoding="utf-8"))
         sections = ("model", "adapter", "dataset", "batch")
-        pairs = ((section, source[section], self._run[section]) for section in sections)
+        pairs = ((section, source[section], self._identity[section]) for section in sections)
         found = [f"{section}: {text}" for section, theirs, ours in pairs for text in differences(theirs, ours)]
         if found:
-            same = [f"`{name}={value}`" for name, value in matching_batch_sizes(source, self.args).items()]
+            same = [f"`{name}={value}`" for name, value in matching_batch_sizes(source, self._run.args).items()]
             hint = f" Here {', '.join(same)} make batches of its size." if same else ""
             raise CheckpointError(
                 f"You resume from {folder}, which belongs to another run. {'; '.join(found)}.",
                 remedy="Resume with what it was written with, or start a new run from its weights in another "
                 f"`output_dir`.{hint}",
             )
-        found = list(differences(source["layout"], self._run["layout"]))
-        if self.is_deepspeed_enabled and source["layout"]["processes"] != self.args.world_size:
+        found = list(differences(source["layout"], self._identity["layout"]))
+        if self._run.is_deepspeed_enabled and source["layout"]["processes"] != self._run.args.world_size:
             raise CheckpointError(
                 f"You resume from {folder} with DeepSpeed, whose optimizer states are divided over "
-                f"{source['layout']['processes']} processes, in {self.args.world_size}.",
+                f"{source['layout']['processes']} processes, in {self._run.args.world_size}.",
                 remedy="Resume with as many, or start a new run from its weights in another `output_dir`.",
             )
         if source["only_model"]:
@@ -195,7 +200,7 @@ class ExactResume(GRPOTrainer):
                 folder,
             )
         if found and source["in_batch"]:
-            steps = self._run["batch"]["optimizer steps per rollout batch"]
+            steps = self._identity["batch"]["optimizer steps per rollout batch"]
             raise CheckpointError(
                 f"You resume from {folder}, which was written in the middle of a rollout batch, with another "
                 f"division of it. {'; '.join(found)}.",
@@ -207,58 +212,96 @@ class ExactResume(GRPOTrainer):
 
     # Saving
 
-    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        """Write TRL's checkpoint and what exact resuming needs, and publish it when all of it is on disk."""
-        run_dir = Path(self._get_output_dir(trial))
-        target = run_dir / f"{PREFIX}{self.state.global_step}"
-        best = self.state.best_model_checkpoint
-        self._staging, self._push_later = run_dir / UNFINISHED, False
-        staged = self._staging / target.name
+    def save(
+        self,
+        write: Callable[[], None],
+        trial: object,
+        *,
+        also: Callable[[Path], None],
+        keep: set[Path],
+        rescue: Callable[[], str],
+    ) -> Path | None:
+        """
+        Write TRL's checkpoint and what exact resuming needs, and publish it when all of it is on disk.
+
+        Args:
+            write (`Callable`):
+                Writes TRL's.
+            trial (`object`):
+                As in [`~transformers.Trainer`].
+            also (`Callable`):
+                Writes more into a folder.
+            keep (`set[Path]`):
+                Checkpoints that must not be removed now.
+            rescue (`Callable`):
+                Writes the model elsewhere where the last checkpoint cannot be, and says what came of it.
+
+        Returns:
+            `Path` or `None`: the checkpoint, if a push was asked for while it was written.
+
+        Raises:
+            CheckpointSaveError: if the last checkpoint of a run cannot be written.
+        """
+        run, args = self._run, self._run.args
+        run_dir = Path(run.output_folder(trial))
+        target = run_dir / f"{PREFIX}{run.state.global_step}"
+        best = run.state.best_model_checkpoint
+        self.staging, self._push_is_asked = run_dir / UNFINISHED, False
+        staged = self.staging / target.name
         parts = (
             lambda: self._make_room(run_dir),
             lambda: staged.mkdir(parents=True, exist_ok=True),
-            lambda: self._write_checkpoint(model, trial, staged, target),
-            lambda: self._publish_checkpoint(staged, target),
+            lambda: self._write(write, staged, target),
+            lambda: also(staged),
+            lambda: self._publish(staged, target),
         )
         try:
             problems = next(filter(None, map(attempt, parts)), [])
         finally:
-            self._staging = None
+            self.staging = None
         if problems:
-            self.state.best_model_checkpoint = best
-            return self._report_unsaved(target, problems[0])
-        if self.args.should_save:
-            kept = {target, *([Path(self.state.best_model_checkpoint)] if self.state.best_model_checkpoint else [])}
+            run.state.best_model_checkpoint = best
+            self._report_unsaved(target, problems[0], rescue)
+            return None
+        if args.should_save:
+            kept = {target, *([Path(run.state.best_model_checkpoint)] if run.state.best_model_checkpoint else [])}
             try:
-                clear_away(run_dir, self.args.save_total_limit, kept | self._uploading)
+                clear_away(run_dir, args.save_total_limit, kept | keep)
             except OSError as error:
                 logger.warning("Checkpoints beyond `save_total_limit` could not be removed: %s.", error)
-        if self._push_later:
-            super()._push_from_checkpoint(str(target))
+        return target if self._push_is_asked else None
+
+    def ask_for_push(self) -> bool:
+        """Return whether a push has to wait for the checkpoint being written, which it is uploaded from; note it."""
+        self._push_is_asked |= self.staging is not None
+        return self.staging is not None
 
     def _make_room(self, run_dir: Path) -> None:
-        if self.args.should_save:
+        if self._run.args.should_save:
             put_back(run_dir)
             shutil.rmtree(run_dir / UNFINISHED, ignore_errors=True)
 
-    def _publish_checkpoint(self, staged: Path, target: Path) -> None:
-        if self.args.should_save:
-            check_parts(staged, self.accelerator.num_processes)
+    def _publish(self, staged: Path, target: Path) -> None:
+        if self._run.args.should_save:
+            check_parts(staged, self._run.accelerator.num_processes)
             publish(staged, target)
 
-    def _write_checkpoint(self, model: nn.Module, trial: object, staged: Path, target: Path) -> None:
+    def _write(self, write: Callable[[], None], staged: Path, target: Path) -> None:
+        run = self._run
         with self._deepspeed_tolerated(staged):
-            super()._save_checkpoint(model, trial)
-        tensors, record = self._progress()
-        file = staged / PROGRESS.format(self.accelerator.process_index)
-        save_file(tensors, file, {"progress": json.dumps(record)})
-        if not self.args.should_save:
+            write()
+        states = {name: part.state_dict() for name, part in (self._of_run | self._of_process).items()}
+        tensors: dict[str, Tensor] = {}
+        record = _without_tensors(states, "", tensors)
+        file = staged / PROGRESS.format(run.accelerator.process_index)
+        save_file(tensors, file, {"states": json.dumps(record)})
+        if not run.args.should_save:
             return
-        about = {**self._run, "in_batch": batch_in_use(self), "only_model": self.args.save_only_model}
+        about = {**self._identity, "in_batch": run.batch_in_use, "only_model": run.args.save_only_model}
         (staged / IDENTITY).write_text(json.dumps(about, indent=1), encoding="utf-8")
-        if self.state.best_model_checkpoint == str(staged):  # TRL looked for it where it is written
-            self.state.best_model_checkpoint = str(target)
-            self.state.save_to_json(str(staged / "trainer_state.json"))
+        if run.state.best_model_checkpoint == str(staged):  # TRL looked for it where it is written
+            run.state.best_model_checkpoint = str(target)
+            run.state.save_to_json(str(staged / "trainer_state.json"))
 
     @contextmanager
     def _deepspeed_tolerated(self, staged: Path) -> Iterator[None]:
@@ -266,10 +309,10 @@ class ExactResume(GRPOTrainer):
         Tolerate refused writes of DeepSpeed's engine, which writes between collectives, on this run's engine. The
         file `latest`, which its first process writes while the others wait, is written after all of that.
         """
-        if not self.is_deepspeed_enabled:
+        if not self._run.is_deepspeed_enabled:
             yield
             return
-        engine: Any = self.model_wrapped
+        engine: Any = self._run.model_wrapped
         writers = [(engine.checkpoint_engine, "save"), (engine.checkpoint_engine, "makedirs")]
         with ExitStack() as stack:
             engine.save_checkpoint = partial(engine.save_checkpoint, save_latest=False)
@@ -278,134 +321,126 @@ class ExactResume(GRPOTrainer):
                 setattr(owner, name, tolerated()(getattr(owner, name)))
                 stack.callback(delattr, owner, name)
             yield
-        if self.args.should_save and not self.args.save_only_model:
+        if self._run.args.should_save and not self._run.args.save_only_model:
             (staged / "latest").write_text(f"global_step{engine.global_steps}", encoding="utf-8")
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled:  # see above
-            super()._save_optimizer_and_scheduler(output_dir)
+    def save_optimizer_and_scheduler(self, output_dir: str, write: Callable[[], None]) -> None:
+        """
+        Write the states of optimizer and schedule; what the disk refuses is noted, so that this process reaches the
+        next collective.
+
+        Args:
+            output_dir (`str`):
+                Where.
+            write (`Callable`):
+                Writes them as TRL does.
+        """
+        run = self._run
+        if run.is_deepspeed_enabled:  # see above
+            write()
             return
-        if not self.is_fsdp_enabled:
+        if not run.is_fsdp_enabled:
             with tolerated():
-                super()._save_optimizer_and_scheduler(output_dir)
+                write()
             return
         # TRL's calls for FSDP: each gathers from all processes first, then writes
-        plugin = self.accelerator.state.fsdp_plugin
+        plugin = run.accelerator.state.fsdp_plugin
         with tolerated():
-            save_fsdp_model(plugin, self.accelerator, self.model, output_dir, **get_fsdp_ckpt_kwargs())
+            save_fsdp_model(plugin, run.accelerator, run.model, output_dir, **get_fsdp_ckpt_kwargs())
         with tolerated():
-            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
-        scheduler: Any = self.lr_scheduler
-        if self.args.should_save:
+            save_fsdp_optimizer(plugin, run.accelerator, run.optimizer, run.model, output_dir)
+        if run.args.should_save:
             with tolerated():
-                torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+                torch.save(run.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
-    def _save_scaler(self, output_dir: str) -> None:
-        with tolerated():
-            super()._save_scaler(output_dir)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        with tolerated():
-            super()._save_rng_state(output_dir)
-
-    def _report_unsaved(self, target: Path, problem: str) -> None:
+    def _report_unsaved(self, target: Path, problem: str, rescue: Callable[[], str]) -> None:
         """Log that a checkpoint could not be written; raise at the end of the run, when no later one can be."""
-        if self.args.should_save:
+        if self._run.args.should_save:
             with suppress(OSError):
                 put_back(target.parent)
             shutil.rmtree(target.parent / UNFINISHED, ignore_errors=True)
         free = shutil.disk_usage(target.parent).free / 2**20
         fault = f"{target} could not be written: {problem}. Checkpoints that were there before are still valid."
         remedy = f"Free space on the disk, which has {free:.0f} MiB left, or make {target.parent} writable."
-        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
+        if self._run.state.global_step >= self._run.state.max_steps or self._run.control.should_training_stop:
             again = "Run again with `resume_from_checkpoint=True`: the run resumes from its last checkpoint."
-            raise CheckpointSaveError(fault, remedy=f"{remedy} {self._rescue()} {again}")
+            raise CheckpointSaveError(fault, remedy=f"{remedy} {rescue()} {again}")
         logger.error("%s %s The run goes on, and tries again at the next checkpoint.", fault, remedy)
 
-    def _get_output_dir(self, trial: object) -> str:
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+    # Resuming
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:
-            super()._push_from_checkpoint(checkpoint_folder)
-        else:  # it is uploaded in the background, from where it will stay
-            self._push_later = True
+    def load(self, checkpoint: str) -> None:
+        """
+        Continue from a checkpoint, after TRL has loaded its own part of it.
 
-    # Progress
-
-    def _progress(self) -> tuple[dict[str, Tensor], JSONObject]:
-        """Return tensors and plain values that say where this process is in the run."""
-        tensors = {f"ratio/{name}": tensor for name, tensor in self._ratio.state().items()}
-        tensors["loss"] = self._tr_loss
-        batches: list[Batch] = []
-        for index, batch in enumerate(self._buffered_inputs or () if batch_in_use(self) else ()):
-            batches.append({name: value for name, value in batch.items() if not isinstance(value, Tensor)})
-            tensors |= {f"batch/{index}/{name}": value for name, value in batch.items() if isinstance(value, Tensor)}
-        record = {
-            **{name: getattr(self, f"_{name}") for name in (*_ALWAYS_RESUMED, "forced_shares")},
-            "batches": batches,
-            "metrics": self._metrics["train"],
-            "last_logged": self._globalstep_last_logged,
-            "sync_report": asdict(self._sync_report) if self._sync_report is not None else None,
-        }
-        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, record
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        self._buffered_inputs = None
-        self._step = self.state.global_step * self.args.gradient_accumulation_steps  # TRL's checkpoints say no more
+        Raises:
+            CheckpointError: if another version of this package wrote it in another form.
+        """
+        run = self._run
+        run.micro_batches = None
+        run.step = run.state.global_step * run.args.gradient_accumulation_steps  # TRL's checkpoints say no more
         if self._source is None:
             return
-        same = self._source["layout"] == self._run["layout"]
-        file = Path(checkpoint) / PROGRESS.format(self.accelerator.process_index if same else 0)
+        same = self._source["layout"] == self._identity["layout"]
+        file = Path(checkpoint) / PROGRESS.format(run.accelerator.process_index if same else 0)
         with safe_open(file, "pt") as stored:
-            record = json.loads((stored.metadata() or {})["progress"])
-            tensors = {name: stored.get_tensor(name).to(self.accelerator.device) for name in stored.keys()}  # noqa: SIM118
-        for name in _ALWAYS_RESUMED:
-            setattr(self, f"_{name}", record[name])
-        report = record["sync_report"]
-        self._sync_report = None if report is None else SyncReport(**report)
+            record = json.loads((stored.metadata() or {}).get("states", "null"))
+            tensors = {name: stored.get_tensor(name).to(run.accelerator.device) for name in stored.keys()}  # noqa: SIM118
+        if record is None:
+            raise CheckpointError(
+                f"{file} was written by an earlier version of trl_toolgrpo, in another form.",
+                remedy="Resume with that version, or start a new run from the checkpoint's weights.",
+            )
+        states = _with_tensors(record, tensors)
+        for name, part in (self._of_run | (self._of_process if same else {})).items():
+            part.load_state_dict(states[name])
         if not same:  # between two rollout batches, of which there were as many
             passes = (self._source["layout"]["steps_per_generation"] or 1) * self._source["batch"]["num_iterations"]
-            self._step = self._step // passes * micro_batches_of(self.args)
-            return
-        self._metrics["train"] = defaultdict(list, record["metrics"])
-        self._forced_shares = record["forced_shares"]
-        self._ratio.load({n.removeprefix("ratio/"): t for n, t in tensors.items() if n.startswith("ratio/")})
-        self._unlogged = tensors["loss"], record["last_logged"]
-        if record["batches"]:
-            self._buffered_inputs = record["batches"]
-            for name, tensor in tensors.items():
-                if name.startswith("batch/"):
-                    _, index, key = name.split("/", 2)
-                    self._buffered_inputs[int(index)][key] = tensor
+            run.step = states["place"]["step"] // passes * micro_batches_of(run.args)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Run TRL's epoch, with the loss that a resumed run had not logged yet; none where no step is left."""
-        if self.state.global_step >= self.state.max_steps:  # transformers would make one step more
+    def begin_epoch(self) -> bool:
+        """Take up the loss that a resumed run had not logged yet; return whether there is a step left to take."""
+        run = self._run
+        if run.state.global_step >= run.state.max_steps:  # transformers would make one step more
             logger.warning(
                 "All %d steps of this run have been taken: nothing is trained. Raise `max_steps` or "
                 "`num_train_epochs` to train further.",
-                self.state.max_steps,
+                run.state.max_steps,
             )
-            self.control.should_training_stop = True
-            return
-        if self._unlogged is not None:
-            loss, self._globalstep_last_logged = self._unlogged
-            self._tr_loss, self._unlogged = self._tr_loss + loss, None
-        super()._run_epoch(*args, **kwargs)
+            run.control.should_training_stop = True
+            return False
+        run.take_up_unlogged_loss()
+        return True
 
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler[int]:
-        self._train_sampler = super()._get_train_sampler(dataset)
-        return self._train_sampler
+    def keep_sampler(self, sampler: Sampler[int]) -> Sampler[int]:
+        """Remember what orders the data of an epoch, and return it."""
+        self._sampler = sampler
+        return sampler
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """Return TRL's state, with the order of the data that of the resumed epoch: each epoch draws a new one."""
-        epochs, micro_batches = super()._init_training_state(*args, **kwargs)
-        generator = getattr(self._train_sampler, "generator", None)
+    def skip_epochs(self, count: int) -> None:
+        """Bring the order of the data to that of a resumed epoch: each epoch draws a new one."""
+        generator = getattr(self._sampler, "generator", None)
         if generator is not None:
-            for _ in range(epochs):
-                torch.randperm(self._train_sampler.num_samples, generator=generator)
-        return epochs, micro_batches
+            for _ in range(count):
+                torch.randperm(self._sampler.num_samples, generator=generator)
+
+
+def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Return nested data with each tensor replaced by `{"tensor": name}`, and add it to `tensors`."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {key: _without_tensors(inner, f"{name}/{key}".strip("/"), tensors) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_tensors(inner, f"{name}/{index}", tensors) for index, inner in enumerate(value)]
+    return value
+
+
+def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return nested data with its tensors put back."""
+    if isinstance(value, dict):
+        if set(value) == {"tensor"} and value["tensor"] in tensors:
+            return tensors[value["tensor"]]
+        return {key: _with_tensors(inner, tensors) for key, inner in value.items()}
+    return [_with_tensors(inner, tensors) for inner in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Where training is in its rollout batches: how many micro-batches one feeds, and which one is in use.
+"""How many micro-batches a rollout batch feeds, and how many optimizer steps take them.
 
 `global_step` counts optimizer steps and identifies no rollout batch: with `num_iterations` or `steps_per_generation`
 above `gradient_accumulation_steps` a batch feeds several steps, and below it a step takes several batches.
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig
 
 
 def micro_batches_of(args: "GRPOConfig") -> int:
@@ -27,19 +27,3 @@ def optimizer_steps_of(args: "GRPOConfig") -> int:
     every, accumulated = micro_batches_of(args), args.gradient_accumulation_steps
     latest = accumulated - math.gcd(every, accumulated)  # micro-batch of a step that a rollout batch can begin with
     return math.ceil((latest + every) / accumulated)
-
-
-def batch_number(trainer: "GRPOTrainer") -> int:
-    """Return the number of the rollout batch that the next micro-batch belongs to, from 0, over the whole run."""
-    return trainer._step // micro_batches_of(trainer.args)  # type: ignore[arg-type]
-
-
-def batch_is_due(trainer: "GRPOTrainer") -> bool:
-    """Return whether the next micro-batch belongs to a new rollout batch, as TRL decides it."""
-    every = micro_batches_of(trainer.args)  # type: ignore[arg-type]
-    return trainer._step % every == 0 or trainer._buffered_inputs is None
-
-
-def batch_in_use(trainer: "GRPOTrainer") -> bool:
-    """Return whether the present rollout batch has micro-batches left to feed."""
-    return not batch_is_due(trainer)

@@ -5,6 +5,7 @@ Checks that need the model, the tokenizer or the data are made by the trainer.
 
 import json
 import math
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
@@ -27,12 +28,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rollout_backend": ("transformers", "vllm"),
     "tool_mention_check": ("auto", "error", "warn", "off"),
     "force_level": ("call", "name", "schema"),
-    "advantage_estimator": ("group", "gae", "group_gae"),
     "gae_unit": ("token", "turn"),
     "ref_sync_mode": ("auto", "adapter", "merged"),
     "health_checks": ("warn", "raise", "off"),
 }
 """What the added fields of texts take."""
+
+ESTIMATORS = ("group", "gae", "group_gae")
+"""The built-in values of `advantage_estimator`."""
 
 # Of TRL's fields, which TRL reads when the first rollouts have been made
 TRL_CHOICES = {
@@ -246,6 +249,12 @@ def _check_ranges(config: Config) -> None:
     for name, choices in (CHOICES | TRL_CHOICES | {"vllm_mode": ("colocate", "server")}).items():
         if name != "sampler_correction" or config.sampler_correction is not None:
             _check_choice(config, name, choices)
+    given = config.advantage_estimator
+    if isinstance(given, str) and given not in ESTIMATORS and not re.fullmatch(r"[\w.]+:\w+", given):
+        raise ConfigError(
+            f"You passed `advantage_estimator={given!r}`.",
+            remedy=f"Choose one of {', '.join(ESTIMATORS)}, or name a class of your own as `package.module:Name`.",
+        )
     _check_least(config, _LEAST)
     for name in _POSITIVE:
         value = getattr(config, name)
@@ -450,7 +459,7 @@ def _check_critic(config: Config, defaults: dict[str, object]) -> None:
                 "`advantage_estimator='group'`, which has no value head for it to act on.",
                 remedy="Leave it out, or set `advantage_estimator='gae'` or `'group_gae'`.",
             )
-    elif config.loss_type == "vespo":
+    elif config.loss_type == "vespo" and estimator in ESTIMATORS:
         raise ConfigError(
             f"You passed `loss_type='vespo'` with `advantage_estimator={estimator!r}`. VESPO weighs a whole sequence "
             "by one advantage.",

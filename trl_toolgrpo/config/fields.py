@@ -111,7 +111,8 @@ class ToolGRPOConfig(GRPOConfig):
         advantage_estimator (`str`, *optional*, defaults to `"group"`):
             Where advantages come from: `"group"`, GRPO's, one for a whole rollout; `"gae"`, generalized advantage
             estimation with a value head (arXiv 1506.02438), whitened over the generation batch; `"group_gae"`, the
-            group advantage as terminal reward and the value head as a token-level baseline for it.
+            group advantage as terminal reward and the value head as a token-level baseline for it. Also an
+            [`AdvantageEstimator`] of your own, as an object or as `package.module:Name`.
         gae_gamma (`float`, *optional*, defaults to `1.0`):
             Discount from step to step, in [0, 1].
         gae_lambda (`float`, *optional*, defaults to `0.95`):
@@ -215,7 +216,10 @@ class ToolGRPOConfig(GRPOConfig):
         Return the fields by name, as trackers get them, without secrets: `"[secret]"` stands for what is named for one
         at any depth, and of the logins of URLs.
         """
-        return masked(super().to_dict())
+        found = masked(super().to_dict())
+        if not isinstance(found.get("advantage_estimator"), str):
+            found["advantage_estimator"] = estimator_name(self)
+        return found
 
     def _uneven_groups(self) -> ConfigError | None:
         """Return the error for a rollout batch that does not hold whole groups."""
@@ -255,6 +259,12 @@ class ToolGRPOConfig(GRPOConfig):
         check_types(config)
         check_fields(config, default_values(cls))
         return config  # type: ignore[return-value]
+
+
+def estimator_name(args: GRPOConfig) -> str:
+    """Return `advantage_estimator` as text: for an object, `package.module:Name` of its class."""
+    given: object = getattr(args, "advantage_estimator", "group")
+    return given if isinstance(given, str) else f"{type(given).__module__}:{type(given).__qualname__}"
 
 
 def _describe_fields(kind: type[GRPOConfig]) -> None:

@@ -1,150 +1,92 @@
-"""The critic of a run: advantages of single tokens from a value head, and the head's loss, optimizer and files.
+"""The critic of a run: its value head, what it learns from, and the head's loss, optimizer and files.
 
-This is what the estimators "gae" and "group_gae" add to training. The value before each token is recorded when the
-token is sampled.
+This is what estimators that need values add to training. The value before each token is recorded when the token is
+sampled.
 """
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from ..algorithms.advantages import (
-    explained_variance,
-    first_of_step,
-    generalized_advantages,
-    moments,
-    place_rewards,
-    rewards_to_go,
-    steps_of,
-    whiten,
-)
 from ..errors import ConfigError, ValueHeadError
 from ..models.rounding import widest
 from ..rollout.engine import RolloutBatch
 from ..run_folder.storage_failures import tolerated
-from ..types import Batch
+from ..trl_hooks import Run
 from ..update.losses import value_loss
-from ..update.scoring import SharedPromptScoring
+from ..update.policy_update import MicroBatch
+from ..update.scoring import Scoring, Tokens
 from .value_head import HEAD_FILE, ValueHead, attach_value_head, load_value_head, save_value_head, without_value_head
 
 
 logger = logging.getLogger(__name__)
 
 
-class Critic(SharedPromptScoring):
-    """Part of [`ToolGRPOTrainer`]; see `advantage_estimator` of [`ToolGRPOConfig`]."""
+class Critic:
+    """
+    The value head of a run, and its training; see `value_loss_coef` and the other `value_*` fields of
+    [`ToolGRPOConfig`].
 
-    _value_head: ValueHead | None = None
-    _rewards: Tensor
-    _warned_of_turn_rewards = False
-    _passing: "_PassingGradient | None" = None
-    _seen: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # what the head has read since the last optimizer step
+    The head is the one in the folder that the policy came from, if there is one, else a new one.
 
-    def _prepare_critic(self) -> None:
-        """Attach the head: the one in the folder that the policy came from, if there is one, else a new one."""
-        if self.args.advantage_estimator == "group":
-            return
-        if self.aux_loss_enabled:
-            raise ConfigError(
-                f"You passed `advantage_estimator={self.args.advantage_estimator!r}` with a mixture-of-experts model "
-                f"whose router loss is on, so that values cannot be scored.",
-                remedy="Set `output_router_logits` of its configuration to False, or use "
-                "`advantage_estimator='group'`.",
-            )
-        if self.args.value_epochs > 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ConfigError(
-                f"You passed `value_epochs={self.args.value_epochs}` with FSDP or DeepSpeed, which shard the value "
-                f"head and step it together with the policy.",
-                remedy="Set `value_epochs=1`, or train with DDP.",
-            )
-        if self.args.value_warmup_steps > 0 and self.is_deepspeed_enabled:
-            raise ConfigError(
-                f"You passed `value_warmup_steps={self.args.value_warmup_steps}` with DeepSpeed, which steps all "
-                f"parameters within the backward pass, so that the policy cannot be left as it is while the critic "
-                f"learns.",
-                remedy="Set `value_warmup_steps=0`, or train with FSDP2 or DDP.",
-            )
-        if self.lr_scheduler is not None:
-            raise ConfigError(
-                f"You passed a learning-rate scheduler with `advantage_estimator={self.args.advantage_estimator!r}`. "
-                f"It was made before the value head, which is a group of its own in the optimizer, and has no rate "
-                f"for it.",
-                remedy="Pass `optimizers=(optimizer, None)` and set `lr_scheduler_type` and `warmup_steps`.",
-            )
-        weight: Tensor = self.model.get_input_embeddings().weight  # type: ignore[assignment]
-        head = ValueHead(self.model.config.get_text_config().hidden_size, detach=self.args.value_detach)
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self._value_head = head.to(weight.device, dtype)
-        folder = Path(str(getattr(self.model.config, "_name_or_path", "")))
+    Args:
+        run ([`Run`]):
+            The run, its model made and not yet wrapped.
+        scoring ([`Scoring`]):
+            Computes values that the sampler has not recorded.
+
+    Raises:
+        ConfigError: for a model, an optimizer or a way to shard that has no place for a value head.
+    """
+
+    def __init__(self, run: Run, scoring: Scoring) -> None:
+        _check_place_for_head(run)
+        self._run, self._scoring, args, model = run, scoring, run.args, run.model
+        weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+        head = ValueHead(model.config.get_text_config().hidden_size, detach=args.value_detach)
+        self.head = head.to(weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        folder = Path(str(getattr(model.config, "_name_or_path", "")))
         if (folder / HEAD_FILE).is_file():
-            load_value_head(self._value_head, folder)
-        attach_value_head(self.model, self._value_head)
-        self._passing = _PassingGradient(self._value_head) if self.is_deepspeed_enabled else None
-        self._seen = []
-        if self.args.value_epochs > 1:
-            self.add_callback(_MoreValueEpochs(self))
+            load_value_head(self.head, folder)
+        attach_value_head(model, self.head)
+        self._passing = _PassingGradient(self.head) if run.is_deepspeed_enabled else None
+        # What the head has read since the last optimizer step
+        self._seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        if args.value_epochs > 1:
+            run.add_callback(_MoreValueEpochs(self))
 
     @property
-    def _value_warmup(self) -> bool:
+    def warms_up(self) -> bool:
         """Whether the critic is trained alone: in the first `value_warmup_steps` after the assisted ones."""
-        start = self.args.assist_warmup_steps
-        return start <= self.state.global_step < start + self.args.value_warmup_steps
+        start = self._run.args.assist_warmup_steps
+        return start <= self._run.state.global_step < start + self._run.args.value_warmup_steps
 
-    # Advantages
+    # A rollout batch
 
-    def _estimate_advantages(self, output: Batch, batch: RolloutBatch) -> None:
+    def values(self, tokens: Tokens, batch: RolloutBatch) -> Tensor:
         """
-        Replace the advantages (B,) of a scored rollout batch by those of its tokens (B, T).
+        Return V(s_t) for each token of a batch, shape (B, T); recomputed without gradient if none was recorded. Every
+        process must call this.
 
-        What the value loss needs is added to the batch. Without a value head the batch stays as it is.
+        Args:
+            tokens (`tuple[Tensor, Tensor, int]`):
+                All tokens of the batch.
+            batch ([`RolloutBatch`]):
+                The rollouts.
+
+        Raises:
+            ValueHeadError: if one of them is not finite.
         """
-        if self._value_head is None:
-            return self._warn_of_turn_rewards(batch)
-        trajectories, width = batch.trajectories, output["completion_ids"].size(1)
-        device = output["completion_ids"].device
-        # Rewards of this process's rollouts, on the tokens they belong to
-        start = self.accelerator.process_index * len(trajectories)
-        rewards = self._rewards[start : start + len(trajectories)].to(device)
-        terminal = rewards if self.args.advantage_estimator == "gae" else output["advantages"]
-        placed = place_rewards(terminal.nan_to_num(nan=0.0).cpu(), trajectories, width).to(device, widest(device))
-        # Advantages over the steps of the rollouts that were scored
-        mask = output["completion_mask"] * output.get("tool_mask", 1)
-        taken = mask.bool() & ~rewards.isnan()[:, None]
-        steps = steps_of(trajectories, width, self.args.gae_unit).to(device).where(taken, -1)
-        values = self._recorded_values(output, batch)
-        advantages, returns = generalized_advantages(placed, values, steps, self.args.gae_gamma, self.args.gae_lambda)
-        first = first_of_step(steps)
-        self._log_critic(rewards_to_go(placed, steps, self.args.gae_gamma), values, first)
-        if self.args.advantage_estimator == "gae":
-            advantages = whiten(advantages, steps >= 0, self._summed(moments(advantages, steps >= 0)))
-        output["advantages"] = advantages.to(output["advantages"].dtype)
-        output["old_values"], output["value_targets"] = values.float(), returns.float()
-        output["value_mask"] = first.long()
-        output["value_count"] = self.accelerator.gather(first.sum()).sum()
-        # TRL's table of completions gets the mean over a rollout's tokens
-        counts = (steps >= 0).sum(dim=1).clamp(min=1)
-        logged = self.accelerator.gather(output["advantages"].sum(dim=1) / counts).tolist()
-        for place, value in enumerate(logged, start=-len(logged)):
-            self._logs["advantages"][place] = value  # type: ignore[index]
-
-    def _warn_of_turn_rewards(self, batch: RolloutBatch) -> None:
-        """Warn once that a group advantage has no place for the rewards of turns."""
-        if not self._warned_of_turn_rewards and any(turn.total_reward for t in batch.trajectories for turn in t.turns):
-            self._warned_of_turn_rewards = True
-            logger.warning(
-                "Tools gave rewards to turns (`ToolResult.reward` or `turn_reward`), which have no effect with "
-                "`advantage_estimator='group'`. Set it to 'gae' or 'group_gae', or count them in a reward function."
-            )
-
-    def _recorded_values(self, output: Batch, batch: RolloutBatch) -> Tensor:
-        """Return V(s_t) for each token, shape (B, T); recomputed without gradient if none was recorded."""
-        width, device = output["completion_ids"].size(1), output["completion_ids"].device
+        width, device = tokens[2], tokens[0].device
         values = torch.zeros(len(batch.rollouts), width, dtype=torch.float64)
         missing = torch.zeros(())
         for row, trajectory in enumerate(batch.trajectories):
@@ -153,8 +95,8 @@ class Critic(SharedPromptScoring):
             elif any(trajectory.trainable_mask):
                 missing += 1
         values = values.to(device, widest(device))
-        if self.accelerator.reduce(missing.to(device), reduction="sum") > 0:
-            values = self._computed_values(output, batch)
+        if self._run.accelerator.reduce(missing.to(device), reduction="sum") > 0:
+            values = self.computed_values(tokens)
         if not bool(values.isfinite().all()):
             rows = (~values.isfinite()).any(dim=1).nonzero()[:, 0].tolist()
             raise ValueHeadError(
@@ -164,52 +106,49 @@ class Critic(SharedPromptScoring):
             )
         return values
 
-    def _computed_values(self, output: Batch, batch: RolloutBatch) -> Tensor:
-        self._ask_values = True
-        try:
-            self._score_rollouts(self._rollout_tokens(output, batch))
-        finally:
-            self._ask_values = False
-        values = self._take_values()
-        return values.to(widest(values.device))
-
-    def _take_values(self) -> Tensor:
-        values, self._values, self._value_inputs = self._values, None, None
+    def computed_values(self, tokens: Tokens) -> Tensor:
+        """Return V(s_t) for each token of a batch from a pass without gradient, shape (B, T)."""
+        values = self._scoring.score_policy(tokens, ("logps", "values")).values
         if values is None:
-            raise RuntimeError("TRL computed a loss without scoring the batch; the installed TRL is not supported.")
-        return values
-
-    def _log_critic(self, returns: Tensor, values: Tensor, first: Tensor) -> None:
-        sums = torch.stack([moments(returns, first), moments(returns - values, first)])
-        found = explained_variance(*self._summed(sums))
-        if found is not None:
-            self._metrics["train"]["value/explained_variance"].append(found)
-
-    def _summed(self, sums: Tensor) -> Tensor:
-        return self.accelerator.reduce(sums, reduction="sum")
+            raise RuntimeError("The pass over a batch gave no values.")
+        return values.to(widest(values.device))
 
     # Loss
 
-    def _add_value_loss(self, loss: Tensor, inputs: Batch) -> Tensor:
-        """Return the policy loss of a micro-batch plus its value loss; while the critic warms up, the latter alone."""
-        mask, read = inputs["value_mask"], self._value_inputs
-        values = self._take_values()
-        window = self.current_gradient_accumulation_steps / (self.args.steps_per_generation or 1)
+    def with_value_loss(self, loss: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """
+        Return the policy loss of a micro-batch plus its value loss; while the critic warms up, the latter alone.
+
+        Args:
+            loss (`Tensor`):
+                Policy loss, a scalar.
+            micro_batch ([`MicroBatch`]):
+                The micro-batch, scored with values.
+        """
+        run, args, inputs, scores = self._run, self._run.args, micro_batch.given, micro_batch.scores
+        if scores is None or scores.values is None:
+            raise RuntimeError("TRL computed a loss without scoring the batch; the installed TRL is not supported.")
+        mask = inputs["value_mask"]
+        window = run.current_gradient_accumulation_steps / (args.steps_per_generation or 1)
         steps = inputs["value_count"].clamp(min=1) * window  # of one optimizer step, over all processes
-        summed = value_loss(values, inputs["old_values"], inputs["value_targets"], mask, self.args.value_clip)
+        summed = value_loss(scores.values, inputs["old_values"], inputs["value_targets"], mask, args.value_clip)
         # The mean over the micro-batches of an optimizer step is the mean over its steps
-        shown = self.accelerator.reduce(summed.detach(), reduction="sum") / steps
-        self._metrics["train"]["value/loss"].append((shown * self.current_gradient_accumulation_steps).item())
-        if self.args.value_epochs > 1 and self.model.training and read is not None:
+        shown = run.accelerator.reduce(summed.detach(), reduction="sum") / steps
+        run.training_metrics["value/loss"].append((shown * run.current_gradient_accumulation_steps).item())
+        if run.training and scores.value_inputs is not None:
             taken = mask.bool()
             targets = inputs["value_targets"][taken]
             # Each step weighs as in the loss itself, where rollout batches of one optimizer step differ in size
             weights = (1 / steps).to(targets.dtype).expand_as(targets)
-            self._seen.append((read[taken], inputs["old_values"][taken], targets, weights))
-        policy = loss * 0 if self._value_warmup else loss
-        return policy + self.args.value_loss_coef * summed * self.accelerator.num_processes / steps
+            self._seen.append((scores.value_inputs[taken], inputs["old_values"][taken], targets, weights))
+        policy = loss * 0 if self.warms_up else loss
+        return policy + args.value_loss_coef * summed * run.accelerator.num_processes / steps
 
-    def _run_value_epochs(self) -> None:
+    def with_idle_head(self, loss: Tensor) -> Tensor:
+        """Give the head a part of weight 0 in a loss, since DDP waits for the gradient of every parameter."""
+        return loss + 0.0 * sum(parameter.sum() for parameter in self.head.parameters())
+
+    def run_value_epochs(self) -> None:
         """
         Train the head alone, after an optimizer step, on what it read in that step: `value_epochs` less one passes.
 
@@ -217,129 +156,152 @@ class Critic(SharedPromptScoring):
         2009.04416) trains it for several epochs, too. The hidden states are those of the step itself, so that no pass
         of the policy is needed.
         """
-        head, seen = self._value_head, self._seen
+        head, seen, run, args = self.head, self._seen, self._run, self._run.args
         self._seen = []
-        if head is None or self.optimizer is None or not seen:
+        if run.optimizer is None or not seen:
             return
         read, old_values, targets, weights = (torch.cat(parts) for parts in zip(*seen, strict=True))
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # not scaled, as these losses are not
+        optimizer = getattr(run.optimizer, "optimizer", run.optimizer)  # not scaled, as these losses are not
         parameters = list(head.parameters())
-        self.model.zero_grad()
-        for _ in range(self.args.value_epochs - 1):
+        run.model.zero_grad()
+        for _ in range(args.value_epochs - 1):
             with torch.enable_grad():
-                loss = value_loss(head(read), old_values, targets, weights, self.args.value_clip)
-                gradients = torch.autograd.grad(self.args.value_loss_coef * loss, parameters)
+                loss = value_loss(head(read), old_values, targets, weights, args.value_clip)
+                gradients = torch.autograd.grad(args.value_loss_coef * loss, parameters)
             for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = self.accelerator.reduce(gradient, reduction="sum")
-            if self.args.max_grad_norm:
-                nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+                parameter.grad = run.accelerator.reduce(gradient, reduction="sum")
+            if args.max_grad_norm:
+                nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
         head.zero_grad()
 
-    def _touch_value_head(self, loss: Tensor) -> Tensor:
-        """Give the head a part of weight 0 in a loss, since DDP waits for the gradient of every parameter."""
-        if self._value_head is None:
-            return loss
-        return loss + 0.0 * sum(parameter.sum() for parameter in self._value_head.parameters())
+    # Gradients and optimizer
 
-    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    def before_backward(self, model: nn.Module) -> None:
+        """Note the scale of the loss that DeepSpeed is about to take backwards."""
         if self._passing is not None:
             self._passing.scale = float(getattr(getattr(model, "optimizer", None), "loss_scale", 1.0))
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._value_head is not None and self.accelerator.sync_gradients:
-            norm = self._head_gradient_norm(self._value_head)
-            if norm is not None and self.state.global_step >= self.args.assist_warmup_steps:
-                self._metrics["train"]["value/grad_norm"].append(norm)
-            if self._value_warmup:  # not merely a gradient of 0, which decay and momentum would still act on
-                own = {id(parameter) for parameter in self._value_head.parameters()}
-                for parameter in self.model.parameters():
-                    if id(parameter) not in own:
-                        parameter.grad = None
-        return loss
 
-    def _head_gradient_norm(self, head: ValueHead) -> float | None:
+    def after_backward(self) -> None:
+        """Log the gradient of the head once all micro-batches of an optimizer step have added to it; while the critic
+        warms up, take the policy's away."""
+        run = self._run
+        if not run.accelerator.sync_gradients:
+            return
+        norm = self._gradient_norm()
+        if norm is not None and run.state.global_step >= run.args.assist_warmup_steps:
+            run.training_metrics["value/grad_norm"].append(norm)
+        if self.warms_up:  # not merely a gradient of 0, which decay and momentum would still act on
+            own = {id(parameter) for parameter in self.head.parameters()}
+            for parameter in run.model.parameters():
+                if id(parameter) not in own:
+                    parameter.grad = None
+
+    def _gradient_norm(self) -> float | None:
         """
         Return the norm of the head's gradient, without the scale that float16 puts on the loss.
 
         `None` if there is no gradient, and if it overflowed, so that the scaler skips the step.
         """
+        accelerator = self._run.accelerator
         if self._passing is not None:
-            return float(self.accelerator.reduce(self._passing.take(), reduction="mean").norm())
-        gradients = [parameter.grad for parameter in head.parameters() if parameter.grad is not None]
+            return float(accelerator.reduce(self._passing.take(), reduction="mean").norm())
+        gradients = [parameter.grad for parameter in self.head.parameters() if parameter.grad is not None]
         if not gradients:
             return None
         total = nn.utils.get_total_norm(gradients)
-        norm, scaler = float(total.full_tensor() if isinstance(total, DTensor) else total), self.accelerator.scaler
+        norm, scaler = float(total.full_tensor() if isinstance(total, DTensor) else total), accelerator.scaler
         if scaler is None or not scaler.is_enabled():
             return norm
         return norm / scaler.get_scale() if math.isfinite(norm) else None
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make TRL's optimizer, with the value head in a group of its own, at its own learning rate."""
-        optimizer = super().create_optimizer(model)
-        if self._value_head is None:
-            return optimizer
-        head = list(self._value_head.parameters())
+    def join_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give the head a group of its own in an optimizer, at its own learning rate."""
+        head = list(self.head.parameters())
         own = {id(parameter) for parameter in head}
         if any({id(p) for p in group["params"]} == own for group in optimizer.param_groups):
-            return optimizer
+            return
         for group in optimizer.param_groups:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
-        optimizer.add_param_group({"params": head, "lr": self.args.value_learning_rate or 1e-3, "weight_decay": 0.0})
-        return optimizer
+        rate = self._run.args.value_learning_rate or 1e-3
+        optimizer.add_param_group({"params": head, "lr": rate, "weight_decay": 0.0})
 
     # Files
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as TRL does, and write the head into a file of its own."""
-        super().save_model(output_dir, _internal_call)
-        if self._value_head is not None:
-            with tolerated():
-                save_value_head(self._value_head, output_dir or str(self.args.output_dir), self.args.should_save)
+    def save(self, folder: str | Path) -> None:
+        """Write the head into a file of its own. Every process must call this."""
+        with tolerated():
+            save_value_head(self.head, folder, self._run.args.should_save)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self._value_head is not None and not hasattr(self.model, "peft_config"):
-            state_dict = without_value_head(self.model.state_dict() if state_dict is None else state_dict)
-        super()._save(output_dir, state_dict)
+    def without_head(self, state_dict: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Return the state of a model that is saved whole, without the head; of an adapter as it is."""
+        if hasattr(self._run.model, "peft_config"):
+            return state_dict
+        return without_value_head(self._run.model.state_dict() if state_dict is None else state_dict)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_head(resume_from_checkpoint)
+    def load(self, folder: str | Path) -> None:
+        """Read the head from a checkpoint. One without a head leaves a new one, if that is warmed up first."""
+        if self._run.args.value_warmup_steps > 0 and not (Path(folder) / HEAD_FILE).is_file():
+            return
+        load_value_head(self.head, folder)
 
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if self.state.best_model_checkpoint is not None:
-            self._load_head(self.state.best_model_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load as TRL does, also from a checkpoint without a value head: the head's group then starts anew."""
-        optimizer = self.optimizer
-        missing = checkpoint is not None and not (Path(checkpoint) / HEAD_FILE).is_file()
-        if optimizer is None or self._value_head is None or not missing:
-            return super()._load_optimizer_and_scheduler(checkpoint)
+    @contextmanager
+    def optimizer_of(self, checkpoint: str | None) -> Iterator[None]:
+        """Load the optimizer of a checkpoint while open, also of one without a value head: the head's group then
+        starts anew."""
+        optimizer = self._run.optimizer
+        if checkpoint is None or optimizer is None or (Path(checkpoint) / HEAD_FILE).is_file():
+            yield
+            return
         group = optimizer.param_groups.pop()
-        super()._load_optimizer_and_scheduler(checkpoint)
+        yield
         optimizer.param_groups.append(group)
-        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        schedule = getattr(self._run.lr_scheduler, "scheduler", self._run.lr_scheduler)
         if schedule is not None and len(schedule.base_lrs) < len(optimizer.param_groups):
             schedule.base_lrs.append(group["initial_lr"])
 
-    def _load_head(self, folder: str) -> None:
-        if self._value_head is None:
-            return
-        if self.args.value_warmup_steps > 0 and not (Path(folder) / HEAD_FILE).is_file():
-            return  # a new head, which is warmed up first
-        load_value_head(self._value_head, folder)
+
+def _check_place_for_head(run: Run) -> None:
+    """Raise if a value head cannot be trained in a run."""
+    args = run.args
+    estimator = args.advantage_estimator
+    if run.aux_loss_enabled:
+        raise ConfigError(
+            f"You passed `advantage_estimator={estimator!r}` with a mixture-of-experts model "
+            f"whose router loss is on, so that values cannot be scored.",
+            remedy="Set `output_router_logits` of its configuration to False, or use "
+            "`advantage_estimator='group'`.",
+        )
+    if args.value_epochs > 1 and (run.is_fsdp_enabled or run.is_deepspeed_enabled):
+        raise ConfigError(
+            f"You passed `value_epochs={args.value_epochs}` with FSDP or DeepSpeed, which shard the value "
+            f"head and step it together with the policy.",
+            remedy="Set `value_epochs=1`, or train with DDP.",
+        )
+    if args.value_warmup_steps > 0 and run.is_deepspeed_enabled:
+        raise ConfigError(
+            f"You passed `value_warmup_steps={args.value_warmup_steps}` with DeepSpeed, which steps all "
+            f"parameters within the backward pass, so that the policy cannot be left as it is while the critic "
+            f"learns.",
+            remedy="Set `value_warmup_steps=0`, or train with FSDP2 or DDP.",
+        )
+    if run.lr_scheduler is not None:
+        raise ConfigError(
+            f"You passed a learning-rate scheduler with `advantage_estimator={estimator!r}`. "
+            f"It was made before the value head, which is a group of its own in the optimizer, and has no rate "
+            f"for it.",
+            remedy="Pass `optimizers=(optimizer, None)` and set `lr_scheduler_type` and `warmup_steps`.",
+        )
 
 
 class _MoreValueEpochs(TrainerCallback):
     """Runs the further epochs of the value head after each optimizer step."""
 
-    def __init__(self, trainer: Critic) -> None:
-        self._trainer = trainer
+    def __init__(self, critic: Critic) -> None:
+        self._critic = critic
 
     def on_optimizer_step(self, args: object, state: object, control: object, **kwargs: object) -> None:
-        self._trainer._run_value_epochs()
+        self._critic.run_value_epochs()
 
 
 class _PassingGradient:

@@ -23,7 +23,7 @@ def check_data(trainer: ToolTrainer) -> tuple[list[CheckResult], int | None]:
         `tuple[list[CheckResult], int | None]`: the results, and the tokens that descriptions of tools take of a
         prompt.
     """
-    tools = {tool.name: tool for tool in trainer._toolset.known}
+    tools = {tool.name: tool for tool in trainer.rollouts.tools.toolset.known}
     found, cost = [], None
     for name, dataset in named_datasets(trainer.train_dataset, trainer.eval_dataset):
         if not hasattr(dataset, "__getitem__"):
@@ -34,11 +34,11 @@ def check_data(trainer: ToolTrainer) -> tuple[list[CheckResult], int | None]:
         if not asked:
             found.append(CheckResult(f"data: {name}", NOTE, f"{len(dataset)} rows; environments give the prompts."))
             continue
-        prompts = [trainer._messages.rewritten(prompt, tools) for _, prompt in asked]
-        lengths = [trainer._renderer.length(prompt) for prompt in prompts]
+        prompts = [trainer.rollouts.prompts.messages.rewritten(prompt, tools) for _, prompt in asked]
+        lengths = [trainer.rollouts.prompts.renderer.length(prompt) for prompt in prompts]
         longest = int(np.argmax(lengths))
         if cost is None:
-            cost = lengths[longest] - trainer._renderer.length(prompts[longest], [])
+            cost = lengths[longest] - trainer.rollouts.prompts.renderer.length(prompts[longest], [])
         found.append(_check_lengths(trainer, f"data: {name}", len(dataset), asked[longest][0], lengths))
     return found, cost
 

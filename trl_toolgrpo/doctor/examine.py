@@ -82,10 +82,10 @@ def _results(script: Path, arguments: Sequence[str]) -> Iterator[CheckResult]:
     batch = f"{trainer.args.generation_batch_size} rollouts a batch in groups of {trainer.num_generations}"
     yield CheckResult("configuration", OK, f"{model}, {batch}, advantages by `{trainer.args.advantage_estimator}`.")
     data, cost = check_data(trainer)
-    tools = trainer._toolset
+    tools = trainer.rollouts.tools.toolset
     suspicious = [text for text, subject in subjects.items() if subject == "tools"]
     yield check_tools(tools.known, tools.decided_at_reset, cost, suspicious)
-    chat = check_chat(trainer._engine.chat, tools.known) if trainer._recording else []
+    chat = check_chat(trainer.rollouts.chat, tools.known) if trainer.recording else []
     yield from [*chat, *data]
     if any(result.state == FAULT for result in [*chat, *data]):
         return

@@ -34,13 +34,13 @@ def try_run(trainer: ToolTrainer) -> Iterator[CheckResult]:
     row = trainer.train_dataset[0]
     started = time.perf_counter()
     try:
-        batch = trainer._generate_and_score_completions([dict(row) for _ in range(trainer.num_generations)])
+        batch = trainer.run.generate([dict(row) for _ in range(trainer.num_generations)])
     except LogprobMismatchError as error:
         yield CheckResult("self-check", FAULT, error.message, error.remedy)
         return
     seconds = time.perf_counter() - started
-    if trainer._recording:
-        yield describe(trainer._batch.trajectories, seconds)
+    if trainer.recording:
+        yield describe(trainer.rollouts.batch.trajectories, seconds)
         yield _check_logprobs(trainer)
     else:
         count = f"{trainer.num_generations} in {seconds:.1f} s"
@@ -52,7 +52,7 @@ def _check_logprobs(trainer: ToolTrainer) -> CheckResult:
     if trainer.args.logprob_check == "off":
         message = "Recorded log-probs were not compared with the trainer's: `logprob_check` is off."
         return CheckResult("self-check", NOTE, message, "Leave it at 'first'; it costs one pass.")
-    tokens = sum(sum(t.trainable_mask) for t in trainer._batch.trajectories)
+    tokens = sum(sum(t.trainable_mask) for t in trainer.rollouts.batch.trajectories)
     message = f"Recorded log-probs are those the trainer computes, for each of {tokens} sampled tokens."
     return CheckResult("self-check", OK, message)
 

@@ -11,7 +11,7 @@ import pprint
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import pairwise
@@ -21,18 +21,17 @@ from typing import Any
 import yaml
 from accelerate.utils import get_int_from_env
 from huggingface_hub import ModelCard
-from transformers.trainer_utils import TrainOutput
-from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
+from ..algorithms.base import AdvantageEstimator
 from ..checkpoints.folder import checkpoints, fault_of
-from ..config.fields import ToolGRPOConfig, changed_fields
-from ..critic.value_head import ValueHead
+from ..config.fields import changed_fields
 from ..monitoring.curve_noise import is_flat
+from ..monitoring.records import Records
 from ..redaction import masked, masked_arguments
+from ..rollout.rollouts import Rollouts
 from ..run_folder.files import CARD, holds_other_page
-from ..run_folder.log_failures import LogFailures
-from ..tools.toolset import ToolSet
+from ..trl_hooks import Run
 from ..types import JSONObject
 from ..version import __version__
 
@@ -72,21 +71,24 @@ _LAUNCH_OPTIONS = {
 }
 
 
-class RunCard(GRPOTrainer):
-    """Part of [`ToolGRPOTrainer`]: the model card, and when it is written."""
+class RunCard:
+    """
+    The model card of a run, and when it is written.
 
-    args: ToolGRPOConfig
-    model: Any
-    _toolset: ToolSet
-    _log_failures: LogFailures
-    _owns_folder: Callable[[], bool]  # of `run_folder/writer.py`
-    _redacted: Callable[[str], str]  # of `run_folder/writer.py`
-    _value_head: ValueHead | None
-    _home: str | None = None  # the output folder, while another one stands in for it
-    _publishing = False  # what is written goes to the Hub
-    _trained = False  # a training has ended, and none is in progress
+    Args:
+        run ([`Run`]):
+            The run.
+        rollouts ([`Rollouts`]), records ([`Records`]), estimator ([`AdvantageEstimator`]):
+            What the card tells of.
+    """
 
-    def create_model_card(  # type: ignore[override]  # TRL's signature, not that of transformers
+    def __init__(self, run: Run, rollouts: Rollouts, records: Records, estimator: AdvantageEstimator) -> None:
+        self._run, self._rollouts, self._records, self._estimator = run, rollouts, records, estimator
+        self._home: str | None = None  # the output folder, while another one stands in for it
+        self._publishing = False  # what is written goes to the Hub
+        self.is_due = False  # a training has ended, and none is in progress
+
+    def write(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """
@@ -97,77 +99,75 @@ class RunCard(GRPOTrainer):
             model_name, dataset_name, tags:
                 As in TRL.
         """
-        if not self.is_world_process_zero():
+        run, failures = self._run, self._records.failures
+        if not run.is_main_process:
             return
-        with self._log_failures.tolerated("The model card could not be written"):
-            folder = Path(str(self.args.output_dir))
+        with failures.tolerated("The model card could not be written"):
+            folder = Path(str(run.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             if holds_other_page(folder):
                 sentence = f"No model card was written: {folder / CARD} is there, and is none"
-                return self._log_failures.warn_once(sentence, sentence)
-            name = model_name or self._repo_name.split("/")[-1]
+                return failures.warn_once(sentence, sentence)
+            name = model_name or self.repo_name.split("/")[-1]
             tags = [tags] if isinstance(tags, str) else tags or []
-            super().create_model_card(name, dataset_name, [*tags, *(getattr(self.model, "model_tags", None) or ())])
+            run.trl_model_card(name, dataset_name, [*tags, *(getattr(run.model, "model_tags", None) or ())])
             card = ModelCard.load(folder / CARD)
             if self._has_adapter:
                 card.data.library_name = "peft"
             badges, versions = METHOD.split(card.text[card.text.index(PROCEDURE) :], maxsplit=1)
-            facts = self._card_facts() | {
+            facts = self._facts() | {
                 "name": name,
                 "dataset_name": dataset_name,
                 "badges": badges,
                 "versions_and_citations": versions.replace(VERSIONS, ""),
             }
             card = ModelCard.from_template(card.data, template_path=str(_TEMPLATE), **facts)
-            card.text = self._redacted(card.text) + "\n"
+            card.text = self._records.redacted(card.text) + "\n"
             card.save(folder / CARD)
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as TRL does, and write the card when training has ended."""
-        self._trained = False
-        result = super().train(*args, **kwargs)
-        self._trained = True
-        self._update_card()
-        return result
+    def on_train_begin(self) -> None:
+        """Write no card until training has ended."""
+        self.is_due = False
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate as TRL does; the card of the run includes an evaluation that follows training."""
-        figures = super().evaluate(*args, **kwargs)
-        if self._trained:
-            self._update_card()
-        return figures
+    def on_train_end(self) -> None:
+        """Write the card."""
+        self.is_due = True
+        self.update()
 
-    def _update_card(self) -> None:
-        """Write the card of the output folder anew, unless another run has begun there."""
-        if self._owns_folder():
-            self.create_model_card()
+    def update(self) -> None:
+        """Write the card of the output folder anew after training, unless another run has begun there."""
+        if self.is_due and self._records.log.owns_folder():
+            self._run.create_model_card()
 
     @contextmanager
-    def _output_in(self, folder: Path, publishing: bool = False) -> Iterator[None]:
+    def output_in(self, folder: Path, publishing: bool = False) -> Iterator[None]:
         """While open, TRL and transformers write to another folder than `output_dir`."""
-        usual = self.args.output_dir
-        self._home, self._publishing, self.args.output_dir = str(usual), publishing, str(folder)
+        args = self._run.args
+        usual = args.output_dir
+        self._home, self._publishing, args.output_dir = str(usual), publishing, str(folder)
         try:
             yield
         finally:
-            self._home, self._publishing, self.args.output_dir = None, False, usual
+            self._home, self._publishing, args.output_dir = None, False, usual
 
     @property
-    def _name_of_run(self) -> str:
-        return Path(str(self._home or self.args.output_dir)).absolute().name
+    def name_of_run(self) -> str:
+        """Name of the output folder."""
+        return Path(str(self._home or self._run.args.output_dir)).absolute().name
 
     @property
-    def _repo_name(self) -> str:
-        return str(self.hub_model_id or self.args.hub_model_id or self._name_of_run)
+    def repo_name(self) -> str:
+        """Name of the repository that the run is pushed to, or would be."""
+        return str(self._run.hub_model_id or self._run.args.hub_model_id or self.name_of_run)
 
     @property
     def _has_adapter(self) -> bool:
-        return hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
+        return hasattr(self._run.bare_model, "peft_config")
 
-    def _card_facts(self) -> JSONObject:
+    def _facts(self) -> JSONObject:
         """Return what the template is rendered with."""
-        args, base = self.args, get_config_model_id(self.model.config)
-        dataset: Any = self.train_dataset
+        run, args = self._run, self._run.args
+        base, dataset, toolset = get_config_model_id(run.model.config), run.train_dataset, self._rollouts.tools.toolset
 
         # How the model is loaded: from the Hub for a card that is pushed, else from where it was saved last
         pushed = args.push_to_hub or self._publishing
@@ -175,36 +175,36 @@ class RunCard(GRPOTrainer):
         given = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
         options = {name: given[name] for name in ("revision", "trust_remote_code") if given.get(name)}
         options |= {"trust_remote_code": True} if args.trust_remote_code else {}
-        template = masked(json.loads(json.dumps(self.chat_template_kwargs, default=str)))
-        schemas = [dict(self._toolset.shown(tool).schema) for tool in self._toolset.known]
+        template = masked(json.loads(json.dumps(run.chat_template_kwargs, default=str)))
+        schemas = [dict(toolset.shown(tool).schema) for tool in toolset.known]
 
         # What it was trained on, and how
-        pools = getattr(self, "_environment_pool", None) or {}
-        functions = zip(self.reward_func_names, self.reward_weights.tolist(), self.reward_funcs, strict=True)
+        pools = run.environment_pool if run.environment_factories is not None else {}
+        functions = zip(run.reward_func_names, run.reward_weights.tolist(), run.reward_funcs, strict=True)
         settings = {name: value for name, value in changed_fields(args).items() if not _PRIVATE.match(name)}
         settings_yaml = yaml.safe_dump(settings, sort_keys=True, allow_unicode=True)
         return {
             "adapter": self._has_adapter,
             "base": None if not base or Path(base).is_dir() else base,
             "saved": pushed or saved is not None,
-            "place": json.dumps(self._repo_name if pushed else str(saved or args.output_dir), ensure_ascii=False),
-            "model_class": "AutoModelForImageTextToText" if self._is_vlm else "AutoModelForCausalLM",
-            "reader": "processor" if self._is_vlm else "tokenizer",
-            "multimodal": self._is_vlm,
+            "place": json.dumps(self.repo_name if pushed else str(saved or args.output_dir), ensure_ascii=False),
+            "model_class": "AutoModelForImageTextToText" if run.is_multimodal else "AutoModelForCausalLM",
+            "reader": "processor" if run.is_multimodal else "tokenizer",
+            "multimodal": run.is_multimodal,
             "base_options": _keyword_arguments(options),
             "trust": ", trust_remote_code=True" if options.get("trust_remote_code") else "",
             "template": _keyword_arguments(template) if self._renders_chat else None,
             "schemas": pprint.pformat(schemas, width=110, sort_dicts=False),
             "max_new_tokens": min(args.max_completion_length or 256, 256),
-            "value_head": self._value_head is not None,
+            "value_head": self._estimator.needs_values,
             "rows": len(dataset) if hasattr(dataset, "__len__") else None,
             "columns": getattr(dataset, "column_names", None) or (),
             "environments": {type(pool[0]) for pool in pools.values() if pool},
-            "tools": self._toolset.known,
-            "decided_at_reset": self._toolset.decided_at_reset,
+            "tools": toolset.known,
+            "decided_at_reset": toolset.decided_at_reset,
             "rewards": [(name, weight, getattr(function, "__doc__", None)) for name, weight, function in functions],
-            "curves": curves(self.state.log_history),
-            "steps": sorted(entry["step"] for entry in self.state.log_history if "step" in entry),
+            "curves": curves(run.state.log_history),
+            "steps": sorted(entry["step"] for entry in run.state.log_history if "step" in entry),
             "configuration": settings_yaml.rstrip(),
             "machines": machines(args.world_size),
             "command": shlex.join([*launcher(args.world_size, self._sharding), *masked_arguments(sys.argv)]),
@@ -214,7 +214,7 @@ class RunCard(GRPOTrainer):
 
     def _saved_in(self) -> Path | None:
         """Return where the model is: in the output folder, in the newest checkpoint there, or nowhere yet."""
-        folder = Path(str(self.args.output_dir))
+        folder = Path(str(self._run.args.output_dir))
         if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             return folder
         return next((path for path in checkpoints(folder) if fault_of(path) is None), None)
@@ -222,29 +222,26 @@ class RunCard(GRPOTrainer):
     @property
     def _renders_chat(self) -> bool:
         """Whether prompts are messages that a chat template renders, rather than plain texts."""
-        if getattr(self.processing_class, "chat_template", None) is None:
+        if getattr(self._run.processing_class, "chat_template", None) is None:
             return False
-        dataset: Any = self.train_dataset
+        dataset: Any = self._run.train_dataset
         readable = hasattr(dataset, "__getitem__") and "prompt" in (getattr(dataset, "column_names", None) or ())
         return not (readable and isinstance(dataset[0]["prompt"], str))
 
     @property
     def _sharding(self) -> str:
         """What the launcher shards with: nothing, where the run's own arguments shard the model."""
-        if self.is_fsdp_enabled and not self.args.fsdp:
+        if self._run.is_fsdp_enabled and not self._run.args.fsdp:
             return "fsdp"
-        return "deepspeed" if self.is_deepspeed_enabled and not self.args.deepspeed else ""
+        return "deepspeed" if self._run.is_deepspeed_enabled and not self._run.args.deepspeed else ""
 
     def _methods(self) -> list[tuple[str, str, str]]:
         """Return the parts of the training method, each with the id and title of the paper that introduced it."""
-        estimator, loss = self.args.advantage_estimator, self.args.loss_type
-        parts = []
-        if estimator != "gae":
-            parts.append(("advantages relative to a group of rollouts (GRPO)", "2402.03300", "DeepSeekMath"))
-        if estimator != "group":
-            parts.append(("generalized advantage estimation with a value head", "1506.02438", "GAE"))
+        args, estimator = self._run.args, self._estimator
+        loss = args.loss_type
+        parts: list[tuple[str, str, str]] = list(estimator.methods or [(f"advantages of `{estimator.name}`", "", "")])
         parts.append(_LOSSES.get(loss, (f"the loss `{loss}`", "", "")))
-        if getattr(self.args, "importance_sampling_level", "token").startswith("sequence"):
+        if getattr(args, "importance_sampling_level", "token").startswith("sequence"):
             parts.append(("ratios of whole sequences", "2507.18071", "GSPO"))
         return parts
 

@@ -5,8 +5,10 @@ TRL refuses to sync the reference of a PEFT run, so its callback is left out and
 
 import functools
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,75 +18,83 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
-from trl import GRPOTrainer
+from trl.trainer.callbacks import SyncRefModelCallback
 
-from ..config.batch_position import batch_in_use
 from ..config.fields import ToolGRPOConfig
 from ..errors import ConfigError, ReferenceSyncError
 from ..models.rounding import widest
 from ..run_folder.storage_failures import tolerated
-from ..types import Batch, Row
-from ..update.scoring import Scores
-from .adapter import ADAPTER, AdapterReference, Comparison, SyncReport, describe_adapter, same_parameters_trained
+from ..trl_hooks import Run
+from ..types import Batch, JSONObject
+from .adapter import ADAPTER, AdapterReference, Comparison, SyncReport, describe_adapter
 from .checks import check_reference, reference_mode
 from .merged import MergedReference, ModelReference
 
+
+logger = logging.getLogger(__name__)
 
 REFERENCE_FILE = "reference.safetensors"
 Reference: TypeAlias = AdapterReference | MergedReference | ModelReference
 
 
-class ReferenceSync(GRPOTrainer):
-    """Part of [`ToolGRPOTrainer`]; see `ref_sync_mode` of [`ToolGRPOConfig`] and TRL's `sync_ref_model`."""
+class ReferencePolicy:
+    """
+    The reference of a run: what it is scored with, when it follows the policy, and its place in logs and files; see
+    `ref_sync_mode` of [`ToolGRPOConfig`] and TRL's `sync_ref_model`.
 
-    args: ToolGRPOConfig
-    model: PreTrainedModel
-    _reference: Reference | None = None  # one that is synced
-    _start: AdapterReference | None = None  # the policy as it began, if TRL's own would not be
-    _syncs = 0
-    _sync_pending = False  # one is due, but the rollout batch in use was scored with the present reference
-    _sync_report: SyncReport | None = None
-    _saving_checkpoint = False
-    _unmoved = False  # the policy has not moved since the last sync
+    It is made before parameters are sharded, if it will be synced, or if TRL's own would be wrong.
 
-    def _prepare_reference(self, given_adapter: bool) -> None:
-        """
-        Make the reference, before parameters are sharded, if it will be synced, or if TRL's own would be wrong.
+    Args:
+        run ([`Run`]):
+            The run, its model made.
+        given_adapter (`bool`):
+            Whether the policy came with its adapter, whose state at that time is the reference.
 
-        Args:
-            given_adapter (`bool`):
-                Whether the policy came with its adapter, whose state at that time is the reference.
-        """
-        self.beta = self.args.beta
-        policy = self.accelerator.unwrap_model(self.model)
-        adapter = adapter_of(policy) if self.beta != 0 else None
-        if not self.args.sync_ref_model:
+    Raises:
+        ConfigError: for a reference that cannot be kept.
+    """
+
+    def __init__(self, run: Run, given_adapter: bool) -> None:
+        self._run = run
+        self.synced: Reference | None = None  # one that is synced
+        self.start: AdapterReference | None = None  # the policy as it began, if TRL's own would not be
+        self._syncs = 0
+        self._pending = False  # a sync is due, but the rollout batch in use was scored with the present reference
+        self.report: SyncReport | None = None  # of the last sync
+        self._unmoved = False  # the policy has not moved since the last sync
+        self._saves_checkpoint = False
+        run.beta = run.args.beta
+        policy = run.bare_model
+        adapter = adapter_of(policy) if run.beta != 0 else None
+        if not run.args.sync_ref_model:
             if adapter is not None and (given_adapter or changes_base(policy.peft_config[adapter])):
-                self._start = AdapterReference(policy, adapter)
+                self.start = AdapterReference(policy, adapter)
             return
-        separate = self.accelerator.unwrap_model(self.ref_model) if self.ref_model is not None else None
+        separate = run.accelerator.unwrap_model(run.ref_model) if run.ref_model is not None else None
         if separate is not None:
-            self._reference = ModelReference(separate, policy, adapter)
+            self.synced = ModelReference(separate, policy, adapter)
         elif adapter is None:
             raise ReferenceSyncError(
                 "TRL made no reference model for `sync_ref_model`; this version of TRL is not supported.",
                 remedy="Install a version of TRL that setup.cfg allows.",
             )
-        elif reference_mode(self.args) == "adapter":
-            self._reference = AdapterReference(policy, adapter)
-        elif self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        elif reference_mode(run.args) == "adapter":
+            self.synced = AdapterReference(policy, adapter)
+        elif run.is_fsdp_enabled or run.is_deepspeed_enabled:
             raise ConfigError(
                 "You passed `ref_model_mixup_alpha` below 1 or `ref_sync_mode='merged'` with FSDP or DeepSpeed, which "
                 "own the base weights that a merged reference replaces.",
                 remedy="Set `ref_model_mixup_alpha=1.0`, which keeps a second adapter, or train with DDP.",
             )
         else:
-            self._reference = MergedReference(policy, adapter)
-        self.add_callback(_SyncCallback(self))
+            self.synced = MergedReference(policy, adapter)
+        if run.pop_callback(SyncRefModelCallback) is not None:
+            logger.warning("TRL's `SyncRefModelCallback` was removed: this trainer syncs the reference by itself.")
+        run.add_callback(_SyncCallback(self, run.args.ref_model_sync_steps))
 
     # Syncs
 
-    def sync_reference(self) -> SyncReport | None:
+    def sync(self) -> SyncReport | None:
         """
         Make the reference follow the policy, by `ref_model_mixup_alpha`, and verify it.
 
@@ -96,112 +106,135 @@ class ReferenceSync(GRPOTrainer):
             ConfigError: if the run was not made with `sync_ref_model=True`.
             ReferenceSyncError: if tensors differ after the sync; names them.
         """
-        if self._reference is None:
+        if self.synced is None:
             raise ConfigError(
                 "`sync_reference()` was called, but this run has no reference to sync.",
                 remedy="Pass `sync_ref_model=True` and a `beta` above 0.",
             )
-        if batch_in_use(self):
-            self._sync_pending = True
+        if self._run.batch_in_use:
+            self._pending = True
             return None
-        self._sync_pending = False
-        comparison = Comparison(self.accelerator.gather)
-        report = self._reference.sync(self.args.ref_model_mixup_alpha, comparison)
+        self._pending = False
+        comparison = Comparison(self._run.accelerator.gather)
+        report = self.synced.sync(self._run.args.ref_model_mixup_alpha, comparison)
         if report.differ:
             raise ReferenceSyncError(
                 f"After the sync {len(report.differ)} of {report.tensors} tensors of the reference "
-                f"({self._reference.mode}) are not what they should be, by up to {report.max_abs_diff:.3g}: "
+                f"({self.synced.mode}) are not what they should be, by up to {report.max_abs_diff:.3g}: "
                 f"{', '.join(report.differ[:10])}.",
                 remedy="Look for NaN in the policy, or code that writes to the reference.",
             )
         self._syncs += 1
-        self._sync_report, self._unmoved = report, True
+        self.report, self._unmoved = report, True
         return report
 
-    def _generate_and_score_completions(self, inputs: list[Row]) -> Batch:
-        training = self.model.training
-        if training and self._sync_pending:
-            self.sync_reference()
-        with same_parameters_trained(self.model):
-            output = super()._generate_and_score_completions(inputs)
-        if training and self._unmoved:
-            self._unmoved = False
-            self._log_divergence(output)
-        return output
+    def before_rollouts(self) -> None:
+        """Do the sync that is due, if any, before a rollout batch is sampled for training."""
+        if self._run.training and self._pending:
+            self.sync()
 
-    def _log_divergence(self, output: Batch) -> None:
+    def on_rollouts(self, output: Batch) -> None:
         """Log the KL of the policy to the reference right after a sync, on rollouts that it has just sampled."""
+        if not (self._run.training and self._unmoved):
+            return
+        self._unmoved = False
         reference, policy = output.get("ref_per_token_logps"), output.get("sampling_per_token_logps")
         if reference is None or policy is None:
             return
         mask = output["completion_mask"] * output.get("tool_mask", 1)
         difference = (reference - policy).to(widest(policy.device)).masked_fill(mask == 0, 0.0)
         found = torch.stack([((difference.exp() - 1) - difference).sum(), mask.sum().to(difference.dtype)])
-        total, count = self.accelerator.reduce(found, reduction="sum").tolist()
+        total, count = self._run.accelerator.reduce(found, reduction="sum").tolist()
         if count:
-            self._metrics["train"]["ref/kl"].append(total / count)
+            self._run.training_metrics["ref/kl"].append(total / count)
 
-    def _get_per_token_logps_and_entropies(self, model: nn.Module, *args: Any, **kwargs: Any) -> Scores:
-        reference = None if isinstance(self._reference, ModelReference) else self._reference or self._start
-        if reference is None or model is not self.model or not reference.scoring():
-            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+    def on_replay(self) -> None:
+        """Forget that the policy was synced last: rollouts of a log were sampled by another."""
+        self._unmoved = False
+
+    # Scoring
+
+    @contextmanager
+    def weights_for(self, model: nn.Module) -> Iterator[None]:
+        """Put the reference's weights into the policy while open, where TRL is about to score with it as one."""
+        reference = None if isinstance(self.synced, ModelReference) else self.synced or self.start
+        if reference is None or model is not self._run.model or not reference.scoring():
+            yield
+            return
         with reference.weights():
-            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+            yield
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._sync_report is not None and self.model.training:
-            report = self._sync_report
+    def on_log(self) -> None:
+        """Add `ref/*` to what is logged of training."""
+        if self.report is not None:
             found = {
                 "ref/syncs": self._syncs,
-                "ref/tensors": report.tensors,
-                "ref/tensors_differ": len(report.differ),
-                "ref/max_abs_diff": report.max_abs_diff,
-                "ref/seconds": report.seconds,
+                "ref/tensors": self.report.tensors,
+                "ref/tensors_differ": len(self.report.differ),
+                "ref/max_abs_diff": self.report.max_abs_diff,
+                "ref/seconds": self.report.seconds,
             }
-            self._metrics["train"].update({name: [float(value)] for name, value in found.items()})
-        super().log(logs, start_time)
+            self._run.training_metrics.update({name: [float(value)] for name, value in found.items()})
 
     # Files
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as TRL does; a checkpoint, and nothing else, also gets the reference."""
-        self._saving_checkpoint = _internal_call and output_dir is not None
+    def state_dict(self) -> JSONObject:
+        """Return what a checkpoint holds in addition to the reference's weights, which are a file of their own."""
+        return {"unmoved": self._unmoved, "report": None if self.report is None else asdict(self.report)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        report = state["report"]
+        self._unmoved = state["unmoved"]
+        self.report = None if report is None else SyncReport(**report)
+
+    @contextmanager
+    def saving(self, checkpoint: bool) -> Iterator[None]:
+        """Have a model saved while open: as a checkpoint, or to be used elsewhere."""
+        self._saves_checkpoint = checkpoint
         try:
-            super().save_model(output_dir, _internal_call)
+            yield
         finally:
-            checkpoint, self._saving_checkpoint = self._saving_checkpoint, False
-        if self._reference is None or not checkpoint or output_dir is None:
+            self._saves_checkpoint = False
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Leave the reference's adapter out of what is saved while open. A checkpoint keeps TRL's own, which is
+        restored from there."""
+        if self._saves_checkpoint and self.synced is None:
+            yield
             return
-        state = self._reference.state()
-        if self.args.should_save:
-            record = {"mode": self._reference.mode, "syncs": self._syncs, "pending": self._sync_pending}
+        with _without_reference_adapter(self._run.bare_model):
+            yield
+
+    def save(self, folder: str | Path) -> None:
+        """Write the weights of a synced reference into a checkpoint. Every process must call this."""
+        if self.synced is None:
+            return
+        state = self.synced.state()
+        if self._run.args.should_save:
+            record = {"mode": self.synced.mode, "syncs": self._syncs, "pending": self._pending}
             with tolerated():
-                Path(output_dir).mkdir(parents=True, exist_ok=True)
-                save_file(state, Path(output_dir) / REFERENCE_FILE, {"reference": json.dumps(record)})
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                save_file(state, Path(folder) / REFERENCE_FILE, {"reference": json.dumps(record)})
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self._saving_checkpoint and self._reference is None:
-            return super()._save(output_dir, state_dict)  # TRL's own reference adapter is restored from there
-        with _without_reference_adapter(self.accelerator.unwrap_model(self.model)):
-            super()._save(output_dir, state_dict)
+    def check_adapter(self, folder: str | Path) -> None:
+        """Raise if the adapter of a checkpoint is not configured as that of this run, of which a reference is kept."""
+        adapter = adapter_of(self._run.bare_model)
+        if self.synced is not None and adapter is not None:
+            _check_same_adapter(str(folder), self._run.bare_model.peft_config[adapter])
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._reference is None:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        policy = self.accelerator.unwrap_model(self.model)
-        adapter = adapter_of(policy)
-        if adapter is not None:
-            _check_same_adapter(resume_from_checkpoint, policy.peft_config[adapter])
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_reference(self._reference, Path(resume_from_checkpoint) / REFERENCE_FILE)
+    def load(self, folder: str | Path) -> None:
+        """
+        Read the weights of a synced reference from a checkpoint.
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load as TRL does, and the reference if DeepSpeed has bypassed `_load_from_checkpoint`."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self._reference is not None and self.is_deepspeed_enabled:
-            self._load_reference(self._reference, Path(checkpoint) / REFERENCE_FILE)
-
-    def _load_reference(self, reference: Reference, file: Path) -> None:
+        Raises:
+            ReferenceSyncError: if it has none, or those of another reference.
+        """
+        reference = self.synced
+        if reference is None:
+            return
+        file = Path(folder) / REFERENCE_FILE
         if not file.is_file():
             raise ReferenceSyncError(
                 f"There is no {file}, so the reference cannot be restored. The checkpoint was written without "
@@ -223,18 +256,18 @@ class ReferenceSync(GRPOTrainer):
             )
         with torch.no_grad():
             reference.load(state)
-        self._syncs, self._sync_pending = record["syncs"], record["pending"]
+        self._syncs, self._pending = record["syncs"], record["pending"]
 
 
 class _SyncCallback(TrainerCallback):
-    """Replaces TRL's callback: syncs at the end of every `ref_model_sync_steps`-th optimizer step."""
+    """Replaces TRL's callback: syncs at the end of every so many optimizer steps."""
 
-    def __init__(self, trainer: ReferenceSync) -> None:
-        self._trainer = trainer
+    def __init__(self, reference: ReferencePolicy, every: int) -> None:
+        self._reference, self._every = reference, every
 
     def on_step_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
-        if state.global_step % self._trainer.args.ref_model_sync_steps == 0:
-            self._trainer.sync_reference()
+        if state.global_step % self._every == 0:
+            self._reference.sync()
 
 
 def adapter_of(model: nn.Module) -> str | None:

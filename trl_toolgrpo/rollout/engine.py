@@ -4,15 +4,13 @@ import itertools
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
-from trl.models import unwrap_model_for_generation
 
 from ..chat.tool_chat import ToolChat
 from ..config.fields import ToolGRPOConfig
@@ -24,44 +22,29 @@ from ..sampling.choice import generates_padded, make_sampler, unsupported_reason
 from ..sampling.constraint import CallConstraints
 from ..sampling.noise import RolloutNoise
 from ..sampling.protocol import Autocast, Sampler
-from ..sampling.vllm.sampler import VLLMSampler
 from ..tools.runtime.executor import ToolExecutor
+from ..trl_hooks import Run
+from ..types import Message
 from .cache_budget import parts_that_fit
 from .forcing import CallPrefixes, ForcePolicy, Forcing
 from .loop import Rollout, RolloutLimits, RolloutLoop, RolloutRequest, RolloutStats
+from .rewards import Rewards
 from .trajectory import Trajectory
 
 
 logger = logging.getLogger(__name__)
 
 
-@contextmanager
-def unwrapped_policy(trainer: Any) -> Iterator[PreTrainedModel]:
-    """Unwrap the policy of a TRL trainer and gather its parameters, as TRL prepares it for generation."""
-    with (
-        unwrap_model_for_generation(
-            trainer.model_wrapped,
-            trainer.accelerator,
-            gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
-            gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
-        ) as policy,
-        torch.no_grad(),
-        trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
-        gathered_parameters(policy),
-    ):
-        yield policy
-
-
-def check_gathering(trainer: Any) -> None:
+def check_gathering(run: Run) -> None:
     """
-    Check that the parameters of a TRL trainer are gathered once for a whole rollout batch.
+    Check that the parameters of a policy are gathered once for a whole rollout batch.
 
     Raises:
         ConfigError: if they are not, so that each token a process samples would wait for all other processes.
     """
-    state, why = trainer.accelerator.state, "Rollouts of different length would then wait for each other forever."
+    state, why = run.accelerator.state, "Rollouts of different length would then wait for each other forever."
     plugin = getattr(state, "deepspeed_plugin", None)
-    if plugin is not None and plugin.zero_stage == 3 and not trainer.args.ds3_gather_for_generation:
+    if plugin is not None and plugin.zero_stage == 3 and not run.args.ds3_gather_for_generation:
         raise ConfigError(
             f"You passed `ds3_gather_for_generation=False` with DeepSpeed ZeRO-3: weights are gathered anew for each "
             f"token. {why}",
@@ -74,46 +57,6 @@ def check_gathering(trainer: Any) -> None:
             remedy="Set `fsdp_version: 2`, as in accelerate_configs/fsdp2.yaml, or `record_sample_logprobs=False` for "
             "TRL's own path.",
         )
-
-
-@contextmanager
-def gathered_parameters(model: torch.nn.Module) -> Iterator[None]:
-    """
-    Gather the parameters that FSDP2 has sharded, once for a whole rollout batch.
-
-    Otherwise every forward pass is a collective, and processes whose rollouts differ in length wait for each other
-    forever. Does nothing for a model that is not sharded.
-
-    Args:
-        model (`nn.Module`):
-            The policy.
-    """
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    if sharded:
-        state: Any = sharded[0]._get_fsdp_state()
-        if state._is_root is None:  # before its first pass, or the part that sampling calls would become the root
-            state._lazy_init()
-    settings = [setting for module in sharded for setting in _reshard_settings(module, module is sharded[0])]
-    for module in sharded:
-        module.unshard()
-        module.set_reshard_after_forward(False, recurse=False)
-    try:
-        yield
-    finally:
-        for group, reshards_to in settings:
-            group.post_forward_mesh_info = reshards_to
-        for module in sharded:
-            module.reshard()
-
-
-def _reshard_settings(module: FSDPModule, is_root: bool) -> list[tuple[Any, Any]]:
-    """Return the parameter groups of a module, each with what it reshards to after a forward pass; `None` if it stays
-    gathered."""
-    state: Any = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-    # By default FSDP2 leaves the root gathered, and arranges that in the first forward pass
-    stays = is_root and state._auto_reshard_after_forward
-    return [(group, None if stays else group.post_forward_mesh_info) for group in groups if group is not None]
 
 
 @dataclass
@@ -132,6 +75,10 @@ class RolloutBatch:
             Number of forced calls at level `"schema"` whose body was left free, since the schema cannot be satisfied.
         without_room (`list[bool]`):
             Whether each prompt fills the model's context, so that nothing was sampled.
+        prompts, completions (`Sequence`):
+            Of each rollout, the messages or the text, as reward functions get them.
+        rewards ([`Rewards`], *optional*):
+            Once reward functions have scored the batch.
     """
 
     rollouts: list[Rollout]
@@ -139,6 +86,9 @@ class RolloutBatch:
     invalid: list[bool] = field(default_factory=list)
     unconstrained: int = 0
     without_room: list[bool] = field(default_factory=list)
+    prompts: Sequence[str | list[Message]] = ()
+    completions: Sequence[str | list[Message]] = ()
+    rewards: Rewards | None = None
 
     @property
     def trajectories(self) -> list[Trajectory]:
@@ -226,7 +176,7 @@ class RolloutEngine:
             max_tool_output_tokens=args.max_tool_output_tokens,
             parse_error_budget=args.parse_error_budget,
         )
-        self.vllm: VLLMSampler | None = None  # samples instead of the policy itself, if the trainer sets it
+        self.sampler: Sampler | None = None  # samples instead of the policy itself, if it is set
         self._supported: bool | None = None
         self._pads = True
         self._warned_of_border = False
@@ -263,8 +213,9 @@ class RolloutEngine:
             TrajectoryError: for a broken record, unless `strict_trajectories=False`.
         """
         self.limits.max_sequence_length = context_length(policy.config) or math.inf
-        if self.vllm is not None:
-            self.limits.max_sequence_length = min(self.limits.max_sequence_length, self.vllm.max_length)
+        longest_of_sampler = getattr(self.sampler, "max_length", None)
+        if longest_of_sampler is not None:
+            self.limits.max_sequence_length = min(self.limits.max_sequence_length, longest_of_sampler)
         batch = RolloutBatch([], RolloutStats())
         prompts = self._sampler_prompts(requests)
         without_room = [not self.limits.has_room(request.prompt_ids) for request in requests]
@@ -275,8 +226,8 @@ class RolloutEngine:
                 "Shorten what the data set and the environments put into the prompt.",
                 *(sum(without_room), len(requests), self.limits.max_sequence_length),
             )
-        parts = [(0, len(requests))]  # vLLM has a cache of its own
-        if self.vllm is None:
+        parts = [(0, len(requests))]  # another sampler has a cache of its own
+        if self.sampler is None:
             parts = parts_that_fit(self.args, policy, prompts, shares=self._is_supported(policy, autocast))
         longest = self.limits.max_sequence_length
         for start, stop, limit in self._parts_by_frequency(policy, prompts, parts):
@@ -309,7 +260,7 @@ class RolloutEngine:
         noise: RolloutNoise | None,
     ) -> RolloutBatch:
         """Sample the rollouts that are in progress together."""
-        sampler: Sampler = self.vllm or make_sampler(
+        sampler = self.sampler or make_sampler(
             policy,
             self._is_supported(policy, autocast),
             pads=self._pads,

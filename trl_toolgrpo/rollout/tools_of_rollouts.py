@@ -1,7 +1,7 @@
 """The tools of a run and of each rollout: those passed, those of environments, and those of MCP servers.
 
-A mixin for the trainer: how MCP servers join the tools of a run, are lent to rollouts and shown to reward functions,
-and how environments are read. The servers themselves are in `tools/mcp/`.
+How MCP servers join the tools of a run, are lent to rollouts and shown to reward functions, and how environments are
+read. The servers themselves are in `tools/mcp/`.
 """
 
 import contextlib
@@ -10,38 +10,28 @@ import json
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from trl import GRPOTrainer
 from trl.chat_template_utils import add_response_schema, get_training_chat_template, is_chat_template_prefix_preserving
 
-from ..chat.control_tokens import ControlTokens
-from ..chat.inert_prompts import InertPrompts, with_observation
-from ..chat.prompt_messages import PromptMessages
 from ..chat.prompt_renderer import PromptRenderer
 from ..chat.response_templates import without_comments
 from ..chat.tool_chat import ToolChat
-from ..config.fields import ToolGRPOConfig
 from ..errors import ConfigError, EnvironmentTimeoutError, ToolSchemaError
-from ..models.model_settings import context_length
-from ..redaction import Redactor
 from ..tools.mcp.config import MCPServer, read_servers
 from ..tools.mcp.servers import MCPTools
 from ..tools.mcp.session import MCPSession
 from ..tools.prompt_tool import PromptTool
-from ..tools.runtime.environments import EnvironmentFailures, scoring_without_failed
+from ..tools.runtime.environments import EnvironmentFailures, on_own_thread, scoring_without_failed
 from ..tools.runtime.executor import ToolExecutor
 from ..tools.tool import Tool
 from ..tools.toolset import ToolSet
-from ..types import Batch, JSONSchema, Message, Row
-from ..validation.chat_templates import shown_tool, warn_of_hidden_tools
-from ..validation.data import named_datasets, prompt_rows
-from ..validation.prompts import check_prompt_lengths, check_prompts
-from ..validation.tool_mentions import check_tool_names, warn_of_mentions
+from ..trl_hooks import Run
+from ..types import JSONSchema
+from ..validation.chat_templates import shown_tool
 from .loop import RolloutRequest
 
 
@@ -51,24 +41,55 @@ _NO_ARGUMENTS: JSONSchema = {"type": "object", "properties": {}}
 _TOOL_OF_RESET = Tool("tool", "Known once the environment is reset.", _NO_ARGUMENTS, lambda: None)
 
 
-class RolloutTools(GRPOTrainer):
-    """Part of [`ToolGRPOTrainer`]; see its arguments `tools`, `environment_factory` and `mcp_servers`."""
+class RolloutTools:
+    """
+    The tools of a run, and what calls them.
 
-    args: ToolGRPOConfig
-    model: Any
-    processing_class: Any
-    _recording: bool
-    _toolset: ToolSet
-    _executor: ToolExecutor | None
-    _environment_failures: EnvironmentFailures
-    _messages: PromptMessages
-    _renderer: PromptRenderer
-    _mcp: MCPTools | None = None
-    _sessions: Sequence[MCPSession] = ()
-    _redactor: Redactor
-    _inert: InertPrompts | None = None
-    _rows: Sequence[Row] = ()  # of the data set, whose rollouts are made
-    _lost: Tensor | None = None  # rollouts of all processes whose environment failed or hangs, bool, shape (N,)
+    MCP servers are started now, before TRL's constructor, which gets [`RolloutTools.for_trl`] and
+    [`RolloutTools.environment_factory`].
+
+    Args:
+        run ([`Run`]):
+            The run.
+        tools (`list[Callable | Tool]`, *optional*), environment_factory, mcp_servers:
+            As passed to the trainer.
+
+    Raises:
+        ConfigError, ToolSchemaError, ToolNameError, MCPServerError: for tools and servers that cannot be used.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        tools: list[Callable | Tool] | None,
+        environment_factory: Any,
+        mcp_servers: Iterable[object] | None,
+    ) -> None:
+        self._run, args = run, run.args
+        self.mcp: MCPTools | None = None
+        self.sessions: Sequence[MCPSession] = ()  # those lent to the rollouts in progress
+        self.lost: Tensor | None = None  # rollouts of all processes whose environment failed or hangs, bool, (N,)
+        tools = self._start_servers(mcp_servers, tools, environment_factory)
+        self.toolset = ToolSet(tools)
+        self.executor: ToolExecutor | None = None
+        # More than a group, so that no single prompt can stop the run
+        self._failures = EnvironmentFailures(max(8, (args.num_generations or 0) + 1))
+        if run.recording or environment_factory is not None:
+            # Not on TRL's event loop: a tool that blocks it or ends its thread would stop the reward functions, too
+            warm = self.toolset.own if run.recording else []
+            limits = args.max_concurrent_tools, args.tool_timeout, args.tool_retries
+            self.executor = ToolExecutor(*limits, warm=warm, environment_timeout=args.environment_timeout)
+            weakref.finalize(self, self.executor.shutdown)
+            environment_factory = on_own_thread(environment_factory, self.executor, self._failures, run.recording)
+        self.environment_factory = environment_factory
+        self.for_trl: list[Callable] = [
+            PromptTool(tool) if isinstance(tool, Tool) else tool for tool in tools or []
+        ]
+        if run.recording:
+            self.for_trl = list(self.toolset.prompt_tools())
+        self.any = bool(tools) or environment_factory is not None
+
+    # Construction
 
     def _start_servers(
         self, mcp_servers: Iterable[object] | None, tools: list[Callable | Tool] | None, environment_factory: object
@@ -79,13 +100,13 @@ class RolloutTools(GRPOTrainer):
             return tools
         self._refuse_own_servers(servers)
         taken = {tool.name for tool in ToolSet(tools).own} | _method_names(environment_factory)
-        self._mcp = MCPTools(servers, taken)
-        weakref.finalize(self, self._mcp.close)
-        return [*(tools or []), *self._mcp.tools]
+        self.mcp = MCPTools(servers, taken)
+        weakref.finalize(self, self.mcp.close)
+        return [*(tools or []), *self.mcp.tools]
 
     def _refuse_own_servers(self, servers: Iterable[MCPServer]) -> None:
         for server in servers:
-            if server.per_rollout and not self._recording:
+            if server.per_rollout and not self._run.recording:
                 raise ConfigError(
                     f"You passed the MCP server {server.name!r} with `per_rollout=True` and rollouts of TRL's own "
                     f"(`rollout_func`, `record_sample_logprobs=False` or a multimodal model), whose tools do not know "
@@ -93,36 +114,32 @@ class RolloutTools(GRPOTrainer):
                     remedy="Share the server, or leave the rollouts to this trainer.",
                 )
 
-    def _check_prompts(self, train_dataset: object, eval_dataset: object) -> None:
-        """Check that prompts show the tools and their own messages, name only tools that exist, and fit the model."""
-        self._refuse_own_servers(self._mcp.servers.values() if self._mcp is not None else ())
-        self._show_tools()
-        renderer = self._renderer = self._renderer_of([self._toolset.shown(tool) for tool in self._toolset.known])
-        if self._recording:
-            self._inert = InertPrompts(ControlTokens(self._tokenizer, self.eos_token_ids), renderer)
-        self._messages = PromptMessages(renderer.takes_arguments_as_text(), joins_text=not renderer.is_processor)
-        suspicious: dict[str, str] = {}
-        mode = self.args.tool_mention_check
-        for name, dataset in named_datasets(train_dataset, eval_dataset):
-            rows = prompt_rows(dataset)
-            if name == "train_dataset" and not self._toolset.decided_at_reset:
-                warn_of_hidden_tools(renderer, self._toolset.known, rows)
-            if not self._toolset.decided_at_reset:
-                suspicious = check_tool_names(name, dataset, rows, self._toolset.known, mode) | suspicious
-            if self.rollout_func is None:  # which renders prompts by itself
-                self._check_dataset_prompts(name, rows, renderer)
-        if self.accelerator.is_main_process:
-            warn_of_mentions(suspicious)
+    @property
+    def servers(self) -> dict[str, MCPServer]:
+        """The MCP servers of the run, by name."""
+        return self.mcp.servers if self.mcp is not None else {}
 
-    def _renderer_of(self, tools: Iterable[Tool]) -> PromptRenderer:
-        """Return what renders prompts with some tools."""
-        kwargs: Any = self.chat_template_kwargs
-        return PromptRenderer(self.processing_class, [tool.schema for tool in tools], self.chat_template, kwargs)
+    def read_environments(self) -> None:
+        """Add the methods of environments to the tools, and prepare for tools that are known only after a reset."""
+        run = self._run
+        had_tools = bool(run.tools)
+        first = {name: pool[0] for name, pool in run.environment_pool.items()}
+        run.tools_of_environments = self.toolset.add_environments(first)
+        run.tools = [PromptTool(tool) for tool in self.toolset.known]
+        if had_tools or not self.toolset.decided_at_reset:
+            return
+        run.tools = [PromptTool(_TOOL_OF_RESET)]
+        with without_comments(run.processing_class):
+            if getattr(run.tokenizer, "response_template", None) is None:
+                add_response_schema(run.processing_class)
+            if not is_chat_template_prefix_preserving(run.processing_class):
+                run.chat_template = get_training_chat_template(run.processing_class)
 
-    def _show_tools(self) -> None:
+    def show_in_prompts(self, renderer_of: Callable[[Iterable[Tool]], PromptRenderer]) -> None:
         """Check that the template shows each tool, and reword a schema that it cannot show as it is."""
-        found: dict[str, Tool] = {}
-        renderer = self._renderer_of(())
+        self._refuse_own_servers(self.servers.values())
+        run, found = self._run, dict[str, Tool]()
+        renderer = renderer_of(())
 
         def shown(tool: Tool) -> Tool:
             key = json.dumps(tool.schema)
@@ -131,65 +148,22 @@ class RolloutTools(GRPOTrainer):
             parameters = found[key].parameters
             return tool if parameters == tool.parameters else replace(tool, parameters=parameters)
 
-        self._toolset.shown = shown
-        rewritten = {tool.name: PromptTool(plain) for tool in self._toolset.known if (plain := shown(tool)) != tool}
-        self.tools = [rewritten.get(tool.__name__, tool) for tool in self.tools]
-        if self.environment_factories is not None:
-            for name, tools in self._env_tools.items():
-                self._env_tools[name] = [rewritten.get(tool.__name__, tool) for tool in tools]
+        self.toolset.shown = shown
+        rewritten = {tool.name: PromptTool(plain) for tool in self.toolset.known if (plain := shown(tool)) != tool}
+        run.tools = [rewritten.get(tool.__name__, tool) for tool in run.tools]
+        if run.environment_factories is not None:
+            for name, tools in run.tools_of_environments.items():
+                run.tools_of_environments[name] = [rewritten.get(tool.__name__, tool) for tool in tools]
 
-    def _check_dataset_prompts(self, name: str, rows: Sequence[Row], renderer: PromptRenderer) -> None:
-        tools = {tool.name: tool for tool in self._toolset.known}
-        prompts = [(number, row["prompt"]) for number, row in enumerate(rows) if "prompt" in row]
-        check_prompts(name, prompts, self._messages, renderer, tools)
-        args = self.args
-        positions = context_length(self.model.config)
-        if positions is not None and args.use_vllm and args.vllm_max_model_length is not None:
-            positions = min(positions, args.vllm_max_model_length)
-        if positions is not None and not renderer.is_processor:  # images take positions, too
-            rewritten = partial(self._messages.rewritten, tools=tools)
-            check_prompt_lengths(name, prompts, renderer, positions, args.max_completion_length or 1, rewritten)
-
-    def _tokenize_prompts(self, prompts: list) -> tuple:
+    def check_descriptions(self, chat: ToolChat) -> None:
         """
-        Tokenize prompts as TRL does, from messages that the chat template can read. What a tool or the `reset` of an
-        environment says does not become a control token, and what `reset` says does not repeat a secret.
-        """
-        known = {tool.name: tool for tool in self._toolset.known}
-        rewritten, inert = [], []
-        for row, prompt in enumerate(prompts):
-            if self.environments:
-                prompt = with_observation(self._row_prompt(row), prompt, self._redactor.text)
-            tools = known
-            if self.environments and self._toolset.decided_at_reset and _calls_tools(prompt):
-                tools = self._tools_of(self.environments[row], self._toolset.of_rollout)[0]
-            rewritten.append(self._messages.rewritten(prompt, tools))
-            inert.append(self._inert_prompt(row, tools, prompt))
-        prompt_ids, *rest = super()._tokenize_prompts(rewritten)
-        return [ids if own is None else own for own, ids in zip(inert, prompt_ids, strict=True)], *rest
+        Check that what servers say of their tools holds no control token: a prompt is not tool output, and renders it
+        as it is.
 
-    def _inert_prompt(self, row: int, tools: dict[str, Tool], prompt: str | list[Message]) -> list[int] | None:
-        """Return a prompt's tokens if tools or its `reset` say what TRL would take for control tokens, else `None`."""
-        if self._inert is None or not isinstance(prompt, list):
-            return None
-        schemas: Any = self.tools
-        if self.environment_factories is not None:
-            schemas = self._env_tools[self._batch_environments[row]]
-        marked = with_observation(self._row_prompt(row), prompt, self._inert.mark) if self.environments else prompt
-        return self._inert.encode(self._messages.rewritten(marked, tools), self._inert.schemas(schemas or ()))
-
-    def _row_prompt(self, row: int) -> str | list[Message] | None:
-        """Return the prompt of a row of the data set, before its environment was reset."""
-        return self._rows[row].get("prompt") if row < len(self._rows) else None
-
-    def _make_chat(self) -> ToolChat:
+        Raises:
+            ToolSchemaError: naming the tool and the tokens.
         """
-        Make what turns a conversation into tokens. A prompt is not tool output: what a server says about its tools
-        is rendered as it is, so it must be harmless.
-        """
-        kwargs: Any = self.chat_template_kwargs
-        chat = ToolChat(self._tokenizer, self.eos_token_ids, self.chat_template, kwargs)
-        for tool in self._mcp.tools if self._mcp is not None else ():
+        for tool in self.mcp.tools if self.mcp is not None else ():
             pieces = chat.pieces(json.dumps(tool.schema, ensure_ascii=False))
             found = {chat.tokenizer.convert_ids_to_tokens(piece) for piece in pieces if isinstance(piece, int)}
             if found:
@@ -199,106 +173,88 @@ class RolloutTools(GRPOTrainer):
                     remedy="Leave the tool out (`tools: [...]` of the server names those you want), or do not use the "
                     "server.",
                 )
-        return chat
+
+    def score_without_failed(self) -> None:
+        """Let reward functions score only rollouts whose environment has not failed."""
+        if self._run.environment_factories is not None:
+            self._run.reward_funcs = [
+                f if isinstance(f, nn.Module) else scoring_without_failed(f, self._failures)
+                for f in self._run.reward_funcs
+            ]
+
+    # A rollout batch
+
+    def of(self, environment: object, read: Callable[..., T]) -> T:
+        """Read the tools of a rollout; where its environment failed, only those passed to the trainer."""
+        if environment is not None and not self._failures.includes(environment):
+            with contextlib.suppress(EnvironmentTimeoutError):
+                return read(environment)
+        return read()
+
+    def requests(self, prompt_ids: list[list[int]]) -> list[RolloutRequest]:
+        """Return the rollouts to be made of some prompts, each with its tools, environment and MCP servers."""
+        environments = self._run.environments or [None] * len(prompt_ids)
+        requests = []
+        for ids, environment in zip(prompt_ids, environments, strict=True):
+            tools, owned = self.of(environment, self.toolset.of_rollout) if self._run.tools else ({}, frozenset())
+            failed = self._failures.includes(environment)
+            requests.append(RolloutRequest(ids, tools, None if failed else environment, owned, failed))
+        return self._lend_servers(requests)
 
     def _lend_servers(self, requests: list[RolloutRequest]) -> list[RolloutRequest]:
         """Return the rollouts with MCP servers of their own."""
-        if self._mcp is None:
+        if self.mcp is None:
             return requests
-        self._mcp.prepare(len(requests))
-        self._sessions = [self._mcp.session() for _ in requests]
+        self.mcp.prepare(len(requests))
+        self.sessions = [self.mcp.session() for _ in requests]
         lent = []
-        for request, session in zip(requests, self._sessions, strict=True):
-            tools, own = self._mcp.of_rollout(request.tools, session)
+        for request, session in zip(requests, self.sessions, strict=True):
+            tools, own = self.mcp.of_rollout(request.tools, session)
             if own:  # the calls of these servers and of the environment keep one order
                 owner = session if request.environment is None else request.environment
                 request = replace(request, tools=tools, environment=owner, owned=request.owned | own)
             lent.append(request)
         return lent
 
-    def _generate(self, prompts: list) -> tuple:
-        output = super()._generate(prompts)
-        if self._mcp is None:
-            return output
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        restarts = gather_object([self._mcp.restarts()])
-        for name in self._mcp.servers:
-            metrics[f"tools/mcp/{name.replace('/', '_')}/restarts"].append(float(sum(part[name] for part in restarts)))
-        if not self._sessions:
-            return output
-        *rest, extra_fields, images, tool_images = output
-        return (*rest, {**extra_fields, "mcp_sessions": list(self._sessions)}, images, tool_images)
+    def log_restarts(self) -> None:
+        """Log how often each MCP server was started anew. Every process must call this."""
+        if self.mcp is not None:
+            restarts = gather_object([self.mcp.restarts()])
+            for name in self.mcp.servers:
+                total = float(sum(part[name] for part in restarts))
+                self._run.metrics[f"tools/mcp/{name.replace('/', '_')}/restarts"].append(total)
 
-    def _generate_and_score_completions(self, inputs: list[Row]) -> Batch:
-        self._rows = inputs
-        try:
-            return super()._generate_and_score_completions(inputs)
-        finally:
-            self._rows = ()
-            self._drop_lost_environments()
-            if self._mcp is not None:  # servers are made ready for the next rollouts during the update
-                self._mcp.take_back(self._sessions)
-                self._sessions = ()
+    def without_failed(self, scores: Tensor) -> Tensor:
+        """Return rewards, shape (N, F), with none for a rollout whose environment failed, even if a model scores its
+        text. Every process must call this."""
+        environments = self._run.environments
+        if not environments:
+            return scores
+        found = [[self._failures.includes(environment), self._is_lost(environment)] for environment in environments]
+        gathered = self._run.accelerator.gather(torch.tensor(found, device=scores.device))
+        failed, self.lost = gathered.unbind(dim=1)
+        self._run.metrics["environments/failures"].append(float(failed.sum()))
+        return scores.masked_fill(failed[:, None], torch.nan)
 
-    def _score_without_failed(self) -> None:
-        """Let reward functions score only rollouts whose environment has not failed."""
-        if self.environment_factories is not None:
-            failures = self._environment_failures
-            self.reward_funcs = [
-                f if isinstance(f, nn.Module) else scoring_without_failed(f, failures)
-                for f in self.reward_funcs
-            ]
-
-    def _calculate_rewards(self, inputs: list[Row], *args: list) -> Tensor:
-        """Return TRL's rewards, with none for a rollout whose environment failed, even if a model scores its text."""
-        rewards = super()._calculate_rewards(inputs, *args)
-        if not self.environments:
-            return rewards
-        failures = self._environment_failures
-        found = [[failures.includes(environment), self._is_lost(environment)] for environment in self.environments]
-        failed, self._lost = self.accelerator.gather(torch.tensor(found, device=rewards.device)).unbind(dim=1)
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["environments/failures"].append(float(failed.sum()))
-        return rewards.masked_fill(failed[:, None], torch.nan)
-
-    def _tools_of(self, environment: object, read: Callable[..., T]) -> T:
-        """Read the tools of a rollout; where its environment failed, only those passed to the trainer."""
-        if environment is not None and not self._environment_failures.includes(environment):
-            with contextlib.suppress(EnvironmentTimeoutError):
-                return read(environment)
-        return read()
-
-    def _read_environments(self) -> None:
-        """Add the methods of environments to the tools, and prepare for tools that are known only after a reset."""
-        had_tools = bool(self.tools)
-        self._env_tools = self._toolset.add_environments({n: pool[0] for n, pool in self._environment_pool.items()})
-        self.tools = [PromptTool(tool) for tool in self._toolset.known]
-        if had_tools or not self._toolset.decided_at_reset:
-            return
-        self.tools = [PromptTool(_TOOL_OF_RESET)]
-        with without_comments(self.processing_class):
-            if getattr(self._tokenizer, "response_template", None) is None:
-                add_response_schema(self.processing_class)
-            if not is_chat_template_prefix_preserving(self.processing_class):
-                self.chat_template = get_training_chat_template(self.processing_class)
-
-    def _drop_lost_environments(self) -> None:
-        """Drop environments that failed or whose thread hangs, so that they are not handed out again."""
-        if self.environments:
-            for name, pool in self._environment_pool.items():
+    def take_back(self) -> None:
+        """End a rollout batch: drop environments that failed or whose thread hangs, so that they are not handed out
+        again, and have the servers made ready for the next rollouts during the update."""
+        if self._run.environments:
+            pools = self._run.environment_pool
+            for name, pool in pools.items():
                 lost = [environment for environment in pool if self._is_lost(environment)]
-                self._environment_pool[name] = [e for e in pool if not any(e is other for other in lost)]
-                for environment in lost if self._executor is not None else ():
-                    self._executor.release(environment)
-            self._environment_failures.of_batch.clear()
+                pools[name] = [e for e in pool if not any(e is other for other in lost)]
+                if self.executor is not None:
+                    for environment in lost:
+                        self.executor.release(environment)
+            self._failures.of_batch.clear()
+        if self.mcp is not None:
+            self.mcp.take_back(self.sessions)
+            self.sessions = ()
 
     def _is_lost(self, environment: object) -> bool:
-        hangs = self._executor is not None and self._executor.is_abandoned(environment)
-        return hangs or self._environment_failures.includes(environment)
-
-
-def _calls_tools(prompt: str | list[Message]) -> bool:
-    return isinstance(prompt, list) and any(message.get("tool_calls") for message in prompt)
+        hangs = self.executor is not None and self.executor.is_abandoned(environment)
+        return hangs or self._failures.includes(environment)
 
 
 def _method_names(environment_factory: object) -> set[str]:

@@ -9,16 +9,11 @@ import shutil
 import uuid
 import weakref
 from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, patch_environment
 from peft import PeftConfig, PeftModel
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.trainer_utils import TrainOutput
-from trl import GRPOTrainer
 
 from ..config.checks import refuse_unrecorded
 from ..config.fields import ToolGRPOConfig
@@ -29,7 +24,7 @@ from ..sampling.vllm.client import ServedEngine, model_shape
 from ..sampling.vllm.engine import VLLMEngine, check_installed, engine_options
 from ..sampling.vllm.policy_weights import PolicyFile, adapter_problem, claim_folder, policy_folder, write_policy
 from ..sampling.vllm.sampler import EngineStart, TokenEngine, VLLMSampler
-from .engine import RolloutEngine
+from ..trl_hooks import Run
 
 
 def without_trls_vllm(args: ToolGRPOConfig, recording: bool) -> AbstractContextManager[None]:
@@ -48,23 +43,22 @@ def refuse_multimodal(args: ToolGRPOConfig) -> None:
     refuse_unrecorded(args, "a multimodal model")
 
 
-class VLLMRollouts(GRPOTrainer):
-    """Part of [`ToolGRPOTrainer`]; see `rollout_backend` of [`ToolGRPOConfig`] and TRL's `vllm_*` options."""
+class VLLMRollouts:
+    """
+    The vLLM engine of a run, and the policy it is sent; see `rollout_backend` of [`ToolGRPOConfig`] and TRL's `vllm_*`
+    options.
 
-    args: ToolGRPOConfig
-    model: PreTrainedModel
-    _engine: RolloutEngine
-    _policy_file: PolicyFile | None = None  # the policy that the engine has
-    _policies: Path  # where versions of the policy are written, one at a time
-    _run_key: str
-    _sent = 0
-    _sent_at: int | None = None  # optimizer step at which it was sent; `None` if the policy has changed otherwise
+    Args:
+        run ([`Run`]):
+            The run, its model made.
 
-    def _prepare_vllm(self) -> None:
-        """Start the engine, or connect to it."""
-        if self.args.rollout_backend != "vllm" or self.args.replay is not None:  # a replayed run samples nothing
-            return
-        policy = self.accelerator.unwrap_model(self.model)
+    Raises:
+        ConfigError: for an adapter, a model or a configuration that vLLM cannot sample with.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        policy = run.bare_model
         config = policy.active_peft_config if isinstance(policy, PeftModel) else None
         problem = adapter_problem(config) if config is not None else None
         if problem is not None:
@@ -72,27 +66,29 @@ class VLLMRollouts(GRPOTrainer):
                 f"vLLM cannot sample with the adapter of this run as it is: {problem}.",
                 remedy="Use a `LoraConfig` without it, or `rollout_backend='transformers'`.",
             )
-        start = self._served() if self.args.vllm_mode == "server" else self._in_process(policy, config)
-        sampler = VLLMSampler(start, self.eos_token_ids, self.args.temperature)
-        self._engine.vllm = sampler
-        weakref.finalize(self, sampler.close)
+        start = self._served() if run.args.vllm_mode == "server" else self._in_process(policy, config)
+        self.sampler = VLLMSampler(start, run.eos_token_ids, run.args.temperature)
+        weakref.finalize(self, self.sampler.close)
         # All processes of a machine read what one of them writes
-        self._run_key = broadcast_object_list([uuid.uuid4().hex])[0]
-        self._policies = policy_folder(self._run_key)
-        if self.accelerator.is_local_main_process:
-            weakref.finalize(self, claim_folder(self._run_key)[1])
+        self._key = broadcast_object_list([uuid.uuid4().hex])[0]
+        self.folder = policy_folder(self._key)  # where versions of the policy are written, one at a time
+        if run.accelerator.is_local_main_process:
+            weakref.finalize(self, claim_folder(self._key)[1])
+        self.policy_file: PolicyFile | None = None  # the policy that the engine has
+        self._sent = 0
+        self.sent_at: int | None = None  # optimizer step at which; `None` if the policy has changed otherwise
 
     def _served(self) -> EngineStart:
         """Return what connects to the engine of a server."""
-        args = self.args
+        args, model = self._run.args, self._run.model
         url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-        base, shape = _model_name(self.model), model_shape(self.model.config)
+        base, shape = _model_name(model), model_shape(model.config)
         return lambda: ServedEngine.start(url, args.vllm_server_timeout, base, shape)
 
     def _in_process(self, policy: PreTrainedModel, adapter: PeftConfig | None) -> EngineStart:
         """Return what starts an engine in this process."""
         check_installed()
-        args = self.args
+        args = self._run.args
         if args.vllm_tensor_parallel_size > 1:
             raise ConfigError(
                 f"You passed `vllm_tensor_parallel_size={args.vllm_tensor_parallel_size}` with "
@@ -116,9 +112,9 @@ class VLLMRollouts(GRPOTrainer):
             model_impl=args.vllm_model_impl,
             enable_sleep_mode=args.vllm_enable_sleep_mode or None,
             trust_remote_code=args.trust_remote_code or None,
-            seed=args.seed + self.accelerator.process_index,
+            seed=args.seed + self._run.accelerator.process_index,
         )
-        device = self.accelerator.device
+        device = self._run.accelerator.device
 
         async def start() -> TokenEngine:
             with patch_environment(**_visible_devices(device)):
@@ -126,43 +122,32 @@ class VLLMRollouts(GRPOTrainer):
 
         return start
 
-    def _send_policy(self, policy: PreTrainedModel) -> None:
+    def send(self, policy: PreTrainedModel) -> None:
         """Send the policy, unless the engine has that of this optimizer step; every process has to call this."""
-        sampler, version = self._engine.vllm, self.state.global_step
-        if sampler is None or self._sent_at == version:
+        run, version = self._run, self._run.state.global_step
+        if self.sent_at == version:
             return
-        before, self._sent = self._policy_file, self._sent + 1
-        folder = self._policies / str(self._sent)
-        file = PolicyFile(f"{self._run_key}-{self._sent}", version, folder, isinstance(policy, PeftModel))
-        if self.accelerator.is_local_main_process:
+        before, self._sent = self.policy_file, self._sent + 1
+        folder = self.folder / str(self._sent)
+        file = PolicyFile(f"{self._key}-{self._sent}", version, folder, isinstance(policy, PeftModel))
+        if run.accelerator.is_local_main_process:
             folder.mkdir(parents=True)
             write_policy(policy, folder)
-        self.accelerator.wait_for_everyone()
-        sends = self.args.vllm_mode != "server" or self.accelerator.is_main_process
+        run.accelerator.wait_for_everyone()
+        sends = run.args.vllm_mode != "server" or run.accelerator.is_main_process
         if sends:
-            sampler.load(file)
-        self.accelerator.wait_for_everyone()
+            self.sampler.load(file)
+        run.accelerator.wait_for_everyone()
         if not sends:  # the server has it by now
-            sampler.load(file)
-        self._policy_file, self._sent_at = file, version
-        self.accelerator.wait_for_everyone()
-        if before is not None and self.accelerator.is_local_main_process:
+            self.sampler.load(file)
+        self.policy_file, self.sent_at = file, version
+        run.accelerator.wait_for_everyone()
+        if before is not None and run.accelerator.is_local_main_process:
             shutil.rmtree(before.folder, ignore_errors=True)
 
-    # The policy changes without an optimizer step
-
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train; the engine is sent the policy again, since steps are counted from 0 again."""
-        self._sent_at = None
-        return super().train(*args, **kwargs)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._sent_at = None
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._sent_at = None
+    def policy_was_replaced(self) -> None:
+        """Have the policy sent again, since it has changed without an optimizer step."""
+        self.sent_at = None
 
 
 def _model_name(model: PreTrainedModel) -> str:

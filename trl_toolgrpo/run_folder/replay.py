@@ -6,67 +6,66 @@ same configuration gives the same weights to the bit.
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ..config.batch_position import batch_is_due, batch_number
 from ..errors import ConfigError, RolloutLogError
+from ..trl_hooks import Run
 from ..types import Batch
 from .rollout_log import batch_files, check_rollouts, details, log_files, read_table, rows_of, step_of, tensors_of
 from .writer import RunLog
 
 
-class Replay(RunLog):
-    """Part of [`ToolGRPOTrainer`]; see `replay` of [`ToolGRPOConfig`]."""
+class Replay:
+    """
+    The rollout batches of another run; see `replay` of [`ToolGRPOConfig`].
 
-    _buffered_inputs: Any
-    _sampled_at: int
-    _unevaluated: bool
-    _sync_pending: bool
-    _unmoved: bool
-    _numbered: dict[int, Path] | None = None  # files of the log by the number of their rollout batch
+    Args:
+        run ([`Run`]):
+            The run that trains on them.
+        log ([`RunLog`]):
+            Its own log, which knows how files of batches are named.
 
-    def _prepare_run_log(self) -> None:
-        super()._prepare_run_log()
-        if self.args.replay is None:
-            return
-        files = log_files(self.args.replay)
-        if Path(str(self.args.output_dir)).resolve() in (files[0].parent.resolve(), files[0].parent.parent.resolve()):
+    Raises:
+        ConfigError: if the log is the one that this run is about to clear.
+        RolloutLogError: if there is none.
+    """
+
+    def __init__(self, run: Run, log: RunLog) -> None:
+        self._run, self._log, args = run, log, run.args
+        self._folder = str(args.replay)
+        self._numbered: dict[int, Path] | None = None  # files of the log by the number of their rollout batch
+        files = log_files(self._folder)
+        if Path(str(args.output_dir)).resolve() in (files[0].parent.resolve(), files[0].parent.parent.resolve()):
             raise ConfigError(
-                f"You passed `replay={str(self.args.replay)!r}`, which is `output_dir` itself: a new run clears what "
+                f"You passed `replay={self._folder!r}`, which is `output_dir` itself: a new run clears what "
                 f"an earlier one has left there.",
                 remedy="Pass another `output_dir`.",
             )
 
-    @property
-    def _logs_rollouts(self) -> bool:
-        return self.args.replay is None and super()._logs_rollouts
+    def next_batch(self) -> list[Batch]:
+        """
+        Return the micro-batches of the rollout batch that the logged run trained on here, and set the state of the
+        random number generators. Every process must call this.
 
-    def _prepare_inputs(self, generation_batch: Batch) -> Batch:
-        if self.args.replay is None or not self.model.training or not batch_is_due(self):
-            return super()._prepare_inputs(generation_batch)
-        batches = self._buffered_inputs = self._replayed_batches()
-        return batches[self._step % len(batches)]
-
-    def _replayed_batches(self) -> list[Batch]:
-        """Return the micro-batches of the rollout batch that the logged run trained on here."""
-        if self._sync_pending:
-            self.sync_reference()  # type: ignore[attr-defined]
+        Raises:
+            RolloutLogError: if the log does not have it, or it is from a run of another shape.
+            TrajectoryError: for a broken record, unless `strict_trajectories=False`.
+        """
+        args, accelerator = self._run.args, self._run.accelerator
         path = self._file_of_batch()
         table = read_table(path)
-        table, invalid = check_rollouts(table, path, self.args.strict_trajectories)
+        table, invalid = check_rollouts(table, path, args.strict_trajectories)
         self._check_fits(table, path)
         self._log_again(table)
-        self._sampled_at, self._unevaluated, self._unmoved = self.state.global_step, False, False
         place = torch.tensor(table["place"].to_pylist())
         tensors = tensors_of(table, path)
-        if not self.args.strict_trajectories:
+        if not args.strict_trajectories:
             self._mask_invalid(tensors, torch.tensor(invalid))
-        batches, to = [], self.accelerator.device
-        for rows in place.argsort().chunk(self.args.steps_per_generation or 1):
+        batches, to = [], accelerator.device
+        for rows in place.argsort().chunk(args.steps_per_generation or 1):
             batch = {name: (tensor if tensor.ndim == 0 else tensor[rows]).to(to) for name, tensor in tensors.items()}
             batches.append({**batch, "rollout": rows.to(to)})
         for device, state in details(table)["random"].items():
@@ -74,19 +73,19 @@ class Replay(RunLog):
             if device == "cpu":
                 torch.set_rng_state(found)
             elif torch.cuda.is_available():
-                torch.cuda.set_rng_state(found, self.accelerator.device)
+                torch.cuda.set_rng_state(found, accelerator.device)
         return batches
 
     def _mask_invalid(self, tensors: dict[str, Tensor], invalid: Tensor) -> None:
         """Take rollouts, bool, shape (N,), out of the update, and count them. Every process must call this."""
 
         def total(values: Tensor) -> Tensor:
-            return self.accelerator.gather(values.sum().to(self.accelerator.device)).sum().cpu()
+            return self._run.gather_sum(values.to(self._run.accelerator.device)).cpu()
 
         count = total(invalid)
         if count == 0:
             return
-        metrics = self._metrics["train"]["rollout/invalid"]
+        metrics = self._run.training_metrics["rollout/invalid"]
         metrics.append(float(count) + (metrics.pop() if metrics else 0.0))
         for name in ("completion_mask", "tool_mask", "assist_mask"):
             if name in tensors:
@@ -99,18 +98,18 @@ class Replay(RunLog):
 
     def _file_of_batch(self) -> Path:
         """Return the file of the rollout batch that begins now, by its number."""
-        files = log_files(str(self.args.replay))
-        path = files[0].with_name(self._name_of_batch())
+        files = log_files(self._folder)
+        path = files[0].with_name(self._log.name_of_batch())
         if self._numbered is None:
-            self._numbered = batch_files(path.parent, self.accelerator.process_index)
-        if (found := self._numbered.get(batch_number(self))) is not None:
+            self._numbered = batch_files(path.parent, self._run.accelerator.process_index)
+        if (found := self._numbered.get(self._run.batch_number)) is not None:
             return found
         if path in files and path not in self._numbered.values():
             return path  # which cannot be read, and reading it says why
         steps = [step_of(file) for file in files]
         raise RolloutLogError(
-            f"The rollout log in {path.parent} has no {path.name}, the batch of step {self.state.global_step}; it "
-            f"holds the steps {steps[0]} to {steps[-1]}.",
+            f"The rollout log in {path.parent} has no {path.name}, the batch of step {self._run.state.global_step}; "
+            f"it holds the steps {steps[0]} to {steps[-1]}.",
             remedy="A log loses its oldest batches beyond `rollout_log_limit`; else set `max_steps`, "
             "`steps_per_generation`, `num_iterations` and the number of processes as in the run that wrote it "
             f"({path.parent.parent / 'run.json'}).",
@@ -118,13 +117,13 @@ class Replay(RunLog):
 
     def _check_fits(self, table: pa.Table, path: Path) -> None:
         """Raise where the batch is not from a run like this one."""
-        found, micro_batches = details(table, path), self.args.steps_per_generation or 1
-        vocabulary = self.accelerator.unwrap_model(self.model).config.get_text_config().vocab_size
+        found, micro_batches = details(table, path), self._run.args.steps_per_generation or 1
+        vocabulary = self._run.bare_model.config.get_text_config().vocab_size
         largest = max((max(ids.as_py(), default=0) for ids in table["completion_ids"]), default=0)
         pairs = {
-            "processes": (found["processes"], self.accelerator.num_processes),
+            "processes": (found["processes"], self._run.accelerator.num_processes),
             "micro-batches": (found["micro_batches"], micro_batches),
-            "rollouts": (table.num_rows, self.args.per_device_train_batch_size * micro_batches),
+            "rollouts": (table.num_rows, self._run.args.per_device_train_batch_size * micro_batches),
         }
         wrong = [f"{name}: {theirs} there, {ours} here" for name, (theirs, ours) in pairs.items() if theirs != ours]
         if largest >= vocabulary:
@@ -138,20 +137,20 @@ class Replay(RunLog):
 
     def _log_again(self, table: pa.Table) -> None:
         """Log the metrics and conversations of the batch as its run did."""
-        metrics = self._metrics["train"]
+        metrics = self._run.training_metrics
         for name, values in details(table)["metrics"].items():
             if name == "num_tokens":
                 metrics[name] = values
-                self.state.num_input_tokens_seen = int(values[-1])
+                self._run.state.num_input_tokens_seen = int(values[-1])
             else:
                 metrics[name].extend(values)
-        if not self.log_completions:
+        if not self._run.log_completions:
             return
-        logs = self._logs
+        logs = self._run.completions_table
         for row in rows_of(table):
             logs["prompt"].append(row["prompt"])
             logs["completion"].append(row["messages"])
             logs["advantages"].append(sum(row["advantages"]) / max(len(row["advantages"]), 1))
-            for name in self.reward_func_names:
+            for name in self._run.reward_func_names:
                 reward = row["rewards"].get(name)
                 logs["rewards"][name].append(math.nan if reward is None else reward)

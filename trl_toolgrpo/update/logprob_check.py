@@ -4,11 +4,15 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..errors import LogprobMismatchError
-from ..models.rounding import Accepted
+from ..models.rounding import Accepted, Exact
+from ..rollout.engine import RolloutBatch
 from ..rollout.trajectory import Trajectory, locate
+from ..trl_hooks import Run
+from .scoring import Scoring, Tokens
 
 
 def check_logprobs(
@@ -79,3 +83,49 @@ def _mismatch(recomputed: Tensor, trajectories: Sequence[Trajectory], accepted: 
         f"{place} (id {trajectory.completion_ids[place]}): recorded {trajectory.logprobs[place]:.6f}, recomputed "
         f"{float(recomputed[row, place]):.6f}. Every ratio would be wrong by as much."
     )
+
+
+class LogprobCheck:
+    """
+    Compares the log-probs of rollout batches with the trainer's own; see `logprob_check` of [`ToolGRPOConfig`].
+
+    Args:
+        run ([`Run`]):
+            The run.
+        scoring ([`Scoring`]):
+            Scores its batches, and knows what rounding does.
+    """
+
+    def __init__(self, run: Run, scoring: Scoring) -> None:
+        self._run, self._scoring = run, scoring
+        self._done = run.args.logprob_check == "off"
+
+    def on_rollouts(self, tokens: Tokens, batch: RolloutBatch) -> None:
+        """
+        Check a batch, or only the first one of a run.
+
+        Args:
+            tokens (`tuple[Tensor, Tensor, int]`):
+                All tokens of the batch.
+            batch ([`RolloutBatch`]):
+                What was recorded.
+
+        Raises:
+            LogprobMismatchError: as [`check_logprobs`].
+        """
+        if self._done:
+            return
+        args, scoring, model = self._run.args, self._scoring, self._run.model
+        self._done = args.logprob_check == "first"
+        logps = scoring.score_policy(tokens).logps
+        known, tolerance = scoring.rounding, args.logprob_check_tolerance
+        scoring.rounding = known or scoring.measure_rounding(model, tokens)
+        accepted = scoring.rounding if tolerance is None else Exact(tolerance)
+        try:
+            check_logprobs(logps, batch.trajectories, accepted, args.rollout_backend, gather_object)
+        except LogprobMismatchError:
+            if known is None or tolerance is not None or isinstance(known, Exact):
+                raise
+            # The policy has moved since its rounding was measured; what this batch shows decides
+            scoring.rounding = scoring.measure_rounding(model, tokens)
+            check_logprobs(logps, batch.trajectories, scoring.rounding, args.rollout_backend, gather_object)

@@ -3,15 +3,17 @@
 TRL shuffles the rows of a batch before it splits them, which spreads a group over all micro-batches and leaves them
 little to share. Here each optimizer step keeps the rows that TRL gave it, and they are split anew into its
 micro-batches. A loss that is a sum over rows stays the same. Where TRL averages per micro-batch, its split is kept.
+Deterministic rollouts have a split that is the same whatever the number of processes.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from trl import GRPOTrainer
 
-from ..config.fields import ToolGRPOConfig
+from ..rollout.batch_noise import BatchNoise
+from ..sampling.noise import RolloutNoise
+from ..trl_hooks import Run
 from ..types import Batch
 
 
@@ -62,27 +64,64 @@ def regrouped(batches: Sequence[Batch], parts: Sequence[Tensor]) -> list[Batch]:
     return [{name: pick(name, rows) for name in batches[0]} for rows in parts]
 
 
-class GroupedUpdates(GRPOTrainer):
-    """Part of [`ToolGRPOTrainer`]; see `shared_prompt_updates` of [`ToolGRPOConfig`]."""
+def interleaved(count: int, parts: int, noise: RolloutNoise) -> list[list[int]]:
+    """
+    Split rows into micro-batches that each take one of every `parts` neighbours.
 
-    args: ToolGRPOConfig
-    _recording = False
-    _buffered_inputs: list[Batch] | None  # type: ignore[assignment]
+    The rows of several processes together are then split as those of one process would be.
 
-    def _prepare_inputs(self, generation_batch: Batch) -> Batch:
-        """Return TRL's micro-batch, of a rollout batch that may have been split anew."""
-        before = self._buffered_inputs
-        inputs = super()._prepare_inputs(generation_batch)
-        batches = self._buffered_inputs
-        parts = None if batches is None or batches is before else self._new_split(batches)
-        if batches is None or parts is None:
-            return inputs
-        self._buffered_inputs = found = regrouped(batches, parts)
-        return found[self._step % len(found)]
+    Args:
+        count (`int`):
+            Rows of this process, a multiple of `parts`.
+        parts (`int`):
+            Number of micro-batches.
+        noise ([`RolloutNoise`]):
+            Decides which micro-batch takes which row.
 
-    def _new_split(self, batches: Sequence[Batch]) -> list[Tensor] | None:
-        """Return the rows of each micro-batch of a new rollout batch, int64; `None` keeps TRL's split."""
-        if not self._may_be_split_anew():
+    Returns:
+        `list[list[int]]`: rows of each micro-batch, in order.
+    """
+    chosen: list[list[int]] = [[] for _ in range(parts)]
+    for start in range(0, count, parts):
+        places = noise.other("division", start).sample(range(parts), parts)
+        for part, place in zip(chosen, places, strict=True):
+            part.append(start + place)
+    return chosen
+
+
+class MicroBatchSplit:
+    """
+    How the rollout batches of a run are split into micro-batches; see `shared_prompt_updates` and
+    `deterministic_rollouts` of [`ToolGRPOConfig`].
+
+    Args:
+        run ([`Run`]):
+            The run.
+        noise ([`BatchNoise`]):
+            That of its rollouts.
+    """
+
+    def __init__(self, run: Run, noise: BatchNoise) -> None:
+        self._run, self._noise = run, noise
+
+    def split_anew(self, batches: Sequence[Batch]) -> list[Batch] | None:
+        """
+        Return the micro-batches of a new rollout batch; `None` keeps TRL's.
+
+        Args:
+            batches (`Sequence[Batch]`):
+                Micro-batches as TRL splits them.
+        """
+        parts = self._rows_of_parts(batches)
+        return None if parts is None else regrouped(batches, parts)
+
+    def _rows_of_parts(self, batches: Sequence[Batch]) -> list[Tensor] | None:
+        """Return the rows of each micro-batch, int64."""
+        if self._run.args.deterministic_rollouts and "rollout" in batches[0]:
+            order = torch.cat([batch["rollout"] for batch in batches]).argsort()
+            noise = self._noise.of_next(len(order))
+            return None if noise is None else [order[part] for part in interleaved(len(order), len(batches), noise)]
+        if not self._may_group():
             return None
         prompts = [torch.cat([batch[name] for batch in batches]) for name in ("prompt_ids", "prompt_mask")]
         # With the mask, since a padding token can also be one of the prompt's tokens
@@ -90,13 +129,13 @@ class GroupedUpdates(GRPOTrainer):
         lengths = torch.cat([batch["completion_mask"].sum(dim=1) for batch in batches])
         rows = torch.arange(len(groups), device=groups.device)
         parts: list[Tensor] = []
-        steps = max(1, len(batches) // self.args.gradient_accumulation_steps)
+        steps = max(1, len(batches) // self._run.args.gradient_accumulation_steps)
         for own in rows.chunk(steps):  # the rows that TRL gave an optimizer step
             whole = whole_groups(groups[own].tolist(), lengths[own].tolist(), len(batches) // steps)
             parts += [own[part] for part in whole]
         return parts
 
-    def _may_be_split_anew(self) -> bool:
+    def _may_group(self) -> bool:
         """
         Return whether the rows of an optimizer step may be split into other micro-batches than TRL's.
 
@@ -105,11 +144,11 @@ class GroupedUpdates(GRPOTrainer):
         router loss of a mixture of experts. Deterministic rollouts have a split of their own. If a rollout batch ends
         in the middle of an optimizer step, there are no rows of a step to split.
         """
-        args = self.args
-        if not self._recording or not args.shared_prompt_updates or args.deterministic_rollouts:
+        run, args = self._run, self._run.args
+        if not run.recording or not args.shared_prompt_updates or args.deterministic_rollouts:
             return False
-        per_micro_batch = args.loss_type == "bnpo" or self.top_entropy_quantile < 1.0
-        if per_micro_batch or self._entropy_bonus_enabled or self.aux_loss_enabled:
+        per_micro_batch = args.loss_type == "bnpo" or run.top_entropy_quantile < 1.0
+        if per_micro_batch or run.has_entropy_bonus or run.aux_loss_enabled:
             return False
         batch, step = args.steps_per_generation or 1, args.gradient_accumulation_steps
         return batch > 1 and step > 1 and (batch % step == 0 or step % batch == 0)

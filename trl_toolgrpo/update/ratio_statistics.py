@@ -1,7 +1,7 @@
 """Statistics of the ratio between the policy now and when it sampled, over the micro-batches of a log line."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -22,13 +22,13 @@ class RatioStatistics:
         """Forget everything."""
         self._state = {}
 
-    def state(self) -> dict[str, Tensor]:
-        """Return what was added since the last reset, for [`RatioStatistics.load`]."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what was added since the last reset, for a checkpoint."""
         return self._state
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a state."""
-        self._state = state
+        self._state = dict(state)
 
     def add(self, logps: Tensor, recorded: Tensor, mask: Tensor, fresh: bool) -> None:
         """

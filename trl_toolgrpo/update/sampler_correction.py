@@ -6,17 +6,14 @@ detached value corrects for both.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from trl import GRPOTrainer
+from torch import Tensor
 
 from ..config.fields import ToolGRPOConfig
+from ..trl_hooks import Run
 from ..types import Batch
 from .losses import BoundedRatio, bounded_ratio
-from .scoring import Scores
 
 
 @dataclass(frozen=True)
@@ -77,32 +74,21 @@ def correction_line(args: ToolGRPOConfig) -> str | None:
     return f"sampler correction: sampler_correction={args.sampler_correction}, {whose}{instead}"
 
 
-class SamplerCorrection(GRPOTrainer):
-    """Part of [`ToolGRPOTrainer`]; see `sampler_correction` of [`ToolGRPOConfig`] and TRL's
-    `vllm_importance_sampling_*`."""
+class SamplerCorrection:
+    """
+    Bounds the ratios of a run; see `sampler_correction` of [`ToolGRPOConfig`] and TRL's `vllm_importance_sampling_*`.
 
-    args: ToolGRPOConfig
-    model: PreTrainedModel
-    _recording: bool
-    _sampled_at: int
-    _corrected: Batch | None = None  # what TRL's loss, in progress, reads after the scoring pass
+    Args:
+        run ([`Run`]):
+            The run.
+        correction ([`Correction`]):
+            What happens to ratios out of bounds.
+    """
 
-    def _compute_loss(self, model: nn.Module, inputs: Batch) -> Tensor:
-        if not self._recording or correction_of(self.args) is None or "old_per_token_logps" not in inputs:
-            return super()._compute_loss(model, inputs)
-        self._corrected, kept = dict(inputs), self.use_vllm
-        try:
-            return super()._compute_loss(model, self._corrected)
-        finally:
-            self._corrected, self.use_vllm = None, kept
+    def __init__(self, run: Run, correction: Correction) -> None:
+        self._run, self._correction = run, correction
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Scores:
-        output = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self._corrected is not None:
-            self._correct(self._corrected, output[0])
-        return output
-
-    def _correct(self, inputs: Batch, logps: Tensor) -> None:
+    def correct(self, inputs: Batch, logps: Tensor, moved: bool) -> None:
         """
         Bound the ratio of a micro-batch by its value at the policy's present log-probs.
 
@@ -113,19 +99,18 @@ class SamplerCorrection(GRPOTrainer):
                 The micro-batch, which is changed.
             logps (`Tensor`):
                 Log-probs of its completion tokens, nats, shape (B, T).
+            moved (`bool`):
+                Whether the policy has moved since the tokens were sampled.
         """
-        correction = correction_of(self.args)
-        if correction is None:
-            return
+        correction = self._correction
         old, mask = inputs["old_per_token_logps"], inputs["completion_mask"] * inputs.get("tool_mask", 1)
         present = logps.detach()
         found = bounded_ratio(present - old, mask, correction.mode, correction.low, correction.high)
-        moved = self.model.training and self.state.global_step != self._sampled_at
         if correction.of_trl and not moved:
             # As in TRL: its old log-probs, recomputed, are the present ones, so that nothing is clipped, and its loss
             # is multiplied by the weight
             inputs["old_per_token_logps"], inputs["importance_sampling_ratio"] = present, found.weight
-            self.use_vllm = True  # for TRL's loss alone
+            self._run.use_vllm = True  # for TRL's loss alone
             self._log_weights(present - old, found, mask)
         elif correction.mode.endswith("truncate"):
             inputs["old_per_token_logps"] = torch.where(found.within, old, present - found.log_ratio)
@@ -134,8 +119,8 @@ class SamplerCorrection(GRPOTrainer):
             inputs["advantages"] = (advantages if advantages.dim() == 2 else advantages[:, None]) * found.within
             inputs["old_per_token_logps"] = torch.where(found.within, old, logps)
         counts = torch.stack([(~found.within * mask).sum(), mask.sum()]).float()
-        met, tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
-        self._metrics["train" if self.model.training else "eval"]["sampling/corrected"].append(met / max(tokens, 1))
+        met, tokens = self._run.accelerator.reduce(counts, reduction="sum").tolist()
+        self._run.metrics["sampling/corrected"].append(met / max(tokens, 1))
 
     def _log_weights(self, log_ratio: Tensor, found: BoundedRatio, mask: Tensor) -> None:
         """Log TRL's figures on its correction, under TRL's names, for a micro-batch over all processes."""
@@ -143,7 +128,7 @@ class SamplerCorrection(GRPOTrainer):
         gaps, none = log_ratio[mask.bool()].abs(), log_ratio.new_zeros(1)
         weights, gaps = (values if values.numel() else none for values in (weights, gaps))
         figures = torch.stack([weights.min(), weights.mean(), weights.max(), gaps.mean(), gaps.max()])
-        lowest, mean, highest, mean_gap, largest_gap = self.accelerator.gather(figures[None]).unbind(dim=1)
+        lowest, mean, highest, mean_gap, largest_gap = self._run.accelerator.gather(figures[None]).unbind(dim=1)
         for name, value in {
             "sampling/importance_sampling_ratio/min": lowest.min(),
             "sampling/importance_sampling_ratio/mean": mean.mean(),
@@ -151,4 +136,4 @@ class SamplerCorrection(GRPOTrainer):
             "sampling/sampling_logp_difference/mean": mean_gap.mean(),
             "sampling/sampling_logp_difference/max": largest_gap.max(),
         }.items():
-            self._metrics["train" if self.model.training else "eval"][name].append(value.item())
+            self._run.metrics[name].append(value.item())

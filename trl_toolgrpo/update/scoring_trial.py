@@ -1,7 +1,5 @@
 """A trial of TRL's scoring pass at construction, so that a model it cannot score is refused by name."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -11,16 +9,13 @@ from ..models.lm_head import base_model
 from ..models.rounding import compute_dtype
 from ..sampling.choice import differs, trial_rows
 from ..sampling.protocol import scoring_mode
-
-
-if TYPE_CHECKING:
-    from .scoring import SharedPromptScoring
+from ..trl_hooks import Run
 
 
 _FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
-def check_scoring(trainer: "SharedPromptScoring") -> None:
+def check_scoring(run: Run) -> None:
     """
     Check that TRL's scoring pass runs for a policy and gives the log-probs of the model's own logits.
 
@@ -28,13 +23,13 @@ def check_scoring(trainer: "SharedPromptScoring") -> None:
     check is skipped if parameters are sharded, or will be by ZeRO-3, whose patched head gathers them already.
 
     Args:
-        trainer ([`ToolGRPOTrainer`]):
-            The trainer, with its policy patched.
+        run ([`Run`]):
+            The run, its policy patched.
 
     Raises:
         ConfigError: if the pass fails or gives other log-probs; naming the family.
     """
-    model = trainer.model
+    model = run.model
     bare = base_model(model)
     name, config = type(bare).__name__, bare.config.get_text_config()
     device = next(model.parameters()).device
@@ -44,7 +39,7 @@ def check_scoring(trainer: "SharedPromptScoring") -> None:
             "pass for it.",
             remedy="Load the model with `attn_implementation='sdpa'`, or train on a GPU.",
         )
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    plugin = getattr(run.accelerator.state, "deepspeed_plugin", None)
     if plugin is not None and plugin.zero_stage == 3:
         return
     if any(p.is_meta or hasattr(p, "ds_id") or isinstance(p, DTensor) for p in model.parameters()):
@@ -56,7 +51,7 @@ def check_scoring(trainer: "SharedPromptScoring") -> None:
         labels = ids.clone()
         return model(input_ids=ids, attention_mask=everything, labels=labels, fused_lm_head=True, **options).log_probs
 
-    with scoring_mode(model), trainer.accelerator.autocast():
+    with scoring_mode(model), run.accelerator.autocast():
         try:
             found = score()
             logits = model(input_ids=ids, attention_mask=everything, use_cache=False).logits[:, :-1]
@@ -66,20 +61,20 @@ def check_scoring(trainer: "SharedPromptScoring") -> None:
                 f"`{bare.base_model_prefix}` for hidden states, and the output layer for all that comes after them.",
                 remedy="Train a model of another family, or use a version of TRL that knows this one.",
             ) from error
-        if trainer.aux_loss_enabled:
+        if run.aux_loss_enabled:
             try:
                 score(output_router_logits=True)
             except _FAILURES as error:
                 raise ConfigError(
                     f"TRL's load-balancing loss does not run for {name}: {_error_text(error)}. It is added since the "
-                    f"model's configuration has `router_aux_loss_coef={trainer.router_aux_loss_coef}`.",
+                    f"model's configuration has `router_aux_loss_coef={run.router_aux_loss_coef}`.",
                     remedy="Set `router_aux_loss_coef=0.0`, which trains the router by the policy's loss alone.",
                 ) from error
-    scores = torch.log_softmax(logits.cpu().double() / trainer.args.temperature, dim=-1)
+    scores = torch.log_softmax(logits.cpu().double() / run.args.temperature, dim=-1)
     expected = scores.gather(-1, ids[:, 1:, None].cpu())[..., 0]
     found = found.cpu()
     gap = (found.double() - expected).abs().max().item()
-    if compute_dtype(trainer.args, bare) in (torch.float32, torch.float64):
+    if compute_dtype(run.args, bare) in (torch.float32, torch.float64):
         wrong = not gap <= 1e-4 + 1e-6 * logits.abs().max().item()
     else:
         wrong = differs(found, expected, scores[0] - scores[1], exact=False)

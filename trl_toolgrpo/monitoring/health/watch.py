@@ -4,6 +4,7 @@ Every figure that the rules read is over all processes, so that the main process
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,16 @@ from ...config.batch_position import optimizer_steps_of
 from ...config.fields import ToolGRPOConfig
 from ...errors import CheckpointSaveError, HealthError
 from ...models.rotary import RowFrequencies
-from ...models.rounding import EXACT_TOLERANCE, LOW_PRECISION, Accepted, compute_dtype
+from ...models.rounding import EXACT_TOLERANCE, LOW_PRECISION, compute_dtype
 from ...models.sharding import local
+from ...rollout.engine import RolloutBatch
+from ...rollout.rewards import Rewards
 from ...run_folder.files import HEALTH, read_lines
+from ...run_folder.log_failures import LogFailures
 from ...run_folder.writer import RunLog
-from ...types import JSONObject, Row
+from ...trl_hooks import Run
+from ...types import JSONObject
+from ...update.scoring import Scoring
 from ...validation.trainable_parameters import policy_parameters
 from .monitor import HealthMonitor, RunFacts, still_open
 from .rollout_rules import DISTINCT, ROLLOUT_RULES, SHORTCUTS, correlation_within_groups, costs
@@ -35,85 +41,109 @@ UNMEASURED = 0.05
 """Mean difference in nats taken for rounding in bfloat16 or float16 where no batch was scored twice."""
 
 
-class HealthWatch(RunLog):
-    """Part of [`ToolGRPOTrainer`]; see `health_checks` of [`ToolGRPOConfig`]."""
+class HealthWatch:
+    """
+    Runs the health rules; see `health_checks` of [`ToolGRPOConfig`].
 
-    _monitor: HealthMonitor | None = None
-    _rounding: Accepted | None
-    _motion: "_PolicyMotion | None" = None
+    Args:
+        run ([`Run`]):
+            The run.
+        log ([`RunLog`]):
+            Where faults are written.
+        failures ([`LogFailures`]):
+            Keeps a rule that fails from ending the run.
+        scoring ([`Scoring`]):
+            Knows what rounding does to log-probs.
+        relative_to_group (`bool`):
+            Whether advantages are 0 in a group whose rewards are all equal.
+        report (`Callable`):
+            Called with each fault that begins, on the main process.
+    """
 
-    def _prepare_run_log(self) -> None:
-        super()._prepare_run_log()
-        if self.args.health_checks != "off":
-            self._motion = _PolicyMotion(self)
-            self.add_callback(self._motion)
+    def __init__(
+        self,
+        run: Run,
+        log: RunLog,
+        failures: LogFailures,
+        scoring: Scoring,
+        relative_to_group: bool,
+        report: Callable[[JSONObject], None],
+    ) -> None:
+        self._run, self._log, self._failures, self._scoring = run, log, failures, scoring
+        self._relative_to_group, self._report = relative_to_group, report
+        self.monitor: HealthMonitor | None = None  # once training has begun
+        self._moved: float | None = None  # share of the policy's tensors that moved in the step being logged
+        self._motion = _PolicyMotion(run)
+        run.add_callback(self._motion)
 
-    def _begin_run_log(self) -> None:
-        super()._begin_run_log()
-        self._monitor = None
-        if self.args.health_checks == "off":
+    def on_train_begin(self) -> None:
+        """Begin with what the log of a resumed run says."""
+        facts = facts_of(self._run.args, self._run.model, self._relative_to_group)
+        monitor = self.monitor = HealthMonitor([*UPDATE_RULES, *ROLLOUT_RULES], facts)
+        monitor.recall(entry for entry in self._run.state.log_history if "loss" in entry)
+        if self._log.folder is not None and self._run.is_main_process:
+            monitor.open = dict.fromkeys(still_open(read_lines(self._log.folder / HEALTH)), monitor.count)
+
+    def on_rewards(self, batch: RolloutBatch, rewards: Rewards) -> None:
+        """Log how the rewards of a batch follow what its rollouts cost. Every process must call this."""
+        run = self._run
+        if self.monitor is None or not run.training:
             return
-        self._monitor = HealthMonitor([*UPDATE_RULES, *ROLLOUT_RULES], facts_of(self.args, self.model))
-        self._monitor.recall(entry for entry in self.state.log_history if "loss" in entry)
-        if self._run_folder is not None and self.accelerator.is_main_process:
-            known = still_open(read_lines(self._run_folder / HEALTH))
-            self._monitor.open = dict.fromkeys(known, self._monitor.count)
+        own = torch.tensor([costs(trajectory) for trajectory in batch.trajectories])
+        every = run.accelerator.gather(own.to(run.accelerator.device)).T.tolist()
+        totals = rewards.totals.tolist()
+        for (cost, metric), values in zip(SHORTCUTS.items(), every, strict=True):
+            found = correlation_within_groups(totals, values, run.num_generations, DISTINCT[cost])
+            if found is not None:
+                run.training_metrics[metric].append(found)
 
-    def _calculate_rewards(self, inputs: list[Row], *args: list) -> Tensor:
-        """Compute rewards as TRL does, and log how they follow what the rollouts cost."""
-        scores = super()._calculate_rewards(inputs, *args)
-        if self._monitor is not None and self._recording and self._batch is not None and self.model.training:
-            own = torch.tensor([costs(trajectory) for trajectory in self._batch.trajectories])
-            every = self.accelerator.gather(own.to(self.accelerator.device)).T.tolist()
-            rewards = self._rewards.tolist()
-            for (cost, metric), values in zip(SHORTCUTS.items(), every, strict=True):
-                found = correlation_within_groups(rewards, values, self.num_generations, DISTINCT[cost])
-                if found is not None:
-                    self._metrics["train"][metric].append(found)
-        return scores
+    def before_log(self) -> None:
+        """Add `policy/moved` to what is logged of a training step. Every process must call this."""
+        self._moved = self._motion.take()
+        if self._moved is not None and self._run.recording:  # else the log is TRL's own
+            self._run.training_metrics["policy/moved"].append(self._moved)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as TRL does, with `policy/moved`, and run the health rules on a training step."""
-        moved = self._motion.take() if self._motion is not None and self.model.training and "loss" in logs else None
-        if moved is not None and self._recording:  # else the log is TRL's own
-            self._metrics["train"]["policy/moved"].append(moved)
-        super().log(logs, start_time)
-        if self._monitor is not None and self.model.training and "loss" in logs:
-            known = {} if moved is None else {"policy/moved": moved}
-            self._check_health(self._monitor, {**self.state.log_history[-1], **known})
+    def after_log(self) -> None:
+        """
+        Run the rules on the training step that was just logged.
 
-    def _check_health(self, monitor: HealthMonitor, metrics: JSONObject) -> None:
+        Raises:
+            HealthError: in every process, if one finds a fault and `health_checks="raise"`.
+        """
+        monitor, run = self.monitor, self._run
+        if monitor is None:
+            return
+        metrics = {**run.state.log_history[-1], **({} if self._moved is None else {"policy/moved": self._moved})}
         faults: list[JSONObject] = []
-        if self._rounding is not None and self.args.logprob_check_tolerance is None:
-            mean, doubtful = self._rounding.mean, self._rounding.doubtful
-            monitor.facts = replace(monitor.facts, logprob_tolerance=mean, doubtful_tolerance=doubtful)
-        if self.accelerator.is_main_process:
-            with self._log_failures.tolerated("The health rules could not be run"):
+        rounding = self._scoring.rounding
+        if rounding is not None and run.args.logprob_check_tolerance is None:
+            monitor.facts = replace(
+                monitor.facts, logprob_tolerance=rounding.mean, doubtful_tolerance=rounding.doubtful
+            )
+        if run.is_main_process:
+            with self._failures.tolerated("The health rules could not be run"):
                 for line in monitor.step(metrics):
-                    self._add_line(HEALTH, line)
+                    self._log.add_line(HEALTH, line)
                     if line["level"] != "ok":
                         faults.append(line)
-                        self._report_fault(line)
-        if self.args.health_checks == "raise":
+                        logger.warning("Health, step %d, %s: %s", line["step"], line["rule"], line["message"])
+                        self._report(line)
+        if run.args.health_checks == "raise":
             (faults,) = broadcast_object_list([faults])
             if faults:
                 self._stop_for(faults[0])
 
-    def _report_fault(self, line: JSONObject) -> None:
-        """Report a fault that begins, on the main process."""
-        logger.warning("Health, step %d, %s: %s", line["step"], line["rule"], line["message"])
-
     def _stop_for(self, line: JSONObject) -> None:
         """Save the run as it stands and end it, in every process."""
-        folder = Path(self._get_output_dir(trial=None)) / f"{PREFIX}{self.state.global_step}"
+        run = self._run
+        folder = Path(run.output_folder()) / f"{PREFIX}{run.state.global_step}"
         remedy = (
             f"The run as it stands is in {folder}; resume from there with `health_checks='warn'` to go on all the "
             f"same, or from an earlier checkpoint."
         )
-        self.control.should_training_stop = True  # so that a checkpoint that cannot be written is an error
+        run.control.should_training_stop = True  # so that a checkpoint that cannot be written is an error
         try:
-            self._save_checkpoint(self.model, trial=None)
-            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            run.save_checkpoint()
         except CheckpointSaveError as error:
             remedy = f"No checkpoint of it could be written: {error}"
         raise HealthError(
@@ -126,14 +156,14 @@ class HealthWatch(RunLog):
 class _PolicyMotion(TrainerCallback):
     """Observes whether the weights of a policy move where the optimizer has reason to move them."""
 
-    def __init__(self, trainer: HealthWatch) -> None:
-        self._trainer = trainer
+    def __init__(self, run: Run) -> None:
+        self._run = run
         self._before: dict[str, Tensor] = {}
         self._has_gradient = False
         self._due = 0  # optimizer steps since the last look that should have moved the policy
 
     def _policy(self) -> dict[str, nn.Parameter]:
-        return policy_parameters(self._trainer.accelerator.unwrap_model(self._trainer.model))
+        return policy_parameters(self._run.bare_model)
 
     def on_train_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
         self._before, self._due = {}, 0
@@ -143,18 +173,18 @@ class _PolicyMotion(TrainerCallback):
             self._before = _fingerprints(self._policy())
 
     def on_pre_optimizer_step(self, args: object, state: object, control: object, **kwargs: object) -> None:
-        if self._trainer.is_deepspeed_enabled:  # which has taken its step by now, and keeps no gradient
+        if self._run.is_deepspeed_enabled:  # which has taken its step by now, and keeps no gradient
             self._has_gradient = True
             return
         gradients = (parameter.grad for parameter in self._policy().values())
         self._has_gradient = any(bool(local(gradient).any()) for gradient in gradients if gradient is not None)
 
     def on_optimizer_step(self, args: object, state: object, control: object, **kwargs: object) -> None:
-        trainer: Any = self._trainer
+        run: Any = self._run
         own = {id(parameter) for parameter in self._policy().values()}
-        groups = trainer.optimizer.param_groups  # DeepSpeed's hold flat copies, the policy's first
+        groups = run.optimizer.param_groups  # DeepSpeed's hold flat copies, the policy's first
         rates = [g["lr"] for g in groups if any(id(p) in own for p in g["params"])] or [groups[0]["lr"]]
-        if self._has_gradient and max(rates) > 0 and not trainer.accelerator.optimizer_step_was_skipped:
+        if self._has_gradient and max(rates) > 0 and not run.accelerator.optimizer_step_was_skipped:
             self._due += 1
 
     def take(self) -> float | None:
@@ -169,8 +199,8 @@ class _PolicyMotion(TrainerCallback):
         before, now = self._before, _fingerprints(self._policy())
         due, self._due = self._due, 0
         changed = [float(name not in before or not torch.equal(value, before[name])) for name, value in now.items()]
-        found = torch.tensor([float(due), *changed], device=self._trainer.accelerator.device)
-        due_anywhere, *moved = self._trainer.accelerator.reduce(found, reduction="sum").tolist()
+        found = torch.tensor([float(due), *changed], device=self._run.accelerator.device)
+        due_anywhere, *moved = self._run.accelerator.reduce(found, reduction="sum").tolist()
         if not due_anywhere or not moved:
             return None
         self._before = now
@@ -187,7 +217,7 @@ def _fingerprints(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     return dict(zip(parameters, torch.stack(sums).cpu(), strict=True)) if sums else {}
 
 
-def facts_of(args: ToolGRPOConfig, model: nn.Module) -> RunFacts:
+def facts_of(args: ToolGRPOConfig, model: nn.Module, relative_to_group: bool) -> RunFacts:
     """
     Return what the rules have to know of a run.
 
@@ -196,6 +226,8 @@ def facts_of(args: ToolGRPOConfig, model: nn.Module) -> RunFacts:
             Configuration.
         model (`PreTrainedModel` or `PeftModel`):
             The policy.
+        relative_to_group (`bool`):
+            Whether advantages are 0 in a group whose rewards are all equal.
     """
     dtype = compute_dtype(args, model)
     return RunFacts(
@@ -209,7 +241,7 @@ def facts_of(args: ToolGRPOConfig, model: nn.Module) -> RunFacts:
         rollouts=args.generation_batch_size or 1,
         generations=args.num_generations or 1,
         learning_rate=args.learning_rate,
-        group_advantages=args.advantage_estimator != "gae",
+        group_advantages=relative_to_group,
         loss_scaling=args.fp16,
         rope=RowFrequencies(model).kinds,
     )

@@ -1,0 +1,81 @@
+"""Which advantage estimator a run has: a built-in name, an object, or `package.module:Name`."""
+
+import importlib
+
+from ..config.fields import ToolGRPOConfig, default_values
+from ..errors import ConfigError
+from .base import AdvantageEstimator
+from .gae import GeneralizedAdvantages
+from .group import GroupRelative
+from .group_gae import GroupBaselineAdvantages
+
+
+ESTIMATORS: dict[str, type[AdvantageEstimator]] = {
+    "group": GroupRelative,
+    "gae": GeneralizedAdvantages,
+    "group_gae": GroupBaselineAdvantages,
+}
+"""The built-in estimators, by the names that `advantage_estimator` takes."""
+
+
+def estimator_of(args: ToolGRPOConfig) -> AdvantageEstimator:
+    """
+    Return the estimator of a run.
+
+    Args:
+        args ([`ToolGRPOConfig`]):
+            Configuration; `advantage_estimator` is read.
+
+    Raises:
+        ConfigError: if `package.module:Name` cannot be imported, or what was passed is no estimator.
+    """
+    given: object = args.advantage_estimator
+    if isinstance(given, str):
+        kind = ESTIMATORS[given] if given in ESTIMATORS else _imported(given)
+        given = kind(args) if isinstance(kind, type) and issubclass(kind, AdvantageEstimator) else kind
+    if not isinstance(given, AdvantageEstimator):
+        raise ConfigError(
+            f"You passed `advantage_estimator={args.advantage_estimator!r}`, which is no estimator but a "
+            f"{type(given).__name__}.",
+            remedy="Subclass `trl_toolgrpo.AdvantageEstimator`, and pass an object of it or `package.module:Name`.",
+        )
+    if type(given).score is AdvantageEstimator.score:
+        raise ConfigError(
+            f"You passed the advantage estimator {given.name}, which does not override `score`.",
+            remedy="Define `score(self, group)`; it returns one advantage for each rollout, or for each token.",
+        )
+    _check_options(args, given)
+    return given
+
+
+def _imported(name: str) -> object:
+    """Return what `package.module:Name` names."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"You passed `advantage_estimator={name!r}`, which cannot be imported: {error}.",
+            remedy="Name a class as `package.module:Name`; the module must be installed, or lie in the folder that "
+            "the script is started in.",
+        ) from error
+
+
+def _check_options(args: ToolGRPOConfig, estimator: AdvantageEstimator) -> None:
+    """Check the options of an estimator of the user's; those of built-in names were checked with the configuration."""
+    if args.advantage_estimator in ESTIMATORS:
+        return
+    defaults = {name: value for name, value in default_values(args).items() if name.startswith("value_")}
+    idle = [name for name, value in defaults.items() if getattr(args, name) != value]
+    if idle and not estimator.needs_values:
+        raise ConfigError(
+            f"You passed {', '.join(f'`{name}={getattr(args, name)}`' for name in idle)} with the advantage estimator "
+            f"{estimator.name}, which asks for no value head that it could act on.",
+            remedy="Leave it out, or set `needs_values = True` in the class.",
+        )
+    if args.loss_type == "vespo" and estimator.needs_values:
+        raise ConfigError(
+            f"You passed `loss_type='vespo'` with the advantage estimator {estimator.name}, which gives each token "
+            "its own. VESPO weighs a whole sequence by one advantage.",
+            remedy="Use another `loss_type`.",
+        )

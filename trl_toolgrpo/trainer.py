@@ -119,7 +119,7 @@ class ToolGRPOTrainer(GRPOTrainer):
         reference ([`ReferencePolicy`]):
             What the policy is compared with, and when that follows.
         records ([`Records`]):
-            Files, metrics, health, trackers.
+            Files, metrics, health, trackers, progress.
         checkpoints ([`Checkpoints`]):
             What a run is resumed from.
         hub ([`HubPublisher`]):
@@ -407,7 +407,7 @@ class ToolGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[Row]) -> Batch:
         self.reference.before_rollouts()
-        with self.records.trackers.of_rollouts() as measure:
+        with self.records.progress.of_rollouts() as measure:
             with self.rollouts.of(inputs), self.update.knowing_old_logprobs(), same_parameters_trained(self.model):
                 output = super()._generate_and_score_completions([dict(row) for row in inputs])
             self.reference.on_rollouts(output)

@@ -374,7 +374,7 @@ class Checkpoints:
         Continue from a checkpoint, after TRL has loaded its own part of it.
 
         Raises:
-            CheckpointError: if another version of this package wrote it in another form.
+            CheckpointError: if it does not hold the states of the parts.
         """
         run = self._run
         run.micro_batches = None
@@ -384,14 +384,17 @@ class Checkpoints:
         same = self._source["layout"] == self._identity["layout"]
         file = Path(checkpoint) / PROGRESS.format(run.accelerator.process_index if same else 0)
         with safe_open(file, "pt") as stored:
-            record = json.loads((stored.metadata() or {}).get("states", "null"))
+            metadata = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name).to(run.accelerator.device) for name in stored.keys()}  # noqa: SIM118
-        if record is None:
+        if "states" in metadata:
+            states = _with_tensors(json.loads(metadata["states"]), tensors)
+        elif "progress" in metadata:
+            states = _states_of_flat_form(json.loads(metadata["progress"]), tensors)
+        else:
             raise CheckpointError(
-                f"{file} was written by an earlier version of trl_toolgrpo, in another form.",
-                remedy="Resume with that version, or start a new run from the checkpoint's weights.",
+                f"{file} does not say where its run was.",
+                remedy="Resume from another checkpoint, or start a new run from the weights of this one.",
             )
-        states = _with_tensors(record, tensors)
         for name, part in (self._of_run | (self._of_process if same else {})).items():
             part.load_state_dict(states[name])
         if not same:  # between two rollout batches, of which there were as many
@@ -423,6 +426,28 @@ class Checkpoints:
         if generator is not None:
             for _ in range(count):
                 torch.randperm(self._sampler.num_samples, generator=generator)
+
+
+def _states_of_flat_form(record: JSONObject, tensors: Mapping[str, Tensor]) -> JSONObject:
+    """Return the states of the parts from the form that version 0.1 wrote: one record, and tensors by prefix."""
+    batches: list[JSONObject] = [dict(batch) for batch in record["batches"]]
+    for name, tensor in tensors.items():
+        if name.startswith("batch/"):
+            _, index, key = name.split("/", 2)
+            batches[int(index)][key] = tensor
+    return {
+        "packing": {"active": record["packs"], "reason": None},
+        "reference": {"unmoved": record["unmoved"], "report": record["sync_report"]},
+        "carried metrics": {"of_batch": record["carried"], "forced": record["forced_shares"]},
+        "ratios": {name.removeprefix("ratio/"): t for name, t in tensors.items() if name.startswith("ratio/")},
+        "place": {
+            "step": record["step"],
+            "batches": batches,
+            "metrics": record["metrics"],
+            "loss": tensors["loss"],
+            "last_logged": record["last_logged"],
+        },
+    }
 
 
 def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

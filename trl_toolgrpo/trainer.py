@@ -348,10 +348,10 @@ class ToolGRPOTrainer(GRPOTrainer):
         self.reference.check_adapter(resume_from_checkpoint)
         with same_parameters(self.model if model is None else model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self.reference.load(resume_from_checkpoint)
+            if self.critic is not None:
+                self.critic.load(resume_from_checkpoint)
         self.rollouts.policy_was_replaced()
-        self.reference.load(resume_from_checkpoint)
-        if self.critic is not None:
-            self.critic.load(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with nullcontext() if self.critic is None else self.critic.optimizer_of(checkpoint):
@@ -604,9 +604,9 @@ class ToolGRPOTrainer(GRPOTrainer):
     def _load_best_model(self) -> None:
         with same_parameters(self.model):
             super()._load_best_model()
+            if self.critic is not None and self.state.best_model_checkpoint is not None:
+                self.critic.load(self.state.best_model_checkpoint)
         self.rollouts.policy_was_replaced()
-        if self.critic is not None and self.state.best_model_checkpoint is not None:
-            self.critic.load(self.state.best_model_checkpoint)
 
     def _finalize_training(self, trial: object, num_train_samples: object, start_time: float) -> TrainOutput:
         self._finish_current_push()  # before TRL removes the checkpoints other than the best one

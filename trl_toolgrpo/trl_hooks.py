@@ -290,10 +290,6 @@ class Run:
         """Wait for the push in progress."""
         self._trainer._finish_current_push()
 
-    def policy_was_replaced(self) -> None:
-        """Say that the policy's weights have changed without an optimizer step."""
-        self._trainer.rollouts.policy_was_replaced()
-
     @contextmanager
     def arguments(self, args: ToolGRPOConfig) -> Iterator[None]:
         """Have the trainer read another configuration while open."""

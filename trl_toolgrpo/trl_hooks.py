@@ -515,9 +515,7 @@ OVERRIDDEN = {
                 "reference.sync.ReferencePolicy.on_rollouts compares the reference with them"
             ),
             'output["tool_mask"] = tool_mask': "update.policy_update.PolicyUpdate.on_rollouts corrects it",
-            '"num_items_in_batch": num_items_in_batch': (
-                "update.policy_update.PolicyUpdate.count_tokens corrects it"
-            ),
+            '"num_items_in_batch": num_items_in_batch': ("update.policy_update.PolicyUpdate.count_tokens corrects it"),
             "for tool in self._standalone_tools + methods": (
                 "rollout.rollouts.Rollouts.prepare empties `_standalone_tools`, since the executor calls the tools"
             ),
@@ -599,7 +597,7 @@ OVERRIDDEN = {
         "model inputs",
         "update.policy_update.PolicyUpdate.loss_of gives it the inputs",
         {
-            'inputs.get("old_per_token_logps")': (
+            'old_per_token_logps = inputs.get("old_per_token_logps")': (
                 "update.policy_update.PolicyUpdate.on_rollouts puts the recorded log-probs there"
             ),
             "self._get_per_token_logps_and_entropies(": (

@@ -127,20 +127,20 @@ def config(path, **changes) -> ToolGRPOConfig:
 @contextmanager
 def full_disk(trainer, room):
     """Limit the size of files while a checkpoint is written, as a full disk does; `room` maps steps to bytes."""
-    save = type(trainer)._write_checkpoint
+    save = trainer.checkpoints._write
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def on_a_full_disk(*args):
         if trainer.state.global_step in room:
             resource.setrlimit(resource.RLIMIT_FSIZE, (room[trainer.state.global_step], limits[1]))
         try:
-            save(trainer, *args)
+            save(*args)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    trainer._write_checkpoint = on_a_full_disk
+    trainer.checkpoints._write = on_a_full_disk
     yield
-    del trainer._write_checkpoint
+    del trainer.checkpoints._write
 
 
 def add(a: int, b: int) -> int:

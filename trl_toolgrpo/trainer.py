@@ -317,8 +317,8 @@ class ToolGRPOTrainer(GRPOTrainer):
 
         Raises:
             CheckpointError: if there is no whole checkpoint, or it belongs to another model, adapter, data set or
-                batch, or to another number of processes in the middle of a rollout batch; the message says what
-                differs.
+                batch, or to another number of processes in the middle of a rollout batch, or another version of this
+                package wrote it in another form; the message says what differs.
             CheckpointSaveError: if the output folder cannot be written to, is not shared by the machines that take
                 part, or does not take the last checkpoint; if the files of an earlier run cannot be moved.
             OutputFolderInUseError: if another run writes to `output_dir`.

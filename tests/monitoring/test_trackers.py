@@ -75,7 +75,7 @@ def test_the_best_and_the_worst_rollouts_are_shown(monkeypatch, tmp_path):
     assert extreme_rows([0.5, 3.0, float("nan"), 1.0, -1.0, 2.0]) == [2, 4, 5, 1]
     assert extreme_rows([1.0, 0.0]) == [1, 0]
     trainer.train()
-    assert not trainer._conversations  # nobody looks
+    assert not trainer.records.trackers._conversations  # nobody looks
 
 
 class Terminal(io.StringIO):

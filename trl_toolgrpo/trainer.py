@@ -104,8 +104,7 @@ class ToolGRPOTrainer(GRPOTrainer):
             `mcp_sessions`, an [`MCPSession`] for each rollout.
         sampler ([`Sampler`], *optional*):
             Samples rollouts in place of the policy itself. What it records is checked by the strict trajectory rules,
-            and by the log-prob check. If it has a method `load_policy(policy, version)`, that is called before each
-            rollout batch, in every process, with the unwrapped policy and the optimizer steps it has taken.
+            and by the log-prob check.
 
     Attributes:
         rollouts ([`Rollouts`]):
@@ -171,9 +170,11 @@ class ToolGRPOTrainer(GRPOTrainer):
         _check_data(args, train_dataset, eval_dataset, bool(tools or mcp_servers), has_environments)
         check_has_values(args, model, reward_funcs)
         check_forcing(args, bool(tools or mcp_servers) or has_environments, train_dataset)
+        unrecorded = None
         if not self.recording:
-            refuse_unrecorded(args, "`record_sample_logprobs=False`" if rollout_func is None else "a `rollout_func`")
-        check_sampler(sampler, args, self.recording)
+            unrecorded = "`record_sample_logprobs=False`" if rollout_func is None else "a `rollout_func`"
+            refuse_unrecorded(args, unrecorded)
+        check_sampler(sampler, args, unrecorded)
         estimator = estimator_of(args)
         if args.keep_freed_memory:
             keep_freed_memory()
@@ -218,6 +219,7 @@ class ToolGRPOTrainer(GRPOTrainer):
         self.reference = ReferencePolicy(self.run, given_adapter)
         if self.recording and self.run.is_multimodal:
             refuse_multimodal(args)
+            check_sampler(sampler, args, "a multimodal model")
             self.recording = False
             logger.warning("The model is multimodal: TRL samples its rollouts, and no log-prob is recorded.")
         self._make_parts(estimator, force_policy)

@@ -119,8 +119,7 @@ def keep_rollouts(trainer: Any, backend: str, kept: dict[str, Any]) -> None:
     def make_once(*args: Any) -> Any:
         if "batch" not in kept:
             kept["batch"] = make(*args)
-        if backend != "trl":
-            owner.batch = kept["batch"]  # where this package's trainer looks for it
+        owner.batch = kept["batch"]  # where this package's trainer looks for it
         return kept["batch"]
 
     setattr(owner, name, make_once)

@@ -18,7 +18,8 @@ import torch
 from conftest import chat_tokenizer, config, prompts, tiny_model
 from datasets import Dataset
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -33,6 +34,7 @@ from trl_toolgrpo.checkpoints.folder import (
     publish,
     set_aside,
 )
+from trl_toolgrpo.checkpoints.resume import _with_tensors
 from trl_toolgrpo.checkpoints.run_identity import describe_dataset, describe_model, describe_run, differences
 from trl_toolgrpo.hub.push import HubPublisher
 from trl_toolgrpo.reference.adapter import describe_adapter
@@ -661,6 +663,38 @@ def test_a_checkpoint_without_the_part_of_a_process_is_not_published(tmp_path, m
     checkpoint.check_parts(tmp_path, 1)
     with pytest.raises(OSError, match=r"the part of process 1 \(progress_1\.safetensors\) cannot be seen"):
         checkpoint.check_parts(tmp_path, 2)
+
+
+def in_flat_form(folder):
+    """Write the states of the parts as version 0.1 did: one record, and tensors by prefix."""
+    file = folder / "progress_0.safetensors"
+    with safe_open(file, "pt") as stored:
+        states = _with_tensors(json.loads(stored.metadata()["states"]), load_file(file))
+    place, ratios, carried = states["place"], states["ratios"], states["carried metrics"]
+    tensors = {"loss": place["loss"], **{f"ratio/{name}": tensor for name, tensor in ratios.items()}}
+    batches = []
+    for index, batch in enumerate(place["batches"]):
+        batches.append({name: value for name, value in batch.items() if not isinstance(value, torch.Tensor)})
+        found = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        tensors |= {f"batch/{index}/{name}": value for name, value in found.items()}
+    record = {
+        "step": place["step"], "batches": batches, "metrics": place["metrics"], "last_logged": place["last_logged"],
+        "carried": carried["of_batch"], "forced_shares": carried["forced"], "packs": states["packing"]["active"],
+        "unmoved": states["reference"]["unmoved"], "sync_report": states["reference"]["report"],
+    }  # fmt: skip
+    save_file(tensors, file, {"progress": json.dumps(record)})
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_checkpoint_of_version_0_1_is_resumed_to_the_bit(runs, tmp_path, step):
+    whole, (lora, changes) = runs("all"), SETTINGS["all"]
+    folder, staged = tmp_path / f"checkpoint-{step}", tmp_path / UNFINISHED / f"checkpoint-{step}"
+    shutil.copytree(Path(whole.args.output_dir) / folder.name, staged)
+    in_flat_form(staged)
+    publish(staged, folder)
+    resumed = start(tmp_path, lora=lora, **changes)
+    resumed.train(resume_from_checkpoint=str(folder))
+    assert_same(whole, resumed)
 
 
 def test_the_last_checkpoint_has_to_be_written(tmp_path, monkeypatch):

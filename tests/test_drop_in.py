@@ -94,7 +94,7 @@ def test_old_log_probs_are_recorded_even_where_generate_is_overridden(tmp_path):
 
     trainer._generate = without_the_first
     batch = rollouts(trainer, training=True)
-    recorded = trainer._batch.logprobs(batch["completion_ids"].size(1), "cpu")
+    recorded = trainer.rollouts.batch.logprobs(batch["completion_ids"].size(1), "cpu")
     assert batch["sampling_per_token_logps"][:, 0].isnan().all()
     torch.testing.assert_close(batch["old_per_token_logps"], recorded, rtol=0, atol=0)
     assert trainer._compute_loss(trainer.model, batch).isfinite()

@@ -77,7 +77,8 @@ def test_every_option_at_once_trains_with_both_fast_paths(tmp_path, family, dtyp
     trainer = trainer_of(tmp_path, family, dtype, cast_lm_head_to_fp32=head, **EVERYTHING)
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    assert len(logs) == 4 and trainer._engine._supported is True and trainer._packs is True
+    assert len(logs) == 4
+    assert trainer.rollouts.engine._supported is True and trainer.update.scoring.packing.active is True
     trained = [log for log in logs if "sampling/logp_diff_mean" in log]
     bound = 1e-4 if dtype == "float32" else 0.1
     assert len(trained) == 3 and all(log["sampling/logp_diff_mean"] < bound for log in trained)
@@ -94,7 +95,7 @@ def test_without_an_adapter_both_fast_paths_are_in_use(tmp_path, family, dtype):
     """accelerate puts autocast around the forward pass of the model itself, and the trial of the sampler meets it."""
     trainer = trainer_of(tmp_path, family, dtype, lora=False, max_steps=2)
     trainer.train()
-    assert trainer._engine._supported is True and trainer._packs is True
+    assert trainer.rollouts.engine._supported is True and trainer.update.scoring.packing.active is True
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -128,7 +129,7 @@ def test_scoring_agrees_with_trl(tmp_path, family, dtype):
             (logps.sum() + entropies.sum()).backward()
             grads = torch.cat([p.grad.flatten().double() for p in trainer.model.parameters()])
             found[packs, kind] = logps.detach(), entropies.detach(), grads
-        assert bool(trainer._packs) is packs
+        assert bool(trainer.update.scoring.packing.active) is packs
     trls, ours, packed = found[False, GRPOTrainer], found[False, ToolGRPOTrainer], found[True, ToolGRPOTrainer]
     assert all(torch.equal(one, other) for one, other in zip(trls, ours, strict=True))
     rounding = 1e-5 if dtype == "float32" else 0.05
@@ -137,15 +138,15 @@ def test_scoring_agrees_with_trl(tmp_path, family, dtype):
 
 def run_with(fault, trainer, monkeypatch):
     """Plant a fault between the sampler and the trainer."""
-    run = trainer._engine.run
+    run = trainer.rollouts.engine.run
 
     def planted(policy, *args, **kwargs):
         if fault == "adapter":
             with policy.disable_adapter():
                 return run(policy, *args, **kwargs)
         if fault == "temperature":
-            trainer._engine.args = copy.copy(trainer.args)
-            trainer._engine.args.temperature = 0.8
+            trainer.rollouts.engine.args = copy.copy(trainer.args)
+            trainer.rollouts.engine.args.temperature = 0.8
         return run(policy, *args, **kwargs)
 
     if fault == "third":
@@ -157,9 +158,9 @@ def run_with(fault, trainer, monkeypatch):
                 result.logprobs[::3] = [value - 0.3 for value in result.logprobs[::3]]
             return finished
 
-        trainer._engine._is_supported(trainer.model)
+        trainer.rollouts.engine._is_supported(trainer.model)
         monkeypatch.setattr(ModelSession, "_decode", off)
-    monkeypatch.setattr(trainer._engine, "run", planted)
+    monkeypatch.setattr(trainer.rollouts.engine, "run", planted)
 
 
 @pytest.mark.parametrize("fault", ["temperature", "adapter", "third"])
@@ -179,9 +180,9 @@ def test_planted_faults_are_caught_in_every_dtype(tmp_path, monkeypatch, family,
 def test_grown_rounding_is_measured_again(tmp_path):
     trainer = trainer_of(tmp_path, "qwen3", "autocast", max_steps=2)
     small = Rounding(1e-9, (1e-9, 1e-9, 1e-9))
-    trainer._rounding = small  # as if of a policy whose logits were small
+    trainer.update.scoring.rounding = small  # as if of a policy whose logits were small
     trainer.train()
-    assert trainer.state.global_step == 2 and trainer._rounding.mean > small.mean
+    assert trainer.state.global_step == 2 and trainer.update.scoring.rounding.mean > small.mean
 
 
 RULES = {rule.name: rule for rule in UPDATE_RULES}

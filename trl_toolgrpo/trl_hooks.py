@@ -199,7 +199,9 @@ class Run:
     @property
     def next_micro_batch(self) -> Batch:
         """The micro-batch that the next step takes."""
-        return (self.micro_batches or [{}])[self.micro_batch_index]
+        if self.micro_batches is None:
+            raise RuntimeError("There is no next micro-batch, since no rollout batch was made yet.")
+        return self.micro_batches[self.micro_batch_index]
 
     def state_dict(self) -> JSONObject:
         """Return where this process is in the run, in addition to what transformers keeps: tensors and plain data."""

@@ -691,7 +691,11 @@ def test_a_run_whose_last_checkpoint_fails_leaves_its_model_elsewhere(tmp_path, 
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
     trainer = start(tmp_path / "run", max_steps=1)
-    monkeypatch.setattr(trainer.run, "state_dict", lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer.run, "state_dict", full)
     with pytest.raises(CheckpointSaveError, match=r"No space left.*was written to .*; `hf upload run ") as refused:
         trainer.train()
     kept = Path(re.search(r"written to (\S+) instead", str(refused.value))[1])

@@ -140,6 +140,7 @@ class ToolGRPOTrainer(GRPOTrainer):
     recording = False
     critic: Critic | None = None
     replay: Replay | None = None
+    push_in_progress: Any = None  # transformers has no such attribute until a repository is made
 
     def __init__(
         self,
@@ -253,6 +254,8 @@ class ToolGRPOTrainer(GRPOTrainer):
             of_process={"ratios": self.update.ratios},
         )
         self.hub = HubPublisher(run, self.rollouts, self.records, self.checkpoints, estimator)
+        if self.args.push_to_hub:
+            self.hub.create_repository()
 
     def _prepare_policy(self) -> None:
         """Check and patch the policy."""
@@ -621,7 +624,8 @@ class ToolGRPOTrainer(GRPOTrainer):
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository; where the Hub refuses or cannot be reached, log it and try again at the next push."""
-        self.hub.create_repository(token, private)
+        if "hub" in vars(self):  # not yet in TRL's constructor, which calls this
+            self.hub.create_repository(token, private)
 
     def push_to_hub(
         self,

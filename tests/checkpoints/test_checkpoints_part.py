@@ -249,9 +249,8 @@ def test_a_checkpoint_in_another_form_is_refused_by_name(make, tmp_path, change,
     save(run, checkpoints)
     folder = rewritten(tmp_path, change)
     run, checkpoints = make("kept")
-    with pytest.raises(
-        CheckpointError, match=rf"{folder}, which another version .*progress_0\.safetensors has no state of {missing}\."
-    ) as refused:
+    told = rf"{folder}, which another version .*progress_0\.safetensors has no state of {missing}\."
+    with pytest.raises(CheckpointError, match=told) as refused:
         checkpoints.begin(str(folder) if named else True)
     assert "Resume with that version, or start a new run" in refused.value.remedy
     assert parts_of(checkpoints)[0].state == "kept"

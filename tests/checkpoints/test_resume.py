@@ -88,6 +88,10 @@ def figures(trainer):
     return [{k: v for k, v in e.items() if not any(w in k for w in TIMES)} for e in trainer.state.log_history]
 
 
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
 def assert_same(one, other):
     for (name, found), expected in zip(other.model.named_parameters(), one.model.parameters(), strict=True):
         assert torch.equal(found, expected), name
@@ -113,7 +117,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "step"), [("all", 3), ("all", 4), ("all", 9), ("full", 1), ("full", 8), ("trl", 5)]
+    ("name", "step"), [("all", 3), ("all", 4), ("all", 9), ("full", 1), ("full", 8), ("trl", 5), ("bfloat16", 3)]
 )
 def test_a_resumed_run_is_the_same_to_the_bit(runs, tmp_path, name, step):
     """From the middle and the end of a rollout batch, and into a second epoch."""
@@ -123,12 +127,14 @@ def test_a_resumed_run_is_the_same_to_the_bit(runs, tmp_path, name, step):
     torch.manual_seed(99)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert_same(whole, resumed)
-    assert resumed.used == whole.used[step:]
-    if name == "all":
+    taken = step * whole.args.gradient_accumulation_steps
+    assert resumed.used == whole.used[taken:]
+    if whole.reference.synced is not None:
+        assert logged(resumed, "ref/syncs")[-1] == logged(whole, "ref/syncs")[-1] > 1
         for key, tensor in whole.reference.synced.state().items():
             assert torch.equal(tensor, resumed.reference.synced.state()[key]), key
     progress = load_file(checkpoint / "progress_0.safetensors")
-    assert any(key.startswith("place/batches/") for key in progress) == (step % 4 != 0)
+    assert any(key.startswith("place/batches/") for key in progress) == (taken % 4 != 0)
 
 
 def test_a_run_that_has_ended_trains_no_further(runs, tmp_path, caplog):
@@ -472,18 +478,21 @@ def test_another_number_of_processes_is_accepted_between_rollout_batches(runs, t
     assert "Resumed with another layout" in caplog.text and resumed._step == 10
 
 
-def test_a_checkpoint_of_version_0_1_0_is_resumed_exactly(runs, tmp_path, caplog):
-    """There, the description of the run is called `run.json`."""
+def test_a_checkpoint_of_version_0_1_0_is_refused_before_it_is_loaded(runs, tmp_path):
+    """There, the description of the run is called `run.json`, and what a process adds has another form."""
     folder = tmp_path / "checkpoint-5"
     shutil.copytree(Path(runs("full").args.output_dir) / folder.name, folder)
     (folder / "run_identity.json").rename(folder / "run.json")
+    tensors = load_file(folder / "progress_0.safetensors")
+    save_file(tensors, folder / "progress_0.safetensors", {"progress": json.dumps({"step": 5, "packs": None})})
     (folder / "manifest.json").unlink()
     publish(shutil.move(folder, tmp_path / UNFINISHED / folder.name), folder)
     resumed = start(tmp_path, **SETTINGS["full"][1])
-    resumed.train(resume_from_checkpoint=str(folder))
-    assert "was not written by this trainer" not in caplog.text
-    expected = runs("full").model.state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.model.state_dict().items())
+    before = {name: tensor.clone() for name, tensor in resumed.model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=rf"{folder}, which another version of trl_toolgrpo wrote.*has no state"):
+        resumed.train(resume_from_checkpoint=str(folder))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in resumed.model.state_dict().items())
+    assert find_checkpoint(tmp_path) == folder, "nothing was moved"
 
 
 def test_another_number_of_processes_is_refused_with_deepspeed(runs, tmp_path):
@@ -716,7 +725,11 @@ def test_a_run_whose_last_checkpoint_fails_leaves_its_model_elsewhere(tmp_path, 
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
     trainer = start(tmp_path / "run", max_steps=1)
-    monkeypatch.setattr(trainer.run, "state_dict", lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer.run, "state_dict", full)
     with pytest.raises(CheckpointSaveError, match=r"No space left.*was written to .*; `hf upload run ") as refused:
         trainer.train()
     kept = Path(re.search(r"written to (\S+) instead", str(refused.value))[1])

@@ -346,7 +346,7 @@ def test_a_readme_that_is_no_card_is_left_alone(base, tmp_path, caplog, lora, sa
 
 def test_a_card_that_cannot_be_written_does_not_end_the_run(base, tmp_path, caplog, monkeypatch):
     trainer = start(base, tmp_path)
-    monkeypatch.setattr(trainer, "_card_facts", lambda *args: 1 / 0)
+    monkeypatch.setattr(trainer.hub.card, "_facts", lambda *args: 1 / 0)
     trainer.train()
     assert trainer.state.global_step == 1 and "The model card could not be written" in caplog.text
     assert "ZeroDivisionError" in caplog.text

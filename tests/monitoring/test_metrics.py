@@ -130,17 +130,17 @@ def test_spread_of_ratios_near_one_is_not_lost_to_rounding():
 
 def test_empty_masks_and_resets_give_no_metrics():
     statistics = RatioStatistics()
-    assert not statistics.state() and statistics.metrics() == {}
+    assert not statistics.state_dict() and statistics.metrics() == {}
     values = torch.full((2, 3), math.nan)
     statistics.add(values, values, torch.zeros(2, 3), fresh=True)
-    assert statistics.state() and statistics.metrics() == {}
+    assert statistics.state_dict() and statistics.metrics() == {}
     first = batches(3, 1)[0]
     statistics.add(*first, fresh=True)
     _, ratio = by_numpy([first])
     found = statistics.metrics()
     assert found["ratio/min"] == pytest.approx(ratio.min()) and found["ratio/mean"] == pytest.approx(ratio.mean())
     statistics.reset()
-    assert not statistics.state() and statistics.metrics() == {}
+    assert not statistics.state_dict() and statistics.metrics() == {}
 
 
 def test_statistics_are_combined_over_processes():
@@ -150,8 +150,8 @@ def test_statistics_are_combined_over_processes():
         parts.append(RatioStatistics())
         parts[-1].add(*batch, fresh=True)
     together = parts[0].metrics(
-        reduce_sum=lambda sums: sums + parts[1].state()["sums"],
-        gather=lambda extremes: torch.cat([extremes, parts[1].state()["extremes"][None]]),
+        reduce_sum=lambda sums: sums + parts[1].state_dict()["sums"],
+        gather=lambda extremes: torch.cat([extremes, parts[1].state_dict()["extremes"][None]]),
     )
     alone = RatioStatistics()
     for batch in made:

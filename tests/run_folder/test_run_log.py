@@ -36,10 +36,9 @@ def trajectory(row, length):
 def rollout_batch():
     made = [trajectory(row, length) for row, length in enumerate(LENGTHS)]
     scores = torch.tensor([[1.0], [0.5], [float("nan")], [-2.0]])
-    return RolloutBatch(
-        [Rollout(t, []) for t in made], RolloutStats(), prompts=["hello"] * 4, completions=[f"says {r}" for r in range(4)],
-        rewards=Rewards(scores, scores[:, 0], slice(0, 4)),
-    )  # fmt: skip
+    said, rewards = [f"says {row}" for row in range(4)], Rewards(scores, scores[:, 0], slice(0, 4))
+    rollouts = [Rollout(t, []) for t in made]
+    return RolloutBatch(rollouts, RolloutStats(), prompts=["hello"] * 4, completions=said, rewards=rewards)
 
 
 def micro_batches(batch):

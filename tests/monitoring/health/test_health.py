@@ -283,7 +283,11 @@ def test_raise_on_a_full_disk_names_the_folder_of_the_model(monkeypatch, tmp_pat
     trainer = start(tmp_path / "run", monkeypatch, health_checks="raise", **changes)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
-    monkeypatch.setattr(trainer, "_progress", lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer.run, "state_dict", full)
     words = r"the health rule `advantages_zero`.* could not be written: .*No space left"
     with pytest.raises(HealthError, match=words) as told:
         trainer.train()

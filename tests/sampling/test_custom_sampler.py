@@ -4,8 +4,10 @@ where it cannot work."""
 import itertools
 import logging
 import math
+import re
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -201,6 +203,23 @@ def test_values_it_does_not_record_are_computed(tmp_path, estimator):
     assert expected[-1][0].any()
 
 
+@pytest.mark.parametrize("recorded", ["first turns", "later turns"])
+def test_values_of_some_turns_are_not_taken_for_those_of_all(tmp_path, recorded):
+    begun = set()
+
+    def change(sampled):
+        records = (sampled.row not in begun) == (recorded == "first turns")
+        begun.add(sampled.row)
+        return replace(sampled, values=[0.25] * len(sampled.token_ids)) if records else sampled
+
+    trainer = make(tmp_path, PlainSampler(CALLS, change=change), advantage_estimator="gae", tools=[add], max_steps=1)
+    trainer.train()
+    check_on_policy(trainer, steps=1)
+    trajectories = trainer.rollouts.batch.trajectories
+    assert [len(t.turns) for t in trajectories] == [2, 1, 3, 2]
+    assert [t.values is not None for t in trajectories] == [False, recorded == "first turns", False, False]
+
+
 def test_values_it_records_are_used(tmp_path):
     sampler = PlainSampler(change=lambda sampled: replace(sampled, values=[0.25] * len(sampled.token_ids)))
     trainer = make(tmp_path, sampler, advantage_estimator="gae", max_completion_length=8, max_steps=1)
@@ -294,6 +313,18 @@ def test_a_longest_row_of_its_own_ends_rollouts(tmp_path):
     assert all(1 <= len(t.completion_ids) <= 2 for t in trainer.rollouts.batch.trajectories)
 
 
+def test_the_example_of_the_guide_trains(tmp_path):
+    guide = (Path(__file__).parents[2] / "recipes" / "GUIDE.md").read_text(encoding="utf-8")
+    (block,) = (b for b in re.findall(r"^```python\n(.*?)^```", guide, re.M | re.S) if "class PlainSampler" in b)
+    known = {}
+    exec(block, known)
+    sampler = known["PlainSampler"](tiny_model(TOKENIZER, seed=1), STOPS, temperature=0.8)
+    changes = {"temperature": 0.8, "tools": [add], "force_rate": 0.5, "disable_forcing_in_updates": False}
+    trainer = make(tmp_path, sampler, max_completion_length=60, **changes)
+    trainer.train()
+    check_on_policy(trainer)
+
+
 # It is checked
 
 
@@ -358,7 +389,7 @@ def test_a_broken_record_is_an_error_that_names_the_field(tmp_path, name):
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_without_strictness_its_rollout_is_masked_out(tmp_path, caplog, name):
-    change, said = FAULTS[name]
+    change, _ = FAULTS[name]
     sampler = PlainSampler(CALLS, change=lambda sampled: change(sampled) if sampled.row == 1 else sampled)
     trainer = make(tmp_path, sampler, tools=[add], strict_trajectories=False, max_steps=1)
     seen, score = [], trainer._generate_and_score_completions
@@ -411,5 +442,5 @@ def test_what_cannot_ask_it_refuses_it(tmp_path, name):
 def test_what_is_no_sampler_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"`sampler=object`, which has no method `open\(prompts, max_length\)`"):
         make(tmp_path, object())
-    with pytest.raises(ConfigError, match="You passed the class `PlainSampler` as `sampler`. Pass an object of it"):
+    with pytest.raises(ConfigError, match=r"You passed the class `PlainSampler` as `sampler`\. Pass an object of it"):
         make(tmp_path, PlainSampler)

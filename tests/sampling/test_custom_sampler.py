@@ -1,18 +1,19 @@
 """A sampler of the user's, passed to the trainer: it trains, is checked as strictly as ours, and is refused by name
 where it cannot work."""
 
-import copy
 import itertools
 import logging
 import math
+import re
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import MAKE_SAMPLER, add, chat_tokenizer, config, prompts, tiny_model, tool_call
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import CLIPImageProcessor, LlavaProcessor
 
 from trl_toolgrpo import ConfigError, LogprobMismatchError, SampledTokens, ToolGRPOTrainer, TrajectoryError
@@ -31,7 +32,7 @@ CALLS = [
 
 class PlainSampler:
     """
-    Samples with a forward pass over the whole row for each token, from a copy of the policy.
+    Samples with a forward pass over the whole row for each token, by a model of its own.
 
     Args:
         script (`list[list[str]]`, *optional*):
@@ -40,16 +41,24 @@ class PlainSampler:
             That of the configuration.
         change (`Callable`, *optional*):
             Gets each record and returns the one that is handed over.
+        adapter (`LoraConfig`, *optional*):
+            That of the policy.
     """
 
-    def __init__(self, script=None, temperature=1.0, change=lambda sampled: sampled):
+    def __init__(self, script=None, temperature=1.0, change=lambda sampled: sampled, adapter=None):
         self.script, self.temperature, self.change = script, temperature, change
-        self.loaded, self.policies, self.opened = [], [], 0
+        model = tiny_model(TOKENIZER, seed=1)
+        self.model = (model if adapter is None else get_peft_model(model, adapter)).eval()
+        self.loaded, self.opened = [], 0
 
+    @torch.no_grad()
     def load_policy(self, policy, version):
-        self.model, self.version = copy.deepcopy(policy).eval(), version
+        weights = {name: value for name, value in policy.named_parameters() if "value_head." not in name}
+        for name, value in self.model.named_parameters():
+            value.copy_(weights.pop(name))
+        assert not weights
+        self.version = version
         self.loaded.append(version)
-        self.policies.append(type(policy).__name__)
 
     @contextmanager
     def open(self, prompts, max_length):
@@ -131,17 +140,16 @@ def check_on_policy(trainer, steps=3):
 @pytest.mark.parametrize("adapter", [None, LoraConfig(r=4, target_modules="all-linear")], ids=["full", "lora"])
 def test_it_trains_with_tools_at_a_ratio_of_one(tmp_path, monkeypatch, adapter):
     monkeypatch.setattr(MAKE_SAMPLER, lambda *args, **kwargs: pytest.fail("the policy itself was asked"))
-    sampler = PlainSampler(CALLS)
+    sampler = PlainSampler(CALLS, adapter=adapter)
     trainer = make(tmp_path, sampler, tools=[add], peft_config=adapter)
     trainer.train()
     logged = check_on_policy(trainer)
     assert all(row["tools/call_frequency"] == 1.0 for row in logged), "a call in each of four rollouts on average"
     assert sampler.loaded == [0, 1, 2] and sampler.opened == 3
-    assert sampler.policies == ["Qwen3ForCausalLM" if adapter is None else "PeftModelForCausalLM"] * 3
     trajectories = trainer.rollouts.batch.trajectories
     assert [len(t.turns) for t in trajectories] == [2, 1, 3, 2]
     assert {turn.policy_version for t in trajectories for turn in t.turns} == {2}
-    assert trajectories[0].turns[0].tool_results[0].content == "3" and trajectories[2].turns[1].tool_results[0].is_error
+    assert trajectories[0].turns[0].tool_results[0].content == 3 and trajectories[2].turns[1].tool_results[0].is_error
 
 
 def test_it_draws_at_the_temperature_of_the_configuration(tmp_path):
@@ -162,11 +170,19 @@ def test_it_draws_at_the_temperature_of_the_configuration(tmp_path):
 def test_forced_calls_and_the_assisted_warm_up(tmp_path, level):
     trainer = make(
         tmp_path, PlainSampler(), tools=[add], force_rate=0.7, force_level=level, max_completion_length=120,
-        assist_warmup_steps=1, max_steps=3,
+        assist_warmup_steps=1, disable_forcing_in_updates=False,
     )  # fmt: skip
+    forced, sample = [], trainer.rollouts.sample
+
+    def look(*args):
+        batch = sample(*args)
+        forced.append(any(any(t.forced_mask) for t in batch.trajectories))
+        return batch
+
+    trainer.rollouts.sample = look
     trainer.train()
     check_on_policy(trainer, steps=2)
-    assert any(any(t.forced_mask) for t in trainer.rollouts.batch.trajectories)
+    assert forced == [True] * 3
 
 
 @pytest.mark.parametrize("estimator", ["gae", "group_gae"])
@@ -183,7 +199,25 @@ def test_values_it_does_not_record_are_computed(tmp_path, estimator):
     trainer.advantages.estimate = look
     trainer.train()
     assert all("value/loss" in row for row in check_on_policy(trainer))
-    assert len(expected) == 3 and all(torch.equal(*pair) and pair[0].any() for pair in expected)
+    assert len(expected) == 3 and all(torch.equal(*pair) for pair in expected)
+    assert expected[-1][0].any()
+
+
+@pytest.mark.parametrize("recorded", ["first turns", "later turns"])
+def test_values_of_some_turns_are_not_taken_for_those_of_all(tmp_path, recorded):
+    begun = set()
+
+    def change(sampled):
+        records = (sampled.row not in begun) == (recorded == "first turns")
+        begun.add(sampled.row)
+        return replace(sampled, values=[0.25] * len(sampled.token_ids)) if records else sampled
+
+    trainer = make(tmp_path, PlainSampler(CALLS, change=change), advantage_estimator="gae", tools=[add], max_steps=1)
+    trainer.train()
+    check_on_policy(trainer, steps=1)
+    trajectories = trainer.rollouts.batch.trajectories
+    assert [len(t.turns) for t in trajectories] == [2, 1, 3, 2]
+    assert [t.values is not None for t in trajectories] == [False, recorded == "first turns", False, False]
 
 
 def test_values_it_records_are_used(tmp_path):
@@ -240,22 +274,6 @@ def test_a_resumed_run_is_the_undisturbed_one(tmp_path):
         assert torch.equal(found, expected)
 
 
-def test_a_copy_is_a_model_of_its_own(tmp_path):
-    """Also of a policy with a value head, an adapter and a head in float32, which all change its forward pass."""
-    sampler = PlainSampler()
-    trainer = make(
-        tmp_path, sampler, advantage_estimator="gae", cast_lm_head_to_fp32=True, max_completion_length=4, max_steps=1,
-        peft_config=LoraConfig(r=4, target_modules="all-linear"),
-    )  # fmt: skip
-    trainer.train()
-    ids = torch.tensor([[5, 6, 7]])
-    with torch.no_grad():
-        before = sampler.model(ids).logits
-        for parameter in trainer.model.parameters():
-            parameter.zero_()
-        assert torch.equal(sampler.model(ids).logits, before) and not trainer.model(ids).logits.any()
-
-
 def test_a_replayed_run_does_not_ask_it(tmp_path):
     changes = {"tools": [add], "max_steps": 2}
     first = make(tmp_path / "first", PlainSampler(CALLS), **changes)
@@ -284,7 +302,7 @@ def test_a_correction_acts_on_its_ratio(tmp_path):
 
 def test_a_longest_row_of_its_own_ends_rollouts(tmp_path):
     """A `max_length` that a sampler keeps for itself is not read."""
-    sampler = PlainSampler(["x" * 50])
+    sampler = PlainSampler([["x" * 50]])
     sampler.max_length = 3
     trainer = make(tmp_path, sampler, max_completion_length=20, max_steps=1)
     trainer.train()
@@ -293,6 +311,18 @@ def test_a_longest_row_of_its_own_ends_rollouts(tmp_path):
     sampler.max_sequence_length = len(trajectories[0].prompt_ids) + 2
     trainer.train()
     assert all(1 <= len(t.completion_ids) <= 2 for t in trainer.rollouts.batch.trajectories)
+
+
+def test_the_example_of_the_guide_trains(tmp_path):
+    guide = (Path(__file__).parents[2] / "recipes" / "GUIDE.md").read_text(encoding="utf-8")
+    (block,) = (b for b in re.findall(r"^```python\n(.*?)^```", guide, re.M | re.S) if "class PlainSampler" in b)
+    known = {}
+    exec(block, known)
+    sampler = known["PlainSampler"](tiny_model(TOKENIZER, seed=1), STOPS, temperature=0.8)
+    changes = {"temperature": 0.8, "tools": [add], "force_rate": 0.5, "disable_forcing_in_updates": False}
+    trainer = make(tmp_path, sampler, max_completion_length=60, **changes)
+    trainer.train()
+    check_on_policy(trainer)
 
 
 # It is checked
@@ -359,7 +389,7 @@ def test_a_broken_record_is_an_error_that_names_the_field(tmp_path, name):
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_without_strictness_its_rollout_is_masked_out(tmp_path, caplog, name):
-    change, said = FAULTS[name]
+    change, _ = FAULTS[name]
     sampler = PlainSampler(CALLS, change=lambda sampled: change(sampled) if sampled.row == 1 else sampled)
     trainer = make(tmp_path, sampler, tools=[add], strict_trajectories=False, max_steps=1)
     seen, score = [], trainer._generate_and_score_completions
@@ -403,12 +433,14 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_ask_it_refuses_it(tmp_path, name):
     changes, said = REFUSED[name]
+    model = tiny_model(TOKENIZER)
+    model.config.image_token_id = 5
     with pytest.raises(ConfigError, match=f"You passed `sampler=PlainSampler` {said}"):
-        make(tmp_path, PlainSampler(), **{"logprob_check": "first", **changes})
+        make(tmp_path, PlainSampler(), **{"model": model, "logprob_check": "first", **changes})
 
 
 def test_what_is_no_sampler_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"`sampler=object`, which has no method `open\(prompts, max_length\)`"):
         make(tmp_path, object())
-    with pytest.raises(ConfigError, match="You passed the class `PlainSampler` as `sampler`. Pass an object of it"):
+    with pytest.raises(ConfigError, match=r"You passed the class `PlainSampler` as `sampler`\. Pass an object of it"):
         make(tmp_path, PlainSampler)

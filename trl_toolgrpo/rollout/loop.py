@@ -266,9 +266,10 @@ class RolloutLoop:
         elif state.entropies is not None:
             state.entropies += [0.0] * (start - len(state.entropies))
             state.entropies += _turn_figures(given, sampled.entropies, count, forced)
-        if sampled.values is not None:
-            trajectory.values = trajectory.values or [0.0] * start
-            trajectory.values += _turn_figures(given, sampled.values, count, forced)
+        if sampled.values is None:
+            trajectory.values = None  # the trainer computes those of the whole rollout
+        elif trajectory.values is not None or not trajectory.turns:
+            trajectory.values = [*(trajectory.values or ()), *_turn_figures(given, sampled.values, count, forced)]
         trajectory.tool_mask += [1] * count
         trajectory.forced_mask += [1] * forced + [0] * (count - forced)
         turn = Turn(start, start + count, "stop" if sampled.stopped else "length", sample_seconds=now - state.since)

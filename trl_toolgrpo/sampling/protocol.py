@@ -204,8 +204,9 @@ class Sampler(Protocol):
     - `load_policy(policy, version)` is called in every process before the first rollout batch of a policy: when
       training begins, after each optimizer step, and when other weights were loaded. `policy` is the unwrapped
       training model, with its adapter and value head if it has them, and `version` the optimizer steps it has taken.
-      FSDP and DeepSpeed keep its weights gathered until the rollout batch ends: copy what is needed longer, from
-      `named_parameters()`, since FSDP shards the weights again to make a `state_dict()`.
+      Its weights are to be copied from its `named_parameters()` to a model of the sampler's own: a deep copy would
+      run the training model, whose `forward` TRL has wrapped, and for a `state_dict()` FSDP would shard the weights
+      again, which are gathered for this call.
     - `max_sequence_length` is the most tokens that a row can hold, prompt included.
 
     A resumed run samples as the undisturbed one would if the noise comes from torch's global generators.

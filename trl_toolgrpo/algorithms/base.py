@@ -90,7 +90,7 @@ class AdvantageEstimator:
 
     Args:
         args ([`ToolGRPOConfig`], *optional*):
-            Configuration of the run.
+            Configuration of the run; an object that has none gets that of the run.
     """
 
     needs_values: ClassVar[bool] = False

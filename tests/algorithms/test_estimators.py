@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import sys
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -128,6 +130,8 @@ def test_an_object_is_the_estimator_and_gets_the_configuration(tmp_path):
     given = LeaveOneOut()
     args = config(tmp_path, advantage_estimator=given)
     assert estimator_of(args) is given and given.args is args
+    later = config(tmp_path, advantage_estimator=given)
+    assert estimator_of(later).args is later
     assert estimator_name(args) == f"{LeaveOneOut.__module__}:LeaveOneOut"
 
 
@@ -629,3 +633,32 @@ def test_an_estimator_stands_by_name_in_every_record(tmp_path):
     assert name in (tmp_path / "run.json").read_text()
     card = (tmp_path / "README.md").read_text()
     assert "advantages of `Local`" in card and " object at 0x" not in card
+
+
+# The page
+
+
+def test_the_examples_of_the_page_train(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "estimators.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    tiny_model(TOKENIZER).save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    names = {"config": config}
+    example = blocks[0].replace("Qwen/Qwen3-0.6B", str(tmp_path / "model"))
+    exec(example.replace('ToolGRPOConfig("out"', f"config({str(tmp_path / 'out')!r}"), names)
+    trainer = names["trainer"]
+    assert trainer.state.global_step == 1 and trainer.state.log_history[0]["ratio/mean"] == pytest.approx(1, abs=1e-4)
+    exec(blocks[1], names)
+    options = config(tmp_path / "left_out", advantage_estimator=names["Informative"]())
+    other = ToolGRPOTrainer(str(tmp_path / "model"), reward, options, prompts(4), processing_class=TOKENIZER)
+    other.train()
+    assert of_steps(other, "groups/admitted") == [1.0]
+
+
+def test_the_page_names_all_that_a_group_and_an_estimator_have():
+    page = (Path(__file__).parents[2] / "docs" / "estimators.md").read_text(encoding="utf-8")
+    of_group = [field.name for field in dataclasses.fields(RolloutGroup)] + ["scored"]
+    of_class = [name for name in AdvantageEstimator.__annotations__ if not name.startswith("_")]
+    rows = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert sorted(rows) == sorted(["RolloutGroup", *of_group, *of_class])

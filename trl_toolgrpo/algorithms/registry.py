@@ -46,7 +46,7 @@ def estimator_of(args: ToolGRPOConfig) -> AdvantageEstimator:
         )
     if not isinstance(args.advantage_estimator, str) or args.advantage_estimator not in ESTIMATORS:
         _check_options(args, given)
-    if vars(given).get("args", args) is None:
+    if "args" in vars(given):  # which an object that was passed has not got yet, or of another run
         given.args = args
     return given
 
@@ -59,8 +59,8 @@ def _imported(name: str) -> object:
     except (ImportError, AttributeError, TypeError) as error:  # the latter for a name that begins with a dot
         raise ConfigError(
             f"You passed `advantage_estimator={name!r}`, which cannot be imported: {error}.",
-            remedy="Name a class as `package.module:Name`; the module must be installed, or lie in the folder that "
-            "the script is started in.",
+            remedy="Name a class as `package.module:Name`; the module must be installed, or in a folder of "
+            "`sys.path`.",
         ) from error
 
 

@@ -566,6 +566,37 @@ def test_no_group_at_all_leaves_the_policy_as_it_is(tmp_path):
     assert of_steps(trainer, "grad_norm") == [0.0]
 
 
+@pytest.mark.parametrize("name", SPLITS)
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo"])
+def test_figures_are_means_over_the_groups_that_take_part(tmp_path, name, loss_type):
+    """A micro-batch without a token is no 0 in the mean, and a step without a token has none."""
+
+    class Alternating(LeaveOneOut):
+        asked = 0
+
+        def admit(self, group):
+            self.asked += 1
+            return self.asked in (1, 5, 6)
+
+    trainer = start(tmp_path, advantage_estimator=Alternating(), max_steps=3, learning_rate=1e-6, loss_type=loss_type,
+                    mask_truncated_completions=False, **SPLITS[name])  # fmt: skip
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["groups/admitted"] for entry in log] == [0.5, 0.0, 1.0]
+    figures = [name for name in log[2] if name == "entropy" or "clip_ratio/" in name or "cispo" in name]
+    assert len(figures) > 1 and not any(name in log[1] for name in figures)
+    assert log[0]["entropy"] == pytest.approx(log[2]["entropy"], rel=0.02)
+
+
+def test_a_run_whose_groups_are_all_left_out_is_no_fault(tmp_path):
+    options = {"max_steps": 5, "health_checks": "raise", "max_completion_length": 60}
+    trainer = start(tmp_path, advantage_estimator=Above(1e9), **options)
+    with torch.no_grad():  # so that rollouts end by themselves
+        trainer.model.get_output_embeddings().weight[TOKENIZER.eos_token_id].add_(0.3)
+    trainer.train()
+    assert of_steps(trainer, "grad_norm") == [0.0] * 5
+
+
 class AdmittedValues(GeneralizedAdvantages):
     def admit(self, group):
         return bool(group.rewards.max() > group.rewards.min())

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from accelerate.utils import gather_object
@@ -19,6 +20,9 @@ from .base import AdvantageEstimator, RolloutGroup, TokenAdvantages, padded
 
 
 logger = logging.getLogger(__name__)
+
+_OF_TOKENS = ("entropy", "kl", "clip_ratio/", "cispo_clip_ratio", "vespo/", "sampling/")
+"""Beginnings of the names of what is logged as a mean over the tokens of a micro-batch."""
 
 
 class BatchAdvantages:
@@ -91,6 +95,29 @@ class BatchAdvantages:
             output["advantages"] = flat.to(output["advantages"])
             return self._show(output["advantages"])
         return self._put_tokens(output, [scored for scored, _ in found], values)
+
+    @contextmanager
+    def of_loss(self, mask: Tensor) -> Iterator[None]:
+        """
+        Keep figures over no token out of the log while the loss of a micro-batch is computed: one whose groups were
+        all left out would count as 0 in the mean over micro-batches. Every process must call this.
+
+        Args:
+            mask (`Tensor`):
+                1 for tokens that train, shape (B, T).
+        """
+        run = self._run
+        if not (run.training and self._estimator.may_leave_out):
+            yield
+            return
+        metrics = run.training_metrics
+        before = {name: len(values) for name, values in metrics.items()}
+        yield
+        if run.gather_sum(mask) == 0:
+            for name in [name for name in metrics if name.startswith(_OF_TOKENS)]:
+                del metrics[name][before.get(name, 0) :]
+                if not metrics[name]:
+                    del metrics[name]
 
     def _put_tokens(self, output: Batch, found: Sequence[Tensor | TokenAdvantages], values: Tensor | None) -> None:
         """Put advantages of tokens into a batch, and what the value loss needs."""

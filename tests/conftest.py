@@ -170,14 +170,14 @@ def part_run(model, args, **attributes):
 @contextmanager
 def full_disk(trainer, room):
     """Limit the size of files while a checkpoint is written, as a full disk does; `room` maps steps to bytes."""
-    write = trainer.checkpoints._write
+    save = trainer.checkpoints._write
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def on_a_full_disk(*args):
         if trainer.state.global_step in room:
             resource.setrlimit(resource.RLIMIT_FSIZE, (room[trainer.state.global_step], limits[1]))
         try:
-            write(*args)
+            save(*args)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 

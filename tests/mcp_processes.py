@@ -49,6 +49,6 @@ if rank == 0:
     figures = {name: [entry[name] for entry in trainer.state.log_history if name in entry] for name in names}
     print(json.dumps({"told": told, **figures}), flush=True)
 trainer.accelerator.wait_for_everyone()
-trainer._mcp.close()
+trainer.rollouts.tools.mcp.close()
 trainer.end()
 os._exit(0)  # past the interpreter's end, where threads of torch that are still about may abort the process

@@ -7,10 +7,14 @@ which module of ours to look at; every other failing test is likely to follow fr
 
 import ast
 import asyncio
+import contextlib
 import dataclasses
+import importlib
 import inspect
+import re
 import textwrap
 from importlib import resources
+from pathlib import Path
 from types import SimpleNamespace
 
 import peft
@@ -20,6 +24,9 @@ import transformers
 import trl
 from conftest import chat_tokenizer, config, prompts, tiny_model
 from huggingface_hub.errors import HfHubHTTPError
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -27,12 +34,30 @@ from transformers.utils.chat_parsing.response_parser import ResponseParser, pars
 from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import add_response_schema
 from trl.extras import profiling
+from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
-from trl_toolgrpo import ToolGRPOTrainer
+import trl_toolgrpo
+from trl_toolgrpo import ToolGRPOTrainer, trl_hooks
 from trl_toolgrpo.hub import model_card
 from trl_toolgrpo.models.rotary import RowFrequencies
 from trl_toolgrpo.sampling.vllm.engine import supported_versions
+from trl_toolgrpo.trl_hooks import (
+    ATTRIBUTES,
+    CONFIG_ATTRIBUTES,
+    FSDP,
+    MODEL_ATTRIBUTES,
+    OTHER_ATTRIBUTES,
+    OVERRIDDEN,
+    RELIED_ON,
+    RESPONSE_PARSER,
+    Run,
+    attention_implementation,
+    has_replaceable_attention,
+    is_stateful,
+    name_or_path,
+    replaced_attention,
+)
 
 
 def parameters(function):
@@ -43,237 +68,97 @@ def source(function):
     return textwrap.dedent(inspect.getsource(function))
 
 
-SIGNATURES = {
-    # method: (its parameters, what of ours relies on it)
-    "_generate": (["self", "prompts"], "trainer.ToolGRPOTrainer._generate adds `trajectories` to its result"),
-    "_generate_single_turn": (
-        ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
-        "trainer.ToolGRPOTrainer._generate_single_turn replaces it",
-    ),
-    "_tool_call_loop": (
-        [
-            "self",
-            "prompts",
-            "prompt_ids",
-            "completion_ids",
-            "completions",
-            "logprobs",
-            "images",
-            "multimodal_fields",
-        ],
-        "trainer.ToolGRPOTrainer._tool_call_loop replaces it",
-    ),
-    "_tokenize_prompts": (
-        ["self", "prompts"],
-        "trainer.ToolGRPOTrainer._tokenize_prompts renders each prompt with its own tools",
-    ),
-    "_generate_and_score_completions": (
-        ["self", "inputs"],
-        "trainer.ToolGRPOTrainer._generate_and_score_completions sets the old log-probs",
-    ),
-    "_compute_loss": (["self", "model", "inputs"], "trainer.ToolGRPOTrainer._compute_loss takes the ratio from it"),
-    "log": (["self", "logs", "start_time"], "trainer.ToolGRPOTrainer.log adds metrics"),
-    # those of transformers' Trainer
-    "create_optimizer": (
-        ["self", "model"],
-        "critic.critic.Critic.create_optimizer gives the value head a group of its own",
-    ),
-    "training_step": (["self", "model", "inputs", "num_items_in_batch"], "critic.critic.Critic.training_step"),
-    "save_model": (
-        ["self", "output_dir", "_internal_call"],
-        "critic.critic.Critic.save_model writes the value head as well",
-    ),
-    "_save": (
-        ["self", "output_dir", "state_dict"],
-        "critic.critic.Critic._save keeps the value head out of the policy",
-    ),
-    "_load_from_checkpoint": (
-        ["self", "resume_from_checkpoint", "model"],
-        "critic.critic.Critic._load_from_checkpoint reads the value head",
-    ),
-    "_load_optimizer_and_scheduler": (
-        ["self", "checkpoint"],
-        "critic.critic.Critic._load_optimizer_and_scheduler resumes a run that had no value head",
-    ),
-    "_load_best_model": (["self"], "critic.critic.Critic._load_best_model reads the value head"),
-    "_prepare_inputs": (
-        ["self", "generation_batch"],
-        "update.micro_batches.GroupedUpdates._prepare_inputs splits it anew",
-    ),
-    "_get_train_sampler": (["self", "dataset"], "checkpoints.resume.ExactResume._get_train_sampler keeps it"),
-    "_save_checkpoint": (
-        ["self", "model", "trial"],
-        "checkpoints.resume.ExactResume._save_checkpoint publishes what it wrote",
-    ),
-    "_save_optimizer_and_scheduler": (
-        ["self", "output_dir"],
-        "checkpoints.resume.ExactResume._save_optimizer_and_scheduler tolerates a full disk; for FSDP it replaces the "
-        "method",
-    ),
-    "_save_scaler": (["self", "output_dir"], "checkpoints.resume.ExactResume._save_scaler tolerates a full disk"),
-    "_save_rng_state": (
-        ["self", "output_dir"],
-        "checkpoints.resume.ExactResume._save_rng_state tolerates a full disk",
-    ),
-    "_get_output_dir": (
-        ["self", "trial"],
-        "checkpoints.resume.ExactResume._get_output_dir has checkpoints written elsewhere",
-    ),
-    "_push_from_checkpoint": (
-        ["self", "checkpoint_folder"],
-        "checkpoints.resume.ExactResume._push_from_checkpoint waits; hub.push.HubPush._push_from_checkpoint replaces "
-        "it",
-    ),
-    "_finalize_training": (
-        ["self", "trial", "num_train_samples", "start_time"],
-        "hub.push.HubPush._finalize_training waits for uploads before checkpoints are removed, and "
-        "run_folder.writer.RunLog._finalize_training gives it a start by the monotonic clock",
-    ),
-    "init_hf_repo": (["self", "token", "private"], "hub.push.HubPush.init_hf_repo continues without the Hub"),
-    "push_to_hub": (
-        ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"],
-        "hub.push.HubPush.push_to_hub pushes a folder of its own",
-    ),
-    "create_model_card": (
-        ["self", "model_name", "dataset_name", "tags"],
-        "hub.model_card.RunCard.create_model_card adds to it",
-    ),
-    "_finish_current_push": (["self"], "hub.push.HubPush._push_from_checkpoint waits for the one before"),
-    "_init_training_state": (
-        ["self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"],
-        "checkpoints.resume.ExactResume._init_training_state brings the sampler to the epoch",
-    ),
-    "train": (
-        ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
-        "checkpoints.resume.ExactResume.train looks for the checkpoint",
-    ),
-    "set_initial_training_values": (
-        ["self", "args", "dataloader"],
-        "validation.chat_templates.training_steps counts so",
-    ),
-}
+HOOKS = {**OVERRIDDEN, **RELIED_ON}
 
 
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_signatures_we_override(name):
-    expected, use = SIGNATURES[name]
-    assert hasattr(GRPOTrainer, name), f"TRL {trl.__version__} has no GRPOTrainer.{name}; {use}."
+@pytest.mark.parametrize("name", HOOKS)
+def test_parameters_of_hooks(name):
+    hook = HOOKS[name]
+    assert hasattr(GRPOTrainer, name), f"TRL {trl.__version__} has no GRPOTrainer.{name}; {hook.used_by}."
+    expected = ["self", *hook.parameters.split()]
     found = parameters(getattr(GRPOTrainer, name))
-    assert found == expected, f"TRL changed the parameters of GRPOTrainer.{name} from {expected} to {found}; {use}."
+    if expected[-1] == "...":
+        expected.pop()
+        found = found[: len(expected)]
+    assert found == expected, (
+        f"TRL {trl.__version__} changed the parameters of GRPOTrainer.{name} from {expected} to {found}; "
+        f"{hook.used_by}."
+    )
 
 
-WRITTEN = {
-    # method: (what its source holds, what of ours relies on it)
-    "_prepare_inputs": (
-        (
-            "self._step % generate_every == 0 or self._buffered_inputs is None",
-            "split_tensor_dict(generation_batch, self.args.steps_per_generation)",
-            "self._buffered_inputs[self._step % self.args.steps_per_generation]",
-        ),
-        "checkpoints.resume.ExactResume stores `_step` and `_buffered_inputs`; update.micro_batches.GroupedUpdates "
-        "splits them anew",
-    ),
-    "_save_checkpoint": (("self._get_output_dir(trial=trial)",), "checkpoints.resume.ExactResume redirects it"),
-    "_save_optimizer_and_scheduler": (
-        (
-            "elif self.is_fsdp_enabled:",
-            "self.accelerator.state.fsdp_plugin, self.accelerator, self.model, output_dir, **get_fsdp_ckpt_kwargs()",
-            "self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir",
-            "torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))",
-        ),
-        "checkpoints.resume.ExactResume._save_optimizer_and_scheduler makes these calls for FSDP and tolerates "
-        "failures",
-    ),
-    "_inner_training_loop": (
-        ("self._tr_loss = torch.tensor(0.0", "self._globalstep_last_logged = ", "self._run_epoch("),
-        "checkpoints.resume.ExactResume._run_epoch takes up the loss not logged yet",
-    ),
-    "_run_epoch": (
-        ("skip_first_batches(train_dataloader, steps_trained_in_current_epoch)", "self._load_rng_state("),
-        "checkpoints.resume.ExactResume leaves the position within an epoch and the random numbers to it",
-    ),
-    "_prepare_for_training": (
-        ("self._load_optimizer_and_scheduler(resume_from_checkpoint)",),
-        "checkpoints.resume.ExactResume loads its own part there",
-    ),
-}
+@pytest.mark.parametrize(
+    ("name", "expression"), [(name, expression) for name, hook in HOOKS.items() for expression in hook.holds]
+)
+def test_what_the_source_of_hooks_holds(name, expression):
+    body = "".join(source(vars(kind)[name]) for kind in GRPOTrainer.__mro__[:-1] if name in vars(kind))
+    assert expression in body, (
+        f"GRPOTrainer.{name} of TRL {trl.__version__} no longer holds `{expression}`; {HOOKS[name].holds[expression]}."
+    )
 
 
-LOGGED = {
-    "log": (
-        (
-            "if self.accelerator.is_main_process and self.log_completions:",
-            'f"completions_{self.state.global_step:05d}.parquet"',
-            'self._logs["prompt"]',
-            'dict(self._logs["extra"])',
-            "self.state.log_history.append(output)\n    self.control = self.callback_handler.on_log(",
-        ),
-        "run_folder.writer.RunLog.log gives another `_logs`, tells its failures from those of the table, removes a "
-        "torn one",
-    ),
-    "_log_completion_extra": (
-        ("self._pending_extra_logs[column].extend(values)",),
-        "run_folder.writer.RunLog._calculate_rewards aligns them",
-    ),
-    "_calculate_rewards": (
-        ('reward_kwargs["log_extra"] = self._log_completion_extra', 'reward_kwargs["log_metric"] = self._log_metric'),
-        "validation.rewards gives reward functions its own in their place",
-    ),
-    "_generate_and_score_completions": (
-        ("observation = environment.reset(", '"content": content + observation}'),
-        "chat.inert_prompts.with_observation finds what `reset` said at the end of the last message",
-    ),
-}
+def returned_names(function):
+    """Names in the last `return a, b, c` of a function."""
+    tree = ast.parse(source(function))
+    values = [n.value for n in ast.walk(tree) if isinstance(n, ast.Return) and isinstance(n.value, ast.Tuple)]
+    return [getattr(element, "id", None) for element in values[-1].elts]
+
+
+@pytest.mark.parametrize("name", [name for name, hook in HOOKS.items() if hook.returns])
+def test_results_of_hooks(name):
+    found, expected = returned_names(getattr(GRPOTrainer, name)), HOOKS[name].returns.split()
+    assert found == expected, (
+        f"GRPOTrainer.{name} returns {found}, no longer {expected}; {HOOKS[name].used_by}, which returns or unpacks "
+        f"the same."
+    )
+
+
+def test_the_table_holds_what_is_overridden():
+    ours = {name for name in vars(ToolGRPOTrainer) if hasattr(GRPOTrainer, name) and not name.startswith("__")}
+    assert ours - set(OTHER_ATTRIBUTES) == set(OVERRIDDEN), "trl_hooks.OVERRIDDEN and trainer.py do not agree."
+    assert not set(OVERRIDDEN) & set(RELIED_ON)
+
+
+def described_places():
+    """Yield names of modules, classes and functions of this package in texts of the tables and of this file."""
+    folders = {path.stem for path in Path(trl_toolgrpo.__file__).parent.glob("[a-z]*")}
+    for path in (__file__, trl_hooks.__file__):
+        for node in ast.walk(ast.parse(Path(path).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                for place in re.findall(r"(?<![\w./`])[a-z_]+(?:\.(?!py\b)\w+)+", node.value):
+                    if place.split(".")[0] in folders:
+                        yield place
+
+
+@pytest.mark.parametrize("place", sorted(set(described_places())))
+def test_places_that_messages_name_exist(place):
+    parts = place.split(".")
+    for end in range(len(parts), 0, -1):
+        with contextlib.suppress(ModuleNotFoundError):
+            found = importlib.import_module(".".join([trl_toolgrpo.__name__, *parts[:end]]))
+            for part in parts[end:]:
+                assert hasattr(found, part), f"A message names {place}, which is not there."
+                found = getattr(found, part)
+            return
+    pytest.fail(f"A message names {place}, which is not there.")
 
 
 def test_the_profiler_is_looked_up_when_it_begins():
     assert "ProfilingContext(" in source(profiling.profiling_context), (
-        "run_folder.log_failures.of_profiling replaces it"
+        "trl_hooks.profiler_reporting_within replaces a method of it"
     )
     assert parameters(profiling.ProfilingContext._log_metrics) == ["self", "duration"]
-
-
-PUSHED = {
-    "push_to_hub": (
-        (
-            "self.callback_handler.on_push_begin(self.args, self.state, self.control)",
-            "if self.hub_model_id is None:\n        self.init_hf_repo(",
-            "revision = self.args.hub_revision",
-            "return hf_api().upload_folder(",
-        ),
-        "hub.push.HubPush.push_to_hub does the same with a folder of its own",
-    ),
-    "save_model": (
-        ("if self.args.push_to_hub and not _internal_call:",),
-        "hub.push.HubPush.save_model pushes by itself",
-    ),
-    "create_model_card": (
-        ('model_card.save(os.path.join(self.args.output_dir, "README.md"))',),
-        "hub.model_card.RunCard.create_model_card reads it there",
-    ),
-    "_save": (("torch.save(self.args, ",), "hub.push.HubPush._save keeps the Hub token out of them"),
-}
 
 
 def test_the_model_card_has_its_headings():
     template = (resources.files("trl") / "templates" / "lm_model_card.md").read_text(encoding="utf-8")
     for heading in (model_card.PROCEDURE, model_card.VERSIONS):
         assert heading in template, (
-            f"TRL's model card has no {heading!r}; `hub.model_card.RunCard` keeps what follows it."
+            f"TRL's model card has no {heading!r}; hub.model_card.RunCard keeps what follows it."
         )
     assert len(model_card.METHOD.findall(template)) == 1, (
-        "TRL's model card has another sentence on the method; `hub.model_card.RunCard` puts its own in place of it."
+        "TRL's model card has another sentence on the method; hub.model_card.RunCard puts its own in place of it."
     )
     assert HfHubHTTPError.__bases__[0].__name__ == "HTTPError", "hub/push.py catches what all HTTP failures are"
-
-
-@pytest.mark.parametrize("name", [*WRITTEN, *LOGGED, *PUSHED])
-def test_what_resuming_and_pushing_rely_on(name):
-    found, use = {**WRITTEN, **LOGGED, **PUSHED}[name]
-    owners = [kind for kind in GRPOTrainer.__mro__ if name in vars(kind)]
-    body = "".join(source(getattr(kind, name)) for kind in owners)
-    for expression in found:
-        assert expression in body, f"`{name}` no longer holds `{expression}`; {use}."
 
 
 def test_the_sampler_draws_an_order_for_each_epoch():
@@ -283,7 +168,7 @@ def test_the_sampler_draws_an_order_for_each_epoch():
     for _ in range(2):
         torch.randperm(again.num_samples, generator=again.generator)
     assert list(again) == orders[2] != orders[0], (
-        "TRL's RepeatSampler draws its order otherwise; checkpoints.resume.ExactResume._init_training_state skips "
+        "TRL's RepeatSampler draws its order otherwise; checkpoints.resume.Checkpoints.skip_epochs skips "
         "orders."
     )
 
@@ -312,152 +197,11 @@ def test_four_dimensional_masks_reach_attention_as_they_are():
     )
 
 
-def test_signature_of_the_scoring_pass():
-    found = parameters(GRPOTrainer._get_per_token_logps_and_entropies)
-    expected = ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
-    assert found[:6] == expected, (
-        f"GRPOTrainer._get_per_token_logps_and_entropies starts with {found[:6]}, no longer {expected}; "
-        f"trainer.ToolGRPOTrainer._get_per_token_logps_and_entropies and update.scoring._score_rollouts pass these."
-    )
-
-
 def test_constructor_takes_what_ours_passes_on():
-    from trl_toolgrpo import ToolGRPOTrainer
-
     theirs, ours = parameters(GRPOTrainer.__init__), parameters(ToolGRPOTrainer.__init__)
     assert ours[: len(theirs)] == theirs, (
         f"The parameters of GRPOTrainer.__init__ are {theirs}, ours start {ours[: len(theirs)]}: a script that passes "
-        f"them by position or by a new name breaks; see trainer.ToolGRPOTrainer.__init__."
-    )
-
-
-# What methods return and read, in order
-
-
-def returned_names(function):
-    """Names in the last `return a, b, c` of a function."""
-    tree = ast.parse(source(function))
-    values = [n.value for n in ast.walk(tree) if isinstance(n, ast.Return) and isinstance(n.value, ast.Tuple)]
-    return [getattr(element, "id", None) for element in values[-1].elts]
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        (
-            "_generate",
-            [
-                "prompt_ids",
-                "completion_ids",
-                "tool_mask",
-                "completions",
-                "logprobs",
-                "extra_fields",
-                "images",
-                "tool_images",
-            ],
-        ),
-        (
-            "_tool_call_loop",
-            [
-                "tool_mask",
-                "completions",
-                "completion_ids",
-                "logprobs",
-                "tool_call_count",
-                "tool_failure_count",
-                "tool_images",
-            ],
-        ),
-        ("_generate_single_turn", ["completion_ids", "logprobs"]),
-        ("_tokenize_prompts", ["prompt_ids", "images", "multimodal_fields"]),
-    ],
-)
-def test_results_of_what_we_override(name, expected):
-    found = returned_names(getattr(GRPOTrainer, name))
-    assert found == expected, (
-        f"GRPOTrainer.{name} returns {found}, no longer {expected}; trainer.ToolGRPOTrainer.{name} returns or unpacks "
-        f"the same."
-    )
-
-
-READ_IN = {
-    # expression in TRL's source: (method, what of ours relies on it)
-    "gradient_accumulation_steps % generate_every": (
-        "_generate_and_score_completions",
-        "trainer._scores_old_logprobs repeats it, to know when TRL's first scoring pass is the one to skip",
-    ),
-    "generate_every = self.args.steps_per_generation * self.num_iterations": (
-        "_generate_and_score_completions",
-        "trainer._scores_old_logprobs repeats it",
-    ),
-    'output["sampling_per_token_logps"] = sampling_per_token_logps': (
-        "_generate_and_score_completions",
-        "reference.sync.ReferenceSync._log_divergence compares the reference with them",
-    ),
-    'output["tool_mask"] = tool_mask': (
-        "_generate_and_score_completions",
-        "trainer._correct_masks corrects it",
-    ),
-    '"num_items_in_batch": num_items_in_batch': (
-        "_generate_and_score_completions",
-        "trainer._correct_masks corrects it",
-    ),
-    "for tool in self._standalone_tools + methods": (
-        "_generate_and_score_completions",
-        "trainer._prepare_recording empties `_standalone_tools`, since the executor calls the tools",
-    ),
-    "self._environment_pool[name]": (
-        "_generate_and_score_completions",
-        "rollout.tools_of_rollouts._drop_lost_environments takes environments out of the pool",
-    ),
-    "pool.append(self.environment_factories[name]())": (
-        "_generate_and_score_completions",
-        "tools.environments.on_own_thread wraps the factory, so that new environments get a thread",
-    ),
-    "observation = environment.reset(": (
-        "_generate_and_score_completions",
-        "tools.runtime.environments runs `reset` on the environment's thread",
-    ),
-    "self._env_tools[name]": (
-        "_tokenize_prompts",
-        "trainer._tokenize_prompts swaps it for the tools of each row",
-    ),
-    "zip(prompts, self._batch_environments": (
-        "_tokenize_prompts",
-        "trainer._tokenize_prompts swaps it for row numbers",
-    ),
-    "if self.tools:": ("_generate", "trainer._prepare_recording relies on TRL calling `_tool_call_loop` with tools"),
-    "self._generate_single_turn(": ("_generate", "trainer._generate_single_turn is the rollout without tools"),
-    "self._tool_call_loop(": ("_generate", "trainer._tool_call_loop is the rollout with tools"),
-    '["completions/clipped_ratio"].append(': ("_generate", "trainer._log_rollouts corrects the last value"),
-    '["completions/mean_terminated_length"].append(': ("_generate", "trainer._log_rollouts corrects the last value"),
-    'inputs.get("old_per_token_logps")': ("_compute_loss", "the recorded log-probs are the old ones of the ratio"),
-    'adapter_name="ref" if "ref" in model.peft_config else None': (
-        "_generate_and_score_completions",
-        "reference.adapter.AdapterReference is found by that name; reference.merged.MergedReference is scored with "
-        "the adapter off",
-    ),
-    "if args.sync_ref_model:": ("__init__", "reference.sync.synced_by_us keeps TRL from it"),
-    "def get_reward(environments, _env_type=env_type, **kwargs)": (
-        "__init__",
-        "tools.environments.scoring_without_failed knows it by its default, and passes another class",
-    ),
-    "type(e) is _env_type": ("__init__", "tools.environments.scoring_without_failed passes another class"),
-    "self._step += 1": ("training_step", "config.batch_position.batch_number counts rollout batches by it"),
-    "if self._step % generate_every == 0": ("_prepare_inputs", "config.batch_position.batch_is_due repeats it"),
-    "self._get_per_token_logps_and_entropies(": (
-        "_compute_loss",
-        "trainer._compute_loss takes the policy's log-probs from this call",
-    ),
-}
-
-
-@pytest.mark.parametrize("expression", READ_IN)
-def test_source_we_rely_on(expression):
-    method, use = READ_IN[expression]
-    assert expression in source(getattr(GRPOTrainer, method)), (
-        f"GRPOTrainer.{method} of TRL {trl.__version__} no longer holds `{expression}`; {use}."
+        f"them by position or by a new name breaks; see trainer.ToolGRPOTrainer."
     )
 
 
@@ -479,45 +223,8 @@ def test_scoring_passes_come_in_the_order_we_assume():
     )
     assert [model for _, model in in_order] == ["self.model", "self.ref_model", "self.model"], (
         f"GRPOTrainer._generate_and_score_completions scores {in_order}, not the policy, the reference, and the "
-        f"policy with its adapter off; trainer.py skips the first pass over `self.model`."
+        f"policy with its adapter off; update.policy_update.PolicyUpdate answers the first pass over `self.model`."
     )
-
-
-ATTRIBUTES = {
-    "_tokenizer": "trainer._prepare_recording and ._generate_single_turn",
-    "_is_vlm": "trainer._prepare_recording leaves multimodal models to TRL",
-    "_logs": "critic.critic._estimate_advantages replaces the logged advantages",
-    "aux_loss_enabled": (
-        "critic.critic._prepare_critic refuses a router loss, update.micro_batches._may_be_split_anew keeps "
-        "its split"
-    ),
-    "_entropy_bonus_enabled": (
-        "update.micro_batches._may_be_split_anew keeps the split that the entropy bonus is taken over"
-    ),
-    "top_entropy_quantile": "update.micro_batches._may_be_split_anew keeps the split that the quantile is taken over",
-    "reward_func_names": "update.assisted_warmup._calculate_rewards names the reward function",
-    "_metrics": "trainer._log_rollouts and .log",
-    "_dist": "rollout.engine.unwrapped_policy gathers parameters",
-    "_standalone_tools": "trainer._prepare_recording",
-    "_environment_pool": "rollout.tools_of_rollouts._read_environments and ._drop_lost_environments",
-    "_env_tools": "rollout.tools_of_rollouts._read_environments and trainer._tokenize_prompts",
-    "environments": "trainer._roll_out",
-    "environment_factories": "trainer._prepare_recording",
-    "tools": "trainer._prepare_recording and ._roll_out",
-    "chat_template": "rollout.tools_of_rollouts._make_chat",
-    "chat_template_kwargs": "rollout.tools_of_rollouts._make_chat",
-    "eos_token_ids": "trainer._prepare_recording: rollout/engine.py stops there",
-    "mask_truncated_completions": "trainer._correct_masks",
-    "num_iterations": "config.batch_position.micro_batches_of, by its name in the configuration,",
-    "_step": "config.batch_position counts micro-batches by it",
-    "_buffered_inputs": "config.batch_position.batch_is_due",
-    "ref_model": "reference.sync._prepare_reference",
-    "is_fsdp_enabled": "reference.sync._prepare_reference refuses merged weights",
-    "is_deepspeed_enabled": "reference.sync._prepare_reference refuses merged weights",
-    "model_wrapped": "rollout.engine.unwrapped_policy",
-    "use_vllm": "update.sampler_correction._correct has TRL's loss multiplied by the importance sampling weight",
-    "vllm_importance_sampling_correction": "update.sampler_correction._correct",
-}
 
 
 class Box:
@@ -561,40 +268,70 @@ def trl_trainer(tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize("name", ATTRIBUTES)
-def test_attributes_of_trls_trainer(trl_trainer, name):
+# Attributes of the trainer that are there once it trains
+LATER = {
+    "_batch_environments",
+    "_globalstep_last_logged",
+    "_tr_loss",
+    "current_gradient_accumulation_steps",
+    "push_in_progress",
+}
+
+
+def assigned_names(kind):
+    """Names that the methods of a class assign to `self`."""
+    return {
+        node.attr
+        for node in ast.walk(ast.parse(source(kind)))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"
+    }
+
+
+@pytest.fixture(scope="module")
+def names_set_by_trl():
+    return set().union(*(assigned_names(kind) for kind in GRPOTrainer.__mro__[:-1]))
+
+
+@pytest.mark.parametrize("name", sorted(set(Run.__annotations__) - {"recording"}))
+def test_attributes_that_parts_read(trl_trainer, names_set_by_trl, name):
+    theirs = ATTRIBUTES.get(name, name)
+    message = f"TRL {trl.__version__} sets no `{theirs}` on its trainer; parts read it as trl_hooks.Run.{name}."
+    assert theirs in names_set_by_trl, message
+    assert hasattr(trl_trainer, theirs) or theirs in LATER, message
+
+
+def test_parts_have_public_names_for_private_attributes():
+    assert set(ATTRIBUTES) <= set(Run.__annotations__)
+    assert all(theirs.startswith("_") for theirs in ATTRIBUTES.values())
+
+
+@pytest.mark.parametrize("name", OTHER_ATTRIBUTES)
+def test_other_attributes_of_trls_trainer(trl_trainer, name):
     assert hasattr(trl_trainer, name), (
-        f"TRL {trl.__version__} sets no GRPOTrainer.{name} at construction; {ATTRIBUTES[name]} reads it."
-    )
-
-
-def test_batch_environments_is_set_for_each_batch():
-    assert "self._batch_environments = " in source(GRPOTrainer._generate_and_score_completions), (
-        "GRPOTrainer._generate_and_score_completions no longer sets `_batch_environments`; trainer._tokenize_prompts "
-        "swaps it."
+        f"TRL {trl.__version__} sets no GRPOTrainer.{name} at construction; {OTHER_ATTRIBUTES[name]}."
     )
 
 
 def test_shapes_of_those_attributes(trl_trainer):
-    assert set(trl_trainer._metrics) == {"train", "eval"}, "GRPOTrainer._metrics changed; see trainer._log_rollouts."
+    assert set(trl_trainer._metrics) == {"train", "eval"}, "GRPOTrainer._metrics changed; see trl_hooks.Run.metrics."
     assert list(trl_trainer._environment_pool) == [None] and isinstance(trl_trainer._environment_pool[None], list), (
         "GRPOTrainer._environment_pool is no longer {name: [instances]} with None for a single environment; see "
-        "rollout.tools_of_rollouts._read_environments."
+        "rollout.tools_of_rollouts.RolloutTools.read_environments."
     )
     assert isinstance(trl_trainer._environment_pool[None][0], Box), (
         "GRPOTrainer no longer makes a first environment at construction; "
-        "rollout.tools_of_rollouts._read_environments reads its methods."
+        "rollout.tools_of_rollouts.RolloutTools.read_environments reads its methods."
     )
     names = [tool.__name__ for tool in trl_trainer._env_tools[None]]
     assert names == ["fetch", "open"], (
         f"GRPOTrainer._env_tools holds {names} for an environment, not the functions and then its methods; see "
-        f"rollout.tools_of_rollouts._read_environments."
+        f"rollout.tools_of_rollouts.RolloutTools.read_environments."
     )
     assert [tool.__name__ for tool in trl_trainer._standalone_tools] == ["fetch"], (
-        "GRPOTrainer._standalone_tools is no longer the functions alone; trainer._prepare_recording empties it."
+        "GRPOTrainer._standalone_tools is no longer the functions alone; rollout.rollouts.Rollouts.prepare empties it."
     )
     assert isinstance(trl_trainer.eos_token_ids, list), (
-        "GRPOTrainer.eos_token_ids is no list; see trainer._prepare_recording."
+        "GRPOTrainer.eos_token_ids is no list; see rollout.rollouts.Rollouts.prepare."
     )
 
 
@@ -627,14 +364,15 @@ def test_trls_event_loop_is_for_reward_functions_alone(tmp_path, kind):
     )
     assert trainer._has_async_funcs == (kind == "reward"), (
         "GRPOTrainer starts its event loop by something else than coroutine functions among tools and rewards; "
-        "trainer.__init__ gives it tools that are none, so that no tool can block it or end its thread."
+        "rollout.tools_of_rollouts.RolloutTools gives it tools that are none, so that no tool can block it or end its "
+        "thread."
     )
     if kind == "reward":
         trainer.train()
         assert set(ran_on) == {trainer.async_loop}, (
             "GRPOTrainer runs async reward functions elsewhere than on its `async_loop`."
         )
-        assert ran_on[0] is not trainer._executor._loop.get()
+        assert ran_on[0] is not trainer.rollouts.tools.executor._loop.get()
 
 
 def test_context_managers_for_generation(trl_trainer):
@@ -644,42 +382,26 @@ def test_context_managers_for_generation(trl_trainer):
     found = parameters(unwrap_model_for_generation)
     assert found[:3] == ["model", "accelerator", "gather_deepspeed3_params"] and (
         "gradient_checkpointing_kwargs" in found
-    ), f"trl.models.unwrap_model_for_generation takes {found}; rollout.engine.unwrapped_policy calls it."
+    ), f"trl.models.unwrap_model_for_generation takes {found}; trl_hooks.Run.gathered_policy calls it."
     assert parameters(disable_gradient_checkpointing) == ["model", "gradient_checkpointing_kwargs"], (
-        "trl.models.utils.disable_gradient_checkpointing has other parameters; update.scoring._scoring_mode calls it."
+        "trl.models.utils.disable_gradient_checkpointing has other parameters; "
+        "update.scoring.Scoring.without_training calls it."
     )
     with (
         unwrap_model_for_generation(trl_trainer.model_wrapped, trl_trainer.accelerator) as policy,
         trl_trainer._dist.summon_full_params(trl_trainer.model_wrapped, recurse=False),
     ):
         assert policy is trl_trainer.model, (
-            "unwrap_model_for_generation gives no policy; see rollout.engine.unwrapped_policy."
+            "unwrap_model_for_generation gives no policy; see trl_hooks.Run.gathered_policy."
         )
 
 
 def test_what_logs_and_replays_ask_of_trl(trl_trainer):
-    generate = source(GRPOTrainer._generate)
-    assert "return prompt_ids, completion_ids, tool_mask, completions," in generate, (
-        "GRPOTrainer._generate returns something else; run_folder.writer.RunLog takes the completions from the fourth "
-        "place."
-    )
-    assert 'self._metrics[mode]["num_tokens"] = [self.state.num_input_tokens_seen]' in generate, (
-        "GRPOTrainer._generate no longer replaces `num_tokens`; run_folder.writer.RunLog and run_folder.replay.Replay "
-        "treat it so."
-    )
     assert {"prompt", "completion", "rewards", "advantages"} <= set(trl_trainer._logs), (
         f"GRPOTrainer._logs holds {sorted(trl_trainer._logs)}; run_folder.replay.Replay fills it."
     )
-    assert parameters(GRPOTrainer._save_checkpoint) == ["self", "model", "trial"], (
-        "GRPOTrainer._save_checkpoint has other parameters; monitoring.health.watch.HealthWatch calls it."
-    )
-    logged = source(transformers.Trainer.log)
-    assert "self.state.log_history.append(output)" in logged and "self.callback_handler.on_log(" in logged, (
-        "Trainer.log no longer ends with the log history and the callbacks; run_folder.writer.RunLog reads the last "
-        "entry."
-    )
     assert "tb_writer" in source(transformers.integrations.TensorBoardCallback.__init__), (
-        "TensorBoardCallback has no `tb_writer`; monitoring.trackers.Live writes texts with it."
+        "TensorBoardCallback has no `tb_writer`; monitoring.trackers.Trackers writes texts with it."
     )
 
 
@@ -694,7 +416,7 @@ def test_what_references_ask_of_peft():
     variant = layer.lora_variant["default"]
     assert parameters(variant.merge_safe) == ["module", "active_adapter", "orig_weight"], f"DoRA changed in {use}"
     assert "selected_adapters" in parameters(policy.save_pretrained), (
-        f"reference.sync._save leaves out the reference; {use}"
+        f"reference.sync.ReferencePolicy.save leaves out the reference; {use}"
     )
 
 
@@ -703,12 +425,13 @@ def test_what_else_the_trainer_imports():
     from trl.extras.profiling import profiling_context
     from trl.trainer.utils import get_config_model_id
 
+    reads_environments = "rollout.tools_of_rollouts.RolloutTools.read_environments"
     for function, expected, use in (
-        (add_response_schema, "processing_class", "rollout.tools_of_rollouts._read_environments"),
-        (get_training_chat_template, "processing_class", "rollout.tools_of_rollouts._read_environments"),
-        (is_chat_template_prefix_preserving, "processing_class", "rollout.tools_of_rollouts._read_environments"),
-        (get_config_model_id, "config", "trainer.__init__"),
-        (profiling_context, "trainer", "trainer._roll_out"),
+        (add_response_schema, "processing_class", reads_environments),
+        (get_training_chat_template, "processing_class", reads_environments),
+        (is_chat_template_prefix_preserving, "processing_class", reads_environments),
+        (get_config_model_id, "config", "trainer.ToolGRPOTrainer"),
+        (profiling_context, "trainer", "trl_hooks.Run.profiled"),
     ):
         assert parameters(function)[0] == expected, (
             f"{function.__module__}.{function.__name__} takes {parameters(function)}; {use} passes a {expected}."
@@ -756,54 +479,58 @@ def test_trl_says_which_versions_of_vllm_it_supports():
     assert str(supported_versions()), "TRL's metadata names no vLLM; sampling/vllm/engine.py reads the versions there."
 
 
-def test_trls_loss_takes_an_importance_sampling_weight():
-    loss = source(GRPOTrainer._compute_loss)
-    condition = 'self.use_vllm and self.vllm_importance_sampling_correction and self.loss_type != "vespo"'
-    assert condition in loss and 'per_token_loss * inputs["importance_sampling_ratio"]' in loss, (
-        "GRPOTrainer._compute_loss multiplies by the importance sampling weight under another condition; "
-        "update.sampler_correction._correct sets `use_vllm` for it."
-    )
-    assert 'importance_sampling_ratio=inputs.get("importance_sampling_ratio")' in loss, (
-        "VESPO takes its importance sampling weight from elsewhere; update.sampler_correction._correct puts it into "
-        "the inputs."
-    )
-    assert 'old_per_token_logps = inputs.get("old_per_token_logps")' in loss.split(
-        "_get_per_token_logps_and_entropies("
-    )[1], (
-        "GRPOTrainer._compute_loss reads old log-probs before it scores; "
-        "update.sampler_correction._correct replaces them then."
+def test_trl_refuses_to_sync_the_reference_of_an_adapter(tmp_path):
+    tokenizer, adapter = chat_tokenizer(), peft.LoraConfig(target_modules=["q_proj"])
+    try:
+        GRPOTrainer(
+            tiny_model(tokenizer),
+            lambda completions, **kwargs: [0.0] * len(completions),
+            config(tmp_path, sync_ref_model=True, beta=0.1),
+            prompts(),
+            processing_class=tokenizer,
+            peft_config=adapter,
+        )
+    except NotImplementedError:
+        return
+    pytest.fail(
+        f"TRL {trl.__version__} syncs the reference of a PEFT run. Its adapter named \"ref\" and its "
+        f"`SyncRefModelCallback` would clash with the adapter and the callback of reference/sync.py; see "
+        f"reference.sync.synced_by_us, which keeps TRL from it, and reference.sync.ReferencePolicy, which removes one "
+        f"such callback."
     )
 
 
-def test_trl_makes_its_vllm_engine_by_an_option_and_a_name():
-    source = inspect.getsource(GRPOTrainer.__init__)
-    assert "if self.use_vllm:" in source and "VLLMGeneration(" in source, (
-        "GRPOTrainer.__init__ makes its vLLM engine in another way than rollout.vllm_rollouts.without_trls_vllm "
-        "relies on."
+def test_the_sync_callback_of_trl_is_removed(tmp_path, caplog):
+    tokenizer = chat_tokenizer()
+    given = SyncRefModelCallback(ref_model=tiny_model(tokenizer), accelerator=None)
+    trainer = ToolGRPOTrainer(
+        tiny_model(tokenizer),
+        lambda completions, **kwargs: [0.0] * len(completions),
+        config(tmp_path, sync_ref_model=True, beta=0.1),
+        prompts(),
+        processing_class=tokenizer,
+        peft_config=peft.LoraConfig(target_modules=["q_proj"]),
+        callbacks=[given],
     )
+    assert not [c for c in trainer.callback_handler.callbacks if isinstance(c, SyncRefModelCallback)]
+    assert "`SyncRefModelCallback` was removed" in caplog.text
+    assert trainer.reference.synced is not None
 
 
 # transformers
 
 
 def test_response_parser_can_be_made_tolerant():
-    members = {
-        "_open_explicit": ["self", "events", "field", "m"],
-        "_scan": ["self", "watch", "eos"],
-        "_accumulate": ["self", "events", "text"],
-        "_close_current": ["self", "events"],
-        "_reset_to_implicit": ["self"],
-        "finalize": ["self"],
-    }
-    for name, expected in members.items():
-        found = parameters(getattr(ResponseParser, name, lambda: None))
-        assert found == expected, (
-            f"transformers {transformers.__version__}: ResponseParser.{name} takes {found}; "
-            f"chat.parsing._TolerantParser overrides or calls it with {expected}."
-        )
+    for name, expected in RESPONSE_PARSER.items():
+        if expected is not None:
+            found = parameters(getattr(ResponseParser, name, lambda: None))
+            assert found == expected.split(), (
+                f"transformers {transformers.__version__}: ResponseParser.{name} takes {found}; "
+                f"chat.parsing._TolerantParser overrides or calls it with {expected}."
+            )
     template = add_response_schema(chat_tokenizer()).response_template
     parser = ResponseParser(template, prefix="", tools=[])
-    for name in ("_body", "_buffer", "_current", "_opened", "_output", "_spec"):
+    for name in RESPONSE_PARSER:
         assert hasattr(parser, name), f"ResponseParser has no `{name}`; chat.parsing._TolerantParser reads it."
     parser.feed('<tool_call>\n{"name": "a"')
     assert parser._current == "tool_calls" and parser._body.strip() == '{"name": "a"', (
@@ -836,7 +563,8 @@ def test_texts_are_cast_as_call_notation_relies_on():
     ], "transformers casts or parses arguments by other parameters; chat/call_notation.py calls both."
     text = "no number"
     assert response_parser._coerce(text, ("integer",)) is text, (
-        "response_parser._coerce no longer gives back a text it cannot cast; chat.call_notation._cast relies on it."
+        "response_parser._coerce no longer gives back a text it cannot cast; chat.call_notation relies on it through "
+        "trl_hooks.cast_text."
     )
     assert response_parser._coerce("null", ("null",)) is None and response_parser._coerce("7", ("integer",)) == 7
 
@@ -921,14 +649,13 @@ def test_attention_is_chosen_by_the_configuration_at_each_call():
     ALL_ATTENTION_FUNCTIONS.register("contract_spy", spy)
     tokenizer = chat_tokenizer()
     model = tiny_model(tokenizer).eval()
-    before = model.config._attn_implementation
-    model.config._attn_implementation = "contract_spy"
-    with torch.no_grad():
+    before = attention_implementation(model.config)
+    with torch.no_grad(), replaced_attention(model.config, "contract_spy"):
         model(input_ids=torch.tensor([[1, 2, 3]]))
-    model.config._attn_implementation = before
+    assert attention_implementation(model.config) == before
     assert len(calls) == 2, (
         "A model no longer looks up `config._attn_implementation` in ALL_ATTENTION_FUNCTIONS at each call; "
-        "sampling.shared_prefix.shared_prefix_attention switches it there."
+        "sampling.shared_prefix.exchanged_attention switches it there, by trl_hooks.replaced_attention."
     )
     mask, layer, query, key, scaling = calls[1]
     assert (layer, query, key, scaling) == (1, (1, 4, 3, 8), (1, 2, 3, 8), pytest.approx(8**-0.5)), (
@@ -961,9 +688,15 @@ def test_cache_update():
 
 def test_models_have_what_the_default_sampler_asks_for():
     model = tiny_model(chat_tokenizer())
-    assert model._supports_attention_backend is True, (
-        "Models no longer have `_supports_attention_backend`; sampling.choice.unsupported_reason reads it."
+    assert has_replaceable_attention(model) is True and is_stateful(model) is False, (
+        f"Models no longer have {MODEL_ATTRIBUTES}; sampling.choice.unsupported_reason and "
+        f"sampling.choice.layers_beside_attention ask for them through trl_hooks."
     )
+    for name in MODEL_ATTRIBUTES:
+        assert hasattr(transformers.PreTrainedModel, name), f"PreTrainedModel has no `{name}`; trl_hooks reads it."
+    for name in CONFIG_ATTRIBUTES:
+        assert hasattr(model.config, name), f"PreTrainedConfig has no `{name}`; trl_hooks reads it."
+    assert (attention_implementation(model.config), name_or_path(model)) == ("sdpa", "tiny-qwen3")
     assert list(model.config.layer_types) == ["full_attention"] * 2, (
         "transformers names layer types otherwise; sampling.choice.unsupported_reason knows two."
     )
@@ -1017,22 +750,44 @@ def test_templates_that_get_a_response_template():
 
 
 def test_fsdp_finds_its_root_in_the_first_pass():
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
-
     assert "_is_root = None" in inspect.getsource(FSDPState.__init__).replace(": bool | None", "").replace(
         ": Optional[bool]", ""
     ) and parameters(FSDPState._lazy_init) == ["self"], (
-        "torch's FSDP2 no longer has `_is_root` and `_lazy_init`; rollout.engine.gathered_parameters calls it before "
-        "the first pass of a policy with an adapter."
+        "torch's FSDP2 no longer has `_is_root` and `_lazy_init`; trl_hooks.gathered_parameters calls it before the "
+        "first pass of a policy with an adapter."
     )
-    assert hasattr(FSDPModule, "_get_fsdp_state"), "FSDPModule has no `_get_fsdp_state`; rollout/engine.py calls it."
+
+
+def test_fsdp_has_the_names_that_gathering_goes_by():
+    state, used = FSDPState(), "trl_hooks.gathered_parameters goes by it."
+    for name in FSDP["FSDPModule"]:
+        assert hasattr(FSDPModule, name), f"torch {torch.__version__}: FSDPModule has no `{name}`; {used}"
+    groups = {"_fsdp_param_group", "_fsdp_param_groups"}
+    assert groups < set(FSDP["FSDPState"]) and any(hasattr(state, name) for name in groups), (
+        f"torch {torch.__version__}: FSDPState has neither of {sorted(groups)}; {used}"
+    )
+    for name in set(FSDP["FSDPState"]) - groups:
+        assert hasattr(state, name), f"torch {torch.__version__}: FSDPState has no `{name}`; {used}"
+    for name in FSDP["FSDPParamGroup"]:
+        assert name in assigned_names(FSDPParamGroup), (
+            f"torch {torch.__version__}: FSDPParamGroup has no `{name}`; {used}"
+        )
+
+
+def test_the_table_holds_what_gathering_reads_of_fsdp():
+    read = {"post_forward_mesh_info"}
+    for function in (trl_hooks.gathered_parameters, trl_hooks._reshard_settings):
+        for node in ast.walk(ast.parse(source(function))):
+            name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "value", None)
+            if isinstance(name, str) and re.fullmatch(r"_[a-z]\w*", name):
+                read.add(name)
+    assert read == {name for names in FSDP.values() for name in names}
 
 
 def test_deepspeed_saves_through_the_functions_that_are_wrapped():
     engine = pytest.importorskip("deepspeed.runtime.engine")
     assert "save_latest" in parameters(engine.DeepSpeedEngine.save_checkpoint), (
-        "DeepSpeed's save_checkpoint has no `save_latest`; checkpoints.resume.ExactResume._deepspeed_tolerated passes "
+        "DeepSpeed's save_checkpoint has no `save_latest`; checkpoints.resume.Checkpoints.save passes "
         "it."
     )
     held = {
@@ -1044,7 +799,7 @@ def test_deepspeed_saves_through_the_functions_that_are_wrapped():
         missing = [text for text in texts if text not in source]
         assert not missing, (
             f"DeepSpeedEngine.{name} is written otherwise, without {missing}; run_folder.storage_failures.attempt and "
-            f"checkpoints.resume.ExactResume._deepspeed_tolerated keep a full disk there from stopping the other "
+            f"checkpoints.resume.Checkpoints.save keep a full disk there from stopping the other "
             f"processes."
         )
 

@@ -104,7 +104,7 @@ def test_twenty_steps_at_trls_defaults_end_without_an_error_a_fallback_or_an_ala
         )  # fmt: skip
         trainer.train()
         assert trainer.state.global_step == steps
-        assert trainer._engine._supported is True and trainer._packs is True
+        assert trainer.rollouts.engine._supported is True and trainer.update.scoring.packing.active is True
         found[head] = sum(gaps(trainer)) / len(gaps(trainer))
         assert all(log["ratio/mean"] == pytest.approx(1, abs=0.05) for log in trainer.state.log_history if
                    "ratio/mean" in log)  # fmt: skip
@@ -122,23 +122,23 @@ def test_every_dtype_is_sampled_fast_and_packed(folder, tmp_path, dtype, lora):
     changes = {} if lora else {"optim": "sgd"}
     trainer = train(folder, tmp_path, dtype, lora, **changes)
     trainer.train()
-    assert trainer._engine._supported is True and trainer._packs is True
+    assert trainer.rollouts.engine._supported is True and trainer.update.scoring.packing.active is True
     assert len(gaps(trainer)) == 2 and all(gap < (1e-3 if dtype == "float32" else 0.1) for gap in gaps(trainer))
 
 
 def another_temperature(trainer, monkeypatch):
-    trainer._engine.args = copy.copy(trainer.args)
-    trainer._engine.args.temperature = 0.8
+    trainer.rollouts.engine.args = copy.copy(trainer.args)
+    trainer.rollouts.engine.args.temperature = 0.8
 
 
 def no_adapter(trainer, monkeypatch):
-    run = trainer._engine.run
+    run = trainer.rollouts.engine.run
 
     def planted(policy, *args, **kwargs):
         with policy.disable_adapter():
             return run(policy, *args, **kwargs)
 
-    monkeypatch.setattr(trainer._engine, "run", planted)
+    monkeypatch.setattr(trainer.rollouts.engine, "run", planted)
 
 
 def no_causal_mask(trainer, monkeypatch):
@@ -172,7 +172,7 @@ def test_planted_faults_are_caught_in_low_precision(folder, tmp_path, monkeypatc
         for name, weight in trainer.model.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.1)
-    trainer._engine._is_supported(trainer.model)  # whose trial would find the fault, too
+    trainer.rollouts.engine._is_supported(trainer.model)  # whose trial would find the fault, too
     plant(trainer, monkeypatch)
     with pytest.raises(LogprobMismatchError):
         trainer.train()

@@ -104,8 +104,7 @@ class ToolGRPOTrainer(GRPOTrainer):
             `mcp_sessions`, an [`MCPSession`] for each rollout.
         sampler ([`Sampler`], *optional*):
             Samples rollouts in place of the policy itself. What it records is checked by the strict trajectory rules,
-            and by the log-prob check. If it has a method `load_policy(policy, version)`, that is called before each
-            rollout batch, in every process, with the unwrapped policy and the optimizer steps it has taken.
+            and by the log-prob check.
 
     Attributes:
         rollouts ([`Rollouts`]):
@@ -119,7 +118,7 @@ class ToolGRPOTrainer(GRPOTrainer):
         reference ([`ReferencePolicy`]):
             What the policy is compared with, and when that follows.
         records ([`Records`]):
-            Files, metrics, health, trackers.
+            Files, metrics, health, trackers, progress.
         checkpoints ([`Checkpoints`]):
             What a run is resumed from.
         hub ([`HubPublisher`]):
@@ -171,9 +170,11 @@ class ToolGRPOTrainer(GRPOTrainer):
         _check_data(args, train_dataset, eval_dataset, bool(tools or mcp_servers), has_environments)
         check_has_values(args, model, reward_funcs)
         check_forcing(args, bool(tools or mcp_servers) or has_environments, train_dataset)
+        unrecorded = None
         if not self.recording:
-            refuse_unrecorded(args, "`record_sample_logprobs=False`" if rollout_func is None else "a `rollout_func`")
-        check_sampler(sampler, args, self.recording)
+            unrecorded = "`record_sample_logprobs=False`" if rollout_func is None else "a `rollout_func`"
+            refuse_unrecorded(args, unrecorded)
+        check_sampler(sampler, args, unrecorded)
         estimator = estimator_of(args)
         if args.keep_freed_memory:
             keep_freed_memory()
@@ -218,6 +219,7 @@ class ToolGRPOTrainer(GRPOTrainer):
         self.reference = ReferencePolicy(self.run, given_adapter)
         if self.recording and self.run.is_multimodal:
             refuse_multimodal(args)
+            check_sampler(sampler, args, "a multimodal model")
             self.recording = False
             logger.warning("The model is multimodal: TRL samples its rollouts, and no log-prob is recorded.")
         self._make_parts(estimator, force_policy)
@@ -317,8 +319,8 @@ class ToolGRPOTrainer(GRPOTrainer):
 
         Raises:
             CheckpointError: if there is no whole checkpoint, or it belongs to another model, adapter, data set or
-                batch, or to another number of processes in the middle of a rollout batch; the message says what
-                differs.
+                batch, or to another number of processes in the middle of a rollout batch, or another version of this
+                package wrote it in another form; the message says what differs.
             CheckpointSaveError: if the output folder cannot be written to, is not shared by the machines that take
                 part, or does not take the last checkpoint; if the files of an earlier run cannot be moved.
             OutputFolderInUseError: if another run writes to `output_dir`.
@@ -348,10 +350,10 @@ class ToolGRPOTrainer(GRPOTrainer):
         self.reference.check_adapter(resume_from_checkpoint)
         with same_parameters(self.model if model is None else model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self.reference.load(resume_from_checkpoint)
+            if self.critic is not None:
+                self.critic.load(resume_from_checkpoint)
         self.rollouts.policy_was_replaced()
-        self.reference.load(resume_from_checkpoint)
-        if self.critic is not None:
-            self.critic.load(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with nullcontext() if self.critic is None else self.critic.optimizer_of(checkpoint):
@@ -407,7 +409,7 @@ class ToolGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[Row]) -> Batch:
         self.reference.before_rollouts()
-        with self.records.trackers.of_rollouts() as measure:
+        with self.records.progress.of_rollouts() as measure:
             with self.rollouts.of(inputs), self.update.knowing_old_logprobs(), same_parameters_trained(self.model):
                 output = super()._generate_and_score_completions([dict(row) for row in inputs])
             self.reference.on_rollouts(output)
@@ -604,9 +606,9 @@ class ToolGRPOTrainer(GRPOTrainer):
     def _load_best_model(self) -> None:
         with same_parameters(self.model):
             super()._load_best_model()
+            if self.critic is not None and self.state.best_model_checkpoint is not None:
+                self.critic.load(self.state.best_model_checkpoint)
         self.rollouts.policy_was_replaced()
-        if self.critic is not None and self.state.best_model_checkpoint is not None:
-            self.critic.load(self.state.best_model_checkpoint)
 
     def _finalize_training(self, trial: object, num_train_samples: object, start_time: float) -> TrainOutput:
         self._finish_current_push()  # before TRL removes the checkpoints other than the best one

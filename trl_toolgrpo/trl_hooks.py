@@ -4,14 +4,16 @@
 place in the rollout batch is computed here alone.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -19,7 +21,8 @@ from transformers import (
     TrainerState,
 )
 from transformers.trainer_callback import CallbackHandler
-from trl.extras.profiling import profiling_context
+from transformers.utils.chat_parsing.response_parser import _coerce
+from trl.extras.profiling import ProfilingContext, profiling_context
 from trl.models import unwrap_model_for_generation
 
 from .config.batch_position import micro_batches_of
@@ -290,10 +293,6 @@ class Run:
         """Wait for the push in progress."""
         self._trainer._finish_current_push()
 
-    def policy_was_replaced(self) -> None:
-        """Say that the policy's weights have changed without an optimizer step."""
-        self._trainer.rollouts.policy_was_replaced()
-
     @contextmanager
     def arguments(self, args: ToolGRPOConfig) -> Iterator[None]:
         """Have the trainer read another configuration while open."""
@@ -362,3 +361,431 @@ def _reshard_settings(module: FSDPModule, is_root: bool) -> Iterable[tuple[Any, 
     # By default FSDP2 leaves the root gathered, and arranges that in the first forward pass
     stays = is_root and state._auto_reshard_after_forward
     return [(group, None if stays else group.post_forward_mesh_info) for group in groups if group is not None]
+
+
+def attention_implementation(config: PreTrainedConfig) -> str | None:
+    """Return the name of the attention function that a model with this configuration uses."""
+    return config._attn_implementation
+
+
+@contextmanager
+def replaced_attention(config: PreTrainedConfig, name: str) -> Iterator[None]:
+    """Have a model with this configuration use another registered attention function while open."""
+    usual, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual
+
+
+def has_replaceable_attention(model: nn.Module) -> bool:
+    """Return whether the attention of a model goes through transformers' attention interface."""
+    return bool(getattr(model, "_supports_attention_backend", False))
+
+
+def is_stateful(model: nn.Module) -> bool:
+    """Return whether transformers says that a model keeps a state other than keys and values."""
+    return bool(getattr(model, "_is_stateful", False))
+
+
+def name_or_path(model: PreTrainedModel) -> str:
+    """Return the name or folder that a model was loaded from; empty if there is none."""
+    return str(getattr(model.config, "_name_or_path", "") or "")
+
+
+def cast_text(text: str, kind: str) -> Any:
+    """Return a text as a value of a type of JSON Schema, as transformers' parser does; the text if it is none."""
+    return _coerce(text, (kind,))
+
+
+def forward_without_autocast(model: nn.Module) -> Callable[..., Any] | None:
+    """Return a model's own forward pass, if accelerate has put autocast around it; else `None`."""
+    return vars(model).get("_original_forward")
+
+
+@contextmanager
+def profiler_reporting_within(guard: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+    """
+    Have TRL's profiler, which sends each duration to trackers by itself, do so within a context manager, while open.
+
+    Args:
+        guard (`Callable`):
+            Makes that context manager.
+    """
+    usual = ProfilingContext._log_metrics
+
+    def guarded(context: ProfilingContext, duration: float) -> None:
+        with guard():
+            usual(context, duration)
+
+    ProfilingContext._log_metrics = guarded  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        ProfilingContext._log_metrics = usual  # type: ignore[method-assign]
+
+
+# What a release of TRL, transformers, PEFT or torch can change. tests/test_contract.py is made from these tables.
+
+
+class Hook(NamedTuple):
+    """
+    A method of `GRPOTrainer`, its own or inherited, and what this package relies on in it.
+
+    Args:
+        parameters (`str`):
+            Names of its parameters after `self`, separated by blanks; those after an ellipsis are not relied on.
+        used_by (`str`):
+            What of this package relies on them.
+        holds (`Mapping[str, str]`):
+            Expressions in its source, or in that of the method it overrides in transformers, each with what of this
+            package relies on it.
+        returns (`str`):
+            Names that it returns last, as a tuple, separated by blanks; empty if nothing relies on them.
+    """
+
+    parameters: str
+    used_by: str
+    holds: Mapping[str, str] = MappingProxyType({})
+    returns: str = ""
+
+
+OVERRIDDEN = {
+    "add_callback": Hook("callback", "monitoring.records.Records guards the callback that was added last"),
+    "train": Hook("resume_from_checkpoint trial ignore_keys_for_eval", "checkpoints.resume.Checkpoints.begin"),
+    "create_optimizer": Hook("model", "critic.critic.Critic.join_optimizer gives the value head a group of its own"),
+    "_load_from_checkpoint": Hook(
+        "resume_from_checkpoint model",
+        "critic.critic.Critic.load reads the value head, and reference.sync.ReferencePolicy.load the reference",
+    ),
+    "_load_optimizer_and_scheduler": Hook(
+        "checkpoint", "critic.critic.Critic.optimizer_of resumes a run that had no value head"
+    ),
+    "_get_train_sampler": Hook("dataset", "checkpoints.resume.Checkpoints.keep_sampler"),
+    "_init_training_state": Hook(
+        "max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint trial",
+        "checkpoints.resume.Checkpoints.skip_epochs brings the sampler to the epoch",
+    ),
+    "_run_epoch": Hook(
+        "...",
+        "checkpoints.resume.Checkpoints.begin_epoch skips it where nothing is left to do",
+        {
+            "skip_first_batches(train_dataloader, steps_trained_in_current_epoch)": (
+                "checkpoints.resume.Checkpoints leaves the position within an epoch to it"
+            ),
+            "self._load_rng_state(": "checkpoints.resume.Checkpoints leaves the random numbers to it",
+        },
+    ),
+    "training_step": Hook(
+        "model inputs num_items_in_batch",
+        "critic.critic.Critic.before_backward and .after_backward",
+        {"self._step += 1": "trl_hooks.Run.batch_number counts rollout batches by it"},
+    ),
+    "_prepare_inputs": Hook(
+        "generation_batch",
+        "update.micro_batches.MicroBatchSplit.split_anew splits what it has stored",
+        {
+            "if self._step % generate_every == 0 or self._buffered_inputs is None": (
+                "trl_hooks.Run.batch_is_due repeats it"
+            ),
+            "split_tensor_dict(generation_batch, self.args.steps_per_generation)": (
+                "update.micro_batches.MicroBatchSplit.split_anew splits as many rows anew"
+            ),
+            "self._buffered_inputs[self._step % self.args.steps_per_generation]": (
+                "trl_hooks.Run.next_micro_batch repeats it"
+            ),
+        },
+    ),
+    "_generate_and_score_completions": Hook(
+        "inputs",
+        "update.policy_update.PolicyUpdate.on_rollouts sets the old log-probs in its result",
+        {
+            "gradient_accumulation_steps % generate_every": (
+                "update.policy_update.PolicyUpdate.knowing_old_logprobs repeats it, to know when TRL's first scoring "
+                "pass is the one to answer"
+            ),
+            "generate_every = self.args.steps_per_generation * self.num_iterations": (
+                "config.batch_position.micro_batches_of repeats it"
+            ),
+            'output["sampling_per_token_logps"] = sampling_per_token_logps': (
+                "reference.sync.ReferencePolicy.on_rollouts compares the reference with them"
+            ),
+            'output["tool_mask"] = tool_mask': "update.policy_update.PolicyUpdate.on_rollouts corrects it",
+            '"num_items_in_batch": num_items_in_batch': ("update.policy_update.PolicyUpdate.count_tokens corrects it"),
+            "for tool in self._standalone_tools + methods": (
+                "rollout.rollouts.Rollouts.prepare empties `_standalone_tools`, since the executor calls the tools"
+            ),
+            "self._environment_pool[name]": (
+                "rollout.tools_of_rollouts.RolloutTools.take_back takes lost environments out of the pool"
+            ),
+            "pool.append(self.environment_factories[name]())": (
+                "tools.runtime.environments.on_own_thread wraps the factory, so that new environments get a thread"
+            ),
+            "observation = environment.reset(": (
+                "tools.runtime.environments.on_own_thread runs `reset` on the environment's thread; "
+                "chat.inert_prompts.with_observation finds what it said"
+            ),
+            '"content": content + observation}': (
+                "chat.inert_prompts.with_observation finds what `reset` said at the end of the last message"
+            ),
+            'adapter_name="ref" if "ref" in model.peft_config else None': (
+                "reference.adapter.AdapterReference is found by that name; reference.merged.MergedReference is scored "
+                "with the adapter off"
+            ),
+            "self._batch_environments = ": "rollout.prompts.RolloutPrompts.tokenize swaps it for row numbers",
+        },
+    ),
+    "_generate": Hook(
+        "prompts",
+        "rollout.rollouts.Rollouts.generated adds `trajectories` to its result",
+        {
+            "if self.tools:": "rollout.rollouts.Rollouts.first_turn relies on the tool loop being called with tools",
+            "self._generate_single_turn(": "rollout.rollouts.Rollouts.first_turn is the rollout without tools",
+            "self._tool_call_loop(": "rollout.rollouts.Rollouts.whole_rollouts is the rollout with tools",
+            '["completions/clipped_ratio"].append(': "monitoring.records.Records.on_rollouts corrects the last value",
+            '["completions/mean_terminated_length"].append(': (
+                "monitoring.records.Records.on_rollouts corrects the last value"
+            ),
+            'self._metrics[mode]["num_tokens"] = [self.state.num_input_tokens_seen]': (
+                "run_folder.writer.RunLog and run_folder.replay.Replay know that it is replaced"
+            ),
+        },
+        "prompt_ids completion_ids tool_mask completions logprobs extra_fields images tool_images",
+    ),
+    "_tokenize_prompts": Hook(
+        "prompts",
+        "rollout.prompts.RolloutPrompts.tokenize renders each prompt with its own tools",
+        {
+            "self._env_tools[name]": "rollout.prompts.RolloutPrompts.tokenize swaps it for the tools of each row",
+            "zip(prompts, self._batch_environments": (
+                "rollout.prompts.RolloutPrompts.tokenize swaps it for row numbers"
+            ),
+        },
+        "prompt_ids images multimodal_fields",
+    ),
+    "_generate_single_turn": Hook(
+        "prompt_ids images multimodal_fields num_generations has_tool_images",
+        "rollout.rollouts.Rollouts.first_turn replaces it",
+        returns="completion_ids logprobs",
+    ),
+    "_tool_call_loop": Hook(
+        "prompts prompt_ids completion_ids completions logprobs images multimodal_fields",
+        "rollout.rollouts.Rollouts.whole_rollouts replaces it",
+        returns="tool_mask completions completion_ids logprobs tool_call_count tool_failure_count tool_images",
+    ),
+    "_calculate_rewards": Hook(
+        "inputs prompts completions completion_ids_list",
+        "rollout.rollouts.Rollouts.rewarded takes the scores from it",
+        {
+            'reward_kwargs["log_extra"] = self._log_completion_extra': (
+                "validation.rewards.checked gives reward functions its own in place of it"
+            ),
+            'reward_kwargs["log_metric"] = self._log_metric': (
+                "validation.rewards.checked gives reward functions its own in place of it"
+            ),
+        },
+    ),
+    "_get_per_token_logps_and_entropies": Hook(
+        "model input_ids attention_mask logits_to_keep batch_size compute_entropy compute_aux_loss ...",
+        "update.policy_update.PolicyUpdate.score is given them, and trl_hooks.Run.trl_scores passes them by position",
+    ),
+    "_compute_loss": Hook(
+        "model inputs",
+        "update.policy_update.PolicyUpdate.loss_of gives it the inputs",
+        {
+            'old_per_token_logps = inputs.get("old_per_token_logps")': (
+                "update.policy_update.PolicyUpdate.on_rollouts puts the recorded log-probs there"
+            ),
+            "self._get_per_token_logps_and_entropies(": (
+                "update.policy_update.PolicyUpdate.score takes the policy's log-probs from this call"
+            ),
+            'self.use_vllm and self.vllm_importance_sampling_correction and self.loss_type != "vespo"': (
+                "update.sampler_correction.SamplerCorrection.correct sets `use_vllm`, to have the loss multiplied by "
+                "the importance sampling weight"
+            ),
+            'per_token_loss * inputs["importance_sampling_ratio"]': (
+                "update.sampler_correction.SamplerCorrection.correct puts the weight there"
+            ),
+            'importance_sampling_ratio=inputs.get("importance_sampling_ratio")': (
+                "update.sampler_correction.SamplerCorrection.correct puts the weight of VESPO there"
+            ),
+        },
+    ),
+    "log": Hook(
+        "logs start_time",
+        "monitoring.records.Records.before_log adds metrics",
+        {
+            "if self.accelerator.is_main_process and self.log_completions:": (
+                "run_folder.writer.RunLog.of_log gives another `_logs` there"
+            ),
+            'f"completions_{self.state.global_step:05d}.parquet"': (
+                "run_folder.writer.RunLog.of_log removes a torn one"
+            ),
+            'self._logs["prompt"]': "run_folder.writer.RunLog.of_log gives another `_logs`",
+            'dict(self._logs["extra"])': "run_folder.writer.RunLog.of_log gives another `_logs`",
+            "self.state.log_history.append(output)\n    self.control = self.callback_handler.on_log(": (
+                "run_folder.writer.RunLog.of_log tells failures of callbacks from those of the table, and reads the "
+                "last entry"
+            ),
+        },
+    ),
+    "evaluate": Hook(
+        "eval_dataset ignore_keys metric_key_prefix",
+        "monitoring.records.Records.of_evaluation gives the metrics of a data set its prefix",
+    ),
+    "_save_checkpoint": Hook(
+        "model trial",
+        "checkpoints.resume.Checkpoints.save publishes what it wrote, and trl_hooks.Run.save_checkpoint calls it",
+        {"self._get_output_dir(trial=trial)": "checkpoints.resume.Checkpoints.save has it written elsewhere"},
+    ),
+    "_get_output_dir": Hook("trial", "checkpoints.resume.Checkpoints.save has checkpoints written elsewhere"),
+    "save_model": Hook(
+        "output_dir _internal_call",
+        "critic.critic.Critic.save writes the value head as well",
+        {"if self.args.push_to_hub and not _internal_call:": "hub.push.HubPublisher.save pushes by itself"},
+    ),
+    "_save": Hook(
+        "output_dir state_dict",
+        "critic.critic.Critic.without_head keeps the value head out of the policy",
+        {"torch.save(self.args, ": "hub.push.HubPublisher.without_secrets keeps the Hub token out of them"},
+    ),
+    "_save_optimizer_and_scheduler": Hook(
+        "output_dir",
+        "checkpoints.resume.Checkpoints.save_optimizer_and_scheduler tolerates a full disk, and replaces it for FSDP",
+        {
+            expression: (
+                "checkpoints.resume.Checkpoints.save_optimizer_and_scheduler makes these calls for FSDP and tolerates "
+                "failures"
+            )
+            for expression in (
+                "elif self.is_fsdp_enabled:",
+                "self.accelerator.state.fsdp_plugin, self.accelerator, self.model, output_dir, "
+                "**get_fsdp_ckpt_kwargs()",
+                "self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir",
+                "torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))",
+            )
+        },
+    ),
+    "_save_scaler": Hook("output_dir", "run_folder.storage_failures.tolerated keeps a full disk from ending the run"),
+    "_save_rng_state": Hook(
+        "output_dir", "run_folder.storage_failures.tolerated keeps a full disk from ending the run"
+    ),
+    "_push_from_checkpoint": Hook(
+        "checkpoint_folder", "hub.push.HubPublisher.push_checkpoint replaces it once the checkpoint is published"
+    ),
+    "_load_best_model": Hook("", "critic.critic.Critic.load reads the value head"),
+    "_finalize_training": Hook(
+        "trial num_train_samples start_time",
+        "trainer.ToolGRPOTrainer waits for uploads before checkpoints are removed, and "
+        "run_folder.writer.RunLog.start_time gives it a start by the monotonic clock",
+    ),
+    "init_hf_repo": Hook("token private", "hub.push.HubPublisher.create_repository continues without the Hub"),
+    "push_to_hub": Hook(
+        "commit_message blocking token revision private kwargs",
+        "hub.push.HubPublisher.push pushes a folder of its own",
+        {
+            expression: "hub.push.HubPublisher.push does the same with a folder of its own"
+            for expression in (
+                "self.callback_handler.on_push_begin(self.args, self.state, self.control)",
+                "if self.hub_model_id is None:\n        self.init_hf_repo(",
+                "revision = self.args.hub_revision",
+                "return hf_api().upload_folder(",
+            )
+        },
+    ),
+    "create_model_card": Hook(
+        "model_name dataset_name tags",
+        "hub.model_card.RunCard.write adds to it",
+        {
+            'model_card.save(os.path.join(self.args.output_dir, "README.md"))': (
+                "hub.model_card.RunCard.write reads it there"
+            )
+        },
+    ),
+}
+"""Methods that [`ToolGRPOTrainer`] overrides."""
+
+RELIED_ON = {
+    "__init__": Hook(
+        "...",
+        "trainer.ToolGRPOTrainer passes on what it was given",
+        {
+            "if args.sync_ref_model:": "reference.sync.synced_by_us keeps TRL from it",
+            "def get_reward(environments, _env_type=env_type, **kwargs)": (
+                "tools.runtime.environments.scoring_without_failed knows it by its default, and passes another class"
+            ),
+            "type(e) is _env_type": "tools.runtime.environments.scoring_without_failed passes another class",
+            "if self.use_vllm:": "rollout.vllm_rollouts.without_trls_vllm turns it off",
+            "VLLMGeneration(": "rollout.vllm_rollouts.without_trls_vllm keeps it from being made",
+        },
+    ),
+    "_inner_training_loop": Hook(
+        "...",
+        "trl_hooks.Run.take_up_unlogged_loss adds the loss not logged yet when an epoch begins",
+        {
+            expression: "trl_hooks.Run.take_up_unlogged_loss adds to what an epoch begins with"
+            for expression in (
+                "self._tr_loss = torch.tensor(0.0",
+                "self._globalstep_last_logged = ",
+                "self._run_epoch(",
+            )
+        },
+    ),
+    "_prepare_for_training": Hook(
+        "...",
+        "checkpoints.resume.Checkpoints.load is called within it",
+        {
+            "self._load_optimizer_and_scheduler(resume_from_checkpoint)": (
+                "checkpoints.resume.Checkpoints.load takes place there"
+            )
+        },
+    ),
+    "_log_completion_extra": Hook(
+        "column values",
+        "run_folder.writer.RunLog.on_rewards aligns the columns",
+        {"self._pending_extra_logs[column].extend(values)": "run_folder.writer.RunLog.on_rewards aligns them"},
+    ),
+    "_finish_current_push": Hook("", "hub.push.HubPublisher.push_checkpoint waits for the one before"),
+    "set_initial_training_values": Hook("args dataloader", "validation.chat_templates.training_steps counts so"),
+}
+"""Methods that are called or copied, and not overridden."""
+
+OTHER_ATTRIBUTES = {
+    "_dist": "trl_hooks.Run.gathered_policy gathers parameters with it",
+    "_tag_names": "trainer.ToolGRPOTrainer has its own",
+    "num_iterations": "config.batch_position.micro_batches_of goes by it, by its name in the configuration",
+    "vllm_importance_sampling_correction": (
+        "update.sampler_correction.SamplerCorrection.correct relies on it being on unless it was turned off"
+    ),
+}
+"""Attributes of TRL's trainer beside those of [`Run`], and what relies on them."""
+
+RESPONSE_PARSER = {
+    "_accumulate": "self events text",
+    "_body": None,
+    "_buffer": None,
+    "_close_current": "self events",
+    "_current": None,
+    "_open_explicit": "self events field m",
+    "_opened": None,
+    "_output": None,
+    "_reset_to_implicit": "self",
+    "_scan": "self watch eos",
+    "_spec": None,
+    "finalize": "self",
+}
+"""Methods of transformers' `ResponseParser`, with their parameters, and its attributes, that `chat.parsing` overrides
+or reads."""
+
+FSDP = {
+    "FSDPModule": ("_get_fsdp_state",),
+    "FSDPState": ("_auto_reshard_after_forward", "_fsdp_param_group", "_fsdp_param_groups", "_is_root", "_lazy_init"),
+    "FSDPParamGroup": ("post_forward_mesh_info",),
+}
+"""Names of torch's FSDP2, by class, that [`gathered_parameters`] goes by. A state has one group, or a list of them."""
+
+MODEL_ATTRIBUTES = ("_is_stateful", "_supports_attention_backend")
+"""Attributes of `PreTrainedModel` that the functions here read."""
+
+CONFIG_ATTRIBUTES = ("_attn_implementation", "_name_or_path")
+"""Attributes of `PreTrainedConfig` that the functions here read."""

@@ -221,7 +221,7 @@ def _smoke_step(run: Run, cast: bool, check: str) -> dict[str, Any]:
     trainer.train()
     logged = next(log for log in trainer.state.log_history if "loss" in log)
     metrics = {name: value for name, value in logged.items() if isinstance(value, int | float)}
-    rounding = asdict(trainer._rounding)  # as the trainer measures it
+    rounding = asdict(trainer.update.scoring.rounding)  # as the trainer measures it
     return {"seconds": now() - started, "peak_mib": peak_mib(), **found, "rounding": rounding, "metrics": metrics}
 
 
@@ -587,7 +587,7 @@ def decoding(side: str, trainer: Any, rows: list, case: Case) -> Callable[[], di
         if side == "trl":
             trainer.generation_config.max_new_tokens = tokens
         else:
-            trainer._engine.limits.max_completion_length = tokens
+            trainer.rollouts.engine.limits.max_completion_length = tokens
         return work()
 
     def measure() -> dict[str, Any]:

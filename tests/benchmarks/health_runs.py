@@ -147,7 +147,7 @@ def record(name, seed, tokenizer, weights):
         peft_config=LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"]) if peft else None,
     )  # fmt: skip
     trainer.train()
-    return stored(f"{name}, seed {seed}", trainer.state.log_history, trainer._monitor.facts)
+    return stored(f"{name}, seed {seed}", trainer.state.log_history, trainer.records.health.monitor.facts)
 
 
 def record_all(seeds):

@@ -73,14 +73,15 @@ class Run(ToolGRPOTrainer):
             tools=[add], callbacks=[_Step(tell)],
             peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.1),
         )  # fmt: skip
+        self.rollouts.sample = self._told("rollout", self.rollouts.sample)
+        self.reference.sync = self._told("sync", self.reference.sync)
 
-    def _roll_out(self, *args):
-        self.tell("rollout")
-        return super()._roll_out(*args)
+    def _told(self, phase, method):
+        def told(*args):
+            self.tell(phase)
+            return method(*args)
 
-    def sync_reference(self):
-        self.tell("sync")
-        return super().sync_reference()
+        return told
 
     def _save_checkpoint(self, *args):
         self.tell("save")
@@ -119,7 +120,7 @@ def live(pipe, folder: str, steps: int) -> None:
     checkpoint = find_checkpoint(folder)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     tensors = {f"policy/{name}": p.detach().clone() for name, p in trainer.model.named_parameters()}
-    tensors |= {f"reference/{name}": tensor for name, tensor in trainer._reference.state().items()}
+    tensors |= {f"reference/{name}": tensor for name, tensor in trainer.reference.synced.state().items()}
     save_file(tensors, f"{folder}.safetensors")
     Path(f"{folder}.json").write_text(json.dumps(trainer.state.log_history))
 

@@ -52,7 +52,7 @@ def kill_at_every_step(steps: int) -> None:
             sum(sum(logged(trainer, f"tools/{tool}/{figure}")) for tool in ("pid", "note"))
             for figure in ("calls", "errors")
         )
-        restarts = sum(logged(trainer, "tools/mcp/plain/restarts")) + trainer._mcp.restarts()["plain"]
+        restarts = sum(logged(trainer, "tools/mcp/plain/restarts")) + trainer.rollouts.tools.mcp.restarts()["plain"]
         print(f"killed {len(killed)} times in {steps} steps:", end=" ")
         print(f"{calls:.0f} calls, {errors:.0f} errors, {restarts:.0f} restarts")
         assert calls == 8 * steps and len(killed) == restarts == steps
@@ -79,7 +79,7 @@ def many_batches(batches: int) -> None:
         trainer, _ = make_trainer(Path(folder), patch, script, reward, mcp_servers=servers, max_steps=batches)
         quietly(trainer)
         errors = sum(logged(trainer, "tools/crash/errors"))
-        restarts = sum(logged(trainer, "tools/mcp/plain/restarts")) + trainer._mcp.restarts()["plain"]
+        restarts = sum(logged(trainer, "tools/mcp/plain/restarts")) + trainer.rollouts.tools.mcp.restarts()["plain"]
         print(f"{batches} batches: {errors:.0f} crashes, {restarts:.0f} restarts")
         windows = [figures[len(figures) // 10 : 3 * len(figures) // 10], figures[4 * len(figures) // 5 :]]
         early, late = ([statistics.median(column) for column in zip(*window, strict=True)] for window in windows)

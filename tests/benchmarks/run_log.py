@@ -73,13 +73,14 @@ def main() -> None:
     training.eval_on_start = False
 
     meter = Meter()
-    for name in ("_keep_batch", "_put_logged", "_note_ratios"):
-        meter.watch(trainer, name, "rollout log", "all")
+    records = trainer.records
+    for name in ("on_batch", "on_update", "after_micro_batch"):
+        meter.watch(records.log, name, "rollout log", "all")
     meter.watch(run_log.RolloutWriter, "_write", "rollout log", "all")
-    for name in ("_check_health", "_log_rollouts"):
-        meter.watch(trainer, name, "all")
-    meter.watch(trainer._ratio, "add", "all")
-    meter.watch(trainer._ratio, "metrics", "all")
+    meter.watch(records, "on_rollouts", "all")
+    meter.watch(records.health, "after_log", "all")
+    meter.watch(trainer.update.ratios, "add", "all")
+    meter.watch(trainer.update.ratios, "metrics", "all")
     meter.watch(run_log, "add_line", "all")
     for name in ("costs", "correlation_within_groups"):
         meter.watch(health_watch, name, "all")

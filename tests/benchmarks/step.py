@@ -113,16 +113,16 @@ def train(
 
 def keep_rollouts(trainer: Any, backend: str, kept: dict[str, Any]) -> None:
     """Make a trainer use the rollout batch in `kept`, or store its first one there."""
-    name = "_generate" if backend == "trl" else "_roll_out"
-    make = getattr(trainer, name)
+    owner, name = (trainer, "_generate") if backend == "trl" else (trainer.rollouts, "sample")
+    make = getattr(owner, name)
 
-    def make_once(prompts: Any) -> Any:
+    def make_once(*args: Any) -> Any:
         if "batch" not in kept:
-            kept["batch"] = make(prompts)
-        trainer._batch = kept["batch"]  # where this package's trainer looks for it
+            kept["batch"] = make(*args)
+        owner.batch = kept["batch"]  # where this package's trainer looks for it
         return kept["batch"]
 
-    setattr(trainer, name, make_once)
+    setattr(owner, name, make_once)
 
 
 def parse_arguments() -> argparse.Namespace:

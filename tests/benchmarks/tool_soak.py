@@ -101,7 +101,7 @@ def main() -> None:
         )
         scripted_model_sampler(patch, tokenizer, script)
         trainer.train()
-        executor = trainer._executor
+        executor = trainer.rollouts.tools.executor
         print(f"calls given up: {executor.abandoned}, of which still running: {len(executor.stuck)}")
     grown = watch.last.grown(watch.first)
     print(f"first: {watch.first}\nlast:  {watch.last}\nmemory: {watch.last.memory / watch.first.memory - 1:+.2%}")

@@ -18,7 +18,8 @@ import torch
 from conftest import chat_tokenizer, config, prompts, tiny_model
 from datasets import Dataset
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -33,8 +34,9 @@ from trl_toolgrpo.checkpoints.folder import (
     publish,
     set_aside,
 )
+from trl_toolgrpo.checkpoints.resume import _with_tensors
 from trl_toolgrpo.checkpoints.run_identity import describe_dataset, describe_model, describe_run, differences
-from trl_toolgrpo.hub.push import HubPush
+from trl_toolgrpo.hub.push import HubPublisher
 from trl_toolgrpo.reference.adapter import describe_adapter
 
 
@@ -54,7 +56,7 @@ def reward(completion_ids, **kwargs):
     return [float((7 * len(ids) + sum(ids)) % 11) for ids in completion_ids]
 
 
-def start(path, kind=Watched, model=None, data=None, lora=None, **changes):
+def start(path, kind=Watched, model=None, data=None, lora=None, dtype=torch.float32, **changes):
     """Two epochs of two rollout batches; each batch feeds four steps, and every second step is logged."""
     options = {
         "max_steps": 10, "save_strategy": "steps", "save_steps": 1, "logging_steps": 2, "learning_rate": 1e-2,
@@ -62,7 +64,7 @@ def start(path, kind=Watched, model=None, data=None, lora=None, **changes):
     }  # fmt: skip
     random.seed(len(str(path)))
     return kind(
-        model or tiny_model(TOKENIZER), reward, config(path, **options), data or prompts(5), prompts(1),
+        model or tiny_model(TOKENIZER).to(dtype), reward, config(path, **options), data or prompts(5), prompts(1),
         processing_class=TOKENIZER, peft_config=lora,
     )  # fmt: skip
 
@@ -72,6 +74,10 @@ SETTINGS = {
     "all": (LORA, {
         "deterministic_rollouts": True, "advantage_estimator": "gae", "beta": 0.1, "sync_ref_model": True,
         "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 0.5, "value_learning_rate": 1e-2,
+    }),
+    "bfloat16": (LORA, {
+        "dtype": torch.bfloat16, "advantage_estimator": "gae", "beta": 0.1, "sync_ref_model": True,
+        "ref_model_sync_steps": 3, "value_learning_rate": 1e-2, "gradient_accumulation_steps": 2, "max_steps": 7,
     }),
     "full": (None, {"beta": 0.0}),
     "trl": (None, {"record_sample_logprobs": False}),
@@ -87,7 +93,7 @@ def assert_same(one, other):
         assert torch.equal(found, expected), name
     states = [trainer.optimizer.state_dict()["state"] for trainer in (one, other)]
     assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][key][n], states[1][key][n]) for key in states[0] for n in ("exp_avg", "step"))
+    assert all(torch.equal(states[0][key][n], states[1][key][n]) for key in states[0] for n in states[0][key])
     assert figures(one) == figures(other)
 
 
@@ -119,10 +125,10 @@ def test_a_resumed_run_is_the_same_to_the_bit(runs, tmp_path, name, step):
     assert_same(whole, resumed)
     assert resumed.used == whole.used[step:]
     if name == "all":
-        for key, tensor in whole._reference.state().items():
-            assert torch.equal(tensor, resumed._reference.state()[key]), key
+        for key, tensor in whole.reference.synced.state().items():
+            assert torch.equal(tensor, resumed.reference.synced.state()[key]), key
     progress = load_file(checkpoint / "progress_0.safetensors")
-    assert any(key.startswith("batch/") for key in progress) == (step % 4 != 0)
+    assert any(key.startswith("place/batches/") for key in progress) == (step % 4 != 0)
 
 
 def test_a_run_that_has_ended_trains_no_further(runs, tmp_path, caplog):
@@ -407,7 +413,7 @@ def test_a_pushed_checkpoint_is_in_its_final_place(tmp_path, monkeypatch):
     def push(self, folder):
         pushed.append((folder, fault_of(Path(folder))))
 
-    monkeypatch.setattr(HubPush, "_push_from_checkpoint", push)
+    monkeypatch.setattr(HubPublisher, "push_checkpoint", push)
     trainer = start(tmp_path, max_steps=1)
     trainer.args.push_to_hub = True
     monkeypatch.setattr(trainer, "create_model_card", lambda **kwargs: None)
@@ -488,9 +494,9 @@ def test_another_number_of_processes_is_refused_with_deepspeed(runs, tmp_path):
     (folder / "run_identity.json").write_text(json.dumps(record))
     resumed = start(tmp_path, **SETTINGS["full"][1])
     resumed.is_deepspeed_enabled = True
-    resumed._run = describe_run(resumed.args, resumed.model, resumed.train_dataset)
+    resumed.checkpoints._identity = describe_run(resumed.args, resumed.model, resumed.train_dataset)
     with pytest.raises(CheckpointError, match="whose optimizer states are divided over 2 processes, in 1"):
-        resumed._check_same_run(folder)
+        resumed.checkpoints._check_same_run(folder)
 
 
 def test_a_checkpoint_of_the_model_alone_says_that_the_rest_begins_anew(tmp_path, caplog):
@@ -659,6 +665,38 @@ def test_a_checkpoint_without_the_part_of_a_process_is_not_published(tmp_path, m
         checkpoint.check_parts(tmp_path, 2)
 
 
+def in_flat_form(folder):
+    """Write the states of the parts as version 0.1 did: one record, and tensors by prefix."""
+    file = folder / "progress_0.safetensors"
+    with safe_open(file, "pt") as stored:
+        states = _with_tensors(json.loads(stored.metadata()["states"]), load_file(file))
+    place, ratios, carried = states["place"], states["ratios"], states["carried metrics"]
+    tensors = {"loss": place["loss"], **{f"ratio/{name}": tensor for name, tensor in ratios.items()}}
+    batches = []
+    for index, batch in enumerate(place["batches"]):
+        batches.append({name: value for name, value in batch.items() if not isinstance(value, torch.Tensor)})
+        found = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        tensors |= {f"batch/{index}/{name}": value for name, value in found.items()}
+    record = {
+        "step": place["step"], "batches": batches, "metrics": place["metrics"], "last_logged": place["last_logged"],
+        "carried": carried["of_batch"], "forced_shares": carried["forced"], "packs": states["packing"]["active"],
+        "unmoved": states["reference"]["unmoved"], "sync_report": states["reference"]["report"],
+    }  # fmt: skip
+    save_file(tensors, file, {"progress": json.dumps(record)})
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_checkpoint_of_version_0_1_is_resumed_to_the_bit(runs, tmp_path, step):
+    whole, (lora, changes) = runs("all"), SETTINGS["all"]
+    folder, staged = tmp_path / f"checkpoint-{step}", tmp_path / UNFINISHED / f"checkpoint-{step}"
+    shutil.copytree(Path(whole.args.output_dir) / folder.name, staged)
+    in_flat_form(staged)
+    publish(staged, folder)
+    resumed = start(tmp_path, lora=lora, **changes)
+    resumed.train(resume_from_checkpoint=str(folder))
+    assert_same(whole, resumed)
+
+
 def test_the_last_checkpoint_has_to_be_written(tmp_path, monkeypatch):
     trainer = start(tmp_path, max_steps=2)
     save = torch.save
@@ -678,7 +716,7 @@ def test_a_run_whose_last_checkpoint_fails_leaves_its_model_elsewhere(tmp_path, 
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
     trainer = start(tmp_path / "run", max_steps=1)
-    monkeypatch.setattr(trainer, "_progress", lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(trainer.run, "state_dict", lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(CheckpointSaveError, match=r"No space left.*was written to .*; `hf upload run ") as refused:
         trainer.train()
     kept = Path(re.search(r"written to (\S+) instead", str(refused.value))[1])
@@ -687,7 +725,7 @@ def test_a_run_whose_last_checkpoint_fails_leaves_its_model_elsewhere(tmp_path, 
 
 def test_a_bug_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
     trainer = start(tmp_path, max_steps=1)
-    monkeypatch.setattr(trainer, "_progress", lambda: 1 / 0)
+    monkeypatch.setattr(trainer.run, "state_dict", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer.train()
 

@@ -113,7 +113,7 @@ def test_the_code_of_a_card_runs_and_renders_prompts_as_in_training(base, tmp_pa
     ):
         assert torch.equal(one, other), parameter
     if name == "a value head":
-        assert torch.equal(left["value_head"].output.weight, trainer._value_head.output.weight)
+        assert torch.equal(left["value_head"].output.weight, trainer.critic.head.output.weight)
 
 
 def sorted_values(model, trainer):
@@ -194,7 +194,7 @@ def test_a_multimodal_card_names_classes_that_exist(base, tmp_path):
 def test_the_card_of_a_run_without_tools_says_so(base, tmp_path):
     trainer = start(base, tmp_path)
     assert "## Tools\n\nNone.\n\n## Rewards" in card_of(trainer) and "Nothing was logged." in card_of(trainer)
-    trainer._toolset.decided_at_reset = True
+    trainer.rollouts.tools.toolset.decided_at_reset = True
     assert "## Tools\n\nEach rollout had tools of its own" in card_of(trainer)
 
 

@@ -120,7 +120,7 @@ def test_a_pushed_run_loads_anywhere(server, base, tmp_path, monkeypatch):
     assert any(bool(p.any()) for n, p in model.named_parameters() if "lora_B" in n)
     assert list(model.peft_config) == ["default"]
     head = ValueHead.from_pretrained(name)
-    for key, tensor in trainer._value_head.state_dict().items():
+    for key, tensor in trainer.critic.head.state_dict().items():
         assert torch.equal(head.state_dict()[key], tensor)
     assert bool(head.output.weight.any())
     with pytest.raises(ValueHeadError, match="could not be downloaded"):
@@ -229,14 +229,14 @@ def test_checkpoints_that_are_being_uploaded_are_known(server, base, tmp_path, s
     trainer = start(base, tmp_path / NAME, save_strategy="steps", save_steps=1, hub_strategy=strategy)
 
     def look(step):
-        seen.append({path.name for path in trainer._uploading})
+        seen.append({path.name for path in trainer.hub.uploading})
         if step == 2:
             arrived.set()
 
     trainer.add_callback(Watch(look))
-    assert trainer._uploading == set()
+    assert trainer.hub.uploading == set()
     trainer.train()
-    assert seen == [{"checkpoint-1"}, {"checkpoint-1"}] and trainer._uploading == set()
+    assert seen == [{"checkpoint-1"}, {"checkpoint-1"}] and trainer.hub.uploading == set()
     messages = [message for _, message in server.commits]
     assert messages == ["Training in progress, step 1", "Training in progress, step 1, checkpoint"]
 
@@ -262,7 +262,7 @@ def test_training_ends_after_the_upload(server, base, tmp_path, monkeypatch):
     trainer = start(base, tmp_path / NAME, **options)
     trainer.add_callback(Watch(lambda step: threading.Timer(1, arrived.set).start()))
     monkeypatch.setattr(
-        transformers.trainer, "sort_checkpoints", lambda **kwargs: seen.append(trainer._uploading) or []
+        transformers.trainer, "sort_checkpoints", lambda **kwargs: seen.append(trainer.hub.uploading) or []
     )
     trainer.train()
     assert seen == [set()] and len(server.commits) == 2

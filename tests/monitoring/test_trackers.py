@@ -10,8 +10,9 @@ from conftest import add, chat_tokenizer, config, prompts, scripted_model_sample
 from transformers import PrinterCallback, ProgressCallback
 
 from trl_toolgrpo import ToolGRPOTrainer
-from trl_toolgrpo.monitoring import trackers as live_module
+from trl_toolgrpo.monitoring import progress as progress_module
 from trl_toolgrpo.monitoring.progress_bar import RolloutProgress, on_a_terminal
+from trl_toolgrpo.monitoring.trackers.reports import extreme_rows
 
 
 TOKENIZER = chat_tokenizer("qwen3_instruct_2507")
@@ -71,10 +72,10 @@ def test_tensorboard_gets_conversations_and_faults_as_text(monkeypatch, tmp_path
 
 def test_the_best_and_the_worst_rollouts_are_shown(monkeypatch, tmp_path):
     trainer = start(tmp_path, monkeypatch, max_steps=1)
-    assert live_module.extreme_rows([0.5, 3.0, float("nan"), 1.0, -1.0, 2.0]) == [2, 4, 5, 1]
-    assert live_module.extreme_rows([1.0, 0.0]) == [1, 0]
+    assert extreme_rows([0.5, 3.0, float("nan"), 1.0, -1.0, 2.0]) == [2, 4, 5, 1]
+    assert extreme_rows([1.0, 0.0]) == [1, 0]
     trainer.train()
-    assert not trainer._conversations  # nobody looks
+    assert not trainer.records.trackers._conversations  # nobody looks
 
 
 class Terminal(io.StringIO):
@@ -86,9 +87,9 @@ def test_progress_has_phases_speed_and_time_left(monkeypatch, tmp_path):
     from rich.console import Console
 
     screen = Terminal()
-    monkeypatch.setattr(live_module, "on_a_terminal", lambda: True)
+    monkeypatch.setattr(progress_module, "on_a_terminal", lambda: True)
     progress = RolloutProgress(Console(file=screen, force_terminal=True, width=100))
-    monkeypatch.setattr(live_module, "RolloutProgress", lambda: progress)
+    monkeypatch.setattr(progress_module, "RolloutProgress", lambda: progress)
     trainer = start(tmp_path, monkeypatch, disable_tqdm=False)
     kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
     assert RolloutProgress in kinds and ProgressCallback not in kinds
@@ -105,8 +106,8 @@ def test_progress_stops_when_training_fails(monkeypatch, tmp_path):
         raise RuntimeError("the judge is gone")
 
     progress = RolloutProgress(SimpleNamespace())
-    monkeypatch.setattr(live_module, "on_a_terminal", lambda: True)
-    monkeypatch.setattr(live_module, "RolloutProgress", lambda: progress)
+    monkeypatch.setattr(progress_module, "on_a_terminal", lambda: True)
+    monkeypatch.setattr(progress_module, "RolloutProgress", lambda: progress)
     bar = SimpleNamespace(stopped=False, update=lambda *a, **k: None)
     bar.stop = lambda: setattr(bar, "stopped", True)
     monkeypatch.setattr(progress, "on_train_begin", lambda *a, **k: setattr(progress, "_bar", bar))

@@ -191,7 +191,7 @@ def make(tmp_path, monkeypatch, reward=called, tools=(lookup,), force_policy=Non
 
     def keep(inputs):
         output = score(inputs)
-        kept.append((output, trainer._batch.trajectories))
+        kept.append((output, trainer.rollouts.batch.trajectories))
         return output
 
     trainer._generate_and_score_completions = keep

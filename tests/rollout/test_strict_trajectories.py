@@ -170,7 +170,7 @@ def test_without_strictness_its_rollouts_are_masked_out_and_counted(tmp_path, mo
     logged = trainer.state.log_history[0]
     assert logged["rollout/invalid"] == 2.0 and math.isfinite(logged["loss"]) and math.isfinite(logged["grad_norm"])
     assert "Masked out of the update: Rollout 0: " in caplog.text
-    [trajectory.validate() for trajectory in trainer._batch.trajectories]
+    [trajectory.validate() for trajectory in trainer.rollouts.batch.trajectories]
 
 
 @pytest.mark.parametrize("row", [None, -1, 4, "0", "twice"])

@@ -75,8 +75,8 @@ def test_replay_gives_the_weights_of_the_logged_run(tmp_path, monkeypatch, name)
     for (parameter, found), expected in zip(again.model.named_parameters(), first.model.parameters(), strict=True):
         assert torch.equal(found, expected), parameter
     assert figures(again) == figures(first) and len(figures(again)) > 8
-    if first._value_head is not None:
-        heads = [list(trainer._value_head.parameters()) for trainer in (again, first)]
+    if first.critic.head is not None:
+        heads = [list(trainer.critic.head.parameters()) for trainer in (again, first)]
         assert all(torch.equal(*pair) for pair in zip(*heads, strict=True))
     assert not (tmp_path / "again" / "rollouts").exists()
     resumed = start(tmp_path / "resumed", never, lora, seed=7, replay=str(tmp_path / "first"), **changes)

@@ -37,10 +37,10 @@ def reward(completion_ids, **kwargs):
 class Kept(ToolGRPOTrainer):
     """Keeps its rollouts, and the inputs of each micro-batch."""
 
-    def _roll_out(self, prompt_ids):
-        batch = super()._roll_out(prompt_ids)
-        self.rolled = [*getattr(self, "rolled", []), batch.trajectories]
-        return batch
+    def _generate(self, prompts):
+        output = super()._generate(prompts)
+        self.rolled = [*getattr(self, "rolled", []), self.rollouts.batch.trajectories]
+        return output
 
     def _compute_loss(self, model, inputs):
         self.used = [*getattr(self, "used", []), {k: v.clone() for k, v in inputs.items()}]

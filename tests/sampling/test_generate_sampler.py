@@ -15,10 +15,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from trl_toolgrpo import ToolGRPOTrainer
 from trl_toolgrpo.errors import ConfigError, SamplerError
-from trl_toolgrpo.rollout.engine import gathered_parameters
+from trl_toolgrpo.rollout.engine import check_gathering
 from trl_toolgrpo.sampling.choice import make_sampler, unsupported_reason
 from trl_toolgrpo.sampling.generate_sampler import GenerateSampler
 from trl_toolgrpo.sampling.model_sampler import ModelSampler
+from trl_toolgrpo.trl_hooks import gathered_parameters
 
 
 VOCAB = 61
@@ -141,7 +142,7 @@ def test_sharding_that_gathers_for_each_token_is_refused(tmp_path, plugins, gath
     trainer = ToolGRPOTrainer(tiny_model(tokenizer), reward, options, prompts(), processing_class=tokenizer)
     trainer.accelerator.state = SimpleNamespace(**plugins)
     with pytest.raises(ConfigError, match=refused) if refused else nullcontext():
-        trainer._prepare_recording(None, False)
+        check_gathering(trainer.run)
 
 
 def test_fsdp_reshards_after_rollouts_as_before():

@@ -248,7 +248,7 @@ def test_messages_mean_the_same_in_every_form(tmp_path, template):
     clean = [dict(message) for message in CLEAN]
     if template == "deepseekv3":  # which takes arguments as text alone
         clean = called(arguments='{"person": "Ada ✓"}')
-    expected = trainer._renderer.text(clean)
+    expected = trainer.rollouts.prompts.renderer.text(clean)
     assert "seven" in expected and "Ada ✓" in expected and "Be brief." in expected
     for label, form in FORMS.items():
         assert read_by_policy(trainer, form) == expected, label
@@ -305,7 +305,8 @@ def test_nulls_are_dropped_at_any_depth_and_kept_where_the_schema_allows_them(tm
         ]
     }
     trainer = make_trainer(tmp_path, [row] * 4, tools=[tool])
-    kept = trainer._messages.rewritten(row["prompt"], {"draw": tool})[1]["tool_calls"][0]["function"]["arguments"]
+    rewritten = trainer.rollouts.prompts.messages.rewritten(row["prompt"], {"draw": tool})
+    kept = rewritten[1]["tool_calls"][0]["function"]["arguments"]
     assert kept == {"points": [{"y": None}, {"x": 1, "y": 2}], "end": {"y": 3}, "free": {"k": None}, "limit": None}
     assert "earlier calls have nulls in draw.free" in caplog.text
     assert row["prompt"][1]["tool_calls"][0]["function"]["arguments"] is arguments and "other" in arguments
@@ -494,7 +495,7 @@ def test_a_prompt_that_grows_beyond_the_model_ends_its_rollout(tmp_path, caplog,
     trainer.train()
     caplog.clear()
     batch = trainer._generate_and_score_completions([{"prompt": [{"role": "user", "content": "hello"}]}] * 4)
-    long, *rest = trainer._batch.trajectories
+    long, *rest = trainer.rollouts.batch.trajectories
     assert long.stop_reason == "length" and long.truncated and not any(long.tool_mask) and len(long.prompt_ids) > 400
     assert not batch["completion_mask"][0].any() and all(mask.any() for mask in batch["completion_mask"][1:])
     assert all(t.completion_ids and any(t.tool_mask) for t in rest)

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import regex
 from transformers.utils.chat_parsing.content_parsers import parse_content
-from transformers.utils.chat_parsing.response_parser import _coerce
 from transformers.utils.chat_parsing.response_templates import ResponseTemplateField
 
 from ..tools.schema_forms import alternatives, constants, type_names
+from ..trl_hooks import cast_text
 from ..types import JSONObject, JSONSchema, JSONValue
 
 
@@ -212,7 +212,7 @@ def _typed_text(text: str, schema: JSONSchema, root: JSONSchema) -> JSONValue:
 def _cast(text: str, kind: str) -> JSONValue:
     """Return the value of one type that a text stands for; the text itself if there is none."""
     try:
-        return _coerce(text, (kind,))
+        return cast_text(text, kind)
     except (RecursionError, OverflowError):
         return text
 

@@ -71,6 +71,11 @@ class _TolerantParser(ResponseParser):
         self._buffer += text
         return self.finalize()[0]
 
+    @property
+    def call_field(self) -> ResponseTemplateField | None:
+        """The field of tool calls, if the template has one."""
+        return self._spec.fields.get("tool_calls")
+
     def _open_explicit(self, events: list[dict], field: ResponseTemplateField, m: regex.Match[str]) -> None:
         super()._open_explicit(events, field, m)
         self._start = m.end()
@@ -167,7 +172,7 @@ def parse_turn(
     for place, reason in parser.unreadable:
         written.insert(place, reason)
     calls = [_read_call(item, f"call_{number}_{index}") for index, item in enumerate(written)]
-    field = parser._spec.fields.get("tool_calls")
+    field = parser.call_field
     if field is not None and not notation_types_values(field):
         schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
         for call in calls:

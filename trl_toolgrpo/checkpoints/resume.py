@@ -95,8 +95,8 @@ class Checkpoints:
                 Checkpoint folder; `True` for the newest whole one in `output_dir`. Torn ones are skipped by name.
 
         Raises:
-            CheckpointError: if there is no whole checkpoint, or it belongs to another run; the message says what
-                differs.
+            CheckpointError: if there is no whole checkpoint, or it belongs to another run, or another version of this
+                package wrote it in another form; the message says what differs.
             CheckpointSaveError: if the output folder cannot be written to, or is not shared by the machines that take
                 part; if the files of an earlier run cannot be moved.
         """
@@ -174,6 +174,7 @@ class Checkpoints:
                 folder,
             )
             return
+        self._check_form(folder)
         source = self._source = json.loads(identity_file(folder).read_text(encoding="utf-8"))
         sections = ("model", "adapter", "dataset", "batch")
         pairs = ((section, source[section], self._identity[section]) for section in sections)
@@ -209,6 +210,20 @@ class Checkpoints:
             )
         if found:
             logger.warning("Resumed with another layout, which is not exact to the bit. %s.", "; ".join(found))
+
+    def _check_form(self, folder: Path) -> None:
+        """Raise if a checkpoint does not hold a state for each part of this run."""
+        file = folder / PROGRESS.format(0)
+        with safe_open(file, "pt") as stored:
+            metadata = stored.metadata() or {}
+        states = _PARTS_OF_FLAT_FORM if "progress" in metadata else json.loads(metadata.get("states", "{}"))
+        missing = [name for name in self._of_run | self._of_process if name not in states]
+        if missing:
+            raise CheckpointError(
+                f"You resume from {folder}, which another version of trl_toolgrpo wrote in another form: {file.name} "
+                f"has no state of {', '.join(missing)}.",
+                remedy="Resume with that version, or start a new run from its weights in another `output_dir`.",
+            )
 
     # Saving
 
@@ -370,12 +385,7 @@ class Checkpoints:
     # Resuming
 
     def load(self, checkpoint: str) -> None:
-        """
-        Continue from a checkpoint, after TRL has loaded its own part of it.
-
-        Raises:
-            CheckpointError: if another version of this package wrote it in another form.
-        """
+        """Continue from a checkpoint, after TRL has loaded its own part of it."""
         run = self._run
         run.micro_batches = None
         run.step = run.state.global_step * run.args.gradient_accumulation_steps  # TRL's checkpoints say no more
@@ -384,14 +394,12 @@ class Checkpoints:
         same = self._source["layout"] == self._identity["layout"]
         file = Path(checkpoint) / PROGRESS.format(run.accelerator.process_index if same else 0)
         with safe_open(file, "pt") as stored:
-            record = json.loads((stored.metadata() or {}).get("states", "null"))
+            metadata = stored.metadata()
             tensors = {name: stored.get_tensor(name).to(run.accelerator.device) for name in stored.keys()}  # noqa: SIM118
-        if record is None:
-            raise CheckpointError(
-                f"{file} was written by an earlier version of trl_toolgrpo, in another form.",
-                remedy="Resume with that version, or start a new run from the checkpoint's weights.",
-            )
-        states = _with_tensors(record, tensors)
+        if "states" in metadata:
+            states = _with_tensors(json.loads(metadata["states"]), tensors)
+        else:
+            states = _states_of_flat_form(json.loads(metadata["progress"]), tensors)
         for name, part in (self._of_run | (self._of_process if same else {})).items():
             part.load_state_dict(states[name])
         if not same:  # between two rollout batches, of which there were as many
@@ -425,9 +433,35 @@ class Checkpoints:
                 torch.randperm(self._sampler.num_samples, generator=generator)
 
 
+_PARTS_OF_FLAT_FORM = ("packing", "reference", "carried metrics", "ratios", "place")
+
+
+def _states_of_flat_form(record: JSONObject, tensors: Mapping[str, Tensor]) -> JSONObject:
+    """Return the states of the parts from the form that version 0.1 wrote: one record, and tensors by prefix."""
+    batches: list[JSONObject] = [dict(batch) for batch in record["batches"]]
+    for name, tensor in tensors.items():
+        if name.startswith("batch/"):
+            _, index, key = name.split("/", 2)
+            batches[int(index)][key] = tensor
+    return {
+        "packing": {"active": record["packs"], "reason": None},
+        "reference": {"unmoved": record["unmoved"], "report": record["sync_report"]},
+        "carried metrics": {"of_batch": record["carried"], "forced": record["forced_shares"]},
+        "ratios": {name.removeprefix("ratio/"): t for name, t in tensors.items() if name.startswith("ratio/")},
+        "place": {
+            "step": record["step"],
+            "batches": batches,
+            "metrics": record["metrics"],
+            "loss": tensors["loss"],
+            "last_logged": record["last_logged"],
+        },
+    }
+
+
 def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """Return nested data with each tensor replaced by `{"tensor": name}`, and add it to `tensors`."""
     if isinstance(value, Tensor):
+        name = name if name not in tensors else f"{name}#{len(tensors)}"  # `a/b` may be a key, or `b` in `a`
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
     if isinstance(value, Mapping):
@@ -440,7 +474,7 @@ def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Return nested data with its tensors put back."""
     if isinstance(value, dict):
-        if set(value) == {"tensor"} and value["tensor"] in tensors:
+        if set(value) == {"tensor"} and isinstance(value["tensor"], str) and value["tensor"] in tensors:
             return tensors[value["tensor"]]
         return {key: _with_tensors(inner, tensors) for key, inner in value.items()}
     return [_with_tensors(inner, tensors) for inner in value] if isinstance(value, list) else value

@@ -22,7 +22,7 @@ from ..errors import ConfigError, ValueHeadError
 from ..models.rounding import widest
 from ..rollout.engine import RolloutBatch
 from ..run_folder.storage_failures import tolerated
-from ..trl_hooks import Run
+from ..trl_hooks import Run, name_or_path
 from ..update.losses import value_loss
 from ..update.policy_update import MicroBatch
 from ..update.scoring import Scoring, Tokens
@@ -55,7 +55,7 @@ class Critic:
         weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
         head = ValueHead(model.config.get_text_config().hidden_size, detach=args.value_detach)
         self.head = head.to(weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
-        folder = Path(str(getattr(model.config, "_name_or_path", "")))
+        folder = Path(name_or_path(model))
         if (folder / HEAD_FILE).is_file():
             load_value_head(self.head, folder)
         attach_value_head(model, self.head)

@@ -18,7 +18,8 @@ from ..types import JSONObject
 from ..update.policy_update import MicroBatch, PolicyUpdate
 from .health.watch import HealthWatch
 from .metrics import averages, console_line, length_metrics, rollout_counts, rollout_metrics
-from .trackers import Trackers
+from .progress import RunProgress
+from .trackers.reports import TrackerReports
 
 
 CARRIED = ("forced/fraction", "tools/call_frequency", "tools/failure_frequency")
@@ -84,11 +85,12 @@ class Records:
             self.failures.guard(callback)
         self.log = RunLog(run, rollouts, self.failures)
         run.add_callback(_TrainBegins(self))
-        self.trackers = Trackers(run, self.failures)
+        self.progress = RunProgress(run, self.failures)
+        self.trackers = TrackerReports(run, self.failures)
         self.carried = CarriedMetrics(run)
         self.health: HealthWatch | None = None
         if run.args.health_checks != "off":
-            report = self.trackers.report_fault
+            report = self.trackers.alert
             self.health = HealthWatch(run, self.log, self.failures, update.scoring, relative_to_group, report)
         self.eval_prefix = "eval"  # of the evaluation in progress
 
@@ -97,7 +99,7 @@ class Records:
     @contextmanager
     def of_training(self) -> Iterator[None]:
         """Report on a training while open; when it ends, in whatever way, all of that is on disk."""
-        with self.trackers.of_training(), self.log.of_training(), self.failures.of_profiling():
+        with self.progress.of_training(), self.log.of_training(), self.failures.of_profiling():
             yield
 
     def on_train_begin(self) -> None:

@@ -79,6 +79,8 @@ class RolloutBatch:
             Of each rollout, the messages or the text, as reward functions get them.
         rewards ([`Rewards`], *optional*):
             Once reward functions have scored the batch.
+        source (`str`, *optional*, defaults to `"transformers"`):
+            What sampled it: the backend, or the class of a custom sampler.
     """
 
     rollouts: list[Rollout]
@@ -89,6 +91,7 @@ class RolloutBatch:
     prompts: Sequence[str | list[Message]] = ()
     completions: Sequence[str | list[Message]] = ()
     rewards: Rewards | None = None
+    source: str = "transformers"
 
     @property
     def trajectories(self) -> list[Trajectory]:
@@ -213,10 +216,12 @@ class RolloutEngine:
             TrajectoryError: for a broken record, unless `strict_trajectories=False`.
         """
         self.limits.max_sequence_length = context_length(policy.config) or math.inf
-        longest_of_sampler = getattr(self.sampler, "max_length", None)
+        longest_of_sampler = getattr(self.sampler, "max_sequence_length", None)
         if longest_of_sampler is not None:
             self.limits.max_sequence_length = min(self.limits.max_sequence_length, longest_of_sampler)
-        batch = RolloutBatch([], RolloutStats())
+        batch = RolloutBatch([], RolloutStats(), source=self.args.rollout_backend)
+        if self.sampler is not None and self.args.rollout_backend == "transformers":
+            batch.source = type(self.sampler).__name__
         prompts = self._sampler_prompts(requests)
         without_room = [not self.limits.has_room(request.prompt_ids) for request in requests]
         if any(without_room):

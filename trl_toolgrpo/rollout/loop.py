@@ -130,6 +130,7 @@ class _State:
         self.futures: list[Future[ToolResult]] = []
         self.called = 0
         self.start = ForcedStart([])
+        self.budget = 0  # most tokens of the turn that is being sampled
         self.since = time.perf_counter()
         self.fault: str | None = None
 
@@ -243,7 +244,7 @@ class RolloutLoop:
             )
         self.awaited.remove(row)
         state = self.states[row]
-        state.fault = turn_fault(sampled, state.start.constraint is not None)
+        state.fault = turn_fault(sampled, state.start.constraint is not None, state.budget)
         if state.fault is not None:
             state.ensure_message()
             self._finish(row, "length")
@@ -346,8 +347,9 @@ class RolloutLoop:
             start = self.forcing.begin_turn(state.trajectory, state.request.tools, row)
             state.start = start if len(start.token_ids) < room else ForcedStart([])
         given = state.start.token_ids
+        state.budget = room - len(given)
         self.awaited.add(row)
-        self.session.extend(row, [*known, *given], room - len(given), state.start.constraint)
+        self.session.extend(row, [*known, *given], state.budget, state.start.constraint)
 
     def _finish(self, row: int, reason: str) -> None:
         self.states[row].trajectory.stop_reason = reason

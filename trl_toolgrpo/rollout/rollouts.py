@@ -1,11 +1,13 @@
 """The rollouts of a run: tools, prompts, sampler and loop, as a rollout batch passes through them."""
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..chat.tool_chat import ToolChat
 from ..config.fields import ToolGRPOConfig
@@ -59,6 +61,7 @@ class Rollouts:
         sampler: Sampler | None = None,
     ) -> None:
         self._run, self._sampler = run, sampler
+        self._loaded_at: int | None = None  # step of the policy that the sampler has; `None` if it has changed since
         self.tools = RolloutTools(run, tools, environment_factory, mcp_servers)
         self.noise = BatchNoise(run)
         self.batch: RolloutBatch | None = None
@@ -164,10 +167,17 @@ class Rollouts:
         with run.profiled("rollout"), run.gathered_policy() as policy:
             if self.vllm is not None:
                 self.vllm.send(policy)
-            elif self._sampler is not None and hasattr(self._sampler, "load_policy"):
-                self._sampler.load_policy(policy, run.state.global_step)
+            else:
+                self._load_policy(policy)
             self.batch = self.engine.run(policy, requests, run.accelerator.autocast, force, noise)
         return self.batch
+
+    def _load_policy(self, policy: PreTrainedModel) -> None:
+        """Give a sampler of the user's the policy, if it asks for it and has not had that of this optimizer step."""
+        load, version = getattr(self._sampler, "load_policy", None), self._run.state.global_step
+        if load is not None and self._loaded_at != version:
+            load(policy, version)
+            self._loaded_at = version
 
     def of_rollout_func(self) -> Any:
         """Return the `rollout_func` of the run, with a check of what it returns; `None` if there is none."""
@@ -212,12 +222,13 @@ class Rollouts:
         return rewards
 
     def policy_was_replaced(self) -> None:
-        """Have an engine sent the policy again, since it has changed without an optimizer step."""
+        """Have the policy sent or loaded again, since it has changed without an optimizer step."""
+        self._loaded_at = None
         if self.vllm is not None:
             self.vllm.policy_was_replaced()
 
 
-def check_sampler(sampler: object, args: ToolGRPOConfig, recording: bool) -> None:
+def check_sampler(sampler: object, args: ToolGRPOConfig, unrecorded: str | None) -> None:
     """
     Check that a sampler of the user's can sample the rollouts of a run.
 
@@ -226,26 +237,29 @@ def check_sampler(sampler: object, args: ToolGRPOConfig, recording: bool) -> Non
             What was passed to the trainer.
         args ([`ToolGRPOConfig`]):
             Configuration.
-        recording (`bool`):
-            Whether rollouts are sampled here, and not by TRL.
+        unrecorded (`str`, *optional*):
+            What makes rollouts TRL's own, for the message.
 
     Raises:
         ConfigError: if it is no sampler, or would not be asked, or cannot keep what the configuration promises.
     """
     if sampler is None:
         return
+    if inspect.isclass(sampler):
+        raise ConfigError(f"You passed the class `{sampler.__name__}` as `sampler`.", remedy="Pass an object of it.")
     name = type(sampler).__name__
     if not callable(getattr(sampler, "open", None)):
         raise ConfigError(
             f"You passed `sampler={name}`, which has no method `open(prompts, max_length)`.",
-            remedy="Pass an object with the methods of `trl_toolgrpo.sampling.protocol.Sampler`.",
+            remedy="Pass an object with the methods of `trl_toolgrpo.Sampler`.",
         )
     reasons = {
-        "`record_sample_logprobs=False` or a `rollout_func`, whose rollouts are TRL's own": not recording,
+        f"{unrecorded}, whose rollouts are TRL's own": unrecorded is not None,
         f"`rollout_backend={args.rollout_backend!r}`, which is a sampler itself": args.rollout_backend == "vllm",
         "`deterministic_rollouts=True`, whose noise it does not take": args.deterministic_rollouts,
         "`force_level='schema'`, whose constraints are those of the default sampler": args.force_rate > 0
         and args.force_level == "schema",
+        "`rollout_cache_gib`, which bounds the cache of the default sampler": args.rollout_cache_gib is not None,
     }
     for reason, applies in reasons.items():
         if applies:

@@ -24,7 +24,7 @@ from ..sampling.vllm.client import ServedEngine, model_shape
 from ..sampling.vllm.engine import VLLMEngine, check_installed, engine_options
 from ..sampling.vllm.policy_weights import PolicyFile, adapter_problem, claim_folder, policy_folder, write_policy
 from ..sampling.vllm.sampler import EngineStart, TokenEngine, VLLMSampler
-from ..trl_hooks import Run
+from ..trl_hooks import Run, name_or_path
 
 
 def without_trls_vllm(args: ToolGRPOConfig, recording: bool) -> AbstractContextManager[None]:
@@ -82,7 +82,7 @@ class VLLMRollouts:
         """Return what connects to the engine of a server."""
         args, model = self._run.args, self._run.model
         url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-        base, shape = _model_name(model), model_shape(model.config)
+        base, shape = name_or_path(model), model_shape(model.config)
         return lambda: ServedEngine.start(url, args.vllm_server_timeout, base, shape)
 
     def _in_process(self, policy: PreTrainedModel, adapter: PeftConfig | None) -> EngineStart:
@@ -96,13 +96,13 @@ class VLLMRollouts:
                 remedy=f"Start `python -m trl_toolgrpo.serve --tensor-parallel-size {args.vllm_tensor_parallel_size}` "
                 f"and set `vllm_mode='server'`.",
             )
-        if not _model_name(policy):
+        if not name_or_path(policy):
             raise ConfigError(
                 "vLLM loads the model by itself, and the one you passed was not loaded from anywhere.",
                 remedy="Save it with `save_pretrained`, with its tokenizer, and pass the folder.",
             )
         options = engine_options(
-            _model_name(policy),
+            name_or_path(policy),
             getattr(adapter, "r", None),
             dtype=str(compute_dtype(args, policy)).removeprefix("torch."),
             quantization="bitsandbytes" if getattr(policy, "is_loaded_in_4bit", False) else None,
@@ -148,11 +148,6 @@ class VLLMRollouts:
     def policy_was_replaced(self) -> None:
         """Have the policy sent again, since it has changed without an optimizer step."""
         self.sent_at = None
-
-
-def _model_name(model: PreTrainedModel) -> str:
-    """Return the name or folder that a model was loaded from; empty if there is none."""
-    return str(getattr(model.config, "_name_or_path", "") or "")
 
 
 def _visible_devices(device: torch.device) -> dict[str, str]:

@@ -9,10 +9,9 @@ from typing import Any
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-from trl.extras import profiling
 from trl.trainer.callbacks import LogCompletionsCallback, RichProgressCallback, WeaveCallback
 
-from ..models.temporary_attribute import temporary_attribute
+from ..trl_hooks import profiler_reporting_within
 
 
 logger = logging.getLogger(__name__)
@@ -90,13 +89,8 @@ class LogFailures:
     @contextmanager
     def of_profiling(self) -> Iterator[None]:
         """Tolerate failures of TRL's profiler while open, which sends each duration to trackers by itself."""
-        log_metrics = profiling.ProfilingContext._log_metrics
-
-        def tolerant(context: profiling.ProfilingContext, duration: float) -> None:
-            with self.tolerated("The duration of a part of a step could not be sent to a tracker"):
-                log_metrics(context, duration)
-
-        with temporary_attribute(profiling.ProfilingContext, "_log_metrics", tolerant):
+        what = "The duration of a part of a step could not be sent to a tracker"
+        with profiler_reporting_within(lambda: self.tolerated(what)):
             yield
 
     def guard(self, callback: TrainerCallback) -> None:

@@ -16,6 +16,7 @@ from ..models.lm_head import base_model
 from ..models.model_settings import model_setting
 from ..models.rounding import Accepted, Exact, Rounding, measure_rounding, widest
 from ..models.temporary_attribute import temporary_attribute
+from ..trl_hooks import forward_without_autocast, has_replaceable_attention, is_stateful
 from .generate_sampler import GenerateSampler, without_generation_settings
 from .model_sampler import ModelSampler
 from .protocol import Autocast, at_least_float32, scoring_mode
@@ -50,12 +51,12 @@ def unsupported_reason(
     config = base.config.get_text_config()
     if config.is_encoder_decoder:
         return "it is an encoder-decoder"
-    if not getattr(base, "_supports_attention_backend", False):
+    if not has_replaceable_attention(base):
         return "its attention does not go through transformers' attention interface"
     others = layers_beside_attention(base)
     if others:
         return f"it has {', '.join(others)} layers"
-    bare = base.__dict__.get("_original_forward")  # from before accelerate put autocast around it
+    bare = forward_without_autocast(base)
     with nullcontext() if bare is None else temporary_attribute(base, "forward", bare):  # to try float32 exactly
         reason = _trial(base, list(token_ids))
     with autocast():
@@ -85,7 +86,7 @@ def layers_beside_attention(model: PreTrainedModel) -> list[str]:
     found = {str(kind) for kind in declared} - _PLAIN_LAYERS
     if not found and any(isinstance(module, nn.modules.conv._ConvNd) for module in base.modules()):
         found.add("convolution")
-    stateful = getattr(base, "_is_stateful", False) or any(isinstance(m, nn.RNNBase) for m in base.modules())
+    stateful = is_stateful(base) or any(isinstance(m, nn.RNNBase) for m in base.modules())
     if not found and stateful:
         found.add("recurrent")
     return sorted(found)

@@ -3,6 +3,7 @@
 A sampler knows tokens only: no chat, no tools.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ class SampledTokens:
     policy_version: int | None = None
 
 
-def turn_fault(sampled: object, constrained: bool = False) -> str | None:
+def turn_fault(sampled: object, constrained: bool = False, most: float = math.inf) -> str | None:
     """
     Return what is wrong with a record that a sampler returned; `None` if nothing is.
 
@@ -111,11 +112,13 @@ def turn_fault(sampled: object, constrained: bool = False) -> str | None:
             What was returned; any object with these fields will do.
         constrained (`bool`, *optional*, defaults to `False`):
             Whether it was sampled under a constraint, where log-probs are meaningless.
+        most (`float`, *optional*):
+            Most tokens that were asked for.
     """
-    return next(_sampled_faults(sampled, constrained), None)
+    return next(_sampled_faults(sampled, constrained, most), None)
 
 
-def _sampled_faults(sampled: object, constrained: bool) -> Iterator[str]:
+def _sampled_faults(sampled: object, constrained: bool, most: float) -> Iterator[str]:
     """Yield what is wrong with a record; later checks rely on the earlier ones having found nothing."""
     required = {name: getattr(sampled, name, None) for name in ("token_ids", "logprobs")}
     for name, value in required.items():
@@ -130,6 +133,8 @@ def _sampled_faults(sampled: object, constrained: bool) -> Iterator[str]:
             yield f"field `{name}` of a turn is missing; the sampler returned a {type(sampled).__name__}."
     tokens = required["token_ids"] or []
     yield from item_faults("`token_ids` of a turn", tokens, "token ids", is_count)
+    if len(tokens) > most:
+        yield f"field `token_ids` of a turn has {len(tokens)} values, expected at most {most}, as asked for."
     if not constrained:
         yield from figure_faults("`logprobs` of a turn", required["logprobs"], len(tokens), "token", most=0)
     for name in ("values", "entropies"):
@@ -151,7 +156,11 @@ class TokenConstraint(Protocol):
 
 
 class SamplerSession(Protocol):
-    """A batch of rows that are extended again and again, each at its own pace, keeping their history."""
+    """
+    A batch of rows that are extended again and again, each at its own pace, keeping their history.
+
+    Each call of [`SamplerSession.extend`] is answered once: by one [`SampledTokens`], from one of the steps after it.
+    """
 
     @property
     def busy(self) -> bool:
@@ -163,7 +172,8 @@ class SamplerSession(Protocol):
     ) -> None:
         """
         Append known tokens to a row, then sample up to `max_new_tokens` more, all of them under `constraint` where
-        one is given. Returns at once.
+        one is given. Returns at once. The known tokens are tool results, or the beginning of a forced call; what was
+        sampled for the row before is part of it already.
         """
         ...
 
@@ -172,16 +182,38 @@ class SamplerSession(Protocol):
         ...
 
     def finish(self, row: int) -> None:
-        """Announce that a row will not be extended again, so that its memory can be reused."""
+        """Announce that a row will not be extended again, so that its memory can be reused. It may never have been."""
         ...
 
 
 class Sampler(Protocol):
-    """Something that opens sessions over batches of prompts; rows with equal prompts share the work on them."""
+    """
+    Something that opens sessions over batches of prompts; rows with equal prompts share the work on them.
+
+    An object with this method can be passed to [`ToolGRPOTrainer`] as `sampler`. It has to keep to this:
+
+    - The tokens of a row are its prompt, then what [`SamplerSession.extend`] appended and what was sampled, in order.
+      No token is changed, left out or decoded and encoded again.
+    - A token is drawn from the full softmax of `logits / temperature`, with the `temperature` of the configuration and
+      without top-k, top-p or penalties. Its log-prob in that softmax is recorded, in nats, from float32 logits.
+    - A turn ends after the first stop token (`trainer.eos_token_ids`), which is part of it, or after `max_new_tokens`.
+    - The weights are the policy's, in evaluation mode, in the dtype and under the autocast that the trainer scores in.
+
+    The trainer checks the log-probs by `logprob_check`. It reads two more names, if the object has them:
+
+    - `load_policy(policy, version)` is called in every process before the first rollout batch of a policy: when
+      training begins, after each optimizer step, and when other weights were loaded. `policy` is the unwrapped
+      training model, with its adapter and value head if it has them, and `version` the optimizer steps it has taken.
+      FSDP and DeepSpeed keep its weights gathered until the rollout batch ends: copy what is needed longer, from
+      `named_parameters()`, since FSDP shards the weights again to make a `state_dict()`.
+    - `max_sequence_length` is the most tokens that a row can hold, prompt included.
+
+    A resumed run samples as the undisturbed one would if the noise comes from torch's global generators.
+    """
 
     def open(self, prompts: Sequence[Sequence[int]], max_length: int) -> AbstractContextManager[SamplerSession]:
         """
-        Open a session.
+        Open a session; there may be several for a rollout batch, one after the other.
 
         Args:
             prompts (`Sequence[Sequence[int]]`):

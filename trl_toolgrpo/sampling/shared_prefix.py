@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..models.temporary_attribute import temporary_attribute
+from ..trl_hooks import replaced_attention
 from .protocol import score_dtype
 
 
@@ -295,7 +295,7 @@ def exchanged_attention(
     """
     token = variable.set(given)
     try:
-        with temporary_attribute(config, "_attn_implementation", name):
+        with replaced_attention(config, name):
             yield
     finally:
         variable.reset(token)

@@ -122,10 +122,10 @@ class LogprobCheck:
         scoring.rounding = known or scoring.measure_rounding(model, tokens)
         accepted = scoring.rounding if tolerance is None else Exact(tolerance)
         try:
-            check_logprobs(logps, batch.trajectories, accepted, args.rollout_backend, gather_object)
+            check_logprobs(logps, batch.trajectories, accepted, batch.source, gather_object)
         except LogprobMismatchError:
             if known is None or tolerance is not None or isinstance(known, Exact):
                 raise
             # The policy has moved since its rounding was measured; what this batch shows decides
             scoring.rounding = scoring.measure_rounding(model, tokens)
-            check_logprobs(logps, batch.trajectories, scoring.rounding, args.rollout_backend, gather_object)
+            check_logprobs(logps, batch.trajectories, scoring.rounding, batch.source, gather_object)

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..models.lm_head import base_model
 from ..sampling.shared_prefix import exchanged_attention
+from ..trl_hooks import attention_implementation, has_replaceable_attention
 
 
 PACKED_ATTENTION = "toolgrpo_packed_prompt"
@@ -78,8 +79,7 @@ def suits(model: PreTrainedModel) -> bool:
     for module in bare.modules():  # a second pass would run after this attention is put back
         if getattr(module, "gradient_checkpointing", False) or isinstance(module, CheckpointWrapper):
             return False
-    exchangeable = getattr(bare, "_supports_attention_backend", False)
-    return bool(exchangeable and bare.config.get_text_config()._attn_implementation == "sdpa")
+    return has_replaceable_attention(bare) and attention_implementation(bare.config.get_text_config()) == "sdpa"
 
 
 def _visible(start: int, count: int, device: torch.device) -> Tensor:

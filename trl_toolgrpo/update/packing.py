@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..models.model_settings import model_setting
 from ..sampling.choice import layers_beside_attention
+from ..trl_hooks import attention_implementation
 from .packed_attention import Piece
 
 
@@ -217,8 +218,9 @@ def obstacle_to_packing(model: PreTrainedModel) -> str | None:
     """
     config = model.config.get_text_config()
     adapters = getattr(model, "peft_config", {}).values()
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"`attn_implementation={config._attn_implementation!r}` takes no mask of a packed sequence"
+    attention = attention_implementation(config)
+    if attention not in ("sdpa", "eager"):
+        return f"`attn_implementation={attention!r}` takes no mask of a packed sequence"
     if model_setting(config, "sliding_window") or model_setting(config, "attention_chunk_size"):
         return "attention is limited to a window"
     if layers_beside_attention(model):

@@ -35,7 +35,7 @@ from ..models.rounding import (
 )
 from ..sampling.choice import reads_padding
 from ..sampling.protocol import scoring_mode
-from ..trl_hooks import Run
+from ..trl_hooks import Run, attention_implementation
 from ..types import JSONObject
 from .packed_attention import dense_mask, packed_attention, suits
 from .packing import (
@@ -249,7 +249,7 @@ class Scoring:
             attention = packed_attention(bare, part.pieces, part.input_ids.device)
         elif part.pieces is not None:
             mask = dense_mask(part.pieces, part.input_ids.shape[1]).to(part.input_ids.device)
-            if bare.config.get_text_config()._attn_implementation == "eager":
+            if attention_implementation(bare.config.get_text_config()) == "eager":
                 hidden = torch.finfo(torch.float32).min
                 mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, hidden)
         options: dict[str, object] = {} if part.position_ids is None else {"position_ids": part.position_ids}

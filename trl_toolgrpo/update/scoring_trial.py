@@ -9,7 +9,7 @@ from ..models.lm_head import base_model
 from ..models.rounding import compute_dtype
 from ..sampling.choice import differs, trial_rows
 from ..sampling.protocol import scoring_mode
-from ..trl_hooks import Run
+from ..trl_hooks import Run, attention_implementation
 
 
 _FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
@@ -33,7 +33,7 @@ def check_scoring(run: Run) -> None:
     bare = base_model(model)
     name, config = type(bare).__name__, bare.config.get_text_config()
     device = next(model.parameters()).device
-    if config._attn_implementation == "flex_attention" and device.type == "cpu":
+    if attention_implementation(config) == "flex_attention" and device.type == "cpu":
         raise ConfigError(
             "You passed a model with `attn_implementation='flex_attention'` on a CPU, where torch has no backward "
             "pass for it.",

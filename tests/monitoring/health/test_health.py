@@ -100,15 +100,15 @@ def test_a_healthy_run_raises_no_alarm(monkeypatch, tmp_path, iterations, caplog
 
 
 def zeroed_logprobs(trainer, monkeypatch):
-    roll_out = trainer._roll_out
+    sample = trainer.rollouts.sample
 
-    def zeroed(prompt_ids):
-        batch = roll_out(prompt_ids)
+    def zeroed(prompt_ids, force):
+        batch = sample(prompt_ids, force)
         for trajectory in batch.trajectories:
             trajectory.logprobs = [0.0] * len(trajectory.logprobs)
         return batch
 
-    monkeypatch.setattr(trainer, "_roll_out", zeroed)
+    monkeypatch.setattr(trainer.rollouts, "sample", zeroed)
 
 
 def reference_that_never_moves(trainer, monkeypatch):
@@ -117,7 +117,7 @@ def reference_that_never_moves(trainer, monkeypatch):
 
 
 def frozen_critic(trainer, monkeypatch):
-    trainer._value_head.requires_grad_(False)
+    trainer.critic.head.requires_grad_(False)
 
 
 def nan_gradient(trainer, monkeypatch):

@@ -89,7 +89,7 @@ def trained(path, model, figures, *, lora=True, **changes):
         tools=[count_letters],
         peft_config=LoraConfig(r=8, target_modules="all-linear") if lora else None,
     )
-    sent, engine = [], trainer._engine.vllm
+    sent, engine = [], trainer.rollouts.engine.sampler
     load = engine.load
     engine.load = lambda file: (sent.append(file.weights.stat().st_size / 2**20), load(file))
     try:
@@ -155,8 +155,8 @@ def test_lora_served_by_a_server_that_is_killed(tmp_path, tiny, figures):
     try:
         options = {"vllm_mode": "server", "vllm_server_base_url": url, "vllm_server_timeout": 300.0}
         trainer = trained(tmp_path, tiny, figures, **options)
-        figures(f"turns requested again after the kill: {trainer._engine.vllm.engine.retried}")
-        assert len(processes) == 2 and trainer._engine.vllm.engine.retried > 0
+        figures(f"turns requested again after the kill: {trainer.rollouts.engine.sampler.engine.retried}")
+        assert len(processes) == 2 and trainer.rollouts.engine.sampler.engine.retried > 0
     finally:
         for process in processes:
             if process.poll() is None:

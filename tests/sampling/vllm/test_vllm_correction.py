@@ -12,6 +12,7 @@ from trl import GRPOTrainer
 import trl_toolgrpo.rollout.vllm_rollouts as vllm_rollouts
 from trl_toolgrpo import ConfigError, ToolGRPOTrainer
 from trl_toolgrpo.sampling.vllm.sampler import TokenReply
+from trl_toolgrpo.update.scoring import Scores
 
 
 MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
@@ -164,7 +165,8 @@ def test_the_kl_term_is_trls(monkeypatch, tmp_path, bias_correction):
 def by_token_gradient(trainer, batch, logps):
     """The loss, and its gradient by the log-prob of each token; the scoring pass is replaced by those log-probs."""
     leaf = logps.clone().requires_grad_()
-    trainer._packs, trainer._score_packed = True, lambda *args: (leaf, torch.zeros_like(leaf), None)
+    trainer.update.scoring.packing.active = True
+    trainer.update.scoring._pass = lambda *args: Scores(leaf, torch.zeros_like(leaf))
     trainer.current_gradient_accumulation_steps = 1
     loss = trainer._compute_loss(trainer.model, batch)
     loss.backward()

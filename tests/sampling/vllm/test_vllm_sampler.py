@@ -362,13 +362,13 @@ def test_a_server_is_sent_the_policy_by_one_process(tmp_path, mode, main, order)
     accelerator = Struct(
         is_main_process=main, is_local_main_process=False, wait_for_everyone=lambda: did.append("wait")
     )
-    trainer = Struct(
-        args=Struct(vllm_mode=mode), accelerator=accelerator, state=Struct(global_step=3), _policies=tmp_path,
-        _engine=Struct(vllm=Struct(load=lambda file: did.append("load"))), _sent_at=2, _sent=1, _run_key="key",
-        _policy_file=None,
+    run = Struct(args=Struct(vllm_mode=mode), accelerator=accelerator, state=Struct(global_step=3))
+    engine = Struct(
+        _run=run, sampler=Struct(load=lambda file: did.append("load")), folder=tmp_path, sent_at=2, _sent=1,
+        _key="key", policy_file=None,
     )  # fmt: skip
-    vllm_rollouts.VLLMRollouts._send_policy(trainer, None)
-    assert did == order and trainer._sent_at == 3
+    vllm_rollouts.VLLMRollouts.send(engine, None)
+    assert did == order and engine.sent_at == 3
 
 
 def test_weights_of_processes_that_were_killed_are_removed(tmp_path, monkeypatch):
@@ -601,7 +601,7 @@ def test_tools_run_while_the_rest_is_sampled(tmp_path, tokenizer, in_process):
     changes = {"max_steps": 1, "logprob_check": "off", "max_completion_length": 400, "learning_rate": 0.0}
     trainer = train(tmp_path, tokenizer, use_vllm=True, tools=[wait], reward=watching(seen), **changes)
     trainer.train()
-    batch = trainer._batch
+    batch = trainer.rollouts.batch
     assert sorted(len(t.turns) for t in batch.trajectories) == [1, 1, 1, 2]
     assert batch.stats.tool_wait_seconds < 0.3, "the tool ran while turns were being sampled"
     assert seen == [[0] * 5]
@@ -625,7 +625,7 @@ def test_trls_options_set_the_engine_up(tmp_path, tokenizer, in_process):
     }
     assert {name: started[name] for name in expected} == expected
     assert trainer.args.use_vllm and not trainer.use_vllm, "TRL makes no engine of its own"
-    trainer._engine.vllm.close()
+    trainer.rollouts.engine.sampler.close()
 
 
 def test_unsupported_models_and_layouts_are_refused(tmp_path, tokenizer, in_process):
@@ -645,7 +645,7 @@ def test_trls_own_vllm_is_left_to_trl(tmp_path, tokenizer, monkeypatch):
     asked = []
     monkeypatch.setattr(trl_grpo, "VLLMGeneration", lambda **options: asked.append(options))
     trainer = train(tmp_path, tokenizer, use_vllm=True, record_sample_logprobs=False)
-    assert len(asked) == 1 and trainer.use_vllm and trainer._policy_file is None
+    assert len(asked) == 1 and trainer.use_vllm and trainer.rollouts.vllm is None
 
 
 @pytest.mark.parametrize(("lora", "estimator"), [(True, "group"), (False, "group"), (False, "gae")])
@@ -658,8 +658,8 @@ def test_a_served_run_samples_from_what_it_was_sent(tmp_path, tokenizer, lora, e
         options["advantage_estimator"] = estimator
         trainer = train(tmp_path, tokenizer, lora=lora, reward=watching(seen), **options)
         sizes = []
-        load = trainer._engine.vllm.load
-        trainer._engine.vllm.load = lambda file: (sizes.append(file.weights.stat().st_size), load(file))
+        load = trainer.rollouts.engine.sampler.load
+        trainer.rollouts.engine.sampler.load = lambda file: (sizes.append(file.weights.stat().st_size), load(file))
         trainer.train()
         assert seen == [[0] * 4, [1] * 4, [2] * 4]
         trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad and "value_head" not in n}
@@ -668,7 +668,7 @@ def test_a_served_run_samples_from_what_it_was_sent(tmp_path, tokenizer, lora, e
         for row in trainer.state.log_history[:3]:
             assert ("value/loss" in row) == (estimator == "gae"), "from one pass without gradient"
             assert row["ratio/mean"] == pytest.approx(1.0, abs=1e-4) and row["sampling/logp_diff_max"] < 1e-3
-        assert len(list(trainer._policies.iterdir())) == 1, "older versions are deleted"
+        assert len(list(trainer.rollouts.vllm.folder.iterdir())) == 1, "older versions are deleted"
 
 
 @pytest.mark.parametrize("fate", ["hangs", "ends"])
@@ -692,7 +692,7 @@ def test_a_server_lost_during_a_rollout_batch_loses_and_repeats_nothing(tmp_path
         trainer.train()
         killer.join()
     assert killed == [-9 if fate == "hangs" else 1]
-    retried = trainer._engine.vllm.engine.retried
+    retried = trainer.rollouts.engine.sampler.engine.retried
     assert retried == 4 if fate == "hangs" else retried >= 4, "every lost turn is requested again"
     assert seen == [[0] * 4, [1] * 4, [2] * 4]
     assert [row["ratio/mean"] for row in trainer.state.log_history[:3]] == pytest.approx([1.0] * 3, abs=1e-4)

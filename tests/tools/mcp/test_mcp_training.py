@@ -71,7 +71,7 @@ def test_a_server_that_hangs_lies_and_changes_its_tools(tmp_path, monkeypatch, c
     tools = [Tool("pause", "Waits.", {"type": "object", "properties": {}}, pause)]
     servers = server(timeout=8.0)
     trainer, seen = make_trainer(tmp_path, monkeypatch, script, mcp_servers=servers, tools=tools, **changes)
-    started = trainer._toolset.known
+    started = trainer.rollouts.tools.toolset.known
     next(tool for tool in started if tool.name == "hang").__dict__["timeout"] = 0.5
     trainer.train()
     for told, trajectory, _ in seen[::2]:
@@ -83,7 +83,7 @@ def test_a_server_that_hangs_lies_and_changes_its_tools(tmp_path, monkeypatch, c
     assert logged(trainer, "tools/hang/timeouts") == [1.0]
     assert logged(trainer, "tools/pid/errors") == [1.0]
     assert logged(trainer, "tools/mcp/plain/restarts") == [1.0]
-    assert trainer._toolset.known == started and caplog.text.count("has changed its tools") == 1
+    assert trainer.rollouts.tools.toolset.known == started and caplog.text.count("has changed its tools") == 1
 
 
 def test_trajectories_logs_and_checkpoints_hold_no_secrets(tmp_path, monkeypatch, caplog):
@@ -144,7 +144,7 @@ def test_names_are_kept_apart_from_functions_and_methods(tmp_path, monkeypatch):
     run = run_script(kind, monkeypatch, tmp_path, script, tools=[note], environment_factory=Company)
     told = [message["content"] for message in run.completions[0] if message["role"] == "tool"]
     assert told == ["noted a", "done", "company", "b"]
-    names = [tool.name for tool in run.trainer._toolset.known]
+    names = [tool.name for tool in run.trainer.rollouts.tools.toolset.known]
     assert names == ["note", "plain_pid", "plain_note", "notes", "crash", "hang", "garble", "forget", "pid"]
 
 

@@ -243,8 +243,8 @@ def test_too_many_calls_that_cannot_be_ended_stop_the_training(monkeypatch, tmp_
     tool = Tool("sleepy", "d", ANY, lambda: gate.wait(30))
     script = [[tool_call("sleepy") * 2 + END, tool_call("sleepy") + END, f"ok{END}"]] * 4
     training = Training(monkeypatch, tmp_path, [tool], script, tool_timeout=0.05)
-    assert training.trainer._executor.max_abandoned == 64
-    training.trainer._executor.max_abandoned = 7
+    assert training.trainer.rollouts.tools.executor.max_abandoned == 64
+    training.trainer.rollouts.tools.executor.max_abandoned = 7
     words = r"8 tool calls are stuck.*max_abandoned=7.*sleepy.*isolation='process'"
     with pytest.raises(ToolRuntimeError, match=words):
         training.run()

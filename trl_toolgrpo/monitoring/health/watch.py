@@ -31,8 +31,8 @@ from ...types import JSONObject
 from ...update.scoring import Scoring
 from ...validation.trainable_parameters import policy_parameters
 from .monitor import HealthMonitor, RunFacts, still_open
-from .rollout_rules import DISTINCT, ROLLOUT_RULES, SHORTCUTS, correlation_within_groups, costs
-from .update_rules import UPDATE_RULES
+from .rollout_rules import DISTINCT, SHORTCUTS, correlation_within_groups, costs
+from .rules import RULES
 
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class HealthWatch:
     def on_train_begin(self) -> None:
         """Begin with what the log of a resumed run says."""
         facts = facts_of(self._run.args, self._run.model, self._relative_to_group)
-        monitor = self.monitor = HealthMonitor([*UPDATE_RULES, *ROLLOUT_RULES], facts)
+        monitor = self.monitor = HealthMonitor(RULES, facts)
         monitor.recall(entry for entry in self._run.state.log_history if "loss" in entry)
         if self._log.folder is not None and self._run.is_main_process:
             monitor.open = dict.fromkeys(still_open(read_lines(self._log.folder / HEALTH)), monitor.count)

@@ -124,7 +124,7 @@ class VLLMSampler:
             raise
 
     @property
-    def max_length(self) -> int:
+    def max_sequence_length(self) -> int:
         """Most tokens of a rollout, its prompt included."""
         return self.engine.max_length
 
@@ -196,11 +196,11 @@ class VLLMSession:
             raise SamplerError("vLLM samples without constraints.", remedy="Use `force_level='call'` or 'name'.")
         history = self.histories[row]
         history += token_ids
-        room = self.sampler.max_length - len(history)
+        room = self.sampler.max_sequence_length - len(history)
         if room < 1:
             raise SamplerError(
                 f"Rollout {row} has {len(history)} tokens to begin with, and vLLM is configured for "
-                f"{self.sampler.max_length} in total.",
+                f"{self.sampler.max_sequence_length} in total.",
                 remedy="Raise `vllm_max_model_length` (of a server: `--max-model-len`), or shorten the prompts.",
             )
         budget, sampler, ended = min(max_new_tokens, room), self.sampler, self._ended

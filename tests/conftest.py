@@ -8,9 +8,11 @@ import re
 import resource
 import tempfile
 import time
+from collections import defaultdict, deque
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -23,14 +25,17 @@ os.environ["TRACKIO_DIR"] = _TRACKIO.name  # read when trackio is imported, whic
 import pytest
 import torch
 import trl
+from accelerate import Accelerator
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerControl, TrainerState
+from trl.trainer.utils import add_fused_lm_head
 
 from trl_toolgrpo import ToolGRPOConfig, ToolGRPOTrainer
 from trl_toolgrpo.sampling import model_sampler
 from trl_toolgrpo.sampling.protocol import SampledTokens
+from trl_toolgrpo.trl_hooks import Run
 
 
 torch.set_num_threads(1)
@@ -122,6 +127,44 @@ def config(path, **changes) -> ToolGRPOConfig:
         "gradient_checkpointing": False,
     }
     return ToolGRPOConfig(**{**options, **changes})
+
+
+def plain_scores(model, ids, mask, width, temperature=1.0):
+    """Return log-probs and entropies of completion tokens from the model's own logits, as a plain pass gives them."""
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].double() / temperature
+    scores = torch.log_softmax(logits, dim=-1)[:, -width:]
+    logps = scores.gather(-1, ids[:, -width:, None])[..., 0]
+    return logps, -(scores.exp() * scores).sum(dim=-1)
+
+
+def part_run(model, args, **attributes):
+    """
+    Return a run for parts that are made without a trainer: over real objects, with what a new trainer would have.
+
+    Its callbacks are in `callbacks` of the trainer's place, which the run keeps as `_trainer`. TRL's own scoring pass
+    is [`plain_scores`].
+    """
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    add_fused_lm_head(base, temperature=args.temperature, outputs=("log_probs", "entropy"))
+    callbacks = []
+    trainer = SimpleNamespace(
+        args=args, model=model, model_wrapped=model, ref_model=None, accelerator=Accelerator(cpu=True),
+        state=TrainerState(), control=TrainerControl(), optimizer=None, lr_scheduler=None, recording=True,
+        temperature=args.temperature, beta=args.beta, num_generations=args.num_generations, use_vllm=False,
+        is_fsdp_enabled=False, is_deepspeed_enabled=False, aux_loss_enabled=False, top_entropy_quantile=1.0,
+        mask_truncated_completions=args.mask_truncated_completions, current_gradient_accumulation_steps=1,
+        callbacks=callbacks, add_callback=callbacks.append, pop_callback=lambda kind: None,
+        _step=0, _buffered_inputs=None, _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
+        _logs={"advantages": deque(maxlen=args.generation_batch_size)},
+    )  # fmt: skip
+    vars(trainer).update(attributes)
+
+    def trls_pass(model, ids, mask, width, batch_size=None, compute_entropy=False, compute_aux_loss=False):
+        logps, entropies = plain_scores(model, ids, mask, width, args.temperature)
+        return logps.float(), entropies.float() if compute_entropy else None, None
+
+    model.train()
+    return Run(trainer, SimpleNamespace(_get_per_token_logps_and_entropies=trls_pass))
 
 
 @contextmanager

@@ -31,7 +31,7 @@ trainer = ToolGRPOTrainer(
     tools=[add],
 )  # fmt: skip
 trainer.train()
-head = torch.cat([p.detach().flatten() for p in trainer._value_head.parameters()])
+head = torch.cat([p.detach().flatten() for p in trainer.critic.head.parameters()])
 heads = trainer.accelerator.gather(head[None])
 assert torch.equal(heads[0], heads[1]) and head[-1] != 0, "each process has a value head of its own"
 if rank == 0:

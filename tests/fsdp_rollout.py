@@ -9,8 +9,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from trl_toolgrpo.rollout.engine import gathered_parameters
 from trl_toolgrpo.sampling.model_sampler import ModelSampler
+from trl_toolgrpo.trl_hooks import gathered_parameters
 
 
 def sample(model, tokens):

@@ -61,7 +61,7 @@ trainer = ToolGRPOTrainer(
 )  # fmt: skip
 trainer.train()
 log = [log for log in trainer.state.log_history if "ref/syncs" in log]
-found = {"syncs": trainer._syncs, "differ": len(trainer._sync_report.differ)}
+found = {"syncs": trainer.reference._syncs, "differ": len(trainer.reference.report.differ)}
 assert trainer.accelerator.process_index != 0 or (log[-1]["ref/syncs"], log[1]["ref/kl"] < 1e-7) == (2, True)
 found = {"sharded": sharded(tokenizer), **found}
 output = [None, None]

@@ -47,16 +47,16 @@ trainer = ToolGRPOTrainer(
     tools=[add],
     peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]),
 )  # fmt: skip
-calls, roll_out = [], trainer._roll_out
+calls, roll_out = [], trainer.rollouts.sample
 
 
-def counted(prompt_ids):
-    batch = roll_out(prompt_ids)
+def counted(prompt_ids, force):
+    batch = roll_out(prompt_ids, force)
     calls.append(sum(len(turn.tool_results) for t in batch.trajectories for turn in t.turns))
     return batch
 
 
-trainer._roll_out = counted
+trainer.rollouts.sample = counted
 trainer.train()
 calls = gather_object([calls])
 if trainer.accelerator.is_main_process:

@@ -93,10 +93,10 @@ if processes > 1:
     pairs = zip(parameters(whole), parameters(resumed), strict=True)
     found["differ"] = max(float((one - other).abs().max()) for one, other in pairs)
     if lora:
-        states = [trainer._reference.state() for trainer in (whole, resumed)]
+        states = [trainer.reference.synced.state() for trainer in (whole, resumed)]
         found["reference"] = max(float((states[0][name] - states[1][name]).abs().max()) for name in states[0])
         found["moved"] = max(float(states[1][name].abs().max()) for name in states[1] if "lora_B" in name)
-        found["syncs"] = [whole._syncs, resumed._syncs]
+        found["syncs"] = [whole.reference._syncs, resumed.reference._syncs]
     unsaved = start(folder / "unsaved", save_steps=1)
     with full_disk(unsaved, {2: 2**10, 3: 0}) if unsaved.accelerator.is_main_process else nullcontext():
         unsaved.train()

@@ -28,8 +28,12 @@ from trl.chat_template_utils import add_response_schema
 from trl.trainer import grpo_trainer
 
 from trl_toolgrpo import DatasetError, Tool, ToolGRPOTrainer, ToolNameError
-from trl_toolgrpo import trainer as our_trainer
+from trl_toolgrpo.algorithms import batch_advantages
+from trl_toolgrpo.monitoring import records
+from trl_toolgrpo.rollout import tools_of_rollouts
 from trl_toolgrpo.sampling.protocol import SampledTokens
+from trl_toolgrpo.trl_hooks import Run
+from trl_toolgrpo.update import logprob_check
 
 
 END = "<|im_end|>"
@@ -712,8 +716,8 @@ def test_collectives_do_not_depend_on_the_rollouts(monkeypatch, ours, trl):
 
         monkeypatch.setattr(target, name, watched)
 
-    watch(our_trainer, "unwrapped_policy", "gather parameters")
-    for module in (grpo_trainer, our_trainer):
+    watch(Run, "gathered_policy", "gather parameters")
+    for module in (grpo_trainer, batch_advantages, records, tools_of_rollouts, logprob_check):
         watch(module, "gather_object", "gather_object")
     watch(Accelerator, "gather", "gather")
     watch(Accelerator, "reduce", "reduce")

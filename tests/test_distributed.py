@@ -120,6 +120,20 @@ def test_two_processes_train_as_one_does(tmp_path):
 
 
 @pytest.mark.long
+def test_a_group_in_two_processes_is_scored_as_in_one(tmp_path):
+    """By an estimator that looks at a whole group; one of three groups is spread over both processes."""
+    outputs = launch("estimator_processes.py", str(tmp_path / "two"), alone=[str(tmp_path / "one")])
+    two, one = (json.loads(output[output.index('{"losses"') :].splitlines()[0]) for output in outputs)
+    assert two["batches"] == one["batches"] and two["admitted"] == one["admitted"]
+    assert len(one["batches"]) == 5 and {len(batch) for batch in one["batches"]} == {12}
+    taken = [[bool(count) for _, count in batch] for batch in one["batches"]]
+    shared = [batch[4:8] for batch in taken]  # each process has two of these rollouts
+    assert [True] * 4 in shared and [False] * 4 in shared, "seeds give groups of both kinds"
+    assert one["admitted"] == pytest.approx([sum(batch[::4]) / 3 for batch in taken])
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-5, rel=0) and any(one["losses"])
+
+
+@pytest.mark.long
 def test_two_processes_resume_to_the_bit(tmp_path):
     """Each process restores its own rollouts, metrics and random numbers."""
     output = launch("resume_processes.py", str(tmp_path))

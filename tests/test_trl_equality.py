@@ -21,6 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_toolgrpo import ToolGRPOTrainer
+from trl_toolgrpo.update.scoring import Scoring
 
 
 END = "<|im_end|>"
@@ -552,14 +553,14 @@ def count_scoring(monkeypatch):
         passes.append(model)
         return original(self, model, *args, **kwargs)
 
-    packed = ToolGRPOTrainer._score_packed
+    packed = Scoring._pass
 
     def counted_packed(self, model, *args):
         passes.append(model)
         return packed(self, model, *args)
 
     monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", counted)
-    monkeypatch.setattr(ToolGRPOTrainer, "_score_packed", counted_packed)
+    monkeypatch.setattr(Scoring, "_pass", counted_packed)
     return passes
 
 

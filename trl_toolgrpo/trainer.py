@@ -494,7 +494,7 @@ class ToolGRPOTrainer(GRPOTrainer):
         if "assist_mask" in inputs:
             loss = self.update.warmup.loss(model, inputs)
             return loss if self.critic is None else self.critic.with_idle_head(loss)
-        with self.update.loss_of(inputs) as micro_batch:
+        with self.update.loss_of(inputs) as micro_batch, self.advantages.of_loss(micro_batch.mask):
             loss = super()._compute_loss(model, micro_batch.inputs)
         self.update.on_update(micro_batch)
         self.records.on_update(micro_batch)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from trl_toolgrpo import ConfigError, RewardError, Tool, ToolGRPOTrainer, ToolResult, ValueHeadError
+from trl_toolgrpo.critic.critic import Critic
 from trl_toolgrpo.critic.value_head import HEAD_FILE
 from trl_toolgrpo.sampling.generate_sampler import GenerateSampler
 
@@ -37,13 +38,13 @@ def make(tmp_path, reward=reward, tools=None, dataset=None, model=None, peft=Non
     )
     if head_seed is not None:
         torch.manual_seed(head_seed)
-        nn.init.normal_(trainer._value_head.output.weight)
+        nn.init.normal_(trainer.critic.head.output.weight)
     kept = []
     score = trainer._generate_and_score_completions
 
     def keep(inputs):
         output = score(inputs)
-        kept.append((dict(output), trainer._batch.trajectories))
+        kept.append((dict(output), trainer.rollouts.batch.trajectories))
         return output
 
     trainer._generate_and_score_completions = keep
@@ -82,7 +83,7 @@ def test_recorded_values_are_those_the_trainer_computes(tmp_path):
         ids = torch.tensor([[*trajectory.prompt_ids, *trajectory.completion_ids]])
         with torch.no_grad():
             hidden = trainer2.model(ids, output_hidden_states=True).hidden_states[-1][0]
-            values = trainer2._value_head(hidden)[len(trajectory.prompt_ids) - 1 : -1]
+            values = trainer2.critic.head(hidden)[len(trajectory.prompt_ids) - 1 : -1]
         torch.testing.assert_close(torch.tensor(trajectory.values), values, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(output["old_values"][row, : len(values)], values, atol=1e-4, rtol=1e-4)
 
@@ -133,7 +134,7 @@ def test_advantages_by_hand(tmp_path, monkeypatch, estimator):
 @pytest.mark.parametrize("estimator", ["gae", "group_gae"])
 def test_critic_metrics_are_logged(tmp_path, capsys, estimator, unit):
     trainer, _ = make(tmp_path, advantage_estimator=estimator, gae_unit=unit, max_steps=3)
-    before = [p.detach().clone() for p in trainer._value_head.parameters()]
+    before = [p.detach().clone() for p in trainer.critic.head.parameters()]
     trainer.train()
     for step, log in enumerate(logs_of(trainer)):
         assert log["value/loss"] > 0
@@ -144,7 +145,7 @@ def test_critic_metrics_are_logged(tmp_path, capsys, estimator, unit):
         else:
             assert log["value/grad_norm"] > 0
         assert log["value/explained_variance"] <= 1 and log["ratio/mean"] == pytest.approx(1, abs=1e-4)
-    moved = [not torch.equal(a, b) for a, b in zip(before, trainer._value_head.parameters(), strict=True)]
+    moved = [not torch.equal(a, b) for a, b in zip(before, trainer.critic.head.parameters(), strict=True)]
     assert all(moved) or (estimator, unit) == ("group_gae", "turn")
     assert "| value loss " in capsys.readouterr().out
 
@@ -198,14 +199,14 @@ def test_value_epochs_train_the_head_alone(tmp_path, size):
     trainers = []
     for epochs in (1, 4):
         trainer, kept = make(tmp_path, head_seed=1, value_epochs=epochs, **options)
-        start = [p.detach().clone() for p in trainer._value_head.parameters()]
+        start = [p.detach().clone() for p in trainer.critic.head.parameters()]
         trainer.train()
         trainers.append(trainer)
     one, four = trainers
     assert all(torch.equal(a, b) for a, b in zip(policy(one).values(), policy(four).values(), strict=True))
     output, trajectories = kept[0]
     fresh, _ = make(tmp_path, head_seed=1)
-    head = fresh._value_head
+    head = fresh.critic.head
     assert all(torch.equal(a, b) for a, b in zip(start, head.parameters(), strict=True))
     read = torch.zeros(*output["completion_ids"].shape, head.layer.in_features)
     for row, trajectory in enumerate(trajectories):
@@ -228,9 +229,9 @@ def test_value_epochs_train_the_head_alone(tmp_path, size):
             for parameter in head.parameters():
                 parameter.grad *= min(1.0, 0.05 / (shared + 1e-6))
         optimizer.step()
-    for mine, theirs in zip(head.parameters(), four._value_head.parameters(), strict=True):
+    for mine, theirs in zip(head.parameters(), four.critic.head.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4)
-    assert any(not torch.allclose(a, b) for a, b in zip(one._value_head.parameters(), head.parameters(), strict=True))
+    assert any(not torch.allclose(a, b) for a, b in zip(one.critic.head.parameters(), head.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("sharding", ["is_fsdp_enabled", "is_deepspeed_enabled"])
@@ -238,21 +239,21 @@ def test_value_epochs_of_a_sharded_head_are_refused(tmp_path, sharding):
     trainer, _ = make(tmp_path, value_epochs=2)
     setattr(trainer, sharding, True)
     with pytest.raises(ConfigError, match="`value_epochs=2` with FSDP or DeepSpeed"):
-        trainer._prepare_critic()
+        Critic(trainer.run, trainer.update.scoring)
 
 
 def test_value_warmup_under_deepspeed_is_refused(tmp_path):
     trainer, _ = make(tmp_path, value_warmup_steps=1)
     trainer.is_deepspeed_enabled = True
     with pytest.raises(ConfigError, match="`value_warmup_steps=1` with DeepSpeed"):
-        trainer._prepare_critic()
+        Critic(trainer.run, trainer.update.scoring)
 
 
 def test_the_head_has_its_own_learning_rate(tmp_path):
     for given, expected in ((None, 1e-3), (0.02, 0.02)):
         trainer, _ = make(tmp_path, value_learning_rate=given, learning_rate=1e-5, weight_decay=0.1)
         groups = trainer.create_optimizer().param_groups
-        head = {id(p) for p in trainer._value_head.parameters()}
+        head = {id(p) for p in trainer.critic.head.parameters()}
         (own,) = [group for group in groups if head & {id(p) for p in group["params"]}]
         assert {id(p) for p in own["params"]} == head
         assert own["lr"] == expected and own["weight_decay"] == 0
@@ -266,12 +267,12 @@ def test_value_warmup_trains_the_critic_alone(tmp_path):
     step = trainer.training_step
 
     def watch(*args):
-        states.append((policy(trainer), [p.detach().clone() for p in trainer._value_head.parameters()]))
+        states.append((policy(trainer), [p.detach().clone() for p in trainer.critic.head.parameters()]))
         return step(*args)
 
     trainer.training_step = watch
     trainer.train()
-    states.append((policy(trainer), list(trainer._value_head.parameters())))
+    states.append((policy(trainer), list(trainer.critic.head.parameters())))
     for before, after, trained in zip(states, states[1:], [False, False, True], strict=False):
         changed = [not torch.equal(before[0][name], after[0][name]) for name in before[0]]
         assert any(changed) == trained
@@ -294,7 +295,7 @@ def test_the_head_is_saved_in_its_own_file(tmp_path, lora):
         assert not any("value_head" in name for name in load_file(folder / weights))
         assert len(load_file(folder / HEAD_FILE)) == 4
     last = load_file(tmp_path / HEAD_FILE)
-    assert all(torch.equal(p, last[name]) for name, p in trainer._value_head.named_parameters())
+    assert all(torch.equal(p, last[name]) for name, p in trainer.critic.head.named_parameters())
     first = load_file(tmp_path / "checkpoint-1" / HEAD_FILE)
     assert any(not torch.equal(first[name], last[name]) for name in last)
 
@@ -331,7 +332,7 @@ def test_a_checkpoint_without_a_head_needs_a_value_warmup(tmp_path):
     assert all(torch.equal(p, states[1][name]) for name, p in states[0].items())  # step 2 is the last of the warm-up
     assert any(not torch.equal(p, policy(resumed)[name]) for name, p in states[1].items())
     assert resumed.optimizer.param_groups[-1]["lr"] == 1e-3
-    assert all(p.any() for p in resumed._value_head.parameters())
+    assert all(p.any() for p in resumed.critic.head.parameters())
 
 
 def test_a_saved_policy_is_loaded_with_its_head(tmp_path):
@@ -340,7 +341,7 @@ def test_a_saved_policy_is_loaded_with_its_head(tmp_path):
     trainer.save_model(str(tmp_path / "saved"))
     model = type(trainer.model).from_pretrained(tmp_path / "saved")
     again, _ = make(tmp_path, model=model)
-    for one, other in zip(trainer._value_head.parameters(), again._value_head.parameters(), strict=True):
+    for one, other in zip(trainer.critic.head.parameters(), again.critic.head.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
@@ -392,7 +393,7 @@ def test_values_that_are_not_finite_are_an_error(tmp_path, monkeypatch):
     tokenizer = trainer.processing_class
     sampler = ScriptedSampler(tokenizer, [["a<|im_end|>"]], [tokenizer.eos_token_id])
     monkeypatch.setattr(MAKE_SAMPLER, lambda *args, **kwargs: sampler)
-    nn.init.constant_(trainer._value_head.output.bias, math.nan)
+    nn.init.constant_(trainer.critic.head.output.bias, math.nan)
     with pytest.raises(ValueHeadError, match=r"not finite for the rollouts \[0, 1, 2, 3\]"):
         trainer.train()
 
@@ -474,13 +475,13 @@ def test_turn_rewards_of_an_environment_are_used(tmp_path, monkeypatch):
     sampler = ScriptedSampler(tokenizer, [[CALL, "done<|im_end|>"]], [tokenizer.eos_token_id])
     monkeypatch.setattr(MAKE_SAMPLER, lambda *args, **kwargs: sampler)
     trainer.train()
-    for trajectory in trainer._batch.trajectories:
+    for trajectory in trainer.rollouts.batch.trajectories:
         assert [turn.reward for turn in trajectory.turns] == [0.25, None]
 
 
 def test_the_group_estimator_has_no_value_head(tmp_path):
     trainer, kept = make(tmp_path, advantage_estimator="group")
     trainer.train()
-    assert trainer._value_head is None and kept[0][0]["advantages"].dim() == 1
+    assert trainer.critic is None and kept[0][0]["advantages"].dim() == 1
     assert not any(name.startswith("value/") for name in logs_of(trainer)[0])
     assert json.dumps(sorted(name for name, _ in trainer.model.named_parameters())).count("value_head") == 0

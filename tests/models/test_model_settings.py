@@ -128,4 +128,4 @@ def test_a_gemma_4_trains(tmp_path, name, changes):
     trainer.train()
     assert trainer.state.log_history[0]["ratio/mean"] == pytest.approx(1.0, abs=1e-4)
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert trainer._engine._supported
+    assert trainer.rollouts.engine._supported

@@ -68,7 +68,7 @@ def test_a_head_in_float32_over_four_bits(folder, tmp_path, targets):
     )  # fmt: skip
     trainer.train()
     gaps = [log["sampling/logp_diff_mean"] for log in trainer.state.log_history if "sampling/logp_diff_mean" in log]
-    assert len(gaps) == 3 and max(gaps) < 5e-3 and trainer._engine._supported
+    assert len(gaps) == 3 and max(gaps) < 5e-3 and trainer.rollouts.engine._supported
 
 
 def test_a_policy_in_four_bits_is_sampled_and_trained(folder, tmp_path, monkeypatch):
@@ -84,8 +84,8 @@ def test_a_policy_in_four_bits_is_sampled_and_trained(folder, tmp_path, monkeypa
     for entry in log:  # the self-check has passed, and the sampler is the policy that is trained
         assert entry["ratio/mean"] == pytest.approx(1.0, abs=1e-3) and entry["sampling/logp_diff_max"] < 1e-3
         assert entry["grad_norm"] > 0
-    assert trainer._engine._supported, "rollouts fell back to `model.generate`"
-    assert trainer._sync_report.differ == ()
+    assert trainer.rollouts.engine._supported, "rollouts fell back to `model.generate`"
+    assert trainer.reference.report.differ == ()
     factors = [p for n, p in trainer.model.named_parameters() if "lora_B.default" in n]
     assert factors and all(bool(p.any()) for p in factors)
 
@@ -127,7 +127,7 @@ def test_a_value_head_over_a_quantized_base(folder, tmp_path, kind, name):
     changes = dict(CRITICS[name])
     bound = changes.pop("bound", 2e-2 if kind == "int8" else 1e-4)
     trainer = critic(folder, tmp_path, kind, **changes)
-    head = trainer._value_head
+    head = trainer.critic.head
     assert type(head.layer) is torch.nn.Linear and {p.dtype for p in head.parameters()} == {torch.float32}
     before = [parameter.detach().clone() for parameter in head.parameters()]
     trainer.train()

@@ -234,7 +234,7 @@ def test_a_wrong_merged_weight_is_found(kind):
 def test_a_failed_sync_stops_the_run(tmp_path, tokenizer, monkeypatch):
     run = trainer(tmp_path, tokenizer)
     report = SyncReport(12, ("model.q_proj",), 0.5, 0.1)
-    monkeypatch.setattr(run._reference, "sync", lambda *given: report)
+    monkeypatch.setattr(run.reference.synced, "sync", lambda *given: report)
     with pytest.raises(ReferenceSyncError, match=r"1 of 12 tensors of the reference \(adapter\).*model\.q_proj"):
         run.train()
 
@@ -293,13 +293,13 @@ def test_the_reference_of_a_full_fine_tuning_is_synced(tmp_path, tokenizer):
 def test_a_due_sync_waits_for_the_end_of_a_rollout_batch(tmp_path, tokenizer):
     """Two optimizer steps share a batch; a sync due after each of them waits for the second."""
     run = trainer(tmp_path, tokenizer, num_iterations=2, ref_model_sync_steps=1, max_steps=4)
-    made, sync = [], run._reference.sync
+    made, sync = [], run.reference.synced.sync
 
     def noted(*args):
         made.append(run.state.global_step)
         return sync(*args)
 
-    run._reference.sync = noted
+    run.reference.synced.sync = noted
     run.train()
     assert made == [2, 4]
 
@@ -309,7 +309,7 @@ def test_a_sync_by_hand_waits_for_the_end_of_a_rollout_batch(tmp_path, tokenizer
     assert run.sync_reference().differ == ()  # nothing has been sampled yet
     run.train()
     assert run.sync_reference() is None
-    assert run._sync_pending and run._syncs == 1
+    assert run.reference._pending and run.reference._syncs == 1
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
@@ -335,14 +335,14 @@ def test_a_resumed_run_has_the_same_reference(tmp_path, tokenizer, alpha, full):
     checkpoint = tmp_path / "whole" / "checkpoint-3"
     assert (checkpoint / "reference.safetensors").is_file() and not (checkpoint / "ref").exists()
     resumed = start(tmp_path / "resumed")
-    resumed._load_reference(resumed._reference, checkpoint / "reference.safetensors")
+    resumed.reference.load(checkpoint)
     stored = load_file(checkpoint / "reference.safetensors")
-    assert all(torch.equal(tensor, stored[name]) for name, tensor in resumed._reference.state().items())
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in resumed.reference.synced.state().items())
     resumed = start(tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert resumed._syncs == whole._syncs == 3
-    expected = whole._reference.state()
-    for name, tensor in resumed._reference.state().items():
+    assert resumed.reference._syncs == whole.reference._syncs == 3
+    expected = whole.reference.synced.state()
+    for name, tensor in resumed.reference.synced.state().items():
         assert torch.equal(tensor, expected[name]), name
     whole.save_model(str(tmp_path / "final"))
     assert not (tmp_path / "final" / "ref").exists() and not (tmp_path / "final" / "reference.safetensors").exists()

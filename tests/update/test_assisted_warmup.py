@@ -107,14 +107,14 @@ def test_a_broken_record_is_not_learned_from(monkeypatch, tmp_path):
         ),
         prompts(4), processing_class=TOKENIZER, tools=[add],
     )  # fmt: skip
-    run = trainer._engine._run_part
+    run = trainer.rollouts.engine._run_part
 
     def broken(*args):
         batch = run(*args)
         batch.rollouts[0].trajectory.logprobs[0] = float("nan")
         return batch
 
-    monkeypatch.setattr(trainer._engine, "_run_part", broken)
+    monkeypatch.setattr(trainer.rollouts.engine, "_run_part", broken)
     trainer.model.train()
     output = trainer._generate_and_score_completions([dict(trainer.train_dataset[0])] * 4)
     assert output["assist_mask"].any(dim=1).tolist() == [False, False, True, False]

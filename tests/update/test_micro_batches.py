@@ -76,7 +76,8 @@ def test_updates_are_those_of_trls_split(tmp_path, name):
     other, expected = run(
         ToolGRPOTrainer, tmp_path / "b", {**options, "shared_prompt_updates": False}, rewards, prepare=watched(cut)
     )
-    assert other._packs is False and max(cut) > 1 and len(found) == len(expected) == options.get("max_steps", 1)
+    assert other.update.scoring.packing.active is False and max(cut) > 1
+    assert len(found) == len(expected) == options.get("max_steps", 1)
     for mine, plain in zip(found, expected, strict=True):
         assert plain.norm() > 0 and (mine - plain).norm() <= 1e-4 * plain.norm()
     for entry, plain in zip(ours.state.log_history[:-1], other.state.log_history[:-1], strict=True):
@@ -89,7 +90,7 @@ def test_updates_are_those_of_trls_split(tmp_path, name):
 def test_groups_stay_together(tmp_path, name):
     shapes = []
     trainer, _ = run(ToolGRPOTrainer, tmp_path, LOSS_OPTIONS[name], rewards, prepare=watched(shapes))
-    assert trainer._packs is True and set(shapes) == {1}
+    assert trainer.update.scoring.packing.active is True and set(shapes) == {1}
 
 
 def test_each_optimizer_step_keeps_its_rows(tmp_path):

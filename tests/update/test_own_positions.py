@@ -176,11 +176,11 @@ def test_rounding_is_measured_for_every_kind_of_model(tmp_path, name):
     """A healthy batch passes the check in bfloat16, and one with every third log-prob off by 0.3 does not."""
     tokenizer = chat_tokenizer()
     trainer, batch, _ = make(tmp_path, build(name, tokenizer), tokenizer, bf16=True)
-    rollouts = trainer._batch
+    rollouts = trainer.rollouts.batch
     for trajectory in rollouts.trajectories:
         trajectory.logprobs[::3] = [value - 0.3 for value in trajectory.logprobs[::3]]
     with pytest.raises(LogprobMismatchError, match="rounding explains"):
-        trainer._check_recorded(batch, rollouts)
+        trainer.update.logprob_check.on_rollouts(trainer.update.tokens_of(batch, rollouts), rollouts)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -211,7 +211,7 @@ def test_each_family_takes_its_fastest_correct_path(tmp_path, name, caplog):
         trainer, _, _ = make(tmp_path, build(name, tokenizer), tokenizer, max_steps=1, max_completion_length=12)
         trainer.train()
     sampled = PATHS[name][0]
-    assert (trainer._engine._supported, trainer._packs) == PATHS[name]
+    assert (trainer.rollouts.engine._supported, trainer.update.scoring.packing.active) == PATHS[name]
     assert ("falls back to `model.generate`" in caplog.text) != sampled
     logged = trainer.state.log_history[0]
     assert logged["ratio/mean"] == pytest.approx(1.0, abs=1e-5) and logged["sampling/logp_diff_max"] < 2e-5
@@ -222,7 +222,7 @@ def test_packing_is_used_where_positions_are_absolute(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer, _, _ = make(tmp_path, build("GPT2", tokenizer), tokenizer)
         trainer.train()
-    assert trainer._packs and "one by one" not in caplog.text
+    assert trainer.update.scoring.packing.active and "one by one" not in caplog.text
 
 
 def test_load_balancing_loss_ignores_padding(tmp_path):
@@ -257,14 +257,16 @@ def test_values_do_not_depend_on_padding(tmp_path, name):
     with torch.no_grad():
         for parameter in trainer.model.value_head.parameters():
             parameter.normal_(generator=torch.Generator().manual_seed(1))
-    together = trainer._computed_values(batch, trainer._batch)
+    rollouts = trainer.rollouts.batch.rollouts
+    together = trainer.critic.computed_values(trainer.update.tokens_of(batch, trainer.rollouts.batch))
     for row, trajectory in enumerate(trajectories):
         one = {
             "prompt_ids": torch.tensor([trajectory.prompt_ids]),
             "completion_ids": torch.tensor([trajectory.completion_ids]),
         }
         one |= {name.replace("ids", "mask"): torch.ones_like(ids) for name, ids in one.items()}
-        expected = trainer._computed_values(one, RolloutBatch([trainer._batch.rollouts[row]], RolloutStats()))[0]
+        tokens = trainer.update.tokens_of(one, RolloutBatch([rollouts[row]], RolloutStats()))
+        expected = trainer.critic.computed_values(tokens)[0]
         assert expected.abs().max() > 1e-3
         torch.testing.assert_close(together[row, : len(expected)], expected, atol=2e-5, rtol=1e-4)
 

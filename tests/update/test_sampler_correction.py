@@ -8,6 +8,7 @@ from conftest import chat_tokenizer, config, prompts, tiny_model
 
 from trl_toolgrpo import ToolGRPOTrainer
 from trl_toolgrpo.update.losses import bounded_ratio
+from trl_toolgrpo.update.scoring import Scores
 
 
 MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
@@ -119,8 +120,8 @@ def test_every_loss_type_is_corrected(tmp_path, mode, loss_type):
     def gradient(given, **changes):
         """Return the gradient of the loss by each token's log-prob; these replace the scoring pass."""
         leaf = logps.clone().requires_grad_()
-        trainer._score_packed = lambda *args: (leaf, torch.zeros_like(leaf), None)
-        trainer._packs = True
+        trainer.update.scoring._pass = lambda *args: Scores(leaf, torch.zeros_like(leaf))
+        trainer.update.scoring.packing.active = True
         for name, value in changes.items():
             setattr(trainer.args, name, value)
         trainer._compute_loss(trainer.model, given).backward()
@@ -158,5 +159,5 @@ def test_recorded_log_probs_are_not_overwritten(tmp_path):
     before = {name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     trainer._compute_loss(trainer.model, inputs)
     assert all(torch.equal(inputs[name], value) for name, value in before.items())
-    found = trainer._ratio.metrics(lambda x: x, lambda x: x)
+    found = trainer.update.ratios.metrics(lambda x: x, lambda x: x)
     assert found["ratio/max"] == pytest.approx(3.0, rel=1e-3) and math.isclose(factors.max(), 3.0, rel_tol=1e-6)

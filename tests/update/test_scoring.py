@@ -12,9 +12,9 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 from trl import GRPOTrainer
 
 from trl_toolgrpo import ToolGRPOTrainer
-from trl_toolgrpo.update import scoring
+from trl_toolgrpo.update import packing, scoring
 from trl_toolgrpo.update.packed_attention import dense_mask, suits
-from trl_toolgrpo.update.scoring import can_be_packed, lay_out, pack
+from trl_toolgrpo.update.packing import lay_out, obstacle_to_packing, pack
 
 
 PAD = 0
@@ -76,12 +76,12 @@ def test_batches_that_gain_nothing_are_not_packed():
 
 
 def test_a_long_group_is_split_over_several_sequences(monkeypatch):
-    monkeypatch.setattr(scoring, "PACKED_LENGTH", 8)
+    monkeypatch.setattr(packing, "PACKED_LENGTH", 8)
     packed = pack(*batch_of([[1, 2, 3, 4]] * 4, [[7, 8], [9, 7], [8], [9, 9, 9]]))
     assert packed.input_ids.shape == (2, 7)
     assert packed.labels[0].tolist() == [-100, -100, -100, 7, 8, 9, 7]
     assert packed.labels[1].tolist() == [-100, -100, -100, 8, 9, 9, 9]
-    monkeypatch.setattr(scoring, "PACKED_LENGTH", 5)
+    monkeypatch.setattr(packing, "PACKED_LENGTH", 5)
     assert pack(*batch_of([[1, 2, 3, 4]] * 2, [[7, 8, 9], [9]])) is None  # not even one rollout fits
 
 
@@ -118,9 +118,11 @@ def test_a_failed_pass_is_decided_on_by_all_processes(tmp_path, monkeypatch, cap
     trainer = trainer_of(tmp_path, tiny_model(tokenizer := chat_tokenizer()), tokenizer)
     gathered, gather = [], trainer.accelerator.gather
     monkeypatch.setattr(trainer.accelerator, "gather", lambda found: gathered.append(found) or gather(found))
-    monkeypatch.setattr(trainer, "_score_packed", lambda *args: (_ for _ in ()).throw(RuntimeError("no such mask")))
-    assert trainer._try_packing(trainer.model, [batch_of([[1, 2, 3]] * 4, [[7, 8], [9], [7], [8]])], True) is False
-    assert trainer._packs is False and [found.tolist() for found in gathered] == [[[0, 1, 0, 0]]]
+    scoring = trainer.update.scoring
+    monkeypatch.setattr(scoring, "_pass", lambda *args: (_ for _ in ()).throw(RuntimeError("no such mask")))
+    scoring._decide_packing(trainer.model, batch_of([[1, 2, 3]] * 4, [[7, 8], [9], [7], [8]]), True)
+    assert scoring.packing.active is False and scoring.packing.reason == "RuntimeError: no such mask"
+    assert [found.tolist() for found in gathered] == [[[0, 1, 0, 0]]]
     assert "RuntimeError: no such mask" in caplog.text and "differ by" not in caplog.text
 
 
@@ -139,7 +141,8 @@ def test_no_process_waits_for_a_failed_one(tmp_path, monkeypatch, other_fails):
 
     monkeypatch.setattr(trainer.accelerator, "gather", gather_two)
     batch = batch_of([[1, 2, 3]] * 4, [[7, 8], [9], [7], [8]])
-    assert trainer._try_packing(trainer.model, [batch], True) is not other_fails
+    trainer.update.scoring._decide_packing(trainer.model, batch, True)
+    assert trainer.update.scoring.packing.active is not other_fails
     assert [len(found.flatten()) for found in gathered] == [1, 5, 4]
 
 
@@ -195,7 +198,7 @@ def test_log_probs_entropies_and_gradients_are_those_of_trl(tmp_path, make, atte
     arguments = (trainer.model, ids, mask, width)
     plain = run(lambda: GRPOTrainer._get_per_token_logps_and_entropies(trainer, *arguments, compute_entropy=True))
     ours = run(lambda: trainer._get_per_token_logps_and_entropies(*arguments, compute_entropy=True))
-    assert trainer._packs is True
+    assert trainer.update.scoring.packing.active is True
     assert bool(in_pieces) is (attention == "sdpa" and not checkpointing)
     torch.testing.assert_close(ours[0], plain[0], atol=exact, rtol=exact)
     torch.testing.assert_close(ours[1], plain[1], atol=exact, rtol=exact)
@@ -230,7 +233,7 @@ def test_training_scores_each_prompt_once(tmp_path, monkeypatch):
 
     trainer.model.forward = watch
     trainer.train()
-    assert trainer._packs is True
+    assert trainer.update.scoring.packing.active is True
     trained = [shape for grad, shape in shapes if grad]
     assert len(trained) == 2 and all(shape[0] == 2 for shape in trained)  # two prompts, four rollouts each
     logs = [log for log in trainer.state.log_history if "ratio/mean" in log]
@@ -239,14 +242,14 @@ def test_training_scores_each_prompt_once(tmp_path, monkeypatch):
 
 def test_unpackable_models_are_scored_by_trl(tmp_path):
     tokenizer = chat_tokenizer()
-    assert not can_be_packed(windowed(tokenizer))
+    assert obstacle_to_packing(windowed(tokenizer)) is not None
     trainer = trainer_of(tmp_path, windowed(tokenizer), tokenizer, logprob_check="off")
     trainer.train()
-    assert trainer._packs is False
+    assert trainer.update.scoring.packing.active is False
     model = tiny_model(tokenizer)
-    assert can_be_packed(model)
+    assert obstacle_to_packing(model) is None
     model.config._attn_implementation = "flash_attention_2"
-    assert not can_be_packed(model)
+    assert obstacle_to_packing(model) is not None
 
 
 def test_a_model_that_ignores_the_mask_is_not_packed(tmp_path, monkeypatch, caplog):
@@ -261,7 +264,7 @@ def test_a_model_that_ignores_the_mask_is_not_packed(tmp_path, monkeypatch, capl
 
     trainer.model.forward = deaf
     trainer.train()
-    assert trainer._packs is False and "scored one by one" in caplog.text
+    assert trainer.update.scoring.packing.active is False and "scored one by one" in caplog.text
 
 
 MIXED = {
@@ -283,7 +286,7 @@ def test_layers_with_a_state_are_not_packed(name):
     shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     made = getattr(transformers, f"{name}Config")(**{**shape, **heads, **MIXED[name]})
-    assert not can_be_packed(getattr(transformers, f"{name}ForCausalLM")(made))
+    assert obstacle_to_packing(getattr(transformers, f"{name}ForCausalLM")(made)) is not None
 
 
 class Recurrent(torch.nn.Module):
@@ -306,7 +309,8 @@ def test_a_small_leak_between_rollouts_is_found(tmp_path, low_precision, caplog)
     trainer = trainer_of(tmp_path, model, tokenizer, logprob_check="off", bf16=low_precision)
     batch = batch_of([list(range(1, 40))] * 3, [[7, 8, 9, 10], [9, 4, 2], [7, 11]])
     trainer._get_per_token_logps_and_entropies(trainer.model, *batch)
-    assert trainer._packs is False and "the text of one changes the log-probs of another" in caplog.text
+    assert trainer.update.scoring.packing.active is False
+    assert "the text of one changes the log-probs of another" in caplog.text
 
 
 def test_running_out_of_memory_is_raised_everywhere(tmp_path, monkeypatch):
@@ -316,20 +320,20 @@ def test_running_out_of_memory_is_raised_everywhere(tmp_path, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(trainer, "_score_packed", full)
+    monkeypatch.setattr(trainer.update.scoring, "_pass", full)
     batch = batch_of([list(range(1, 40))] * 3, [[7, 8, 9, 10], [9, 4, 2], [7, 11]])
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
-        trainer._try_packing(trainer.model, [batch], True)
-    assert trainer._packs is None
+        trainer.update.scoring._decide_packing(trainer.model, batch, True)
+    assert trainer.update.scoring.packing.active is None
     monkeypatch.undo()
     gather = trainer.accelerator.gather  # another process ran out of memory
     monkeypatch.setattr(trainer.accelerator, "gather", lambda x: torch.cat([gather(x), torch.ones_like(x)]))
     with pytest.raises(RuntimeError, match="Another process ran out of memory"):
-        trainer._try_packing(trainer.model, [batch], True)
+        trainer.update.scoring._decide_packing(trainer.model, batch, True)
 
 
 def test_without_recording_trls_pass_is_untouched(tmp_path):
     tokenizer = chat_tokenizer()
     trainer = trainer_of(tmp_path, tiny_model(tokenizer), tokenizer, record_sample_logprobs=False)
     trainer.train()
-    assert trainer._packs is False
+    assert trainer.update.scoring.packing.active is False

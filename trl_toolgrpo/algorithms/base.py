@@ -90,7 +90,7 @@ class AdvantageEstimator:
 
     Args:
         args ([`ToolGRPOConfig`], *optional*):
-            Configuration of the run.
+            Configuration of the run, which a trainer sets in an object that it is given.
     """
 
     needs_values: ClassVar[bool] = False

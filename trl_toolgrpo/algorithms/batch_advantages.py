@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from accelerate.utils import gather_object
@@ -19,6 +20,9 @@ from .base import AdvantageEstimator, RolloutGroup, TokenAdvantages, padded
 
 
 logger = logging.getLogger(__name__)
+
+_OF_TOKENS = ("entropy", "kl", "clip_ratio/", "cispo_clip_ratio", "vespo/", "sampling/")
+"""Beginnings of the names of what is logged as a mean over the tokens of a micro-batch."""
 
 
 class BatchAdvantages:
@@ -49,13 +53,15 @@ class BatchAdvantages:
         if not self._estimator.may_leave_out:
             return
         groups = list(self._groups(output, batch, rewards, None, whole=True))
-        admitted = [bool(self._estimator.admit(group)) for group, _, _ in groups]
+        admitted = [self._admits(group) for group, _, _ in groups]
         for (_, rows, _), is_in in zip(groups, admitted, strict=True):
             if not is_in:
                 for name in ("completion_mask", "tool_mask"):
                     if name in output:
                         output[name][rows] = 0
-        counts = torch.tensor([float(sum(admitted)), float(len(admitted))], device=self._run.accelerator.device)
+        # A group that is spread over processes counts in the first of them
+        counted = [is_in for (_, _, own), is_in in zip(groups, admitted, strict=True) if own.start == 0]
+        counts = torch.tensor([float(sum(counted)), float(len(counted))], device=self._run.accelerator.device)
         kept, total = self._run.accelerator.reduce(counts, reduction="sum").tolist()
         self._run.training_metrics["groups/admitted"].append(kept / max(total, 1))
 
@@ -72,7 +78,8 @@ class BatchAdvantages:
                 V(s_t) before each token, shape (B, T).
 
         Raises:
-            TrajectoryError: for advantages that are not finite, or of another shape.
+            ConfigError: for advantages of another kind or shape.
+            TrajectoryError: for advantages or returns that are not finite.
         """
         if not self._estimator.needs_values:
             self._warn_of_turn_rewards(batch)
@@ -88,6 +95,29 @@ class BatchAdvantages:
             output["advantages"] = flat.to(output["advantages"])
             return self._show(output["advantages"])
         return self._put_tokens(output, [scored for scored, _ in found], values)
+
+    @contextmanager
+    def of_loss(self, mask: Tensor) -> Iterator[None]:
+        """
+        Keep figures over no token out of the log while the loss of a micro-batch is computed: one whose groups were
+        all left out would count as 0 in the mean over micro-batches. Every process must call this.
+
+        Args:
+            mask (`Tensor`):
+                1 for tokens that train, shape (B, T).
+        """
+        run = self._run
+        if not (run.training and self._estimator.may_leave_out):
+            yield
+            return
+        metrics = run.training_metrics
+        before = {name: len(values) for name, values in metrics.items()}
+        yield
+        if run.gather_sum(mask) == 0:
+            for name in [name for name in metrics if name.startswith(_OF_TOKENS)]:
+                del metrics[name][before.get(name, 0) :]
+                if not metrics[name]:
+                    del metrics[name]
 
     def _put_tokens(self, output: Batch, found: Sequence[Tensor | TokenAdvantages], values: Tensor | None) -> None:
         """Put advantages of tokens into a batch, and what the value loss needs."""
@@ -107,7 +137,8 @@ class BatchAdvantages:
         advantages, returns, to_go, steps = (
             whole(list(part), fill) for part, fill in zip(zip(*found, strict=True), (0, 0, 0, -1), strict=True)
         )
-        advantages = advantages.to(wide)
+        steps = steps.where(mask, -1)
+        advantages = advantages.to(wide).masked_fill(~mask, 0.0)
         if self._estimator.whitens:
             advantages = whiten(advantages, steps >= 0, self._summed(moments(advantages, steps >= 0)))
         output["advantages"] = advantages.to(output["advantages"].dtype)
@@ -177,6 +208,16 @@ class BatchAdvantages:
             in_batch = slice(own.start - start, own.stop - start)
             yield group, in_batch, slice(own.start - rows.start, own.stop - rows.start)
 
+    def _admits(self, group: RolloutGroup) -> bool:
+        """Return what the estimator says of a group; raise if it says nothing."""
+        admitted = self._estimator.admit(group)
+        if admitted is None:
+            raise ConfigError(
+                f"`admit` of the advantage estimator {self._estimator.name} returned None.",
+                remedy="Return True for a group that takes part in the update, else False.",
+            )
+        return bool(admitted)
+
     def _check(self, scored: object, group: RolloutGroup) -> None:
         """Raise for advantages that no update could use."""
         name = self._estimator.name
@@ -187,22 +228,31 @@ class BatchAdvantages:
                 f"{self._estimator.needs_values}` asks for {wanted}.",
                 remedy="Return it, or set `needs_values` accordingly.",
             )
-        advantages = scored.advantages if isinstance(scored, TokenAdvantages) else scored
-        shapes = ((len(group),), tuple(group.mask.shape))
-        if not isinstance(advantages, Tensor) or tuple(advantages.shape) not in shapes:
-            shape = tuple(advantages.shape) if isinstance(advantages, Tensor) else type(advantages).__name__
-            raise ConfigError(
-                f"The advantage estimator {name} returned advantages of shape {shape} for a group of {len(group)} "
-                f"rollouts of at most {group.mask.size(1)} tokens.",
-                remedy=f"Return a tensor of shape {shapes[0]} or {shapes[1]}.",
-            )
-        if not bool(advantages.isfinite().all()):
-            row = int((~advantages.isfinite()).reshape(len(group), -1).any(dim=1).nonzero()[0])
-            raise TrajectoryError(
-                f"The advantage estimator {name} gave rollout {row} of a group an advantage that is not finite; the "
-                f"rewards of the group are {group.rewards.tolist()}.",
-                remedy="Return 0 for a rollout that was not scored (`group.scored`) and where there is no spread.",
-            )
+        shapes: list[tuple[int, ...]] = [(len(group),), tuple(group.mask.shape)]
+        returned: dict[str, object] = {"advantages": scored}
+        if isinstance(scored, TokenAdvantages):
+            returned, shapes = scored._asdict(), shapes[1:]
+        for part, tensor in returned.items():
+            if not isinstance(tensor, Tensor) or tuple(tensor.shape) not in shapes:
+                shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ConfigError(
+                    f"The advantage estimator {name} returned {part} of shape {shape} for a group of {len(group)} "
+                    f"rollouts of at most {group.mask.size(1)} tokens.",
+                    remedy=f"Return a tensor of shape {' or '.join(map(str, shapes))}.",
+                )
+            if tensor.dim() > 1 and self._run.args.loss_type == "vespo":
+                raise ConfigError(
+                    f"The advantage estimator {name} gave each token an advantage of its own. "
+                    "`loss_type='vespo'` weighs a whole sequence by one.",
+                    remedy="Return one for each rollout, or use another `loss_type`.",
+                )
+            if not bool(tensor.isfinite().all()):
+                row = int((~tensor.isfinite()).reshape(len(group), -1).any(dim=1).nonzero()[0])
+                raise TrajectoryError(
+                    f"The advantage estimator {name} gave rollout {row} of a group {part} that are not finite; the "
+                    f"rewards of the group are {group.rewards.tolist()}.",
+                    remedy="Return 0 for a rollout that was not scored (`group.scored`) and where there is no spread.",
+                )
 
     def _warn_of_turn_rewards(self, batch: RolloutBatch) -> None:
         """Warn once that a group advantage has no place for the rewards of turns."""

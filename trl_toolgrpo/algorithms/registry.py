@@ -44,7 +44,10 @@ def estimator_of(args: ToolGRPOConfig) -> AdvantageEstimator:
             f"You passed the advantage estimator {given.name}, which does not override `score`.",
             remedy="Define `score(self, group)`; it returns one advantage for each rollout, or for each token.",
         )
-    _check_options(args, given)
+    if not isinstance(args.advantage_estimator, str) or args.advantage_estimator not in ESTIMATORS:
+        _check_options(args, given)
+    if "args" in vars(given):  # which an object that was passed has not got yet, or of another run
+        given.args = args
     return given
 
 
@@ -53,18 +56,16 @@ def _imported(name: str) -> object:
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError) as error:  # the latter for a name that begins with a dot
         raise ConfigError(
             f"You passed `advantage_estimator={name!r}`, which cannot be imported: {error}.",
-            remedy="Name a class as `package.module:Name`; the module must be installed, or lie in the folder that "
-            "the script is started in.",
+            remedy="Name a class as `package.module:Name`; the module must be installed, or in a folder of "
+            "`sys.path`.",
         ) from error
 
 
 def _check_options(args: ToolGRPOConfig, estimator: AdvantageEstimator) -> None:
     """Check the options of an estimator of the user's; those of built-in names were checked with the configuration."""
-    if args.advantage_estimator in ESTIMATORS:
-        return
     defaults = {name: value for name, value in default_values(args).items() if name.startswith("value_")}
     idle = [name for name, value in defaults.items() if getattr(args, name) != value]
     if idle and not estimator.needs_values:

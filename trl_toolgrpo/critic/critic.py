@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from ..config.fields import estimator_name
 from ..errors import ConfigError, ValueHeadError
 from ..models.rounding import widest
 from ..rollout.engine import RolloutBatch
@@ -264,7 +265,7 @@ class Critic:
 def _check_place_for_head(run: Run) -> None:
     """Raise if a value head cannot be trained in a run."""
     args = run.args
-    estimator = args.advantage_estimator
+    estimator = estimator_name(args)
     if run.aux_loss_enabled:
         raise ConfigError(
             f"You passed `advantage_estimator={estimator!r}` with a mixture-of-experts model "

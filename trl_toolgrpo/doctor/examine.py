@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
+from ..config.fields import estimator_name
 from ..redaction import Redactor, argument_secrets
 from ..run_folder.files import process_secrets
 from .check_chat import check_chat, check_tools
@@ -80,7 +81,7 @@ def _results(script: Path, arguments: Sequence[str]) -> Iterator[CheckResult]:
     yield check_hardware(output_folder(arguments, trainer.args.output_dir))
     model = f"{type(trainer.model).__name__} on {trainer.accelerator.device}"
     batch = f"{trainer.args.generation_batch_size} rollouts a batch in groups of {trainer.num_generations}"
-    yield CheckResult("configuration", OK, f"{model}, {batch}, advantages by `{trainer.args.advantage_estimator}`.")
+    yield CheckResult("configuration", OK, f"{model}, {batch}, advantages by `{estimator_name(trainer.args)}`.")
     data, cost = check_data(trainer)
     tools = trainer.rollouts.tools.toolset
     suspicious = [text for text, subject in subjects.items() if subject == "tools"]

@@ -323,16 +323,17 @@ def _value_loss(window: Window, facts: RunFacts) -> HealthFinding | None:
 
 def _gradient_zero(window: Window, facts: RunFacts) -> HealthFinding | None:
     """
-    Exactly 0 in three steps in a row. Where no group has a spread that is right, and another rule says so; in assisted
-    steps it is right where no rollout earns a reward, which is no accident over 96 rollouts.
+    Exactly 0 in three steps in a row. Where no group has a spread that is right, and another rule says so; where the
+    estimator has left all groups out it is what was asked for; in assisted steps it is right where no rollout earns a
+    reward, which is no accident over 96 rollouts.
     """
     assisted = "forced/loss" in window[-1]
     count = max(3, math.ceil(96 / facts.rollouts)) if assisted else 3
     last = window[-count:]
     if len(last) < count or any(entry.get("grad_norm") != 0 for entry in last):
         return None
-    flat = [e for e in batches(window, 3) if e.get("frac_reward_zero_std") == 1]
-    if flat and not assisted:
+    idle = [e for e in batches(window, 3) if e.get("frac_reward_zero_std") == 1 or e.get("groups/admitted") == 0]
+    if idle and not assisted:
         return None
     return HealthFinding(
         f"The gradient was exactly 0 in {count} steps in a row, although there was something to learn from. In "

@@ -168,7 +168,7 @@ def test_the_sampler_draws_an_order_for_each_epoch():
     for _ in range(2):
         torch.randperm(again.num_samples, generator=again.generator)
     assert list(again) == orders[2] != orders[0], (
-        "TRL's RepeatSampler draws its order otherwise; checkpoints.resume.Checkpoints.skip_epochs skips "
+        "TRL's RepeatSampler draws its order otherwise; checkpoints.resume.Checkpoints.begin_epoch skips "
         "orders."
     )
 
@@ -401,7 +401,7 @@ def test_what_logs_and_replays_ask_of_trl(trl_trainer):
         f"GRPOTrainer._logs holds {sorted(trl_trainer._logs)}; run_folder.replay.Replay fills it."
     )
     assert "tb_writer" in source(transformers.integrations.TensorBoardCallback.__init__), (
-        "TensorBoardCallback has no `tb_writer`; monitoring.trackers.Trackers writes texts with it."
+        "TensorBoardCallback has no `tb_writer`; monitoring.trackers.tensorboard_tracker.TensorBoardTracker writes texts with it."
     )
 
 

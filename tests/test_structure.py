@@ -188,6 +188,7 @@ PRIVATE_NAMES_READ = {
     "models.quantized": {"bitsandbytes.functional._convert_weight_packed_for_cpu_inverse"},
     "reference.merged": {"holder._modules", "holder._parameters", "layer._caches"},  # of `nn.Module` and PEFT
     "report.tools": {"Call._fields"},  # of a named tuple
+    "algorithms.batch_advantages": {"scored._asdict"},  # of a named tuple
     "sampling.choice": {"nn.modules.conv._ConvNd"},
     "sampling.packed_linear": {
         "torch.ops.mkldnn._linear_pointwise",

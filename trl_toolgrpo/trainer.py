@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor, nn
-from torch.utils.data import Sampler as DataSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 from trl import GRPOConfig, GRPOTrainer
@@ -368,17 +367,10 @@ class ToolGRPOTrainer(GRPOTrainer):
             self.checkpoints.load(checkpoint)
             self.records.log.load(checkpoint)
 
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> DataSampler[int]:
-        return self.checkpoints.keep_sampler(super()._get_train_sampler(dataset))
-
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        epochs, micro_batches = super()._init_training_state(*args, **kwargs)
-        self.checkpoints.skip_epochs(epochs)
-        return epochs, micro_batches
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.checkpoints.begin_epoch():
-            super()._run_epoch(*args, **kwargs)
+    def _run_epoch(self, **of_epoch: Any) -> None:
+        skipped = of_epoch["epoch"] if of_epoch["epoch"] == of_epoch["epochs_trained"] else 0
+        if self.checkpoints.begin_epoch(of_epoch["train_dataloader"], skipped):
+            super()._run_epoch(**of_epoch)
 
     # A step begins: a rollout batch is made if one is due
 

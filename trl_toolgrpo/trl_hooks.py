@@ -463,14 +463,11 @@ OVERRIDDEN = {
     "_load_optimizer_and_scheduler": Hook(
         "checkpoint", "critic.critic.Critic.optimizer_of resumes a run that had no value head"
     ),
-    "_get_train_sampler": Hook("dataset", "checkpoints.resume.Checkpoints.keep_sampler"),
-    "_init_training_state": Hook(
-        "max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint trial",
-        "checkpoints.resume.Checkpoints.skip_epochs brings the sampler to the epoch",
-    ),
     "_run_epoch": Hook(
-        "...",
-        "checkpoints.resume.Checkpoints.begin_epoch skips it where nothing is left to do",
+        "model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval start_time "
+        "resume_from_checkpoint epochs_trained steps_trained_in_current_epoch",
+        "checkpoints.resume.Checkpoints.begin_epoch brings the order of the data to the epoch, and skips it where "
+        "nothing is left to do",
         {
             "skip_first_batches(train_dataloader, steps_trained_in_current_epoch)": (
                 "checkpoints.resume.Checkpoints leaves the position within an epoch to it"
@@ -730,6 +727,9 @@ RELIED_ON = {
                 "self._tr_loss = torch.tensor(0.0",
                 "self._globalstep_last_logged = ",
                 "self._run_epoch(",
+                "epoch=epoch,",
+                "train_dataloader=train_dataloader,",
+                "epochs_trained=epochs_trained,",
             )
         },
     ),

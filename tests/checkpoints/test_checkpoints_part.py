@@ -7,9 +7,12 @@ import shutil
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from bare_run import bare_run
 from conftest import chat_tokenizer, prompts
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, IterableDataset
+from trl.trainer.utils import RepeatSampler
 
 from trl_toolgrpo import CheckpointError, CheckpointSaveError, find_checkpoint
 from trl_toolgrpo.checkpoints.folder import UNFINISHED, fault_of, publish
@@ -113,8 +116,26 @@ def test_the_place_in_a_rollout_batch_comes_back(make, tmp_path):
     assert run.next_micro_batch == {"advantages": torch.tensor([2.0]), "kind": "x"}
     assert run.training_metrics == {"reward": [1.0, 2.0]}
     run.training_metrics["new"].append(1.0)
-    assert checkpoints.begin_epoch() and (run.unlogged_loss, run.last_logged_step) == (torch.tensor(0.25), 1)
-    assert checkpoints.begin_epoch() and run.unlogged_loss == 0.25, "it is taken up once"
+    data = DataLoader(range(3))
+    assert checkpoints.begin_epoch(data, 0) and (run.unlogged_loss, run.last_logged_step) == (torch.tensor(0.25), 1)
+    assert checkpoints.begin_epoch(data, 0) and run.unlogged_loss == 0.25, "it is taken up once"
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(range(3))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_order_of_the_data_is_that_of_the_epoch(make, processes):
+    run, checkpoints = make()
+    run.state.max_steps = 9
+    sampler, undisturbed = (RepeatSampler(range(10), 1, seed=3) for _ in range(2))
+    orders = [list(undisturbed) for _ in range(3)]
+    data = DataLoader(range(10), batch_size=2, sampler=sampler)
+    prepared = prepare_data_loader(data, num_processes=processes, process_index=0, put_on_device=False)
+    assert checkpoints.begin_epoch(prepared, 2) and list(sampler) == orders[2]
+    assert checkpoints.begin_epoch(DataLoader(Stream()), 2), "a stream has no order to be brought to"
 
 
 def test_a_state_of_one_process_needs_the_same_layout(make, tmp_path, caplog):

@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list, save_fsdp_model, save_fsdp_o
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader
 from transformers.trainer import SCHEDULER_NAME, get_fsdp_ckpt_kwargs
 
 from ..config.batch_position import micro_batches_of
@@ -80,7 +80,6 @@ class Checkpoints:
         self._source: JSONObject | None = None  # that of the run that wrote the checkpoint
         self.staging: Path | None = None  # where a checkpoint is being written
         self._push_is_asked = False
-        self._sampler: Any = None
 
     # The start of a training
 
@@ -406,8 +405,19 @@ class Checkpoints:
             passes = (self._source["layout"]["steps_per_generation"] or 1) * self._source["batch"]["num_iterations"]
             run.step = states["place"]["step"] // passes * micro_batches_of(run.args)
 
-    def begin_epoch(self) -> bool:
-        """Take up the loss that a resumed run had not logged yet; return whether there is a step left to take."""
+    def begin_epoch(self, data: DataLoader, skipped: int) -> bool:
+        """
+        Take up the loss that a resumed run had not logged yet, and bring the order of the data to that of the epoch.
+
+        Args:
+            data (`DataLoader`):
+                That of training, as accelerate has prepared it.
+            skipped (`int`):
+                Epochs that this training does not go through; each would have drawn an order.
+
+        Returns:
+            `bool`: whether there is a step left to take.
+        """
         run = self._run
         if run.state.global_step >= run.state.max_steps:  # transformers would make one step more
             logger.warning(
@@ -418,19 +428,21 @@ class Checkpoints:
             run.control.should_training_stop = True
             return False
         run.take_up_unlogged_loss()
+        sampler = _order_of(data)
+        generator = getattr(sampler, "generator", None)
+        if generator is not None:
+            for _ in range(skipped):
+                torch.randperm(sampler.num_samples, generator=generator)
         return True
 
-    def keep_sampler(self, sampler: Sampler[int]) -> Sampler[int]:
-        """Remember what orders the data of an epoch, and return it."""
-        self._sampler = sampler
-        return sampler
 
-    def skip_epochs(self, count: int) -> None:
-        """Bring the order of the data to that of a resumed epoch: each epoch draws a new one."""
-        generator = getattr(self._sampler, "generator", None)
-        if generator is not None:
-            for _ in range(count):
-                torch.randperm(self._sampler.num_samples, generator=generator)
+def _order_of(data: DataLoader) -> Any:
+    """Return what orders the rows of a data set, within the batch samplers that accelerate has put around it; `None`
+    for one that is iterated over."""
+    batches: Any = data.batch_sampler
+    while hasattr(batches, "batch_sampler"):
+        batches = batches.batch_sampler
+    return getattr(batches, "sampler", None)
 
 
 _PARTS_OF_FLAT_FORM = ("packing", "reference", "carried metrics", "ratios", "place")

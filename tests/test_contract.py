@@ -401,7 +401,8 @@ def test_what_logs_and_replays_ask_of_trl(trl_trainer):
         f"GRPOTrainer._logs holds {sorted(trl_trainer._logs)}; run_folder.replay.Replay fills it."
     )
     assert "tb_writer" in source(transformers.integrations.TensorBoardCallback.__init__), (
-        "TensorBoardCallback has no `tb_writer`; monitoring.trackers.tensorboard_tracker.TensorBoardTracker writes texts with it."
+        "TensorBoardCallback has no `tb_writer`; "
+        "monitoring.trackers.tensorboard_tracker.TensorBoardTracker writes texts with it."
     )
 
 

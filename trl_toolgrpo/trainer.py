@@ -367,7 +367,7 @@ class ToolGRPOTrainer(GRPOTrainer):
             self.checkpoints.load(checkpoint)
             self.records.log.load(checkpoint)
 
-    def _run_epoch(self, **of_epoch: Any) -> None:
+    def _run_epoch(self, **of_epoch: Any) -> None:  # type: ignore[override]  # all of them by name, as it is called
         skipped = of_epoch["epoch"] if of_epoch["epoch"] == of_epoch["epochs_trained"] else 0
         if self.checkpoints.begin_epoch(of_epoch["train_dataloader"], skipped):
             super()._run_epoch(**of_epoch)

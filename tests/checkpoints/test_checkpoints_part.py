@@ -246,7 +246,8 @@ def rewritten(tmp_path, change):
 def as_before(folder):
     """What version 0.1.0 wrote: tensors of the batch by name, and one record."""
     batch = {"batch/0/completion_ids": torch.ones(4, 3, dtype=torch.int64), "loss": torch.tensor(0.0)}
-    record = {"step": 2, "carried": {}, "packs": None, "unmoved": False, "batches": [{}], "metrics": {}}
+    record = {"step": 2, "carried": {}, "packs": None, "unmoved": False, "batches": [{}], "metrics": {},
+              "last_logged": 0, "forced_shares": [], "sync_report": None}  # fmt: skip
     save_file(batch, folder / "progress_0.safetensors", {"progress": json.dumps(record)})
 
 

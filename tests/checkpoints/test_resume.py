@@ -478,11 +478,9 @@ def test_another_number_of_processes_is_accepted_between_rollout_batches(runs, t
     assert "Resumed with another layout" in caplog.text and resumed._step == 10
 
 
-def test_a_checkpoint_of_version_0_1_0_is_refused_before_it_is_loaded(runs, tmp_path):
-    """There, the description of the run is called `run.json`, and what a process adds has another form."""
+def test_a_checkpoint_in_an_unknown_form_is_refused_before_it_is_loaded(runs, tmp_path):
     folder = tmp_path / "checkpoint-5"
     shutil.copytree(Path(runs("full").args.output_dir) / folder.name, folder)
-    (folder / "run_identity.json").rename(folder / "run.json")
     tensors = load_file(folder / "progress_0.safetensors")
     save_file(tensors, folder / "progress_0.safetensors", {"progress": json.dumps({"step": 5, "packs": None})})
     (folder / "manifest.json").unlink()
@@ -675,7 +673,7 @@ def test_a_checkpoint_without_the_part_of_a_process_is_not_published(tmp_path, m
 
 
 def in_flat_form(folder):
-    """Write the states of the parts as version 0.1 did: one record, and tensors by prefix."""
+    """Write the states of the parts as version 0.1.0 did: one record, and tensors by prefix."""
     file = folder / "progress_0.safetensors"
     with safe_open(file, "pt") as stored:
         states = _with_tensors(json.loads(stored.metadata()["states"]), load_file(file))
@@ -695,11 +693,13 @@ def in_flat_form(folder):
 
 
 @pytest.mark.parametrize("step", [3, 4])
-def test_a_checkpoint_of_version_0_1_is_resumed_to_the_bit(runs, tmp_path, step):
+def test_a_checkpoint_of_version_0_1_0_is_resumed_to_the_bit(runs, tmp_path, step):
     whole, (lora, changes) = runs("all"), SETTINGS["all"]
     folder, staged = tmp_path / f"checkpoint-{step}", tmp_path / UNFINISHED / f"checkpoint-{step}"
     shutil.copytree(Path(whole.args.output_dir) / folder.name, staged)
     in_flat_form(staged)
+    (staged / "run_identity.json").rename(staged / "run.json")  # as 0.1.0 called it
+    (staged / "manifest.json").unlink()
     publish(staged, folder)
     resumed = start(tmp_path, lora=lora, **changes)
     resumed.train(resume_from_checkpoint=str(folder))

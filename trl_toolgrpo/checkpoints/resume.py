@@ -215,7 +215,9 @@ class Checkpoints:
         file = folder / PROGRESS.format(0)
         with safe_open(file, "pt") as stored:
             metadata = stored.metadata() or {}
-        states = _PARTS_OF_FLAT_FORM if "progress" in metadata else json.loads(metadata.get("states", "{}"))
+        states = json.loads(metadata.get("states", "{}"))
+        if json.loads(metadata.get("progress", "{}")).keys() >= _FLAT_FORM:
+            states = dict.fromkeys(_PARTS_OF_FLAT_FORM)
         missing = [name for name in self._of_run | self._of_process if name not in states]
         if missing:
             raise CheckpointError(
@@ -445,11 +447,14 @@ def _order_of(data: DataLoader) -> Any:
     return getattr(batches, "sampler", None)
 
 
+# Of version 0.1.0: the keys of its record, and the parts whose states they are
+_FLAT_FORM = {"step", "batches", "metrics", "last_logged", "carried", "forced_shares"}
+_FLAT_FORM |= {"packs", "unmoved", "sync_report"}
 _PARTS_OF_FLAT_FORM = ("packing", "reference", "carried metrics", "ratios", "place")
 
 
 def _states_of_flat_form(record: JSONObject, tensors: Mapping[str, Tensor]) -> JSONObject:
-    """Return the states of the parts from the form that version 0.1 wrote: one record, and tensors by prefix."""
+    """Return the states of the parts from the form that version 0.1.0 wrote: one record, and tensors by prefix."""
     batches: list[JSONObject] = [dict(batch) for batch in record["batches"]]
     for name, tensor in tensors.items():
         if name.startswith("batch/"):

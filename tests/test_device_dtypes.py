@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from trl_toolgrpo import ToolGRPOTrainer
+from trl_toolgrpo.algorithms import batch_advantages
 from trl_toolgrpo.algorithms.advantages import (
     explained_variance,
     generalized_advantages,
@@ -18,6 +20,8 @@ from trl_toolgrpo.algorithms.advantages import (
     rewards_to_go,
     whiten,
 )
+from trl_toolgrpo.algorithms.base import TokenAdvantages
+from trl_toolgrpo.algorithms.batch_advantages import BatchAdvantages
 from trl_toolgrpo.models.rounding import Rounding, widest
 from trl_toolgrpo.reference.adapter import Comparison
 from trl_toolgrpo.sampling.choice import differs
@@ -152,8 +156,8 @@ def test_the_pretended_device_refuses_float64():
 # A whole run
 
 HOST = {
-    *("place_rewards", "_recorded_values", "check_logprobs", "_mismatch", "of", "excess", "uniforms", "race"),
-    "check_scoring",
+    *("place_rewards", "values", "check_logprobs", "_mismatch", "of", "excess", "uniforms", "race"),
+    *("check_scoring", "rewards_to_go"),
 }
 """What makes float64 tensors on the CPU, whatever the device of the policy is."""
 
@@ -176,14 +180,27 @@ class Spy(TorchFunctionMode):
         return result
 
 
+def test_advantages_of_an_estimator_reach_the_device_without_float64(monkeypatch):
+    monkeypatch.setattr(batch_advantages, "widest", lambda device: torch.float32)
+    estimator = SimpleNamespace(whitens=False)
+    output = {"completion_ids": torch.ones(2, 3), "completion_mask": torch.ones(2, 3), "advantages": torch.zeros(2)}
+    wide, steps = torch.ones(2, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.long)
+    accelerator = SimpleNamespace(gather=lambda values: values)
+    run = SimpleNamespace(accelerator=accelerator, completions_table={"advantages": [0, 0]})
+    with Spy() as spy:
+        part = BatchAdvantages(run, estimator)
+        part._put_tokens(output, [TokenAdvantages(wide, wide, wide, steps)], None)
+    assert not spy.makers and output["advantages"].tolist() == [[1.0] * 3] * 2
+
+
 def reward(completion_ids, **kwargs):
     return [float(sum(ids) % 11) for ids in completion_ids]
 
 
 @pytest.mark.parametrize("keyed", [False, True])
 def test_a_run_makes_float64_only_on_the_host(tmp_path, monkeypatch, keyed):
-    users = ("algorithms.advantages", "critic.critic", "update.ratio_statistics", "sampling.choice", "sampling.noise")
-    for name in (*users, "reference.adapter", "reference.sync"):
+    users = ("algorithms.advantages", "algorithms.batch_advantages", "critic.critic", "update.ratio_statistics")
+    for name in (*users, "sampling.choice", "sampling.noise", "reference.adapter", "reference.sync"):
         monkeypatch.setattr(importlib.import_module(f"trl_toolgrpo.{name}"), "widest", lambda device: torch.float32)
     tokenizer = chat_tokenizer("qwen3_instruct_2507")
     trainer = ToolGRPOTrainer(

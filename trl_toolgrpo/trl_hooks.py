@@ -1,7 +1,7 @@
 """What this package knows of TRL, transformers and torch beyond their public interfaces, all of it in this file.
 
 [`Run`] is a trainer as the parts of this package see it: TRL's private attributes have public names here, and the
-place in the rollout batch is computed here alone.
+place in the rollout batch is computed here alone. The tables at the end hold what an installed release is tested for.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence

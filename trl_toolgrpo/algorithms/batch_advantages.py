@@ -125,7 +125,9 @@ class BatchAdvantages:
         wide = widest(device)
 
         def whole(tensors: Sequence[Tensor], fill: int = 0) -> Tensor:
-            rows = [torch.nn.functional.pad(t, (0, width - t.size(1)), value=fill) for t in tensors]
+            # Estimators compute on the host; the device may have no float64
+            fitting = [t.to(wide) if t.is_floating_point() else t for t in tensors]
+            rows = [torch.nn.functional.pad(t, (0, width - t.size(1)), value=fill) for t in fitting]
             return torch.cat(rows).to(device)
 
         mask = (output["completion_mask"] * output.get("tool_mask", 1)).bool()
@@ -138,13 +140,13 @@ class BatchAdvantages:
             whole(list(part), fill) for part, fill in zip(zip(*found, strict=True), (0, 0, 0, -1), strict=True)
         )
         steps = steps.where(mask, -1)
-        advantages = advantages.to(wide).masked_fill(~mask, 0.0)
+        advantages = advantages.masked_fill(~mask, 0.0)
         if self._estimator.whitens:
             advantages = whiten(advantages, steps >= 0, self._summed(moments(advantages, steps >= 0)))
         output["advantages"] = advantages.to(output["advantages"].dtype)
         if values is not None:
             first = first_of_step(steps)
-            self._log_explained_variance(to_go.to(wide), values, first)
+            self._log_explained_variance(to_go, values, first)
             output["old_values"], output["value_targets"] = values.float(), returns.float()
             output["value_mask"] = first.long()
             output["value_count"] = self._run.gather_sum(first)

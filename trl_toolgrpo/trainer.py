@@ -251,6 +251,7 @@ class ToolGRPOTrainer(GRPOTrainer):
                 "carried metrics": self.records.carried,
             },
             of_process={"ratios": self.update.ratios},
+            given={"advantage estimator": estimator, "sampler": self.rollouts.sampler},
         )
         self.hub = HubPublisher(run, self.rollouts, self.records, self.checkpoints, estimator)
         if self.args.push_to_hub:

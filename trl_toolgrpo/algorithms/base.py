@@ -86,7 +86,8 @@ class AdvantageEstimator:
     [`AdvantageEstimator.admit`] where some groups are to be left out.
 
     `advantage_estimator` takes a built-in name, an object of such a class, or `"package.module:Name"`, which is called
-    with the configuration.
+    with the configuration. If an estimator has `state_dict` and `load_state_dict`, checkpoints keep its state, each
+    process its own.
 
     Args:
         args ([`ToolGRPOConfig`], *optional*):
@@ -100,8 +101,8 @@ class AdvantageEstimator:
     """Whether the advantages of a rollout batch get mean 0 and standard deviation 1 over the tokens of all groups."""
     by_rollout: ClassVar[bool] = False
     """Whether each rollout is scored without looking at the others, so that a group may be scored in parts."""
-    relative_to_group: ClassVar[bool] = True
-    """Whether a group whose rewards are all equal has an advantage of 0, which the health rules watch."""
+    relative_to_group: ClassVar[bool] = False
+    """Whether a group whose rewards are all equal has an advantage of 0, which a health rule then watches."""
     methods: ClassVar[tuple[Method, ...]] = ()
     """What a model card says of it; its name by default."""
 

@@ -23,7 +23,6 @@ class GeneralizedAdvantages(AdvantageEstimator):
     needs_values = True
     whitens = True
     by_rollout = True
-    relative_to_group = False
     methods: ClassVar[tuple[Method, ...]] = (
         Method("generalized advantage estimation with a value head", "1506.02438", "GAE"),
     )

@@ -11,6 +11,7 @@ class GroupRelative(AdvantageEstimator):
     """TRL's own advantages (arXiv 2402.03300), unchanged; rewards of turns have no place in them."""
 
     by_rollout = True  # TRL has compared them
+    relative_to_group = True
     methods: ClassVar[tuple[Method, ...]] = (
         Method("advantages relative to a group of rollouts (GRPO)", "2402.03300", "DeepSeekMath"),
     )

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate.utils import broadcast_object_list, save_fsdp_model, save_fsdp_optimizer
@@ -48,6 +49,7 @@ from .run_identity import IDENTITY, describe_run, differences, identity_file, ma
 logger = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """A part with a state that a checkpoint keeps: tensors and JSON data, nested in dicts and lists."""
 
@@ -71,10 +73,20 @@ class Checkpoints:
             Parts whose state is the same in every process, and is restored whatever their number.
         of_process (`Mapping[str, Stateful]`):
             Parts whose state belongs to one process, and is restored if the rollout batch is divided in the same way.
+        given (`Mapping[str, object]`, *optional*):
+            What the user has passed. Its state is one of a process, if it has any; it begins anew where a checkpoint
+            has none.
     """
 
-    def __init__(self, run: Run, of_run: Mapping[str, Stateful], of_process: Mapping[str, Stateful]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        of_run: Mapping[str, Stateful],
+        of_process: Mapping[str, Stateful],
+        given: Mapping[str, object] = MappingProxyType({}),
+    ) -> None:
         self._run, self._of_run, self._of_process = run, dict(of_run), {"place": run, **of_process}
+        self._given = {name: thing for name, thing in given.items() if isinstance(thing, Stateful)}
         self.goes_on = False  # the run was resumed from a checkpoint in this output folder
         self._identity: JSONObject = {}  # description of this run
         self._source: JSONObject | None = None  # that of the run that wrote the checkpoint
@@ -306,7 +318,8 @@ class Checkpoints:
         run = self._run
         with self._deepspeed_tolerated(staged):
             write()
-        states = {name: part.state_dict() for name, part in (self._of_run | self._of_process).items()}
+        parts = self._of_run | self._of_process | self._given
+        states = {name: part.state_dict() for name, part in parts.items()}
         tensors: dict[str, Tensor] = {}
         record = _without_tensors(states, "", tensors)
         file = staged / PROGRESS.format(run.accelerator.process_index)
@@ -403,6 +416,11 @@ class Checkpoints:
             states = _states_of_flat_form(json.loads(metadata["progress"]), tensors)
         for name, part in (self._of_run | (self._of_process if same else {})).items():
             part.load_state_dict(states[name])
+        for name, part in self._given.items():
+            if same and name in states:
+                part.load_state_dict(states[name])
+            else:
+                logger.warning("The state of the %s is not in %s for this process: it begins anew.", name, checkpoint)
         if not same:  # between two rollout batches, of which there were as many
             passes = (self._source["layout"]["steps_per_generation"] or 1) * self._source["batch"]["num_iterations"]
             run.step = states["place"]["step"] // passes * micro_batches_of(run.args)

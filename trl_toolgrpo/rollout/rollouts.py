@@ -60,7 +60,7 @@ class Rollouts:
         mcp_servers: Any,
         sampler: Sampler | None = None,
     ) -> None:
-        self._run, self._sampler = run, sampler
+        self._run, self.sampler = run, sampler
         self._loaded_at: int | None = None  # step of the policy that the sampler has; `None` if it has changed since
         self.tools = RolloutTools(run, tools, environment_factory, mcp_servers)
         self.noise = BatchNoise(run)
@@ -81,7 +81,7 @@ class Rollouts:
         self.chat = self._make_chat() if run.tools else None
         pad_id = run.tokenizer.pad_token_id
         self.engine = RolloutEngine(run.args, run.eos_token_ids, pad_id, self.chat, tools.executor, force_policy)
-        self.engine.sampler, self.engine.redactor = self._sampler, self._redactor
+        self.engine.sampler, self.engine.redactor = self.sampler, self._redactor
         if run.args.rollout_backend == "vllm" and run.args.replay is None:  # a replayed run samples nothing
             self.vllm = VLLMRollouts(run)
             self.engine.sampler = self.vllm.sampler
@@ -174,7 +174,7 @@ class Rollouts:
 
     def _load_policy(self, policy: PreTrainedModel) -> None:
         """Give a sampler of the user's the policy, if it asks for it and has not had that of this optimizer step."""
-        load, version = getattr(self._sampler, "load_policy", None), self._run.state.global_step
+        load, version = getattr(self.sampler, "load_policy", None), self._run.state.global_step
         if load is not None and self._loaded_at != version:
             load(policy, version)
             self._loaded_at = version

@@ -21,7 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_toolgrpo import ToolGRPOTrainer
-from trl_toolgrpo.update.scoring import Scoring
+from trl_toolgrpo.update.scoring import Scores, Scoring
 
 
 END = "<|im_end|>"
@@ -561,6 +561,13 @@ def count_scoring(monkeypatch):
 
     monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", counted)
     monkeypatch.setattr(Scoring, "_pass", counted_packed)
+    joined = Scores.joined
+
+    def counted_once(parts):
+        del passes[len(passes) - len(parts) + 1 :]  # the chunks of a batch count as one pass, as in TRL
+        return joined(parts)
+
+    monkeypatch.setattr(Scores, "joined", counted_once)
     return passes
 
 

@@ -166,8 +166,9 @@ class Rollouts:
         with run.profiled("rollout"), run.gathered_policy() as policy:
             if self.vllm is not None:
                 self.vllm.send(policy)
-            elif self._loaded_at != run.state.global_step and hasattr(self._sampler, "load_policy"):
-                self._sampler.load_policy(policy, run.state.global_step)
+            elif self._sampler is not None and self._loaded_at != run.state.global_step:
+                if hasattr(self._sampler, "load_policy"):
+                    self._sampler.load_policy(policy, run.state.global_step)
                 self._loaded_at = run.state.global_step
             self.batch = self.engine.run(policy, requests, run.accelerator.autocast, force, noise)
         return self.batch

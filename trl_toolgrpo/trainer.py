@@ -486,7 +486,7 @@ class ToolGRPOTrainer(GRPOTrainer):
             self.records.carried.before_loss()
         if "assist_mask" in inputs:
             loss = self.update.warmup.loss(model, inputs)
-            return loss if self.critic is None else self.critic.with_idle_head(loss)
+            return loss if self.critic is None else self.critic.with_idle_head(loss, model)
         with self.update.loss_of(inputs) as micro_batch, self.advantages.of_loss(micro_batch.mask):
             loss = super()._compute_loss(model, micro_batch.inputs)
         self.update.on_update(micro_batch)

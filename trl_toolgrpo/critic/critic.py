@@ -145,8 +145,19 @@ class Critic:
         policy = loss * 0 if self.warms_up else loss
         return policy + args.value_loss_coef * summed * run.accelerator.num_processes / steps
 
-    def with_idle_head(self, loss: Tensor) -> Tensor:
-        """Give the head a part of weight 0 in a loss, since DDP waits for the gradient of every parameter."""
+    def with_idle_head(self, loss: Tensor, model: nn.Module) -> Tensor:
+        """
+        Give the head a part of weight 0 in a loss, since DDP waits for the gradient of every parameter, unless it
+        looks for unused ones itself.
+
+        Args:
+            loss (`Tensor`):
+                A loss that the head has no part in, a scalar.
+            model (`nn.Module`):
+                The policy, wrapped.
+        """
+        if getattr(model, "find_unused_parameters", False):
+            return loss
         return loss + 0.0 * sum(parameter.sum() for parameter in self.head.parameters())
 
     def run_value_epochs(self) -> None:

@@ -373,11 +373,11 @@ class ToolGRPOTrainer(GRPOTrainer):
         if self.checkpoints.begin_epoch(of_epoch["train_dataloader"], skipped):
             super()._run_epoch(**of_epoch)
 
-    # A step begins: a rollout batch is made if one is due
+    # A micro-batch of a training step; `_prepare_inputs` makes a rollout batch if one is due
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Take a step as TRL does; the critic learns along with the policy, and the log gets the rollout batch after
-        its last update."""
+        """Take a micro-batch forwards and backwards as TRL does. The critic learns along with the policy, and the log
+        gets the rollout batch after its last update."""
         if self.critic is not None:
             self.critic.before_backward(model)
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -388,26 +388,31 @@ class ToolGRPOTrainer(GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch: Batch) -> Batch:
         if self.replay is not None and self.run.training and self.run.batch_is_due:
-            self.reference.before_rollouts()
-            self.run.micro_batches = self.replay.next_batch()
-            self.update.begin_batch()
-            self.reference.on_replay()
-            return self.run.next_micro_batch
+            return self._replayed_inputs(self.replay)
         before, counts = self.run.micro_batches, self.records.log.counts()
         inputs = super()._prepare_inputs(generation_batch)
-        if self.run.micro_batches is before or self.run.micro_batches is None:
+        made = self.run.micro_batches
+        if made is None or made is before:  # TRL has made no rollout batch to train on
             return inputs
-        split = self.update.split.split_anew(self.run.micro_batches)
+        split = self.update.split.split_anew(made)
         if split is not None:
             self.run.micro_batches, inputs = split, split[self.run.micro_batch_index]
-        if self.run.training:
-            self.records.log.on_batch(counts)
+        self.records.log.on_batch(counts)
         return inputs
+
+    def _replayed_inputs(self, replay: Replay) -> Batch:
+        """Return the first micro-batch of a rollout batch that another run has made."""
+        self.reference.before_rollouts()
+        self.run.micro_batches = replay.next_batch()
+        self.update.begin_batch()
+        self.reference.on_replay()
+        return self.run.next_micro_batch
 
     def _generate_and_score_completions(self, inputs: list[Row]) -> Batch:
         self.reference.before_rollouts()
         with self.records.progress.of_rollouts() as measure:
-            with self.rollouts.of(inputs), self.update.knowing_old_logprobs(), same_parameters_trained(self.model):
+            kept = same_parameters_trained(self.model)  # which scoring with the reference's adapter changes
+            with self.rollouts.for_rows(inputs), self.update.knowing_old_logprobs(), kept:
                 output = super()._generate_and_score_completions([dict(row) for row in inputs])
             self.reference.on_rollouts(output)
             measure(output)
@@ -439,7 +444,7 @@ class ToolGRPOTrainer(GRPOTrainer):
             self.rollout_func = given
         if self.rollouts.batch is not None:
             self.records.on_rollouts(self.rollouts.batch)
-        return self.rollouts.generated(prompts, output)
+        return self.rollouts.add_fields(prompts, output)
 
     def _tokenize_prompts(self, prompts: list) -> tuple:
         return self.rollouts.tokenize(prompts, super()._tokenize_prompts)
@@ -447,17 +452,13 @@ class ToolGRPOTrainer(GRPOTrainer):
     def _generate_single_turn(self, prompt_ids: list, images: list | None, *args: Any, **kwargs: Any) -> tuple:
         if not self.recording:
             return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
+        # With tools this is a placeholder: the next hook makes whole rollouts
         return self.rollouts.first_turn(prompt_ids, self.update.warmup.may_force)
 
     def _tool_call_loop(self, prompts: list, prompt_ids: list, *args: Any) -> tuple:
         if not self.recording:
             return super()._tool_call_loop(prompts, prompt_ids, *args)
         return self.rollouts.whole_rollouts(prompt_ids, self.update.warmup.may_force)
-
-    def _calculate_rewards(self, inputs: list[Row], *args: list) -> Tensor:
-        rewards = self.rollouts.rewarded(super()._calculate_rewards(inputs, *args), len(inputs))
-        self.records.on_rewards(self.rollouts.batch, rewards, len(inputs))
-        return rewards.scores
 
     # Scoring, of a rollout batch and of each micro-batch
 
@@ -477,7 +478,14 @@ class ToolGRPOTrainer(GRPOTrainer):
             scores = self.update.score(model, tokens, batch_size, compute_entropy, compute_aux_loss, images)
         return scores.logps, scores.entropies, scores.aux_loss
 
-    # A micro-batch
+    # Rewards, with which TRL ends a rollout batch
+
+    def _calculate_rewards(self, inputs: list[Row], *args: list) -> Tensor:
+        rewards = self.rollouts.keep_rewards(super()._calculate_rewards(inputs, *args), len(inputs))
+        self.records.on_rewards(self.rollouts.batch, rewards, len(inputs))
+        return rewards.scores
+
+    # The loss of a micro-batch
 
     def _compute_loss(self, model: nn.Module, inputs: Batch) -> Tensor:
         if not self.recording:
@@ -487,13 +495,15 @@ class ToolGRPOTrainer(GRPOTrainer):
         if "assist_mask" in inputs:
             loss = self.update.warmup.loss(model, inputs)
             return loss if self.critic is None else self.critic.with_idle_head(loss, model)
-        with self.update.loss_of(inputs) as micro_batch, self.advantages.of_loss(micro_batch.mask):
+        with self.update.loss_of(inputs) as micro_batch, self.advantages.without_empty_figures(micro_batch.mask):
             loss = super()._compute_loss(model, micro_batch.inputs)
         self.update.on_update(micro_batch)
         self.records.on_update(micro_batch)
         if self.critic is None or "value_targets" not in inputs:
             return loss
         return self.critic.with_value_loss(loss, micro_batch)
+
+    # After an optimizer step
 
     def sync_reference(self) -> SyncReport | None:
         """Make the reference follow the policy now; see [`ReferencePolicy.sync`]."""
@@ -602,16 +612,16 @@ class ToolGRPOTrainer(GRPOTrainer):
 
     # A training ends
 
+    def _finalize_training(self, trial: object, num_train_samples: object, start_time: float) -> TrainOutput:
+        self._finish_current_push()  # before TRL removes the checkpoints other than the best one
+        return super()._finalize_training(trial, num_train_samples, self.records.log.start_time())
+
     def _load_best_model(self) -> None:
         with same_parameters(self.model):
             super()._load_best_model()
             if self.critic is not None and self.state.best_model_checkpoint is not None:
                 self.critic.load(self.state.best_model_checkpoint)
         self.rollouts.policy_was_replaced()
-
-    def _finalize_training(self, trial: object, num_train_samples: object, start_time: float) -> TrainOutput:
-        self._finish_current_push()  # before TRL removes the checkpoints other than the best one
-        return super()._finalize_training(trial, num_train_samples, self.records.log.start_time())
 
     # The Hub
 

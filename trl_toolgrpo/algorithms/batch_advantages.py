@@ -97,7 +97,7 @@ class BatchAdvantages:
         return self._put_tokens(output, [scored for scored, _ in found], values)
 
     @contextmanager
-    def of_loss(self, mask: Tensor) -> Iterator[None]:
+    def without_empty_figures(self, mask: Tensor) -> Iterator[None]:
         """
         Keep figures over no token out of the log while the loss of a micro-batch is computed: one whose groups were
         all left out would count as 0 in the mean over micro-batches. Every process must call this.

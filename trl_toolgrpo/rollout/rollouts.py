@@ -111,8 +111,8 @@ class Rollouts:
     # A rollout batch
 
     @contextmanager
-    def of(self, rows: Sequence[Row]) -> Iterator[None]:
-        """Make the rollouts of some rows of the data set while open; afterwards environments and servers are free."""
+    def for_rows(self, rows: Sequence[Row]) -> Iterator[None]:
+        """Have rollouts made of rows of the data set while open; afterwards environments and servers are free."""
         self.batch, self.prompts.rows = None, rows
         try:
             yield
@@ -142,7 +142,7 @@ class Rollouts:
         trajectories = batch.trajectories
         results = [result for t in trajectories for turn in t.turns for result in turn.tool_results]
         return (
-            [t.trainable_mask for t in trajectories],
+            [t.trainable_mask for t in trajectories],  # TRL's `tool_mask`: forced tokens do not train either
             [rollout.messages for rollout in batch.rollouts],
             [t.completion_ids for t in trajectories],
             [t.logprobs for t in trajectories],
@@ -192,8 +192,8 @@ class Rollouts:
             run.tokenizer.pad_token_id,
         )
 
-    def generated(self, prompts: list, output: tuple) -> tuple:
-        """Return what TRL's `_generate` returned, with what reward functions get of this package."""
+    def add_fields(self, prompts: list, output: tuple) -> tuple:
+        """Return what TRL's `_generate` returned, with the fields that reward functions get from this package."""
         self.tools.log_restarts()
         prompt_ids, *rest, extra_fields, images, tool_images = output
         if self.tools.sessions:
@@ -206,7 +206,7 @@ class Rollouts:
             prompt_ids = [ids[-1:] if without_room else ids for ids, without_room in longer]
         return (prompt_ids, *rest, extra_fields, images, tool_images)
 
-    def rewarded(self, scores: Tensor, count: int) -> Rewards:
+    def keep_rewards(self, scores: Tensor, count: int) -> Rewards:
         """
         Return the rewards of the batch, which keeps them; see [`RewardCheck.rewards`].
 

@@ -34,15 +34,15 @@ class MicroBatch:
             The micro-batch.
         inputs (`Batch`):
             What TRL's loss reads: the same, or a copy whose ratio is corrected once it is scored.
-        evaluated (`bool`):
-            Whether the policy is still the one that sampled, and no gradient is wanted.
+        is_recorded (`bool`):
+            Whether it needs no pass: it is evaluated, by the policy that sampled it.
         scores ([`Scores`], *optional*):
             What its scoring pass gave.
     """
 
     given: Batch
     inputs: Batch
-    evaluated: bool
+    is_recorded: bool
     scores: Scores | None = None
 
     @property
@@ -72,7 +72,7 @@ class PolicyUpdate:
         self.sampled_at = -1  # optimizer step at which the rollout batch in use was made
         self._micro_batch: MicroBatch | None = None  # whose loss is being computed
         self._asks_for_old_logprobs = False  # TRL's next pass over the policy does
-        self._unevaluated = False  # a batch was sampled for an evaluation, and its loss is next
+        self._evaluates_next = False  # a batch was sampled for an evaluation, and its loss is next
 
     # A rollout batch
 
@@ -99,7 +99,7 @@ class PolicyUpdate:
         """
         run = self._run
         width, device = output["completion_ids"].size(1), run.accelerator.device
-        self._unevaluated = not run.training
+        self._evaluates_next = not run.training
         output["old_per_token_logps"] = batch.logprobs(width, device)
         # Cut-off rollouts whose last token is a stop token, and those without a record, take no part
         batch.mask_dropped(output, run.mask_truncated_completions)
@@ -110,7 +110,7 @@ class PolicyUpdate:
 
     def begin_batch(self) -> None:
         """Note that the policy as it is has made the rollout batch that is used next."""
-        self.sampled_at, self._unevaluated = self._run.state.global_step, False
+        self.sampled_at, self._evaluates_next = self._run.state.global_step, False
 
     def count_tokens(self, output: Batch) -> None:
         """Count the tokens that train over all processes, for losses that are averaged over them."""
@@ -128,10 +128,10 @@ class PolicyUpdate:
     def loss_of(self, inputs: Batch) -> Iterator[MicroBatch]:
         """Have TRL compute the loss of a micro-batch while open, its ratio corrected once it is scored."""
         run = self._run
-        evaluated = self._unevaluated and not run.aux_loss_enabled and not torch.is_grad_enabled()
-        self._unevaluated = False  # before the next call the policy may have moved
+        is_recorded = self._evaluates_next and not run.aux_loss_enabled and not torch.is_grad_enabled()
+        self._evaluates_next = False  # before the next call the policy may have moved
         corrected = "old_per_token_logps" in inputs and correction_of(run.args) is not None
-        micro_batch = self._micro_batch = MicroBatch(inputs, dict(inputs) if corrected else inputs, evaluated)
+        micro_batch = self._micro_batch = MicroBatch(inputs, dict(inputs) if corrected else inputs, is_recorded)
         kept = run.use_vllm
         try:
             yield micro_batch
@@ -176,7 +176,7 @@ class PolicyUpdate:
         if self._asks_for_old_logprobs and model is self._run.model:
             self._asks_for_old_logprobs = False  # the next pass over the policy is the reference's, with an adapter
             return Scores(batch.logprobs(width, ids.device))
-        if self._micro_batch is not None and self._micro_batch.evaluated and batch.holds(ids, width):
+        if self._micro_batch is not None and self._micro_batch.is_recorded and batch.holds(ids, width):
             entropies = batch.entropies(width, ids.device)
             return None if entropies is None else Scores(batch.logprobs(width, ids.device), entropies)
         return None

@@ -20,7 +20,7 @@ from ...redaction import redact_logs
 from ...types import JSONObject
 from ..arguments import check_schema
 from ..results import failure
-from ..runtime.event_loop import LoopThread
+from ..runtime.worker_threads import LoopThread
 from ..tool import Tool, ToolResult
 from .config import MCPServer
 from .pool import Pool

@@ -21,8 +21,8 @@ from typing import Any, TypeAlias
 
 from ...errors import ConfigError, EnvironmentTimeoutError, ToolRuntimeError, TransientToolError
 from ..tool import is_async_callable, refuse_generator
-from .event_loop import Work
 from .executor import ToolExecutor
+from .worker_threads import Work
 
 
 logger = logging.getLogger(__name__)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from trl_toolgrpo.monitoring.health import rules
 from trl_toolgrpo.monitoring.health.monitor import HealthMonitor, RunFacts
-from trl_toolgrpo.monitoring.health.rollout_rules import DISTINCT, ROLLOUT_RULES, SHORTCUTS, correlation_within_groups
-from trl_toolgrpo.monitoring.health.update_rules import UPDATE_RULES
+from trl_toolgrpo.monitoring.health.rollout_rules import DISTINCT, SHORTCUTS, correlation_within_groups
 
 
-RULES = {rule.name: rule for rule in (*UPDATE_RULES, *ROLLOUT_RULES)}
+RULES = {rule.name: rule for rule in rules.RULES}
 ONSET = 25
 """Step in which a planted fault begins."""
 

@@ -58,8 +58,7 @@ def main() -> None:
     arguments, more = parser.parse_known_args()
 
     from trl_toolgrpo.monitoring.health import watch as health_watch
-    from trl_toolgrpo.monitoring.health.rollout_rules import ROLLOUT_RULES
-    from trl_toolgrpo.monitoring.health.update_rules import UPDATE_RULES
+    from trl_toolgrpo.monitoring.health.rules import RULES
     from trl_toolgrpo.recipes.arguments import parse_arguments
     from trl_toolgrpo.recipes.qwen3_tools import build_task, build_trainer
     from trl_toolgrpo.run_folder import writer as run_log
@@ -90,7 +89,7 @@ def main() -> None:
     times = [entry["step_time"] for entry in trainer.state.log_history if "step_time" in entry]
     rollouts = list((Path(folder) / "rollouts").glob("*.parquet"))
     size = sum(path.stat().st_size for path in rollouts) / 2**20
-    rules = len(UPDATE_RULES + ROLLOUT_RULES)
+    rules = len(RULES)
     median = statistics.median(times)
     print(f"{len(times)} steps of {median:.3f} s, {rules} rules, {size / len(rollouts):.3f} MiB a rollout batch")
     for kind, limit in (("rollout log", 0.02), ("all", 0.03)):

@@ -103,6 +103,8 @@ class AdvantageEstimator:
     """Whether each rollout is scored without looking at the others, so that a group may be scored in parts."""
     relative_to_group: ClassVar[bool] = False
     """Whether a group whose rewards are all equal has an advantage of 0, which a health rule then watches."""
+    ignores_turns: ClassVar[bool] = False
+    """Whether rewards of turns (`ToolResult.reward`, `turn_reward`) have no place in it, which is then said."""
     methods: ClassVar[tuple[Method, ...]] = ()
     """What a model card says of it; its name by default."""
 

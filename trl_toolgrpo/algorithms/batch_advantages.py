@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ..config.fields import estimator_name
 from ..errors import ConfigError, TrajectoryError
 from ..models.rounding import widest
 from ..rollout.engine import RolloutBatch
@@ -81,8 +82,7 @@ class BatchAdvantages:
             ConfigError: for advantages of another kind or shape.
             TrajectoryError: for advantages or returns that are not finite.
         """
-        if not self._estimator.needs_values:
-            self._warn_of_turn_rewards(batch)
+        self._warn_of_turn_rewards(batch)
         found: list[tuple[Tensor | TokenAdvantages, slice]] = []
         whole = not self._estimator.by_rollout
         for group, rows, own in self._groups(output, batch, rewards, values, whole):
@@ -258,11 +258,12 @@ class BatchAdvantages:
 
     def _warn_of_turn_rewards(self, batch: RolloutBatch) -> None:
         """Warn once that a group advantage has no place for the rewards of turns."""
-        if self._run.args.advantage_estimator != "group" or self._warned_of_turn_rewards:
+        if self._warned_of_turn_rewards or not self._estimator.ignores_turns:
             return
         if any(turn.total_reward for t in batch.trajectories for turn in t.turns):
             self._warned_of_turn_rewards = True
             logger.warning(
                 "Tools gave rewards to turns (`ToolResult.reward` or `turn_reward`), which have no effect with "
-                "`advantage_estimator='group'`. Set it to 'gae' or 'group_gae', or count them in a reward function."
+                "`advantage_estimator=%r`. Set it to 'gae' or 'group_gae', or count them in a reward function.",
+                estimator_name(self._run.args),
             )

@@ -12,6 +12,7 @@ class GroupRelative(AdvantageEstimator):
 
     by_rollout = True  # TRL has compared them
     relative_to_group = True
+    ignores_turns = True
     methods: ClassVar[tuple[Method, ...]] = (
         Method("advantages relative to a group of rollouts (GRPO)", "2402.03300", "DeepSeekMath"),
     )

@@ -2,20 +2,10 @@
 
 import importlib
 
+from ..config.checks import ESTIMATORS
 from ..config.fields import ToolGRPOConfig, default_values
 from ..errors import ConfigError
 from .base import AdvantageEstimator
-from .gae import GeneralizedAdvantages
-from .group import GroupRelative
-from .group_gae import GroupBaselineAdvantages
-
-
-ESTIMATORS: dict[str, type[AdvantageEstimator]] = {
-    "group": GroupRelative,
-    "gae": GeneralizedAdvantages,
-    "group_gae": GroupBaselineAdvantages,
-}
-"""The built-in estimators, by the names that `advantage_estimator` takes."""
 
 
 def estimator_of(args: ToolGRPOConfig) -> AdvantageEstimator:
@@ -31,7 +21,7 @@ def estimator_of(args: ToolGRPOConfig) -> AdvantageEstimator:
     """
     given: object = args.advantage_estimator
     if isinstance(given, str):
-        kind = ESTIMATORS[given] if given in ESTIMATORS else _imported(given)
+        kind = _imported(ESTIMATORS.get(given, given))
         given = kind(args) if isinstance(kind, type) and issubclass(kind, AdvantageEstimator) else kind
     if not isinstance(given, AdvantageEstimator):
         raise ConfigError(
@@ -44,8 +34,7 @@ def estimator_of(args: ToolGRPOConfig) -> AdvantageEstimator:
             f"You passed the advantage estimator {given.name}, which does not override `score`.",
             remedy="Define `score(self, group)`; it returns one advantage for each rollout, or for each token.",
         )
-    if not isinstance(args.advantage_estimator, str) or args.advantage_estimator not in ESTIMATORS:
-        _check_options(args, given)
+    _check_options(args, given)
     if "args" in vars(given):  # which an object that was passed has not got yet, or of another run
         given.args = args
     return given
@@ -65,7 +54,7 @@ def _imported(name: str) -> object:
 
 
 def _check_options(args: ToolGRPOConfig, estimator: AdvantageEstimator) -> None:
-    """Check the options of an estimator of the user's; those of built-in names were checked with the configuration."""
+    """Check that what is set acts on the estimator; a configuration cannot tell that of every one."""
     defaults = {name: value for name, value in default_values(args).items() if name.startswith("value_")}
     idle = [name for name, value in defaults.items() if getattr(args, name) != value]
     if idle and not estimator.needs_values:

@@ -34,8 +34,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """What the added fields of texts take."""
 
-ESTIMATORS = ("group", "gae", "group_gae")
-"""The built-in values of `advantage_estimator`."""
+ESTIMATORS = {
+    "group": "trl_toolgrpo.algorithms.group:GroupRelative",
+    "gae": "trl_toolgrpo.algorithms.gae:GeneralizedAdvantages",
+    "group_gae": "trl_toolgrpo.algorithms.group_gae:GroupBaselineAdvantages",
+}
+"""The built-in values of `advantage_estimator`, each with the class that it stands for. Add one of your own here."""
 
 # Of TRL's fields, which TRL reads when the first rollouts have been made
 TRL_CHOICES = {
@@ -63,7 +67,7 @@ _OWN_ROLLOUTS: dict[str, tuple[object, str, str]] = {
         *(None, "whose ratio is not this package's"),
         " TRL's own correction is `vllm_importance_sampling_correction`.",
     ),
-    "advantage_estimator": ("group", "which record no values", ""),
+    "advantage_estimator": ("group", "whose advantages are TRL's", ""),
     "deterministic_rollouts": (False, "whose noise is not this package's", ""),
     "force_rate": (0, "which do not know which tokens were forced", ""),
     "assist_warmup_steps": (0, "which do not know which tokens were forced", ""),
@@ -459,7 +463,7 @@ def _check_critic(config: Config, defaults: dict[str, object]) -> None:
                 "`advantage_estimator='group'`, which has no value head for it to act on.",
                 remedy="Leave it out, or set `advantage_estimator='gae'` or `'group_gae'`.",
             )
-    elif config.loss_type == "vespo" and estimator in ESTIMATORS:
+    elif config.loss_type == "vespo" and estimator in ("gae", "group_gae"):
         raise ConfigError(
             f"You passed `loss_type='vespo'` with `advantage_estimator={estimator!r}`. VESPO weighs a whole sequence "
             "by one advantage.",

@@ -90,7 +90,7 @@ class Records:
         self.carried = CarriedMetrics(run)
         self.health: HealthWatch | None = None
         if run.args.health_checks != "off":
-            report = self.trackers.alert
+            report = self.trackers.on_health
             self.health = HealthWatch(run, self.log, self.failures, update.scoring, relative_to_group, report)
         self.eval_prefix = "eval"  # of the evaluation in progress
 

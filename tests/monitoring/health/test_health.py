@@ -14,16 +14,16 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from trl_toolgrpo import ConfigError, HealthError, ToolGRPOTrainer
+from trl_toolgrpo.monitoring.health import rules
 from trl_toolgrpo.monitoring.health.monitor import RECOVERED, HealthMonitor, Rule, RunFacts, still_open
-from trl_toolgrpo.monitoring.health.rollout_rules import ROLLOUT_RULES, _figures, correlation_within_groups
-from trl_toolgrpo.monitoring.health.update_rules import UPDATE_RULES
+from trl_toolgrpo.monitoring.health.rollout_rules import _figures, correlation_within_groups
 from trl_toolgrpo.run_folder.files import read_lines
 from trl_toolgrpo.sampling import model_sampler
 
 
 TOKENIZER = chat_tokenizer("qwen3_instruct_2507")
 SAMPLE = model_sampler.sample_tokens
-RULES = {rule.name: rule for rule in (*UPDATE_RULES, *ROLLOUT_RULES)}
+RULES = {rule.name: rule for rule in rules.RULES}
 END = "<|im_end|>"
 
 

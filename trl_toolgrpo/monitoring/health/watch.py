@@ -57,7 +57,7 @@ class HealthWatch:
         relative_to_group (`bool`):
             Whether advantages are 0 in a group whose rewards are all equal.
         report (`Callable`):
-            Called with each fault that begins, on the main process.
+            Called with the line of each fault that begins or is over, on the main process.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class HealthWatch:
                     if line["level"] != "ok":
                         faults.append(line)
                         logger.warning("Health, step %d, %s: %s", line["step"], line["rule"], line["message"])
-                        self._report(line)
+                    self._report(line)
         if run.args.health_checks == "raise":
             (faults,) = broadcast_object_list([faults])
             if faults:

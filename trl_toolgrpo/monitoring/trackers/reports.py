@@ -66,11 +66,11 @@ class TrackerReports:
             with self._failures.tolerated("The conversations of a step could not be sent to a tracker"):
                 tracker.conversations(conversations, self._run.state.global_step)
 
-    def alert(self, line: JSONObject) -> None:
-        """Send a fault that begins."""
+    def on_health(self, line: JSONObject) -> None:
+        """Send a fault that begins, or is over."""
         for tracker in self._trackers:
             with self._failures.tolerated("A finding of the health rules could not be sent to a tracker"):
-                tracker.alert(line)
+                tracker.recovered(line) if line["level"] == "ok" else tracker.alert(line)
 
 
 def extreme_rows(rewards: Sequence[float]) -> list[int]:

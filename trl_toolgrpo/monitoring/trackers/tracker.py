@@ -39,5 +39,15 @@ class Tracker:
 
         Args:
             line (`dict`):
-                `step`, `rule`, `level` (`"warning"` or `"error"`) and `message`.
+                As in `health.jsonl`: `step`, `rule`, `level` (`"warning"` or `"error"`), `message`, `value` and
+                `threshold`. A message holds figures and advice, and no text of a rollout.
+        """
+
+    def recovered(self, line: JSONObject) -> None:
+        """
+        Show that a fault is over.
+
+        Args:
+            line (`dict`):
+                `step`, `rule`, and `level`, which is `"ok"`.
         """

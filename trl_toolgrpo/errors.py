@@ -141,5 +141,9 @@ class RolloutLogError(ToolGRPOError, ValueError):
     """A rollout log that is missing, torn, of a newer version, or of another run than the one that replays it."""
 
 
+class EstimatorError(ToolGRPOError):
+    """An advantage estimator raised an error while it was asked about a group."""
+
+
 class HealthError(ToolGRPOError, RuntimeError):
     """A run that a health rule has found unhealthy, with `health_checks="raise"`."""

@@ -122,6 +122,12 @@ class ToolGRPOTrainer(GRPOTrainer):
             What a run is resumed from.
         hub ([`HubPublisher`]):
             Pushes and the model card.
+        replay ([`Replay`] or `None`):
+            Rollout batches of another run.
+        run ([`Run`]):
+            What the parts see of this trainer.
+        recording (`bool`):
+            Whether rollouts are sampled here, and their log-probs recorded, rather than by TRL.
 
     Raises:
         ConfigError, DatasetError, ToolSchemaError, ToolNameError, ChatTemplateError, MCPServerError: at
@@ -184,13 +190,14 @@ class ToolGRPOTrainer(GRPOTrainer):
         self.args = args
         self.run = Run(self, super())
         self.rollouts = Rollouts(self.run, tools, environment_factory, mcp_servers, sampler)
-        if self.rollouts.tools.any:
+        if self.rollouts.tools.has_tools:
             check_template(processing_class)
             add_missing_response_template(processing_class)
         if self.recording:
             check_adapted_head(model, peft_config)
         given_adapter = peft_config is None and hasattr(model, "peft_config")
         with (
+            self.rollouts.tools.closed_on_failure(),
             synced_by_us(args, model, peft_config),
             without_trls_vllm(args, self.recording),
             without_trls_cast(args, self.recording),
@@ -245,12 +252,8 @@ class ToolGRPOTrainer(GRPOTrainer):
         self.rollouts.prepare(force_policy)
         self.checkpoints = Checkpoints(
             run,
-            of_run={
-                "packing": self.update.scoring.packing,
-                "reference": self.reference,
-                "carried metrics": self.records.carried,
-            },
-            of_process={"ratios": self.update.ratios},
+            of_run={"packing": self.update.scoring.packing, "reference": self.reference},
+            of_process={"carried metrics": self.records.carried, "ratios": self.update.ratios},
             given={"advantage estimator": estimator, "sampler": self.rollouts.sampler},
         )
         self.hub = HubPublisher(run, self.rollouts, self.records, self.checkpoints, estimator)
@@ -331,6 +334,9 @@ class ToolGRPOTrainer(GRPOTrainer):
         """
         with self.records.of_training():
             checkpoint = self.checkpoints.begin(resume_from_checkpoint)
+            self.update.on_train_begin()
+            if self.critic is not None:
+                self.critic.on_train_begin()
             self.hub.card.on_train_begin()
             self.rollouts.policy_was_replaced()  # steps are counted from 0 again
             result = super().train(checkpoint, *args, **kwargs)
@@ -360,7 +366,7 @@ class ToolGRPOTrainer(GRPOTrainer):
         self.rollouts.policy_was_replaced()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with nullcontext() if self.critic is None else self.critic.optimizer_of(checkpoint):
+        with nullcontext() if self.critic is None else self.critic.optimizer_without_head(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
             if checkpoint is not None and self.is_deepspeed_enabled:  # which has bypassed `_load_from_checkpoint`
                 self.reference.load(checkpoint)
@@ -412,7 +418,7 @@ class ToolGRPOTrainer(GRPOTrainer):
         self.reference.before_rollouts()
         with self.records.progress.of_rollouts() as measure:
             kept = same_parameters_trained(self.model)  # which scoring with the reference's adapter changes
-            with self.rollouts.for_rows(inputs), self.update.knowing_old_logprobs(), kept:
+            with self.rollouts.for_rows(inputs), self.update.recorded_old_logprobs(), kept:
                 output = super()._generate_and_score_completions([dict(row) for row in inputs])
             self.reference.on_rollouts(output)
             measure(output)

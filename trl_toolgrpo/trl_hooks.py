@@ -461,7 +461,7 @@ OVERRIDDEN = {
         "critic.critic.Critic.load reads the value head, and reference.sync.ReferencePolicy.load the reference",
     ),
     "_load_optimizer_and_scheduler": Hook(
-        "checkpoint", "critic.critic.Critic.optimizer_of resumes a run that had no value head"
+        "checkpoint", "critic.critic.Critic.optimizer_without_head resumes a run that had no value head"
     ),
     "_run_epoch": Hook(
         "model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval start_time "
@@ -500,7 +500,7 @@ OVERRIDDEN = {
         "update.policy_update.PolicyUpdate.on_rollouts sets the old log-probs in its result",
         {
             "gradient_accumulation_steps % generate_every": (
-                "update.policy_update.PolicyUpdate.knowing_old_logprobs repeats it, to know when TRL's first scoring "
+                "update.policy_update.PolicyUpdate.recorded_old_logprobs repeats it, to know when TRL's first scoring "
                 "pass is the one to answer"
             ),
             "generate_every = self.args.steps_per_generation * self.num_iterations": (
@@ -760,7 +760,7 @@ OTHER_ATTRIBUTES = {
         "update.sampler_correction.SamplerCorrection.correct relies on it being on unless it was turned off"
     ),
 }
-"""Attributes of TRL's trainer beside those of [`Run`], and what relies on them."""
+"""Attributes of TRL's trainer in addition to those of [`Run`], and what relies on them."""
 
 RESPONSE_PARSER = {
     "_accumulate": "self events text",

@@ -16,6 +16,7 @@ from peft import LoraConfig
 from trl_toolgrpo import (
     AdvantageEstimator,
     ConfigError,
+    EstimatorError,
     ToolGRPOConfig,
     ToolGRPOTrainer,
     ToolResult,
@@ -701,3 +702,61 @@ def test_the_page_names_all_that_a_group_and_an_estimator_have():
     of_class = [name for name in AdvantageEstimator.__annotations__ if not name.startswith("_")]
     rows = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
     assert sorted(rows) == sorted(["RolloutGroup", *of_group, *of_class])
+
+
+class Failing(AdvantageEstimator):
+    def score(self, group):
+        raise KeyError("baseline")
+
+
+class ScoresWhatTrains(AdvantageEstimator):
+    """Cannot score a group of which nothing trains."""
+
+    def admit(self, group):
+        return bool(group.rewards.max() > group.rewards.mean())
+
+    def score(self, group):
+        return (group.rewards - group.rewards.mean()) / group.mask.sum()
+
+
+class WithoutSuper(AdvantageEstimator):
+    def __init__(self):
+        self.seen = 0
+
+    def score(self, group):
+        self.seen += 1
+        return group.advantages * self.args.temperature
+
+
+class NeedsMore(AdvantageEstimator):
+    def __init__(self, args, weight):
+        super().__init__(args)
+
+    def score(self, group):
+        return group.advantages
+
+
+def test_what_an_estimator_raises_is_said_with_its_name(tmp_path):
+    with pytest.raises(EstimatorError, match="estimator Failing raised KeyError: 'baseline'"):
+        start(tmp_path, advantage_estimator=Failing(), max_steps=1).train()
+
+
+def test_a_group_that_is_left_out_is_not_scored(tmp_path):
+    equal = lambda completion_ids, **kwargs: [1.0] * len(completion_ids)  # noqa: E731
+    trainer = start(tmp_path, rewards=equal, advantage_estimator=ScoresWhatTrains(), max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["groups/admitted"] == 0
+
+
+def test_an_estimator_without_the_constructor_of_its_base_has_the_configuration(tmp_path):
+    estimator = WithoutSuper()
+    start(tmp_path, advantage_estimator=estimator, max_steps=1).train()
+    assert estimator.seen and estimator.args.max_steps == 1
+
+
+def test_classes_and_constructors_that_cannot_be_called_are_named(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"the class `Failing` as `advantage_estimator`.*object"):
+        estimator_of(config(tmp_path, advantage_estimator=Failing))
+    monkeypatch.setattr("trl_toolgrpo.algorithms.group.NeedsMore", NeedsMore, raising=False)
+    with pytest.raises(ConfigError, match=r"NeedsMore'.*cannot be made.*configuration alone"):
+        estimator_of(config(tmp_path, advantage_estimator="trl_toolgrpo.algorithms.group:NeedsMore"))

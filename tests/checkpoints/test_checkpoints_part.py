@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, IterableDataset
 from trl.trainer.utils import RepeatSampler
 
-from trl_toolgrpo import CheckpointError, CheckpointSaveError, find_checkpoint
+from trl_toolgrpo import CheckpointError, CheckpointSaveError, ConfigError, find_checkpoint
 from trl_toolgrpo.checkpoints.folder import UNFINISHED, fault_of, publish
 from trl_toolgrpo.checkpoints.resume import Checkpoints
 
@@ -163,7 +163,7 @@ def test_a_new_training_begins_anew(make, tmp_path):
     save(run, checkpoints)
     run.step, run.micro_batches = 3, [{}]
     assert checkpoints.begin(None) is None and (run.step, run.micro_batches) == (0, None)
-    assert not checkpoints.goes_on and (tmp_path / "earlier-run-1" / "checkpoint-2").is_dir()
+    assert not checkpoints.continues_folder and (tmp_path / "earlier-run-1" / "checkpoint-2").is_dir()
 
 
 # Writes that fail
@@ -201,7 +201,7 @@ def test_a_kill_while_writing_leaves_earlier_checkpoints(make, tmp_path, caplog)
     assert checkpoints.staging is None and (tmp_path / UNFINISHED / "checkpoint-3").is_dir()
     run, checkpoints = make()
     checkpoints.load(checkpoints.begin(True))
-    assert parts_of(checkpoints)[0].state == {"figure": 1} and checkpoints.goes_on
+    assert parts_of(checkpoints)[0].state == {"figure": 1} and checkpoints.continues_folder
     assert f"Skipped {tmp_path / UNFINISHED / 'checkpoint-3'}" in caplog.text
 
 
@@ -276,3 +276,61 @@ def test_a_checkpoint_in_another_form_is_refused_by_name(make, tmp_path, change,
         checkpoints.begin(str(folder) if named else True)
     assert "Resume with that version, or start a new run" in refused.value.remedy
     assert parts_of(checkpoints)[0].state == "kept"
+
+
+# What the user has passed
+
+
+class Counter:
+    """Has a state of its own."""
+
+    def __init__(self, state=None):
+        self.state = {"count": 1, "baseline": torch.ones(2)} if state is None else state
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+
+class OtherCounter(Counter):
+    pass
+
+
+def with_given(run, thing):
+    return Checkpoints(run, {}, {}, {"advantage estimator": thing})
+
+
+def test_the_state_of_what_was_passed_is_resumed_for_its_class_alone(make, tmp_path, caplog):
+    run, _ = make()
+    checkpoints = with_given(run, Counter({"count": 7, "pair": (1, 2), "baseline": torch.tensor([0.5])}))
+    checkpoints.begin(None)
+    save(run, checkpoints)
+    for kind, count in ((Counter, 7), (OtherCounter, 1)):
+        run, _ = make()
+        run.state.global_step = 2
+        given = kind()
+        resumed = with_given(run, given)
+        resumed.load(resumed.begin(str(tmp_path / "checkpoint-2")))
+        assert given.state["count"] == count
+        assert ("begins anew" in caplog.text) == (kind is OtherCounter)
+        if kind is Counter:
+            assert given.state["pair"] == [1, 2] and given.state["baseline"].device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("state", "named"),
+    [
+        ({"per": {7: 0.3}}, "cannot keep 7, a int, as a key of .*Counter/per"),
+        ({"seen": {1, 2}}, r"cannot keep \{1, 2\}, a set, as .*Counter/seen"),
+        ({"rows": [1, object]}, "a type, as .*Counter/rows/1"),
+    ],
+)
+def test_a_state_that_no_checkpoint_can_keep_is_refused_at_construction(make, state, named):
+    with pytest.raises(ConfigError, match=named):
+        with_given(make()[0], Counter(state))
+
+
+def test_a_model_is_no_state(make):
+    assert not with_given(make()[0], torch.nn.Linear(2, 2))._given

@@ -40,7 +40,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(push, "hf_api", lambda: SimpleNamespace(upload_folder=upload_folder))
     log = SimpleNamespace(owns_folder=lambda: True)
     records = SimpleNamespace(log=log, redacted=lambda text: text.replace("of-the-hub-9", "[secret]"))
-    publisher = HubPublisher(run, None, records, SimpleNamespace(goes_on=False), None)
+    publisher = HubPublisher(run, None, records, SimpleNamespace(continues_folder=False), None)
     trainer.push_to_hub = lambda message, blocking: publisher.push(message, blocking, None, None, None, {})
     publisher.sent, publisher.answers, publisher.trainer = sent, answers, trainer
     return publisher

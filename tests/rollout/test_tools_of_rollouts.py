@@ -66,14 +66,14 @@ def make():
 
 def test_a_run_without_tools_has_plain_rollouts(make):
     tools, _ = make()
-    assert not tools.any and tools.for_trl == [] and tools.servers == {}
+    assert not tools.has_tools and tools.for_trl == [] and tools.servers == {}
     (request,) = tools.requests([[1, 2]])
     assert request.prompt_ids == [1, 2] and request.tools == {} and request.environment is None and not request.failed
 
 
 def test_each_rollout_gets_the_tools_of_the_run(make):
     tools, trainer = make([add])
-    assert tools.any and [tool.__name__ for tool in tools.for_trl] == ["add"]
+    assert tools.has_tools and [tool.__name__ for tool in tools.for_trl] == ["add"]
     requests = tools.requests([[1], [2]])
     assert all(request.tools["add"].function(2, 3) == 5 and not request.owned for request in requests)
     scores = torch.ones(2, 1)

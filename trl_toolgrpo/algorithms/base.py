@@ -83,7 +83,7 @@ class Method(NamedTuple):
 class AdvantageEstimator:
     """
     Where the advantages of rollouts come from. Subclass it and override [`AdvantageEstimator.score`], and
-    [`AdvantageEstimator.admit`] where some groups are to be left out.
+    [`AdvantageEstimator.admit`] to leave some groups out.
 
     `advantage_estimator` takes a built-in name, an object of such a class, or `"package.module:Name"`, which is called
     with the configuration. If an estimator has `state_dict` and `load_state_dict`, checkpoints keep its state, each
@@ -108,6 +108,9 @@ class AdvantageEstimator:
     methods: ClassVar[tuple[Method, ...]] = ()
     """What a model card says of it; its name by default."""
 
+    args: ToolGRPOConfig | None = None
+    """Configuration of the run; a trainer sets it."""
+
     def __init__(self, args: ToolGRPOConfig | None = None) -> None:
         self.args = args
 
@@ -126,7 +129,10 @@ class AdvantageEstimator:
         raise NotImplementedError
 
     def admit(self, group: RolloutGroup) -> bool:
-        """Return whether a group takes part in the update; `values` are not known yet. All do by default."""
+        """
+        Return whether a group takes part in the update; `values` are not known yet. All do by default. `score` is not
+        called for a group that does not.
+        """
         return True
 
     @property

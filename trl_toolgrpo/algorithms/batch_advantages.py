@@ -9,11 +9,12 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..config.fields import estimator_name
-from ..errors import ConfigError, TrajectoryError
+from ..errors import ConfigError, EstimatorError, ToolGRPOError, TrajectoryError
 from ..models.rounding import widest
 from ..rollout.engine import RolloutBatch
 from ..rollout.rewards import Rewards
 from ..rollout.trajectory import Trajectory
+from ..run_folder.storage_failures import raised_in_every_process
 from ..trl_hooks import Run
 from ..types import Batch
 from .advantages import explained_variance, first_of_step, moments, whiten
@@ -54,7 +55,8 @@ class BatchAdvantages:
         if not self._estimator.may_leave_out:
             return
         groups = list(self._groups(output, batch, rewards, None, whole=True))
-        admitted = [self._admits(group) for group, _, _ in groups]
+        with self._failing_everywhere():
+            admitted = [self._admits(group) for group, _, _ in groups]
         for (_, rows, _), is_in in zip(groups, admitted, strict=True):
             if not is_in:
                 for name in ("completion_mask", "tool_mask"):
@@ -80,27 +82,53 @@ class BatchAdvantages:
 
         Raises:
             ConfigError: for advantages of another kind or shape.
+            EstimatorError: for what the estimator raises.
             TrajectoryError: for advantages or returns that are not finite.
         """
         self._warn_of_turn_rewards(batch)
         found: list[tuple[Tensor | TokenAdvantages, slice]] = []
         whole = not self._estimator.by_rollout
-        for group, rows, own in self._groups(output, batch, rewards, values, whole):
-            scored = self._estimator.score(group)
-            self._check(scored, group)
-            part = TokenAdvantages(*(x[own] for x in scored)) if isinstance(scored, TokenAdvantages) else scored[own]
-            found.append((part, rows))
+        groups = list(self._groups(output, batch, rewards, values, whole))
+        with self._failing_everywhere():
+            for group, rows, own in groups:
+                scored = self._score(group)
+                of_tokens = isinstance(scored, TokenAdvantages)
+                found.append((TokenAdvantages(*(x[own] for x in scored)) if of_tokens else scored[own], rows))
         if all(isinstance(scored, Tensor) and scored.dim() == 1 for scored, _ in found):
             flat = torch.cat([scored for scored, _ in found])  # type: ignore[misc]
             output["advantages"] = flat.to(output["advantages"])
             return self._show(output["advantages"])
         return self._put_tokens(output, [scored for scored, _ in found], values)
 
+    def _score(self, group: RolloutGroup) -> Tensor | TokenAdvantages:
+        """Return what the estimator says of a group; 0 for a whole group of which nothing trains."""
+        if not self._estimator.by_rollout and not bool(group.mask.any()):
+            zeros = torch.zeros(group.mask.shape)
+            steps = torch.full(group.mask.shape, -1)
+            return TokenAdvantages(zeros, zeros, zeros, steps) if self._estimator.needs_values else zeros[:, 0]
+        scored = self._estimator.score(group)
+        self._check(scored, group)
+        return scored
+
+    @contextmanager
+    def _failing_everywhere(self) -> Iterator[None]:
+        """Raise in every process what the estimator raises in one, so that none waits for another. Every process must
+        enter this."""
+        with raised_in_every_process():
+            try:
+                yield
+            except ToolGRPOError:
+                raise
+            except Exception as error:
+                raise EstimatorError(
+                    f"The advantage estimator {self._estimator.name} raised {type(error).__name__}: {error}."
+                ) from error
+
     @contextmanager
     def without_empty_figures(self, mask: Tensor) -> Iterator[None]:
         """
-        Keep figures over no token out of the log while the loss of a micro-batch is computed: one whose groups were
-        all left out would count as 0 in the mean over micro-batches. Every process must call this.
+        Keep figures over no token of any process out of the log while the loss of a micro-batch is computed: one whose
+        groups were all left out would count as 0 in the mean over micro-batches. Every process must call this.
 
         Args:
             mask (`Tensor`):

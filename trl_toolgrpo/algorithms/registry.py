@@ -1,5 +1,6 @@
 """Which advantage estimator a run has: a built-in name, an object, or `package.module:Name`."""
 
+import contextlib
 import importlib
 
 from ..config.checks import ESTIMATORS
@@ -22,11 +23,11 @@ def estimator_of(args: ToolGRPOConfig) -> AdvantageEstimator:
     given: object = args.advantage_estimator
     if isinstance(given, str):
         kind = _imported(ESTIMATORS.get(given, given))
-        given = kind(args) if isinstance(kind, type) and issubclass(kind, AdvantageEstimator) else kind
+        given = _made(kind, args) if isinstance(kind, type) and issubclass(kind, AdvantageEstimator) else kind
     if not isinstance(given, AdvantageEstimator):
+        what = f"the class `{given.__name__}`" if isinstance(given, type) else f"an object of {type(given).__name__}"
         raise ConfigError(
-            f"You passed `advantage_estimator={args.advantage_estimator!r}`, which is no estimator but a "
-            f"{type(given).__name__}.",
+            f"You passed {what} as `advantage_estimator`, which takes an object of an `AdvantageEstimator`.",
             remedy="Subclass `trl_toolgrpo.AdvantageEstimator`, and pass an object of it or `package.module:Name`.",
         )
     if type(given).score is AdvantageEstimator.score:
@@ -35,9 +36,21 @@ def estimator_of(args: ToolGRPOConfig) -> AdvantageEstimator:
             remedy="Define `score(self, group)`; it returns one advantage for each rollout, or for each token.",
         )
     _check_options(args, given)
-    if "args" in vars(given):  # which an object that was passed has not got yet, or of another run
+    with contextlib.suppress(AttributeError):  # of a frozen dataclass
         given.args = args
     return given
+
+
+def _made(kind: type[AdvantageEstimator], args: ToolGRPOConfig) -> AdvantageEstimator:
+    """Return an object of a class that was passed by its name."""
+    try:
+        return kind(args)
+    except TypeError as error:
+        raise ConfigError(
+            f"You passed `advantage_estimator={args.advantage_estimator!r}`, which cannot be made: {error}. The class "
+            "is called with the configuration alone.",
+            remedy="Give its other arguments defaults, or pass an object.",
+        ) from error
 
 
 def _imported(name: str) -> object:

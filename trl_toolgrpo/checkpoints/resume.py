@@ -18,12 +18,12 @@ import torch
 from accelerate.utils import broadcast_object_list, save_fsdp_model, save_fsdp_optimizer
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer import SCHEDULER_NAME, get_fsdp_ckpt_kwargs
 
 from ..config.batch_position import micro_batches_of
-from ..errors import CheckpointError, CheckpointSaveError
+from ..errors import CheckpointError, CheckpointSaveError, ConfigError
 from ..run_folder.files import RUN
 from ..run_folder.storage_failures import attempt, raised_in_every_process, tolerated
 from ..trl_hooks import Run
@@ -75,7 +75,10 @@ class Checkpoints:
             Parts whose state belongs to one process, and is restored if the rollout batch is divided in the same way.
         given (`Mapping[str, object]`, *optional*):
             What the user has passed. Its state is one of a process, if it has any; it begins anew where a checkpoint
-            has none.
+            has none of an object of its class. `nn.Module`s are left out.
+
+    Raises:
+        ConfigError: if a state is not made of dicts with text keys, lists, plain values and tensors.
     """
 
     def __init__(
@@ -86,8 +89,15 @@ class Checkpoints:
         given: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
         self._run, self._of_run, self._of_process = run, dict(of_run), {"place": run, **of_process}
-        self._given = {name: thing for name, thing in given.items() if isinstance(thing, Stateful)}
-        self.goes_on = False  # the run was resumed from a checkpoint in this output folder
+        # A model is no state of a run: it would be written by every process, in every checkpoint
+        self._given: dict[str, Stateful] = {
+            f"{name} {type(thing).__module__}:{type(thing).__qualname__}": thing
+            for name, thing in given.items()
+            if isinstance(thing, Stateful) and not isinstance(thing, nn.Module)
+        }
+        for name, thing in self._given.items():
+            _without_tensors(thing.state_dict(), (name,), {})
+        self.continues_folder = False  # the run was resumed from a checkpoint in this output folder
         self._identity: JSONObject = {}  # description of this run
         self._source: JSONObject | None = None  # that of the run that wrote the checkpoint
         self.staging: Path | None = None  # where a checkpoint is being written
@@ -127,11 +137,11 @@ class Checkpoints:
             folder = self._whole_checkpoint(resume_from_checkpoint)
             self._check_same_run(folder)
             # A checkpoint may be a link to another disk, or be given by one
-            self.goes_on = output_dir.resolve() in (folder.parent.resolve(), folder.resolve().parent)
+            self.continues_folder = output_dir.resolve() in (folder.parent.resolve(), folder.resolve().parent)
         else:
             run.forget_place()
-            self.goes_on = False
-        if not self.goes_on:
+            self.continues_folder = False
+        if not self.continues_folder:
             self._set_aside_earlier_run(resumed=folder is not None)
         return None if folder is None else str(folder)
 
@@ -321,7 +331,7 @@ class Checkpoints:
         parts = self._of_run | self._of_process | self._given
         states = {name: part.state_dict() for name, part in parts.items()}
         tensors: dict[str, Tensor] = {}
-        record = _without_tensors(states, "", tensors)
+        record = _without_tensors(states, (), tensors)
         file = staged / PROGRESS.format(run.accelerator.process_index)
         save_file(tensors, file, {"states": json.dumps(record)})
         if not run.args.should_save:
@@ -409,18 +419,20 @@ class Checkpoints:
         file = Path(checkpoint) / PROGRESS.format(run.accelerator.process_index if same else 0)
         with safe_open(file, "pt") as stored:
             metadata = stored.metadata()
-            tensors = {name: stored.get_tensor(name).to(run.accelerator.device) for name in stored.keys()}  # noqa: SIM118
-        if "states" in metadata:
-            states = _with_tensors(json.loads(metadata["states"]), tensors)
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        moved = {name: tensor.to(run.accelerator.device) for name, tensor in tensors.items()}
+        if "states" in metadata:  # what the user has passed gets its tensors on the CPU, whatever they were saved from
+            record = json.loads(metadata["states"])
+            states = {n: _with_tensors(state, tensors if n in self._given else moved) for n, state in record.items()}
         else:
-            states = _states_of_flat_form(json.loads(metadata["progress"]), tensors)
+            states = _states_of_flat_form(json.loads(metadata["progress"]), moved)
         for name, part in (self._of_run | (self._of_process if same else {})).items():
             part.load_state_dict(states[name])
         for name, part in self._given.items():
             if same and name in states:
                 part.load_state_dict(states[name])
             else:
-                logger.warning("The state of the %s is not in %s for this process: it begins anew.", name, checkpoint)
+                logger.warning("The state of the %s is not in %s for this process, and begins anew.", name, checkpoint)
         if not same:  # between two rollout batches, of which there were as many
             passes = (self._source["layout"]["steps_per_generation"] or 1) * self._source["batch"]["num_iterations"]
             run.step = states["place"]["step"] // passes * micro_batches_of(run.args)
@@ -459,7 +471,7 @@ class Checkpoints:
 def _order_of(data: DataLoader) -> Any:
     """Return what orders the rows of a data set, within the batch samplers that accelerate has put around it; `None`
     for one that is iterated over."""
-    batches: Any = data.batch_sampler
+    batches: Any = getattr(data, "batch_sampler", None)
     while hasattr(batches, "batch_sampler"):
         batches = batches.batch_sampler
     return getattr(batches, "sampler", None)
@@ -479,7 +491,7 @@ def _states_of_flat_form(record: JSONObject, tensors: Mapping[str, Tensor]) -> J
             _, index, key = name.split("/", 2)
             batches[int(index)][key] = tensor
     return {
-        "packing": {"active": record["packs"], "reason": None},
+        "packing": {"active": record["packs"], "reason": None if record["packs"] else "version 0.1.0 decided so"},
         "reference": {"unmoved": record["unmoved"], "report": record["sync_report"]},
         "carried metrics": {"of_batch": record["carried"], "forced": record["forced_shares"]},
         "ratios": {name.removeprefix("ratio/"): t for name, t in tensors.items() if name.startswith("ratio/")},
@@ -493,17 +505,31 @@ def _states_of_flat_form(record: JSONObject, tensors: Mapping[str, Tensor]) -> J
     }
 
 
-def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Return nested data with each tensor replaced by `{"tensor": name}`, and add it to `tensors`."""
+def _without_tensors(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
+    """
+    Return nested data with each tensor replaced by `{"tensor": name}`, and add it to `tensors`.
+
+    Raises:
+        ConfigError: for what JSON would not give back as it was, naming where it is.
+    """
+    name = "/".join(path)
     if isinstance(value, Tensor):
         name = name if name not in tensors else f"{name}#{len(tensors)}"  # `a/b` may be a key, or `b` in `a`
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
     if isinstance(value, Mapping):
-        return {key: _without_tensors(inner, f"{name}/{key}".strip("/"), tensors) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_tensors(inner, f"{name}/{index}", tensors) for index, inner in enumerate(value)]
-    return value
+        odd = next((key for key in value if not isinstance(key, str)), None)
+        if odd is None:
+            return {key: _without_tensors(inner, (*path, key), tensors) for key, inner in value.items()}
+        value, name = odd, f"a key of {name}"
+    elif isinstance(value, (list, tuple)):
+        return [_without_tensors(inner, (*path, str(index)), tensors) for index, inner in enumerate(value)]
+    elif value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ConfigError(
+        f"A checkpoint cannot keep {value!r}, a {type(value).__name__}, as {name} of a `state_dict()`.",
+        remedy="Make states of dicts with text keys, lists, numbers, texts and tensors.",
+    )
 
 
 def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:

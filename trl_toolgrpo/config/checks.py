@@ -289,8 +289,9 @@ def refuse_unrecorded(config: Config, whose: str, names: Iterable[str] = tuple(_
         # `use_vllm`, which is TRL's own option, sets the backend
         is_derived = name == "rollout_backend" and config.use_vllm and config.record_sample_logprobs
         if value != neutral and not is_derived:
+            shown = value if isinstance(value, (str, int, float)) else type(value).__name__
             raise ConfigError(
-                f"You passed `{name}={value!r}` with rollouts of TRL's own ({whose}), {lack}.",
+                f"You passed `{name}={shown!r}` with rollouts of TRL's own ({whose}), {lack}.",
                 remedy=f"Leave one of them out.{instead}",
             )
 

@@ -65,6 +65,10 @@ class Critic:
         if args.value_epochs > 1:
             run.add_callback(_MoreValueEpochs(self))
 
+    def on_train_begin(self) -> None:
+        """Forget what an earlier training, which may have failed, has not learned from."""
+        self._seen = []
+
     @property
     def warms_up(self) -> bool:
         """Whether the critic is trained alone: in the first `value_warmup_steps` after the assisted ones."""
@@ -258,7 +262,7 @@ class Critic:
         load_value_head(self.head, folder)
 
     @contextmanager
-    def optimizer_of(self, checkpoint: str | None) -> Iterator[None]:
+    def optimizer_without_head(self, checkpoint: str | None) -> Iterator[None]:
         """Load the optimizer of a checkpoint while open, also of one without a value head: the head's group then
         starts anew."""
         optimizer = self._run.optimizer

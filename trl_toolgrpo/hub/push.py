@@ -239,7 +239,7 @@ class HubPublisher:
     def _make_way(self, folder: Path) -> None:
         """Remove what this run has published before; a folder of that name that is not its own is moved aside."""
         card = folder / CARD
-        known = self._checkpoints.goes_on and card.is_file() and b"trl_toolgrpo" in card.read_bytes()
+        known = self._checkpoints.continues_folder and card.is_file() and b"trl_toolgrpo" in card.read_bytes()
         if self._records.log.owns_folder() and (self._has_published or known):
             shutil.rmtree(folder, ignore_errors=True)
         elif folder.exists():

@@ -149,9 +149,8 @@ class Records:
 
     def on_update(self, micro_batch: MicroBatch) -> None:
         """Keep the ratios of a micro-batch."""
-        given, scores = micro_batch.given, micro_batch.scores
-        if self._run.training and scores is not None and "old_per_token_logps" in given:
-            self.log.on_update(given, scores.logps.detach(), micro_batch.mask)
+        if self._run.training and (logps := micro_batch.logps) is not None:
+            self.log.on_update(micro_batch.given, logps, micro_batch.mask)
 
     # A log line
 
@@ -193,10 +192,6 @@ class Records:
     def redacted(self, text: str) -> str:
         """Return a text without the secrets of the run as they are now."""
         return self.log.current_redactor().text(text)
-
-    def guard(self, callback: TrainerCallback) -> None:
-        """Keep a callback that only reports from ending the run; one of a user may."""
-        self.failures.guard(callback)
 
 
 class _TrainBegins(TrainerCallback):

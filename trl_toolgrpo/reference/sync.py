@@ -90,7 +90,7 @@ class ReferencePolicy:
             self.synced = MergedReference(policy, adapter)
         if run.pop_callback(SyncRefModelCallback) is not None:
             logger.warning("TRL's `SyncRefModelCallback` was removed: this trainer syncs the reference by itself.")
-        run.add_callback(_SyncCallback(self, run.args.ref_model_sync_steps))
+        run.add_callback(_SyncCallback(self, run))
 
     # Syncs
 
@@ -260,13 +260,13 @@ class ReferencePolicy:
 
 
 class _SyncCallback(TrainerCallback):
-    """Replaces TRL's callback: syncs at the end of every so many optimizer steps."""
+    """Replaces TRL's callback: syncs at the end of every `ref_model_sync_steps`-th optimizer step."""
 
-    def __init__(self, reference: ReferencePolicy, every: int) -> None:
-        self._reference, self._every = reference, every
+    def __init__(self, reference: ReferencePolicy, run: Run) -> None:
+        self._reference, self._run = reference, run
 
     def on_step_end(self, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
-        if state.global_step % self._every == 0:
+        if state.global_step % self._run.args.ref_model_sync_steps == 0:
             self._reference.sync()
 
 

@@ -21,7 +21,7 @@ class BatchNoise:
         """Begin an evaluation: each gets the same noise."""
         self._evaluated = 0
 
-    def of_next(self, count: int) -> RolloutNoise | None:
+    def next_noise(self, count: int) -> RolloutNoise | None:
         """Return noise for the next `count` rollouts of this process; `None` if they need not be reproducible."""
         run = self._run
         if not run.args.deterministic_rollouts:

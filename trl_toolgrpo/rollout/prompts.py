@@ -98,7 +98,7 @@ class RolloutPrompts:
                     prompt = with_observation(self._row_prompt(row), prompt, redactor.text)
                 tools = known
                 if environments and toolset.decided_at_reset and _calls_tools(prompt):
-                    tools = self._tools.of(environments[row], toolset.of_rollout)[0]
+                    tools = self._tools.tools_of(environments[row], toolset.of_rollout)[0]
                 rewritten.append(self.messages.rewritten(prompt, tools))
                 inert.append(self._inert_prompt(row, tools, prompt))
             prompt_ids, *rest = trl(rewritten)
@@ -113,7 +113,7 @@ class RolloutPrompts:
             return
         kept = run.environment_of_rows, run.tools_of_environments
         run.tools_of_environments = {
-            row: self._tools.of(e, toolset.prompt_tools) for row, e in enumerate(run.environments)
+            row: self._tools.tools_of(e, toolset.prompt_tools) for row, e in enumerate(run.environments)
         }  # by row, for these prompts alone
         run.environment_of_rows = list(range(count))
         try:

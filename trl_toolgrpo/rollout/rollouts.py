@@ -163,7 +163,7 @@ class Rollouts:
         """
         run = self._run
         requests = self.tools.requests(prompt_ids)
-        noise = self.noise.of_next(len(requests))
+        noise = self.noise.next_noise(len(requests))
         with run.profiled("rollout"), run.gathered_policy() as policy:
             if self.vllm is not None:
                 self.vllm.send(policy)

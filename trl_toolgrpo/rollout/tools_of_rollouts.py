@@ -8,7 +8,7 @@ import contextlib
 import inspect
 import json
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -87,7 +87,7 @@ class RolloutTools:
         ]
         if run.recording:
             self.for_trl = list(self.toolset.prompt_tools())
-        self.any = bool(tools) or environment_factory is not None
+        self.has_tools = bool(tools) or environment_factory is not None
 
     # Construction
 
@@ -184,7 +184,7 @@ class RolloutTools:
 
     # A rollout batch
 
-    def of(self, environment: object, read: Callable[..., T]) -> T:
+    def tools_of(self, environment: object, read: Callable[..., T]) -> T:
         """Read the tools of a rollout; where its environment failed, only those passed to the trainer."""
         if environment is not None and not self._failures.includes(environment):
             with contextlib.suppress(EnvironmentTimeoutError):
@@ -196,7 +196,10 @@ class RolloutTools:
         environments = self._run.environments or [None] * len(prompt_ids)
         requests = []
         for ids, environment in zip(prompt_ids, environments, strict=True):
-            tools, owned = self.of(environment, self.toolset.of_rollout) if self._run.tools else ({}, frozenset())
+            tools: dict[str, Tool] = {}
+            owned = frozenset[str]()
+            if self._run.tools:
+                tools, owned = self.tools_of(environment, self.toolset.of_rollout)
             failed = self._failures.includes(environment)
             requests.append(RolloutRequest(ids, tools, None if failed else environment, owned, failed))
         return self._lend_servers(requests)
@@ -251,6 +254,18 @@ class RolloutTools:
         if self.mcp is not None:
             self.mcp.take_back(self.sessions)
             self.sessions = ()
+
+    @contextlib.contextmanager
+    def closed_on_failure(self) -> Iterator[None]:
+        """End servers and threads at once where the trainer cannot be made, rather than when it is collected."""
+        try:
+            yield
+        except BaseException:
+            if self.executor is not None:
+                self.executor.shutdown()
+            if self.mcp is not None:
+                self.mcp.close()
+            raise
 
     def _is_lost(self, environment: object) -> bool:
         hangs = self.executor is not None and self.executor.is_abandoned(environment)

@@ -204,7 +204,7 @@ class Sampler(Protocol):
     - `load_policy(policy, version)` is called in every process before the first rollout batch of a policy: when
       training begins, after each optimizer step, and when other weights were loaded. `policy` is the unwrapped
       training model, with its adapter and value head if it has them, and `version` the optimizer steps it has taken.
-      Its weights are to be copied from its `named_parameters()` to a model of the sampler's own: a deep copy would
+      Copy its weights from its `named_parameters()` to a model of the sampler's own: a deep copy would
       run the training model, whose `forward` TRL has wrapped, and for a `state_dict()` FSDP would shard the weights
       again, which are gathered for this call.
     - `max_sequence_length` is the most tokens that a row can hold, prompt included.

@@ -119,7 +119,7 @@ class MicroBatchSplit:
         """Return the rows of each micro-batch, int64."""
         if self._run.args.deterministic_rollouts and "rollout" in batches[0]:
             order = torch.cat([batch["rollout"] for batch in batches]).argsort()
-            noise = self._noise.of_next(len(order))
+            noise = self._noise.next_noise(len(order))
             return None if noise is None else [order[part] for part in interleaved(len(order), len(batches), noise)]
         if not self._may_group():
             return None

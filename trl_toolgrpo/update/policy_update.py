@@ -46,6 +46,12 @@ class MicroBatch:
     scores: Scores | None = None
 
     @property
+    def logps(self) -> Tensor | None:
+        """The policy's log-probs, nats, shape (B, T), without gradient; `None` where there is no ratio to old ones."""
+        has_ratio = self.scores is not None and "old_per_token_logps" in self.given
+        return self.scores.logps.detach() if self.scores is not None and has_ratio else None
+
+    @property
     def mask(self) -> Tensor:
         """1 for tokens that train, shape (B, T)."""
         return self.given["completion_mask"] * self.given.get("tool_mask", 1)
@@ -74,10 +80,15 @@ class PolicyUpdate:
         self._asks_for_old_logprobs = False  # TRL's next pass over the policy does
         self._evaluates_next = False  # a batch was sampled for an evaluation, and its loss is next
 
+    def on_train_begin(self) -> None:
+        """Forget what an earlier training, which may have failed, has not logged."""
+        self.ratios.reset()
+        self.sampled_at = -1
+
     # A rollout batch
 
     @contextmanager
-    def knowing_old_logprobs(self) -> Iterator[None]:
+    def recorded_old_logprobs(self) -> Iterator[None]:
         """Answer TRL's pass for the old log-probs of a rollout batch, if it makes one, with those that were recorded.
         It does where optimizer steps and rollout batches are not aligned."""
         args = self._run.args
@@ -190,10 +201,9 @@ class PolicyUpdate:
 
     def on_update(self, micro_batch: MicroBatch) -> None:
         """Add the ratios of a micro-batch to the statistics of the step."""
-        given, scores = micro_batch.given, micro_batch.scores
-        if self._run.training and scores is not None and "old_per_token_logps" in given:
+        if self._run.training and (logps := micro_batch.logps) is not None:
             fresh = self._run.state.global_step == self.sampled_at
-            self.ratios.add(scores.logps.detach(), given["old_per_token_logps"], micro_batch.mask, fresh)
+            self.ratios.add(logps, micro_batch.given["old_per_token_logps"], micro_batch.mask, fresh)
 
     def on_log(self) -> None:
         """Add `ratio/*` and `sampling/*` to what is logged of training. Every process must call this."""

@@ -63,7 +63,7 @@ LOGPS = ("logps",)
 @dataclass
 class Scores:
     """
-    What is known of the completion tokens of a batch, by the names in which it is wanted.
+    What is known of the completion tokens of a batch. The names are those that a caller asks for.
 
     Args:
         logps (`Tensor`):
@@ -120,12 +120,13 @@ class Packing:
         self.active, self.reason = False, reason
 
     def state_dict(self) -> JSONObject:
-        """Return the decision, for a checkpoint: a resumed run goes on in the same way."""
+        """Return the decision, for a checkpoint: a resumed run continues in the same way."""
         return {"active": self.active, "reason": self.reason}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a decision."""
-        self.active, self.reason = state["active"], state["reason"]
+        """Take over a decision, unless this run's configuration has decided against packing."""
+        if self.active is not False:
+            self.active, self.reason = state["active"], state["reason"]
 
 
 @contextmanager
@@ -180,6 +181,8 @@ class Scoring:
             self.packing.refuse("`shared_prompt_updates=False`")
         elif run.top_entropy_quantile < 1.0:
             self.packing.refuse("`top_entropy_quantile` is below 1, and which tokens it takes depends on rounding")
+        elif run.aux_loss_enabled:
+            self.packing.reason = "the router loss is on, and is not that of packed rows; other passes may be packed"
 
     def score(
         self,
@@ -223,7 +226,8 @@ class Scoring:
             logps, entropies, aux_loss = self._run.trl_scores(model, ids, mask, width, size, **asked, **(images or {}))
             return Scores(logps, entropies, aux_loss=aux_loss)
         laid_out = [part or lay_out(*chunk, aligned) for part, chunk in zip(parts, chunks, strict=True)]
-        return Scores.joined([self._pass(model, part, want) for part in laid_out])
+        frequencies = RowFrequencies(self._run.accelerator.unwrap_model(model))
+        return Scores.joined([self._pass(model, part, want, frequencies) for part in laid_out])
 
     @contextmanager
     def without_training(self, model: nn.Module) -> Iterator[None]:
@@ -239,7 +243,9 @@ class Scoring:
         with self.without_training(run.model):
             return self.score(run.model, tokens, want, batch_size=run.args.per_device_train_batch_size)
 
-    def _pass(self, model: nn.Module, part: PackedBatch, want: Collection[str]) -> Scores:
+    def _pass(
+        self, model: nn.Module, part: PackedBatch, want: Collection[str], frequencies: RowFrequencies | None = None
+    ) -> Scores:
         """Score rollouts that are laid out, in one forward pass."""
         args, accelerator = self._run.args, self._run.accelerator
         bare = accelerator.unwrap_model(model)
@@ -257,7 +263,7 @@ class Scoring:
         options |= {"output_router_logits": True} if "aux_loss" in want else {}
         kept = part.labelled()
         lengths = None if part.attention_mask is None else part.attention_mask.sum(dim=1)  # else positions say it
-        with accelerator.autocast(), only_at(bare, kept), RowFrequencies(bare).of(lengths), attention:
+        with accelerator.autocast(), only_at(bare, kept), (frequencies or RowFrequencies(bare)).of(lengths), attention:
             output = model(
                 input_ids=part.input_ids,
                 attention_mask=mask,
@@ -351,7 +357,7 @@ class Scoring:
             failure = error  # the other processes wait for what this one found
         reason = self._reason_against_packing(excess, leak, failure)
         if reason is None:
-            self.packing.active = True
+            self.packing.active, self.packing.reason = True, None
             return None
         logger.warning("Rollouts are scored one by one: %s.", reason)
         return self.packing.refuse(reason)

@@ -10,6 +10,7 @@ from ...run_folder.log_failures import LogFailures
 from ...trl_hooks import Run
 from ...types import JSONObject
 from .registry import TRACKERS
+from .tracker import Tracker
 
 
 CONVERSATIONS = 4
@@ -29,9 +30,11 @@ class TrackerReports:
 
     def __init__(self, run: Run, failures: LogFailures) -> None:
         self._run, self._failures = run, failures
-        names = run.args.report_to or ()
-        self._trackers = [kind(run) for name, kind in TRACKERS.items() if name in names]
         self._conversations: Sequence[JSONObject] = ()  # of the last rollout batch
+
+    @property
+    def _trackers(self) -> list[Tracker]:
+        return [kind(self._run) for name, kind in TRACKERS.items() if kind.is_used(self._run, name)]
 
     def on_rewards(self, batch: RolloutBatch, rewards: Rewards, redactor: Redactor) -> None:
         """Keep a few conversations of a rollout batch."""

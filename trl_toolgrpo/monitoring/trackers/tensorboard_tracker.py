@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from transformers.integrations import TensorBoardCallback
 
+from ...trl_hooks import Run
 from ...types import JSONObject
 from .tracker import Tracker
 
@@ -13,6 +14,11 @@ class TensorBoardTracker(Tracker):
     """Writes texts with the writer of transformers' callback."""
 
     shows_conversations = True
+
+    @classmethod
+    def is_used(cls, run: Run, name: str) -> bool:
+        """Return whether a run has the callback, by `report_to` or as one that was passed."""
+        return any(isinstance(callback, TensorBoardCallback) for callback in run.callback_handler.callbacks)
 
     def conversations(self, records: Sequence[JSONObject], step: int) -> None:
         """Show rollouts as JSON."""

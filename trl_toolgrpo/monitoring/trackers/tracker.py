@@ -22,6 +22,11 @@ class Tracker:
     def __init__(self, run: Run) -> None:
         self._run = run
 
+    @classmethod
+    def is_used(cls, run: Run, name: str) -> bool:
+        """Return whether a run reports to the tracker that is registered under a name."""
+        return name in (run.args.report_to or ())
+
     def conversations(self, records: Sequence[JSONObject], step: int) -> None:
         """
         Show a few rollouts of a logged step.

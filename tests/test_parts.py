@@ -195,7 +195,7 @@ def test_the_value_loss_by_a_loop(tmp_path, clip, warmup):
     values.requires_grad_()
     count = torch.tensor(12)
     given = {"old_values": old, "value_targets": targets, "value_mask": mask, "value_count": count}
-    micro_batch = MicroBatch(given, given, evaluated=False, scores=Scores(values.detach(), values=values))
+    micro_batch = MicroBatch(given, given, is_recorded=False, scores=Scores(values.detach(), values=values))
     policy = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     loss = critic.with_value_loss(policy, micro_batch)
     expected = 0.0

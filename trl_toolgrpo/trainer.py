@@ -400,7 +400,7 @@ class ToolGRPOTrainer(GRPOTrainer):
         made = self.run.micro_batches
         if made is None or made is before:  # TRL has made no rollout batch to train on
             return inputs
-        split = self.update.split.split_anew(made)
+        split = self.update.split_anew(made)
         if split is not None:
             self.run.micro_batches, inputs = split, split[self.run.micro_batch_index]
         self.records.log.on_batch(counts)

@@ -536,7 +536,7 @@ OVERRIDDEN = {
     ),
     "_generate": Hook(
         "prompts",
-        "rollout.rollouts.Rollouts.generated adds `trajectories` to its result",
+        "rollout.rollouts.Rollouts.add_fields adds `trajectories` to its result",
         {
             "if self.tools:": "rollout.rollouts.Rollouts.first_turn relies on the tool loop being called with tools",
             "self._generate_single_turn(": "rollout.rollouts.Rollouts.first_turn is the rollout without tools",
@@ -574,7 +574,7 @@ OVERRIDDEN = {
     ),
     "_calculate_rewards": Hook(
         "inputs prompts completions completion_ids_list",
-        "rollout.rollouts.Rollouts.rewarded takes the scores from it",
+        "rollout.rollouts.Rollouts.keep_rewards takes the scores from it",
         {
             'reward_kwargs["log_extra"] = self._log_completion_extra': (
                 "validation.rewards.checked gives reward functions its own in place of it"

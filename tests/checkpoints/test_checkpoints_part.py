@@ -215,7 +215,7 @@ def test_the_last_checkpoint_has_to_be_written(make):
 def test_a_state_that_is_no_plain_data_ends_the_run(make, tmp_path):
     run, checkpoints = make({"object": object()})
     checkpoints.begin(None)
-    with pytest.raises(TypeError, match="object"):
+    with pytest.raises(ConfigError, match=r"cannot keep .*, a object, as one/object"):
         save(run, checkpoints)
     assert find_checkpoint(tmp_path) is None
 

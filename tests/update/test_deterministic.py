@@ -232,7 +232,7 @@ def test_a_batch_is_split_alike_by_any_number_of_processes(parts):
 def test_a_trainers_split_does_not_depend_on_the_order_of_rows(tmp_path, tokenizer):
     trainer, _ = start(tmp_path, tokenizer, deterministic_rollouts=True)
     rows = torch.randperm(16)
-    order = trainer.update.split._rows_of_parts([{"rollout": chunk} for chunk in rows.chunk(4)])
+    order = trainer.update.split.rows_of_parts([{"rollout": chunk} for chunk in rows.chunk(4)])
     expected = interleaved(16, 4, RolloutNoise(trainer.args.seed, 0))
     assert [rows[part].tolist() for part in order] == expected
 

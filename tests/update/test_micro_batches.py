@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from loss_options import LOSS_OPTIONS, run
 
 from trl_toolgrpo import ToolGRPOTrainer
-from trl_toolgrpo.update.micro_batches import regrouped, whole_groups
+from trl_toolgrpo.update.micro_batches import whole_groups
+from trl_toolgrpo.update.policy_update import regrouped
 
 
 def test_a_split_by_hand():

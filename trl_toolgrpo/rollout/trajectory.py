@@ -138,7 +138,7 @@ class Trajectory:
 
     @property
     def trainable_mask(self) -> list[int]:
-        """1 where the policy sampled the token, shape (C,)."""
+        """1 where the policy sampled the token, which alone trains, shape (C,)."""
         return [t * (1 - f) for t, f in zip(self.tool_mask, self.forced_mask, strict=True)]
 
     @property

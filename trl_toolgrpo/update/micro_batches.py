@@ -44,26 +44,6 @@ def whole_groups(groups: Sequence[int], lengths: Sequence[int], parts: int) -> l
     return [order[place * size : (place + 1) * size] for place in range(parts)]
 
 
-def regrouped(batches: Sequence[Batch], parts: Sequence[Tensor]) -> list[Batch]:
-    """
-    Return the rows of some micro-batches in other micro-batches.
-
-    Args:
-        batches (`Sequence[Batch]`):
-            Micro-batches as TRL splits them: tensors with a row for each rollout, and values that are equal in all.
-        parts (`Sequence[Tensor]`):
-            Rows of each new micro-batch, int64, counted through all of `batches`.
-    """
-
-    def pick(name: str, rows: Tensor) -> object:
-        values = [batch[name] for batch in batches]
-        if not isinstance(values[0], Tensor) or values[0].ndim == 0:
-            return values[0]
-        return torch.cat(values)[rows]
-
-    return [{name: pick(name, rows) for name in batches[0]} for rows in parts]
-
-
 def interleaved(count: int, parts: int, noise: RolloutNoise) -> list[list[int]]:
     """
     Split rows into micro-batches that each take one of every `parts` neighbours.
@@ -104,19 +84,14 @@ class MicroBatchSplit:
     def __init__(self, run: Run, noise: BatchNoise) -> None:
         self._run, self._noise = run, noise
 
-    def split_anew(self, batches: Sequence[Batch]) -> list[Batch] | None:
+    def rows_of_parts(self, batches: Sequence[Batch]) -> list[Tensor] | None:
         """
-        Return the micro-batches of a new rollout batch; `None` keeps TRL's.
+        Return which rows each micro-batch of a new rollout batch takes, int64; `None` keeps TRL's.
 
         Args:
             batches (`Sequence[Batch]`):
-                Micro-batches as TRL splits them.
+                Micro-batches as TRL splits them; rows are counted through all of them.
         """
-        parts = self._rows_of_parts(batches)
-        return None if parts is None else regrouped(batches, parts)
-
-    def _rows_of_parts(self, batches: Sequence[Batch]) -> list[Tensor] | None:
-        """Return the rows of each micro-batch, int64."""
         if self._run.args.deterministic_rollouts and "rollout" in batches[0]:
             order = torch.cat([batch["rollout"] for batch in batches]).argsort()
             noise = self._noise.next_noise(len(order))

@@ -3,7 +3,7 @@
 TRL computes the loss. What it reads, and what is known without a pass, is decided here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -119,6 +119,11 @@ class PolicyUpdate:
             self.begin_batch()
             self.logprob_check.on_rollouts(self.tokens_of(output, batch), batch)
 
+    def split_anew(self, batches: Sequence[Batch]) -> list[Batch] | None:
+        """Return the micro-batches of a new rollout batch; `None` keeps TRL's, which are given."""
+        parts = self.split.rows_of_parts(batches)
+        return None if parts is None else regrouped(batches, parts)
+
     def begin_batch(self) -> None:
         """Note that the policy as it is has made the rollout batch that is used next."""
         self.sampled_at, self._evaluates_next = self._run.state.global_step, False
@@ -211,3 +216,23 @@ class PolicyUpdate:
         found = self.ratios.metrics(lambda x: accelerator.reduce(x, reduction="sum"), accelerator.gather)
         self._run.training_metrics.update({name: [value] for name, value in found.items()})
         self.ratios.reset()
+
+
+def regrouped(batches: Sequence[Batch], parts: Sequence[Tensor]) -> list[Batch]:
+    """
+    Return the rows of some micro-batches in other micro-batches.
+
+    Args:
+        batches (`Sequence[Batch]`):
+            Micro-batches as TRL splits them: tensors with a row for each rollout, and values that are equal in all.
+        parts (`Sequence[Tensor]`):
+            Rows of each new micro-batch, int64, counted through all of `batches`.
+    """
+
+    def pick(name: str, rows: Tensor) -> object:
+        values = [batch[name] for batch in batches]
+        if not isinstance(values[0], Tensor) or values[0].ndim == 0:
+            return values[0]
+        return torch.cat(values)[rows]
+
+    return [{name: pick(name, rows) for name in batches[0]} for rows in parts]

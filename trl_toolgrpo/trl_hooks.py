@@ -482,13 +482,13 @@ OVERRIDDEN = {
     ),
     "_prepare_inputs": Hook(
         "generation_batch",
-        "update.micro_batches.MicroBatchSplit.split_anew splits what it has stored",
+        "update.policy_update.PolicyUpdate.split_anew splits what it has stored",
         {
             "if self._step % generate_every == 0 or self._buffered_inputs is None": (
                 "trl_hooks.Run.batch_is_due repeats it"
             ),
             "split_tensor_dict(generation_batch, self.args.steps_per_generation)": (
-                "update.micro_batches.MicroBatchSplit.split_anew splits as many rows anew"
+                "update.policy_update.PolicyUpdate.split_anew splits as many rows anew"
             ),
             "self._buffered_inputs[self._step % self.args.steps_per_generation]": (
                 "trl_hooks.Run.next_micro_batch repeats it"

@@ -243,7 +243,7 @@ class ToolGRPOTrainer(GRPOTrainer):
         self.update = PolicyUpdate(run, self.rollouts)
         self.records = Records(run, self.rollouts, self.update, estimator.relative_to_group)
         if self.args.replay is not None:
-            self.replay = Replay(run, self.records.log)
+            self.replay = Replay(run, self.records.log, estimator.needs_values)
         if self.recording:
             self._check_recording()
             if estimator.needs_values:

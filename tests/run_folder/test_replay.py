@@ -130,3 +130,12 @@ def test_replay_with_another_loss_uses_the_same_rollouts(logged, tmp_path):
     trainer = start(tmp_path, never, replay=str(logged), max_steps=4, learning_rate=1e-4, log_completions=True)
     trainer.train()
     assert trainer.state.global_step == 4 and list((tmp_path / "completions").glob("*.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "words"), [("gae", "group", "with a critic"), ("group", "gae", "no critic")]
+)
+def test_a_log_of_another_kind_of_estimator_is_refused(tmp_path, theirs, ours, words):
+    start(tmp_path / "logged", advantage_estimator=theirs, max_steps=1).train()
+    with pytest.raises(RolloutLogError, match=words):
+        start(tmp_path / "again", replay=str(tmp_path / "logged"), advantage_estimator=ours, max_steps=1).train()

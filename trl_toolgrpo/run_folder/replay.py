@@ -27,14 +27,16 @@ class Replay:
             The run that trains on them.
         log ([`RunLog`]):
             Its own log, which knows how files of batches are named.
+        needs_values (`bool`):
+            Whether the run has a critic, which learns from what the log holds.
 
     Raises:
         ConfigError: if the log is the one that this run is about to clear.
         RolloutLogError: if there is none.
     """
 
-    def __init__(self, run: Run, log: RunLog) -> None:
-        self._run, self._log, args = run, log, run.args
+    def __init__(self, run: Run, log: RunLog, needs_values: bool) -> None:
+        self._run, self._log, self._needs_values, args = run, log, needs_values, run.args
         self._folder = str(args.replay)
         self._numbered: dict[int, Path] | None = None  # files of the log by the number of their rollout batch
         files = log_files(self._folder)
@@ -62,6 +64,7 @@ class Replay:
         self._log_again(table)
         place = torch.tensor(table["place"].to_pylist())
         tensors = tensors_of(table, path)
+        self._check_values(tensors, path)
         if not args.strict_trajectories:
             self._mask_invalid(tensors, torch.tensor(invalid))
         batches, to = [], accelerator.device
@@ -133,6 +136,16 @@ class Replay:
                 f"{path} was written by a run of another shape ({'; '.join(wrong)}).",
                 remedy=f"Replay with the model and the batch sizes it was written with; "
                 f"{path.parent.parent / 'run.json'} names them.",
+            )
+
+    def _check_values(self, tensors: dict[str, Tensor], path: Path) -> None:
+        """Raise where the advantages of a batch need a critic and this run has none, or the other way round."""
+        if "assist_mask" not in tensors and ("value_targets" in tensors) != self._needs_values:
+            theirs, ours = ("a critic", "none") if not self._needs_values else ("no critic", "one")
+            raise RolloutLogError(
+                f"{path} was written by a run with {theirs}, and this run has {ours}.",
+                remedy="Replay with the `advantage_estimator` it was written with; "
+                f"{path.parent.parent / 'run.json'} names it.",
             )
 
     def _log_again(self, table: pa.Table) -> None:

@@ -75,7 +75,13 @@ def _ratio_mean(window: Window, facts: RunFacts) -> HealthFinding | None:
     if abs(value - 1) <= limit:
         return None
     gap = latest(window, "sampling/logp_diff_mean", 1)
-    if fresh or not gap or gap[0] > facts.largest_gap:
+    if not fresh and not gap:
+        cause = (
+            "No log-probs were compared before the policy had moved, since no token of that step takes part, so that "
+            "the cause is not known: either they differ (`logprob_check='always'` compares them), or the policy has "
+            "moved far within one rollout batch."
+        )
+    elif fresh or gap[0] > facts.largest_gap:
         cause = (
             "The recorded log-probs are not those of the policy that sampled. Look at `sampling/logp_diff_max`, and "
             "set `logprob_check='always'` to see the first token."
@@ -324,15 +330,17 @@ def _value_loss(window: Window, facts: RunFacts) -> HealthFinding | None:
 def _gradient_zero(window: Window, facts: RunFacts) -> HealthFinding | None:
     """
     Exactly 0 in three steps in a row. Where no group has a spread that is right, and another rule says so; where the
-    estimator has left all groups out it is what was asked for; in assisted steps it is right where no rollout earns a
-    reward, which is no accident over 96 rollouts.
+    estimator has left out all groups that have one it is what was asked for; in assisted steps it is right where no
+    rollout earns a reward, which is no accident over 96 rollouts.
     """
     assisted = "forced/loss" in window[-1]
     count = max(3, math.ceil(96 / facts.rollouts)) if assisted else 3
     last = window[-count:]
     if len(last) < count or any(entry.get("grad_norm") != 0 for entry in last):
         return None
-    idle = [e for e in batches(window, 3) if e.get("frac_reward_zero_std") == 1 or e.get("groups/admitted") == 0]
+    # Of the groups that take part, all may be without a spread
+    shares = [(e.get("frac_reward_zero_std", 0), e.get("groups/admitted", 1)) for e in batches(window, 3)]
+    idle = [flat for flat, admitted in shares if flat >= admitted]
     if idle and not assisted:
         return None
     return HealthFinding(

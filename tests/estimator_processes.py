@@ -49,7 +49,8 @@ def watched(output, batch, rewards, values):
     estimate(output, batch, rewards, values)
     lengths = [len(trajectory.completion_ids) for trajectory in batch.trajectories]
     rows = zip(output["advantages"].tolist(), output["completion_mask"].tolist(), lengths, strict=True)
-    own = [(advantages[:length], sum(mask)) for advantages, mask, length in rows]
+    # One number for a rollout, where all groups of a process were left out
+    own = [(a[:length] if isinstance(a, list) else [a] * length, sum(mask)) for a, mask, length in rows]
     batches.append(gather_object(own))
 
 

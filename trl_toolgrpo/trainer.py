@@ -190,52 +190,52 @@ class ToolGRPOTrainer(GRPOTrainer):
         self.args = args
         self.run = Run(self, super())
         self.rollouts = Rollouts(self.run, tools, environment_factory, mcp_servers, sampler)
-        if self.rollouts.tools.has_tools:
-            check_template(processing_class)
-            add_missing_response_template(processing_class)
-        if self.recording:
-            check_adapted_head(model, peft_config)
-        given_adapter = peft_config is None and hasattr(model, "peft_config")
-        with (
-            self.rollouts.tools.closed_on_failure(),
-            synced_by_us(args, model, peft_config),
-            without_trls_vllm(args, self.recording),
-            without_trls_cast(args, self.recording),
-            adapted_head(model) if self.recording else nullcontext(),
-            without_comments(processing_class),
-        ):
-            super().__init__(
-                model=model,
-                reward_funcs=reward_funcs,
-                args=args,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                reward_processing_classes=reward_processing_classes,
-                callbacks=callbacks,
-                optimizers=optimizers,
-                quantization_config=quantization_config,
-                peft_config=peft_config,
-                tools=self.rollouts.tools.for_trl or None,
-                rollout_func=rollout_func,
-                environment_factory=self.rollouts.tools.environment_factory,
-            )
-        given_funcs = self.reward_funcs
-        self.rollouts.tools.score_without_failed()
+        with self.rollouts.tools.closed_on_failure():
+            if self.rollouts.tools.has_tools:
+                check_template(processing_class)
+                add_missing_response_template(processing_class)
+            if self.recording:
+                check_adapted_head(model, peft_config)
+            given_adapter = peft_config is None and hasattr(model, "peft_config")
+            with (
+                synced_by_us(args, model, peft_config),
+                without_trls_vllm(args, self.recording),
+                without_trls_cast(args, self.recording),
+                adapted_head(model) if self.recording else nullcontext(),
+                without_comments(processing_class),
+            ):
+                super().__init__(
+                    model=model,
+                    reward_funcs=reward_funcs,
+                    args=args,
+                    train_dataset=train_dataset,
+                    eval_dataset=eval_dataset,
+                    processing_class=processing_class,
+                    reward_processing_classes=reward_processing_classes,
+                    callbacks=callbacks,
+                    optimizers=optimizers,
+                    quantization_config=quantization_config,
+                    peft_config=peft_config,
+                    tools=self.rollouts.tools.for_trl or None,
+                    rollout_func=rollout_func,
+                    environment_factory=self.rollouts.tools.environment_factory,
+                )
+            given_funcs = self.reward_funcs
+            self.rollouts.tools.score_without_failed()
 
-        self._prepare_policy()
-        self.reference = ReferencePolicy(self.run, given_adapter)
-        if self.recording and self.run.is_multimodal:
-            refuse_multimodal(args)
-            check_sampler(sampler, args, "a multimodal model")
-            self.recording = False
-            logger.warning("The model is multimodal: TRL samples its rollouts, and no log-prob is recorded.")
-        self._make_parts(estimator, force_policy)
-        self.rollouts.check_prompts(train_dataset, eval_dataset)
-        if rollout_func is None:  # it may add to the columns
-            self._check_columns(given_funcs, train_dataset, eval_dataset)
-        functions = zip(self.reward_funcs, self.reward_func_names, strict=True)
-        self.reward_funcs = [checked(function, name) for function, name in functions]
+            self._prepare_policy()
+            self.reference = ReferencePolicy(self.run, given_adapter)
+            if self.recording and self.run.is_multimodal:
+                refuse_multimodal(args)
+                check_sampler(sampler, args, "a multimodal model")
+                self.recording = False
+                logger.warning("The model is multimodal: TRL samples its rollouts, and no log-prob is recorded.")
+            self._make_parts(estimator, force_policy)
+            self.rollouts.check_prompts(train_dataset, eval_dataset)
+            if rollout_func is None:  # it may add to the columns
+                self._check_columns(given_funcs, train_dataset, eval_dataset)
+            functions = zip(self.reward_funcs, self.reward_func_names, strict=True)
+            self.reward_funcs = [checked(function, name) for function, name in functions]
 
     def _make_parts(self, estimator: AdvantageEstimator, force_policy: ForcePolicy | None) -> None:
         """Make the parts that need the model."""

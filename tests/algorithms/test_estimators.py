@@ -737,7 +737,8 @@ class NeedsMore(AdvantageEstimator):
 
 
 def test_what_an_estimator_raises_is_said_with_its_name(tmp_path):
-    with pytest.raises(EstimatorError, match="estimator Failing raised KeyError: 'baseline'"):
+    words = r"estimator Failing raised KeyError: 'baseline' \(in .*test_estimators\.py, line \d+\)\. Mend"
+    with pytest.raises(EstimatorError, match=words):
         start(tmp_path, advantage_estimator=Failing(), max_steps=1).train()
 
 
@@ -760,3 +761,12 @@ def test_classes_and_constructors_that_cannot_be_called_are_named(tmp_path, monk
     monkeypatch.setattr("trl_toolgrpo.algorithms.group.NeedsMore", NeedsMore, raising=False)
     with pytest.raises(ConfigError, match=r"NeedsMore'.*cannot be made.*configuration alone"):
         estimator_of(config(tmp_path, advantage_estimator="trl_toolgrpo.algorithms.group:NeedsMore"))
+
+
+class Whitened(LeaveOneOut):
+    whitens = True
+
+
+def test_whitening_without_values_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="Whitened sets `whitens` without `needs_values`"):
+        estimator_of(config(tmp_path, advantage_estimator=Whitened()))

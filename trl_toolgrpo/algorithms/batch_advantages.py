@@ -1,6 +1,7 @@
 """The advantages of a rollout batch: its groups, what an estimator says of each, and what TRL's loss gets of it."""
 
 import logging
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -120,8 +121,11 @@ class BatchAdvantages:
             except ToolGRPOError:
                 raise
             except Exception as error:
+                where = traceback.extract_tb(error.__traceback__)[-1]  # what other processes raise has no traceback
                 raise EstimatorError(
-                    f"The advantage estimator {self._estimator.name} raised {type(error).__name__}: {error}."
+                    f"The advantage estimator {self._estimator.name} raised {type(error).__name__}: {error} (in "
+                    f"{where.filename}, line {where.lineno}).",
+                    remedy="Mend its `score` or `admit`; docs/estimators.md says what a group holds.",
                 ) from error
 
     @contextmanager

@@ -76,6 +76,12 @@ def _check_options(args: ToolGRPOConfig, estimator: AdvantageEstimator) -> None:
             f"{estimator.name}, which asks for no value head that it could act on.",
             remedy="Leave it out, or set `needs_values = True` in the class.",
         )
+    if estimator.whitens and not estimator.needs_values:
+        raise ConfigError(
+            f"The advantage estimator {estimator.name} sets `whitens` without `needs_values`: only the advantages of "
+            "`TokenAdvantages` are whitened.",
+            remedy="Set `needs_values`, or leave `whitens` out and scale in `score`.",
+        )
     if args.loss_type == "vespo" and estimator.needs_values:
         raise ConfigError(
             f"You passed `loss_type='vespo'` with the advantage estimator {estimator.name}, which gives each token "

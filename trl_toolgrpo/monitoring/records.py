@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows while it goes on: files, metrics, health, trackers and the terminal."""
+"""What a run writes and shows in the course of training: files, metrics, health, trackers and the terminal."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -167,18 +167,22 @@ def test_rollouts_of_trl_take_only_shared_servers(tmp_path, monkeypatch):
 
 def test_a_later_error_of_construction_ends_the_servers(tmp_path, monkeypatch):
     before = belongings()
-    with pytest.raises(ToolNameError, match="lists the tool `plain_nots`"):
-        ToolGRPOTrainer(
-            tiny_model(chat_tokenizer()),
-            lambda completions, **kwargs: [0.0] * len(completions),
-            config(tmp_path),
-            prompts(4).add_column("tools", [["plain_nots"]] * 4),
-            processing_class=chat_tokenizer(),
-            tools=[_notes],
-            mcp_servers=server(),
-        )
     gc.collect()
-    wait_until(lambda: nothing_new(before))
+    gc.disable()  # they end at once, and not when the trainer is collected
+    try:
+        with pytest.raises(ToolNameError, match="lists the tool `plain_nots`"):
+            ToolGRPOTrainer(
+                tiny_model(chat_tokenizer()),
+                lambda completions, **kwargs: [0.0] * len(completions),
+                config(tmp_path),
+                prompts(4).add_column("tools", [["plain_nots"]] * 4),
+                processing_class=chat_tokenizer(),
+                tools=[_notes],
+                mcp_servers=server(),
+            )
+        wait_until(lambda: nothing_new(before))
+    finally:
+        gc.enable()
 
 
 def _notes() -> str:

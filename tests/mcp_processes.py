@@ -37,7 +37,7 @@ def reward(completions, **kwargs):
 trainer = ToolGRPOTrainer(
     tiny_model(tokenizer),
     reward,
-    config(sys.argv[1], max_steps=2, max_completion_length=600, logprob_check="off"),
+    config(sys.argv[1], max_steps=2, max_completion_length=600, logprob_check="off", max_concurrent_tools=1),
     prompts(16),
     processing_class=tokenizer,
     mcp_servers=servers,

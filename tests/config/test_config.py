@@ -7,6 +7,7 @@ import pytest
 from trl import GRPOConfig, TrlParser
 
 from trl_toolgrpo import ConfigError, ToolGRPOConfig
+from trl_toolgrpo.config.checks import gpu_paths_of
 
 
 ADDED = {
@@ -47,6 +48,7 @@ ADDED = {
     "sampler_correction_cap": (2.0, [1.5]),
     "tool_mention_check": ("auto", ["error", "warn", "off"]),
     "keep_freed_memory": (False, [True]),
+    "gpu_paths": ("none", ["all", "attention", "updates, capture"]),
 }
 OURS = [f.name for f in fields(ToolGRPOConfig) if f.name not in {f.name for f in fields(GRPOConfig)}]
 
@@ -104,6 +106,14 @@ def test_options_whose_checkpoints_cannot_be_resumed_are_refused(tmp_path):
 )
 def test_counts_have_a_least_value(tmp_path, name, value, least):
     assert refused(tmp_path, **{name: value}) == f"You passed `{name}={value}`; it must be at least {least}."
+
+
+def test_faster_ways_on_a_gpu_are_named(tmp_path):
+    assert gpu_paths_of("all") == {"attention", "capture", "updates"} and gpu_paths_of("none") == frozenset()
+    assert gpu_paths_of("updates, capture") == {"updates", "capture"}
+    message = refused(tmp_path, gpu_paths="attention,graphs")
+    assert message.startswith("You passed `gpu_paths='attention,graphs'`, which names 'graphs'.")
+    assert "some of attention, capture, updates" in message
 
 
 _LIMITS = ["tool_timeout", "environment_timeout", "logprob_check_tolerance", "rollout_cache_gib"]

@@ -34,6 +34,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """What the added fields of texts take."""
 
+GPU_PATHS = ("attention", "capture", "updates")
+"""What `gpu_paths` can turn on."""
+
 ESTIMATORS = {
     "group": "trl_toolgrpo.algorithms.group:GroupRelative",
     "gae": "trl_toolgrpo.algorithms.gae:GeneralizedAdvantages",
@@ -104,6 +107,28 @@ def field_types(kind: type) -> dict[str, object]:
     """
     hints = get_type_hints(kind)
     return hints | {name: hints[name] | None for name in _ALSO_NONE if name in hints}
+
+
+def gpu_paths_of(text: str) -> frozenset[str]:
+    """
+    Return the faster ways that are turned on.
+
+    Args:
+        text (`str`):
+            Value of `gpu_paths`.
+
+    Raises:
+        ConfigError: for a name that is none of `GPU_PATHS`.
+    """
+    if text in ("none", "all"):
+        return frozenset(GPU_PATHS if text == "all" else ())
+    names = frozenset(name.strip() for name in text.split(","))
+    if unknown := names - set(GPU_PATHS):
+        raise ConfigError(
+            f"You passed `gpu_paths={text!r}`, which names {', '.join(map(repr, sorted(unknown)))}.",
+            remedy=f"Choose 'all', 'none', or some of {', '.join(GPU_PATHS)}, separated by commas.",
+        )
+    return names
 
 
 def _is_number(value: object) -> bool:
@@ -259,6 +284,7 @@ def _check_ranges(config: Config) -> None:
             f"You passed `advantage_estimator={given!r}`.",
             remedy=f"Choose one of {', '.join(ESTIMATORS)}, or name a class of your own as `package.module:Name`.",
         )
+    gpu_paths_of(config.gpu_paths)
     _check_least(config, _LEAST)
     for name in _POSITIVE:
         value = getattr(config, name)

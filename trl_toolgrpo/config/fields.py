@@ -60,6 +60,11 @@ class ToolGRPOConfig(GRPOConfig):
         rollout_cache_gib (`float`, *optional*):
             Most memory, in GiB, for the keys and values of rollouts in progress on one process. A rollout batch that
             could need more is sampled in several parts. `None` for no limit.
+        gpu_paths (`str`, *optional*, defaults to `"none"`):
+            Faster ways of computing the same on a CUDA GPU, which are off until they have been measured on one: any
+            of `"attention"` (decoding attends by kernels that return the log-sum-exp), `"capture"` (a decoding step
+            is captured as a CUDA graph) and `"updates"` (packed updates attend by flex attention), separated by
+            commas; `"all"` or `"none"`. They do nothing on other devices.
         deterministic_rollouts (`bool`, *optional*, defaults to `False`):
             Key the noise of sampling by seed, rollout batch, rollout and token, and admit rows to decoding in a fixed
             order: the same rollouts whatever the timing of tools or the number of processes. It costs a random number
@@ -161,6 +166,7 @@ class ToolGRPOConfig(GRPOConfig):
     sampler_correction_cap: float = 2.0
     shared_prompt_updates: bool = True
     rollout_cache_gib: float | None = None
+    gpu_paths: str = "none"
     keep_freed_memory: bool = False
     deterministic_rollouts: bool = False
     rollout_backend: str = "transformers"

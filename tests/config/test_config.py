@@ -109,11 +109,12 @@ def test_counts_have_a_least_value(tmp_path, name, value, least):
 
 
 def test_faster_ways_on_a_gpu_are_named(tmp_path):
-    assert gpu_paths_of("all") == {"attention", "capture", "updates"} and gpu_paths_of("none") == frozenset()
+    assert gpu_paths_of("all") == {"attention", "reading", "capture", "updates"}
+    assert gpu_paths_of("none") == frozenset()
     assert gpu_paths_of("updates, capture") == {"updates", "capture"}
     message = refused(tmp_path, gpu_paths="attention,graphs")
     assert message.startswith("You passed `gpu_paths='attention,graphs'`, which names 'graphs'.")
-    assert "some of attention, capture, updates" in message
+    assert "some of attention, reading, capture, updates" in message
 
 
 _LIMITS = ["tool_timeout", "environment_timeout", "logprob_check_tolerance", "rollout_cache_gib"]
@@ -295,7 +296,7 @@ def test_fields_are_read_from_flags(tmp_path):
         *("--deterministic_rollouts", "True", "--sampler_correction", "mask", "--sampler_correction_cap", "3"),
         *("--shared_prompt_updates", "False", "--rollout_cache_gib", "0.5"),
         *("--health_checks", "raise", "--rollout_log_limit", "2.5", "--replay", "a folder"),
-        *("--tool_mention_check", "warn", "--keep_freed_memory", "True"),
+        *("--tool_mention_check", "warn", "--keep_freed_memory", "True", "--gpu_paths", "reading,capture"),
     ]
     (parsed,) = parser.parse_args_and_config(flags)
     assert isinstance(parsed, ToolGRPOConfig)
@@ -341,6 +342,7 @@ def test_fields_are_read_from_flags(tmp_path):
         "replay": "a folder",
         "tool_mention_check": "warn",
         "keep_freed_memory": True,
+        "gpu_paths": "reading,capture",
     }
     assert {name: getattr(parsed, name) for name in expected_critic} == expected_critic
     assert {*expected, *expected_critic} == set(ADDED)

@@ -55,7 +55,7 @@ def test_the_plain_sampler_keeps_to_the_bound(tmp_path, monkeypatch):
             return super().open(prompts, max_length)
 
     monkeypatch.setattr(engine, "unsupported_reason", lambda *args: "a reason")
-    monkeypatch.setattr(engine, "make_sampler", lambda policy, supported, **options: Kept(policy, **options))
+    monkeypatch.setattr(engine, "make_sampler", lambda policy, supported, paths, **options: Kept(policy, **options))
     trainer = make(tmp_path, tokenizer, rollout_cache_gib=gib(250))
     rollouts(trainer)
     assert len(opened) > 1 and max(opened) <= 250

@@ -8,7 +8,7 @@ from torch import nn
 
 from trl_toolgrpo.sampling import packed_linear
 from trl_toolgrpo.sampling.model_sampler import ModelSampler
-from trl_toolgrpo.sampling.packed_linear import can_pack, packed_linears
+from trl_toolgrpo.sampling.packed_linear import packed_linears, product_dtype
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -31,8 +31,8 @@ def test_other_layers_are_not_packed():
 
     patched = nn.Linear(512, 512)
     patched.forward = lambda input: input
-    kept = [Scaled(512, 512), patched, nn.Linear(512, 512).bfloat16(), nn.Linear(8, 8), nn.Linear(512, 512).to("meta")]
-    assert not any(map(can_pack, kept)) and can_pack(nn.Linear(512, 512))
+    kept = [Scaled(512, 512), patched, nn.Linear(512, 512).double(), nn.Linear(8, 8), nn.Linear(512, 512).to("meta")]
+    assert not any(map(product_dtype, kept)) and product_dtype(nn.Linear(512, 512)) == torch.float32
     model = nn.Sequential(*kept[:2], nn.Linear(512, 512))
     inputs = torch.randn(3, 512)
     with torch.no_grad():
@@ -40,8 +40,41 @@ def test_other_layers_are_not_packed():
         with packed_linears(model):
             torch.testing.assert_close(model(inputs), expected, atol=1e-5, rtol=1e-5)
         assert model[1] is patched and "forward" in patched.__dict__
-        with torch.autocast("cpu", torch.bfloat16), packed_linears(model):
-            assert "forward" not in model[2].__dict__
+
+
+@pytest.mark.parametrize("has_units", [False, True])
+def test_products_in_low_precision_are_packed_where_the_processor_has_units_for_them(has_units, monkeypatch):
+    monkeypatch.setattr(packed_linear, "_multiplies_bfloat16", lambda: has_units)
+    layer = nn.Linear(512, 512)
+    bfloat16 = torch.bfloat16 if has_units else None
+    assert product_dtype(nn.Linear(512, 512).bfloat16()) == bfloat16
+    assert product_dtype(nn.Linear(512, 512).half()) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert product_dtype(layer) == bfloat16
+    with torch.autocast("cpu", torch.float16):
+        assert product_dtype(layer) is None
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 here")
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_products_in_bfloat16_are_those_of_autocast(bias, weights, monkeypatch):
+    monkeypatch.setattr(packed_linear, "_multiplies_bfloat16", lambda: True)
+    layer = nn.Linear(256, 320, bias=bias).to(weights)
+    inputs = torch.randn(5, 1, 256)
+    exact = nn.functional.linear(inputs.double(), *(p.double() for p in layer.parameters()))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = layer(inputs)
+        with packed_linears(layer):
+            found = layer(inputs)
+            with torch.autocast("cpu", enabled=False):
+                plain = nn.functional.linear(inputs.to(weights), *layer.parameters())
+                assert torch.equal(layer(inputs.to(weights)), plain) and plain.dtype == weights
+    assert found.dtype == expected.dtype == torch.bfloat16 and "forward" not in layer.__dict__
+    assert (found - exact).abs().max() <= 1.05 * (expected - exact).abs().max() + 2**-8
+    if weights == torch.bfloat16:
+        with torch.no_grad(), packed_linears(layer):
+            assert layer(inputs.bfloat16()).dtype == torch.bfloat16
 
 
 def test_layers_are_restored_when_sampling_fails():

@@ -17,11 +17,11 @@ def _span(slots, lengths, query_length):
         members=[],
         batched=True,
     )
-    return Span(layout, slots, torch.tensor(lengths), query_length, longest=max(lengths))
+    return Span(layout, slots, torch.tensor(lengths), query_length, max(lengths), level=len(set(lengths)) == 1)
 
 
 def test_store_keeps_its_contents_through_growth_and_swaps():
-    store = KeyValueStore(torch.tensor([0]), rows=3, max_length=500)
+    store = KeyValueStore([0], rows=3, max_length=500)
     expected = [[], [], []]
     generator = torch.Generator().manual_seed(0)
     capacities = []
@@ -55,6 +55,6 @@ def test_store_keeps_its_contents_through_growth_and_swaps():
 
 
 def test_store_refuses_a_pass_before_begin():
-    store = KeyValueStore(torch.tensor([0]), rows=1, max_length=5)
+    store = KeyValueStore([0], rows=1, max_length=5)
     with pytest.raises(RuntimeError, match="begin"):
         store.append(0, torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))

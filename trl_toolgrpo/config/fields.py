@@ -62,9 +62,10 @@ class ToolGRPOConfig(GRPOConfig):
             could need more is sampled in several parts. `None` for no limit.
         gpu_paths (`str`, *optional*, defaults to `"none"`):
             Faster ways of computing the same on a CUDA GPU, which are off until they have been measured on one: any
-            of `"attention"` (decoding attends by kernels that return the log-sum-exp), `"capture"` (a decoding step
-            is captured as a CUDA graph) and `"updates"` (packed updates attend by flex attention), separated by
-            commas; `"all"` or `"none"`. They do nothing on other devices.
+            of `"attention"` (decoding attends by a kernel that returns the log-sum-exp), `"reading"` (sampled tokens
+            are read every few steps), `"capture"` (a decoding step is captured as a CUDA graph) and `"updates"`
+            (packed updates attend by flex attention), separated by commas; `"all"` or `"none"`. They do nothing on
+            other devices.
         deterministic_rollouts (`bool`, *optional*, defaults to `False`):
             Key the noise of sampling by seed, rollout batch, rollout and token, and admit rows to decoding in a fixed
             order: the same rollouts whatever the timing of tools or the number of processes. It costs a random number

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..chat.tool_chat import ToolChat
+from ..config.checks import gpu_paths_of
 from ..config.fields import ToolGRPOConfig
 from ..errors import ConfigError, TrajectoryError
 from ..models.model_settings import context_length
@@ -269,6 +270,7 @@ class RolloutEngine:
             policy,
             self._is_supported(policy, autocast),
             pads=self._pads,
+            paths=self._paths(policy),
             stop_ids=self.stop_ids,
             pad_id=self.pad_id,
             temperature=self.args.temperature,
@@ -280,6 +282,11 @@ class RolloutEngine:
             needed = (session, requests, self.limits, self.chat, self.executor, forcing)
             loop = RolloutLoop(*needed, in_order=noise is not None, redactor=self.redactor)
             return RolloutBatch(loop.run(), loop.stats)
+
+    def _paths(self, policy: PreTrainedModel) -> frozenset[str]:
+        """Return the faster ways of `gpu_paths` that sampling takes."""
+        on_gpu = next(policy.parameters()).device.type == "cuda"
+        return gpu_paths_of(self.args.gpu_paths) if on_gpu else frozenset()
 
     def _sampler_prompts(self, requests: Sequence[RolloutRequest]) -> list[list[int]]:
         """Return prompts as a sampler reads them: one unused token for a rollout that does not begin."""

@@ -24,6 +24,8 @@ from .forcing import ForcedStart, Forcing
 from .trajectory import Trajectory, Turn
 
 
+GATHER_SECONDS = 0.05
+"""Longest time to wait for more tools when one has answered and nothing is decoded."""
 TOOL_STEPS = 8
 """Decoding steps that a row's tools may take before a loop that keeps order waits for them."""
 
@@ -176,6 +178,7 @@ class RolloutLoop:
 
     def __post_init__(self) -> None:
         self.steps = 0
+        self._step_seconds = 0.0  # that the latest step took
         self.awaited: set[int] = set()  # rows that the sampler has yet to return
         self.stats = RolloutStats()
         decoded: dict[tuple[int, ...], str] = {}
@@ -193,11 +196,16 @@ class RolloutLoop:
                 state.ensure_message()
                 self._finish(row, "environment" if state.request.failed else "length")
         while True:
+            if not self.awaited:
+                self._gather()
             for row in self._answered():
                 self._continue(row)
             if self.session.busy:
                 self.steps += 1
-                for sampled in self.session.step():
+                began = time.perf_counter()
+                turns = self.session.step()
+                self._step_seconds = time.perf_counter() - began
+                for sampled in turns:
                     if self._is_sound(sampled):
                         self._end_turn(sampled)
             elif not self._wait():
@@ -221,6 +229,17 @@ class RolloutLoop:
             pass
         self.stats.tool_wait_seconds += time.perf_counter() - started
         return rows
+
+    def _gather(self) -> None:
+        """Wait for tools that are about to answer while nothing is decoded: rows that begin together are decoded
+        together, and one that comes later costs steps of its own. It may cost as much time as one of these."""
+        futures = [future for state in self.states for future in state.futures]
+        if self.in_order or not futures:
+            return
+        started = time.perf_counter()
+        wait(futures, timeout=1.0, return_when=FIRST_COMPLETED)
+        wait(futures, timeout=min(self._step_seconds, GATHER_SECONDS))
+        self.stats.tool_wait_seconds += time.perf_counter() - started
 
     def _wait(self) -> bool:
         """Wait for any tool; return whether there was one to wait for."""

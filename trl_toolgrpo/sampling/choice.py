@@ -127,10 +127,16 @@ def generates_padded(model: PreTrainedModel) -> bool:
 
 
 def make_sampler(
-    model: PreTrainedModel, supported: bool, pads: bool = True, **options: Any
+    model: PreTrainedModel,
+    supported: bool,
+    pads: bool = True,
+    paths: frozenset[str] = frozenset(),
+    **options: Any,
 ) -> ModelSampler | GenerateSampler:
     """Return the default sampler if the model is supported, else the plain one; `options` as for [`ModelSampler`]."""
-    return ModelSampler(model, **options) if supported else GenerateSampler(model, pads=pads, **options)
+    if supported:
+        return ModelSampler(model, paths=paths, **options)
+    return GenerateSampler(model, pads=pads, **options)
 
 
 def _trial(

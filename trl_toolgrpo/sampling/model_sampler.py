@@ -7,6 +7,7 @@ the whole history at every turn.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from transformers import DynamicCache
 from ..errors import SamplerError
 from ..models.lm_head import base_model, held_head
 from ..models.rotary import RowFrequencies
+from .decoding import READ_EVERY, Decoder
 from .noise import race
 from .packed_linear import packed_linears
 from .protocol import PolicySampler, SampledTokens, TokenConstraint, at_least_float32, constrain, scoring_mode
@@ -79,13 +81,23 @@ def _sample_rows(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Ten
 
 @dataclass(eq=False)
 class ModelSampler(PolicySampler):
-    """Samples from a causal language model whose attention goes through transformers' attention interface."""
+    """
+    Samples from a causal language model whose attention goes through transformers' attention interface.
+
+    Args:
+        paths (`frozenset[str]`, *optional*):
+            Faster ways that are used, see `gpu_paths`: any of `"attention"`, `"reading"` and `"capture"`.
+    """
+
+    paths: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self.model = base_model(self.model)
         self.with_values = getattr(self.model, "value_head", None) is not None
         self.frequencies = RowFrequencies(self.model)
         self.draw = self.noise or (lambda rows: torch.rand(len(rows)))
+        self.rewind = getattr(self.noise, "rewind", None)  # noise that does not depend on rows has none
+        self.is_stop = frozenset(self.stop_ids)
 
     @contextmanager
     def open(self, prompts: Sequence[Sequence[int]], max_length: int) -> Iterator["ModelSession"]:
@@ -109,9 +121,7 @@ class _Row:
     waited: int = 0
     constraint: TokenConstraint | None = None
     tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
-    entropies: list[float] = field(default_factory=list)
+    figures: tuple[list[float], ...] = ()  # log-probs, entropies and values of `tokens`
 
 
 class ModelSession:
@@ -120,21 +130,32 @@ class ModelSession:
     def __init__(self, sampler: ModelSampler, prompts: Sequence[Sequence[int]], max_length: int):
         self.sampler = sampler
         self.device = next(sampler.model.parameters()).device
-        distinct: dict[tuple[int, ...], int] = {}
-        self.rows: list[_Row] = []
         for row, prompt in enumerate(prompts):
             if len(prompt) == 0:
                 raise SamplerError(f"The prompt of row {row} has no tokens; a prompt needs at least one.")
-            # The last prompt token is read by each row itself, so that its logits come with the first decode step
-            group = distinct.setdefault(tuple(prompt), len(distinct))
-            self.rows.append(_Row(prompt=group, slot=row, pending=[prompt[-1]]))
+        # In the order of length, so that prompts of similar length are a slice of the store. The last token of a
+        # prompt is read by each row itself, so that its logits come with the first decoding step.
+        distinct = sorted({tuple(prompt) for prompt in prompts}, key=len)
+        group = {prompt: place for place, prompt in enumerate(distinct)}
+        self.rows = [_Row(group[tuple(prompt)], row, [prompt[-1]]) for row, prompt in enumerate(prompts)]
         self.prompts = [list(prompt[:-1]) for prompt in distinct]
-        lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=self.device)
-        self.store = KeyValueStore(lengths, len(prompts), max_length + 1)
+        paths = sampler.paths
+        self.store = KeyValueStore(
+            [len(prompt) for prompt in self.prompts],
+            len(prompts),
+            max_length + 1,
+            self.device,
+            fixed="capture" in paths,
+            kernels="attention" in paths,
+        )
         self.slots = list(range(len(prompts)))  # row in each slot; decoding rows come first
         self.running = 0  # slots [0, running) are being decoded
         self.queued: list[int] = []
         self.cache = RowCache(self.store)
+        # Rotary frequencies that are chosen on the host would be those of the captured step in all others
+        self.decoder = Decoder(self._sample, self.store, "capture" in paths and sampler.frequencies.border is None)
+        self.most_of_a_prompt = max(Counter(state.prompt for state in self.rows).values())
+        self._begun = False  # whether the decoder has the rows that run
         self._layouts: dict[tuple[int, ...], Layout] = {}  # the latest, by the prompts of its rows
 
     @property
@@ -153,7 +174,7 @@ class ModelSession:
             raise SamplerError(f"Row {row} was given a budget of {max_new_tokens} tokens, expected at least 1.")
         state.pending.extend(token_ids)
         state.budget, state.waited, state.constraint = max_new_tokens, 0, constraint
-        state.tokens, state.logprobs, state.values, state.entropies = [], [], [], []
+        state.tokens, state.figures = [], ([], [], [])
         self.queued.append(row)
 
     def finish(self, row: int) -> None:
@@ -162,20 +183,16 @@ class ModelSession:
     def step(self) -> list[SampledTokens]:
         """Read queued tokens when it pays, then decode one token for each row; see [`SamplerSession.step`]."""
         if self.queued and self._should_join():
+            finished = self._read_sampled()
             self._join()
+            if finished:
+                return finished
         return self._decode() if self.running else []
 
     # Reading
 
     def prefill_prompts(self) -> None:
         """Read every distinct prompt but its last token, in batches of similar length."""
-        order = sorted(range(len(self.prompts)), key=lambda index: len(self.prompts[index]))
-        # Prompts are stored in order of length, so that a batch is a slice
-        position = {index: place for place, index in enumerate(order)}
-        self.prompts = [self.prompts[index] for index in order]
-        for state in self.rows:
-            state.prompt = position[state.prompt]
-        self.store.prompt_lengths = self.store.prompt_lengths[torch.tensor(order, device=self.device)]
         for first, stop in _prefill_batches(list(map(len, self.prompts))):
             batch = self._padded(self.prompts[first:stop])
             positions = torch.arange(batch.shape[1], device=self.device)[None]
@@ -194,15 +211,19 @@ class ModelSession:
 
     def _join(self) -> None:
         """Move the queued rows to the running ones, and read all but the last of their pending tokens."""
-        joining, self.queued = self.queued, []
-        first = self.running
-        for row in joining:
-            self._swap(self.rows[row].slot, self.running)
-            self.running += 1
-        lengths = [len(self.rows[row].pending) - 1 for row in joining]
+        joining, self.queued = set(self.queued), []
+        first, self.running = self.running, self.running + len(joining)
+        places = range(first, self.running)
+        free = [slot for slot in places if self.slots[slot] not in joining]
+        for row in sorted(joining, key=lambda row: self.rows[row].slot):
+            if self.rows[row].slot not in places:
+                self._swap(self.rows[row].slot, free.pop())
+        rows = self.slots[first : self.running]
+        self._begun = False
+        lengths = [len(self.rows[row].pending) - 1 for row in rows]
         for start, stop in _prefill_batches(lengths):
             if max(lengths[start:stop]) > 0:
-                self._read(joining[start:stop], first + start)
+                self._read(rows[start:stop], first + start)
 
     def _read(self, rows: list[int], first: int) -> None:
         """Read all but the last pending token of rows that sit in slots `first, first + 1, ...`."""
@@ -222,39 +243,81 @@ class ModelSession:
     # Decoding
 
     def _decode(self) -> list[SampledTokens]:
-        """Sample one token for each running row; return the rows that finished."""
+        """Sample one token for each running row; return the rows that finished, if it is time to read."""
+        if not self._begun:
+            self._begin()
         rows = self.slots[: self.running]
         states = [self.rows[row] for row in rows]
-        span = self._span(states, 0, 1)
-        tokens = torch.tensor([[state.pending[0]] for state in states], device=self.device)
+        free = all(state.constraint is None for state in states)
+        self.decoder.advance(self.sampler.draw(rows), captured=free)
+        # A constraint allows the next token by the last one
+        most = READ_EVERY if free and "reading" in self.sampler.paths else 1
+        left = min(state.budget - len(state.tokens) for state in states)
+        return self._read_sampled() if self.decoder.unread >= min(most, left) else []
+
+    def _begin(self) -> None:
+        """Hand the running rows to the decoder; with static shapes also some that only fill up their number."""
+        states = [self.rows[row] for row in self.slots[: self.decoder.rows_of(self.running)]]
+        lengths = [state.length for state in states]
+        layout = self._layout_of(states)
+        self.decoder.begin([state.pending[-1] for state in states], lengths, self.running, layout)
+        self._begun = True
+
+    def _sample(self, span: Span, tokens: Tensor, noise: Tensor) -> list[Tensor]:
+        """Run the model over the last tokens of rows and sample the next ones, as a [`Step`]."""
         self.store.begin(span)
         start = self.store.prompt_lengths[span.layout.groups] + span.lengths
         output = self._forward(tokens, start[:, None], self.cache, start + 1)
-        logits = constrain(output.logits[:, -1], [state.constraint for state in states])
-        sampled, logprobs, entropies = sample_tokens(logits, self.sampler.temperature, self.sampler.draw(rows))
-        values = output["token_values"][:, -1].tolist() if self.sampler.with_values else None
-        finished = []
-        found = zip(rows, sampled.tolist(), logprobs.tolist(), entropies.tolist(), strict=True)
-        for place, (row, token, logprob, entropy) in enumerate(found):
+        constraints = [self.rows[row].constraint for row in self.slots[: self.running]]
+        logits = constrain(output.logits[:, -1], constraints)
+        found = [*sample_tokens(logits, self.sampler.temperature, noise)]
+        return [*found, output["token_values"][:, -1]] if self.sampler.with_values else found
+
+    def _read_sampled(self) -> list[SampledTokens]:
+        """Read what was sampled since the last time, and take the rows that finished out of the running ones; what was
+        sampled for them in addition is dropped."""
+        steps = self.decoder.read()
+        finished, left = [], set()
+        for place, row in enumerate(self.slots[: self.running] if steps else ()):
             state = self.rows[row]
-            state.length += 1
+            stopped = False
+            for used, step in enumerate(steps, 1):
+                token = int(step[0][place])
+                for kept, figures in zip(state.figures, step[1:], strict=False):
+                    kept.append(figures[place])
+                state.tokens.append(token)
+                if state.constraint is not None:
+                    state.constraint.accept(token)
+                stopped = token in self.sampler.is_stop
+                if stopped or len(state.tokens) == state.budget:
+                    finished.append(self._turn(row, stopped))
+                    left.add(state.slot)
+                    if self.sampler.rewind is not None:
+                        self.sampler.rewind(row, len(steps) - used)
+                    break
+            state.length += used
             state.pending = [token]
-            if state.constraint is not None:
-                state.constraint.accept(token)
-            state.tokens.append(token)
-            state.logprobs.append(logprob)
-            state.entropies.append(entropy)
-            if values is not None:
-                state.values.append(values[place])
-            stopped = token in self.sampler.stop_ids
-            if stopped or len(state.tokens) == state.budget:
-                turn = SampledTokens(row, state.tokens, state.logprobs, stopped, entropies=state.entropies)
-                turn.values = state.values if values is not None else None
-                finished.append(turn)
-        for result in finished:
-            self.running -= 1
-            self._swap(self.rows[result.row].slot, self.running)
+        self._take_out(left)
         return finished
+
+    def _turn(self, row: int, stopped: bool) -> SampledTokens:
+        """Return the turn that a row has finished."""
+        state = self.rows[row]
+        logprobs, entropies, values = state.figures
+        turn = SampledTokens(row, state.tokens, logprobs, stopped, entropies=entropies)
+        turn.values = values if self.sampler.with_values else None
+        return turn
+
+    def _take_out(self, left: set[int]) -> None:
+        """Take the rows of some slots out of the running ones, which stay together."""
+        if not left:
+            return
+        self._begun = False
+        self.running -= len(left)
+        holes = sorted(slot for slot in left if slot < self.running)
+        moved = [slot for slot in range(self.running, self.running + len(left)) if slot not in left]
+        for hole, slot in zip(holes, moved, strict=True):
+            self._swap(hole, slot)
 
     def _forward(self, tokens: Tensor, positions: Tensor, cache: DynamicCache, lengths: Tensor) -> Any:
         """Run the model over (B, T) tokens of rows that have `lengths` tokens (B,) with them; return its output, with
@@ -284,33 +347,40 @@ class ModelSession:
 
     def _span(self, states: list[_Row], first: int, query_length: int) -> Span:
         """Return the span of a pass over rows that sit in slots `first, first + 1, ...`."""
+        lengths = [state.length for state in states]
+        longest, layout = max(lengths), self._layout_of(states)
+        lengths_there = torch.tensor(lengths, device=self.device)
+        return Span(layout, first, lengths_there, query_length, longest, level=min(lengths) == longest)
+
+    def _layout_of(self, states: list[_Row]) -> Layout:
+        """Return how the given rows share prompts."""
         prompts = tuple(state.prompt for state in states)
         if prompts not in self._layouts:
             self._layouts = {prompts: self._layout(prompts)}
-        lengths = [state.length for state in states]
-        return Span(
-            self._layouts[prompts], first, torch.tensor(lengths, device=self.device), query_length, max(lengths)
-        )
+        return self._layouts[prompts]
 
     def _layout(self, prompts: tuple[int, ...]) -> Layout:
-        """Return how rows share prompts."""
+        """Return how rows share prompts; with static shapes, whatever rows there are, one padded product of all
+        prompts."""
         rows_of: list[list[int]] = [[] for _ in self.prompts]
         ranks = []
         for row, prompt in enumerate(prompts):
             ranks.append(len(rows_of[prompt]))
             rows_of[prompt].append(row)
-        sizes, width = [len(prompt) for prompt in self.prompts], max(ranks) + 1
-        batched = all(rows_of) and self._pads(sizes)
-        padded = [rows + rows[:1] * (width - len(rows)) for rows in rows_of] if batched else rows_of
+        static = self.decoder.static
+        sizes, width = [len(prompt) for prompt in self.prompts], self.most_of_a_prompt if static else max(ranks) + 1
+        batched = static or (all(rows_of) and self._pads(sizes))
+        padded = [rows + (rows[:1] or [0]) * (width - len(rows)) for rows in rows_of] if batched else rows_of
         starts = [0, *itertools.accumulate(map(len, padded))]
         order = [row for rows in padded for row in rows]
         places = [starts[prompt] + rank for prompt, rank in zip(prompts, ranks, strict=True)]
+        in_place = not static and order == list(range(len(prompts)))
         return Layout(
             groups=torch.tensor(prompts, device=self.device),
             ranks=torch.tensor(ranks, device=self.device),
             width=width,
             order=torch.tensor(order, device=self.device),
-            places=None if order == list(range(len(prompts))) else torch.tensor(places, device=self.device),
+            places=None if in_place else torch.tensor(places, device=self.device),
             members=[(p, sizes[p], starts[p], starts[p] + len(rows)) for p, rows in enumerate(rows_of) if rows],
             batched=batched,
         )

@@ -45,6 +45,10 @@ class RolloutNoise:
             self._drawn[row] += 1
         return torch.tensor(keys, dtype=torch.int64)
 
+    def rewind(self, row: int, count: int) -> None:
+        """Take back the last `count` keys of a row, whose tokens were not kept."""
+        self._drawn[row] -= count
+
     def other(self, kind: str, row: int, number: int = 0) -> random.Random:
         """Return randomness for decisions about a row other than its tokens, such as `kind="turn"`."""
         return random.Random(self._key(kind, row, number))

@@ -1,15 +1,17 @@
 """Linear layers with their weights packed, for as long as a CPU decodes with them.
 
 With a handful of rows, as in decoding, a matrix product on a CPU spends much of its time rearranging the weight for
-its kernel. While rollouts are sampled the weights do not change, so oneDNN can rearrange each of them once. On two
-cores, with a Qwen3 of 12 layers and hidden size 512, 16 rollouts of 4 turns after prompts of 600 tokens took 9 % less
-time in float32; in bfloat16 nothing is packed.
+its kernel, and under autocast of rounding a frozen weight anew for each step. While rollouts are sampled the weights do
+not change, so oneDNN can rearrange each of them once, in the dtype of the product. Products in bfloat16 are packed
+where the processor multiplies matrices of bfloat16 (AMX): there 16 rows of a Qwen3 of 12 layers and hidden size 512
+take a third less time for them, and in float32 about a tenth.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -17,13 +19,28 @@ LEAST_WEIGHTS = 2**16
 """Number of weights below which rearranging a layer costs too little to matter."""
 
 
-def can_pack(module: nn.Module) -> bool:
-    """Return whether a module is a plain linear layer in float32 on a CPU, large enough to gain from packing."""
+def product_dtype(module: nn.Module) -> torch.dtype | None:
+    """
+    Return the dtype in which a layer multiplies, if it gains from packing: a plain linear layer on a CPU, large enough,
+    outside autocast in its own dtype and under autocast in that of autocast.
+
+    Args:
+        module (`nn.Module`):
+            The layer.
+    """
     if type(module) is not nn.Linear or "forward" in module.__dict__:  # a subclass, or patched
-        return False
+        return None
     weight = module.weight
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu" and weight.dtype == torch.float32
-    return plain and weight.numel() >= LEAST_WEIGHTS
+    if type(weight) not in (Tensor, nn.Parameter) or weight.device.type != "cpu" or weight.numel() < LEAST_WEIGHTS:
+        return None
+    low = torch.is_autocast_enabled("cpu") and weight.dtype != torch.float64
+    dtype = torch.get_autocast_dtype("cpu") if low else weight.dtype
+    return dtype if dtype == torch.float32 or (dtype == torch.bfloat16 and _multiplies_bfloat16()) else None
+
+
+def _multiplies_bfloat16() -> bool:
+    """Return whether the processor has units for products of bfloat16 matrices."""
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 @contextmanager
@@ -32,29 +49,34 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
     Run the linear layers of a model on packed copies of their weights, which are freed at the end.
 
     This includes the base layers of LoRA adapters. Layers that are quantized, sharded, in another dtype or not on a
-    CPU stay as they are, and so do all layers under autocast. Needs memory for a copy of the packed weights.
+    CPU stay as they are. Needs memory for a copy of the packed weights.
 
     Args:
         model (`nn.Module`):
             The model; its weights must not change while this is open.
     """
-    usable = torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
-    packed = [m for m in model.modules() if isinstance(m, nn.Linear) and can_pack(m)] if usable else []
+    usable = torch.backends.mkldnn.is_available()
+    found = {m: product_dtype(m) for m in model.modules() if isinstance(m, nn.Linear)} if usable else {}
+    packed = {module: dtype for module, dtype in found.items() if dtype is not None}
     try:
-        for module in packed:
-            module.__dict__["forward"] = _product(module)
+        for module, dtype in packed.items():
+            module.__dict__["forward"] = _product(module, dtype)
         yield
     finally:
         for module in packed:
             module.__dict__.pop("forward", None)
 
 
-def _product(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """Return the forward pass of a linear layer with its weight packed."""
-    weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), None)
-    bias, run = linear.bias, torch.ops.mkldnn._linear_pointwise
+def _product(linear: nn.Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Return the forward pass of a linear layer with its weight packed, in a dtype."""
+    kept = linear.weight.detach().to(dtype).contiguous()
+    weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(kept, None)
+    bias, run = None if linear.bias is None else linear.bias.detach().to(dtype), torch.ops.mkldnn._linear_pointwise
+    casts = torch.is_autocast_enabled("cpu")
 
     def forward(input: Tensor) -> Tensor:
-        return run(input, weight, bias, "none", [], "")
+        if torch.is_autocast_enabled("cpu") != casts:  # a part of the model that turns it off
+            return F.linear(input, linear.weight, linear.bias)
+        return run(input.to(dtype) if casts else input, weight, bias, "none", [], "")
 
     return forward

@@ -7,7 +7,7 @@ row's own tokens are attended to separately; the two parts are merged by their l
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -67,6 +67,11 @@ class Layout:
         """Undo [`Layout.by_prompt`]."""
         return ordered if self.places is None else ordered.index_select(0, self.places)
 
+    def copy_(self, other: "Layout") -> None:
+        """Take over another layout of as many rows, in the same tensors; both are batched and have `places`."""
+        for name in ("groups", "ranks", "order", "places"):
+            getattr(self, name).copy_(getattr(other, name))
+
 
 @dataclass
 class Span:
@@ -83,7 +88,9 @@ class Span:
         query_length (`int`):
             New tokens of each row, padding included.
         longest (`int`):
-            Largest of `lengths`.
+            Largest of `lengths`, or a bound on them.
+        level (`bool`):
+            Whether each of `lengths` is surely `longest`.
     """
 
     layout: Layout
@@ -91,6 +98,7 @@ class Span:
     lengths: Tensor
     query_length: int
     longest: int
+    level: bool
 
     @functools.cached_property
     def positions(self) -> Tensor:
@@ -102,20 +110,40 @@ class KeyValueStore:
     """
     Keys and values of every prompt, once, and of every row's own tokens.
 
+    What a pass reads of it is known without reading the device, so that passes can be queued one after the other.
+
     Args:
-        prompt_lengths (`Tensor`):
-            Stored tokens of each prompt, int64, shape (G,).
+        prompt_sizes (`Sequence[int]`):
+            Stored tokens of each of G prompts.
         rows (`int`):
             Rows of the session.
         max_length (`int`):
             Places for own tokens of a row, one more than it can have.
+        device (`torch.device`, *optional*):
+            Where the model is.
+        fixed (`bool`, *optional*, defaults to `False`):
+            Whether all places are allocated at once, and stay where they are.
+        kernels (`bool`, *optional*, defaults to `False`):
+            Whether CUDA's kernel that returns the log-sum-exp is used.
     """
 
-    def __init__(self, prompt_lengths: Tensor, rows: int, max_length: int):
-        self.prompt_lengths = prompt_lengths
+    def __init__(
+        self,
+        prompt_sizes: Sequence[int],
+        rows: int,
+        max_length: int,
+        device: torch.device | None = None,
+        fixed: bool = False,
+        kernels: bool = False,
+    ):
+        self.prompt_sizes = list(prompt_sizes)
+        self.longest_prompt = max(1, *self.prompt_sizes)
+        self.prompt_lengths = torch.tensor(self.prompt_sizes, device=device)
         self.rows = rows
         self.max_length = max_length
-        self.capacity = self._width = 0
+        self.kernels = kernels
+        self.capacity = max_length if fixed else 0
+        self._width = 0
         # Keys and values of each layer
         self.prompts: list[tuple[Tensor, Tensor]] = []
         self.own: list[tuple[Tensor, Tensor]] = []
@@ -135,7 +163,7 @@ class KeyValueStore:
     def store_prompts(self, layer: int, first: int, key: Tensor, value: Tensor) -> None:
         """Store keys and values of prompts `first, first + 1, ...`; `key` and `value` have shape (B, H_kv, T, D)."""
         if layer == len(self.prompts):
-            shape = (len(self.prompt_lengths), key.shape[1], max(1, int(self.prompt_lengths.max())))
+            shape = (len(self.prompt_sizes), key.shape[1], self.longest_prompt)
             self.prompts.append((key.new_zeros(*shape, key.shape[3]), value.new_zeros(*shape, value.shape[3])))
         for kept, new in zip(self.prompts[layer], (key, value), strict=True):
             kept[first : first + new.shape[0], :, : new.shape[2]] = new
@@ -191,9 +219,11 @@ class KeyValueStore:
 
     def swap(self, one: int, other: int, length: int) -> None:
         """Exchange the first `length` own tokens of two slots."""
-        pair, swapped = [one, other], [other, one]
         for store in itertools.chain.from_iterable(self.own):
-            store[pair, :, :length] = store[swapped, :, :length]
+            first, second = store[one, :, :length], store[other, :, :length]
+            kept = first.clone()
+            first.copy_(second)
+            second.copy_(kept)
 
     # Masks
 
@@ -203,19 +233,34 @@ class KeyValueStore:
         against the rows' own tokens (`"own"`, shape (B, T, L)); `None` if every key may be seen.
         """
         if (part, window) not in self._biases:
-            visible = self._prompt_visible(window) if part == "prompt" else self._own_visible(window)
-            self._biases[part, window] = None if bool(visible.all()) else additive_mask(visible, dtype)
+            if part == "prompt":
+                found = None if self._sees_prompts(window) else additive_mask(self._prompt_visible(window), dtype)
+            else:
+                found = None if self._sees_own(window) else additive_mask(self._own_visible(window), dtype)
+            self._biases[part, window] = found
         return self._biases[part, window]
+
+    def _sees_prompts(self, window: int | None) -> bool:
+        """Return whether every query sees all of its padded prompt."""
+        span, size = self.running, self.longest_prompt
+        same = set(self.prompt_sizes) == {size}
+        return same and (window is None or size + span.longest + span.query_length <= window)
+
+    def _sees_own(self, window: int | None) -> bool:
+        """Return whether every query sees all of the width that is read of its row."""
+        span = self.running
+        same = span.level and span.query_length == 1 and self._width == span.longest + 1
+        return same and (window is None or span.longest < window)
 
     def _prompt_visible(self, window: int | None) -> Tensor:
         span = self.running
-        key = torch.arange(max(1, int(self.prompt_lengths.max())), device=span.lengths.device)
+        key = torch.arange(self.longest_prompt, device=span.lengths.device)
         visible = key < self.prompt_lengths[:, None, None, None]
         if window is None:
             return visible
         layout = span.layout
         distance = self.prompt_lengths[layout.groups][:, None] + span.positions  # (B, T) absolute query positions
-        near = span.lengths.new_zeros(len(self.prompt_lengths), layout.width, span.query_length)
+        near = span.lengths.new_zeros(len(self.prompt_sizes), layout.width, span.query_length)
         near[layout.groups, layout.ranks] = distance
         return visible & (key > near[..., None] - window)
 
@@ -310,6 +355,24 @@ def shared_prefix_attention(model: PreTrainedModel, store: KeyValueStore) -> Abs
 _CPU_KERNEL: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
+def _cuda_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return attention and its log-sum-exp as `_Attention.attend` does, by the kernel of memory-efficient attention,
+    which holds no scores. It wants the strides of a mask to be multiples of 16 bytes."""
+    batch, heads, count, _ = query.shape
+    if bias is not None:
+        width = key.shape[2]
+        aligned = bias.new_zeros(*bias.shape[:-1], -(-width // 8) * 8)
+        aligned[..., :width] = bias
+        bias = aligned[..., :width].expand(batch, heads, count, width)
+    out, lse, *_ = _CUDA_KERNEL(query, key, value, bias, True, scale=scale)
+    return out, lse[:, :, :count, None]  # it is padded to whole blocks of queries
+
+
+_CUDA_KERNEL: Any = torch.ops.aten._scaled_dot_product_efficient_attention
+
+
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a mask to add to scores, in `dtype`: 0 where `visible` (bool, any shape), the least number elsewhere."""
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
@@ -330,17 +393,30 @@ class _Attention:
             Bound of the scores, as in Gemma 2.
         with_lse (`bool`):
             Whether the log-sum-exp of all scores of a query is needed.
+        kernels (`bool`, *optional*, defaults to `False`):
+            Whether CUDA's kernel that returns the log-sum-exp is used.
     """
 
     scale: float
     window: int | None
     softcap: float | None
     with_lse: bool
+    kernels: bool = False
+
+    def mask_dtype(self, query: Tensor) -> torch.dtype:
+        """Return the dtype of masks for a query: that of scores, or where a CUDA kernel reads them, the query's."""
+        return query.dtype if self._suits_cuda(query) else score_dtype(query)
+
+    def _suits_cuda(self, query: Tensor) -> bool:
+        of_kernel = (torch.float16, torch.bfloat16, torch.float32)
+        return self.kernels and query.device.type == "cuda" and query.dtype in of_kernel and self.softcap is None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return attention and its log-sum-exp; query (B, H, Q, D), key and value (B, H, K, D). The log-sum-exp and
         `bias` have the dtype of scores: torch's kernel reads a mask for float64 queries as float64, whatever it is."""
         wide, softcap = score_dtype(query), self.softcap
+        if self._suits_cuda(query):
+            return _cuda_attention(query, key, value, bias, self.scale)
         if _CPU_KERNEL is not None and query.device.type == "cpu" and softcap is None and key.shape == value.shape:
             if bias is not None:
                 bias = bias.expand(query.shape[0], 1, query.shape[2], key.shape[2])
@@ -369,7 +445,7 @@ class _Attention:
         visible = position[None] <= position[:, None]
         if self.window is not None:
             visible &= position[None] > position[:, None] - self.window
-        bias = additive_mask(visible, score_dtype(query))
+        bias = additive_mask(visible, self.mask_dtype(query))
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         out, lse = self.attend(query.flatten(1, 2), key, value, bias)
         return out.unflatten(1, (heads, groups)), lse.unflatten(1, (heads, groups))
@@ -382,9 +458,11 @@ class _Attention:
         layout = store.running.layout
         batch, heads, groups, length, dim = query.shape
         wide = score_dtype(query)
-        own_bias = store.bias("own", self.window, wide)
-        if own_bias is not None:  # (B, T, L) -> (B, 1, G * T, L)
-            own_bias = own_bias[:, None].expand(-1, groups, -1, -1).reshape(batch, 1, groups * length, -1)
+        own_bias = store.bias("own", self.window, self.mask_dtype(query))
+        if own_bias is not None:  # (B, T, L) -> (B, 1, G * T, L), or (B, 1, 1, L) for all queries of a single token
+            own_bias = own_bias[:, None]
+            if length > 1:
+                own_bias = own_bias.expand(-1, groups, -1, -1).reshape(batch, 1, groups * length, -1)
         flat = query.reshape(batch, heads, groups * length, dim)
         own, own_lse = self.attend(flat, own_key, own_value, own_bias)
 
@@ -409,7 +487,7 @@ class _Attention:
         mine = ordered[slice(*ends)].transpose(0, 1)  # (H_kv, n, G * T, D)
         heads, count, queries, dim = mine.shape
         rows = store.running.layout.order[slice(*ends)]
-        bias = store.prompt_bias(prompt, size, rows, self.window, score_dtype(mine))
+        bias = store.prompt_bias(prompt, size, rows, self.window, self.mask_dtype(mine))
         if bias is not None:  # (n, T, P) -> (1, 1, n * G * T, P)
             bias = bias[:, None].expand(-1, groups, -1, -1).reshape(1, 1, count * queries, -1)
         out, lse = self.attend(mine.reshape(1, heads, count * queries, dim), key, value, bias)
@@ -421,11 +499,11 @@ class _Attention:
     ) -> tuple[Tensor, Tensor]:
         """Return attention of all rows to their prompts and its log-sum-exp, in one product that is padded to the
         longest prompt and the fullest group."""
-        prompts, width = len(store.prompt_lengths), store.running.layout.width
+        prompts, width = len(store.prompt_sizes), store.running.layout.width
         _, heads, queries, dim = ordered.shape
         packed = ordered.view(prompts, width, heads, queries, dim).transpose(1, 2)
         packed = packed.reshape(prompts, heads, width * queries, dim)
-        bias = store.bias("prompt", self.window, score_dtype(ordered))
+        bias = store.bias("prompt", self.window, self.mask_dtype(ordered))
         if bias is not None and self.window is not None:  # (G, width, T, P) -> (G, 1, width * groups * T, P)
             bias = bias[:, :, None].expand(-1, -1, groups, -1, -1).reshape(prompts, 1, width * queries, -1)
         out, lse = self.attend(packed, *store.prompts[layer], bias)
@@ -456,7 +534,8 @@ def _attention(
         # passes that fill the store, whose output nobody reads.
         return value.new_zeros(batch, length, all_heads, value.shape[3], dtype=given), None
     grouped = query.view(batch, heads, all_heads // heads, length, dim)
-    attention = _Attention(dim**-0.5 if scaling is None else scaling, sliding_window, softcap, s_aux is not None)
+    scale = dim**-0.5 if scaling is None else scaling
+    attention = _Attention(scale, sliding_window, softcap, s_aux is not None, store.kernels)
     lse: Tensor | None
     if store.span is None:
         out, lse = attention.causal(grouped, key, value)

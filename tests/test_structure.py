@@ -191,10 +191,14 @@ PRIVATE_NAMES_READ = {
     "algorithms.batch_advantages": {"scored._asdict"},  # of a named tuple
     "sampling.choice": {"nn.modules.conv._ConvNd"},
     "sampling.packed_linear": {
+        "torch.cpu._is_amx_tile_supported",
         "torch.ops.mkldnn._linear_pointwise",
         "torch.ops.mkldnn._reorder_linear_weight",
     },
-    "sampling.shared_prefix": {"torch.ops.aten._scaled_dot_product_flash_attention_for_cpu"},
+    "sampling.shared_prefix": {
+        "torch.ops.aten._scaled_dot_product_efficient_attention",
+        "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
+    },
     "sampling.vllm.client": {"engine._connect"},  # by a constructor of its class
     "sampling.vllm.policy_weights": {"module._non_persistent_buffers_set"},  # of `nn.Module`
     "tools.mcp.connection": {"mcp.client._transport"},

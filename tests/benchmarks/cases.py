@@ -63,6 +63,9 @@ class Case:
             Shape of the policy, a key of `SHAPES`.
         gradient_checkpointing (`bool`):
             Whether updates use it.
+        real (`bool`):
+            Whether the policy is SmolLM2-135M with its real weights, which writes one turn without tools. `shape` is
+            then not used, and what the two sides sample differs.
     """
 
     name: str = "as given"
@@ -75,6 +78,7 @@ class Case:
     ragged: bool = False
     shape: str = "small"
     gradient_checkpointing: bool = False
+    real: bool = False
 
     @property
     def rows(self) -> int:
@@ -84,6 +88,8 @@ class Case:
     @property
     def completion_limit(self) -> int:
         """`max_completion_length`, with room for what the tools return."""
+        if self.real:
+            return self.turn_tokens
         return self.turns * (256 if self.ragged else self.turn_tokens + 108)
 
     def training_options(self) -> dict[str, Any]:
@@ -112,6 +118,9 @@ CASES = {
     "2000": Case("2,000-token prompts, 2 x 8, 4 turns", prompt_tokens=2000),
     "tools": Case("600-token prompts, 4 x 8, 4 turns, tools of 100 ms", prompts=4, tool_ms=100.0),
     "ragged": Case("ragged: 1 to 8 turns of 8 to 200 tokens, 2 x 8", turns=8, ragged=True),
+    "smollm2": Case(
+        "SmolLM2-135M, 594-token prompts, 2 x 8, 64 tokens", turns=1, turn_tokens=64, prompt_tokens=594, real=True
+    ),
 }
 STEP = Case("600-token prompts, 2 x 8, 3 turns", turns=3)
 

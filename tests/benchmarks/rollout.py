@@ -5,6 +5,7 @@
 
 Prints the processor or card and the dtype, and for each case tokens per second of both and of a plain lockstep loop.
 In that loop the prompts are prefilled once, and each token of all rows takes one forward pass, without tool calls.
+All cases but SmolLM2's have a known text, so that both sides write the same tokens.
 Sides take turns; figures are medians. `--growth` adds the time by number of turns, and `--picture` writes both as an
 SVG. Both sides sample with transformers, or with vLLM (`--vllm`; not in the ragged case, whose text is dictated).
 """
@@ -21,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import markov
-from cases import CASES, DTYPE_HELP, DTYPES, Case, add_case_flags, autocast, device, given_case
-from machine import machine_line, now
+from cases import CASES, DTYPE_HELP, DTYPES, Case, add_case_flags, autocast, device, given_case, in_dtype
+from machine import ROOT, machine_line, now
 from markov import (
     Worker,
     build_model,
@@ -105,22 +106,59 @@ def follow(trainer: Any, backend: str, script: list[list[list[int]]], pad_id: in
     engine.make_sampler, model_sampler.sample_tokens = make_sampler, sample_tokens
 
 
+def build_policy(case: Case, dtype: str) -> tuple[Any, Any, list, list | None]:
+    """Build the policy of a case, its tokenizer, the distinct prompts, and the tools."""
+    if not case.real:
+        tokenizer = build_tokenizer(case.turn_tokens)
+        model = build_model(tokenizer, case.shape, case.turn_tokens, dtype)
+        return model, tokenizer, conversations(tokenizer, case.prompts, case.prompt_tokens), [ping]
+    import trl_toolgrpo
+
+    trl_toolgrpo.__path__.append(str(ROOT))  # finds the recipes of a checkout that is not installed
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from trl_toolgrpo.recipes.models.smollm2 import convert_smollm2
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = convert_smollm2(folder)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = in_dtype(AutoModelForCausalLM.from_pretrained(path).to(device()), dtype)
+    return model, tokenizer, stories(tokenizer, case.prompts, case.prompt_tokens), None
+
+
+def stories(tokenizer: Any, prompts: int, tokens: int) -> list[list[dict[str, str]]]:
+    """Return different prompts of English sentences, `tokens` tokens each with the template."""
+    people, things = ("The captain", "A friend", "My neighbor", "The teacher"), ("an old map", "a letter", "two keys")
+    found = []
+    for prompt in range(prompts):
+        draw_one, text = random.Random(prompt), "Continue this story at length."
+        while len(_chat_ids(tokenizer, f"{text} and")) < tokens:
+            sentence = f" {draw_one.choice(people)} found {draw_one.choice(things)} near the river."
+            longer = f"{text}{sentence}"
+            text = longer if len(_chat_ids(tokenizer, longer)) <= tokens else f"{text} and"
+        found.append([{"role": "user", "content": text}])
+    return found
+
+
+def _chat_ids(tokenizer: Any, text: str) -> list[int]:
+    messages = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+
+
 def build_trainer(backend: str, case: Case, dtype: str, vllm: bool = False) -> tuple[Any, list]:
     """Build a trainer of TRL's or of this package's, and the prompts of one rollout batch."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     markov.TOOL_SECONDS = case.tool_ms / 1000
-    tokenizer = build_tokenizer(case.turn_tokens)
-    model = build_model(tokenizer, case.shape, case.turn_tokens, dtype)
-    distinct = conversations(tokenizer, case.prompts, case.prompt_tokens)
+    model, tokenizer, distinct, tools = build_policy(case, dtype)
     rows = [prompt for prompt in distinct for _ in range(case.samples)]
     options: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": len(rows),
         "num_generations": case.samples,
         "max_completion_length": case.completion_limit,
-        "max_tool_calling_iterations": case.turns - (0 if case.ragged else 1),
+        "max_tool_calling_iterations": max(case.turns - (0 if case.ragged else 1), 1),
         "report_to": "none",
         "gradient_checkpointing": False,
         **trainer_options(model, tokenizer, dtype, vllm),
@@ -132,7 +170,7 @@ def build_trainer(backend: str, case: Case, dtype: str, vllm: bool = False) -> t
         from trl_toolgrpo import ToolGRPOConfig, ToolGRPOTrainer
 
         kind, config = ToolGRPOTrainer, ToolGRPOConfig(**options)
-    trainer: Any = kind(model, _reward, config, dataset, processing_class=tokenizer, tools=[ping])
+    trainer: Any = kind(model, _reward, config, dataset, processing_class=tokenizer, tools=tools)
     if case.ragged:
         if vllm:
             raise SystemExit("The ragged case dictates its text to transformers: leave out --vllm, or this case.")
@@ -144,17 +182,19 @@ def _reward(completions: list, **kwargs: Any) -> list[float]:
     return [0.0] * len(completions)
 
 
-def rollouts(backend: str, trainer: Any, rows: list) -> Callable[[], dict[str, Any]]:
+def rollouts(backend: str, trainer: Any, rows: list, real: bool = False) -> Callable[[], dict[str, Any]]:
     """Return a function that makes one rollout batch of `rows`, and returns seconds, sampled tokens and a digest."""
 
     def work() -> dict[str, Any]:
-        if backend == "trl":
+        if backend == "trl" and trainer.tools:
             trainer._sync_tool_dicts = [{"ping": trainer.tools[0]}] * len(rows)
             trainer._async_tool_dicts = [{}] * len(rows)
         started = now()
         prompt_ids, completion_ids, tool_mask, *_ = trainer._generate(rows)
         seconds = now() - started
         text = json.dumps([prompt_ids, completion_ids, tool_mask])
+        if real:  # each samples its own text
+            return {"seconds": seconds, "sampled": sum(map(len, completion_ids))}
         sampled = sum(map(sum, tool_mask))
         return {"seconds": seconds, "sampled": sampled, "text": hashlib.sha256(text.encode()).hexdigest()}
 
@@ -168,10 +208,10 @@ def lockstep(case: Case, dtype: str) -> Callable[[], dict[str, Any]]:
 
     from trl_toolgrpo.sampling.model_sampler import sample_tokens
 
-    tokenizer, place = build_tokenizer(case.turn_tokens), device()
-    model = build_model(tokenizer, case.shape, case.turn_tokens, dtype).eval()
-    distinct = conversations(tokenizer, case.prompts, case.prompt_tokens)
-    texts = [tokenizer.apply_chat_template(p, tools=[ping], add_generation_prompt=True)["input_ids"] for p in distinct]
+    (model, tokenizer, distinct, tools), place = build_policy(case, dtype), device()
+    model.eval()
+    texts = [tokenizer.apply_chat_template(p, tools=tools, add_generation_prompt=True)["input_ids"] for p in distinct]
+    texts = [text[-min(map(len, texts)) :] for text in texts]
     steps, rows = case.turns * case.turn_tokens, case.rows
     if case.ragged:
         script = script_of(rows, case.turns, tokenizer)
@@ -235,6 +275,7 @@ def parse_arguments() -> argparse.Namespace:
     add_case_flags(parser, Case())
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help=DTYPE_HELP)
     parser.add_argument("--ragged", action="store_true")
+    parser.add_argument("--real", action="store_true", help="SmolLM2-135M with its real weights, one turn of text.")
     parser.add_argument("--vllm", action="store_true", help="Both sides sample with vLLM, in the trainer's process.")
     parser.add_argument("--growth", action="store_true", help="Also measure how the time grows with turns.")
     parser.add_argument("--picture", type=Path, help="Write an SVG there.")
@@ -242,7 +283,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--worker", choices=["trl", "trl_toolgrpo", "lockstep"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    sized = given_case(arguments, ragged=arguments.ragged) != Case()
+    sized = given_case(arguments, ragged=arguments.ragged, real=arguments.real) != Case()
     if sized and not (arguments.worker or arguments.growth or "custom" in arguments.cases):
         parser.error("the cases have sizes of their own: pass `--cases custom` with yours, or leave them out")
     return arguments
@@ -253,10 +294,10 @@ def work_for(arguments: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(arguments.threads)
-    side, case = arguments.worker, given_case(arguments, ragged=arguments.ragged)
+    side, case = arguments.worker, given_case(arguments, ragged=arguments.ragged, real=arguments.real)
     if side == "lockstep":
         return serve(lockstep(case, arguments.dtype))
-    serve(rollouts(side, *build_trainer(side, case, arguments.dtype, arguments.vllm)))
+    serve(rollouts(side, *build_trainer(side, case, arguments.dtype, arguments.vllm), case.real))
 
 
 def main() -> None:
@@ -266,7 +307,7 @@ def main() -> None:
         return work_for(arguments)
     trl = ["trl"] if arguments.vs == "trl" else []
     common = [f"--dtype={arguments.dtype}", f"--threads={arguments.threads}", *(["--vllm"] * arguments.vllm)]
-    custom = given_case(arguments, ragged=arguments.ragged)
+    custom = given_case(arguments, ragged=arguments.ragged, real=arguments.real)
     print(machine_line(arguments.dtype), flush=True)
     heads = f"{'here':>8} {'lockstep':>9} {'share':>7} {'TRL':>8} {'ratio':>7} {'memory':>8} {'MiB':>7}"
     print(f"{'tokens per second':<50} {heads}", flush=True)

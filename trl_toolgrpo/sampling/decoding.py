@@ -7,6 +7,7 @@ its hundreds of kernels at once.
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,25 +28,28 @@ CAPTURED_WIDTH = 256
 
 def capture_cuda_graph(run: Callable[[], None]) -> Callable[[], None]:
     """
-    Capture what a function does on the current CUDA device, without doing it.
+    Capture what a function does on the current CUDA device, and do it once.
 
     Args:
         run (`Callable`):
             The function. Whatever it reads and writes must stay where it is in memory.
 
     Returns:
-        `Callable`: does it.
+        `Callable`: does it again.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
+    graph.replay()
     return graph.replay
 
 
 CAPTURES: dict[str, Callable[[Callable[[], None]], Callable[[], None]]] = {"cuda": capture_cuda_graph}
-"""What captures a step on each type of device."""
+"""What captures a step on a type of device: runs it, and returns what repeats it, or raises `RuntimeError`."""
 
-Step = Callable[[Span, Tensor, Tensor], Sequence[Tensor]]
+_Kind: TypeAlias = tuple[int, int]
+"""Number of rows, and the width of what they attend to."""
+Step: TypeAlias = Callable[[Span, Tensor, Tensor], Sequence[Tensor]]
 """Runs the model over a span of the rows' last tokens, int64, shape (B, 1), and samples with the given noise, shape
 (B,); returns the sampled tokens, int64, shape (B,), and what is recorded of each, shape (B,)."""
 
@@ -60,17 +64,18 @@ class Decoder:
         store ([`KeyValueStore`]):
             Keys and values of the rows.
         captures (`bool`, *optional*, defaults to `False`):
-            Whether steps have static shapes and are captured, where the device can do so.
+            Whether steps are captured, where that is possible on the device.
 
     Attributes:
-        static (`bool`): whether steps have static shapes.
+        fixed (`bool`): whether steps are captured, so that their shapes have to recur: they run over rows that are not
+            decoded, and over a width of the store that is not in use.
     """
 
     def __init__(self, step: Step, store: KeyValueStore, captures: bool = False):
         self._step, self._store = step, store
         self._device = store.prompt_lengths.device
-        self.static = captures and self._device.type in CAPTURES
-        self._refused = False
+        self.fixed = captures and self._device.type in CAPTURES
+        self._refused = False  # whether a capture has failed
         self._tokens = torch.zeros(store.rows, dtype=torch.int64, device=self._device)
         self._lengths = torch.zeros_like(self._tokens)
         self._noise: Tensor | None = None
@@ -79,8 +84,8 @@ class Decoder:
         self._count = self._longest = 0
         self._level = False
         self._unread: list[Tensor] = []
-        self._results: dict[tuple[int, int], Tensor] = {}  # what a captured step records
-        self._replays: dict[tuple[int, int], Callable[[], None]] = {}
+        self._results: dict[_Kind, Tensor] = {}  # what a captured step records
+        self._replays: dict[_Kind, Callable[[], None]] = {}
 
     @property
     def unread(self) -> int:
@@ -88,9 +93,8 @@ class Decoder:
         return len(self._unread)
 
     def rows_of(self, count: int) -> int:
-        """Return how many rows a step of `count` rows runs over: all of them, and others where shapes are static."""
-        rows = max(LEAST_ROWS, 1 << (count - 1).bit_length())
-        return min(rows, self._store.rows) if self.static else count
+        """Return how many rows a step of `count` rows runs over: these, and others where that is `fixed`."""
+        return min(max(LEAST_ROWS, 1 << (count - 1).bit_length()), self._store.rows) if self.fixed else count
 
     def begin(self, tokens: Sequence[int], lengths: Sequence[int], count: int, layout: Layout) -> None:
         """
@@ -104,7 +108,7 @@ class Decoder:
             count (`int`):
                 How many of them are decoded. What is written to the others is after their own tokens, and not kept.
             layout ([`Layout`]):
-                How they share prompts. With static shapes its tensors are copied into those of the first.
+                How they share prompts. Where the number of rows is `fixed`, it is copied into the first.
         """
         rows = len(tokens)
         self._tokens[:rows] = torch.tensor(tokens, device=self._device)
@@ -112,7 +116,7 @@ class Decoder:
         self._count, self._longest = count, max(lengths)
         self._level = min(lengths) == self._longest
         self._layout = layout
-        if self.static:
+        if self.fixed:
             self._layout = self._layouts.setdefault(rows, layout)
             self._layout.copy_(layout)
 
@@ -128,15 +132,15 @@ class Decoder:
         """
         rows = self.rows_of(self._count)
         noise = self._on_device(noise)
-        if self.static:
-            if self._noise is None:
-                self._noise = noise.new_zeros(self._store.rows)
-            self._noise[: self._count] = noise
-            noise = self._noise[:rows]
-        if self.static and captured:
-            self._run_captured(rows, noise)
+        if self._noise is None:
+            self._noise = noise.new_zeros(self._store.rows)
+        self._noise[: self._count] = noise
+        noise = self._noise[:rows]
+        if self.fixed and captured and not self._refused:
+            found = self._run_captured(rows, noise)
         else:
-            self._unread.append(self._run(rows, self._longest, self._level, noise)[:, : self._count])
+            found = self._run(rows, self._longest, self._level, noise)
+        self._unread.append(found[:, : self._count])
         self._longest += 1
 
     def read(self) -> list[list[list[float]]]:
@@ -165,32 +169,35 @@ class Decoder:
         lengths += 1
         return torch.stack([part.to(widest(self._device)) for part in (sampled, *figures)])
 
-    def _run_captured(self, rows: int, noise: Tensor) -> None:
-        """Run a step of static shapes: the first of its kind as it is, which also allocates what it needs; later ones
-        from a capture."""
-        width = -(-(self._longest + 1) // CAPTURED_WIDTH) * CAPTURED_WIDTH
-        kind = rows, min(width, self._store.max_length) - 1
+    def _run_captured(self, rows: int, noise: Tensor) -> Tensor:
+        """Run a step of static shapes: the first of its kind as it is, which also allocates what it needs, the second
+        while it is captured, and later ones from the capture."""
+        width = min(-(-(self._longest + 1) // CAPTURED_WIDTH) * CAPTURED_WIDTH, self._store.max_length)
+        kind = rows, width
 
         def run() -> None:
-            self._results[kind].copy_(self._run(rows, kind[1], False, noise))
+            self._results[kind].copy_(self._run(rows, width - 1, False, noise))
 
-        if kind not in self._results:
-            self._results[kind] = self._run(rows, kind[1], False, noise)
-        else:
-            if kind not in self._replays:
-                self._replays[kind] = self._captured(run)
+        if kind in self._replays:
             self._replays[kind]()
-        self._unread.append(self._results[kind][:, : self._count].clone())
+        elif kind in self._results:
+            self._replays[kind] = self._captured(run)
+        else:
+            self._results[kind] = self._run(rows, width - 1, False, noise)
+        return self._results[kind].clone()
 
     def _captured(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Return a step as captured, or as it is where that fails."""
+        """Run a step, and return what repeats it: a capture, or the step itself where that fails."""
+        tokens, lengths = self._tokens.clone(), self._lengths.clone()
         try:
             return CAPTURES[self._device.type](run)
         except RuntimeError as error:
-            if not self._refused:
-                logger.warning(
-                    "A decoding step of this model cannot be captured, so decoding runs without: %s",
-                    str(error).splitlines()[0],
-                )
-            self._refused = True
-            return run
+            logger.warning(
+                "A decoding step of this model cannot be captured, so decoding runs without: %s",
+                str(error).splitlines()[0],
+            )
+        self._refused = True
+        self._tokens.copy_(tokens)  # it may have run in part
+        self._lengths.copy_(lengths)
+        run()
+        return run

@@ -256,7 +256,7 @@ class ModelSession:
         return self._read_sampled() if self.decoder.unread >= min(most, left) else []
 
     def _begin(self) -> None:
-        """Hand the running rows to the decoder; with static shapes also some that only fill up their number."""
+        """Hand the running rows to the decoder; with a fixed number also some that only fill it up."""
         states = [self.rows[row] for row in self.slots[: self.decoder.rows_of(self.running)]]
         lengths = [state.length for state in states]
         layout = self._layout_of(states)
@@ -360,21 +360,21 @@ class ModelSession:
         return self._layouts[prompts]
 
     def _layout(self, prompts: tuple[int, ...]) -> Layout:
-        """Return how rows share prompts; with static shapes, whatever rows there are, one padded product of all
-        prompts."""
+        """Return how rows share prompts; for a fixed number of rows one padded product of all prompts, whichever rows
+        there are."""
         rows_of: list[list[int]] = [[] for _ in self.prompts]
         ranks = []
         for row, prompt in enumerate(prompts):
             ranks.append(len(rows_of[prompt]))
             rows_of[prompt].append(row)
-        static = self.decoder.static
-        sizes, width = [len(prompt) for prompt in self.prompts], self.most_of_a_prompt if static else max(ranks) + 1
-        batched = static or (all(rows_of) and self._pads(sizes))
+        fixed = self.decoder.fixed
+        sizes, width = [len(prompt) for prompt in self.prompts], self.most_of_a_prompt if fixed else max(ranks) + 1
+        batched = fixed or (all(rows_of) and self._pads(sizes))
         padded = [rows + (rows[:1] or [0]) * (width - len(rows)) for rows in rows_of] if batched else rows_of
         starts = [0, *itertools.accumulate(map(len, padded))]
         order = [row for rows in padded for row in rows]
         places = [starts[prompt] + rank for prompt, rank in zip(prompts, ranks, strict=True)]
-        in_place = not static and order == list(range(len(prompts)))
+        in_place = not fixed and order == list(range(len(prompts)))
         return Layout(
             groups=torch.tensor(prompts, device=self.device),
             ranks=torch.tensor(ranks, device=self.device),

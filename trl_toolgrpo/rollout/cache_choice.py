@@ -168,8 +168,9 @@ def memory_needs(run: Run, model: PreTrainedModel, prompts: Sequence[Sequence[in
 def _shape(config: PreTrainedConfig) -> ModelShape | None:
     """Return the shape of a model; `None` for one that is built in another way."""
     try:
-        return ModelShape.from_config(config)
-    except (AttributeError, TypeError, ValueError):
+        shape = ModelShape.from_config(config)
+        return shape if shape.parameters > 0 else None
+    except (AttributeError, TypeError, ValueError):  # also where a size is missing, such as GPT-2's
         return None
 
 

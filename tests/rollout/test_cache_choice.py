@@ -200,7 +200,8 @@ def pretend_gpu(monkeypatch, trainer, tokens):
     """Have the device of a trainer say that it is a GPU with room for so many tokens; return who was asked."""
     longest = [1] * size_of(trainer, rows()[-1])
     found = memory_needs(trainer.run, trainer.model, [longest], True)
-    free = next(n for n in itertools.count(0, 100) if ChosenCache(DeviceMemory(n, 0, 0), found).bytes >= tokens * TOKEN)
+    sizes = (DeviceMemory(free, 0, 0) for free in itertools.count(0, 100))
+    free = next(size.free for size in sizes if ChosenCache(size, found).bytes >= tokens * TOKEN)
     asked = []
     monkeypatch.setattr(
         cache_choice, "device_memory", lambda device: asked.append(device) or DeviceMemory(free, 9000, 9000)

@@ -4,12 +4,16 @@ that it is one."""
 import itertools
 import math
 import re
+import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import add, chat_tokenizer, config, prompts, tiny_model
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from trl_toolgrpo import ConfigError, ModelShape, ToolGRPOTrainer, estimate_memory
@@ -17,6 +21,7 @@ from trl_toolgrpo.memory import sampling_memory
 from trl_toolgrpo.rollout import cache_choice
 from trl_toolgrpo.rollout.cache_budget import parts_that_fit
 from trl_toolgrpo.rollout.cache_choice import ChosenCache, DeviceMemory, MemoryNeeds, device_memory, memory_needs
+from trl_toolgrpo.sampling import model_sampler, shared_prefix
 from trl_toolgrpo.sampling.model_sampler import PREFILL_TOKENS
 
 
@@ -139,21 +144,41 @@ def test_sharded_runs_need_a_share(tmp_path):
     assert shared.lasting == whole.lasting / 4 and whole.update - shared.update == weights * 3 / 4
 
 
-def test_sampling_needs_logits_a_pass_and_copies(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "rollouts", "read", "attended"),
+    [
+        ({"gradient_accumulation_steps": 2}, 8, 4 * 9, 0),  # each prompt once, for two rollouts
+        ({"per_device_eval_batch_size": 40}, 40, 20 * 9, 0),
+        ({"lengths": [3000], "per_device_eval_batch_size": 40}, 40, PREFILL_TOKENS, 0),
+        ({"lengths": [9000]}, 4, 9000, 0),
+        ({"run": {"tools": [add]}, "max_tool_output_tokens": 50}, 4, 4 * 50, 12),
+        ({"run": {"tools": [add]}, "max_tool_output_tokens": 5}, 4, 4 * 5, 12),
+        ({"run": {"tools": [add]}, "max_tool_output_tokens": 5000}, 4, PREFILL_TOKENS, 12),
+    ],
+)
+def test_sampling_needs_logits_and_a_pass_that_reads(tmp_path, changes, rollouts, read, attended):
     model = tiny_model(chat_tokenizer())
+    found = needs(tmp_path, model, **{"num_generations": 2, "per_device_eval_batch_size": 2, **changes})
     shape = ModelShape.from_config(model.config)
-    count = sum(p.numel() for p in model.parameters())
-    plain = needs(tmp_path, model, per_device_eval_batch_size=2, gradient_accumulation_steps=2)
-    assert plain.sampling == sampling_memory(shape, rollouts=8, read=8 * 9, compute_bytes=4)
-    of_evaluation = needs(tmp_path, model, per_device_eval_batch_size=40)
-    assert of_evaluation.sampling == sampling_memory(shape, rollouts=40, read=40 * 9, compute_bytes=4)
-    tools = needs(tmp_path, model, run={"tools": [add]}, per_device_eval_batch_size=40, max_tool_output_tokens=500)
-    assert tools.sampling == sampling_memory(shape, 40, read=PREFILL_TOKENS, attended=12, compute_bytes=4)
-    long = needs(tmp_path, model, lengths=[9000], per_device_eval_batch_size=40)
-    assert long.sampling == sampling_memory(shape, 40, read=9000, compute_bytes=4)
-    low = needs(tmp_path, model, per_device_eval_batch_size=40, bf16=True, cast_lm_head_to_fp32=True)
+    assert found.sampling == sampling_memory(shape, rollouts, read, attended, compute_bytes=4)
+
+
+def test_layers_with_a_window_hold_scores(tmp_path):
+    model = tiny_model(chat_tokenizer())
+    plain = needs(tmp_path, model, per_device_eval_batch_size=4).sampling
+    model.config.sliding_window = 5
+    scores = 3 * 9 * model.config.num_attention_heads * 12 * 4
+    assert needs(tmp_path, model, per_device_eval_batch_size=4).sampling == plain + scores
+
+
+def test_sampling_needs_copies_of_weights_under_autocast(tmp_path):
+    model = tiny_model(chat_tokenizer())
+    shape, count = ModelShape.from_config(model.config), sum(p.numel() for p in model.parameters())
     head = 4 * shape.vocab_size * shape.hidden_size
-    assert low.sampling == sampling_memory(shape, 40, read=360, compute_bytes=2) + 2 * count + head
+    low = needs(tmp_path, model, bf16=True)
+    assert needs(tmp_path, model, bf16=True, cast_lm_head_to_fp32=True).sampling == low.sampling + head
+    model.bfloat16()
+    assert needs(tmp_path, model, bf16=True).sampling == low.sampling - 2 * count
 
 
 def test_sampling_memory_by_hand():
@@ -171,6 +196,67 @@ def test_half_is_kept_where_a_model_does_not_tell_its_shape(tmp_path):
     found = needs(tmp_path, other)
     assert found.update == math.inf and found.sampling == 0
     assert found.lasting == 8 * sum(p.numel() for p in other.parameters())
+
+
+class TensorMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made while it is open, as an allocator of a GPU does."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.sizes:
+                storage = tensor.untyped_storage()
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, storage._cdata)
+        return result
+
+    def _freed(self, key):
+        self.now -= self.sizes.pop(key)
+
+
+def test_bytes_of_tensors_are_counted():
+    with TensorMemory() as memory:
+        one = torch.zeros(100)
+        view = one.view(10, 10)
+        del one
+        assert memory.now == 400
+        double = view + view
+        del view
+        assert (memory.now, memory.peak) == (400, 800)
+        del double
+    assert (memory.now, memory.peak) == (0, 800)
+
+
+SHAPE = {
+    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 1024,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("prompt", "result"), [(300, 2), (20, 150), (300, 60)])
+def test_sampling_takes_what_is_kept_for_it(monkeypatch, prompt, result):
+    """Two turns of eight rollouts of two prompts, with the attention of a GPU."""
+    monkeypatch.setattr(shared_prefix, "_CPU_KERNEL", None)
+    monkeypatch.setattr(model_sampler, "packed_linears", lambda model: nullcontext())
+    model = tiny_model(chat_tokenizer(), **SHAPE)
+    rows, own = [[1 + row // 4] * prompt for row in range(8)], 4 + result + 4
+    with TensorMemory() as memory:
+        with model_sampler.ModelSampler(model, stop_ids=(), pad_id=0).open(rows, own) as session:
+            for tokens in ([], [5] * result):
+                for row in range(8):
+                    session.extend(row, tokens, 4)
+                while session.busy:
+                    session.step()
+    shape = ModelShape.from_config(model.config)
+    cache = 4 * shape.cached_values * (2 * prompt + 8 * (own + 1))
+    kept = sampling_memory(shape, 8, read=max(2 * prompt, 8 * result), attended=max(prompt, own), compute_bytes=4)
+    assert 0.3 * kept < memory.peak - cache < kept
 
 
 # A run

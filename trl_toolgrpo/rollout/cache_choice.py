@@ -193,8 +193,9 @@ def _sampling(run: Run, model: PreTrainedModel, shape: ModelShape, prompt: int) 
     rollouts = max(
         args.per_device_train_batch_size * (args.steps_per_generation or 1), args.per_device_eval_batch_size
     )
-    longest = max(prompt, args.max_tool_output_tokens if run.tools else 1)
-    read = max(longest, min(PREFILL_TOKENS, rollouts * longest))
+    prompts = -(-rollouts // (args.num_generations or 1))
+    output = args.max_tool_output_tokens if run.tools else 1
+    read = max(prompt, output, min(PREFILL_TOKENS, max(prompts * prompt, rollouts * output)))
     # Plain prompts are read by a kernel that holds no scores
     holds_scores = bool(run.tools) or model_setting(config, "sliding_window") is not None
     attended = max(prompt, args.max_completion_length or 1) if holds_scores else 0

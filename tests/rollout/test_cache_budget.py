@@ -33,7 +33,7 @@ def test_bytes_per_token(tmp_path):
 
 
 def test_a_batch_is_divided_no_more_than_needed(tmp_path):
-    assert parts(tmp_path, None, [10, 10]) == [(0, 8)]
+    assert parts(tmp_path, None, [10, 10]) == [(0, 8)] and parts(tmp_path, 99, []) == [(0, 0)]
     assert parts(tmp_path, 2 * 10 + 8 * 16, [10, 10]) == [(0, 8)]
     assert parts(tmp_path, 2 * 10 + 8 * 16 - 1, [10, 10]) == [(0, 4), (4, 8)]  # not seven and one
     assert parts(tmp_path, 10 + 16, [10, 10]) == [(row, row + 1) for row in range(8)]

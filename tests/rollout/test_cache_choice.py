@@ -100,7 +100,7 @@ def test_an_adapter_needs_room_for_itself_alone(tmp_path):
     found = needs(tmp_path, peft, gradient_checkpointing=False)
     assert found.lasting == 2 * trained and found.update == trained + activations(model, "lora")
     peft.requires_grad_(False)
-    assert needs(tmp_path, peft).lasting == 0
+    assert needs(tmp_path, peft, lengths=()).lasting == 0
 
 
 def test_what_is_there_already_needs_no_room(tmp_path):
@@ -246,13 +246,13 @@ def test_sampling_takes_what_is_kept_for_it(monkeypatch, prompt, result):
     monkeypatch.setattr(model_sampler, "packed_linears", lambda model: nullcontext())
     model = tiny_model(chat_tokenizer(), **SHAPE)
     rows, own = [[1 + row // 4] * prompt for row in range(8)], 4 + result + 4
-    with TensorMemory() as memory:
-        with model_sampler.ModelSampler(model, stop_ids=(), pad_id=0).open(rows, own) as session:
-            for tokens in ([], [5] * result):
-                for row in range(8):
-                    session.extend(row, tokens, 4)
-                while session.busy:
-                    session.step()
+    sampler = model_sampler.ModelSampler(model, stop_ids=(), pad_id=0)
+    with TensorMemory() as memory, sampler.open(rows, own) as session:
+        for tokens in ([], [5] * result):
+            for row in range(8):
+                session.extend(row, tokens, 4)
+            while session.busy:
+                session.step()
     shape = ModelShape.from_config(model.config)
     cache = 4 * shape.cached_values * (2 * prompt + 8 * (own + 1))
     kept = sampling_memory(shape, 8, read=max(2 * prompt, 8 * result), attended=max(prompt, own), compute_bytes=4)

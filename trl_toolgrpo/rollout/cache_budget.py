@@ -78,7 +78,7 @@ def parts_that_fit(
         ConfigError: if one rollout alone does not fit.
     """
     limit, own = stored_tokens(args, model, chosen), (args.max_completion_length or 1) + 1
-    if limit is None:
+    if limit is None or not prompts:
         return [(0, len(prompts))]
     longest = max(map(len, prompts))
     if longest + own > limit:

@@ -154,7 +154,7 @@ def memory_needs(run: Run, model: PreTrainedModel, prompts: Sequence[Sequence[in
     # DeepSpeed makes its state when it takes the model over; others make theirs in the first step
     made = run.is_deepspeed_enabled or _has_state(run.optimizer)
     lasting = 0.0 if made else _optimizer_bytes(args, trained) / processes
-    shape, longest = _shape(config), max(map(len, prompts))
+    shape, longest = _shape(config), max(map(len, prompts), default=1)
     if shape is None or not supported:  # such as `model.generate`, which reads whole histories at a time
         update, sampling = math.inf, 0.0
     else:

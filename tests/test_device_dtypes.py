@@ -259,7 +259,8 @@ def reward(completion_ids, **kwargs):
 @pytest.mark.parametrize("keyed", [False, True])
 def test_a_run_makes_float64_only_on_the_host(tmp_path, monkeypatch, keyed):
     users = ("algorithms.advantages", "algorithms.batch_advantages", "critic.critic", "update.ratio_statistics")
-    for name in (*users, "sampling.choice", "sampling.noise", "reference.adapter", "reference.sync"):
+    users += ("sampling.choice", "sampling.decoding", "sampling.noise", "reference.adapter", "reference.sync")
+    for name in users:
         monkeypatch.setattr(importlib.import_module(f"trl_toolgrpo.{name}"), "widest", lambda device: torch.float32)
     tokenizer = chat_tokenizer("qwen3_instruct_2507")
     trainer = ToolGRPOTrainer(

@@ -1,7 +1,9 @@
-"""A device without float64, such as Apple's GPUs: no float64 tensor is made there, and the results are the same."""
+"""Devices without float64, such as Apple's GPUs: no float64 tensor is made there, and the results are the same. On one
+that this package does not know, `model.generate` samples."""
 
 import importlib
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -24,43 +26,50 @@ from trl_toolgrpo.algorithms.base import TokenAdvantages
 from trl_toolgrpo.algorithms.batch_advantages import BatchAdvantages
 from trl_toolgrpo.models.rounding import Rounding, widest
 from trl_toolgrpo.reference.adapter import Comparison
+from trl_toolgrpo.rollout.engine import RolloutEngine
+from trl_toolgrpo.rollout.loop import RolloutRequest
 from trl_toolgrpo.sampling.choice import differs
-from trl_toolgrpo.sampling.model_sampler import sample_tokens
+from trl_toolgrpo.sampling.generate_sampler import GenerateSampler
+from trl_toolgrpo.sampling.model_sampler import ModelSampler, sample_tokens
+from trl_toolgrpo.sampling.noise import RolloutNoise
 from trl_toolgrpo.update.ratio_statistics import RatioStatistics
 
 
-MPS = torch.device("mps")
+MPS, XPU = torch.device("mps"), torch.device("xpu")
 
 
-class OnMPS(torch.Tensor):
+class Abroad(torch.Tensor):
     """A tensor of the pretended device."""
 
 
-class PretendMPS(TorchFunctionMode):
-    """Pretends that [`OnMPS`] tensors, and those made from them, are on a device that refuses float64."""
+class Pretend(TorchFunctionMode):
+    """Pretends that [`Abroad`] tensors, and those made from them, are on a device that refuses float64."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         given = tree_flatten((args, kwargs or {}))[0]
-        there = any(isinstance(value, OnMPS) or value == MPS for value in given if not _plain(value))
+        there = any(isinstance(value, Abroad) or value == self.device for value in given if not _plain(value))
         if not there:
             return function(*args, **(kwargs or {}))
         if function == torch.Tensor.device.__get__:
-            return MPS
-        args, kwargs = tree_map(_at_home, (args, kwargs or {}))
+            return self.device
+        args, kwargs = tree_map(self._at_home, (args, kwargs or {}))
         with torch._C.DisableTorchFunction():
             result = function(*args, **kwargs)
         leaves = function in (torch.Tensor.cpu,) or (function is torch.Tensor.to and "cpu" in map(str, given[1:]))
         return result if leaves else tree_map(_abroad, result)
 
+    def _at_home(self, value):
+        if isinstance(value, Abroad):
+            return value.as_subclass(torch.Tensor)
+        return torch.device("cpu") if isinstance(value, torch.device) and value == self.device else value
+
 
 def _plain(value):
-    return isinstance(value, torch.Tensor) and not isinstance(value, OnMPS)
-
-
-def _at_home(value):
-    if isinstance(value, OnMPS):
-        return value.as_subclass(torch.Tensor)
-    return torch.device("cpu") if isinstance(value, torch.device) and value == MPS else value
+    return isinstance(value, torch.Tensor) and not isinstance(value, Abroad)
 
 
 def _abroad(value):
@@ -68,7 +77,7 @@ def _abroad(value):
         return value
     if value.dtype == torch.float64:
         raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
-    return value.as_subclass(OnMPS)
+    return value.as_subclass(Abroad)
 
 
 def ratio(move):
@@ -126,10 +135,11 @@ def trials(move):
     }
 
 
+@pytest.mark.parametrize("device", [MPS, XPU], ids=str)
 @pytest.mark.parametrize("figures", [ratio, comparison, gae, keyed_tokens, drawn_tokens, trials])
-def test_results_without_float64_are_the_same(figures):
-    with PretendMPS():
-        found = figures(lambda tensor: tensor.to(MPS))
+def test_results_without_float64_are_the_same(figures, device):
+    with Pretend(device):
+        found = figures(lambda tensor: tensor.to(device))
     expected = figures(lambda tensor: tensor)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -141,7 +151,7 @@ def test_results_without_float64_are_the_same(figures):
 
 
 def test_the_pretended_device_refuses_float64():
-    with PretendMPS():
+    with Pretend(MPS):
         for make in (
             lambda: torch.zeros(2, dtype=torch.float64, device=MPS),
             lambda: torch.zeros(2, dtype=torch.float64).to(MPS),
@@ -150,7 +160,56 @@ def test_the_pretended_device_refuses_float64():
             with pytest.raises(TypeError, match="doesn't support float64"):
                 make()
         assert torch.zeros(2, device=MPS).device == MPS and torch.zeros(2, device=MPS).cpu().double().device != MPS
-    assert widest(MPS) == torch.float32 and widest(torch.device("cpu")) == torch.float64
+    assert widest(MPS) == widest(XPU) == torch.float32
+    assert widest(torch.device("cpu")) == widest(torch.device("cuda")) == torch.float64
+
+
+# Which sampler a device gets
+
+
+def settle(model):
+    """Move a model to the pretended device."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    there = tensor.data.as_subclass(Abroad)
+                    tensors[name] = torch.nn.Parameter(there) if tensors is module._parameters else there
+    return model
+
+
+def keyed_rollouts(tmp_path, device=None):
+    tokenizer = chat_tokenizer()
+    model = tiny_model(tokenizer)
+    engine = RolloutEngine(config(tmp_path, max_completion_length=12), [tokenizer.eos_token_id], 0)
+    requests = [RolloutRequest([3 + row, 7, 9, 5][: 4 - row % 2]) for row in range(4)]
+    noise = RolloutNoise(seed=1, step=0)
+    if device is None:
+        return engine.run(model, requests, nullcontext, noise=noise)
+    with torch.no_grad(), Pretend(device):
+        assert next(settle(model).parameters()).device == device
+        return engine.run(model, requests, nullcontext, noise=noise)
+
+
+@pytest.mark.parametrize("device", [MPS, XPU], ids=str)
+def test_generate_samples_on_a_device_that_is_not_known(tmp_path, caplog, monkeypatch, device):
+    made = []
+    for sampler in (GenerateSampler, ModelSampler):
+        opened = lambda self, *args, usual=sampler.open: made.append(type(self)) or usual(self, *args)  # noqa: E731
+        monkeypatch.setattr(sampler, "open", opened)
+    expected = keyed_rollouts(tmp_path).trajectories
+    assert made[-1] is ModelSampler and not caplog.messages
+    found = keyed_rollouts(tmp_path, device).trajectories
+    assert made[-1] is (GenerateSampler if device == XPU else ModelSampler)
+    said = (
+        "Sampling falls back to `model.generate` for this model: it is on a device of type `xpu`, and the default "
+        "sampler is written for cpu, cuda, mps."
+    )
+    assert [message for message in caplog.messages if "falls back" in message] == [said] * (device == XPU)
+    assert len(expected) == 4
+    for one, other in zip(found, expected, strict=True):
+        assert one.completion_ids == other.completion_ids
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
 # A whole run
@@ -200,7 +259,8 @@ def reward(completion_ids, **kwargs):
 @pytest.mark.parametrize("keyed", [False, True])
 def test_a_run_makes_float64_only_on_the_host(tmp_path, monkeypatch, keyed):
     users = ("algorithms.advantages", "algorithms.batch_advantages", "critic.critic", "update.ratio_statistics")
-    for name in (*users, "sampling.choice", "sampling.noise", "reference.adapter", "reference.sync"):
+    users += ("sampling.choice", "sampling.decoding", "sampling.noise", "reference.adapter", "reference.sync")
+    for name in users:
         monkeypatch.setattr(importlib.import_module(f"trl_toolgrpo.{name}"), "widest", lambda device: torch.float32)
     tokenizer = chat_tokenizer("qwen3_instruct_2507")
     trainer = ToolGRPOTrainer(

@@ -33,6 +33,8 @@ import machine
 import pieces
 from packaging.requirements import Requirement
 
+from trl_toolgrpo import ModelShape, estimate_memory
+
 
 # A program whose stages are planted; it is the real one in all else
 PLANTED = f"""
@@ -143,6 +145,12 @@ def check_numbers(value, path=""):
         assert value not in ("nan", "inf", "-inf"), path
 
 
+def check_estimate(found, case, method, completion_tokens):
+    """The estimate is that of the run, and its ratio is recorded with it."""
+    assert found["estimated_mib"] == cases.estimated_mib(case, "bfloat16_weights", completion_tokens, method)
+    assert found["peak_of_estimate"] == pytest.approx(found["peak_mib"] / found["estimated_mib"], rel=0.01)
+
+
 # The dry run
 
 
@@ -184,6 +192,7 @@ def test_the_smoke_step_compares_logprobs(rehearsed):
         assert found["sampled_tokens"] == case.rows * case.turns * case.turn_tokens
         assert found["logprob_mean"] < -0.1, "a policy that is sure of itself would show nothing"
         assert found["peak_mib"] > 0 and found["seconds"] > 0 and found["self_check"]
+        check_estimate(found, case, "lora", found["completion_tokens"])
         for differences in (found["recorded_recomputed"], found["between_passes"]):
             assert 0 <= differences["p50"] <= differences["p90"] <= differences["p99"] <= differences["max"] < 1
             assert 0 <= differences["mean"] <= differences["max"]
@@ -215,6 +224,9 @@ def test_both_sides_are_measured_on_the_same_text(rehearsed, stage, names, figur
         for side in ("trl_toolgrpo", "trl"):
             assert found[side]["rounds"] >= 1 and found[side]["peak_mib"] > 0
             assert all(found[side][figure] > 0 for figure in figures), (name, side, found[side])
+        if stage in ("updates", "step"):
+            check_estimate(found["trl_toolgrpo"], cases.gpu_case(name, dry_run=True), "full", found["trl"]["tokens"])
+        assert "estimated_mib" not in found["trl"]
         for figure, ratio in found["times_faster"].items():
             assert ratio == pytest.approx(found["trl"][figure] / found["trl_toolgrpo"][figure])
     if names == ["decode"]:
@@ -239,6 +251,49 @@ def test_the_recipe_is_trained_and_evaluated(rehearsed):
     assert [step["step"] for step in found["steps"]] == [1, 2]
     assert found["steps"][0]["forced/fraction"] > 0 and found["steps"][1]["forced/fraction"] == 0
     assert [rates["step"] for rates in found["evaluations"]] == [0, 1, 2]
+
+
+# The estimate of memory
+
+
+@pytest.mark.parametrize(("dtype", "sizes"), [("float32", (4, 4)), ("bfloat16", (4, 2)), ("bfloat16_weights", (2, 2))])
+@pytest.mark.parametrize("name", ["smoke", "update", "update_checkpointing", "step"])
+def test_the_estimate_is_that_of_the_case(monkeypatch, name, dtype, sizes):
+    monkeypatch.setattr(cases, "device", lambda: "cuda")
+    case = cases.gpu_case(name, dry_run=False)
+    shape = ModelShape(1024, 3072, 28, 16, 8, 128, 151936)
+    run = {
+        "micro_batch": 8,
+        "rollouts": 16 if name == "smoke" else 64,
+        "num_generations": 8,
+        "prompt_length": 600,
+        "completion_length": 321,
+        "gradient_checkpointing": name == "update_checkpointing",
+    }
+    weight, computed = sizes
+    for method in ("lora", "full"):
+        expected = estimate_memory(shape, method, weight_bytes=weight, compute_bytes=computed, **run).peak
+        assert cases.estimated_mib(case, dtype, 320.6, method) == expected / 2**20
+        options = cases.gpu_case(name, dry_run=False).training_options()
+        assert options["per_device_train_batch_size"] == options["num_generations"] == run["micro_batch"]
+        assert options["per_device_train_batch_size"] * options["gradient_accumulation_steps"] == run["rollouts"]
+
+
+def test_the_estimate_of_a_cpu_has_packed_weights(monkeypatch):
+    case = cases.gpu_case("step", dry_run=True)
+    on_cpu = cases.estimated_mib(case, "float32", 30)
+    monkeypatch.setattr(cases, "device", lambda: "cuda")
+    packed = 4 * ModelShape(**vars(cases.SHAPES["tiny"])).linear_parameters
+    assert on_cpu - cases.estimated_mib(case, "float32", 30) == pytest.approx(packed / 2**20)
+
+
+def test_peaks_are_compared_with_the_estimate():
+    rounds = [{"update": 1.0, "peak_mib": peak, "estimated_mib": 40.0} for peak in (10.0, 50.0, 60.0)]
+    ours = argparse.Namespace(name="trl_toolgrpo", found=rounds)
+    theirs = argparse.Namespace(name="trl", found=[{"update": 2.0, "peak_mib": 110.0}] * 2)
+    found = gpu.standing("updates", [ours, theirs], {})
+    assert found["trl_toolgrpo"]["peak_of_estimate"] == 55 / 40 and found["memory_ratio"] == 0.5
+    assert "peak_of_estimate" not in found["trl"]
 
 
 # Stages that fail, or take too long

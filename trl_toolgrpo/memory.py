@@ -234,8 +234,7 @@ def estimate_memory(
         shape, micro_batch, prompt_length, completion_length, compute_bytes, gradient_checkpointing, method != "full"
     )
     tokens = rollouts * completion_length + -(-rollouts // num_generations) * prompt_length
-    cache = float(tokens * shape.cached_values * compute_bytes)
-    cache += 3 * rollouts * shape.vocab_size * _FLOAT  # logits
+    cache = float(tokens * shape.cached_values * compute_bytes) + _logits(shape, rollouts)
     packed = shape.linear_parameters * float(_FLOAT) if on_cpu and method != "qlora" else 0.0
     return MemoryEstimate(weights, gradients, optimizer, activations, gathered, cache, packed)
 
@@ -245,17 +244,55 @@ def _activations(
 ) -> float:
     """Activations of a micro-batch that are kept for the backward pass, and their gradients, in bytes."""
     tokens = rows * (prompt + completion)
-    query, key = map(max, zip(*shape.attention_widths, strict=True))
-    # Kept in a block: the stream and its normalized copies, queries, keys, values and the result of attention, the
-    # gate, the other branch and what comes of them; adapters see the same inputs once more, in float32 at most
-    block: float = tokens * size * (6 * shape.hidden_size + 3 * query + 3 * key + 4 * shape.intermediate_size)
-    if adapters:
-        block *= 1.2
-    layers = shape.num_hidden_layers
+    block, layers = _block(shape, tokens, size, adapters), shape.num_hidden_layers
     kept = layers * tokens * shape.hidden_size * size + block if checkpointing else layers * block
     kept += block  # the gradients of a block's activations, while the backward pass is there
     scored = min(rows * completion, _TILE[0]) * min(shape.vocab_size, _TILE[1]) * _FLOAT * 2
     return kept + scored
+
+
+def sampling_memory(
+    shape: ModelShape,
+    rollouts: int,
+    read: int,
+    attended: int = 0,
+    compute_bytes: int = 2,
+    adapters: bool = False,
+) -> float:
+    """
+    Return what sampling takes in addition to weights, keys and values, in bytes: the logits of a decoding step, and
+    one block of a pass that reads prompts or tool results.
+
+    Args:
+        shape ([`ModelShape`]):
+            The model.
+        rollouts (`int`):
+            Rollouts in progress.
+        read (`int`):
+            Tokens of such a pass.
+        attended (`int`, *optional*, defaults to `0`):
+            Tokens that each of them attends to, where scores of attention are held in memory.
+        compute_bytes (`int`, *optional*, defaults to `2`):
+            Bytes of an activation.
+        adapters (`bool`, *optional*, defaults to `False`):
+            Whether linear layers have adapters.
+    """
+    scores = 3.0 * read * shape.num_attention_heads * attended * _FLOAT  # as they are, masked, and their exponentials
+    return _logits(shape, rollouts) + _block(shape, read, compute_bytes, adapters) + scores
+
+
+def _block(shape: ModelShape, tokens: int, size: int, adapters: bool) -> float:
+    """What a pass over some tokens makes in one block, in bytes."""
+    query, key = map(max, zip(*shape.attention_widths, strict=True))
+    # The stream and its normalized copies, queries, keys, values and the result of attention, the gate, the other
+    # branch and what comes of them; adapters see the same inputs once more, in float32 at most
+    made: float = tokens * size * (6 * shape.hidden_size + 3 * query + 3 * key + 4 * shape.intermediate_size)
+    return made * 1.2 if adapters else made
+
+
+def _logits(shape: ModelShape, rollouts: int) -> float:
+    """Logits of a decoding step and copies that a token is drawn from, in bytes."""
+    return 3.0 * rollouts * shape.vocab_size * _FLOAT
 
 
 QWEN3 = {

@@ -249,7 +249,7 @@ class ToolGRPOTrainer(GRPOTrainer):
             if estimator.needs_values:
                 self.critic = Critic(run, self.update.scoring)
         self.advantages = BatchAdvantages(run, estimator)
-        self.rollouts.prepare(force_policy)
+        self.rollouts.prepare(force_policy, partial(self.records.print, failure="A line could not be printed"))
         self.checkpoints = Checkpoints(
             run,
             of_run={"packing": self.update.scoring.packing, "reference": self.reference},

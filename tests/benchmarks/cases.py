@@ -186,6 +186,39 @@ def in_dtype(model: Any, dtype: str) -> Any:
     return model.to(torch.bfloat16 if dtype == "bfloat16_weights" else torch.float32)
 
 
+def estimated_mib(case: Case, dtype: str, completion_tokens: float, method: str = "full") -> float:
+    """
+    Return the peak memory that this package estimates for steps of its trainer, in MiB, without that of Python and its
+    libraries.
+
+    Args:
+        case (`Case`):
+            The batch.
+        dtype (`str`):
+            Key of `DTYPES`.
+        completion_tokens (`float`):
+            Tokens of a completion, those of tool results included.
+        method (`str`, *optional*, defaults to `"full"`):
+            As in `estimate_memory`.
+    """
+    from trl_toolgrpo import ModelShape, estimate_memory
+
+    estimate = estimate_memory(
+        ModelShape(**asdict(SHAPES[case.shape])),
+        method,
+        micro_batch=case.samples,
+        rollouts=case.rows,
+        num_generations=case.samples,
+        prompt_length=case.prompt_tokens,
+        completion_length=round(completion_tokens),
+        weight_bytes=2 if dtype == "bfloat16_weights" else 4,
+        compute_bytes=4 if dtype == "float32" else 2,
+        gradient_checkpointing=case.gradient_checkpointing,
+        on_cpu=device() == "cpu",
+    )
+    return estimate.peak / 2**20
+
+
 def autocast(dtype: str) -> Any:
     """Return the context in which both trainers run the model."""
     import torch

@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import Any
 
 import markov
-from cases import DTYPE_HELP, DTYPES, SHAPES, Case, device, dtype_options, gpu_case
+from cases import DTYPE_HELP, DTYPES, SHAPES, Case, device, dtype_options, estimated_mib, gpu_case
 from machine import ROOT, describe_machine, free_memory, now, peak_mib, reset_peak, source_state, versions
 from markov import (
     WARNINGS,
@@ -163,8 +163,8 @@ def smoke_step(run: Run, cast: bool) -> dict[str, Any]:
             Whether the LM head is in float32 (`cast_lm_head_to_fp32`).
 
     Returns:
-        `dict[str, Any]`: seconds, peak memory, the metrics of the step, and differences of log-probs in nats. If the
-        self-check fails, `self_check` has its message, and the step is made without it.
+        `dict[str, Any]`: seconds, peak memory compared with its estimate, the metrics of the step, and differences of
+        log-probs in nats. If the self-check fails, `self_check` has its message, and the step is made without it.
     """
     from trl_toolgrpo import LogprobMismatchError
 
@@ -182,6 +182,7 @@ def _smoke_step(run: Run, cast: bool, check: str) -> dict[str, Any]:
     from trl_toolgrpo import ToolGRPOConfig, ToolGRPOTrainer
 
     case = run.case("smoke")
+    free_memory()  # of the step before
     reset_peak()
     started = now()
     tokenizer = build_tokenizer(case.turn_tokens, alternatives=4)
@@ -214,7 +215,7 @@ def _smoke_step(run: Run, cast: bool, check: str) -> dict[str, Any]:
 
     def generate(inputs: Any) -> Any:
         output = prepare(inputs)
-        found.update(logprob_differences(trainer, output))
+        found.update(logprob_differences(trainer, output), completion_tokens=output["completion_ids"].size(1))
         return output
 
     trainer._generate_and_score_completions = generate
@@ -222,7 +223,16 @@ def _smoke_step(run: Run, cast: bool, check: str) -> dict[str, Any]:
     logged = next(log for log in trainer.state.log_history if "loss" in log)
     metrics = {name: value for name, value in logged.items() if isinstance(value, int | float)}
     rounding = asdict(trainer.update.scoring.rounding)  # as the trainer measures it
-    return {"seconds": now() - started, "peak_mib": peak_mib(), **found, "rounding": rounding, "metrics": metrics}
+    found |= {"seconds": now() - started, "peak_mib": peak_mib(), "rounding": rounding, "metrics": metrics}
+    found["estimated_mib"] = estimated_mib(case, run.dtype, found["completion_tokens"], "lora")
+    return beside_estimate(found)
+
+
+def beside_estimate(found: dict[str, Any]) -> dict[str, Any]:
+    """Return figures with the ratio of the measured peak memory to the estimate, where there is one."""
+    if "estimated_mib" not in found:
+        return found
+    return found | {"peak_of_estimate": found["peak_mib"] / found["estimated_mib"]}
 
 
 def logprob_differences(trainer: Any, output: dict[str, Any]) -> dict[str, Any]:
@@ -472,7 +482,8 @@ def standing(job: str, workers: list[Worker], errors: dict[str, list[str]]) -> d
 
     Returns:
         `dict[str, Any]`: for each side the median of each figure after the warm-up, the number of rounds and the peak
-        memory; `times_faster` and `memory_ratio` of this package to TRL; `same_text`.
+        memory, for this package compared with its estimate where it trains; `times_faster` and `memory_ratio` of this
+        package to TRL; `same_text`.
     """
     found: dict[str, Any] = {}
     for worker in workers:
@@ -486,7 +497,7 @@ def standing(job: str, workers: list[Worker], errors: dict[str, list[str]]) -> d
             side[name] = statistics.median(values) if numbers else values[-1]
         if "sampled" in side and "seconds" in side:
             side["tokens_per_second"] = side["sampled"] / side["seconds"]
-        found[worker.name] = side
+        found[worker.name] = beside_estimate(side)
     ours, theirs = (found[side] for side in SIDES)
     times = [name for name in RATIOS[job] if name in ours and name in theirs]
     found["times_faster"] = {name: theirs[name] / ours[name] for name in times}

@@ -15,7 +15,7 @@ import tempfile
 from typing import Any
 
 import markov
-from cases import DTYPE_HELP, DTYPES, STEP, Case, add_case_flags, given_case
+from cases import DTYPE_HELP, DTYPES, STEP, Case, add_case_flags, estimated_mib, given_case
 from machine import machine_line, now
 from markov import Worker, build_model, build_tokenizer, conversations, ping, tell, told, trainer_options
 
@@ -100,6 +100,8 @@ def train(
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             whole = now() - spent.pop("started")
+            if backend == "trl_toolgrpo":
+                spent["estimated_mib"] = estimated_mib(case, dtype, spent["tokens"])
             tell(step=whole, update=whole - spent["rollouts"], **spent)
 
     trainer.add_callback(Rounds())

@@ -319,6 +319,12 @@ def test_rollout_counts_add_up_over_processes():
     assert found["rollout/invalid"] == 2 and found["rollout/tokens_per_second"] == 15 / 4.0
 
 
+def test_the_least_bound_on_keys_and_values_of_all_processes_is_logged():
+    counts = [rollout_counts(tool_batch(), 1.0, 0.0, 0, cache_gib=chosen) for chosen in (3.5, 2.5, None)]
+    assert rollout_metrics(counts, with_tools=True)["rollout/cache_gib"] == 2.5
+    assert "rollout/cache_gib" not in rollout_metrics(counts[2:], with_tools=True)
+
+
 def test_a_tool_called_in_one_process_is_counted():
     first = rollout_counts(tool_batch()[:1], 1.0, 0.0, 0)
     second = rollout_counts([Trajectory([1], [2], [0.0], [1], [0], [Turn(0, 1)], "stop")], 1.0, 0.0, 0)

@@ -59,7 +59,9 @@ class ToolGRPOConfig(GRPOConfig):
             where a rollout batch ends within an optimizer step.
         rollout_cache_gib (`float`, *optional*):
             Most memory, in GiB, for the keys and values of rollouts in progress on one process. A rollout batch that
-            could need more is sampled in several parts. `None` for no limit.
+            could need more is sampled in several parts. `None` is no limit on a CPU; on a CUDA GPU each process
+            chooses the bound before its first rollouts, from the free memory less what optimizer, updates and sampling
+            take, and prints it. A large number is no limit there.
         gpu_paths (`str`, *optional*, defaults to `"none"`):
             Faster ways of computing the same on a CUDA GPU, which are off until they have been measured on one: any
             of `"attention"` (decoding attends by a kernel that returns the log-sum-exp), `"reading"` (sampled tokens

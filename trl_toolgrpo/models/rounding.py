@@ -51,8 +51,9 @@ COMPARED_TOKENS = 128
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """Return the widest float dtype of a device: float64, or float32 on Apple's GPUs, which have no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    """Return the widest float dtype of a device: float64 on CPUs and CUDA GPUs; float32 elsewhere, as Apple's GPUs and
+    many other accelerators have no float64."""
+    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
 
 
 def compute_dtype(args: "ToolGRPOConfig", model: nn.Module) -> torch.dtype:

@@ -58,12 +58,15 @@ class RolloutCounts:
             Seconds that each call took, by tool.
         seconds, tool_wait (`float`):
             Wall-clock time in total, and spent waiting for tools.
+        cache_gib (`float`, *optional*):
+            The bound on keys and values that was chosen by the memory of a GPU, in GiB.
     """
 
     totals: Counter[str]
     latencies: dict[str, list[float]]
     seconds: float
     tool_wait: float
+    cache_gib: float | None = None
 
 
 def rollout_counts(
@@ -74,6 +77,7 @@ def rollout_counts(
     tool_names: Sequence[str] = (),
     unconstrained: int = 0,
     abandoned: int = 0,
+    cache_gib: float | None = None,
 ) -> RolloutCounts:
     """
     Count what happened in the rollouts of one process.
@@ -91,6 +95,8 @@ def rollout_counts(
             Forced bodies left free because their schema cannot be satisfied.
         abandoned (`int`, *optional*, defaults to `0`):
             Calls given up since they ignored their time limit.
+        cache_gib (`float`, *optional*):
+            The bound on keys and values that was chosen by the memory of a GPU, in GiB.
     """
     totals: Counter[str] = Counter(rollouts=len(trajectories), invalid=invalid, abandoned=abandoned)
     totals["unconstrained"] = unconstrained
@@ -111,7 +117,7 @@ def rollout_counts(
                     totals[f"tools/{call.name}/errors"] += result.is_error
                     totals[f"tools/{call.name}/timeouts"] += result.error_type == "timeout"
                     totals[f"tools/{call.name}/truncated"] += result.truncated
-    return RolloutCounts(totals, latencies, seconds, tool_wait)
+    return RolloutCounts(totals, latencies, seconds, tool_wait, cache_gib)
 
 
 def rollout_metrics(counts: Sequence[RolloutCounts], with_tools: bool) -> dict[str, float]:
@@ -143,6 +149,9 @@ def rollout_metrics(counts: Sequence[RolloutCounts], with_tools: bool) -> dict[s
         found["rollout/invalid"] = total["invalid"]
     if total["unconstrained"]:
         found["forced/unconstrained"] = total["unconstrained"]
+    chosen = [part.cache_gib for part in counts if part.cache_gib is not None]
+    if chosen:
+        found["rollout/cache_gib"] = min(chosen)
     if not with_tools:
         return found
     found |= {"tools/unknown_calls": total["unknown"], "tools/malformed_calls": total["malformed"]}

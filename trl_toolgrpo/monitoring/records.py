@@ -127,8 +127,16 @@ class Records:
         run, metrics, stats = self._run, self._run.metrics, batch.stats
         trajectories = batch.trajectories
         names = [tool.name for tool in self._rollouts.tools.toolset.known]
-        times = stats.seconds, stats.tool_wait_seconds
-        counts = rollout_counts(trajectories, *times, sum(batch.invalid), names, batch.unconstrained, stats.abandoned)
+        counts = rollout_counts(
+            trajectories,
+            stats.seconds,
+            stats.tool_wait_seconds,
+            sum(batch.invalid),
+            names,
+            batch.unconstrained,
+            stats.abandoned,
+            batch.cache_gib,
+        )
         for name, value in rollout_metrics(gather_object([counts]), bool(run.tools)).items():
             metrics[name].append(value)
         found = torch.tensor([[float(sum(t.tool_mask)), t.truncated] for t in trajectories])

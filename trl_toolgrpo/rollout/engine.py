@@ -3,7 +3,7 @@
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import cast
@@ -27,6 +27,7 @@ from ..tools.runtime.executor import ToolExecutor
 from ..trl_hooks import Run
 from ..types import Message
 from .cache_budget import parts_that_fit
+from .cache_choice import ChosenCache
 from .forcing import CallPrefixes, ForcePolicy, Forcing
 from .loop import Rollout, RolloutLimits, RolloutLoop, RolloutRequest, RolloutStats
 from .rewards import Rewards
@@ -82,6 +83,8 @@ class RolloutBatch:
             Once reward functions have scored the batch.
         source (`str`, *optional*, defaults to `"transformers"`):
             What sampled it: the backend, or the class of a custom sampler.
+        cache_gib (`float`, *optional*):
+            The bound on keys and values that was chosen by the memory of a GPU, in GiB.
     """
 
     rollouts: list[Rollout]
@@ -93,6 +96,7 @@ class RolloutBatch:
     completions: Sequence[str | list[Message]] = ()
     rewards: Rewards | None = None
     source: str = "transformers"
+    cache_gib: float | None = None
 
     @property
     def trajectories(self) -> list[Trajectory]:
@@ -161,6 +165,11 @@ class RolloutEngine:
             Needed if rollouts have tools.
         force_policy (`Callable`, *optional*):
             Names the tool of a forced call; uniform by default.
+        choose_cache (`Callable`, *optional*):
+            Chooses the bound on keys and values where `rollout_cache_gib` is `None`, given the policy, the prompts and
+            whether the default sampler samples; by default there is none.
+        report (`Callable[[str], None]`, *optional*):
+            Shows a line about the run.
     """
 
     args: ToolGRPOConfig
@@ -169,6 +178,8 @@ class RolloutEngine:
     chat: ToolChat | None = None
     executor: ToolExecutor | None = None
     force_policy: ForcePolicy | None = None
+    choose_cache: Callable[[PreTrainedModel, Sequence[Sequence[int]], bool], ChosenCache | None] | None = None
+    report: Callable[[str], None] = logger.info
 
     def __post_init__(self) -> None:
         args = self.args
@@ -184,6 +195,7 @@ class RolloutEngine:
         self._supported: bool | None = None
         self._pads = True
         self._warned_of_border = False
+        self._chosen: ChosenCache | None = None
         self._abandoned = 0
         forced = self.chat if args.force_rate > 0 else None
         self._prefixes = CallPrefixes(forced) if forced is not None else None
@@ -232,9 +244,8 @@ class RolloutEngine:
                 "Shorten what the data set and the environments put into the prompt.",
                 *(sum(without_room), len(requests), self.limits.max_sequence_length),
             )
-        parts = [(0, len(requests))]  # another sampler has a cache of its own
-        if self.sampler is None:
-            parts = parts_that_fit(self.args, policy, prompts, shares=self._is_supported(policy, autocast))
+        parts = self._parts_that_fit(policy, prompts, autocast)
+        batch.cache_gib = None if self._chosen is None else self._chosen.bytes / 2**30
         longest = self.limits.max_sequence_length
         for start, stop, limit in self._parts_by_frequency(policy, prompts, parts):
             self.limits.max_sequence_length = min(longest, limit)
@@ -292,6 +303,21 @@ class RolloutEngine:
         """Return prompts as a sampler reads them: one unused token for a rollout that does not begin."""
         begins = [self.limits.has_room(request.prompt_ids) and not request.failed for request in requests]
         return [r.prompt_ids if begun else r.prompt_ids[-1:] for r, begun in zip(requests, begins, strict=True)]
+
+    def _parts_that_fit(
+        self, policy: PreTrainedModel, prompts: Sequence[Sequence[int]], autocast: Autocast
+    ) -> list[tuple[int, int]]:
+        """Divide rollouts into parts that fit into memory; with the first ones it is chosen how much they may take."""
+        if self.sampler is not None:  # another sampler has a cache of its own
+            return [(0, len(prompts))]
+        supported, chosen = self._is_supported(policy, autocast), None
+        if self.args.rollout_cache_gib is None and self.choose_cache is not None and self._chosen is None:
+            chosen = self._chosen = self.choose_cache(policy, prompts, supported)
+        parts = parts_that_fit(self.args, policy, prompts, supported, self._chosen)
+        if chosen is not None:
+            count = "at once" if len(parts) == 1 else f"in {len(parts)} parts"
+            self.report(f"`rollout_cache_gib`: {chosen}. The first rollouts are sampled {count}.")
+        return parts
 
     def _parts_by_frequency(
         self, policy: PreTrainedModel, prompts: Sequence[Sequence[int]], parts: Sequence[tuple[int, int]]

@@ -4,6 +4,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from ..tools.tool import Tool
 from ..trl_hooks import Run
 from ..types import Row
 from .batch_noise import BatchNoise
+from .cache_choice import choose_cache
 from .engine import RolloutBatch, RolloutEngine
 from .forcing import ForcePolicy
 from .given_rollouts import checked_rollouts
@@ -68,8 +70,8 @@ class Rollouts:
         self._reward_check = RewardCheck(run)
         self._redactor = Redactor()
 
-    def prepare(self, force_policy: ForcePolicy | None) -> None:
-        """Prepare what needs the model, which TRL's constructor has made."""
+    def prepare(self, force_policy: ForcePolicy | None, report: Callable[[str], None]) -> None:
+        """Prepare what needs the model, which TRL's constructor has made; `report` shows a line about the run."""
         run, tools = self._run, self.tools
         if not run.recording:
             if tools.mcp is not None:
@@ -82,6 +84,7 @@ class Rollouts:
         pad_id = run.tokenizer.pad_token_id
         self.engine = RolloutEngine(run.args, run.eos_token_ids, pad_id, self.chat, tools.executor, force_policy)
         self.engine.sampler, self.engine.redactor = self.sampler, self._redactor
+        self.engine.choose_cache, self.engine.report = partial(choose_cache, run), report
         if run.args.rollout_backend == "vllm" and run.args.replay is None:  # a replayed run samples nothing
             self.vllm = VLLMRollouts(run)
             self.engine.sampler = self.vllm.sampler

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 TOKENS, PADDING = 12, 9
 """Tokens of the trial of padding, and padding tokens before them."""
 
+DEVICES = ("cpu", "cuda", "mps")
+"""Types of devices that the default sampler is written for."""
+
 _PLAIN_LAYERS = {"attention", "full_attention", "sliding_attention", "dense", "mlp", "moe", "sparse"}
 """Kinds of layers in which a token depends on others through attention alone, or on no others."""
 
@@ -45,6 +48,9 @@ def unsupported_reason(
         autocast (`Callable`, *optional*):
             Makes the autocast context that the trainer scores under.
     """
+    device = next(model.parameters()).device.type
+    if device not in DEVICES:
+        return f"it is on a device of type `{device}`, and the default sampler is written for {', '.join(DEVICES)}"
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return f"{model.active_peft_config.peft_type.value} puts learned tokens before the prompt"
     base = base_model(model)

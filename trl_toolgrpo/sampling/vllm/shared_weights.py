@@ -92,11 +92,11 @@ class _SharedCopy:
     def opened(self) -> Named:
         try:
             found = os.readlink(self.path)
-        except OSError as error:
+            if found != f"/memfd:{self.key} (deleted)":
+                raise SharingError(f"{self.path} is not the shared memory but {found}")
+            block = torch.from_file(self.path, shared=False, size=self.size, dtype=torch.uint8)
+        except (OSError, RuntimeError) as error:
             raise SharingError(f"the shared memory cannot be opened ({error})") from error
-        if found != f"/memfd:{self.key} (deleted)":
-            raise SharingError(f"{self.path} is not the shared memory but {found}")
-        block = torch.from_file(self.path, shared=False, size=self.size, dtype=torch.uint8)
         return [(name, _part(block, offset, dtype, shape)) for name, offset, dtype, shape in self.places]
 
 
@@ -111,10 +111,13 @@ def _shared_copy(tensors: Mapping[str, Tensor]) -> Iterator[_SharedCopy]:
         size += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
     key = uuid.uuid4().hex
     file = os.memfd_create(key)
+    path = f"/proc/{os.getpid()}/fd/{file}"
     try:
-        path = f"/proc/{os.getpid()}/fd/{file}"
-        os.ftruncate(file, size)
-        block = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+        try:
+            os.ftruncate(file, size)
+            block = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+        except (OSError, RuntimeError) as error:
+            raise SharingError(f"shared memory of {size} bytes cannot be had ({error})") from error
         for (_, offset, dtype, shape), tensor in zip(places, tensors.values(), strict=True):
             _part(block, offset, dtype, shape).copy_(tensor)
         yield _SharedCopy(path, key, size, places)

@@ -239,7 +239,8 @@ def policy_folder(name: str) -> Path:
 
 def is_shared_folder(folder: Path) -> bool:
     """Return whether a path is that of a policy in shared memory."""
-    parts = folder.relative_to(SHARED_MEMORY).parts if folder.is_relative_to(SHARED_MEMORY) else ()
+    memory = SHARED_MEMORY.resolve()
+    parts = folder.relative_to(memory).parts if folder.is_relative_to(memory) else ()
     return len(parts) == 2 and parts[0].startswith(_CLAIMED) and ".." not in parts
 
 

@@ -104,7 +104,7 @@ class VLLMRollouts:
         on_gpu = device == "cuda" and "weights" in gpu_paths_of(run.args.gpu_paths)
         # Whether an engine of this process reads all weights in the policy's memory
         self.shares = config is None and (device == "cpu" or on_gpu)
-        self._warned = False
+        self._said: set[str] = set()
         self._sent = 0
         self.sent_at: int | None = None  # optimizer step at which; `None` if the policy has changed otherwise
 
@@ -178,7 +178,7 @@ class VLLMRollouts:
         problem = next((found for found in gather_object([problem]) if found is not None), None)
         self.shares = problem is None
         if problem is not None:
-            self._warn_of_files(problem)
+            self._say("vLLM reads the weights of the policy from a checkpoint, and not in its memory", problem)
         return self.shares
 
     def _send_checkpoint(self, policy: PreTrainedModel, key: str, version: int) -> None:
@@ -188,7 +188,7 @@ class VLLMRollouts:
         if run.accelerator.is_local_main_process:
             problem = write_checkpoint(policy, file.folder)
             if problem is not None:
-                self._warn_of_files(problem)
+                self._say("The weights of the policy for vLLM are written to files on disk", problem)
         run.accelerator.wait_for_everyone()
         sends = run.args.vllm_mode != "server" or run.accelerator.is_main_process
         if sends:
@@ -205,11 +205,11 @@ class VLLMRollouts:
             if run.args.vllm_mode != "server" and not file.adapter:
                 file.remove()
 
-    def _warn_of_files(self, problem: str) -> None:
-        """Say once that files are used, and why."""
-        if not self._warned and self._run.accelerator.is_local_main_process:
-            logger.warning("vLLM gets the weights of the policy from files: %s.", problem)
-        self._warned = True
+    def _say(self, what: str, why: str) -> None:
+        """Say once how the weights are sent, and why in that way."""
+        if what not in self._said and self._run.accelerator.is_local_main_process:
+            logger.warning("%s: %s.", what, why)
+        self._said.add(what)
 
     def policy_was_replaced(self) -> None:
         """Have the policy sent again, since it has changed without an optimizer step."""

@@ -249,6 +249,24 @@ def test_a_worker_loads_all_weights_from_memory():
     assert model.second.weight.dtype == torch.bfloat16 and "load_weights" not in vars(model)
 
 
+def test_parameters_that_no_checkpoint_has_are_not_missed():
+    """Those that vLLM makes of others, a head that is tied to the embedding until it is loaded, scales of a cache."""
+    sent, model = Model().float().state_dict(), Model()
+    for name in ("packed", "k_scale"):
+        model.register_parameter(name, nn.Parameter(torch.ones(1)))
+    model.second.tied = model.first.bias
+
+    def reload(weights_iterator):
+        del model.packed  # as vLLM does before it loads
+        model.second.tied = nn.Parameter(torch.ones(1))
+        model.load_weights(weights_iterator)
+
+    worker = worker_with(model)
+    worker.reload_weights = reload
+    with shared_tensors(sent) as handles:
+        assert worker.reload_shared_policy(handles) is None
+
+
 @pytest.mark.parametrize("why", ["closed", "quantized"])
 def test_a_worker_that_cannot_read_memory_changes_nothing_and_says_why(why):
     sent, model = Model(), Model()

@@ -137,7 +137,8 @@ def test_all_weights_in_process(tmp_path, tiny, figures, monkeypatch, caplog, th
         monkeypatch.delattr(os, "memfd_create")
     trainer = trained(tmp_path, tiny, figures, lora=False)
     assert trainer.rollouts.vllm.shares == (through == "memory")
-    assert ("vLLM gets the weights of the policy from files" in caplog.text) == (through != "memory")
+    assert ("from a checkpoint, and not in its memory" in caplog.text) == (through != "memory")
+    assert "files on disk" not in caplog.text
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

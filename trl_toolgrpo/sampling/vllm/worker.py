@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .shared_weights import SharingError, opened_tensors
 
@@ -75,11 +75,12 @@ class PolicyWorker:
         only once, when the model is loaded, so it is packed again here.
         """
         model = self.model_runner.get_model()
-        names = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
-        load, loaded = model.load_weights, None
+        load, loaded, expected = model.load_weights, None, _parameter_names(model)
 
         def load_and_remember(weights: Iterable[tuple[str, Tensor]]) -> set[str] | None:
-            nonlocal loaded
+            nonlocal loaded, expected
+            # Tied parameters are one until vLLM begins; those that it makes of others are there only until then
+            expected &= _parameter_names(model)
             loaded = load(weights)
             return loaded
 
@@ -90,9 +91,14 @@ class PolicyWorker:
             del model.load_weights
         # Scales of a quantized cache need not be in a checkpoint; of a quantized model vLLM does not say what it loads
         if self.model_runner.model_config.quantization is None and loaded is not None:
-            left_out = sorted(name for name in names - loaded if not name.endswith("_scale"))
+            left_out = sorted(name for name in expected - loaded if not name.endswith("_scale"))
             if left_out:
                 raise RuntimeError(f"the policy has no weights for {', '.join(left_out)}")
         for module in model.modules():
             if hasattr(module, "cpu_linear") and module.weight.numel():
                 module.quant_method.process_weights_after_loading(module)
+
+
+def _parameter_names(model: nn.Module) -> set[str]:
+    """Return the names of parameters as `load_weights` does, without the layer that adapters are put around."""
+    return {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}

@@ -95,7 +95,7 @@ def test_what_cannot_be_shared_says_why(monkeypatch):
     with pytest.raises(SharingError, match="on 2 devices"), shared_tensors(apart):
         pass
     monkeypatch.delattr(os, "memfd_create")
-    with pytest.raises(SharingError, match="no anonymous shared memory"), shared_tensors(weights()):
+    with pytest.raises(SharingError, match="gives no anonymous shared memory"), shared_tensors(weights()):
         pass
 
 

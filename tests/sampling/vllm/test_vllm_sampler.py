@@ -583,6 +583,19 @@ def test_weights_that_cannot_be_shared_are_sent_as_a_file_and_it_says_so_once(
     trainer.rollouts.vllm.sampler.close()
 
 
+def test_processes_use_a_file_if_the_engine_of_one_cannot_read_memory(
+    tmp_path, tokenizer, in_process, shared_memory, monkeypatch
+):
+    llm = Workers()
+    in_process(VLLMEngine(llm))
+    trainer = train(tmp_path, tokenizer, lora=False, use_vllm=True)
+    monkeypatch.setattr(vllm_rollouts, "gather_object", lambda found: [*found, "it is on another GPU"])
+    trainer.rollouts.vllm.send(trainer.model)
+    assert llm.methods == ["reload_shared_policy", "reseed", "reload_policy", "reseed"]
+    assert not trainer.rollouts.vllm.shares
+    trainer.rollouts.vllm.sampler.close()
+
+
 @pytest.mark.parametrize(("device", "paths", "lora", "shares"), [
     ("cpu", "none", False, True),
     ("cpu", "none", True, False),

@@ -103,14 +103,15 @@ class _SharedCopy:
 @contextmanager
 def _shared_copy(tensors: Mapping[str, Tensor]) -> Iterator[_SharedCopy]:
     """Copy tensors to shared memory while open."""
-    if not hasattr(os, "memfd_create"):
-        raise SharingError("this system has no anonymous shared memory")
     places, size = [], 0
     for name, tensor in tensors.items():
         places.append((name, size, tensor.dtype, tensor.shape))
         size += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
     key = uuid.uuid4().hex
-    file = os.memfd_create(key)
+    try:
+        file = os.memfd_create(key)
+    except (AttributeError, OSError) as error:
+        raise SharingError(f"this system gives no anonymous shared memory ({error})") from error
     path = f"/proc/{os.getpid()}/fd/{file}"
     try:
         try:

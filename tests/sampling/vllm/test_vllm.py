@@ -157,7 +157,8 @@ def test_weights_in_memory_are_as_those_of_a_checkpoint(tmp_path, tiny, dtype, t
         return reply.token_ids, reply.logprobs
 
     async def run():
-        options = engine_options(str(tmp_path / "0"), None, dtype=dtype, max_model_len=128, skip_tokenizer_init=True)
+        more = {"max_model_len": 128, "skip_tokenizer_init": True, "enforce_eager": True}
+        options = engine_options(str(tmp_path / "0"), None, dtype=dtype, **more)
         engine = await VLLMEngine.start(options)
         try:
             found = []

@@ -18,6 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from trl_toolgrpo.errors import EngineLostError
+from trl_toolgrpo.sampling.vllm import policy_weights
 from trl_toolgrpo.sampling.vllm.client import model_shape
 from trl_toolgrpo.sampling.vllm.sampler import TokenReply
 from trl_toolgrpo.sampling.vllm.server import serve
@@ -70,8 +71,9 @@ class TinyEngine:
         pass
 
 
-def _run(port, fate, token, changes):
+def _run(port, fate, token, memory, changes):
     torch.set_num_threads(1)
+    policy_weights.SHARED_MEMORY = Path(memory or policy_weights.SHARED_MEMORY)
 
     async def start():
         return TinyEngine(fate)
@@ -87,6 +89,7 @@ class ServerProcess:
     Args:
         fate (`str`, *optional*): see [`TinyEngine`]; one that was started again has none.
         token (`str`, *optional*): what its clients have to show.
+        memory (`str`, *optional*): where it looks for shared memory.
         changes: what it says about itself that is not so.
     """
 
@@ -94,8 +97,8 @@ class ServerProcess:
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["rollout_server"])
 
-    def __init__(self, fate=None, token=None, **changes):
-        self.fate, self.token, self.changes = fate, token, changes
+    def __init__(self, fate=None, token=None, memory=None, **changes):
+        self.fate, self.token, self.memory, self.changes = fate, token, memory, changes
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -110,7 +113,7 @@ class ServerProcess:
         self.kill()
 
     def start(self):
-        options = (self.port, self.fate if self.process is None else None, self.token, self.changes)
+        options = (self.port, self.fate if self.process is None else None, self.token, self.memory, self.changes)
         self.process = self.processes.Process(target=_run, args=options, daemon=True)
         here = Path(__file__).parent
         with pytest.MonkeyPatch.context() as patch:  # what is imported beforehand is looked for there

@@ -20,6 +20,7 @@ from transformers import (
     TrainerControl,
     TrainerState,
 )
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils.chat_parsing.response_parser import _coerce
 from trl.extras.profiling import ProfilingContext, profiling_context
@@ -388,6 +389,20 @@ def has_replaceable_attention(model: nn.Module) -> bool:
 def is_stateful(model: nn.Module) -> bool:
     """Return whether transformers says that a model keeps a state other than keys and values."""
     return bool(getattr(model, "_is_stateful", False))
+
+
+def checkpoint_tensors(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """
+    Return a model's tensors with the names and in the form that `save_pretrained` gives them in a checkpoint.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model.
+        state (`Mapping[str, Tensor]`):
+            Its tensors by their names in the model, tied ones once.
+    """
+    ignored = model._keys_to_ignore_on_save or ()
+    return revert_weight_conversion(model, {name: value for name, value in state.items() if name not in ignored})
 
 
 def name_or_path(model: PreTrainedModel) -> str:
@@ -786,7 +801,7 @@ FSDP = {
 }
 """Names of torch's FSDP2, by class, that [`gathered_parameters`] goes by. A state has one group, or a list of them."""
 
-MODEL_ATTRIBUTES = ("_is_stateful", "_supports_attention_backend")
+MODEL_ATTRIBUTES = ("_is_stateful", "_keys_to_ignore_on_save", "_supports_attention_backend")
 """Attributes of `PreTrainedModel` that the functions here read."""
 
 CONFIG_ATTRIBUTES = ("_attn_implementation", "_name_or_path")

@@ -109,7 +109,7 @@ def test_counts_have_a_least_value(tmp_path, name, value, least):
 
 
 def test_faster_ways_on_a_gpu_are_named(tmp_path):
-    assert gpu_paths_of("all") == {"attention", "reading", "capture", "updates"}
+    assert gpu_paths_of("all") == {"attention", "reading", "capture", "updates", "weights"}
     assert gpu_paths_of("none") == frozenset()
     assert gpu_paths_of("updates, capture") == {"updates", "capture"}
     message = refused(tmp_path, gpu_paths="attention,graphs")

@@ -34,7 +34,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """What the added fields of texts take."""
 
-GPU_PATHS = ("attention", "reading", "capture", "updates")
+GPU_PATHS = ("attention", "reading", "capture", "updates", "weights")
 """What `gpu_paths` can turn on."""
 
 ESTIMATORS = {

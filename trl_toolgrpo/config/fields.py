@@ -65,9 +65,9 @@ class ToolGRPOConfig(GRPOConfig):
         gpu_paths (`str`, *optional*, defaults to `"none"`):
             Faster ways of computing the same on a CUDA GPU, which are off until they have been measured on one: any
             of `"attention"` (decoding attends by a kernel that returns the log-sum-exp), `"reading"` (sampled tokens
-            are read every few steps), `"capture"` (a decoding step is captured as a CUDA graph) and `"updates"`
-            (packed updates attend by flex attention), separated by commas; `"all"` or `"none"`. They do nothing on
-            other devices.
+            are read every few steps), `"capture"` (a decoding step is captured as a CUDA graph), `"updates"` (packed
+            updates attend by flex attention) and `"weights"` (an engine of vLLM in the process reads all weights where
+            they are on the GPU), separated by commas; `"all"` or `"none"`. They do nothing on other devices.
         deterministic_rollouts (`bool`, *optional*, defaults to `False`):
             Key the noise of sampling by seed, rollout batch, rollout and token, and admit rows to decoding in a fixed
             order: the same rollouts whatever the timing of tools or the number of processes. It costs a random number

@@ -2,29 +2,54 @@
 
 The engine is in-process or served, by `vllm_mode`; it gets the adapter of a LoRA run, or all weights, before the first
 rollout batch after each optimizer step. TRL's own vLLM engine cannot say which weights wrote a turn.
+
+An adapter is a file. All weights go through memory:
+
+| engine | where it reads them | held in addition to the policy and the engine's own weights |
+|---|---|---|
+| of this process, on a CPU | shared memory of this process | a copy on the host, until they are loaded |
+| of this process, on a GPU, with `gpu_paths="weights"` | where the policy has them on the GPU (CUDA IPC) | nothing |
+| of this process, on a GPU, otherwise | a checkpoint in `/dev/shm` | a copy on the host, until they are loaded |
+| a server on this machine | a checkpoint in `/dev/shm` | a copy on the host, until the next ones are loaded |
+| a server elsewhere | a file that it writes | a copy in `/dev/shm` here, and on the server's disk |
+
+Where one of these does not work a file is used, and a message says why. On the engine's device, loading takes the room
+of one more layer.
 """
 
+import logging
 import os
-import shutil
 import uuid
 import weakref
 from contextlib import AbstractContextManager
 
 import torch
-from accelerate.utils import broadcast_object_list, patch_environment
+from accelerate.utils import broadcast_object_list, gather_object, patch_environment
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from ..config.checks import refuse_unrecorded
+from ..config.checks import gpu_paths_of, refuse_unrecorded
 from ..config.fields import ToolGRPOConfig
 from ..errors import ConfigError
 from ..models.rounding import compute_dtype
 from ..models.temporary_attribute import temporary_attribute
 from ..sampling.vllm.client import ServedEngine, model_shape
 from ..sampling.vllm.engine import VLLMEngine, check_installed, engine_options
-from ..sampling.vllm.policy_weights import PolicyFile, adapter_problem, claim_folder, policy_folder, write_policy
+from ..sampling.vllm.policy_weights import (
+    PolicyFile,
+    SharedPolicy,
+    adapter_problem,
+    claim_folder,
+    policy_folder,
+    policy_tensors,
+    write_checkpoint,
+)
 from ..sampling.vllm.sampler import EngineStart, TokenEngine, VLLMSampler
+from ..sampling.vllm.shared_weights import SharingError, shared_tensors
 from ..trl_hooks import Run, name_or_path
+
+
+logger = logging.getLogger(__name__)
 
 
 def without_trls_vllm(args: ToolGRPOConfig, recording: bool) -> AbstractContextManager[None]:
@@ -74,7 +99,12 @@ class VLLMRollouts:
         self.folder = policy_folder(self._key)  # where versions of the policy are written, one at a time
         if run.accelerator.is_local_main_process:
             weakref.finalize(self, claim_folder(self._key)[1])
-        self.policy_file: PolicyFile | None = None  # the policy that the engine has
+        self.policy_file: PolicyFile | None = None  # the checkpoint that the engine has, while it can be needed again
+        device = run.accelerator.device.type
+        on_gpu = device == "cuda" and "weights" in gpu_paths_of(run.args.gpu_paths)
+        # Whether an engine of this process reads all weights in the policy's memory
+        self.shares = config is None and (device == "cpu" or on_gpu)
+        self._said: set[str] = set()
         self._sent = 0
         self.sent_at: int | None = None  # optimizer step at which; `None` if the policy has changed otherwise
 
@@ -124,15 +154,41 @@ class VLLMRollouts:
 
     def send(self, policy: PreTrainedModel) -> None:
         """Send the policy, unless the engine has that of this optimizer step; every process has to call this."""
-        run, version = self._run, self._run.state.global_step
+        version = self._run.state.global_step
         if self.sent_at == version:
             return
-        before, self._sent = self.policy_file, self._sent + 1
-        folder = self.folder / str(self._sent)
-        file = PolicyFile(f"{self._key}-{self._sent}", version, folder, isinstance(policy, PeftModel))
+        self._sent += 1
+        key = f"{self._key}-{self._sent}"
+        if not self._was_shared(policy, key, version):
+            self._send_checkpoint(policy, key, version)
+        self.sent_at = version
+
+    def _was_shared(self, policy: PreTrainedModel, key: str, version: int) -> bool:
+        """Have the engine of each process read the policy in its memory, and return whether all of them could. If not,
+        none does from then on."""
+        engine = self.sampler.engine
+        if not self.shares or not isinstance(engine, VLLMEngine):
+            return False
+        try:
+            with shared_tensors(policy_tensors(policy)) as handles:
+                self.sampler.run(engine.wake())
+                problem = self.sampler.run(engine.load_shared(SharedPolicy(key, version, handles)))
+        except SharingError as error:
+            problem = str(error)
+        problem = next((found for found in gather_object([problem]) if found is not None), None)
+        self.shares = problem is None
+        if problem is not None:
+            self._say("vLLM reads the weights of the policy from a checkpoint, and not in its memory", problem)
+        return self.shares
+
+    def _send_checkpoint(self, policy: PreTrainedModel, key: str, version: int) -> None:
+        """Write the policy, once on each machine, and have the engine load it."""
+        run, before = self._run, self.policy_file
+        file = PolicyFile(key, version, self.folder / str(self._sent), isinstance(policy, PeftModel))
         if run.accelerator.is_local_main_process:
-            folder.mkdir(parents=True)
-            write_policy(policy, folder)
+            problem = write_checkpoint(policy, file.folder)
+            if problem is not None:
+                self._say("The weights of the policy for vLLM are written to files on disk", problem)
         run.accelerator.wait_for_everyone()
         sends = run.args.vllm_mode != "server" or run.accelerator.is_main_process
         if sends:
@@ -140,10 +196,20 @@ class VLLMRollouts:
         run.accelerator.wait_for_everyone()
         if not sends:  # the server has it by now
             self.sampler.load(file)
-        self.policy_file, self.sent_at = file, version
+        self.policy_file = file
         run.accelerator.wait_for_everyone()
-        if before is not None and run.accelerator.is_local_main_process:
-            shutil.rmtree(before.folder, ignore_errors=True)
+        if run.accelerator.is_local_main_process:
+            if before is not None:
+                before.remove()
+            # A server that is lost needs it again, and an adapter can be read again; other weights are in the engine
+            if run.args.vllm_mode != "server" and not file.adapter:
+                file.remove()
+
+    def _say(self, what: str, why: str) -> None:
+        """Say once how the weights are sent, and why in that way."""
+        if what not in self._said and self._run.accelerator.is_local_main_process:
+            logger.warning("%s: %s.", what, why)
+        self._said.add(what)
 
     def policy_was_replaced(self) -> None:
         """Have the policy sent again, since it has changed without an optimizer step."""

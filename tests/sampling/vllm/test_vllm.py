@@ -1,5 +1,6 @@
 """Training with vLLM for real, on a CPU; the command that sets its environment up is in recipes/README.md."""
 
+import asyncio
 import importlib.util
 import os
 import socket
@@ -25,8 +26,12 @@ from conftest import config, prompts
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from trl_toolgrpo import ToolGRPOTrainer
+from trl_toolgrpo import SamplerError, ToolGRPOTrainer
 from trl_toolgrpo.recipes.models.smollm2 import convert_smollm2
+from trl_toolgrpo.sampling.vllm.engine import VLLMEngine, engine_options
+from trl_toolgrpo.sampling.vllm.policy_weights import PolicyFile, SharedPolicy, policy_tensors
+from trl_toolgrpo.sampling.vllm.sampler import TokenRequest
+from trl_toolgrpo.sampling.vllm.shared_weights import shared_tensors
 
 
 STEPS = 3
@@ -90,8 +95,14 @@ def trained(path, model, figures, *, lora=True, **changes):
         peft_config=LoraConfig(r=8, target_modules="all-linear") if lora else None,
     )
     sent, engine = [], trainer.rollouts.engine.sampler
-    load = engine.load
+    load, load_shared = engine.load, getattr(engine.engine, "load_shared", None)
+
+    async def noted(policy):
+        sent.append(len(policy.handles) / 2**20)
+        return await load_shared(policy)
+
     engine.load = lambda file: (sent.append(file.weights.stat().st_size / 2**20), load(file))
+    engine.engine.load_shared = noted
     try:
         trainer.train()
     finally:
@@ -120,16 +131,63 @@ def test_lora_in_process(tmp_path, model, figures):
     figures(f"the adapter has {size:.1f} MiB, the model {trainer.model.get_base_model().num_parameters() / 2**18:.1f}")
 
 
-def test_all_weights_in_process(tmp_path, tiny, figures):
-    trained(tmp_path, tiny, figures, lora=False)
+@pytest.mark.parametrize("through", ["memory", "a checkpoint"])
+def test_all_weights_in_process(tmp_path, tiny, figures, monkeypatch, caplog, through):
+    if through == "a checkpoint":
+        monkeypatch.delattr(os, "memfd_create")
+    trainer = trained(tmp_path, tiny, figures, lora=False)
+    assert trainer.rollouts.vllm.shares == (through == "memory")
+    assert ("from a checkpoint, and not in its memory" in caplog.text) == (through != "memory")
+    assert "files on disk" not in caplog.text
 
 
-def test_lora_served_by_a_server_that_is_killed(tmp_path, tiny, figures):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_in_memory_are_as_those_of_a_checkpoint(tmp_path, tiny, dtype, tied):
+    """To the bit, in an engine of the policy's dtype or another one."""
+    policies = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        tie = {"tie_word_embeddings": tied}
+        policies.append(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny, **tie), dtype=torch.float32))
+        policies[seed].save_pretrained(tmp_path / str(seed))
+
+    async def drawn(engine):
+        reply = await engine.generate(TokenRequest([5, 6, 7], 24, [0], 1.0))
+        return reply.token_ids, reply.logprobs
+
+    async def run():
+        more = {"max_model_len": 128, "skip_tokenizer_init": True, "enforce_eager": True}
+        options = engine_options(str(tmp_path / "0"), None, dtype=dtype, **more)
+        engine = await VLLMEngine.start(options)
+        try:
+            found = []
+            for number in (0, 1):
+                await engine.load(PolicyFile(f"file-{number}", 4, tmp_path / str(number), adapter=False))
+                found.append(await drawn(engine))
+            for number in (0, 1):
+                with shared_tensors(policy_tensors(policies[number])) as handles:
+                    assert await engine.load_shared(SharedPolicy(f"memory-{number}", 4, handles)) is None
+                found.append(await drawn(engine))
+            del policies[1].model.norm.weight
+            left_out = pytest.raises(SamplerError, match=r"the policy has no weights for model\.norm\.weight")
+            with shared_tensors(policy_tensors(policies[1])) as handles, left_out:
+                await engine.load_shared(SharedPolicy("some", 5, handles))
+            return found
+        finally:
+            await engine.close()
+
+    one, other, *shared = asyncio.run(run())
+    assert one[1] != other[1] and shared == [one, other]
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_server_that_is_killed(tmp_path, tiny, figures, lora):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "trl_toolgrpo.serve", "--model", tiny, "--port", str(port)]
-    command += ["--max-model-len", "1024", "--max-lora-rank", "8", "--dtype", "float32"]
+    command += ["--max-model-len", "1024", "--dtype", "float32", *(["--max-lora-rank", "8"] if lora else [])]
     command += ["--engine-args", '{"num_gpu_blocks_override": 128}']
     url, processes = f"http://127.0.0.1:{port}", []
 
@@ -154,7 +212,9 @@ def test_lora_served_by_a_server_that_is_killed(tmp_path, tiny, figures):
     threading.Thread(target=kill, daemon=True).start()
     try:
         options = {"vllm_mode": "server", "vllm_server_base_url": url, "vllm_server_timeout": 300.0}
-        trainer = trained(tmp_path, tiny, figures, **options)
+        trainer = trained(tmp_path, tiny, figures, lora=lora, **options)
+        file = trainer.rollouts.vllm.policy_file
+        assert (file.shared_folder() is None) == lora
         figures(f"turns requested again after the kill: {trainer.rollouts.engine.sampler.engine.retried}")
         assert len(processes) == 2 and trainer.rollouts.engine.sampler.engine.retried > 0
     finally:

@@ -5,11 +5,14 @@ import asyncio
 import json
 import logging
 import random
+import re
 import sys
 import threading
 import time
 import types
+import uuid
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ import trl.trainer.grpo_trainer as trl_grpo
 from conftest import chat_tokenizer, config, prompts, tiny_model, tool_call
 from peft import LoraConfig, PeftModel, get_peft_model
 from rollout_server import ServerProcess
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 import trl_toolgrpo.rollout.vllm_rollouts as vllm_rollouts
@@ -26,16 +30,21 @@ from trl_toolgrpo.critic.value_head import ValueHead, attach_value_head
 from trl_toolgrpo.errors import EngineLostError
 from trl_toolgrpo.sampling.vllm import client as vllm_client
 from trl_toolgrpo.sampling.vllm import engine as vllm_engine
+from trl_toolgrpo.sampling.vllm import policy_weights
 from trl_toolgrpo.sampling.vllm.client import ServedEngine, model_shape
 from trl_toolgrpo.sampling.vllm.engine import VLLMEngine, check_version, engine_options, supported_versions
 from trl_toolgrpo.sampling.vllm.policy_weights import (
     PolicyFile,
+    SharedPolicy,
     adapter_problem,
     claim_folder,
+    is_shared_folder,
     policy_folder,
+    write_checkpoint,
     write_policy,
 )
 from trl_toolgrpo.sampling.vllm.sampler import TokenReply, TokenRequest, VLLMSampler
+from trl_toolgrpo.sampling.vllm.shared_weights import opened_tensors, shared_tensors
 from trl_toolgrpo.sampling.vllm.worker import PolicyWorker
 
 
@@ -363,12 +372,12 @@ def test_a_server_is_sent_the_policy_by_one_process(tmp_path, mode, main, order)
         is_main_process=main, is_local_main_process=False, wait_for_everyone=lambda: did.append("wait")
     )
     run = Struct(args=Struct(vllm_mode=mode), accelerator=accelerator, state=Struct(global_step=3))
-    engine = Struct(
-        _run=run, sampler=Struct(load=lambda file: did.append("load")), folder=tmp_path, sent_at=2, _sent=1,
-        _key="key", policy_file=None,
-    )  # fmt: skip
-    vllm_rollouts.VLLMRollouts.send(engine, None)
-    assert did == order and engine.sent_at == 3
+    rollouts = object.__new__(vllm_rollouts.VLLMRollouts)
+    sampler = Struct(load=lambda file: did.append("load"), engine=None)
+    values = {"shares": True, "folder": tmp_path, "sent_at": 2, "_sent": 1, "_key": "key", "policy_file": None}
+    vars(rollouts).update(values, _run=run, sampler=sampler)
+    rollouts.send(None)
+    assert did == order and rollouts.sent_at == 3
 
 
 def test_weights_of_processes_that_were_killed_are_removed(tmp_path, monkeypatch):
@@ -395,9 +404,218 @@ def test_a_worker_packs_again_what_vllm_has_packed_once():
     emptied.weight = torch.nn.Parameter(torch.empty(0))
     worker = PolicyWorker()
     worker.reload_weights = lambda weights_path: done.append(weights_path)
-    worker.model_runner = Struct(get_model=lambda: torch.nn.Sequential(head, emptied, other))
+    model = torch.nn.Sequential(head, emptied, other)
+    model.load_weights = None
+    worker.model_runner = Struct(get_model=lambda: model, model_config=Struct(quantization=None))
     worker.reload_policy("folder")
     assert done == ["folder", head]
+
+
+@pytest.fixture
+def shared_memory(tmp_path, monkeypatch):
+    """Shared memory and temporary files of the test's own, and how much room the memory has."""
+    memory, disk = tmp_path / "memory", tmp_path / "disk"
+    memory.mkdir()
+    disk.mkdir()
+    monkeypatch.setattr(policy_weights, "SHARED_MEMORY", memory)
+    monkeypatch.setattr("tempfile.tempdir", str(disk))
+    found = Struct(memory=memory, disk=disk, room=2**30)
+    monkeypatch.setattr(policy_weights.shutil, "disk_usage", lambda path: Struct(free=found.room))
+    return found
+
+
+def test_a_checkpoint_is_in_shared_memory_and_linked_from_where_it_was_asked_for(shared_memory, tokenizer):
+    folder, remove = claim_folder("run")
+    file = PolicyFile("key", 0, folder / "1", adapter=False)
+    assert write_checkpoint(tiny_model(tokenizer), file.folder) is None
+    assert file.weights.is_file() and file.folder.is_symlink()
+    assert file.shared_folder() == shared_memory.memory / folder.name / "1"
+    file.remove()
+    assert list(folder.iterdir()) == list((shared_memory.memory / folder.name).iterdir()) == []
+    write_checkpoint(tiny_model(tokenizer), folder / "2")
+    remove()
+    assert list(shared_memory.disk.iterdir()) == list(shared_memory.memory.iterdir()) == []
+
+
+@pytest.mark.parametrize("problem", ["small", "full", "missing"])
+def test_a_checkpoint_without_room_in_memory_is_on_disk_and_says_why(shared_memory, tokenizer, monkeypatch, problem):
+    folder, remove = claim_folder("run")
+    if problem == "small":
+        shared_memory.room, said = 1000, "has room for 0.0 GiB, and two versions of the weights take 0.0 GiB"
+    elif problem == "missing":
+        monkeypatch.setattr(policy_weights, "SHARED_MEMORY", shared_memory.memory / "none")
+        said = "there is no shared memory at "
+    else:
+        write, said = write_policy, r"cannot hold them \(No space left on device\)"
+
+        def write_some(policy, folder):
+            write(policy, folder)
+            if folder.is_relative_to(shared_memory.memory):
+                raise SafetensorError("No space left on device")
+
+        monkeypatch.setattr(policy_weights, "write_policy", write_some)
+    file = PolicyFile("key", 0, folder / "1", adapter=False)
+    assert re.search(said, write_checkpoint(tiny_model(tokenizer), file.folder))
+    assert file.weights.is_file() and not file.folder.is_symlink() and file.shared_folder() is None
+    assert list(shared_memory.memory.rglob("*.safetensors")) == []
+    remove()
+    assert list(shared_memory.disk.iterdir()) == []
+
+
+def test_an_adapter_is_on_disk(shared_memory, tokenizer):
+    folder, remove = claim_folder("run")
+    policy = get_peft_model(tiny_model(tokenizer), LoraConfig(r=4, target_modules=["q_proj"]))
+    assert write_checkpoint(policy, folder / "1") is None
+    assert (folder / "1" / "adapter_model.safetensors").is_file() and list(shared_memory.memory.iterdir()) == []
+    remove()
+
+
+def test_shared_memory_of_a_process_that_was_killed_is_freed(shared_memory):
+    left = policy_folder("killed")
+    left.with_name(f"{left.name}.lock").touch()
+    weights = shared_memory.memory / left.name / "1" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    claim_folder("other")[1]()
+    assert list(shared_memory.memory.iterdir()) == []
+
+
+# All weights from the memory of the process
+
+
+class Workers(LLM):
+    """An engine whose workers load the weights into models of the test's own; `problems` are what they say."""
+
+    def __init__(self, count=1, problems=()):
+        super().__init__()
+        self.loaded, self.problems, self.count = [], problems, count
+        self.fails = False
+
+    async def collective_rpc(self, method, args):
+        self.calls.append(("collective_rpc", (method,), {"args": args}))
+        if method == "reload_shared_policy":
+            if self.fails:
+                raise ValueError("half-way")
+            self.loaded.append({name: value.clone() for name, value in opened_tensors(args[0])})
+            return [*self.problems, *[None] * (self.count - len(self.problems))]
+        return [None] * self.count
+
+    @property
+    def methods(self):
+        return [call[1][0] for call in self.calls if call[0] == "collective_rpc"]
+
+
+def test_shared_weights_are_loaded_before_the_call_returns(stand_in):
+    llm = Workers()
+    engine = VLLMEngine(llm)
+    sent = {"a": torch.ones(3)}
+
+    async def run():
+        with shared_tensors(sent) as handles:
+            assert await engine.load_shared(SharedPolicy("run-1", 5, handles)) is None
+        sent["a"] += 1  # as an optimizer does
+        return await engine.generate(TokenRequest([1, 2], 20, [9], 0.7))
+
+    assert asyncio.run(run()).version == 5
+    assert torch.equal(llm.loaded[0]["a"], torch.ones(3))
+    assert [call[0] for call in llm.calls[:3]] == ["collective_rpc", "reset_prefix_cache", "collective_rpc"]
+    assert llm.methods == ["reload_shared_policy", "reseed"]
+
+
+@pytest.mark.parametrize("failure", ["refused by one worker", "failed", "checkpoint failed"])
+def test_an_engine_with_some_of_the_new_weights_does_not_sample(stand_in, tmp_path, failure):
+    llm = Workers(count=2)
+    engine = VLLMEngine(llm)
+
+    async def run():
+        with shared_tensors({"a": torch.ones(3)}) as handles:
+            await engine.load_shared(SharedPolicy("run-1", 1, handles))
+            if failure == "refused by one worker":
+                llm.problems = [None, "it is on another GPU"]
+                assert await engine.load_shared(SharedPolicy("run-2", 2, handles)) == "it is on another GPU"
+            elif failure == "failed":
+                llm.fails = True
+                with pytest.raises(SamplerError, match="the weights of version 2: ValueError: half-way"):
+                    await engine.load_shared(SharedPolicy("run-2", 2, handles))
+            else:
+                llm.collective_rpc = None
+                with pytest.raises(SamplerError, match="the weights of version 2: TypeError"):
+                    await engine.load(PolicyFile("run-2", 2, tmp_path, adapter=False))
+        with pytest.raises(SamplerError, match="before it was given a policy"):
+            await engine.generate(TokenRequest([1], 1, [9], 1.0))
+
+    asyncio.run(run())
+
+
+def test_a_full_run_hands_its_weights_over_without_a_file(tmp_path, tokenizer, in_process, shared_memory):
+    llm = Workers()
+    in_process(VLLMEngine(llm))
+    trainer = train(tmp_path, tokenizer, lora=False, use_vllm=True)
+    rollouts, policy = trainer.rollouts.vllm, trainer.model
+    for step in (0, 1):
+        trainer.state.global_step = step
+        for _ in range(2):
+            rollouts.send(policy)
+        with torch.no_grad():
+            policy.lm_head.weight += 1
+    first, second = (loaded["lm_head.weight"] for loaded in llm.loaded)
+    assert torch.equal(second, first + 1) and llm.methods == ["reload_shared_policy", "reseed"] * 2
+    assert llm.loaded[0].keys() == dict(policy.named_parameters()).keys()
+    assert list(shared_memory.memory.iterdir()) == list(rollouts.folder.iterdir()) == []
+    rollouts.sampler.close()
+
+
+def test_weights_that_cannot_be_shared_are_sent_as_a_file_and_it_says_so_once(
+    tmp_path, tokenizer, in_process, shared_memory, caplog
+):
+    llm = Workers(problems=["the shared memory cannot be opened"])
+    in_process(VLLMEngine(llm))
+    trainer = train(tmp_path, tokenizer, lora=False, use_vllm=True)
+    shared_memory.room = 0
+    for step in (0, 1):
+        trainer.state.global_step = step
+        trainer.rollouts.vllm.send(trainer.model)
+    assert llm.methods == ["reload_shared_policy", "reseed", "reload_policy", "reseed", "reload_policy", "reseed"]
+    said = [record.message for record in caplog.records if record.name == vllm_rollouts.__name__]
+    assert said[0].endswith("from a checkpoint, and not in its memory: the shared memory cannot be opened.")
+    assert said[1].startswith("The weights of the policy for vLLM are written to files on disk: ") and len(said) == 2
+    assert list(trainer.rollouts.vllm.folder.iterdir()) == [], "the engine has it"
+    trainer.rollouts.vllm.sampler.close()
+
+
+def test_processes_use_a_file_if_the_engine_of_one_cannot_read_memory(
+    tmp_path, tokenizer, in_process, shared_memory, monkeypatch
+):
+    llm = Workers()
+    in_process(VLLMEngine(llm))
+    trainer = train(tmp_path, tokenizer, lora=False, use_vllm=True)
+    monkeypatch.setattr(vllm_rollouts, "gather_object", lambda found: [*found, "it is on another GPU"])
+    trainer.rollouts.vllm.send(trainer.model)
+    assert llm.methods == ["reload_shared_policy", "reseed", "reload_policy", "reseed"]
+    assert not trainer.rollouts.vllm.shares
+    trainer.rollouts.vllm.sampler.close()
+
+
+@pytest.mark.parametrize(("device", "paths", "lora", "shares"), [
+    ("cpu", "none", False, True),
+    ("cpu", "none", True, False),
+    ("cuda", "none", False, False),
+    ("cuda", "attention,weights", False, True),
+    ("cuda", "all", True, False),
+    ("mps", "all", False, False),
+])  # fmt: skip
+def test_devices_whose_memory_is_read(tmp_path, tokenizer, in_process, monkeypatch, device, paths, lora, shares):
+    in_process(Engine(lambda request: [1]))
+    monkeypatch.setattr(vllm_rollouts, "_visible_devices", lambda device: {})
+    policy = tiny_model(tokenizer)
+    policy = get_peft_model(policy, LoraConfig(r=4)) if lora else policy
+    run = Struct(
+        bare_model=policy, model=policy, args=config(tmp_path, use_vllm=True, gpu_paths=paths), eos_token_ids=[1],
+        accelerator=Struct(device=torch.device(device), is_local_main_process=False, process_index=0),
+    )  # fmt: skip
+    rollouts = vllm_rollouts.VLLMRollouts(run)
+    assert rollouts.shares == shares
+    rollouts.sampler.close()
 
 
 @pytest.mark.parametrize("sleeps", [False, True])
@@ -745,6 +963,54 @@ def test_other_kinds_of_servers_are_refused_at_once():
     finally:
         server.shutdown()
         server.server_close()
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_a_server_on_the_machine_reads_shared_memory(tokenizer, caplog, readable):
+    """Elsewhere it is sent the tensors."""
+    folder, remove = claim_folder(uuid.uuid4().hex)
+    file = PolicyFile("one", 3, folder / "1", adapter=False)
+    again = PolicyFile("two", 4, folder / "1", adapter=False)
+    assert write_checkpoint(tiny_model(tokenizer), file.folder) is None
+    bodies = []
+
+    async def run(server):
+        engine = await ServedEngine.start(server.url, 20.0, "tiny", model_shape(tiny_model(tokenizer).config))
+        put = engine._http.put
+        engine._http.put = lambda url, data: put(url, data=counted(data))
+        try:
+            await engine.load(file)
+            server.kill()
+            server.start()
+            await asyncio.to_thread(server.about)
+            assert (await engine.generate(TokenRequest([1, 2], 2, [0], 1.0))).version == 3
+            await engine.load(again)
+            return (await engine.generate(TokenRequest([1, 2], 2, [0], 1.0))).version
+        finally:
+            await engine.close()
+
+    async def counted(data):
+        bodies.append(0)
+        async for chunk in data:
+            bodies[-1] += len(chunk)
+            yield chunk
+
+    with ServerProcess(memory=None if readable else "/elsewhere") as server, caplog.at_level(logging.INFO):
+        server.about()
+        assert asyncio.run(run(server)) == 4
+    size = file.weights.stat().st_size
+    if readable:
+        assert len(bodies) == 3 and max(bodies) < 500, "where it is, and no tensors"
+    else:
+        assert len(bodies) == 4 and bodies[0] < 500 and min(bodies[1:]) > size
+    assert ("cannot read the shared memory of this process" in caplog.text) != readable
+    assert file.weights.is_file(), "it is the run's"
+    remove()
+
+
+@pytest.mark.parametrize("folder", ["/etc", "/dev/shm", "/dev/shm/other/1", "/dev/shm/trl_toolgrpo-policy-x/.."])
+def test_other_folders_are_not_read(folder):
+    assert not is_shared_folder(Path(folder)) and is_shared_folder(Path("/dev/shm/trl_toolgrpo-policy-x/1"))
 
 
 def test_two_runs_on_one_server_are_an_error(tmp_path):

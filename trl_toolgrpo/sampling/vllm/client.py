@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -28,10 +29,12 @@ from .server_token import HOW_TO_SET, VARIABLE, header_of, server_token
 
 logger = logging.getLogger(__name__)
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the protocol between client and server."""
 HEADER_BYTES = 8
 """Bytes of the number that precedes weights that are sent: the length of their description."""
+UNREADABLE = 404
+"""Status of the answer that a server cannot read the shared memory it was told of."""
 WATCH_SECONDS = 20.0
 """Time between checks, during a long turn, that the server still answers: a lost machine sends no error."""
 RETRY_SECONDS = 0.5
@@ -104,6 +107,7 @@ class ServedEngine:
         self._boot = ""  # start of the server that the policy was sent to
         self._lost_policies = 0
         self._sending = asyncio.Lock()
+        self._shares_memory = True  # as far as is known
         # No limit on a turn as a whole: `_watched` finds out that a server is gone
         limits = aiohttp.ClientTimeout(total=None, sock_connect=10)
         headers = header_of(token) if token is not None else None
@@ -211,13 +215,32 @@ class ServedEngine:
                     f"uses it.",
                     remedy="Start a server for each run, each on its own port (`vllm_server_port`).",
                 )
-            request = self._http.put(f"{self.url}/policy", data=_packed(policy))
-            status, reply = await self._watched(self._reply(request))
+            status, reply = await self._sent(policy)
             if status != 200:
                 raise SamplerError(
                     f"The rollout server at {self.url} did not accept the policy: {reply.get('error', reply)}"
                 )
             self._boot = about["boot"]
+
+    async def _sent(self, policy: PolicyFile) -> tuple[int, JSONObject]:
+        """Send a policy, or where it is in shared memory, and return the answer; what is sent, the server writes to a
+        file."""
+        shared = policy.shared_folder()
+        if shared is not None and self._shares_memory:
+            status, reply = await self._put(_packed(policy, shared))
+            if status != UNREADABLE:
+                return status, reply
+            self._shares_memory = False
+            logger.info(
+                "The rollout server at %s gets the weights over HTTP and writes them to a file, since it cannot read "
+                "the shared memory of this process: it runs on another machine, in another container or as another "
+                "user.",
+                self.url,
+            )
+        return await self._put(_packed(policy))
+
+    async def _put(self, body: AsyncIterator[bytes]) -> tuple[int, JSONObject]:
+        return await self._watched(self._reply(self._http.put(f"{self.url}/policy", data=body)))
 
     async def _description(self) -> JSONObject:
         """Return what the server says about itself."""
@@ -280,11 +303,19 @@ class ServedEngine:
         return f"one with `python -m trl_toolgrpo.serve --model {self.model}`"
 
 
-async def _packed(policy: PolicyFile) -> AsyncIterator[bytes]:
-    """Yield the body that sends a policy: a description with its length in front, then the file of tensors."""
-    about = {"key": policy.key, "version": policy.version, "adapter_config": policy.adapter_config()}
+async def _packed(policy: PolicyFile, shared: Path | None = None) -> AsyncIterator[bytes]:
+    """Yield the body that sends a policy: a description with its length in front, then the file of tensors unless that
+    is in shared memory."""
+    about = {
+        "key": policy.key,
+        "version": policy.version,
+        "adapter_config": policy.adapter_config(),
+        "shared_folder": str(shared) if shared is not None else None,
+    }
     header = json.dumps(about).encode()
     yield len(header).to_bytes(HEADER_BYTES, "little") + header
+    if shared is not None:
+        return
     with policy.weights.open("rb") as file:
         while chunk := await asyncio.to_thread(file.read, 2**22):
             yield chunk

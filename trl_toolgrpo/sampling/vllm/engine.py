@@ -1,12 +1,14 @@
 """vLLM's asynchronous engine, set up for training: in the training process, or in that of `server.py`.
 
-New weights are loaded as an adapter under a new name, or as a checkpoint of all weights. vLLM is imported where it is
-used.
+New weights are loaded as an adapter under a new name, or all of them from a checkpoint or from the memory of this
+process. vLLM is imported where it is used.
 """
 
 import importlib.metadata
 import importlib.util
 import itertools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
@@ -15,7 +17,7 @@ from packaging.version import Version
 
 from ...errors import ConfigError, EngineLostError, SamplerError
 from ...types import JSONObject
-from .policy_weights import PolicyFile
+from .policy_weights import PolicyFile, SharedPolicy
 from .sampler import TokenReply, TokenRequest
 from .worker import PolicyWorker
 
@@ -128,7 +130,7 @@ class VLLMEngine:
         self.max_length = int(llm.model_config.max_model_len)
         self._sleeps, self._seed = sleeps, seed
         self._asleep = False
-        self._policy: PolicyFile | None = None
+        self._policy: PolicyFile | SharedPolicy | None = None
         self._adapters = itertools.count(1)
         self._requests = itertools.count()
         self._adapter: LoRARequest | None = None  # the adapter in use
@@ -163,17 +165,46 @@ class VLLMEngine:
     async def load(self, policy: PolicyFile) -> None:
         """Load a policy, see [`TokenEngine.load`]. An adapter replaces the previous one under a new name and id;
         nothing is merged."""
-        try:
+        async with self._replacing(policy, "adapter" if policy.adapter else "weights"):
             if policy.adapter:
                 await self._swap(policy)
             else:
                 await self.llm.collective_rpc("reload_policy", args=(str(policy.folder),))
+
+    async def load_shared(self, policy: SharedPolicy) -> str | None:
+        """
+        Load all weights from memory, which the workers have read when this returns.
+
+        Args:
+            policy ([`SharedPolicy`]):
+                The policy.
+
+        Returns:
+            `str` or `None`: why a worker cannot read them. The engine has no policy then, until all of its workers
+            load one from a checkpoint.
+
+        Raises:
+            SamplerError: if loading failed. The engine then has no policy.
+        """
+        async with self._replacing(policy, "weights"):
+            problems = await self.llm.collective_rpc("reload_shared_policy", args=(policy.handles,))
+        problem = next((problem for problem in problems if problem is not None), None)
+        if problem is not None:
+            self._policy = None
+        return problem
+
+    @asynccontextmanager
+    async def _replacing(self, policy: PolicyFile | SharedPolicy, what: str) -> AsyncIterator[None]:
+        """Have no policy while the weights are replaced, since a failure can leave some of both."""
+        self._policy = None
+        try:
+            yield
+            if what == "weights":
                 await self.llm.reset_prefix_cache()  # of the previous weights
             # An engine that is started for a resumed run must not draw what it drew when the run began
             mixed = (self._seed + _MIX * policy.version) % 2**32
             await self.llm.collective_rpc("reseed", args=(mixed,))
         except Exception as error:
-            what = "adapter" if policy.adapter else "weights"
             said = error_text(error)
             raise SamplerError(f"vLLM did not accept the {what} of version {policy.version}: {said}") from error
         self._policy = policy

@@ -2,7 +2,8 @@
 
 Token ids come in, token ids and log-probs go out. The run sends its weights, an adapter or all of them, and each
 request names the weights it must be answered with, so a server that was restarted, or that got the weights of another
-run, can never answer with the wrong ones. When its engine ends, the server ends. The client is in `client.py`.
+run, can never answer with the wrong ones. A server on the run's machine reads all weights in shared memory; another
+one writes what it is sent to a file. When its engine ends, the server ends. The client is in `client.py`.
 
 Whoever reaches the port can send weights, so a server that listens to other machines requires a token of its clients;
 see `server_token.py`. Nothing is encrypted: keep the traffic inside a network you trust. vLLM's own server does not
@@ -11,6 +12,7 @@ say which weights wrote a turn.
 
 import asyncio
 import json
+import os
 import shutil
 import signal
 import tempfile
@@ -24,8 +26,8 @@ from aiohttp.typedefs import Handler
 
 from ...errors import ConfigError, EngineLostError, SamplerError
 from ...types import JSONObject
-from .client import HEADER_BYTES, PROTOCOL
-from .policy_weights import ADAPTER_CONFIG, PolicyFile, claim_folder
+from .client import HEADER_BYTES, PROTOCOL, UNREADABLE
+from .policy_weights import ADAPTER_CONFIG, PolicyFile, claim_folder, is_shared_folder
 from .sampler import EngineStart, TokenEngine, TokenRequest
 from .server_token import HOW_TO_SET, is_loopback, is_shown, server_token
 
@@ -99,9 +101,15 @@ class RolloutServer:
         return web.json_response(asdict(reply))
 
     async def _load(self, request: web.Request) -> web.Response:
-        """Receive a policy and use it."""
+        """Receive a policy, or read it in shared memory, and use it."""
         size = int.from_bytes(await request.content.readexactly(HEADER_BYTES), "little")
         sent = json.loads(await request.content.readexactly(size))
+        if sent["shared_folder"] is not None:
+            policy = PolicyFile(sent["key"], sent["version"], Path(sent["shared_folder"]), adapter=False)
+            if not is_shared_folder(policy.folder) or not os.access(policy.weights, os.R_OK):
+                return web.json_response({}, status=UNREADABLE)
+            async with self._loading:
+                return await self._use(policy)
         folder = Path(tempfile.mkdtemp(dir=self._folder))
         config = sent["adapter_config"]
         policy = PolicyFile(sent["key"], sent["version"], folder, adapter=config is not None)
@@ -129,8 +137,8 @@ class RolloutServer:
         except SamplerError as error:
             return web.json_response({"error": str(error)}, status=400)
         self.policy = policy
-        if before is not None:
-            shutil.rmtree(before.folder, ignore_errors=True)
+        if before is not None and before.folder.is_relative_to(self._folder):  # what is in shared memory is the run's
+            before.remove()
         return web.json_response({})
 
     async def _close(self, app: web.Application) -> None:

@@ -37,7 +37,8 @@ from ..sampling.choice import reads_padding
 from ..sampling.protocol import scoring_mode
 from ..trl_hooks import Run, attention_implementation
 from ..types import JSONObject
-from .packed_attention import dense_mask, packed_attention, suits
+from .block_attention import BLOCK, BlockAttention, flex_attention_of
+from .packed_attention import PackedAttention, PieceAttention, dense_mask, packed_attention, suits
 from .packing import (
     PackedBatch,
     has_experts,
@@ -174,6 +175,7 @@ class Scoring:
         self.packing = Packing()
         self.rounding: Accepted | None = None  # measured with the first rollout batch
         self._aligned: bool | None = None
+        self._flex = flex_attention_of(run.args, run.accelerator.device)
         # TRL's own pass, unchanged: which tokens are above a quantile of the entropies depends on rounding, too
         if not run.recording:
             self.packing.refuse("rollouts and their scoring are TRL's own")
@@ -249,12 +251,19 @@ class Scoring:
         """Score rollouts that are laid out, in one forward pass."""
         args, accelerator = self._run.args, self._run.accelerator
         bare = accelerator.unwrap_model(model)
-        mask = part.attention_mask
+        pieces, mask, device = part.pieces, part.attention_mask, part.input_ids.device
         attention: AbstractContextManager[None] = nullcontext()
-        if part.pieces is not None and not args.gradient_checkpointing and suits(bare):
-            attention = packed_attention(bare, part.pieces, part.input_ids.device)
-        elif part.pieces is not None:
-            mask = dense_mask(part.pieces, part.input_ids.shape[1]).to(part.input_ids.device)
+        # A compiled model would be compiled anew for every batch whose recomputation has a context of its own
+        recompiled = args.torch_compile and args.gradient_checkpointing
+        if pieces is not None and suits(bare) and not recompiled:
+            if self._flex is not None:
+                part = part.padded(BLOCK)
+                attend: PackedAttention = BlockAttention(self._flex, pieces, part.input_ids.shape[1], device)
+            else:
+                attend = PieceAttention(pieces, device)
+            attention = packed_attention(bare, attend)
+        elif pieces is not None:
+            mask = dense_mask(pieces, part.input_ids.shape[1]).to(device)
             if attention_implementation(bare.config.get_text_config()) == "eager":
                 hidden = torch.finfo(torch.float32).min
                 mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, hidden)

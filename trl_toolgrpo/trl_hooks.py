@@ -428,11 +428,12 @@ def _checkpoint_within(
 def _checkpointing_functions(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Yield where the functions are that run a part of a model and compute it again in the backward pass:
     transformers' own, and those of torch's wrapper, which accelerate uses for FSDP2."""
+    of_transformers, of_torch = CHECKPOINTING_FUNCTIONS
     for module in model.modules():
-        if "_gradient_checkpointing_func" in module.__dict__:
-            yield module, "_gradient_checkpointing_func"
+        if of_transformers in module.__dict__:
+            yield module, of_transformers
         if isinstance(module, CheckpointWrapper):
-            yield module, "checkpoint_fn"
+            yield module, of_torch
 
 
 def has_unknown_checkpointing(model: nn.Module) -> bool:
@@ -847,3 +848,7 @@ MODEL_ATTRIBUTES = ("_is_stateful", "_supports_attention_backend")
 
 CONFIG_ATTRIBUTES = ("_attn_implementation", "_name_or_path")
 """Attributes of `PreTrainedConfig` that the functions here read."""
+
+CHECKPOINTING_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
+"""Attributes of a module of transformers and of torch's `CheckpointWrapper` that hold the function which computes a
+part of a model, and computes it again in the backward pass."""

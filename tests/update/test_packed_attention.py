@@ -5,13 +5,11 @@ import threading
 
 import pytest
 import torch
-from conftest import chat_tokenizer, config, prompts, tiny_model
+from conftest import Largest, chat_tokenizer, config, prompts, tiny_model
 from peft import LoraConfig
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from trl.models.utils import disable_gradient_checkpointing
 
 from trl_toolgrpo import ToolGRPOTrainer
@@ -143,20 +141,6 @@ def test_checkpointing_is_left_as_it_was():
         assert layers[0]._gradient_checkpointing_func is not before[0]
         raise ZeroDivisionError
     assert [id(layer._gradient_checkpointing_func) for layer in layers] == [id(function) for function in before]
-
-
-class Largest(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that an operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        found = [leaf.numel() for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-        self.elements = max(self.elements, *found, 0)
-        return output
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTING)

@@ -40,6 +40,7 @@ from ..types import JSONObject
 from .block_attention import BLOCK, BlockAttention, flex_attention_of
 from .packed_attention import PackedAttention, PieceAttention, dense_mask, packed_attention, suits
 from .packing import (
+    TRIAL_ROLLOUTS,
     PackedBatch,
     has_experts,
     lay_out,
@@ -421,8 +422,12 @@ class Scoring:
             return Exact()
         accelerator = self._run.accelerator
         ids, mask, width = longest_of_a_group(*tokens)
-        completions, scored = ids[:, -width:], mask[:, -width:].bool()
-        longest = accelerator.gather(scored.sum(dim=1).max()[None]).max()  # the same passes in every process
+        # As many passes in every process: rollouts that are missing are scored again, and not counted
+        rows = torch.arange(TRIAL_ROLLOUTS, device=ids.device)
+        counted = (rows < len(ids))[:, None]
+        ids, mask = ids[rows % len(ids)], mask[rows % len(ids)]
+        completions, scored = ids[:, -width:], mask[:, -width:].bool() & counted
+        longest = accelerator.gather(scored.sum(dim=1).max()[None]).max()
         length = max(1, min(int(longest), COMPARED_TOKENS))
         prompt = ids[0, :-width][mask[0, :-width].bool()].tolist()
         padding = (0, max(0, length - width))

@@ -436,6 +436,14 @@ def _checkpointing_functions(model: nn.Module) -> Iterator[tuple[nn.Module, str]
             yield module, of_torch
 
 
+def is_checkpointed(model: nn.Module) -> bool:
+    """Return whether a part of a model is computed again in the backward pass."""
+    return any(
+        isinstance(module, CheckpointWrapper) or getattr(module, "gradient_checkpointing", False)
+        for module in model.modules()
+    )
+
+
 def has_unknown_checkpointing(model: nn.Module) -> bool:
     """Return whether a part of a model says that it is computed again, but not by which function."""
     known = {id(module) for module, _ in _checkpointing_functions(model)}

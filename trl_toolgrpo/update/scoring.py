@@ -35,7 +35,7 @@ from ..models.rounding import (
 )
 from ..sampling.choice import reads_padding
 from ..sampling.protocol import scoring_mode
-from ..trl_hooks import Run, attention_implementation
+from ..trl_hooks import Run, attention_implementation, is_checkpointed
 from ..types import JSONObject
 from .block_attention import BLOCK, BlockAttention, flex_attention_of
 from .packed_attention import PackedAttention, PieceAttention, dense_mask, packed_attention, suits
@@ -255,7 +255,7 @@ class Scoring:
         pieces, mask, device = part.pieces, part.attention_mask, part.input_ids.device
         attention: AbstractContextManager[None] = nullcontext()
         # A compiled model would be compiled anew for every batch whose recomputation has a context of its own
-        recompiled = args.torch_compile and args.gradient_checkpointing
+        recompiled = args.torch_compile and is_checkpointed(bare)
         if pieces is not None and suits(bare) and not recompiled:
             if self._flex is not None:
                 part = part.padded(BLOCK)

@@ -50,6 +50,18 @@ def test_a_packed_group_by_hand():
     assert unpacked.tolist() == [[-7.0, -8.0], [-9.0, 0.0]]
 
 
+def test_a_padded_batch_has_the_same_tokens():
+    packed = pack(*batch_of([[1, 2, 3], [4, 5, 6, 7]] * 2, [[7, 8], [9], [6], [5, 4, 3]]))
+    padded = packed.padded(8)
+    assert packed.input_ids.shape == (2, 7) and padded.input_ids.shape == (2, 8) == padded.position_ids.shape
+    assert torch.equal(padded.input_ids[:, :7], packed.input_ids) and padded.labels[:, 7].tolist() == [-100, -100]
+    for batch in (packed, padded):
+        kept = batch.labelled()
+        unpacked = batch.unpack(batch.labels.reshape(1, -1)[:, kept], kept)
+        assert unpacked.tolist() == [[7, 8, 0], [9, 0, 0], [6, 0, 0], [5, 4, 3]]
+    assert torch.equal(padded.padded(8).place, padded.place)
+
+
 def test_rows_are_laid_out_from_the_first_column():
     ids = torch.tensor([[0, 0, 5, 6, 7, 8, 0], [1, 2, 3, 4, 9, 0, 0]])
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0, 0]])

@@ -1,9 +1,8 @@
 """Packed attention on a GPU by one kernel: torch's flex attention, which skips the blocks that nobody sees.
 
 What a token sees is two ranges of positions: the first tokens of the prompt, and its own piece as far as itself. A
-block mask made from them serves all layers of a pass. `torch.nn.attention.varlen` does not fit: it packs the queries
-and the keys of a sequence as one range each, so that the prompt's keys would be copied for every segment, and its
-causal mask is its only one.
+block mask made from them serves all layers of a pass. `torch.nn.attention.varlen` does not fit: a range of queries
+reads one range of keys there, so that the keys of the prompt would be copied for every segment in every layer.
 """
 
 import functools

@@ -29,6 +29,8 @@ from accelerate import Accelerator
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerControl, TrainerState
 from trl.trainer.utils import add_fused_lm_head
 
@@ -108,6 +110,20 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes) -> 
 def prompts(count: int = 4, text: str = "hello") -> Dataset:
     """Return a data set of conversational prompts."""
     return Dataset.from_list([{"prompt": [{"role": "user", "content": f"{text} {i}"}]} for i in range(count)])
+
+
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that an operation returns while this is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        found = [leaf.numel() for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        self.elements = max(self.elements, *found, 0)
+        return output
 
 
 def config(path, **changes) -> ToolGRPOConfig:

@@ -22,6 +22,7 @@ from trl_toolgrpo import ToolGRPOTrainer
 from trl_toolgrpo.checkpoints.folder import checkpoints, fault_of
 from trl_toolgrpo.models.sharding import full
 from trl_toolgrpo.models.sharding import whole as whole_parameters
+from trl_toolgrpo.trl_hooks import is_checkpointed
 
 
 def shard_on_cpu():
@@ -85,6 +86,7 @@ if processes > 1:
     found["sharded"] = sum(
         isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in whole.model.parameters()
     )
+    found["checkpointed"], found["packed"] = is_checkpointed(whole.model), whole.update.scoring.packing.active
     checkpoint = folder / "whole" / "checkpoint-2"
     found["fault"] = fault_of(checkpoint)
     resumed = start(folder / "resumed")

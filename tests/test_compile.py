@@ -15,6 +15,7 @@ pytestmark = pytest.mark.long
 
 CASES = {
     "group": {"torch_compile_backend": "aot_eager"},
+    "checkpointing": {"gradient_checkpointing": True},
     "a value head": {"advantage_estimator": "gae", "value_epochs": 2},
     "an adapter and its reference": {
         "lora": True, "beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 1.0,

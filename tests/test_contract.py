@@ -24,6 +24,7 @@ import transformers
 import trl
 from conftest import chat_tokenizer, config, prompts, tiny_model
 from huggingface_hub.errors import HfHubHTTPError
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
@@ -44,6 +45,7 @@ from trl_toolgrpo.models.rotary import RowFrequencies
 from trl_toolgrpo.sampling.vllm.engine import supported_versions
 from trl_toolgrpo.trl_hooks import (
     ATTRIBUTES,
+    CHECKPOINTING_FUNCTIONS,
     CONFIG_ATTRIBUTES,
     FSDP,
     MODEL_ATTRIBUTES,
@@ -54,6 +56,7 @@ from trl_toolgrpo.trl_hooks import (
     Run,
     attention_implementation,
     has_replaceable_attention,
+    has_unknown_checkpointing,
     is_stateful,
     name_or_path,
     replaced_attention,
@@ -674,6 +677,23 @@ def test_packed_products():
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
     found = torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
     torch.testing.assert_close(found, rows @ weight.T)
+
+
+@pytest.mark.parametrize("by", CHECKPOINTING_FUNCTIONS)
+def test_checkpointing_functions_are_attributes(by):
+    """`trl_hooks.around_checkpointed_parts` replaces them, so that the backward pass attends like the forward pass."""
+    model = tiny_model(chat_tokenizer()).train()
+    if by == "checkpoint_fn":
+        owner = model.model.layers[0] = checkpoint_wrapper(model.model.layers[0])
+    else:
+        model.gradient_checkpointing_enable()
+        owner = model.model.layers[0]
+    assert callable(owner.__dict__.get(by)), f"Checkpointed modules have no `{by}`; trl_hooks replaces it."
+    given, function = [], getattr(owner, by)
+    setattr(owner, by, lambda part, *args, **kwargs: given.append(part) or function(part, *args, **kwargs))
+    model(input_ids=torch.arange(3)[None])
+    assert len(given) == 1 and callable(given[0]), f"`{by}` is no longer called with the part that it computes."
+    assert not has_unknown_checkpointing(model)
 
 
 def test_cache_update():

@@ -86,6 +86,7 @@ needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="nee
     ("variables", "kind"),
     [
         pytest.param(FSDP2, "FSDP", id="fsdp2"),
+        pytest.param({**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "FSDP", id="fsdp2 checkpointing"),
         pytest.param(ZERO2, "DEEPSPEED", id="zero2", marks=needs_deepspeed),
         pytest.param(ZERO3, "DEEPSPEED", id="zero3", marks=needs_deepspeed),
     ],
@@ -98,6 +99,7 @@ def test_a_sharded_run_trains_as_one_process_does_and_resumes(tmp_path, variable
     outputs = launch("sharded_training.py", str(tmp_path / "two"), *more, alone=alone, **variables)
     two, one = (json.loads(output[output.index('{"losses"') :].splitlines()[0]) for output in outputs)
     assert two["type"] == kind and (two["sharded"] > 20) == (variables is not ZERO2) and two["fault"] is None
+    assert (two["checkpointed"], two["packed"]) == ("FSDP_ACTIVATION_CHECKPOINTING" in variables, True)
     assert len(one["losses"]) == 4 and two["losses"] == pytest.approx(one["losses"], abs=1e-5, rel=0)
     assert two["resumed"] == two["losses"] and two["differ"] == 0.0
     if policy == "lora":

@@ -4,6 +4,7 @@
 place in the rollout batch is computed here alone. The tables at the end hold what an installed release is tested for.
 """
 
+import functools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
     PreTrainedConfig,
@@ -384,6 +386,69 @@ def replaced_attention(config: PreTrainedConfig, name: str) -> Iterator[None]:
 def has_replaceable_attention(model: nn.Module) -> bool:
     """Return whether the attention of a model goes through transformers' attention interface."""
     return bool(getattr(model, "_supports_attention_backend", False))
+
+
+@contextmanager
+def around_checkpointed_parts(model: nn.Module, around: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """
+    Have the parts of a model that gradient checkpointing computes twice run within a context both times.
+
+    A forward pass made while this is open keeps its context for its own backward pass, whenever that comes and
+    whichever thread computes it.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model, without its adapter.
+        around (`Callable`):
+            Makes the context; called for each part and time.
+    """
+    usual = [(module, name, getattr(module, name)) for module, name in _checkpointing_functions(model)]
+    for module, name, function in usual:
+        setattr(module, name, functools.partial(_checkpoint_within, function, around))
+    try:
+        yield
+    finally:
+        for module, name, function in usual:
+            setattr(module, name, function)
+
+
+def _checkpoint_within(
+    checkpoint: Callable[..., Any],
+    around: Callable[[], AbstractContextManager[None]],
+    part: Callable[..., Any],
+    *args: object,
+    **kwargs: object,
+) -> Any:
+    def within(*given: object, **options: object) -> Any:
+        with around():
+            return part(*given, **options)
+
+    return checkpoint(within, *args, **kwargs)
+
+
+def _checkpointing_functions(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield where the functions are that run a part of a model and compute it again in the backward pass:
+    transformers' own, and those of torch's wrapper, which accelerate uses for FSDP2."""
+    of_transformers, of_torch = CHECKPOINTING_FUNCTIONS
+    for module in model.modules():
+        if of_transformers in module.__dict__:
+            yield module, of_transformers
+        if isinstance(module, CheckpointWrapper):
+            yield module, of_torch
+
+
+def is_checkpointed(model: nn.Module) -> bool:
+    """Return whether a part of a model is computed again in the backward pass."""
+    return any(
+        isinstance(module, CheckpointWrapper) or getattr(module, "gradient_checkpointing", False)
+        for module in model.modules()
+    )
+
+
+def has_unknown_checkpointing(model: nn.Module) -> bool:
+    """Return whether a part of a model says that it is computed again, but not by which function."""
+    known = {id(module) for module, _ in _checkpointing_functions(model)}
+    return any(getattr(m, "gradient_checkpointing", False) and id(m) not in known for m in model.modules())
 
 
 def is_stateful(model: nn.Module) -> bool:
@@ -806,3 +871,7 @@ MODEL_ATTRIBUTES = ("_is_stateful", "_keys_to_ignore_on_save", "_supports_attent
 
 CONFIG_ATTRIBUTES = ("_attn_implementation", "_name_or_path")
 """Attributes of `PreTrainedConfig` that the functions here read."""
+
+CHECKPOINTING_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
+"""Attributes of a module of transformers and of torch's `CheckpointWrapper` that hold the function which computes a
+part of a model, and computes it again in the backward pass."""

@@ -7,13 +7,12 @@ import transformers
 from conftest import chat_tokenizer, config, prompts, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 from trl import GRPOTrainer
 
 from trl_toolgrpo import ToolGRPOTrainer
 from trl_toolgrpo.update import packing, scoring
-from trl_toolgrpo.update.packed_attention import dense_mask, suits
+from trl_toolgrpo.update.packed_attention import dense_mask
 from trl_toolgrpo.update.packing import lay_out, obstacle_to_packing, pack
 
 
@@ -49,6 +48,18 @@ def test_a_packed_group_by_hand():
     assert packed.labelled().tolist() == [2, 3, 4]
     unpacked = packed.unpack(torch.tensor([[-7.0, -8.0, -9.0]]), packed.labelled())
     assert unpacked.tolist() == [[-7.0, -8.0], [-9.0, 0.0]]
+
+
+def test_a_padded_batch_has_the_same_tokens():
+    packed = pack(*batch_of([[1, 2, 3], [4, 5, 6, 7]] * 2, [[7, 8], [9], [6], [5, 4, 3]]))
+    padded = packed.padded(8)
+    assert packed.input_ids.shape == (2, 7) and padded.input_ids.shape == (2, 8) == padded.position_ids.shape
+    assert torch.equal(padded.input_ids[:, :7], packed.input_ids) and padded.labels[:, 7].tolist() == [-100, -100]
+    for batch in (packed, padded):
+        kept = batch.labelled()
+        unpacked = batch.unpack(batch.labels.reshape(1, -1)[:, kept], kept)
+        assert unpacked.tolist() == [[7, 8, 0], [9, 0, 0], [6, 0, 0], [5, 4, 3]]
+    assert torch.equal(padded.padded(8).place, padded.place)
 
 
 def test_rows_are_laid_out_from_the_first_column():
@@ -169,7 +180,7 @@ def trainer_of(tmp_path, model, tokenizer, **changes):
     return ToolGRPOTrainer(model, rewards, config(tmp_path, **options), prompts(8), processing_class=tokenizer)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("make", [tiny_model, llama])
 def test_log_probs_entropies_and_gradients_are_those_of_trl(tmp_path, make, attention, checkpointing, monkeypatch):
@@ -181,7 +192,9 @@ def test_log_probs_entropies_and_gradients_are_those_of_trl(tmp_path, make, atte
     model = make(tokenizer).to(torch.float64 if attention == "sdpa" else torch.float32)
     exact = 1e-10 if attention == "sdpa" else 1e-5
     model.set_attn_implementation(attention)
-    trainer = trainer_of(tmp_path, model, tokenizer, gradient_checkpointing=checkpointing)
+    trainer = trainer_of(tmp_path, model, tokenizer, gradient_checkpointing=checkpointing is not None)
+    if checkpointing is not None:
+        trainer.model.gradient_checkpointing_enable(checkpointing)
     trainer.model.train()
     draw = torch.Generator().manual_seed(2)
     texts = [torch.randint(1, 200, (n,), generator=draw).tolist() for n in (40, 33)]
@@ -199,25 +212,13 @@ def test_log_probs_entropies_and_gradients_are_those_of_trl(tmp_path, make, atte
     plain = run(lambda: GRPOTrainer._get_per_token_logps_and_entropies(trainer, *arguments, compute_entropy=True))
     ours = run(lambda: trainer._get_per_token_logps_and_entropies(*arguments, compute_entropy=True))
     assert trainer.update.scoring.packing.active is True
-    assert bool(in_pieces) is (attention == "sdpa" and not checkpointing)
+    assert bool(in_pieces) is (attention == "sdpa")
     torch.testing.assert_close(ours[0], plain[0], atol=exact, rtol=exact)
     torch.testing.assert_close(ours[1], plain[1], atol=exact, rtol=exact)
     for one, other in zip(ours[2], plain[2], strict=True):  # TRL's kernel adds up gradients in float32
         assert (one - other).norm() <= max(exact, 1e-6) * other.norm()
     chunked = trainer._get_per_token_logps_and_entropies(*arguments, batch_size=4)[0]
     torch.testing.assert_close(chunked, plain[0], atol=exact, rtol=exact)
-
-
-def test_checkpointed_models_are_scored_with_a_mask():
-    """The second pass of checkpointing comes after the exchanged attention is put back."""
-    model = tiny_model(chat_tokenizer())
-    assert suits(model)
-    model.gradient_checkpointing_enable()
-    assert not suits(model)
-    model.gradient_checkpointing_disable()
-    assert suits(model)
-    model.model.layers[1] = checkpoint_wrapper(model.model.layers[1])
-    assert not suits(model)
 
 
 def test_training_scores_each_prompt_once(tmp_path, monkeypatch):

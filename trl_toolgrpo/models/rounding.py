@@ -199,7 +199,7 @@ def measure_rounding(
     Measure what two correct passes of a model differ by.
 
     Neither is the trainer's or the sampler's own pass, which may be at fault: both run over whole rollouts, without a
-    cache and without padding on the left.
+    cache and without padding on the left. Each makes B forward passes.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -250,7 +250,7 @@ def score(
     autocast: Callable[[], AbstractContextManager],
 ) -> Tensor:
     """
-    Score completions of one prompt in one plain pass.
+    Score completions of one prompt in plain passes, one for each, so that the logits of one stand at a time.
 
     Args:
         model, prompt_ids, completions, temperature, autocast:
@@ -260,10 +260,13 @@ def score(
         `Tensor`: log-probs in nats, float32, shape (B, T).
     """
     width = completions.shape[1]
-    prompt = torch.tensor([list(prompt_ids)] * len(completions), device=completions.device)
-    ids = torch.cat([prompt, completions], dim=1)
+    prompt = torch.tensor([list(prompt_ids)], device=completions.device)
     takes = "logits_to_keep" in inspect.signature(base_model(model).forward).parameters
-    with autocast():
-        logits = model(input_ids=ids, use_cache=False, **({"logits_to_keep": width + 1} if takes else {})).logits
-    scores = torch.log_softmax(logits[:, -width - 1 : -1].float() / temperature, dim=-1)
-    return scores.gather(-1, completions[..., None])[..., 0]
+    options = {"use_cache": False, **({"logits_to_keep": width + 1} if takes else {})}
+    found = []
+    for completion in completions.split(1):
+        with autocast():
+            logits = model(input_ids=torch.cat([prompt, completion], dim=1), **options).logits
+        scores = logits[:, -width - 1 : -1].float() / temperature
+        found.append(scores.gather(-1, completion[..., None])[..., 0] - scores.logsumexp(dim=-1))
+    return torch.cat(found)

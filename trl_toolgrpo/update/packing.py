@@ -6,10 +6,10 @@ sequences, up to rounding.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..models.model_settings import model_setting
@@ -65,6 +65,19 @@ class PackedBatch:
         elsewhere."""
         everywhere = values.new_zeros(self.labels.numel(), *values.shape[2:]).index_copy(0, kept, values[0])
         return everywhere[self.place] * self.scored.view(*self.scored.shape, *[1] * (values.dim() - 2))
+
+    def padded(self, multiple: int) -> "PackedBatch":
+        """Return the same with L rounded up to a multiple of a number, for packed sequences."""
+        length = self.labels.shape[1]
+        more = -length % multiple
+
+        def wider(tensor: Tensor, value: int) -> Tensor:
+            return nn.functional.pad(tensor, (0, more), value=value)
+
+        ids, labels = wider(self.input_ids, 0), wider(self.labels, -100)
+        positions = None if self.position_ids is None else wider(self.position_ids, 0)
+        place = self.place + self.place // length * more
+        return replace(self, input_ids=ids, position_ids=positions, labels=labels, place=place)
 
 
 def pack(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> PackedBatch | None:

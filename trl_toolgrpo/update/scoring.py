@@ -35,10 +35,12 @@ from ..models.rounding import (
 )
 from ..sampling.choice import reads_padding
 from ..sampling.protocol import scoring_mode
-from ..trl_hooks import Run, attention_implementation
+from ..trl_hooks import Run, attention_implementation, is_checkpointed
 from ..types import JSONObject
-from .packed_attention import dense_mask, packed_attention, suits
+from .block_attention import BLOCK, BlockAttention, flex_attention_of
+from .packed_attention import PackedAttention, PieceAttention, dense_mask, packed_attention, suits
 from .packing import (
+    TRIAL_ROLLOUTS,
     PackedBatch,
     has_experts,
     lay_out,
@@ -174,6 +176,7 @@ class Scoring:
         self.packing = Packing()
         self.rounding: Accepted | None = None  # measured with the first rollout batch
         self._aligned: bool | None = None
+        self._flex = flex_attention_of(run.args, run.accelerator.device)
         # TRL's own pass, unchanged: which tokens are above a quantile of the entropies depends on rounding, too
         if not run.recording:
             self.packing.refuse("rollouts and their scoring are TRL's own")
@@ -249,12 +252,19 @@ class Scoring:
         """Score rollouts that are laid out, in one forward pass."""
         args, accelerator = self._run.args, self._run.accelerator
         bare = accelerator.unwrap_model(model)
-        mask = part.attention_mask
+        pieces, mask, device = part.pieces, part.attention_mask, part.input_ids.device
         attention: AbstractContextManager[None] = nullcontext()
-        if part.pieces is not None and not args.gradient_checkpointing and suits(bare):
-            attention = packed_attention(bare, part.pieces, part.input_ids.device)
-        elif part.pieces is not None:
-            mask = dense_mask(part.pieces, part.input_ids.shape[1]).to(part.input_ids.device)
+        # A compiled model would be compiled anew for every batch whose recomputation has a context of its own
+        recompiled = args.torch_compile and is_checkpointed(bare)
+        if pieces is not None and suits(bare) and not recompiled:
+            if self._flex is not None:
+                part = part.padded(BLOCK)
+                attend: PackedAttention = BlockAttention(self._flex, pieces, part.input_ids.shape[1], device)
+            else:
+                attend = PieceAttention(pieces, device)
+            attention = packed_attention(bare, attend)
+        elif pieces is not None:
+            mask = dense_mask(pieces, part.input_ids.shape[1]).to(device)
             if attention_implementation(bare.config.get_text_config()) == "eager":
                 hidden = torch.finfo(torch.float32).min
                 mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, hidden)
@@ -412,8 +422,12 @@ class Scoring:
             return Exact()
         accelerator = self._run.accelerator
         ids, mask, width = longest_of_a_group(*tokens)
-        completions, scored = ids[:, -width:], mask[:, -width:].bool()
-        longest = accelerator.gather(scored.sum(dim=1).max()[None]).max()  # the same passes in every process
+        # As many passes in every process: rollouts that are missing are scored again, and not counted
+        rows = torch.arange(TRIAL_ROLLOUTS, device=ids.device)
+        counted = (rows < len(ids))[:, None]
+        ids, mask = ids[rows % len(ids)], mask[rows % len(ids)]
+        completions, scored = ids[:, -width:], mask[:, -width:].bool() & counted
+        longest = accelerator.gather(scored.sum(dim=1).max()[None]).max()
         length = max(1, min(int(longest), COMPARED_TOKENS))
         prompt = ids[0, :-width][mask[0, :-width].bool()].tolist()
         padding = (0, max(0, length - width))

@@ -168,7 +168,7 @@ def rehearsed(tmp_path_factory):
 
 @pytest.mark.long
 def test_the_dry_run_passes_within_a_minute_of_two_cores(rehearsed):
-    assert list(rehearsed["stages"]) == list(gpu.STAGES) and len(gpu.STAGES) == 6
+    assert list(rehearsed["stages"]) == list(gpu.STAGES) and len(gpu.STAGES) == 7
     assert {stage["status"] for stage in rehearsed["stages"].values()} == {"passed"}
     assert rehearsed["cpu_seconds"] < 2 * 60
     check_numbers(rehearsed)
@@ -199,6 +199,25 @@ def test_the_smoke_step_compares_logprobs(rehearsed):
         assert 0 < found["rounding"]["mean"] < 1 and len(found["rounding"]["quantiles"]) == 3
         assert found["metrics"]["grad_norm"] > 0 and found["metrics"]["tools/ping/calls"] > 0
         assert found["metrics"]["tools/ping/errors"] == 0
+
+
+@pytest.mark.long
+def test_faster_ways_are_compared_with_the_default(rehearsed):
+    """On a CPU they change nothing but when tokens are read, so that tokens and log-probs are the same."""
+    found = rehearsed["stages"]["paths"]["figures"]
+    assert set(found) == {
+        *("default", "attention", "reading", "capture", "attention+reading+capture"),
+        *(f"update, gpu_paths={way}{more}" for way in ("none", "updates") for more in ("", ", checkpointing")),
+    }
+    for name, figures in found.items():
+        assert "error" not in figures and figures["peak_mib"] > 0 and figures["warnings"] == [], name
+        if name.startswith("update"):
+            other = found[name.replace("updates", "none")]
+            assert len(figures["grad_norm"]) == len(figures["seconds"]) == 3 and min(figures["grad_norm"]) > 0
+            assert figures["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.02)
+        else:
+            assert figures["same_tokens"] == 1.0 and figures["logprobs"]["max"] == 0.0
+            assert figures["times_faster_than_default"] > 0 and figures["tokens_per_second"] > 0
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""Measure everything on a GPU, in one command of at most eight minutes, without a network.
+"""Measure everything on a GPU, in one command of at most nine minutes, without a network.
 
     python tests/benchmarks/gpu.py --out gpu.json
     python tests/benchmarks/gpu.py --stages smoke,rollouts --dtype float32 --out gpu.json
@@ -10,7 +10,9 @@ The stages, in order of importance (`STAGES`). Each runs in processes of its own
 - `smoke`: a step of `ToolGRPOTrainer` with LoRA, tools and the self-check; recorded log-probs compared with recomputed
   ones, with the LM head as it is and in float32, and the difference between two recomputations;
 - `rollouts`: rollouts compared with TRL's, and a decoding step with the time to read weights and cache once;
-- `long`: the same with prompts of 2,000 tokens, and with tools of 100 ms;
+- `paths`: each faster way of `gpu_paths` compared with the way that is used by default: tokens, log-probs, gradients
+  and times;
+- `long`: the same as `rollouts` with prompts of 2,000 tokens, and with tools of 100 ms;
 - `updates`: updates compared with TRL's on the same tokens, with and without gradient checkpointing;
 - `step`: a whole step compared with TRL's;
 - `smollm2`: SmolLM2-135M on BFCL, `recipes/smollm2_bfcl.yaml`, for the time that is left.
@@ -62,7 +64,7 @@ from pieces import join
 
 
 SIDES = ("trl_toolgrpo", "trl")
-SECONDS = 480.0
+SECONDS = 540.0
 DRY_SECONDS = 900.0  # it takes about 80 of processor time, but other processes may be busy
 TAIL = 40  # lines kept of a traceback
 
@@ -297,6 +299,168 @@ def differences(first: Any, second: Any) -> dict[str, float]:
 def rollouts(run: Run, record: Record) -> None:
     """Measure rollouts of both sides, and a decoding step compared with the device's bandwidth."""
     race(run, record, "rollouts", ["600", "decode"], repeats=2)
+
+
+SAMPLING_PATHS = ((), ("attention",), ("reading",), ("capture",), ("attention", "reading", "capture"))
+"""Faster ways of sampling that are compared with the first."""
+
+
+def paths(run: Run, record: Record) -> None:
+    """Compare the faster ways of `gpu_paths` with the default; one that fails is recorded, and the next one follows."""
+    case = run.case("decode")
+    tokenizer = build_tokenizer(case.turn_tokens, alternatives=4)
+    model = build_model(tokenizer, case.shape, case.turn_tokens, run.dtype, alternatives=4, leak=0.002).eval()
+    texts = [
+        tokenizer.apply_chat_template(prompt, tools=[ping], add_generation_prompt=True)["input_ids"]
+        for prompt in conversations(tokenizer, case.prompts, case.prompt_tokens)
+        for _ in range(case.samples)
+    ]
+    expected: dict[str, Any] = {}
+    for chosen in SAMPLING_PATHS:
+        name = "+".join(chosen) or "default"
+        try:
+            reset_peak()
+            for _ in range(2):  # the first is a warm-up
+                found = sample_turns(model, texts, case.turn_tokens, run.dtype, frozenset(chosen))
+            expected = expected or found
+            record(**{name: {**same_tokens(found, expected), "peak_mib": peak_mib(), "warnings": WARNINGS.take()}})
+        except Exception as error:
+            record(**{name: {"error": f"{type(error).__name__}: {error}", "warnings": WARNINGS.take()}})
+    del model
+    free_memory()
+    for checkpointing in (False, True):
+        kept: dict[str, Any] = {}
+        for chosen_update in ("none", "updates"):
+            name = f"update, gpu_paths={chosen_update}" + (", checkpointing" if checkpointing else "")
+            try:
+                reset_peak()
+                record(**{name: {**update_losses(run, chosen_update, checkpointing, kept), "peak_mib": peak_mib()}})
+            except Exception as error:
+                record(**{name: {"error": f"{type(error).__name__}: {error}", "warnings": WARNINGS.take()}})
+            free_memory()
+
+
+def sample_turns(model: Any, prompts: list, tokens: int, dtype: str, chosen: frozenset[str]) -> dict[str, Any]:
+    """
+    Sample two turns of different lengths for each prompt, with known tokens between them.
+
+    Args:
+        model (`PreTrainedModel`):
+            The policy.
+        prompts (`list[list[int]]`):
+            Prompt of each row.
+        tokens (`int`):
+            Most tokens of a turn.
+        dtype (`str`):
+            Key of `DTYPES`.
+        chosen (`frozenset[str]`):
+            The faster ways.
+
+    Returns:
+        `dict[str, Any]`: `seconds`, and `tokens` and `logprobs` of each row.
+    """
+    from cases import autocast
+
+    from trl_toolgrpo.sampling.model_sampler import ModelSampler
+    from trl_toolgrpo.sampling.noise import RolloutNoise
+
+    options = {"autocast": lambda: autocast(dtype), "noise": RolloutNoise(0, 0), "paths": chosen}
+    written: list[list[int]] = [[] for _ in prompts]
+    logprobs: list[list[float]] = [[] for _ in prompts]
+    started = now()
+    with ModelSampler(model, [], 0, **options).open(prompts, 2 * tokens + 40) as session:
+        for row in range(len(prompts)):
+            session.extend(row, [], tokens - row % 4)
+        while session.busy:
+            for turn in session.step():
+                again = not written[turn.row]
+                written[turn.row] += turn.token_ids
+                logprobs[turn.row] += turn.logprobs
+                if again:
+                    session.extend(turn.row, prompts[0][: 20 + turn.row % 4], tokens // 2)
+    return {"seconds": now() - started, "tokens": written, "logprobs": logprobs}
+
+
+def same_tokens(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
+    """Return the seconds of some rollouts, the share of their tokens up to the first that another way has sampled
+    differently, and differences of the log-probs of these."""
+    import torch
+
+    ours, theirs, total = [], [], 0
+    for row, (tokens, others) in enumerate(zip(found["tokens"], expected["tokens"], strict=True)):
+        same = next((at for at, pair in enumerate(zip(tokens, others, strict=True)) if pair[0] != pair[1]), len(tokens))
+        ours += found["logprobs"][row][:same]
+        theirs += expected["logprobs"][row][:same]
+        total += len(tokens)
+    apart = differences(torch.tensor(ours), torch.tensor(theirs))
+    return {
+        "seconds": found["seconds"],
+        "tokens_per_second": total / found["seconds"],
+        "times_faster_than_default": expected["seconds"] / found["seconds"],
+        "same_tokens": len(ours) / total,
+        "logprobs": apart,
+    }
+
+
+def update_losses(run: Run, chosen: str, checkpointing: bool, kept: dict[str, Any]) -> dict[str, Any]:
+    """
+    Make three updates on one rollout batch.
+
+    Args:
+        run (`Run`):
+            Dtype and size.
+        chosen (`str`):
+            Value of `gpu_paths`.
+        checkpointing (`bool`):
+            Whether updates use gradient checkpointing.
+        kept (`dict`):
+            Keeps the rollout batch for the next call.
+
+    Returns:
+        `dict[str, Any]`: seconds of each update, `grad_norm` and `loss` that were logged for each, and warnings.
+    """
+    from datasets import Dataset
+    from step import keep_rollouts
+    from transformers import TrainerCallback
+
+    from trl_toolgrpo import ToolGRPOConfig, ToolGRPOTrainer
+
+    case = run.case("update_checkpointing" if checkpointing else "update")
+    tokenizer = build_tokenizer(case.turn_tokens, alternatives=4)
+    model = build_model(tokenizer, case.shape, case.turn_tokens, run.dtype, alternatives=4, leak=0.002)
+    options = {
+        "output_dir": tempfile.mkdtemp(),
+        **case.training_options(),
+        "max_steps": 3,
+        "logging_steps": 1,
+        "learning_rate": 1e-6,
+        "shuffle_dataset": False,
+        "gpu_paths": chosen,
+        **dtype_options(run.dtype),
+    }
+    trainer: Any = ToolGRPOTrainer(
+        model,
+        lambda completions, **kwargs: [float(index % 3) for index in range(len(completions))],
+        ToolGRPOConfig(**options),
+        Dataset.from_list([{"prompt": p} for p in conversations(tokenizer, case.prompts, case.prompt_tokens)]),
+        processing_class=tokenizer,
+        tools=[ping],
+    )
+    keep_rollouts(trainer, "trl_toolgrpo", kept)
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            times.append(-now())
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            times[-1] += now()
+
+    trainer.add_callback(Clock())
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    figures = {name: [log[name] for log in logs] for name in ("loss", "grad_norm")}
+    return {"seconds": times, **figures, "warnings": WARNINGS.take()}
 
 
 def long(run: Run, record: Record) -> None:
@@ -654,7 +818,7 @@ class Stage:
         body (`Callable[[Run, Record], None]`):
             The measurement.
         seconds (`float`, *optional*):
-            Its time limit in a run of 480 seconds, scaled for other runs; `None` for all the time that is left.
+            Its time limit in a run of `SECONDS`, scaled for other runs; `None` for all the time that is left.
     """
 
     body: Callable[[Run, Record], None]
@@ -664,6 +828,7 @@ class Stage:
 STAGES = {
     "smoke": Stage(smoke, 60.0),
     "rollouts": Stage(rollouts, 90.0),
+    "paths": Stage(paths, 75.0),
     "long": Stage(long, 130.0),
     "updates": Stage(updates, 75.0),
     "step": Stage(step, 50.0),

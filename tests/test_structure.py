@@ -192,6 +192,8 @@ PRIVATE_NAMES_READ = {
     "sampling.choice": {"nn.modules.conv._ConvNd"},
     "sampling.packed_linear": {
         "torch.cpu._is_amx_tile_supported",
+        "torch.ops.mkl._mkl_linear",
+        "torch.ops.mkl._mkl_reorder_linear_weight",
         "torch.ops.mkldnn._linear_pointwise",
         "torch.ops.mkldnn._reorder_linear_weight",
     },

@@ -306,7 +306,7 @@ SAMPLING_PATHS = ((), ("attention",), ("reading",), ("capture",), ("attention", 
 
 
 def paths(run: Run, record: Record) -> None:
-    """Compare the faster ways of `gpu_paths` with the default; one that fails is recorded, and the next one follows."""
+    """Compare the faster ways of `gpu_paths` with the default; one that fails is recorded, and the next follows."""
     case = run.case("decode")
     tokenizer = build_tokenizer(case.turn_tokens, alternatives=4)
     model = build_model(tokenizer, case.shape, case.turn_tokens, run.dtype, alternatives=4, leak=0.002).eval()
@@ -388,7 +388,8 @@ def same_tokens(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, An
 
     ours, theirs, total = [], [], 0
     for row, (tokens, others) in enumerate(zip(found["tokens"], expected["tokens"], strict=True)):
-        same = next((at for at, pair in enumerate(zip(tokens, others, strict=True)) if pair[0] != pair[1]), len(tokens))
+        pairs = enumerate(zip(tokens, others, strict=True))
+        same = next((at for at, (token, other) in pairs if token != other), len(tokens))
         ours += found["logprobs"][row][:same]
         theirs += expected["logprobs"][row][:same]
         total += len(tokens)

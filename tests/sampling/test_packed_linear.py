@@ -11,14 +11,19 @@ from trl_toolgrpo.sampling.model_sampler import ModelSampler
 from trl_toolgrpo.sampling.packed_linear import packed_linears, product_dtype
 
 
+@pytest.mark.parametrize("for_rows", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_packed_product_is_equal_and_the_layer_is_restored(bias):
+def test_packed_product_is_equal_and_the_layer_is_restored(bias, for_rows, monkeypatch):
+    """By oneDNN for any number of rows, and by MKL for five."""
+    if for_rows and not torch.backends.mkl.is_available():
+        pytest.skip("torch has no MKL here")
+    monkeypatch.setattr(packed_linear, "_packs_for_rows", lambda: for_rows)
     model = nn.Sequential(nn.Linear(256, 320, bias=bias), nn.SiLU(), nn.Linear(320, 256, bias=bias))
-    for shape in ((1, 256), (5, 1, 256), (2, 70, 256)):
+    for shape in ((1, 256), (2, 1, 256), (3, 1, 256), (5, 1, 256), (5, 256), (6, 1, 256), (2, 70, 256)):
         inputs = torch.randn(*shape)
         with torch.no_grad():
             expected = model(inputs)
-            with packed_linears(model):
+            with packed_linears(model, 5):
                 assert all("forward" in model[place].__dict__ for place in (0, 2))
                 torch.testing.assert_close(model(inputs), expected, atol=1e-5, rtol=1e-5)
         assert not any("forward" in layer.__dict__ for layer in model)
@@ -37,7 +42,7 @@ def test_other_layers_are_not_packed():
     inputs = torch.randn(3, 512)
     with torch.no_grad():
         expected = model(inputs)
-        with packed_linears(model):
+        with packed_linears(model, 5):
             torch.testing.assert_close(model(inputs), expected, atol=1e-5, rtol=1e-5)
         assert model[1] is patched and "forward" in patched.__dict__
 
@@ -65,7 +70,7 @@ def test_packed_products_in_bfloat16_are_those_of_autocast(bias, weights, monkey
     exact = nn.functional.linear(inputs.double(), *(p.double() for p in layer.parameters()))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = layer(inputs)
-        with packed_linears(layer):
+        with packed_linears(layer, 5):
             found = layer(inputs)
             with torch.autocast("cpu", enabled=False):
                 plain = nn.functional.linear(inputs.to(weights), *layer.parameters())
@@ -73,13 +78,13 @@ def test_packed_products_in_bfloat16_are_those_of_autocast(bias, weights, monkey
     assert found.dtype == expected.dtype == torch.bfloat16 and "forward" not in layer.__dict__
     assert (found - exact).abs().max() <= 1.05 * (expected - exact).abs().max() + 2**-8
     if weights == torch.bfloat16:
-        with torch.no_grad(), packed_linears(layer):
+        with torch.no_grad(), packed_linears(layer, 5):
             assert layer(inputs.bfloat16()).dtype == torch.bfloat16
 
 
 def test_layers_are_restored_when_sampling_fails():
     model = nn.Sequential(nn.Linear(512, 512))
-    with pytest.raises(RuntimeError, match="lost"), packed_linears(model):
+    with pytest.raises(RuntimeError, match="lost"), packed_linears(model, 5):
         raise RuntimeError("lost")
     assert "forward" not in model[0].__dict__
 

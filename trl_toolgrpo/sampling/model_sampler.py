@@ -104,7 +104,7 @@ class ModelSampler(PolicySampler):
         """Open a session, see [`Sampler.open`]; the model is in evaluation mode, without gradients, until it ends."""
         with scoring_mode(self.model), self.autocast(), held_head(self.model):
             session = ModelSession(self, prompts, max_length)
-            with shared_prefix_attention(self.model, session.store), packed_linears(self.model):
+            with shared_prefix_attention(self.model, session.store), packed_linears(self.model, len(prompts)):
                 session.prefill_prompts()
                 yield session
 

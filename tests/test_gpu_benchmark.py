@@ -576,9 +576,10 @@ def test_programs_share_their_cases(name):
     cases.add_case_flags(parser, cases.Case())
     parser.add_argument("--ragged", action="store_true")
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--real", action="store_true")
     for case in (*cases.CASES.values(), cases.STEP, *cases.GPU_CASES.values()):
         given = parser.parse_args(case.flags())
-        more = {"ragged": given.ragged, "gradient_checkpointing": given.gradient_checkpointing}
+        more = {name: getattr(given, name) for name in ("ragged", "gradient_checkpointing", "real")}
         assert cases.given_case(given, name=case.name, **more) == case
 
 

@@ -243,7 +243,7 @@ SHAPE = {
 def test_sampling_takes_what_is_kept_for_it(monkeypatch, prompt, result):
     """Two turns of eight rollouts of two prompts, with the attention of a GPU."""
     monkeypatch.setattr(shared_prefix, "_CPU_KERNEL", None)
-    monkeypatch.setattr(model_sampler, "packed_linears", lambda model: nullcontext())
+    monkeypatch.setattr(model_sampler, "packed_linears", lambda model, rows: nullcontext())
     model = tiny_model(chat_tokenizer(), **SHAPE)
     rows, own = [[1 + row // 4] * prompt for row in range(8)], 4 + result + 4
     sampler = model_sampler.ModelSampler(model, stop_ids=(), pad_id=0)

@@ -90,7 +90,7 @@ def test_recorded_values_are_those_the_trainer_computes(tmp_path):
 
 def test_unrecorded_values_are_computed_in_one_pass(tmp_path, monkeypatch):
     trainer, kept = make(tmp_path, head_seed=1)
-    monkeypatch.setattr(MAKE_SAMPLER, lambda policy, supported, **options: GenerateSampler(policy, **options))
+    monkeypatch.setattr(MAKE_SAMPLER, lambda policy, supported, paths, **options: GenerateSampler(policy, **options))
     trainer.train()
     output, trajectories = kept[0]
     assert all(t.values is None for t in trajectories)

@@ -158,7 +158,7 @@ def build_trainer(backend: str, case: Case, dtype: str, vllm: bool = False) -> t
         "per_device_train_batch_size": len(rows),
         "num_generations": case.samples,
         "max_completion_length": case.completion_limit,
-        "max_tool_calling_iterations": max(case.turns - (0 if case.ragged else 1), 1),
+        "max_tool_calling_iterations": case.turns - (0 if case.ragged else 1),
         "report_to": "none",
         "gradient_checkpointing": False,
         **trainer_options(model, tokenizer, dtype, vllm),

@@ -97,6 +97,47 @@ def test_captured_steps_sample_the_same(name, paths, replays):
     assert worst_gap(model, *found) < 2e-5
 
 
+class Alternating:
+    """Allows even tokens and odd ones in turn."""
+
+    def __init__(self):
+        self.taken = []
+
+    def allowed(self, size):
+        return torch.arange(size) % 2 == len(self.taken) % 2
+
+    def accept(self, token_id):
+        self.taken.append(token_id)
+
+
+def constrained(model, *paths):
+    """Sample two turns for each row, of which some are constrained; return them, and the constraints by row."""
+    constraints = {row: Alternating() for row in (1, 4)}
+    found = [[] for _ in PROMPTS]
+    noise = RolloutNoise(3, 0)
+    with ModelSampler(model, [], 0, noise=noise, paths=frozenset(paths)).open(PROMPTS, 60) as session:
+        for row in range(len(PROMPTS)):
+            session.extend(row, [], 9 + row, constraints.get(row))
+        while session.busy:
+            for turn in session.step():
+                found[turn.row].append(turn)
+                if len(found[turn.row]) < 2:
+                    session.extend(turn.row, [7] * (turn.row % 3), 12)
+    return found, constraints
+
+
+def test_constrained_rows_keep_to_their_constraint_beside_late_and_captured_steps(replays):
+    """The next mask depends on the last token, so that steps are read one by one as long as such a row runs."""
+    model = build("Qwen3")
+    found, constraints = constrained(model, "reading", "capture")
+    assert sum(replays.values()) >= 4
+    for row, constraint in constraints.items():
+        assert constraint.taken == found[row][0].token_ids and len(constraint.taken) == 9 + row
+        assert [token % 2 for token in constraint.taken] == [place % 2 for place in range(9 + row)]
+    for turns, expected in zip(found, constrained(model)[0], strict=True):
+        assert [turn.token_ids for turn in turns] == [turn.token_ids for turn in expected]
+
+
 def test_a_step_that_cannot_be_captured_runs_as_it_is(monkeypatch, caplog):
     tried = []
 

@@ -9,6 +9,7 @@ from test_model_sampler import ARCHITECTURES, NAMES, PROMPTS, STOPS, build, roll
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from trl_toolgrpo.critic.value_head import ValueHead, attach_value_head
 from trl_toolgrpo.sampling import decoding, shared_prefix
 from trl_toolgrpo.sampling.decoding import Decoder
 from trl_toolgrpo.sampling.model_sampler import ModelSampler
@@ -136,6 +137,28 @@ def test_constrained_rows_keep_to_their_constraint_beside_late_and_captured_step
         assert [token % 2 for token in constraint.taken] == [place % 2 for place in range(9 + row)]
     for turns, expected in zip(found, constrained(model)[0], strict=True):
         assert [turn.token_ids for turn in turns] == [turn.token_ids for turn in expected]
+
+
+@pytest.mark.parametrize("paths", [("reading",), ("capture",), ("capture", "reading")])
+def test_values_are_those_of_single_steps(paths, replays):
+    model = build("Qwen3")
+    head = ValueHead(model.config.hidden_size)
+    torch.nn.init.normal_(head.output.weight)
+    attach_value_head(model, head)
+
+    def sampled(chosen):
+        found, sampler = [], ModelSampler(model, STOPS, 0, noise=RolloutNoise(3, 0), paths=frozenset(chosen))
+        with sampler.open(PROMPTS, 60) as rows:
+            for row in range(len(PROMPTS)):
+                rows.extend(row, [], 9 + row)
+            while rows.busy:
+                found += rows.step()
+        return {turn.row: turn for turn in found}
+
+    late, soon = sampled(paths), sampled(())
+    for row, turn in late.items():
+        assert turn.token_ids == soon[row].token_ids and len(turn.values) == len(turn.token_ids)
+        assert turn.values == pytest.approx(soon[row].values, abs=2e-5) and any(turn.values)
 
 
 def test_a_step_that_cannot_be_captured_runs_as_it_is(monkeypatch, caplog):
